@@ -1,0 +1,1 @@
+"""Records, registry and errors that every stage shares; standard library only."""
