@@ -1,0 +1,132 @@
+"""Each GLM-4 family's definition in plain float64, computed from its files without transformers.
+
+A wrong model is consistent with itself, so no law and no twin sees a swapped gate or a wrong eps. The oracle does: it
+is written from the config's meaning and the published description, not from the code that it judges.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.oracles.chatglm import ChatGlm
+from numerics_suite.oracles.config import OracleUnavailable
+from numerics_suite.oracles.glm import Glm
+from numerics_suite.oracles.glm4 import Glm4
+from numerics_suite.oracles.parts import roundoffs_apart
+from numerics_suite.oracles.run import ANSWER, TABLE_ROUNDOFFS, OracleRun, Overlay, run_definition
+from numerics_suite.oracles.trace import capture_states, first_difference
+from numerics_suite.oracles.weights import Weights, file_weights, tensor_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from numerics_suite.core.records import Task
+    from numerics_suite.oracles.definition import Oracle
+
+__all__ = [
+    "ANSWER",
+    "TABLE_ROUNDOFFS",
+    "OracleRun",
+    "OracleUnavailable",
+    "Weights",
+    "capture_states",
+    "exact_inv_freq",
+    "file_weights",
+    "first_difference",
+    "oracle_for",
+    "rotary_roundoffs",
+    "run_oracle",
+    "tensor_weights",
+]
+
+_ORACLES: dict[str, type[Oracle]] = {"glm": Glm, "glm4": Glm4, "chatglm": ChatGlm}
+
+
+def oracle_for(family: str) -> type[Oracle] | None:
+    """The definition of that family, None where there is none (the check is then skipped with that reason)."""
+    return _ORACLES.get(family)
+
+
+def _read(family: str, config: Mapping[str, Any]) -> Oracle:
+    oracle = oracle_for(family)
+    if oracle is None:
+        message = f"no definition of the family '{family}' is written down"
+        raise OracleUnavailable(message)
+    return oracle.from_config(config)
+
+
+def exact_inv_freq(family: str, config: Mapping[str, Any]) -> Tensor:
+    """The rotary frequencies that the config means, unrounded.
+
+    Args:
+        family: `glm`, `glm4` or `chatglm`.
+        config: the raw `config.json`, in the 4.x or the 5.x layout.
+
+    Returns:
+        `[rotary dimension / 2]` float64, radians per position.
+
+    Raises:
+        OracleUnavailable: another family, or a config that its definition does not cover.
+    """
+    return _read(family, config).inv_freq()
+
+
+def rotary_roundoffs(family: str, config: Mapping[str, Any], inv_freq: Tensor) -> float:
+    """How far a model's rotary table is from :func:`exact_inv_freq`, in unit roundoffs of its dtype.
+
+    Args:
+        family: `glm`, `glm4` or `chatglm`.
+        config: the raw `config.json`.
+        inv_freq: the model's table as it holds it, `[pairs]`.
+
+    Returns:
+        Infinite for a table of another length.
+    """
+    return roundoffs_apart(inv_freq, exact_inv_freq(family, config))
+
+
+def run_oracle(
+    family: str,
+    config: Mapping[str, Any],
+    weights: Weights,
+    batch: Mapping[str, Tensor],
+    *,
+    task: Task,
+    inv_freq: Tensor | None = None,
+    head: Mapping[str, Tensor] | None = None,
+    gradients: bool = False,
+    on_gradient: Callable[[str, Tensor], None] | None = None,
+    trace: bool = False,
+) -> OracleRun:
+    """What the definition gives for this batch: logits, loss, gradients, states.
+
+    Args:
+        family: `glm`, `glm4` or `chatglm`.
+        config: the raw `config.json`, in the 4.x or the 5.x layout.
+        weights: of the checkpoint's files or of a state dict, by the checkpoint's names.
+        batch: `input_ids` `[B, T]`; where given, `attention_mask` `[B, T]` of 0 and 1, `position_ids` `[B or 1, T]`, and
+            `labels` (`[B, T]`, or `[B]` for sequence classification).
+        task: which head is on top.
+        inv_freq: the model's own rotary frequencies, which are rounded when a model is built. The exact ones are used
+            if None, and if its :func:`rotary_roundoffs` are over `TABLE_ROUNDOFFS`, so that a wrong table shows.
+        head: tensors of a new head that the files lack, by name, such as `{"score.weight": …}`.
+        gradients: also the gradient of the loss for every weight that the definition reads; needs labels.
+        on_gradient: takes each gradient as soon as it is complete; else `OracleRun.gradients` holds them all.
+        trace: keep the output (and some inputs, under `PATH:input`) of every module, by transformers' module path.
+
+    Raises:
+        OracleUnavailable: the definition does not cover this config, or a weight that it needs is not there.
+    """
+    return run_definition(
+        _read(family, config),
+        config,
+        Overlay(head, weights) if head else weights,
+        batch,
+        task=task,
+        inv_freq=inv_freq,
+        gradients=gradients,
+        on_gradient=on_gradient,
+        trace=trace,
+    )

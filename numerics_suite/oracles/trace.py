@@ -1,0 +1,102 @@
+"""Where do a model and its definition part? The states of both by module path, in the order of computation."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import nn
+
+TOLERANCE = 1e-10
+"""Of the root mean square: a reordered float64 sum differs by 1e-14, a wrong formula by 1e-6 and more."""
+
+_INPUT = ":input"
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    """The tensor itself, or the first one in a tuple, a mapping or a model output."""
+    if isinstance(values, Tensor):
+        return values
+    parts = values.values() if hasattr(values, "values") else values if isinstance(values, (tuple, list)) else ()
+    return next((part for part in parts if isinstance(part, Tensor)), None)
+
+
+@contextmanager
+def capture_states(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Hold what those modules of `model` give while the context lasts.
+
+    Args:
+        model: the model as transformers builds it.
+        names: module paths, `PATH:input` for what a module gets: the keys of an oracle's states. Unknown ones are
+            left out.
+
+    Yields:
+        The states so far, detached copies by the same names; a module that was not called has none.
+    """
+    modules = dict(model.named_modules())
+    states: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(name: str, values: Any) -> None:
+        tensor = _first_tensor(values)
+        if tensor is not None:
+            states[name] = tensor.detach().clone()
+
+    def before(name: str) -> Any:
+        return lambda _module, args, kwargs: keep(name, args or kwargs)
+
+    def after(name: str) -> Any:
+        return lambda _module, _args, output: keep(name, output)
+
+    try:
+        for name in names:
+            path = name.removesuffix(_INPUT)
+            if path in modules and name.endswith(_INPUT):
+                handles.append(modules[path].register_forward_pre_hook(before(name), with_kwargs=True))
+            elif path in modules:
+                handles.append(modules[path].register_forward_hook(after(name)))
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def agree(value: Tensor, reference: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether `max|value - reference|` is within `tolerance` root mean squares of the reference; NaN never is."""
+    if value.shape != reference.shape:
+        return False
+    difference = (value.to(reference) - reference).abs().max()
+    return bool(difference <= tolerance * reference.square().mean().sqrt())
+
+
+def first_difference(
+    model_states: Mapping[str, Tensor],
+    oracle_states: Mapping[str, Tensor],
+    *,
+    mask: Tensor | None = None,
+) -> str | None:
+    """The module in which model and definition part first, None where they do not.
+
+    A module whose output differs is named itself; one whose *input* differs, though all before it agreed, was fed
+    wrongly, so the module around it is named: the block for a misplaced residual, the attention for a wrong score.
+
+    Args:
+        model_states: of the model's true float64 run, as :func:`capture_states` gives them.
+        oracle_states: `OracleRun.states`; its order is the order of computation. Names that the model lacks are passed
+            over.
+        mask: `[B, T]`, 0 at padding, whose states no definition fixes.
+    """
+    for name, reference in oracle_states.items():
+        value = model_states.get(name)
+        if value is None:
+            continue
+        if mask is not None and value.shape == reference.shape and reference.shape[:2] == mask.shape:
+            value, reference = value[mask.bool()], reference[mask.bool()]  # noqa: PLW2901 - the real tokens of both
+        if not agree(value, reference):
+            return name.removesuffix(_INPUT).rpartition(".")[0] if name.endswith(_INPUT) else name
+    return None
