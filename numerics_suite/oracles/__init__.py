@@ -87,7 +87,7 @@ def rotary_roundoffs(family: str, config: Mapping[str, Any], inv_freq: Tensor) -
     return roundoffs_apart(inv_freq, exact_inv_freq(family, config))
 
 
-def run_oracle(
+def run_oracle(  # noqa: PLR0913 - one question with its options
     family: str,
     config: Mapping[str, Any],
     weights: Weights,
@@ -106,8 +106,8 @@ def run_oracle(
         family: `glm`, `glm4` or `chatglm`.
         config: the raw `config.json`, in the 4.x or the 5.x layout.
         weights: of the checkpoint's files or of a state dict, by the checkpoint's names.
-        batch: `input_ids` `[B, T]`; where given, `attention_mask` `[B, T]` of 0 and 1, `position_ids` `[B or 1, T]`, and
-            `labels` (`[B, T]`, or `[B]` for sequence classification).
+        batch: `input_ids` `[B, T]`; where given, `attention_mask` `[B, T]` of 0 and 1, `position_ids` `[B or 1, T]`,
+            and `labels` (`[B, T]`, or `[B]` for sequence classification).
         task: which head is on top.
         inv_freq: the model's own rotary frequencies, which are rounded when a model is built. The exact ones are used
             if None, and if its :func:`rotary_roundoffs` are over `TABLE_ROUNDOFFS`, so that a wrong table shows.

@@ -51,7 +51,7 @@ def roundoffs_apart(table: Tensor, exact: Tensor) -> float:
     """How far a model's rotary table is from the exact one at the worst entry, in unit roundoffs of its dtype.
 
     Args:
-        table: as the model holds it; a float64 one is taken for the upcast of a float32 one, the widest that models build.
+        table: as the model holds it; a float64 one is taken for the upcast of a float32 one.
         exact: `[pairs]` float64.
 
     Returns:

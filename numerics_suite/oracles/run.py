@@ -88,7 +88,7 @@ class _Leaves:
         return self.below.shape(name)
 
 
-def run_definition(
+def run_definition(  # noqa: PLR0913 - the arguments of `run_oracle`
     oracle: Oracle,
     config: Mapping[str, Any],
     weights: Weights,
@@ -249,6 +249,10 @@ def _pull(stage: Stage, given: Tensor, weights: Weights, upstream: Tensor, sums:
     wanted = [leaf for _, _, leaf in leaves.read] + ([given] if given.requires_grad else [])
     found = torch.autograd.grad(output, wanted, upstream)
     for (name, rows, _), gradient in zip(leaves.read, found, strict=False):
-        total = sums.setdefault(name, torch.zeros(weights.shape(name), dtype=torch.float64))
-        total[slice(None) if rows is None else rows] += gradient
+        if rows is None and name not in sums:
+            sums[name] = gradient
+            continue
+        if name not in sums:
+            sums[name] = torch.zeros(weights.shape(name), dtype=torch.float64)
+        sums[name][slice(None) if rows is None else rows] += gradient
     return found[-1]
