@@ -14,7 +14,7 @@ Task = Literal["causal-lm", "sequence-classification", "token-classification", "
 
 Status = Literal["passed", "failed", "accepted", "skipped", "error"]
 Number = float | int
-Evidence = Number | str
+Fact = Number | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,7 @@ class Measurement:
     op: str | None = None
     source: str | None = None
     cause: str | None = None
-    facts: Mapping[str, Evidence] = field(default_factory=dict)
+    facts: Mapping[str, Fact] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +173,7 @@ class Finding:
     source: str | None = None
     step: int | None = None
     parameters: tuple[str, ...] = ()
-    evidence: Mapping[str, Evidence] = field(default_factory=dict)
+    evidence: Mapping[str, Fact] = field(default_factory=dict)
     batch: Mapping[str, Any] | None = None
     remedies: tuple[Remedy, ...] = ()
     reproducer: str | None = None

@@ -1,0 +1,64 @@
+"""forward.attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from numerics_suite.checks._laws import law_measurements, skipped_law
+from numerics_suite.core.errors import NotApplicableError, UnsupportedError
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.true_fp64 import run_true_fp64
+from numerics_suite.running.twins import (
+    caller,
+    compare_law,
+    plain_answer,
+    rounded_answer,
+    true_answer,
+    trusted,
+    without_labels,
+)
+from numerics_suite.subjects.load import Loaded
+
+
+@check(batches=True, needs=("token-ids",))
+def attention(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Does this attention implementation agree with eager attention (and eager with sdpa)?"""
+    if not batch.law_abiding:
+        yield from skipped_law()
+        return
+    other = _other(evidence)
+    given, real = without_labels(batch.tensors), batch.tensors["attention_mask"].bool()
+    run = run_true_fp64(other.model, given, call=caller(evidence, by_token=True))
+    trusted(run.left_out)
+
+    def tokens(answer: Tensor) -> Tensor:
+        return answer[real]
+
+    found = compare_law(
+        evidence,
+        true=tokens(run.outputs["answer"].cpu()),
+        true_other=tokens(true_answer(evidence, batch.tensors)),
+        other=tokens(plain_answer(evidence, batch.tensors)),
+        base=lambda: tokens(rounded_answer(evidence, batch.tensors)),
+    )
+    yield from law_measurements(*found)
+
+
+def _other(evidence: Evidence) -> Loaded:
+    """The same weights under the other implementation, loaded once a cell."""
+    if "other attention" not in evidence.memo:
+        name = "sdpa" if evidence.loaded.attn == "eager" else "eager"
+        if evidence.subject.new_head:
+            reason = "a new head is drawn at random, so two loads differ in it"
+            raise NotApplicableError(reason)
+        try:
+            evidence.memo["other attention"] = evidence.load(seed=evidence.request.seed, attn=name)
+        except UnsupportedError as error:
+            raise NotApplicableError(str(error)) from None
+    other = evidence.memo["other attention"]
+    assert isinstance(other, Loaded)
+    return other

@@ -1,0 +1,41 @@
+"""forward.batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from numerics_suite.checks._laws import law_measurements, skipped_law
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.twins import compare_law, plain_answer, rounded_answer, true_answer
+
+
+@check(batches=True, needs=("token-ids",))
+def batch(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Is a row's answer the same alone as among its neighbours?
+
+    The first and the last row are asked alone, at the width that they have in the batch.
+    """
+    rows = int(batch.tensors["input_ids"].shape[0])
+    if rows < 2 or not batch.law_abiding:
+        yield from skipped_law()
+        return
+    mask = batch.tensors["attention_mask"].bool()
+    for row in (0, rows - 1):
+        alone = {name: value[row : row + 1] for name, value in batch.tensors.items()}
+        real = mask[row]
+
+        def of_row(answer: Tensor, index: int, real: Tensor = real) -> Tensor:
+            return answer[index][real]
+
+        found = compare_law(
+            evidence,
+            true=of_row(true_answer(evidence, batch.tensors), row),
+            true_other=of_row(true_answer(evidence, alone), 0),
+            other=of_row(plain_answer(evidence, alone), 0),
+            base=lambda row=row: of_row(rounded_answer(evidence, batch.tensors), row),  # type: ignore[misc]
+        )
+        yield from law_measurements(*found)

@@ -1,0 +1,55 @@
+"""forward.causal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from numerics_suite.checks._laws import law_measurements, skipped_law
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.twins import compare_law, plain_answer, rounded_answer, true_answer
+
+
+@check(batches=True, needs=("token-ids",))
+def causal(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Does a later token leave the answers at earlier positions alone?
+
+    Every token from the middle of the batch's width on is changed to another id; what comes before must not move.
+    """
+    width = int(batch.tensors["input_ids"].shape[1])
+    if width < 2 or not batch.law_abiding:
+        yield from skipped_law()
+        return
+    cut = width // 2
+    changed = _with_other_future(batch, cut, evidence)
+    real = batch.tensors["attention_mask"].bool()[:, :cut]
+    if not bool(real.any()):
+        yield from skipped_law()
+        return
+
+    def past(answer: Tensor) -> Tensor:
+        return answer[:, :cut][real]
+
+    found = compare_law(
+        evidence,
+        true=past(true_answer(evidence, batch.tensors)),
+        true_other=past(true_answer(evidence, changed)),
+        other=past(plain_answer(evidence, changed)),
+        base=lambda: past(rounded_answer(evidence, batch.tensors)),
+    )
+    yield from law_measurements(*found)
+
+
+def _with_other_future(batch: Batch, cut: int, evidence: Evidence) -> dict[str, Tensor]:
+    """Real tokens from `cut` on replaced by another id that is not the pad id."""
+    ids, mask = batch.tensors["input_ids"].clone(), batch.tensors["attention_mask"]
+    other = (ids + 1) % evidence.vocab_size
+    pad = evidence.space.pad_id
+    other[other == pad] = (pad + 1) % evidence.vocab_size
+    later = mask.bool().clone()
+    later[:, :cut] = False
+    ids[later] = other[later]
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,21 @@
+"""forward.deterministic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import floating_outputs
+
+
+@check(batches=True)
+def deterministic(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Does the same input give the same bits twice, in eval mode?"""
+    wanted = evidence.forward(batch)
+    tensors = {name: value for name, value in batch.tensors.items() if name != "labels" or not evidence.takes_ids}
+    again = floating_outputs(evidence.run(tensors))
+    differing = sum(differing_elements(again[name], value) for name, value in wanted.items())
+    yield Measurement(name="differing", value=differing, unit="elements")

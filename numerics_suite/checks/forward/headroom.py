@@ -1,0 +1,46 @@
+"""forward.headroom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.observing.headroom import headroom as headroom_by_module
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import arithmetic, call_model, to_device
+
+
+@check(batches=True, seeks="largest-activation")
+def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """How many bits lie between the largest activation and the dtype's largest number?
+
+    Hypothesis climbs the largest activation. Little headroom informs; only a value that is not finite fails.
+    """
+    tensors = {name: value for name, value in batch.tensors.items() if name != "labels" or not evidence.takes_ids}
+
+    def call(model: object, given: object) -> object:
+        with arithmetic(evidence.recipe, evidence.cell.device):
+            return call_model(evidence.model, to_device(tensors, evidence.cell.device))
+
+    found = headroom_by_module(evidence.model, tensors, call=call)
+    if not found:
+        yield Measurement(name="non-finite", value=0, unit="modules")
+        return
+    broken = [row for row in found if not row.bits > float("-inf")]
+    least = min(found, key=lambda row: row.bits)
+    yield Measurement(name="bits", value=least.bits, unit="bits", module=least.module, facts=_lowest(found))
+    yield Measurement(name="largest-activation", value=least.largest, unit="", module=least.module)
+    yield Measurement(
+        name="non-finite",
+        value=len(broken),
+        unit="modules",
+        module=broken[0].module if broken else None,
+        facts={"first of": len(broken)} if broken else {},
+    )
+
+
+def _lowest(found: list[object]) -> dict[str, float | str]:
+    """The five modules with the least headroom."""
+    rows = sorted(found, key=lambda row: row.bits)[:5]  # type: ignore[attr-defined]
+    return {row.module or "(model)": round(row.bits, 2) for row in rows}  # type: ignore[attr-defined]

@@ -1,0 +1,76 @@
+"""forward.padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from numerics_suite.checks._laws import law_measurements, skipped_law
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.twins import compare_law, plain_answer, rounded_answer, true_answer
+
+EXTRA = 3
+"""Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""
+
+
+@check(batches=True, needs=("token-ids",))
+def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Does more padding, on each side that the family declares, leave the real tokens' answers alone?
+
+    No `position_ids` are given: with them an ignored mask would go unseen under left padding.
+    """
+    if not batch.law_abiding:
+        yield from skipped_law()
+        return
+    real = batch.tensors["attention_mask"].bool()
+    worst = (0.0, 0.0)
+    for side in evidence.family.padding_sides:
+        more = padded(batch, side, evidence.space.pad_id)
+        where = more["attention_mask"].bool()
+        found = compare_law(
+            evidence,
+            true=_tokens(true_answer(evidence, batch.tensors), real),
+            true_other=_tokens(true_answer(evidence, more), where),
+            other=_tokens(plain_answer(evidence, more), where),
+            base=lambda: _tokens(rounded_answer(evidence, batch.tensors), real),
+        )
+        worst = max(worst, found, key=_rank)
+    yield from law_measurements(*worst)
+    if evidence.subject.task == "sequence-classification":
+        yield from _pooled(evidence, batch)
+
+
+def _rank(pair: tuple[float, float]) -> float:
+    # NaN is the worst there is, and max() would hide it.
+    return float("inf") if pair[0] != pair[0] else pair[0]
+
+
+def padded(batch: Batch, side: str, pad: int) -> dict[str, Tensor]:
+    """The batch with :data:`EXTRA` more columns of padding on a side."""
+    ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
+    filler = torch.full((ids.shape[0], EXTRA), pad, dtype=ids.dtype)
+    nothing = torch.zeros((ids.shape[0], EXTRA), dtype=mask.dtype)
+    pairs = (ids, filler), (mask, nothing)
+    columns = [torch.cat(pair if side == "right" else pair[::-1], dim=1) for pair in pairs]
+    return {"input_ids": columns[0], "attention_mask": columns[1]}
+
+
+def _tokens(answer: Tensor, real: Tensor) -> Tensor:
+    return answer[real]
+
+
+def _pooled(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """The pooled logits under more padding, in true fp64."""
+    from numerics_suite.observing.roundoff import relative_error
+
+    base = true_answer(evidence, batch.tensors, by_token=False)
+    errors = [
+        relative_error(true_answer(evidence, padded(batch, side, evidence.space.pad_id), by_token=False), base)
+        for side in evidence.family.padding_sides
+    ]
+    worst = next((error for error in errors if error != error), max(errors))
+    yield Measurement(name="true-pooled", value=worst, unit="ratio")

@@ -1,0 +1,69 @@
+"""forward.pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+
+
+@check(batches=True, needs=("head", "token-ids"))
+def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Does the classifier read the last real token of every row?
+
+    The head is applied to every position of the last hidden state; the row of logits must be the nearest to the
+    position of the last real token. The nearest position needs no tolerance.
+    """
+    head_name, head = _head(evidence)
+    ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
+    if not batch.law_abiding:
+        yield Measurement(name="wrong-rows", value=0, unit="rows", module=head_name)
+        return
+    logits, states = _logits_and_states(evidence, batch, head)
+    positions = torch.arange(ids.shape[1])
+    last = (mask * (positions + 1)).argmax(dim=1)
+    wrong: list[str] = []
+    for row in range(ids.shape[0]):
+        distance = (states[row].double() - logits[row].double()).abs().amax(dim=-1)
+        expected = float(distance[last[row]])
+        # Two positions may tie (a repeated token at the start); a tie with the right one is right.
+        if not expected <= float(distance.nan_to_num(nan=float("inf")).min()) + _noise(logits[row]):
+            wrong.append(f"row {row} reads position {int(distance.argmin())}, not {int(last[row])}")
+    yield Measurement(
+        name="wrong-rows",
+        value=len(wrong),
+        unit="rows",
+        module=head_name,
+        facts={"rows": "; ".join(wrong[:4])} if wrong else {},
+    )
+
+
+def _noise(logits: Tensor) -> float:
+    """Two roundings of the logits' dtype: the same product in another shape may round its sum otherwise."""
+    return 2 * torch.finfo(logits.dtype).eps * float(logits.double().abs().max())
+
+
+def _head(evidence: Evidence) -> tuple[str, nn.Module]:
+    for name, module in evidence.model.named_modules():
+        if name.rpartition(".")[2] in evidence.family.head_names and isinstance(module, nn.Module):
+            return name, module
+    reason = f"no head named {' or '.join(evidence.family.head_names)}"
+    raise NotApplicableError(reason)
+
+
+def _logits_and_states(evidence: Evidence, batch: Batch, head: nn.Module) -> tuple[Tensor, Tensor]:
+    """The classifier's logits `[batch, labels]` and the head's answer for every position `[batch, sequence, labels]`."""
+    tensors = {name: value for name, value in batch.tensors.items() if name != "labels"}
+    output = evidence.run(tensors, output_hidden_states=True)
+    states = output.hidden_states[-1]
+    if states.shape[0] != batch.tensors["input_ids"].shape[0]:
+        states = states.transpose(0, 1)  # 2024's chatglm keeps [sequence, batch, hidden]
+    with torch.no_grad():
+        every = evidence.apply(lambda: head(states.to(next(head.parameters()).dtype)))
+    return output.logits.float().cpu(), every.float().cpu()

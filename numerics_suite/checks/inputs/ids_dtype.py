@@ -1,0 +1,101 @@
+"""inputs.ids-dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import floating_outputs, main_output
+
+INTEGERS = (torch.int32, torch.int16, torch.uint8)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@check(needs=("token-ids",))
+def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
+    """Do integer ids of every width agree, are floating ids refused, and does every id keep its own meaning?"""
+    base = _tensors(evidence)
+    wanted = _output(evidence, base)
+    disagreeing = 0
+    used: list[str] = []
+    for dtype in (*INTEGERS, *FLOATS):
+        if not dtype.is_floating_point and int(base["input_ids"].max()) > torch.iinfo(dtype).max:
+            continue
+        try:
+            got = _output(evidence, {**base, "input_ids": base["input_ids"].to(dtype)})
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            continue  # refused, which is right for floating ids and allowed for a narrow integer
+        if dtype.is_floating_point:
+            used.append(str(dtype).removeprefix("torch."))
+        else:
+            disagreeing += differing_elements(got, wanted)
+    yield Measurement(name="integer-disagreement", value=disagreeing, unit="elements", module=_embedding(evidence))
+    yield Measurement(
+        name="floating-accepted",
+        value=len(used),
+        unit="dtypes",
+        module=_embedding(evidence),
+        facts={"silently used": ", ".join(used)} if used else {},
+    )
+    yield _merged(evidence)
+
+
+def _tensors(evidence: Evidence) -> dict[str, torch.Tensor]:
+    # Ids below 128 fit every width; they are spread over two rows of a full batch.
+    length = min(8, evidence.space.max_length)
+    limit = min(127, evidence.vocab_size)
+    ids = torch.arange(1, length + 1) % limit
+    rows = ids.unsqueeze(0)
+    return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+
+
+def _output(evidence: Evidence, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return main_output(floating_outputs(evidence.run(tensors)))[1]
+
+
+def _embedding(evidence: Evidence) -> str | None:
+    entry = evidence.model.get_input_embeddings()  # type: ignore[operator]
+    return next((name for name, module in evidence.model.named_modules() if module is entry), None)
+
+
+def _merged(evidence: Evidence) -> Measurement:
+    """Ids that a 16-bit float would round to another id, and that the model does not tell apart.
+
+    bfloat16 keeps 8 bits of an integer and float16 11, so above 256 (2,048) some ids round to their neighbour. Where
+    the embedding rows of both differ, so must the embedded states.
+    """
+    vocab, merged, pairs = evidence.vocab_size, 0, 0
+    entry = evidence.model.get_input_embeddings()  # type: ignore[operator]
+    for dtype in (torch.bfloat16, torch.float16):
+        candidates = torch.arange(vocab)
+        rounded = candidates.to(dtype).to(torch.int64)
+        moved = candidates[(rounded != candidates) & (rounded < vocab)][:4]
+        for token in moved.tolist():
+            other = int(torch.tensor(token).to(dtype).to(torch.int64))
+            weight = entry.weight.detach()
+            if torch.equal(weight[token], weight[other]):
+                continue
+            pairs += 1
+            left, right = (_embedded(evidence, value) for value in (token, other))
+            merged += int(torch.equal(left, right))
+    return Measurement(
+        name="merged-ids", value=merged, unit="pairs", module=_embedding(evidence), facts={"pairs tried": pairs}
+    )
+
+
+def _embedded(evidence: Evidence, token: int) -> torch.Tensor:
+    """The state after the embedding for a row of that one id."""
+    seen: list[torch.Tensor] = []
+    entry = evidence.model.get_input_embeddings()  # type: ignore[operator]
+    handle = entry.register_forward_hook(lambda _m, _a, output: seen.append(output.detach().clone()))
+    ids = torch.full((1, min(2, evidence.space.max_length)), token)
+    try:
+        evidence.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    finally:
+        handle.remove()
+    return seen[0] if seen else ids.double()

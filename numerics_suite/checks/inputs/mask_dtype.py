@@ -1,0 +1,40 @@
+"""inputs.mask-dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.inputs.strategies import MASK_DTYPES
+from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import floating_outputs, main_output
+
+
+@check(batches=True, needs=("token-ids",))
+def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Does a mask of ones and zeros give the same answer in every dtype that a loader may hand over?
+
+    The bits are compared where tokens are real; a dtype that the model refuses is no disagreement.
+    """
+    wanted = main_output(evidence.forward(batch))[1]
+    mask = batch.tensors["attention_mask"]
+    disagreeing: dict[str, int] = {}
+    for dtype in MASK_DTYPES[1:]:
+        tensors = {name: value for name, value in batch.tensors.items() if name != "labels"}
+        tensors["attention_mask"] = mask.to(dtype)
+        try:
+            got = main_output(floating_outputs(evidence.run(tensors)))[1]
+        except (RuntimeError, TypeError, ValueError):
+            continue
+        real = mask.bool() if wanted.dim() == 3 else None
+        count = differing_elements(got[real], wanted[real]) if real is not None else differing_elements(got, wanted)
+        if count:
+            disagreeing[str(dtype).removeprefix("torch.")] = count
+    yield Measurement(
+        name="disagreement",
+        value=sum(disagreeing.values()),
+        unit="elements",
+        facts={f"differing in {name}": count for name, count in disagreeing.items()},
+    )

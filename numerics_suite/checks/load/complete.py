@@ -1,0 +1,72 @@
+"""load.complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.subjects.files import read_tensor, tensor_headers
+from numerics_suite.subjects.load import Loaded
+
+
+@check(scope="precision", needs=("checkpoint",))
+def complete(evidence: Evidence) -> Iterable[Measurement]:
+    """Did every stored weight reach the model, unchanged, and is every weight of the model but a new head stored?"""
+    loaded = evidence.loaded
+    names: list[tuple[str, tuple[str, ...]]] = [
+        ("missing", tuple(name for name in loaded.missing if name not in loaded.new_head)),
+        ("unexpected", _unexpected(loaded)),
+        ("mismatched", loaded.mismatched),
+    ]
+    for name, found in names:
+        yield Measurement(
+            name=name,
+            value=len(found),
+            unit="tensors",
+            module=found[0].rpartition(".")[0] if found else None,
+            parameters=found,
+        )
+    changed = () if evidence.subject.adapter_base or evidence.subject.quantized else tuple(_changed(evidence, loaded))
+    yield Measurement(
+        name="changed",
+        value=len(changed),
+        unit="tensors",
+        module=changed[0].rpartition(".")[0] if changed else None,
+        parameters=changed,
+    )
+
+
+def _unexpected(loaded: Loaded) -> tuple[str, ...]:
+    """Stored tensors without a place, but for the head of the other task, which is dropped on purpose."""
+    if not loaded.new_head:
+        return loaded.unexpected
+    heads = {"lm_head", "output_layer", "score", "classifier", "classifier_head"}
+    return tuple(name for name in loaded.unexpected if not heads & set(name.split(".")))
+
+
+def _changed(evidence: Evidence, loaded: Loaded) -> Iterable[str]:
+    """Parameters whose value is not the stored one cast to the parameter's dtype; tied ones are load.tied's."""
+    path = evidence.subject.path
+    assert path is not None
+    stored = tensor_headers(path)
+    for name, parameter in loaded.model.named_parameters():
+        if name not in stored or name in loaded.mismatched or tuple(stored[name][1]) != tuple(parameter.shape):
+            continue
+        if _tied(loaded.model, name):
+            continue
+        if not _same_bits(read_tensor(path, name).to(parameter.dtype), parameter.detach().cpu()):
+            yield name
+
+
+def _tied(model: nn.Module, name: str) -> bool:
+    owners = [other for other, p in model.named_parameters(remove_duplicate=False) if p is model.get_parameter(name)]
+    return len(owners) > 1
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    # NaN payloads survive a copy; comparing as NaN-equal keeps load.finite's finding out of this one.
+    return bool(((left == right) | (left.isnan() & right.isnan())).all())

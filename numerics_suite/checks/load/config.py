@@ -1,0 +1,132 @@
+"""load.config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.subjects.compat import known_config_keys
+
+DEFINING = frozenset(
+    [
+        "vocab_size",
+        "padded_vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "ffn_hidden_size",
+        "num_hidden_layers",
+        "num_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "multi_query_attention",
+        "multi_query_group_num",
+        "head_dim",
+        "kv_channels",
+        "hidden_act",
+        "rms_norm_eps",
+        "layernorm_epsilon",
+        "layer_norm_eps",
+        "rope_theta",
+        "rope_ratio",
+        "rope_scaling",
+        "rope_parameters",
+        "partial_rotary_factor",
+        "attention_bias",
+        "add_qkv_bias",
+        "add_bias_linear",
+        "mlp_bias",
+        "tie_word_embeddings",
+        "sliding_window",
+        "layer_types",
+        "max_position_embeddings",
+        "seq_length",
+        "attention_dropout",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "n_routed_experts",
+        "n_shared_experts",
+        "first_k_dense_replace",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "use_qk_norm",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "dtype",
+        "torch_dtype",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "post_layer_norm",
+        "rmsnorm",
+        "fp32_residual_connection",
+        "original_rope",
+        "apply_residual_connection_post_layernorm",
+    ]
+)
+"""Keys that define what is computed. A key outside this list that a release does not know (a tool's own note) does no harm."""
+
+RENAMED = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
+"""One thing under two names: harmless where the other name says the same or is what this release reads."""
+
+
+@check(scope="subject", needs=("checkpoint",))
+def config(evidence: Evidence) -> Iterable[Measurement]:
+    """Is what config.json says what the model was built with?"""
+    built = evidence.model.config
+    raw = evidence.subject.config
+    known = known_config_keys(type(built))
+    ignored = tuple(
+        sorted(key for key in raw if key in DEFINING and key not in known and not _harmless(key, raw, known))
+    )
+    yield Measurement(
+        name="ignored",
+        value=len(ignored),
+        unit="keys",
+        facts={"keys": ", ".join(ignored)} if ignored else {},
+        parameters=ignored,
+    )
+    differing = {key: (raw[key], value) for key, value in _as_built(raw, built, known) if not _equal(raw[key], value)}
+    yield Measurement(
+        name="differing",
+        value=len(differing),
+        unit="keys",
+        parameters=tuple(differing),
+        facts={key: f"the file says {said!r}, the model has {has!r}" for key, (said, has) in differing.items()},
+    )
+
+
+def _harmless(key: str, raw: Mapping[str, Any], known: set[str]) -> bool:
+    """A null says nothing, and a renamed key is read under its other name."""
+    if raw[key] is None:
+        return True
+    if key in RENAMED:
+        return RENAMED[key] in raw
+    # GLM-4's 5.x layout repeats what the 4.x keys say; a file with both is read right by either.
+    if key == "rope_parameters" and isinstance(raw[key], Mapping):
+        inner = {name: value for name, value in raw[key].items() if name != "rope_type"}
+        return all(name in raw and raw[name] == value and name in known for name, value in inner.items())
+    return False
+
+
+def _as_built(raw: Mapping[str, Any], built: object, known: set[str]) -> Iterable[tuple[str, Any]]:
+    """What the model holds for each defining key; the rope keys of either layout are compared by meaning."""
+    rope = getattr(built, "rope_parameters", None)
+    for key in sorted(set(raw) & DEFINING & known - {"rope_parameters", "rope_scaling", "dtype", "torch_dtype"}):
+        # The task and its labels are the user's to change.
+        if raw[key] is None or key in {"num_labels", "id2label", "label2id", "problem_type"}:
+            continue
+        if isinstance(rope, Mapping) and key in rope:
+            yield key, rope[key]
+        elif hasattr(built, key):
+            yield key, getattr(built, key)
+
+
+def _equal(said: Any, has: Any) -> bool:
+    if isinstance(said, (list, tuple)) and isinstance(has, (list, tuple)):
+        return list(said) == list(has)
+    return bool(said == has)

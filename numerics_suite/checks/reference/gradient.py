@@ -1,0 +1,80 @@
+"""reference.gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, to_device
+from numerics_suite.running.rounded import run_rounded
+from numerics_suite.running.true_fp64 import run_true_fp64
+from numerics_suite.running.twins import is_reference_itself, root_mean_square, rounding_allowance, trusted
+
+
+@check(trains=True, needs=("token-ids",))
+def gradient(evidence: Evidence) -> Iterable[Measurement]:
+    """Is every parameter's gradient as near to the true fp64 one as the precision allows?
+
+    One backward pass on the training batch without loss scaling, per parameter against the rounded run's error.
+    """
+    if is_reference_itself(evidence):
+        reason = "fp64 is the reference itself"
+        raise NotApplicableError(reason)
+    tensors = evidence.training_batch.tensors
+    true_run = run_true_fp64(evidence.model, tensors, gradients=True)
+    trusted(true_run.left_out)
+    autocast = dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
+    rounded_run = run_rounded(evidence.model, tensors, gradients=True, autocast=autocast)
+    trusted(rounded_run.left_out)
+    assert true_run.gradients is not None
+    assert rounded_run.gradients is not None
+    own = own_gradients(evidence, tensors)
+    ratios = _ratios(own, true_run.gradients, rounded_run.gradients, evidence)
+    if not ratios:
+        reason = "the loss reaches no parameter"
+        raise NotApplicableError(reason)
+    worst = max(ratios, key=lambda name: float("inf") if ratios[name] != ratios[name] else ratios[name])
+    yield Measurement(
+        name="excess",
+        value=ratios[worst] / rounding_allowance(evidence),
+        unit="ratio",
+        module=worst.rpartition(".")[0],
+        parameters=(worst,),
+        facts={"parameters compared": len(ratios)},
+    )
+    lost = tuple(name for name in true_run.gradients if name not in own)
+    yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
+
+
+def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of one backward pass in the cell's precision, float64, by parameter name."""
+    model = evidence.model
+    with arithmetic(evidence.recipe, evidence.cell.device):
+        outputs = floating_outputs(call_model(model, to_device(tensors, evidence.cell.device)))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [model.get_parameter(name) for name in names]
+    found = torch.autograd.grad(outputs["loss"], parameters, allow_unused=True)
+    return {name: g.detach().double() for name, g in zip(names, found, strict=True) if g is not None}
+
+
+def _ratios(
+    own: Mapping[str, Tensor], true: Mapping[str, Tensor], rounded: Mapping[str, Tensor], evidence: Evidence
+) -> dict[str, float]:
+    """Error of each gradient in units of the rounded run's, or of one roundoff of the gradient where that is larger."""
+    roundoff = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2
+    ratios = {}
+    for name, wanted in true.items():
+        if name not in own or name not in rounded:
+            continue
+        inherent = root_mean_square(rounded[name] - wanted)
+        floor = roundoff * root_mean_square(wanted)
+        error = root_mean_square(own[name] - wanted)
+        scale = max(inherent, floor)
+        ratios[name] = error / scale if scale else (0.0 if error == 0 else float("inf"))
+    return ratios

@@ -1,0 +1,157 @@
+"""reference.oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.oracles import file_weights, oracle_for, rotary_roundoffs, run_oracle, tensor_weights
+from numerics_suite.oracles.run import OracleRun
+from numerics_suite.oracles.trace import capture_states, first_difference
+from numerics_suite.oracles.weights import Weights
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import call_model, dtype_of
+from numerics_suite.running.true_fp64 import Fp64Run, run_true_fp64
+from numerics_suite.running.twins import trusted
+
+AGREED = 1e-10
+"""Beyond it, two float64 computations of one formula differ by more than rounding (DESIGN: 1.4e-14 to 2.6e-14)."""
+
+
+@check(needs=("token-ids",))
+def oracle(evidence: Evidence) -> Iterable[Measurement]:
+    """Is the true fp64 run what the family's definition computes from the checkpoint's own files?
+
+    Logits at all real positions (pooled ones for a classifier), the loss and every parameter's gradient.
+    """
+    if oracle_for(evidence.family.name) is None:
+        reason = f"no definition of the family '{evidence.family.name}' is written down; a baseline serves instead"
+        raise NotApplicableError(reason)
+    table = _rotary_table(evidence)
+    if table is not None:
+        yield Measurement(
+            name="rotary-roundoffs",
+            value=rotary_roundoffs(evidence.family.name, _config(evidence), table[1]),
+            unit="roundoffs",
+            module=table[0].rpartition(".")[0],
+        )
+    weights = _weights(evidence)
+    batch = evidence.training_batch.tensors
+    wanted = _definition(evidence, batch, weights, table, gradients=True)
+    found = run_true_fp64(evidence.model, batch, gradients=True)
+    trusted(found.left_out)
+    logits = relative_error(*_compared(found, wanted, batch))
+    loss = relative_error(found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
+    gradient, worst = _gradients(found, wanted)
+    where = None
+    if not max(logits, loss, gradient) <= AGREED:
+        where = _first_apart(evidence, batch, weights, table) or (worst.rpartition(".")[0] if worst else None)
+    yield Measurement(name="true-logits", value=logits, unit="ratio", module=where)
+    yield Measurement(name="true-loss", value=loss, unit="ratio", module=where)
+    yield Measurement(
+        name="true-gradient", value=gradient, unit="ratio", module=where, parameters=(worst,) if worst else ()
+    )
+
+
+def _config(evidence: Evidence) -> Mapping[str, Any]:
+    """The file's words where there is a file; what a factory built its model from elsewhere."""
+    if evidence.subject.config:
+        return evidence.subject.config
+    config = evidence.model.config.to_dict()
+    assert isinstance(config, dict)
+    return config
+
+
+def _weights(evidence: Evidence) -> Weights:
+    path = evidence.subject.path
+    if path is None or evidence.subject.adapter_base:
+        return tensor_weights(evidence.model.state_dict())
+    return file_weights(path, rounded_to=dtype_of(evidence.recipe.parameters))
+
+
+def _rotary_table(evidence: Evidence) -> tuple[str, Tensor] | None:
+    """Name and values of the model's own rotary frequencies."""
+    for name, buffer in evidence.model.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            return name, buffer.detach().cpu()
+    return None
+
+
+def _definition(  # noqa: PLR0913 - what the oracle needs
+    evidence: Evidence,
+    batch: Mapping[str, Tensor],
+    weights: Weights,
+    table: tuple[str, Tensor] | None,
+    *,
+    gradients: bool = False,
+    trace: bool = False,
+) -> OracleRun:
+    model = evidence.model
+    head = {name: model.get_parameter(name).detach() for name in evidence.loaded.new_head}
+    return run_oracle(
+        evidence.family.name,
+        _labelled(_config(evidence), evidence),
+        weights,
+        {name: value.cpu() for name, value in batch.items()},
+        task=evidence.subject.task,
+        inv_freq=table[1].double() if table is not None else None,
+        head=head or None,
+        gradients=gradients,
+        trace=trace,
+    )
+
+
+def _labelled(config: Mapping[str, Any], evidence: Evidence) -> Mapping[str, Any]:
+    """The config with the labels and pad id that the task was loaded with."""
+    built = evidence.model.config
+    extra = {
+        key: getattr(built, key) for key in ("num_labels", "problem_type") if getattr(built, key, None) is not None
+    }
+    return {**config, **extra}
+
+
+def _compared(found: Fp64Run, wanted: OracleRun, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both logits at real tokens; all rows where they are pooled."""
+    got = found.outputs["logits"].cpu()
+    if got.dim() < 3:
+        return got, wanted.logits
+    real = batch["attention_mask"].bool().cpu()
+    return got[real], wanted.logits[real]
+
+
+def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
+    """The worst gradient error and its parameter; one that only one side knows is infinitely wrong."""
+    assert found.gradients is not None
+    worst, name_of_worst = 0.0, None
+    for name, gradient in found.gradients.items():
+        error = relative_error(gradient.cpu(), wanted.gradients[name]) if name in wanted.gradients else 0.0
+        if not error <= worst:
+            worst, name_of_worst = error, name
+    # A tied weight has one gradient in both, under either of its names; what is missing altogether was detached.
+    lost = [name for name, g in wanted.gradients.items() if name not in found.gradients and bool(g.any())]
+    return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
+
+
+def _first_apart(
+    evidence: Evidence, batch: Mapping[str, Tensor], weights: Weights, table: tuple[str, Tensor] | None
+) -> str | None:
+    """The first block and sub-module where the model and its definition part."""
+    wanted = _definition(evidence, batch, weights, table, trace=True)
+    states: dict[str, Tensor] = {}
+
+    def call(model: Any, tensors: Mapping[str, Any]) -> Any:
+        with capture_states(model, wanted.states) as seen:
+            output = call_model(model, tensors)
+            states.update(seen)
+        return output
+
+    with torch.no_grad():
+        run_true_fp64(evidence.model, batch, call=call)
+    return first_difference(states, wanted.states, mask=batch["attention_mask"])

@@ -1,0 +1,71 @@
+"""train.accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.inputs.strategies import IGNORED
+from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.true_fp64 import run_true_fp64
+from numerics_suite.running.twins import trusted
+
+
+@check(trains=True, needs=("token-ids",))
+def accumulation(evidence: Evidence) -> Iterable[Measurement]:
+    """Do micro-batches of unequal token counts, weighted by what they count, give the full batch's loss and gradient?
+
+    In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's.
+    """
+    tensors = evidence.training_batch.tensors
+    rows = int(tensors["input_ids"].shape[0])
+    if rows < 2:
+        reason = "one row cannot be cut into micro-batches (--batch-size 1)"
+        raise NotApplicableError(reason)
+    full = run_true_fp64(evidence.model, tensors, gradients=True)
+    trusted(full.left_out)
+    assert full.gradients is not None
+    total = counted(tensors["labels"], evidence.subject.task)
+    loss, sums = 0.0, {name: torch.zeros_like(value) for name, value in full.gradients.items()}
+    # Unequal on purpose: one row, then the rest.
+    for start, stop in ((0, 1), (1, rows)):
+        part = {name: value[start:stop] for name, value in tensors.items()}
+        share = counted(part["labels"], evidence.subject.task) / total
+        if share == 0:
+            continue
+        run = run_true_fp64(evidence.model, part, gradients=True)
+        assert run.gradients is not None
+        loss += share * float(run.outputs["loss"])
+        for name, value in run.gradients.items():
+            sums[name] += share * value
+    yield Measurement(
+        name="true-loss", value=relative_error(torch.tensor(loss).double(), full.outputs["loss"].cpu()), unit="ratio"
+    )
+    yield _worst(sums, full.gradients)
+
+
+def counted(labels: Tensor, task: str) -> int:
+    """Labels that enter the mean: after the shift for language models, all rows of a sequence classifier."""
+    if task == "sequence-classification":
+        return int(labels.shape[0])
+    kept = labels[:, 1:] if task == "causal-lm" else labels
+    return int((kept != IGNORED).sum())
+
+
+def _worst(found: dict[str, Any], wanted: dict[str, Any]) -> Measurement:
+    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    return Measurement(
+        name="true-gradient",
+        value=errors[worst],
+        unit="ratio",
+        module=worst.rpartition(".")[0],
+        parameters=(worst,),
+    )

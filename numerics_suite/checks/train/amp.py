@@ -1,0 +1,43 @@
+"""train.amp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+
+BACKOFFS = 17
+"""Halvings from torch's initial loss scale 65,536 = 2**16 to below 1, where scaling no longer helps."""
+
+
+@check(trains=True)
+def amp(evidence: Evidence) -> Iterable[Measurement]:
+    """Under autocast, do parameters and gradients keep their dtype and does the loss scale settle?
+
+    A scaler that skips a few steps at first is at work. One that is still skipping when its scale has fallen below 1
+    will never stop: the gradients themselves are not finite.
+    """
+    if evidence.recipe.autocast is None:
+        reason = f"{evidence.recipe.name} has no autocast"
+        raise NotApplicableError(reason)
+    run = evidence.trajectory
+    if run.bad is not None and run.bad.kind in {"logits", "loss"} and not run.scales:
+        reason = "the first forward pass was not finite (train.finite)"
+        raise NotApplicableError(reason)
+    drifted = (*run.parameter_drift, *run.gradient_dtypes)
+    yield Measurement(name="dtype-drift", value=len(drifted), unit="parameters", parameters=drifted)
+    if not evidence.recipe.loss_scaling:
+        return
+    if run.skipped == len(run.gradient_norms):
+        run = evidence.train(evidence.with_plan(steps=BACKOFFS))
+    stuck = run.skipped == len(run.gradient_norms)
+    yield Measurement(
+        name="skipped-forever",
+        value=int(stuck),
+        unit="runs",
+        step=len(run.scales),
+        facts={"steps": len(run.scales), "skipped": run.skipped, "loss scale": run.scales[-1] if run.scales else 0.0},
+    )

@@ -1,0 +1,66 @@
+"""train.checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import call_model, to_device
+from numerics_suite.running.true_fp64 import run_true_fp64
+from numerics_suite.running.twins import trusted
+
+
+@check(trains=True, needs=("token-ids",))
+def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
+    """Are the gradients with activation checkpointing those without, in true fp64?"""
+    if not getattr(evidence.model, "supports_gradient_checkpointing", False):
+        reason = "this model class supports no gradient checkpointing"
+        raise NotApplicableError(reason)
+    tensors = evidence.training_batch.tensors
+    plain = run_true_fp64(evidence.model, tensors, gradients=True, stream=False, call=_training_call(evidence))
+    trusted(plain.left_out)
+    model = evidence.copy_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    again = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call(evidence))
+    trusted(again.left_out)
+    assert plain.gradients is not None
+    assert again.gradients is not None
+    lost = tuple(name for name in plain.gradients if name not in again.gradients)
+    errors = {name: relative_error(again.gradients[name], g) for name, g in plain.gradients.items() if name not in lost}
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    yield Measurement(
+        name="true-gradient",
+        value=errors[worst],
+        unit="ratio",
+        module=worst.rpartition(".")[0],
+        parameters=(worst,),
+    )
+    yield Measurement(
+        name="lost",
+        value=len(lost),
+        unit="parameters",
+        parameters=lost,
+        module=lost[0].rpartition(".")[0] if lost else None,
+    )
+
+
+def _training_call(evidence: Evidence) -> Any:
+    """Calls the model in training mode, where checkpointing is on, with every dropout off."""
+
+    def call(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.training = False
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0  # type: ignore[assignment]
+        return call_model(model, to_device(tensors, evidence.cell.device))
+
+    return call

@@ -1,0 +1,58 @@
+"""train.descends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import dtype_of
+
+
+@check(trains=True)
+def descends(evidence: Evidence) -> Iterable[Measurement]:
+    """Is the loss on the training batch lower after N steps on it?
+
+    First-order theory predicts what the first step takes off the loss (learning rate times the gradient's 1-norm for
+    Adam). What is asked is the rise of the loss in units of what the precision can resolve; where the predicted fall
+    is below that, a flat curve is what theory says and nothing is asked.
+    """
+    run = evidence.trajectory
+    if run.bad is not None:
+        reason = "training met a non-finite value (train.finite)"
+        raise NotApplicableError(reason)
+    first, last = run.losses[0], run.losses[-1]
+    resolution = _resolution(evidence, first)
+    effective = len(run.gradient_norms) - run.skipped
+    facts: dict[str, float | str] = {
+        "losses": ", ".join(f"{loss:.5g}" for loss in run.losses),
+        "predicted fall of the first step": run.predicted_decrease,
+        "smallest change the precision resolves": resolution,
+    }
+    if effective == 0:
+        reason = "the loss scaler skipped every step (train.amp)"
+        raise NotApplicableError(reason)
+    asked = run.predicted_decrease > resolution
+    rise = (last - min(first, *run.losses)) if last > first else last - first
+    yield Measurement(
+        name="rise",
+        value=rise / resolution if asked else min(rise / resolution, 0.0),
+        unit="resolutions",
+        step=effective,
+        facts=facts,
+    )
+    yield Measurement(name="fall", value=first - last, unit="nats")
+
+
+def _resolution(evidence: Evidence, loss: float) -> float:
+    """The smallest change of the loss that is no rounding: eight unit roundoffs of it.
+
+    A forward pass carries a few roundings to the loss, and the loss itself is one; the root mean square of a decoder's
+    block is 2.4 roundoffs, so eight is beyond what rounding alone moves a mean over many tokens.
+    """
+    eps = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2
+    return 8 * eps * max(abs(loss), 1.0)

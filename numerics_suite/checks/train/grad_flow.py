@@ -1,0 +1,56 @@
+"""train.grad-flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+
+
+@check(trains=True)
+def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
+    """Does every trained parameter receive a gradient that is not exactly zero?
+
+    An expert that no token was routed to has none by definition.
+    """
+    run = evidence.trajectory
+    if not run.gradient_norms or (run.bad is not None and run.bad.step == 1 and run.bad.kind != "parameter"):
+        reason = "the first backward pass was not finite (train.finite)"
+        raise NotApplicableError(reason)
+    dead = tuple(name for name in run.dead if ".experts." not in name and name not in _unused(evidence))
+    absent = tuple(name for name in dead if name in run.absent)
+    underflowed = dead and not absent and evidence.recipe.computes_in == "float16"
+    yield Measurement(
+        name="dead",
+        value=len(dead),
+        unit="parameters",
+        module=dead[0].rpartition(".")[0] if dead else None,
+        parameters=dead,
+        step=1 if dead else None,
+        cause="underflow" if underflowed and _alive_in_fp32(evidence, dead) else None,
+        facts={"without any gradient": len(absent), "exactly zero": len(dead) - len(absent)} if dead else {},
+    )
+
+
+def _unused(evidence: Evidence) -> frozenset[str]:
+    """Parameters that the loss cannot reach by definition: none in a language model; a module may say its own."""
+    return frozenset(getattr(evidence.model, "numerics_unused_parameters", ()))
+
+
+def _alive_in_fp32(evidence: Evidence, dead: tuple[str, ...]) -> bool:
+    """Whether the same parameters do get a gradient in fp32, so that it was lost to float16's range."""
+    from numerics_suite.running.precisions import PRECISIONS
+    from numerics_suite.running.training import train
+
+    model = evidence.load(seed=evidence.request.seed, dtype="float32").model
+    run = train(
+        model,
+        evidence.training_batch.tensors,
+        recipe=PRECISIONS["fp32"],
+        plan=evidence.with_plan(steps=1),
+        device=evidence.cell.device,
+    )
+    return not set(dead) & set(run.dead)

@@ -1,0 +1,76 @@
+"""train.labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.inputs.strategies import IGNORED
+from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.running.evidence import Evidence
+
+
+@check(batches=True, trains=True, needs=("token-ids",))
+def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Is the loss the cross entropy over the labels that count, and are absent labels no loss?
+
+    Held against a few lines in float64 on the model's own logits. A batch without a label that counts has NaN as its
+    loss by torch's definition, and is no finding.
+    """
+    if "labels" not in batch.tensors:
+        reason = "the batch has no labels"
+        raise NotApplicableError(reason)
+    with_labels = evidence.forward(batch, labels=True)
+    without = evidence.forward(batch)
+    yield Measurement(name="loss-without-labels", value=int("loss" in without), unit="losses")
+    if "loss" not in with_labels:
+        yield Measurement(name="loss-missing", value=1, unit="losses")
+        return
+    yield Measurement(
+        name="logits-changed",
+        value=differing_elements(with_labels["logits"].double(), without["logits"].double()),
+        unit="elements",
+        facts={"labels": "the logits differ between a call with labels and one without"},
+    )
+    got = with_labels["loss"]
+    wanted = defined_loss(without["logits"], batch.tensors["labels"], evidence.subject.task, evidence.num_labels)
+    if torch.isnan(wanted):
+        yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
+        return
+    roundoff = torch.finfo(got.dtype).eps / 2
+    # Rounding moves a cross entropy by what it moves the largest logit and the loss by.
+    size = float(wanted.abs()) + float(without["logits"].double().abs().max())
+    error = abs(float(got.double()) - float(wanted))
+    yield Measurement(
+        name="loss-error",
+        value=error / (roundoff * size),
+        unit="roundoffs",
+        facts={"loss": float(got), "cross entropy over the labels that count": float(wanted)},
+    )
+
+
+def defined_loss(logits: Tensor, targets: Tensor, task: str, num_labels: int) -> Tensor:
+    """The loss by definition, float64: mean negative log-likelihood of the labels that count.
+
+    Args:
+        logits: `[batch, sequence, classes]`, or `[batch, classes]` for sequence classification.
+        targets: int64 `[batch, sequence]` or `[batch]`; -100 does not count. For one label: regression targets.
+        task: language modelling predicts the next token, so its labels are shifted by one.
+        num_labels: 1 means regression by mean squared error.
+    """
+    scores, wanted = logits.detach().double().cpu(), targets.cpu()
+    if task == "sequence-classification" and num_labels == 1:
+        return (scores.squeeze(-1) - wanted.double()).square().mean()
+    if task == "causal-lm":
+        scores, wanted = scores[:, :-1], wanted[:, 1:]
+    scores, wanted = scores.reshape(-1, scores.shape[-1]), wanted.reshape(-1)
+    counts = wanted != IGNORED
+    if not bool(counts.any()):
+        return torch.tensor(float("nan"), dtype=torch.float64)
+    chosen = scores[counts].gather(1, wanted[counts].unsqueeze(1)).squeeze(1)
+    return (torch.logsumexp(scores[counts], dim=1) - chosen).mean()

@@ -1,0 +1,86 @@
+"""Writing a breach down as a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from numerics_suite.core.records import Batch, Fact, Finding
+from numerics_suite.diagnosing.causes import with_cause
+from numerics_suite.diagnosing.remedies import untried
+from numerics_suite.judging.verdicts import Breach
+
+if TYPE_CHECKING:
+    from numerics_suite.running.evidence import Evidence
+
+NAMED = 4
+"""Parameters that a title names before it says how many more there are."""
+
+WRITTEN_ELEMENTS = 4096
+"""A batch of more elements is written as its shapes only."""
+
+
+def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None, *, diagnose: bool = True) -> Finding:
+    """The finding of the worst breach, with the others in its evidence.
+
+    Args:
+        breaches: worst first, at least one.
+        evidence: the cell.
+        batch: the smallest failing batch, None where the check took none.
+        diagnose: replay to find cause and place.
+    """
+    worst = with_cause(breaches[0], evidence, batch) if diagnose else breaches[0]
+    measured, budget = worst.measurement, worst.budget
+    facts: dict[str, Fact] = {
+        "measurement": measured.name,
+        "measured": measured.value,
+        "allowed": budget.limit,
+        "unit": measured.unit,
+        **measured.facts,
+    }
+    for other in breaches[1:]:
+        facts[f"also {other.measurement.name}"] = other.measurement.value
+        facts[f"also {other.measurement.name} allowed"] = other.budget.limit
+    return Finding(
+        cause=measured.cause or budget.cause,
+        title=title(worst),
+        explanation=budget.reason,
+        module=measured.module,
+        op=measured.op,
+        source=measured.source,
+        step=measured.step,
+        parameters=measured.parameters,
+        evidence=facts,
+        batch=batch_as_json(batch) if batch is not None else None,
+        remedies=untried(budget.remedies),
+    )
+
+
+def title(breach: Breach) -> str:
+    """The budget's title with the measurement's values in it."""
+    names = breach.measurement.parameters
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    value = breach.measurement.value
+    return breach.budget.title.format(
+        value=int(value) if value == value and abs(value) < 2**53 and value == int(value) else value,
+        limit=breach.budget.limit,
+        module=breach.measurement.module or "the model",
+        parameters=listed,
+        step=breach.measurement.step,
+    )
+
+
+def batch_as_json(batch: Batch) -> Mapping[str, Any]:
+    """The batch as it is written into a result: how it was drawn, dtypes, shapes, and the values of a small one."""
+    written: dict[str, Any] = {"drawn": batch.drawn}
+    for name, value in batch.tensors.items():
+        if isinstance(value, Tensor):
+            entry: dict[str, Any] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+            if value.numel() <= WRITTEN_ELEMENTS:
+                entry["values"] = value.detach().cpu().tolist()
+            written[name] = entry
+        else:
+            written[name] = repr(value)
+    return written

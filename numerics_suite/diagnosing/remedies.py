@@ -1,0 +1,31 @@
+"""What each remedy of the contract means for a user."""
+
+from __future__ import annotations
+
+from numerics_suite.core.records import Remedy
+
+DESCRIPTIONS = {
+    "newer-version": "install a transformers release without the defect",
+    "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
+    "init-head": "initialise the head by hand: xavier_uniform_ for its weight, zeros for its bias",
+    "clip-grad-norm": "clip the total gradient norm to 1.0 (torch.nn.utils.clip_grad_norm_, --max-grad-norm 1.0)",
+    "tune-loss-scale": "start the GradScaler at a scale that this model's gradients fit (init_scale, growth_interval)",
+    "disable-amp": "train without autocast, in fp32",
+    "use-amp-bf16": "use bfloat16, whose range is float32's (amp-bf16)",
+    "keep-in-fp32": "keep this module in float32 and cast its result",
+    "eager-attention": 'load with attn_implementation="eager"',
+    "sdpa-attention": 'load with attn_implementation="sdpa"',
+    "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
+    "larger-optimizer-eps": "give the optimizer an eps that its dtype can hold (AdamW(eps=1e-4) in float16), "
+    "or keep float32 parameters",
+    "reload-weights": "fetch the checkpoint again and compare its SHA-256",
+    "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
+    "set-pad-token": "set pad_token_id in config.json to the tokenizer's pad id",
+    "fix-config": "write the key in the layout that the installed release reads",
+    "pin-version": "pin transformers to the last release without the defect until it is repaired",
+}
+
+
+def untried(names: tuple[str, ...]) -> tuple[Remedy, ...]:
+    """The remedies of these names, not tried yet (`verified` is None)."""
+    return tuple(Remedy(name=name, description=DESCRIPTIONS[name]) for name in names)

@@ -1,0 +1,140 @@
+"""Hypothesis strategies for batches, masks and labels.
+
+A batch is drawn as a handful of small choices (rows, lengths, side, what each row holds, one content seed), so that
+drawing costs little beside the model and shrinking goes straight to fewer rows and shorter ones.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from numerics_suite.core.records import Batch
+from numerics_suite.inputs.vocabulary import InputSpace
+
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+
+CONTENTS = ("uniform", "repeated", "edges", "specials")
+MASK_DTYPES = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.float32, torch.bfloat16)
+
+
+def row_ids(content: str, length: int, space: InputSpace, source: random.Random) -> list[int]:
+    """Token ids of one row, none of them the pad id (unless it is all the vocabulary has).
+
+    Args:
+        content: one of :data:`CONTENTS`: any ids, one id repeated, first and last ids, special ids among others.
+        length: number of tokens.
+        space: the vocabulary.
+        source: seeded generator.
+    """
+
+    def clean(token: int) -> int:
+        return token if token != space.pad_id else (token + 1) % space.vocab_size
+
+    def anything() -> int:
+        return clean(source.randrange(space.vocab_size))
+
+    if content == "repeated":
+        return [anything()] * length
+    if content == "edges":
+        return [clean(source.choice((0, space.vocab_size - 1))) for _ in range(length)]
+    if content == "specials":
+        pool = [token for token in space.special_ids if token != space.pad_id] or [0]
+        return [clean(source.choice(pool)) if source.random() < 0.25 else anything() for _ in range(length)]
+    return [anything() for _ in range(length)]
+
+
+def pad_rows(rows: list[list[int]], side: str, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as `input_ids` and `attention_mask`, each `[batch, longest]` int64."""
+    longest = max(len(row) for row in rows)
+    ids, mask = [], []
+    for row in rows:
+        filler = longest - len(row)
+        left = filler if side == "left" else 0
+        ids.append([pad] * left + row + [pad] * (filler - left))
+        mask.append([0] * left + [1] * len(row) + [0] * (filler - left))
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+
+def draw_labels(ids: torch.Tensor, mask: torch.Tensor, space: InputSpace, source: random.Random) -> torch.Tensor:
+    """Labels with some entries ignored and, after the shift, at least one that counts where a row has two tokens.
+
+    Returns:
+        int64 `[batch, sequence]` for language modelling and token classification, `[batch]` for sequence
+        classification.
+    """
+    if space.task == "sequence-classification":
+        return torch.tensor([source.randrange(space.num_labels) for _ in range(ids.shape[0])], dtype=torch.int64)
+    if space.task == "token-classification":
+        labels = torch.tensor([[source.randrange(space.num_labels) for _ in row] for row in ids.tolist()])
+    else:
+        labels = ids.clone()
+    labels[mask == 0] = IGNORED
+    ignored = torch.tensor([[source.random() < 0.2 for _ in row] for row in ids.tolist()])
+    # The last real token of the longest row always counts; with two tokens in it, one label survives the shift.
+    longest = int(mask.sum(1).argmax())
+    ignored[longest, int(mask[longest].nonzero()[-1])] = False
+    labels[ignored] = IGNORED
+    return labels
+
+
+def build_batch(  # noqa: PLR0913 - each argument is one Hypothesis choice
+    space: InputSpace, *, lengths: list[int], contents: list[str], side: str, content_seed: int, pad_inside: bool
+) -> Batch:
+    """The batch of these choices: a pure function of them."""
+    source = random.Random(content_seed)  # noqa: S311 - test data, not a secret
+    rows = [row_ids(content, length, space, source) for content, length in zip(contents, lengths, strict=True)]
+    inside = pad_inside and len(rows[0]) > 2
+    if inside:
+        rows[0][len(rows[0]) // 2] = space.pad_id
+    ids, mask = pad_rows(rows, side, space.pad_id)
+    tensors: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    tensors["labels"] = draw_labels(ids, mask, space, source)
+    drawn = f"lengths={lengths} padding={side} contents={contents} seed={content_seed}"
+    return Batch(tensors=tensors, drawn=drawn + (" pad id inside" if inside else ""), law_abiding=not inside)
+
+
+@st.composite
+def batches(draw: st.DrawFn, space: InputSpace, *, pad_inside: bool = False) -> Batch:
+    """Batches of 1 to `max_rows` rows of 1 to `max_length` tokens, padded on a side that the family declares.
+
+    Args:
+        draw: Hypothesis's.
+        space: what may be drawn.
+        pad_inside: let some batches hold a pad id among the real tokens.
+    """
+    count = draw(st.integers(1, space.max_rows))
+    lengths = draw(st.lists(st.integers(1, space.max_length), min_size=count, max_size=count))
+    contents = draw(st.lists(st.sampled_from(CONTENTS), min_size=count, max_size=count))
+    side = draw(st.sampled_from(space.sides))
+    content_seed = draw(st.integers(0, 2**32 - 1))
+    inside = draw(st.booleans()) if pad_inside else False
+    return build_batch(
+        space, lengths=lengths, contents=contents, side=side, content_seed=content_seed, pad_inside=inside
+    )
+
+
+def training_batch(space: InputSpace, *, rows: int, length: int, seed: int) -> Batch:
+    """The fixed batch that a cell trains on: uniform ids, one full row, the others at least two tokens.
+
+    Args:
+        space: what may be drawn.
+        rows: `--batch-size`.
+        length: `--seq-len`.
+        seed: `--seed`.
+    """
+    source = random.Random(f"training {seed}")  # noqa: S311 - test data, not a secret
+    shortest = min(2, length)
+    lengths = [length, *(source.randint(max(shortest, length // 2), length) for _ in range(rows - 1))]
+    return build_batch(
+        space,
+        lengths=lengths,
+        contents=["uniform"] * rows,
+        side=space.sides[0],
+        content_seed=source.randrange(2**32),
+        pad_inside=False,
+    )

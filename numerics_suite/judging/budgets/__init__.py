@@ -1,0 +1,24 @@
+"""Every budget of the suite, as data; one file per group of checks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numerics_suite.core.records import Budget
+from numerics_suite.judging.budgets import forward, inputs, load, reference, train
+
+
+@cache
+def all_budgets() -> dict[tuple[str, str], Budget]:
+    """Budgets by check id and measurement name."""
+    rows = (*load.BUDGETS, *inputs.BUDGETS, *forward.BUDGETS, *reference.BUDGETS, *train.BUDGETS)
+    table = {(row.check, row.measurement): row for row in rows}
+    if len(table) != len(rows):
+        message = "two budgets judge the same measurement"
+        raise AssertionError(message)
+    return table
+
+
+def budgets_of(check: str) -> dict[str, Budget]:
+    """The budgets of one check by measurement name."""
+    return {name: budget for (owner, name), budget in all_budgets().items() if owner == check}

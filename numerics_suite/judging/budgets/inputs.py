@@ -1,0 +1,89 @@
+"""Budgets of the `inputs.*` checks: bits are compared, so every limit is 0."""
+
+from __future__ import annotations
+
+from numerics_suite.core.records import Budget
+
+CURE = ("default-input-dtypes",)
+
+BUDGETS = (
+    Budget(
+        check="inputs.ids-dtype",
+        measurement="integer-disagreement",
+        limit=0,
+        cause="wrong-input-dtype",
+        title="integer ids of different widths give different outputs ({value} elements)",
+        reason="The same ids as int64 and as a narrower integer must look up the same rows of the embedding.",
+        remedies=CURE,
+    ),
+    Budget(
+        check="inputs.ids-dtype",
+        measurement="floating-accepted",
+        limit=0,
+        cause="wrong-input-dtype",
+        title="floating input_ids are silently used instead of refused",
+        reason="bfloat16 keeps 8 bits of an integer: under it 99 % of the ids of a 151,552-word vocabulary change. A "
+        "model that accepts floating ids computes another text's answer without a word.",
+        remedies=CURE,
+    ),
+    Budget(
+        check="inputs.ids-dtype",
+        measurement="merged-ids",
+        limit=0,
+        cause="wrong-input-dtype",
+        title="{value} pairs of different ids are embedded alike, as after a cast to a 16-bit float",
+        reason="Ids that a 16-bit float rounds to the same number reach the embedding as one id although their rows "
+        "differ: somewhere on the way input_ids are cast to a floating dtype and back.",
+        remedies=CURE,
+    ),
+    Budget(
+        check="inputs.mask-dtype",
+        measurement="disagreement",
+        limit=0,
+        cause="wrong-input-dtype",
+        title="the same attention mask in another dtype gives another answer ({value} elements)",
+        reason="Loaders hand masks over as int64, int32, bool or floating ones and zeros; all mean the same, so the "
+        "outputs at real tokens must be the same bits, or the dtype be refused.",
+        remedies=CURE,
+    ),
+    Budget(
+        check="inputs.pipeline",
+        measurement="floating",
+        limit=0,
+        cause="wrong-input-dtype",
+        title="{value} tensors that must be integral reach the model in a floating dtype",
+        reason="input_ids, attention_mask and class labels are integers. Cast to bfloat16 with the rest of a batch, ids "
+        "above 256 change and a mask may be added instead of applied.",
+        remedies=CURE,
+    ),
+    Budget(
+        check="inputs.pipeline",
+        measurement="out-of-range",
+        limit=0,
+        cause="out-of-range-input",
+        title="{value} batches hold ids outside the vocabulary",
+        reason="An id outside the embedding is an index error on CPU and a device assertion, or another row's values, "
+        "on an accelerator.",
+        remedies=("fix-config", "default-input-dtypes"),
+    ),
+    Budget(
+        check="inputs.pipeline",
+        measurement="looks-rounded",
+        limit=0,
+        cause="wrong-input-dtype",
+        title="input_ids equal their own bfloat16 rounding everywhere, as after a cast to bfloat16 and back",
+        reason="Every id above 256 is a number that bfloat16 can hold, which for an id from 2**k on has the probability "
+        "2**-(k - 7); for all ids of this batch together it is below one in a million by chance.",
+        remedies=CURE,
+    ),
+    Budget(
+        check="inputs.pipeline",
+        measurement="tokenizer-refused",
+        limit=0,
+        cause="contract-change",
+        title="this transformers cannot open the checkpoint's tokenizer",
+        reason="tokenizer_config.json names a class that the installed release does not have (TokenizersBackend, as "
+        "5.x saves it, is unknown to 4.x), so every text pipeline on this checkpoint fails.",
+        remedies=("fix-config", "newer-version"),
+    ),
+)

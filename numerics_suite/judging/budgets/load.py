@@ -1,0 +1,140 @@
+"""Budgets of the `load.*` checks: counts of what must not happen, so every limit but one is 0."""
+
+from __future__ import annotations
+
+import math
+
+from numerics_suite.core.records import Budget
+
+LARGEST_GAIN = 10 * math.sqrt(2)
+"""Ten times the largest gain of a standard initialiser.
+
+A weight's gain is its root mean square times the square root of its fan-in: 0.58 for torch's default, 1 for LeCun,
+at most 1.41 for Xavier (Glorot & Bengio 2010) and He (He et al. 2015), 0.02 * sqrt(hidden) = 1.28 for normal(0, 0.02)
+at hidden size 4,096. Logits of a normalised state have that standard deviation; a decade above the largest, softmax
+is one-hot and the first loss is noise.
+"""
+
+BUDGETS = (
+    Budget(
+        check="load.config",
+        measurement="ignored",
+        limit=0,
+        cause="ignored-config",
+        title="config.json has keys that this transformers ignores: {parameters}",
+        reason="The installed transformers does not read these keys, so the model was built with defaults in their "
+        "place and computes something else than the checkpoint was trained for. This is what happens when a "
+        "checkpoint saved by transformers 5.x (rope_parameters, dtype) is opened by 4.x.",
+        remedies=("fix-config", "newer-version"),
+    ),
+    Budget(
+        check="load.config",
+        measurement="differing",
+        limit=0,
+        cause="ignored-config",
+        title="the model was built with other values than config.json says: {parameters}",
+        reason="The value in the file did not reach the model, so it computes with another definition than the one "
+        "that was trained.",
+        remedies=("fix-config", "newer-version"),
+    ),
+    Budget(
+        check="load.complete",
+        measurement="missing",
+        limit=0,
+        cause="missing-weights",
+        title="{value} weights of the model are not in the checkpoint: {parameters}",
+        reason="They hold whatever initialisation gave them. Only a new head may be absent from the files.",
+        remedies=("reload-weights", "newer-version"),
+    ),
+    Budget(
+        check="load.complete",
+        measurement="unexpected",
+        limit=0,
+        cause="lost-weights",
+        title="{value} stored tensors found no place in the model: {parameters}",
+        reason="The file holds trained values that the model does not use; names or layout changed between the "
+        "version that saved and the one that loads.",
+        remedies=("newer-version", "pin-version"),
+    ),
+    Budget(
+        check="load.complete",
+        measurement="mismatched",
+        limit=0,
+        cause="lost-weights",
+        title="{value} stored tensors have another shape than the model's: {parameters}",
+        reason="Shapes in the file and in the model built from config.json differ, so these weights were not loaded.",
+        remedies=("fix-config", "reload-weights"),
+    ),
+    Budget(
+        check="load.complete",
+        measurement="changed",
+        limit=0,
+        cause="lost-weights",
+        title="{value} weights differ from the stored ones after loading: {parameters}",
+        reason="Loading must give the stored value cast to the asked dtype, and it gave another: the weight went to "
+        "another tensor, or was initialised again after it was loaded.",
+        remedies=("newer-version", "pin-version"),
+    ),
+    Budget(
+        check="load.finite",
+        measurement="non-finite",
+        limit=0,
+        cause="corrupt-weights",
+        title="{value} weights are NaN or infinite after loading: {parameters}",
+        reason="A weight that is not finite makes every output that depends on it NaN. Stored so, the file is "
+        "damaged; finite in the file, it does not fit the range of the precision (float16 ends at 65,504).",
+        remedies=("reload-weights", "use-amp-bf16"),
+    ),
+    Budget(
+        check="load.dtype",
+        measurement="other-dtype",
+        limit=0,
+        cause="low-precision-section",
+        title="{value} parameters are not in the dtype asked for: {parameters}",
+        reason="These parameters ignore the dtype that was asked for and are not declared to be kept in float32. A "
+        "head in float16 under a body in another dtype overflows at 65,504 or refuses its input.",
+        remedies=("keep-in-fp32", "newer-version"),
+    ),
+    Budget(
+        check="load.head-init",
+        measurement="uninitialised",
+        limit=0,
+        cause="uninitialised-parameters",
+        title="{value} parameters are never initialised: {parameters}",
+        reason="Nobody wrote to this memory: with uninitialised memory filled with NaN the weights come out NaN. In an "
+        "ordinary run they hold whatever the allocator had there, which may be zeros today and NaN tomorrow.",
+        remedies=("init-head", "newer-version"),
+    ),
+    Budget(
+        check="load.head-init",
+        measurement="gain",
+        limit=LARGEST_GAIN,
+        cause="bad-initialisation",
+        title="new weight {parameters} is initialised at {value:.3g} times the scale that keeps variance",
+        reason="A weight's gain is its root mean square times the square root of its fan-in: 0.58 to 1.41 for the "
+        "standard initialisers. Ten times the largest of them (14.1) saturates the softmax: the first losses and "
+        "gradients are huge and training starts from noise.",
+        remedies=("init-head", "clip-grad-norm"),
+    ),
+    Budget(
+        check="load.roundtrip",
+        measurement="differing",
+        limit=0,
+        cause="lost-weights",
+        title="{value} tensors differ after saving and loading again: {parameters}",
+        reason="save_pretrained followed by from_pretrained must give the same bits; what differs is lost or changed "
+        "at the first checkpoint of a training run.",
+        remedies=("newer-version", "pin-version"),
+    ),
+    Budget(
+        check="load.tied",
+        measurement="wrongly-tied",
+        limit=0,
+        cause="untied-weights",
+        title="input and output embeddings are not tied as the config says",
+        reason="tie_word_embeddings decides whether both embeddings are one tensor. Untied on load, the output "
+        "embedding is not what was trained, and both drift apart in training; tied without being declared, one of "
+        "two trained tensors was dropped.",
+        remedies=("fix-config", "newer-version"),
+    ),
+)

@@ -1,0 +1,59 @@
+"""A measurement against its budget: within, or a breach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from numerics_suite.core.errors import CheckError
+from numerics_suite.core.records import Budget, Measurement
+from numerics_suite.judging.budgets import budgets_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breach:
+    """A measurement over its budget."""
+
+    measurement: Measurement
+    budget: Budget
+
+    @property
+    def excess(self) -> float:
+        """How far over, as a ratio; infinite over a limit of 0 or for a value that is not finite."""
+        value, limit = self.measurement.value, self.budget.limit
+        if limit == 0 or not math.isfinite(value):
+            return math.inf
+        return value / limit
+
+
+def within(value: float, limit: float) -> bool:
+    """Whether the value is within the limit; NaN never is."""
+    return value <= limit
+
+
+def judge(check: str, measurements: Iterable[Measurement], budgets: Mapping[str, Budget] | None = None) -> list[Breach]:
+    """The breaches among the measurements, worst first.
+
+    Args:
+        check: id of the check.
+        measurements: what it measured.
+        budgets: by measurement name; the suite's own where None.
+
+    Raises:
+        CheckError: no measurement has a budget: nothing was judged, which is not passing.
+    """
+    table = budgets_of(check) if budgets is None else budgets
+    judged = 0
+    breaches = []
+    for measurement in measurements:
+        budget = table.get(measurement.name)
+        if budget is None:
+            continue
+        judged += 1
+        if not within(measurement.value, budget.limit):
+            breaches.append(Breach(measurement=measurement, budget=budget))
+    if judged == 0:
+        message = f"{check} measured nothing that a budget judges"
+        raise CheckError(message)
+    return sorted(breaches, key=lambda breach: -breach.excess)

@@ -1,0 +1,23 @@
+"""How many elements of a tensor are not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nonfinite_count(tensor: Tensor) -> int:
+    """Number of NaN and infinite elements; integers have none.
+
+    The sum is asked first: one reduction that is finite proves every element finite.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32 if tensor.dtype != torch.float64 else None))):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def nan_count(tensor: Tensor) -> int:
+    """Number of NaN elements."""
+    return int(torch.isnan(tensor).sum()) if tensor.is_floating_point() else 0

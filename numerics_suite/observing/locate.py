@@ -1,0 +1,183 @@
+"""Where a value stops being finite: the first op with finite inputs and a non-finite output.
+
+Works on the forward pass and on the backward pass, whose ops run under the same dispatch mode; an op of the backward
+pass has no module of its own on the stack, so it is given the module of the last forward op that made its inputs'
+sequence (none where unknown).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from numerics_suite.observing.finiteness import nonfinite_count
+
+OWN = Path(__file__).resolve().parent.parent
+QUIET = {"aten.detach.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
+"""Ops that compute nothing: what they return was made elsewhere or is still to be written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The op where a value stopped being finite.
+
+    Attributes:
+        op: such as `aten.softmax.int`.
+        module: dotted name, None in the backward pass or outside every module.
+        source: `file.py:123` of the model's own line, None where unknown.
+        dtype: of the output.
+        largest_input: largest magnitude of the finite inputs.
+        nonfinite: non-finite elements of the output.
+        elements: elements of the output.
+        has_infinity: infinities among them, as an overflow leaves.
+        masked_row: the input holds a row without any finite value, as a fully masked row is.
+        backward: it happened in the backward pass.
+        parameters: parameters among its inputs that are themselves not finite (then they are the origin).
+    """
+
+    op: str
+    module: str | None
+    source: str | None
+    dtype: str
+    largest_input: float
+    nonfinite: int
+    elements: int
+    has_infinity: bool
+    masked_row: bool
+    backward: bool
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Stack:
+    """Names of the modules that are running, outermost first."""
+
+    names: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def module_stack(model: nn.Module) -> Iterator[_Stack]:
+    """Within it the stack knows which module runs; hooks are gone after."""
+    stack = _Stack()
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: stack.names.append(n)))
+        handles.append(
+            module.register_forward_hook(
+                lambda _m, _a, _o: stack.names.pop() if stack.names else None, always_call=True
+            )
+        )
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def model_line() -> str | None:
+    """`file.py:123` of the innermost frame that belongs to neither torch nor this package."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the documented way to walk frames cheaply
+    torch_home = str(Path(torch.__file__).parent)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((torch_home, str(OWN), "<")):
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+class OriginFinder(TorchDispatchMode):
+    """Watches every op and keeps the first whose inputs are finite and whose output is not."""
+
+    def __init__(self, stack: _Stack, bad_parameters: Mapping[int, str]) -> None:
+        """Watch with the stack of running modules.
+
+        Args:
+            stack: knows the running module.
+            bad_parameters: data pointer to name of the parameters that are not finite to begin with.
+        """
+        super().__init__()
+        self.stack = stack
+        self.bad_parameters = bad_parameters
+        self.origin: Origin | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the op, then look at what came out."""
+        kwargs = kwargs or {}
+        if self.origin is not None or str(func) in QUIET:
+            return func(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        named = tuple(
+            name for leaf in inputs if (name := self.bad_parameters.get(leaf.data_ptr())) and nonfinite_count(leaf)
+        )
+        # A mask's -inf is finite for this purpose: it is meant. NaN and +inf inputs were made by an earlier op.
+        clean = not any(_spoiled(leaf) for leaf in inputs)
+        masked = any(_masked_row(leaf) for leaf in inputs) if clean else False
+        largest = max((_largest(leaf) for leaf in inputs), default=0.0) if clean else 0.0
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        spoiled = next((leaf for leaf in outputs if leaf.is_floating_point() and _spoiled(leaf)), None)
+        if spoiled is not None and (clean or named) and not _copies(func):
+            self.origin = Origin(
+                op=str(func).removesuffix(".default"),
+                module=self.stack.names[-1] or None if self.stack.names else None,
+                source=model_line(),
+                dtype=str(spoiled.dtype).removeprefix("torch."),
+                largest_input=largest,
+                nonfinite=nonfinite_count(spoiled),
+                elements=spoiled.numel(),
+                has_infinity=bool(torch.isinf(spoiled).any()),
+                masked_row=masked,
+                backward=not self.stack.names,
+                parameters=named,
+            )
+        return result
+
+
+def _spoiled(tensor: Tensor) -> bool:
+    if not nonfinite_count(tensor):
+        return False
+    return bool(torch.isnan(tensor).any()) or bool((tensor == float("inf")).any())
+
+
+def _masked_row(tensor: Tensor) -> bool:
+    if tensor.dim() == 0 or tensor.shape[-1] == 0 or not nonfinite_count(tensor):
+        return False
+    return bool((tensor == float("-inf")).all(dim=-1).any())
+
+
+def _largest(tensor: Tensor) -> float:
+    if tensor.numel() == 0:
+        return 0.0
+    finite = torch.where(torch.isfinite(tensor), tensor, torch.zeros_like(tensor))
+    return float(finite.abs().max())
+
+
+def _copies(func: Any) -> bool:
+    """A view or an uninitialised allocation makes no value."""
+    return bool(getattr(func, "is_view", False)) or "empty" in str(func)
+
+
+def find_origin(model: nn.Module, run: Any) -> Origin | None:
+    """The first op of `run()` that turns finite inputs into a non-finite output, None if every value stays finite.
+
+    Args:
+        model: whose modules name the place.
+        run: a callable without arguments: the forward pass, or forward and backward.
+    """
+    bad = {p.data_ptr(): name for name, p in model.named_parameters() if nonfinite_count(p.detach())}
+    with module_stack(model) as stack, OriginFinder(stack, bad) as finder:
+        run()
+    return finder.origin

@@ -1,0 +1,221 @@
+"""The pytest plugin: options, markers, parametrisation of the suite, collection of results, exit status.
+
+Other projects' test runs load this file through its entry point, so it imports nothing heavy and does nothing until
+the suite is named on the command line or `collect = true` asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.settings.options import add_pytest_options, from_pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from numerics_suite.suite.planning import Question
+    from numerics_suite.suite.session import SuiteSession
+
+SUITE = Path(__file__).resolve().parent / "suite"
+PACKAGE = "numerics_suite.suite"
+NO_GPU = "-m gpu: no accelerator is visible to torch, so no gpu cell can run (--numerics-allow-no-gpu lets that pass)"
+
+session_key = pytest.StashKey["SuiteSession"]()
+gate_key = pytest.StashKey["Gate"]()
+result_key = pytest.StashKey["CheckResult"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the `--numerics-…` twins of the options of `check`."""
+    add_pytest_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers; with `collect = true` let a bare `pytest` collect the suite too."""
+    config.addinivalue_line("markers", "gpu: runs on an accelerator")
+    config.addinivalue_line("markers", "slow: takes minutes; not part of a quick run")
+    if _is_bare(config) and not _names_suite(config) and _settings(config).collect:
+        config.args.append(str(SUITE))
+
+
+def _is_bare(config: pytest.Config) -> bool:
+    source = getattr(config, "args_source", None)
+    return source is not None and source is not type(source).ARGS
+
+
+def _names_suite(config: pytest.Config) -> bool:
+    """Whether the command line (or `collect`) names the suite, as a package, a folder or a file of it."""
+    for argument in config.args:
+        path = str(argument).partition("::")[0]
+        if path == PACKAGE or path.startswith(f"{PACKAGE}."):
+            return True
+        if Path(path).exists() and SUITE in (Path(path).resolve(), *Path(path).resolve().parents):
+            return True
+    return False
+
+
+def _settings(config: pytest.Config) -> Any:
+    try:
+        return from_pytest(config)
+    except NumericsSuiteError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Make the plan before anything is collected, so that bad input is a usage error and not a broken test."""
+    config = session.config
+    if not _names_suite(config):
+        return
+    settings = _settings(config)
+    from numerics_suite.suite.gate import Gate
+    from numerics_suite.suite.session import SuiteSession
+
+    _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
+    suite = SuiteSession(settings, deadline=config.getoption("numerics_deadline", None))
+    try:
+        suite.plan  # noqa: B018 - made here for its errors
+    except NumericsSuiteError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[session_key] = suite
+    if not hasattr(config, "workerinput"):
+        gate = Gate(suite, run=config.pluginmanager.get_plugin("numerics-suite-run"))
+        config.stash[gate_key] = gate
+        config.pluginmanager.register(gate, "numerics-suite-gate")
+
+
+def _wants_gpu_only(config: pytest.Config) -> bool:
+    expression = config.getoption("markexpr", "")
+    if not expression:
+        return False
+    from _pytest.mark.expression import Expression
+
+    compiled = Expression.compile(expression)
+    return compiled.evaluate(lambda name, **_: name == "gpu") and not compiled.evaluate(lambda _name, **_: False)
+
+
+def _refuse_gpu_run_without_gpu(config: pytest.Config, *, allowed: bool) -> None:
+    if allowed or not _wants_gpu_only(config):
+        return
+    from numerics_suite.running.devices import accelerator
+
+    if accelerator() is None:
+        pytest.exit(NO_GPU, returncode=int(pytest.ExitCode.NO_TESTS_COLLECTED))
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect the suite's files whatever the host's `python_files` says."""
+    if file_path.parent != SUITE or not file_path.match("test_*.py") or session_key not in parent.config.stash:
+        return None
+    patterns = parent.config.getini("python_files")
+    if parent.session.isinitpath(file_path) or any(file_path.match(pattern) for pattern in patterns):
+        return None  # pytest collects it by itself
+    return pytest.Module.from_parent(parent, path=file_path)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The fixture of every item of the suite: one question, and the session that answers it."""
+
+    question: Question
+    session: SuiteSession
+    item: pytest.Item
+
+    def ask(self) -> None:
+        """Answer the question and turn the answer into pytest's outcome."""
+        result, trace = self.session.answer(self.question)
+        self.item.stash[result_key] = result
+        if result.status == "skipped":
+            pytest.skip(result.reason or "")
+        if result.status == "failed":
+            from numerics_suite.reporting.text import finding_text
+
+            pytest.fail(finding_text(result), pytrace=False)
+        if result.status == "error":
+            pytest.fail(f"{result.id}: error: {result.reason}\n{trace}", pytrace=False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One parameter per question of the file's group."""
+    if "numerics_question" not in metafunc.fixturenames:
+        return
+    suite = metafunc.config.stash.get(session_key, None)
+    if suite is None:
+        return
+    group = metafunc.function.__name__.removeprefix("test_")
+    parameters = []
+    for question in suite.plan.questions:
+        if question.group != group:
+            continue
+        marks = [pytest.mark.xdist_group(question.cell.param_id)] if _has_xdist(metafunc.config) else []
+        if not question.cell.device.startswith("cpu"):
+            marks.append(pytest.mark.gpu)
+        parameters.append(pytest.param(question, id=question.param_id, marks=marks))
+    metafunc.parametrize("numerics_question", parameters, indirect=True)
+
+
+def _has_xdist(config: pytest.Config) -> bool:
+    return config.pluginmanager.hasplugin("xdist")
+
+
+@pytest.fixture
+def numerics_question(request: pytest.FixtureRequest) -> Asked:
+    """The question of this item."""
+    return Asked(request.param, request.config.stash[session_key], request.node)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run cell by cell, so that each model is loaded once; other tests keep their place before the suite's."""
+    suite = config.stash.get(session_key, None)
+    if suite is None:
+        return
+    order = {question: index for index, question in enumerate(suite.plan.questions)}
+    items.sort(key=lambda item: order[_question(item)] if _question(item) is not None else -1)  # type: ignore[index]
+
+
+def _question(item: pytest.Item) -> Any:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("numerics_question") if callspec is not None else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Send the result along with pytest's own report, in a form that travels between processes."""
+    report = yield
+    result = item.stash.get(result_key, None)
+    if result is not None and report.when == "call":
+        from numerics_suite.reporting.results import check_to_json
+
+        report.numerics_result = check_to_json(result)  # type: ignore[attr-defined]
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell the gate what was selected."""
+    gate = session.config.stash.get(gate_key, None)
+    if gate is not None:
+        gate.select([question for item in session.items if (question := _question(item)) is not None])
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Judge the run as a whole and set the exit status of the contract."""
+    gate = session.config.stash.get(gate_key, None)
+    if gate is not None:
+        session.exitstatus = gate.finish(int(exitstatus), others_failed=session.testsfailed > gate.failed_items)
+        allowed = gate.settings.allow_no_gpu and _wants_gpu_only(session.config)
+        if allowed and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            session.exitstatus = pytest.ExitCode.OK
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Under plain pytest: the verdict and the findings, as `numerics-suite check` prints them."""
+    gate = config.stash.get(gate_key, None)
+    if gate is not None and gate.run is None and gate.result is not None:
+        gate.print_summary(terminalreporter)

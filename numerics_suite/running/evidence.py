@@ -1,0 +1,288 @@
+"""Evidence: one cell's model and everything that checks ask of it, each computed once.
+
+A check receives an :class:`Evidence` and asks it for forward passes, fresh copies and the training run. The suite
+builds one per cell and keeps it while that cell's checks run; a doctor can build one over a cured copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Batch, Cell, Subject
+from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
+from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, takes_token_ids, to_device
+from numerics_suite.running.precisions import Precision, precision
+from numerics_suite.running.training import Plan, Trajectory, train
+from numerics_suite.subjects.families import family_of
+from numerics_suite.subjects.families.family import Family
+from numerics_suite.subjects.load import Loaded, load
+
+KEPT_FORWARDS = 48
+"""Forward results kept per cell: the checks of a group draw the same batches, so most of them are asked again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the settings ask of every cell.
+
+    Attributes:
+        seed: `--seed`.
+        rows: `--batch-size`.
+        length: `--seq-len`.
+        plan: how cells are trained.
+        data: the user's own batch, None without `--data`.
+    """
+
+    seed: int = 0
+    rows: int = 4
+    length: int = 64
+    plan: Plan = field(default_factory=Plan)
+    data: Callable[[Subject, InputSpace], Batch] | None = None
+
+
+def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A hashable key of the batch's contents."""
+    parts = []
+    for name in sorted(tensors):
+        value = tensors[name]
+        if isinstance(value, Tensor):
+            raw = value.detach().cpu().contiguous().view(torch.uint8) if value.numel() and value.dim() else value.cpu()
+            parts.append((name, str(value.dtype), tuple(value.shape), raw.numpy().tobytes()))
+        else:
+            parts.append((name, repr(value)))
+    return tuple(parts)
+
+
+class Evidence:
+    """One cell under test.
+
+    Attributes:
+        subject: the resolved subject.
+        cell: where it runs.
+        recipe: the precision recipe.
+        request: batch shape, seed, training plan.
+        family: what is known of the architecture.
+    """
+
+    def __init__(
+        self, subject: Subject, cell: Cell, request: Request, loader: Callable[..., Loaded] | None = None
+    ) -> None:
+        """Nothing is loaded until a check asks.
+
+        Args:
+            subject: the resolved subject.
+            cell: where it runs.
+            request: batch shape, seed, training plan.
+            loader: replaces :func:`numerics_suite.subjects.load.load`, for a cured copy.
+        """
+        self.subject, self.cell, self.request = subject, cell, request
+        self.recipe: Precision = precision(cell.precision)
+        self.family: Family = family_of(subject.config)
+        self._loader = loader or load
+        self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
+        self.memo: dict[str, Any] = {}
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:
+        """A fresh model, in eval mode; dtype and attention are the cell's unless given."""
+        return self._loader(
+            self.subject,
+            dtype=dtype or self.recipe.parameters,
+            attn=attn or self.cell.attn,
+            device=self.cell.device,
+            seed=seed,
+            poison=poison,
+        )
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The cell's model as loaded, shared by every check that does not change it."""
+        return self.load(seed=self.request.seed)
+
+    @property
+    def model(self) -> nn.Module:
+        """The cell's model, in eval mode; checks leave it as they found it."""
+        return self.loaded.model
+
+    def copy_model(self) -> nn.Module:
+        """A copy that a check may train or change."""
+        return copy.deepcopy(self.model)
+
+    @contextmanager
+    def tampered(self) -> Iterator[nn.Module]:
+        """The shared model for a check that changes a switch and puts it back; cached forwards are set aside."""
+        kept, self._forwards = self._forwards, OrderedDict()
+        try:
+            yield self.model
+        finally:
+            self._forwards = kept
+
+    # --- inputs ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def takes_ids(self) -> bool:
+        """Whether batches of token ids can be drawn for it; a plain module runs on its own batch only."""
+        return takes_token_ids(self.model)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        return int(embedding.weight.shape[0])
+
+    @cached_property
+    def space(self) -> InputSpace:
+        """What batches may be drawn."""
+        if not self.takes_ids:
+            reason = "a plain module: no token ids can be drawn for it"
+            raise NotApplicableError(reason)
+        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        rows = self.request.rows
+        pads = pad_id(config)
+        return InputSpace(
+            vocab_size=self.vocab_size,
+            pad_id=pads if 0 <= pads < self.vocab_size else 0,
+            special_ids=special_ids(config, self.vocab_size),
+            sides=self.family.padding_sides,
+            task=self.subject.task,
+            num_labels=self.num_labels,
+            max_rows=1 if rows == 1 else max(8, rows),
+            max_length=min(self.request.length, self._longest(config)),
+            pools_by_pad=self.family.pooling == "pad-id",
+        )
+
+    @staticmethod
+    def _longest(config: Mapping[str, Any]) -> int:
+        limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
+        return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of the head as built."""
+        return int(getattr(getattr(self.model, "config", None), "num_labels", self.subject.num_labels))
+
+    @cached_property
+    def own_batch(self) -> Batch | None:
+        """The batch that comes with the subject: a factory's, or the user's `--data`."""
+        if self.loaded.batch is not None:
+            return Batch(tensors=dict(self.loaded.batch), drawn="the factory's own batch")
+        if self.request.data is not None and self.takes_ids:
+            return self.request.data(self.subject, self.space)
+        return None
+
+    @cached_property
+    def training_batch(self) -> Batch:
+        """The fixed batch that the cell trains on; the user's own where there is one."""
+        if self.own_batch is not None and (not self.takes_ids or "labels" in self.own_batch.tensors):
+            return self.own_batch
+        return training_batch(self.space, rows=self.request.rows, length=self.space.max_length, seed=self.request.seed)
+
+    # --- runs ------------------------------------------------------------------------------------------------------
+
+    def run(self, tensors: Mapping[str, Any], model: nn.Module | None = None, **keywords: Any) -> Any:
+        """One forward pass without gradients under the cell's recipe; the raw output.
+
+        Args:
+            tensors: what the model is called with.
+            model: another model than the cell's.
+            keywords: more keywords of the call.
+        """
+        with torch.no_grad(), arithmetic(self.recipe, self.cell.device):
+            return call_model(model or self.model, to_device(tensors, self.cell.device), **keywords)
+
+    def apply(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call a function without gradients under the cell's recipe."""
+        with torch.no_grad(), arithmetic(self.recipe, self.cell.device):
+            return function()
+
+    def forward(self, batch: Batch, *, labels: bool = False) -> dict[str, Tensor]:
+        """The floating outputs of the cell's model on the batch, by name; computed once per batch.
+
+        Args:
+            batch: what to run.
+            labels: hand the labels over too, so that the model computes its loss.
+        """
+        tensors = dict(batch.tensors)
+        if not labels and self.takes_ids:
+            tensors.pop("labels", None)
+        key = batch_key(tensors)
+        if key in self._forwards:
+            self._forwards.move_to_end(key)
+        else:
+            self._forwards[key] = floating_outputs(self.run(tensors))
+            if len(self._forwards) > KEPT_FORWARDS:
+                self._forwards.popitem(last=False)
+        return self._forwards[key]
+
+    @cached_property
+    def trajectory(self) -> Trajectory:
+        """The watched training run of the cell on a copy of its model, on the fixed batch."""
+        return self.train(self.request.plan)
+
+    def train(self, plan: Plan, recipe: Precision | None = None) -> Trajectory:
+        """Train a copy of the cell's model on the fixed batch.
+
+        Args:
+            plan: steps, optimizer, learning rate, clipping.
+            recipe: another precision recipe than the cell's.
+        """
+        model = self.copy_model()
+        freeze_to_scope(model, plan.scope, self.family)
+        tensors = to_device(self.training_batch.tensors, self.cell.device)
+        with torch.random.fork_rng(enabled=True):
+            torch.manual_seed(self.request.seed)
+            return train(model, tensors, recipe=recipe or self.recipe, plan=plan, device=self.cell.device)
+
+    def with_plan(self, **changes: Any) -> Plan:
+        """The request's plan with some fields changed."""
+        return replace(self.request.plan, **changes)
+
+
+def freeze_to_scope(model: nn.Module, scope: str, family: Family) -> None:
+    """Leave `requires_grad` on what the scope trains.
+
+    Args:
+        model: changed in place.
+        scope: `full`, `head`, `last:K`; `lora` wraps nothing here, its adapter's parameters stay trainable.
+        family: knows the head's names.
+
+    Raises:
+        NotApplicableError: the scope names nothing in this model.
+    """
+    if scope == "full":
+        return
+    heads = (*family.head_names, "lm_head", "output_layer")
+    names = [name for name, _ in model.named_parameters()]
+    kept = {name for name in names if any(part in heads for part in name.split("."))}
+    if scope.startswith("last:"):
+        blocks = decoder_blocks(model)
+        for path in blocks[-int(scope.partition(":")[2]) :]:
+            kept.update(name for name in names if name.startswith(f"{path}."))
+    if scope == "lora":
+        kept = {name for name in names if "lora_" in name}
+    if not kept:
+        reason = f"--train-scope {scope} names no parameter of this model"
+        raise NotApplicableError(reason)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in kept)
+
+
+def decoder_blocks(model: nn.Module) -> list[str]:
+    """Dotted names of the repeated blocks: the members of the longest `nn.ModuleList`, in order."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return []
+    name, longest = max(lists, key=lambda item: len(item[1]))
+    return [f"{name}.{index}" for index in range(len(longest))]

@@ -1,0 +1,51 @@
+"""What `--train-scope auto` trains: the most that fits in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from numerics_suite.core.records import Subject
+from numerics_suite.running.precisions import precision
+from numerics_suite.subjects.memory import estimate_bytes
+
+USABLE = 0.8
+"""Share of the free memory that training may plan with; the rest is for workspaces and other programs."""
+
+
+def free_bytes(device: str) -> int:
+    """Bytes free on the device; for the CPU what the system says can be had without swapping."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2**34
+
+
+def choose_scope(subject: Subject, precision_name: str, device: str, *, rows: int, length: int) -> str:
+    """`full` where training all parameters fits in 80 % of the free memory, else `last:1`, else `head`.
+
+    Args:
+        subject: resolved.
+        precision_name: decides the bytes of a parameter.
+        device: whose memory counts.
+        rows: batch size.
+        length: sequence length.
+    """
+    dtype = precision(precision_name).parameters
+    full = estimate_bytes(subject, dtype, training=True, batch=rows, seq=length)
+    held = estimate_bytes(subject, dtype, training=False, batch=rows, seq=length)
+    if full is None or held is None:
+        return "full"
+    room = free_bytes(device) * USABLE
+    # Training happens on a copy, so the model that the other checks use is in memory too.
+    if held + full <= room:
+        return "full"
+    return "last:1" if 2 * held + (full - held) / 8 <= room else "head"

@@ -1,0 +1,173 @@
+"""A cell's run beside its twins: the true fp64 run, the rounded run, and the answer that laws are asked of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.running.evidence import Evidence, batch_key
+from numerics_suite.running.forward import call_model, dtype_of, to_device
+from numerics_suite.running.rounded import run_rounded
+from numerics_suite.running.true_fp64 import run_true_fp64
+
+KEPT_TWINS = 32
+"""Twin runs kept per cell, so that laws which start from the same batch share its reference."""
+
+
+def _kept(evidence: Evidence, kind: str, tensors: Mapping[str, Any], make: Callable[[], Any], extra: str = "") -> Any:
+    store = evidence.memo.setdefault("twins", {})
+    key = (kind, extra, hashlib.sha256(repr(batch_key(tensors)).encode()).digest())
+    if key not in store:
+        if len(store) >= KEPT_TWINS:
+            store.pop(next(iter(store)))
+        store[key] = make()
+    return store[key]
+
+
+def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without its labels: laws are asked of logits."""
+    return {name: value for name, value in tensors.items() if name != "labels"}
+
+
+def answer_of(output: Any, *, by_token: bool) -> Tensor:
+    """What a law compares: the logits; the last hidden state where a law is about tokens and the logits are pooled.
+
+    Args:
+        output: of the model.
+        by_token: the law needs one row per token, `[batch, sequence, …]`.
+    """
+    logits = output["logits"] if "logits" in output else output[0]
+    if by_token and logits.dim() < 3:
+        states = output["hidden_states"][-1]
+        assert isinstance(states, Tensor)
+        return states
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Callable[[nn.Module, Mapping[str, Any]], Any]:
+    """Calls a model so that :func:`answer_of` finds its answer."""
+    pooled = by_token and evidence.subject.task == "sequence-classification"
+
+    def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
+        extra = {"output_hidden_states": True} if pooled else {}
+        output = call_model(model, to_device(tensors, evidence.cell.device), **extra, **keywords)
+        return {"answer": answer_of(output, by_token=by_token)}
+
+    return call
+
+
+def true_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+    """The answer of the true fp64 run, float64 on the CPU.
+
+    Raises:
+        NotApplicableError: something could not be lifted to float64; such a run is no reference.
+    """
+    given = without_labels(tensors)
+
+    def make() -> Tensor:
+        run = run_true_fp64(evidence.model, given, call=caller(evidence, by_token=by_token))
+        trusted(run.left_out)
+        return run.outputs["answer"].cpu()
+
+    result = _kept(evidence, "fp64", given, make, str(by_token))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def trusted(left_out: tuple[str, ...]) -> None:
+    """Refuse a twin that was not wholly lifted.
+
+    Raises:
+        NotApplicableError: naming what was left out.
+    """
+    if left_out:
+        reason = f"no float64 reference: {', '.join(left_out[:3])} cannot be computed in float64"
+        raise NotApplicableError(reason)
+
+
+def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+    """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once."""
+    given = without_labels(tensors)
+    autocast = dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
+
+    def make() -> Tensor:
+        run = run_rounded(evidence.model, given, autocast=autocast, call=caller(evidence, by_token=by_token))
+        trusted(run.left_out)
+        return run.outputs["answer"].cpu()
+
+    result = _kept(evidence, "rounded", given, make, str(by_token))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+    """The answer of the cell itself in its own precision, float64 on the CPU."""
+    given = without_labels(tensors)
+
+    def make() -> Tensor:
+        call = caller(evidence, by_token=by_token)
+        answer = evidence.apply(lambda: call(evidence.model, given)["answer"])
+        return answer.double().cpu()
+
+    result = _kept(evidence, "plain", given, make, str(by_token))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def root_mean_square(values: Tensor) -> float:
+    """Root mean square of all elements; NaN stays NaN, nothing is 0."""
+    return float(values.double().square().mean().sqrt()) if values.numel() else 0.0
+
+
+def is_reference_itself(evidence: Evidence) -> bool:
+    """In fp64 the run is its own reference: it has no inherent error to compare with."""
+    return evidence.recipe.computes_in == "float64"
+
+
+def longest_reduction(model: nn.Module) -> int:
+    """The longest sum in a matrix product of the model: the largest fan-in of its linear layers."""
+    return max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=1)
+
+
+def rounding_allowance(evidence: Evidence) -> float:
+    """By how much a kernel's error may exceed one rounding per op, before any multiple.
+
+    In 16 bits kernels accumulate in float32, so a product is rounded once: 1. In float32 they accumulate in float32
+    too: a sum of K products errs by up to about sqrt(K) roundoffs (Higham & Mary 2019, probabilistic bound).
+    """
+    if evidence.recipe.computes_in in {"float32", "float64"} and not evidence.recipe.tf32:
+        return float(longest_reduction(evidence.model)) ** 0.5
+    return 1.0
+
+
+def compare_law(
+    evidence: Evidence, *, true: Tensor, true_other: Tensor, other: Tensor, base: Callable[[], Tensor]
+) -> tuple[float, float]:
+    """Judge a law twice: in true fp64, and in the cell's precision.
+
+    Args:
+        evidence: the cell.
+        true: true fp64 answer of the batch, at the positions that the law compares.
+        true_other: true fp64 answer of the transformed batch at the same positions.
+        other: the cell's own answer of the transformed batch at the same positions.
+        base: gives the rounded answer of the batch at the same positions.
+
+    Returns:
+        `max|a - b| / rms` in true fp64, and the error of the transformed run in units of the inherent error. By the
+        triangle inequality a law that holds in true fp64 can fail in p only through a transformed run that is itself
+        too far from the true one, so that is what is measured.
+    """
+    from numerics_suite.observing.roundoff import relative_error
+
+    exact = relative_error(true_other, true)
+    if is_reference_itself(evidence):
+        return exact, 0.0
+    inherent = root_mean_square(base() - true)
+    floor = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2 * root_mean_square(true)
+    return exact, root_mean_square(other - true) / (max(inherent, floor) * rounding_allowance(evidence))

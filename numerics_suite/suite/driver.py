@@ -1,0 +1,158 @@
+"""Asking one check of one cell: once, or over the batches that Hypothesis draws and shrinks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, given
+
+from numerics_suite.core.errors import CheckError
+from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.registry import CheckSpec
+from numerics_suite.inputs.strategies import batches
+from numerics_suite.judging.verdicts import Breach, judge
+from numerics_suite.running.evidence import Evidence, batch_key
+
+SHRINKS = 60
+"""Batches tried to make a failing one smaller: rows and lengths are a few choices each, and every try runs the model."""
+
+
+class _BreachedError(Exception):
+    """Tells Hypothesis that a batch fails."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a check measured over all its batches.
+
+    Attributes:
+        worst: the largest value of each measurement (NaN above all), by name.
+        breaches: worst first, of the smallest failing batch; empty when every batch passed.
+        batch: that batch.
+        examples: batches asked.
+        latest: what the last batch measured.
+    """
+
+    worst: dict[str, Measurement] = field(default_factory=dict)
+    breaches: list[Breach] = field(default_factory=list)
+    batch: Batch | None = None
+    examples: int = 0
+    latest: list[Measurement] = field(default_factory=list)
+
+    def add(self, measurements: Iterable[Measurement]) -> list[Measurement]:
+        """Keep the worst of each measurement; returns them all as a list."""
+        self.latest = listed = list(measurements)
+        for measurement in listed:
+            held = self.worst.get(measurement.name)
+            if held is None or _worse(measurement, held):
+                self.worst[measurement.name] = measurement
+        return listed
+
+
+LESS_IS_WORSE = {"bits"}
+
+
+def _worse(new: Measurement, held: Measurement) -> bool:
+    """Whether the new value is the one to show; NaN is the worst there is."""
+    if held.value != held.value:
+        return False
+    if new.unit in LESS_IS_WORSE:
+        return not new.value >= held.value
+    return not new.value <= held.value
+
+
+def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> Outcome:
+    """Ask a check of a cell.
+
+    Args:
+        spec: the check.
+        evidence: the cell.
+        seed: same seed, same batches; another seed, others.
+        max_examples: batches that Hypothesis draws.
+
+    Raises:
+        NotApplicableError: the check has nothing to ask here.
+        CheckError: it measured nothing.
+    """
+    outcome = Outcome()
+    if not spec.batches:
+        outcome.breaches = judge(spec.id, outcome.add(spec.function(evidence)))
+        outcome.examples = 1
+        return outcome
+    if evidence.own_batch is not None:
+        _ask_batch(spec, evidence, evidence.own_batch, outcome)
+        if outcome.breaches:
+            return outcome
+    if evidence.takes_ids:
+        _fuzz(spec, evidence, outcome, seed=seed, max_examples=max_examples)
+    if outcome.examples == 0:
+        message = f"{spec.id}: no batch could be drawn"
+        raise CheckError(message)
+    return outcome
+
+
+def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outcome) -> list[Breach]:
+    measurements = outcome.add(spec.function(evidence, batch))
+    outcome.examples += 1
+    breaches = judge(spec.id, measurements)
+    if breaches:
+        outcome.breaches, outcome.batch = breaches, batch
+    return breaches
+
+
+def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int) -> None:
+    failing: set[Any] = set()
+    tries = 0
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=max_examples,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.target, Phase.shrink) if spec.seeks else (Phase.generate, Phase.shrink),
+    )
+    @given(batch=batches(evidence.space, pad_inside=spec.id == "forward.finite"))
+    def one(batch: Batch) -> None:
+        nonlocal tries
+        key = batch_key(batch.tensors)
+        if key not in failing:
+            # The search for a smaller batch ends here; those known to fail still do, so Hypothesis agrees.
+            if failing and tries >= SHRINKS:
+                return
+            tries += bool(failing)
+            if not _ask_batch(spec, evidence, batch, outcome):
+                if spec.seeks:
+                    _climb(outcome, spec.seeks)
+                return
+            failing.add(key)
+        elif spec.function and outcome.batch is not batch:
+            outcome.batch = batch
+            outcome.breaches = judge(spec.id, outcome.add(spec.function(evidence, batch)))
+        raise _BreachedError
+
+    try:
+        one()
+    except _BreachedError:
+        return
+
+
+def _climb(outcome: Outcome, name: str) -> None:
+    for measurement in outcome.latest:
+        if measurement.name == name and math.isfinite(measurement.value):
+            hypothesis.target(measurement.value, label=name)
+
+
+def timed(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> tuple[Outcome, float]:
+    """:func:`ask`, and the seconds it took."""
+    start = time.perf_counter()
+    outcome = ask(spec, evidence, seed=seed, max_examples=max_examples)
+    return outcome, time.perf_counter() - start

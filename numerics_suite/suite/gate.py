@@ -1,0 +1,170 @@
+"""The gathering end of a run: it receives every answer, sees that none is missing, and gives the verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
+from numerics_suite.reporting.results import check_from_json, write_results
+from numerics_suite.settings.accept import stale
+from numerics_suite.settings.tree import Settings, to_json
+from numerics_suite.suite.environment import describe_environment
+from numerics_suite.suite.planning import Question
+from numerics_suite.suite.session import TIME_LIMIT, SuiteSession
+
+if TYPE_CHECKING:
+    from numerics_suite.suite.run import Run
+
+MISSING = "planned, and no answer came: the worker ended, or the test was stopped"
+
+
+class Gate:
+    """Receives answers, from this process or from workers.
+
+    Attributes:
+        run: the command that drives this run, None under plain pytest.
+        result: the whole run, once finished.
+        failed_items: items of the suite that pytest counts as failed.
+    """
+
+    def __init__(self, suite: SuiteSession, run: Run | None) -> None:
+        """Begin with the whole plan as what is expected."""
+        self.suite, self.run = suite, run
+        self.settings: Settings = suite.settings
+        self.expected: dict[str, Question] = {_id(question): question for question in suite.plan.questions}
+        self.answers: dict[str, CheckResult] = {}
+        self.failed_items = 0
+        self.result: RunResult | None = None
+        self.started = datetime.now(tz=timezone.utc).astimezone()
+        self._clock = time.perf_counter()
+        if run is not None:
+            run.begin(suite.plan, describe_environment(suite.plan.device))
+
+    def select(self, questions: Sequence[Question]) -> None:
+        """Expect only what `-k`, `-m` and the like left."""
+        if questions or self.run is None:
+            self.expected = {_id(question): question for question in questions}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take the answer out of pytest's report."""
+        written = getattr(report, "numerics_result", None)
+        if written is None:
+            return
+        result = check_from_json(written)
+        self.answers[result.id] = result
+        self.failed_items += int(report.failed)
+        if self.run is not None:
+            self.run.progress(len(self.answers), len(self.expected), result)
+
+    def finish(self, pytest_status: int, *, others_failed: bool) -> int:
+        """Put the run together and give the exit status.
+
+        Args:
+            pytest_status: what pytest would have ended with.
+            others_failed: tests that are not the suite's failed too.
+        """
+        interrupted = pytest_status in {2, 4} and not others_failed
+        results = self._in_order(interrupted=interrupted)
+        notes, broken_accepts = self._notes(results)
+        status = exit_status(results, partial=self._partial(results), broken=bool(broken_accepts))
+        if interrupted:
+            status = pytest_status
+        elif others_failed and status in {0, 3, 5}:
+            status = 1
+        failing = any(result.status == "failed" for result in results) or bool(broken_accepts)
+        erring = any(result.status == "error" for result in results)
+        verdict: Literal["pass", "fail", "error"] = "fail" if failing else ("error" if erring else "pass")
+        self.result = RunResult(
+            command="check",
+            started_at=self.started.isoformat(timespec="seconds"),
+            duration_s=round(time.perf_counter() - self._clock, 3),
+            verdict=verdict,
+            environment=describe_environment(self.suite.plan.device),
+            settings=to_json(self.settings),
+            subjects=tuple(_facts(subject) for subject in self.suite.plan.subjects.values()),
+            checks=tuple(results),
+            notes=(*notes, *broken_accepts),
+            exit_status=status,
+        )
+        if self.run is None and self.settings.json and self.settings.json != "-":
+            try:
+                write_results(Path(self.settings.json), self.result)
+            except (NumericsSuiteError, OSError) as error:
+                raise pytest.UsageError(str(error)) from None
+        return status
+
+    def _in_order(self, *, interrupted: bool) -> list[CheckResult]:
+        """Answers in the order of the plan; what was planned and has none is an error, unless the user stopped."""
+        results = []
+        for key, question in self.expected.items():
+            if key in self.answers:
+                results.append(self.answers[key])
+            elif not interrupted:
+                results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=MISSING))
+        return results
+
+    def _partial(self, results: Sequence[CheckResult]) -> bool:
+        limited = any(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
+        return limited and not self.settings.allow_partial
+
+    def _notes(self, results: Sequence[CheckResult]) -> tuple[list[str], list[str]]:
+        import transformers
+
+        notes = []
+        limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
+        if limited:
+            notes.append(f"--max-time: {limited} checks were not begun")
+        today = datetime.now(tz=timezone.utc).date()
+        return notes, list(stale(self.settings.accept, results, today, transformers.__version__))
+
+    def print_summary(self, reporter: Any) -> None:
+        """Under plain pytest, the blocks of the findings after pytest's own report."""
+        from numerics_suite.reporting.text import summary_lines
+
+        assert self.result is not None
+        reporter.section("numerics-suite")
+        for line in summary_lines(self.result):
+            reporter.line(line)
+
+
+def _id(question: Question) -> str:
+    return f"{question.check}/{question.cell.id}"
+
+
+def _facts(subject: Subject) -> SubjectFacts:
+    return SubjectFacts(
+        id=subject.id,
+        source=subject.source,
+        revision=subject.revision,
+        family=subject.family,
+        model_class=subject.model_class,
+        task=subject.task,
+        parameters=subject.parameters,
+        stored_dtype=subject.stored_dtype,
+        digest=subject.digest,
+    )
+
+
+def exit_status(results: Sequence[CheckResult], *, partial: bool = False, broken: bool = False) -> int:
+    """The exit status of CONTRACT.md for these results.
+
+    Args:
+        results: of every planned check.
+        partial: a time limit left checks out and that is not allowed.
+        broken: an accept entry matched nothing or is past its date.
+    """
+    statuses = {result.status for result in results}
+    if "failed" in statuses or broken:
+        return 1
+    if "error" in statuses:
+        return 3
+    if not statuses & {"passed", "accepted"} or partial:
+        return 5
+    return 0

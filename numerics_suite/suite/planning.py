@@ -1,0 +1,183 @@
+"""From settings to the plan: which check is asked of which cell, and what is known to be skipped before it runs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.core.records import Cell, Subject
+from numerics_suite.core.registry import CheckSpec, check_ids, get_check
+from numerics_suite.running.devices import default_precisions, lacks, lacks_attention, resolve_device
+from numerics_suite.running.precisions import SERVING_REASON, Precision, precision
+from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.fixtures import fixture_names
+from numerics_suite.subjects.resolve import resolve_all, unsupported_subject
+
+DEFAULT_ATTENTION = ("eager", "sdpa")
+QUANTISED_REASON = "a quantised checkpoint: only load.* and forward.* apply"
+NEEDS = {
+    "checkpoint": "a factory has no checkpoint files",
+    "token-ids": "a plain module takes no token ids",
+    "head": "only for sequence classification",
+    "causal": "only for causal language models",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One check of one cell, with the reason if it is known to be skipped."""
+
+    check: str
+    cell: Cell
+    skip: str | None = None
+
+    @property
+    def group(self) -> str:
+        """`forward` of `forward.padding`."""
+        return self.check.partition(".")[0]
+
+    @property
+    def param_id(self) -> str:
+        """Id of the pytest parameter: `padding-glm4-tiny-bf16-sdpa-cpu`."""
+        return f"{self.check.partition('.')[2]}-{self.cell.param_id}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuitePlan:
+    """Everything that will be asked.
+
+    Attributes:
+        device: the resolved device.
+        subjects: by id, in the order of the command line.
+        cells: in the order in which they run.
+        questions: grouped by cell.
+    """
+
+    device: str
+    subjects: Mapping[str, Subject]
+    cells: tuple[Cell, ...]
+    questions: tuple[Question, ...]
+
+
+def make_plan(settings: Settings) -> SuitePlan:
+    """Resolve subjects and device and lay out the questions.
+
+    Raises:
+        BadInputError: something that the user named cannot be used.
+    """
+    device = resolve_device(settings.device, settings.require_device)
+    subjects, absent = _subjects(settings)
+    checks = [get_check(check) for check in selected_checks(settings)]
+    cells: list[Cell] = []
+    questions: list[Question] = []
+    for subject in subjects.values():
+        first_of_subject = True
+        for recipe, lacking in _precisions(settings, device):
+            for index, attn in enumerate(_attentions(settings, device, subject)):
+                cell = Cell(subject=subject.id, precision=recipe.name, attn=attn, device=device, task=subject.task)
+                cells.append(cell)
+                for spec in checks:
+                    if (spec.scope == "subject" and not first_of_subject) or (spec.scope == "precision" and index):
+                        continue
+                    skip = absent.get(subject.id) or lacking or _reason(spec, subject, recipe)
+                    questions.append(Question(check=spec.id, cell=cell, skip=skip))
+                first_of_subject = False
+    return SuitePlan(device=device, subjects=subjects, cells=tuple(cells), questions=tuple(questions))
+
+
+def selected_checks(settings: Settings) -> tuple[str, ...]:
+    """Ids of the checks that `--checks` names and `--skip` leaves."""
+
+    def named(check: str, globs: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatchcase(check, glob) for glob in globs)
+
+    wanted = tuple(
+        check
+        for check in check_ids()
+        if (not settings.checks or named(check, settings.checks)) and not named(check, settings.skip)
+    )
+    if not wanted:
+        message = "--checks and --skip leave no check to run"
+        raise BadInputError(message)
+    return wanted
+
+
+def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
+    """Subjects by id, and the reason for those that the installed packages cannot build."""
+    sources = settings.subjects or tuple(f"fixture:{name}" for name in fixture_names())
+    options = {
+        "task": settings.task,
+        "num_labels": settings.num_labels,
+        "trust_remote_code": settings.trust_remote_code,
+        "allow_pickle": settings.allow_pickle,
+        "batch_size": settings.batch_size,
+    }
+    absent: dict[str, str] = {}
+    try:
+        return {subject.id: subject for subject in resolve_all(sources, settings.names, **options)}, absent
+    except UnsupportedError as error:
+        if len(sources) == 1:
+            raise BadInputError(str(error)) from None
+    subjects: dict[str, Subject] = {}
+    for index, source in enumerate(sources):
+        name = settings.names[index] if index < len(settings.names) else None
+        try:
+            (subject,) = resolve_all((source,), (name,) if name else (), **options)
+        except UnsupportedError as error:
+            subject = unsupported_subject(source, name=name, task=settings.task)
+            absent[subject.id] = str(error)
+        if subject.id in subjects:
+            message = f"two subjects are named '{subject.id}': give them names with --name"
+            raise BadInputError(message)
+        subjects[subject.id] = subject
+    if len(absent) == len(subjects):
+        message = "; ".join(dict.fromkeys(absent.values()))
+        raise BadInputError(message)
+    return subjects, absent
+
+
+def _precisions(settings: Settings, device: str) -> list[tuple[Precision, str | None]]:
+    """Recipes with the reason where the device lacks one of the default list; a named one must be there."""
+    names = settings.precision or default_precisions(device)
+    found = []
+    for name in dict.fromkeys(names):
+        recipe = precision(name)
+        reason = lacks(recipe, device)
+        if reason and settings.precision and settings.explicit("precision"):
+            message = f"--precision {name}: {reason}"
+            raise BadInputError(message)
+        found.append((recipe, reason))
+    return found
+
+
+def _attentions(settings: Settings, device: str, subject: Subject) -> tuple[str, ...]:
+    """Attention implementations of a subject; a plain module has no switch for one."""
+    if subject.task == "module":
+        return ("default",)
+    names = tuple(dict.fromkeys(settings.attn or DEFAULT_ATTENTION))
+    for name in names:
+        reason = lacks_attention(name, device)
+        if reason:
+            message = f"--attn {name}: {reason}"
+            raise BadInputError(message)
+    return names
+
+
+def _reason(spec: CheckSpec, subject: Subject, recipe: Precision) -> str | None:
+    """Why the check has nothing to ask of the subject at that precision, None where it may."""
+    met = {
+        "checkpoint": subject.path is not None,
+        "token-ids": subject.task != "module",
+        "head": subject.task == "sequence-classification",
+        "causal": subject.task == "causal-lm",
+    }
+    for need, reason in NEEDS.items():
+        if need in spec.needs and not met[need]:
+            return reason
+    if subject.quantized and spec.id.partition(".")[0] not in {"load", "forward"}:
+        return QUANTISED_REASON
+    if spec.trains and not recipe.trains:
+        return SERVING_REASON
+    return None

@@ -1,0 +1,151 @@
+"""`numerics-suite check` as a pytest run with an ini of its own, no conftest of the host and no stray plugin."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numerics_suite.core.errors import BadInputError, CheckError
+from numerics_suite.core.records import CheckResult, RunResult
+from numerics_suite.reporting.terminal import PlanRow, Terminal
+from numerics_suite.running.precisions import precision
+from numerics_suite.settings.options import to_args
+from numerics_suite.settings.tree import Settings, to_json
+from numerics_suite.subjects.memory import estimate_bytes
+from numerics_suite.suite.gate import Gate
+from numerics_suite.suite.planning import SuitePlan, make_plan
+
+SUITE = Path(__file__).resolve().parent
+WORTH_WORKERS = 8
+"""Cells from which on starting worker processes, which import torch once each, is paid back."""
+
+
+class Run:
+    """What the command lends to the run: the terminal, and a place for the result."""
+
+    def __init__(self, settings: Settings, terminal: Terminal) -> None:
+        """Print to this terminal as the run goes on."""
+        self.settings, self.terminal = settings, terminal
+
+    def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
+        """Print the header."""
+        self.terminal.header(environment, tuple(plan.subjects.values()), plan.cells, to_json(self.settings))
+
+    def progress(self, done: int, total: int, result: CheckResult) -> None:
+        """Move the progress on."""
+        self.terminal.progress(done, total, result)
+
+
+def worker_count(settings: Settings, plan: SuitePlan) -> int:
+    """Worker processes; 0 runs in this one.
+
+    Cells of one accelerator share it, so they run in one process unless the user says otherwise.
+    """
+    if settings.workers != "auto":
+        return int(settings.workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not plan.device.startswith("cpu") or len(plan.cells) < WORTH_WORKERS or cores < 2:
+        return 0
+    return min(cores, len(plan.cells))
+
+
+def run_check(settings: Settings, terminal: Terminal) -> RunResult:
+    """Run the suite as the settings say.
+
+    Raises:
+        BadInputError: the input cannot be used.
+        KeyboardInterrupt: the user stopped it.
+        CheckError: pytest itself failed.
+    """
+    plan = make_plan(settings)
+    workers = worker_count(settings, plan)
+    arguments = [
+        str(SUITE),
+        *("-c", str(SUITE / "pytest.ini"), "--rootdir", str(SUITE), "--noconftest"),
+        *("-p", "numerics_suite.plugin", "-p", "xdist", "-p", "no:cacheprovider", "-p", "no:terminal"),
+        *to_args(settings),
+    ]
+    if settings.max_time is not None:
+        arguments += ["--numerics-deadline", str(time.time() + settings.max_time)]
+    if workers:
+        arguments += ["-n", str(workers), "--dist", "loadgroup"]
+    if settings.junitxml:
+        arguments += ["--junitxml", str(Path(settings.junitxml).resolve())]
+    catcher = _Catcher(Run(settings, terminal))
+    with _clean_pytest_environment(workers):
+        status = int(pytest.main(arguments, plugins=[catcher]))
+    terminal.stop()
+    gate = catcher.gate
+    if gate is None or gate.result is None:
+        if status == pytest.ExitCode.USAGE_ERROR:
+            raise BadInputError(catcher.complaint or "pytest refused the options")
+        message = catcher.complaint or f"the test run ended with pytest status {status}"
+        raise CheckError(message)
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    return gate.result
+
+
+class _Catcher:
+    """Lends the run to the plugin; keeps its gate, and what went wrong where there is none."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.gate: Gate | None = None
+        self.complaint: str | None = None
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.pluginmanager.register(self.run, "numerics-suite-run")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        gate = session.config.pluginmanager.get_plugin("numerics-suite-gate")
+        assert gate is None or isinstance(gate, Gate)
+        self.gate = gate
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        self.complaint = str(excrepr).strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def _clean_pytest_environment(workers: int) -> Iterator[None]:
+    """Without the host's pytest options and plugins; with as many threads per worker as there are cores for it."""
+    changed = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "TOKENIZERS_PARALLELISM": "false"}
+    if workers > 1:
+        changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def plan_rows(settings: Settings) -> list[PlanRow]:
+    """The planned cells with the memory that each is expected to need, for `--list`."""
+    plan = make_plan(settings)
+    rows = []
+    for cell in plan.cells:
+        asked = [question for question in plan.questions if question.cell == cell]
+        recipe = precision(cell.precision)
+        size = estimate_bytes(
+            plan.subjects[cell.subject],
+            recipe.parameters,
+            training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
+            batch=settings.batch_size,
+            seq=settings.seq_len,
+        )
+        skipped = {question.skip for question in asked if question.skip}
+        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else ""
+        rows.append(PlanRow(cell=cell, checks=sum(not q.skip for q in asked), bytes=size, note=note))
+    return rows

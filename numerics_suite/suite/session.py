@@ -1,0 +1,185 @@
+"""One process's share of a run: it holds the cell at hand and answers questions about it."""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.records import Batch, Cell, CheckResult, Subject
+from numerics_suite.core.registry import get_check
+from numerics_suite.diagnosing.findings import finding
+from numerics_suite.inputs.data import check_labels, data_batch, read_examples
+from numerics_suite.inputs.vocabulary import InputSpace
+from numerics_suite.running.evidence import Evidence, Request
+from numerics_suite.running.scope import choose_scope
+from numerics_suite.running.training import Plan
+from numerics_suite.settings.accept import matches
+from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.families import family_of
+from numerics_suite.subjects.tokenizers import load_tokenizer
+from numerics_suite.suite.driver import Outcome, ask
+from numerics_suite.suite.planning import Question, SuitePlan, make_plan
+
+TIME_LIMIT = "time limit"
+
+
+class SuiteSession:
+    """Plan and answers of one process.
+
+    Attributes:
+        settings: as used.
+        deadline: seconds since the epoch after which no new cell is begun, None without `--max-time`.
+    """
+
+    def __init__(self, settings: Settings, deadline: float | None = None) -> None:
+        """Nothing is resolved until the plan is asked for."""
+        self.settings = settings
+        self.deadline = deadline
+        self._evidence: Evidence | None = None
+
+    @cached_property
+    def plan(self) -> SuitePlan:
+        """What is asked of what."""
+        plan = make_plan(self.settings)
+        self._check_data(plan)
+        return plan
+
+    def _check_data(self, plan: SuitePlan) -> None:
+        """Read `--data` once before anything runs, so that a malformed line is an error of the command line."""
+        if self.settings.data is None:
+            return
+        examples = read_examples(self.settings.data)
+        for subject in plan.subjects.values():
+            if subject.task == "sequence-classification":
+                check_labels(examples, self.settings.data, subject.num_labels)
+
+    def evidence(self, cell: Cell) -> Evidence:
+        """The evidence of the cell; the previous cell's is let go first."""
+        if self._evidence is None or self._evidence.cell != cell:
+            self._evidence = None
+            subject = self.plan.subjects[cell.subject]
+            self._evidence = Evidence(subject, cell, self._request(subject, cell))
+        return self._evidence
+
+    def _request(self, subject: Subject, cell: Cell) -> Request:
+        settings = self.settings
+        scope = settings.train_scope
+        if scope == "auto":
+            scope = choose_scope(
+                subject, cell.precision, cell.device, rows=settings.batch_size, length=settings.seq_len
+            )
+        plan = Plan(
+            steps=settings.steps,
+            optimizer=settings.optimizer,
+            lr=settings.lr,
+            max_grad_norm=settings.max_grad_norm,
+            scope=scope,
+        )
+        return Request(
+            seed=settings.seed,
+            rows=settings.batch_size,
+            length=settings.seq_len,
+            plan=plan,
+            data=self._data if settings.data is not None else None,
+        )
+
+    def _data(self, subject: Subject, space: InputSpace) -> Batch:
+        assert self.settings.data is not None
+        tokenizer = load_tokenizer(subject)
+        if tokenizer is None:
+            reason = "--data needs a tokenizer, and this subject has none"
+            raise NotApplicableError(reason)
+        return data_batch(
+            read_examples(self.settings.data),
+            tokenizer,
+            task=subject.task,
+            side=family_of(subject.config).padding_sides[0],
+            max_length=space.max_length,
+            pad_id=space.pad_id,
+        )
+
+    def answer(self, question: Question) -> tuple[CheckResult, str]:
+        """The result of one question, and the traceback of an error (empty elsewhere)."""
+        start = time.perf_counter()
+
+        def result(status: str, **fields: object) -> CheckResult:
+            return CheckResult(
+                check=question.check,
+                cell=question.cell,
+                status=status,  # type: ignore[arg-type]
+                duration_s=round(time.perf_counter() - start, 6),
+                **fields,  # type: ignore[arg-type]
+            )
+
+        if question.skip is not None:
+            return result("skipped", reason=question.skip), ""
+        if self._out_of_time(question.cell):
+            return result("skipped", reason=TIME_LIMIT), ""
+        try:
+            return self._judged(question, result), ""
+        except (NotApplicableError, UnsupportedError) as error:
+            return result("skipped", reason=str(error)), ""
+        except NumericsSuiteError as error:
+            return result("error", reason=str(error)), ""
+        except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
+            return result("error", reason=error_line(error)), traceback.format_exc()
+
+    def _out_of_time(self, cell: Cell) -> bool:
+        begun = self._evidence is not None and self._evidence.cell == cell
+        return not begun and self.deadline is not None and time.time() > self.deadline
+
+    def _judged(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult:
+        spec = get_check(question.check)
+        evidence = self.evidence(question.cell)
+        outcome = ask(spec, evidence, seed=self.settings.seed, max_examples=self.settings.max_examples)
+        measurements = _numbers(outcome)
+        if not outcome.breaches:
+            return result("passed", measurements=measurements)
+        found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
+        failed = result("failed", measurements=measurements, finding=found)
+        accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
+        if accepted is None:
+            return failed
+        return result("accepted", measurements=measurements, finding=found, reason=accepted.reason)
+
+    @staticmethod
+    def _accepts(entry: object, failed: CheckResult) -> bool:
+        import transformers
+
+        today = datetime.now(tz=timezone.utc).date()
+        return matches(entry, failed, transformers.__version__, today)  # type: ignore[arg-type]
+
+
+def _numbers(outcome: Outcome) -> dict[str, float]:
+    numbers = {name: measurement.value for name, measurement in outcome.worst.items()}
+    numbers["examples"] = outcome.examples
+    return numbers
+
+
+def error_line(error: Exception) -> str:
+    """One line for an unexpected error; out of memory gives the bytes asked for and free.
+
+    Args:
+        error: what was raised.
+    """
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        asked = re.search(r"allocate (\d+(?:\.\d+)?\s*\w+)", text)
+        return f"out of memory: {asked.group(1) if asked else 'unknown'} asked, {_free()} free"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{where}"
+
+
+def _free() -> str:
+    from numerics_suite.running.scope import free_bytes
+
+    return f"{free_bytes('cuda' if torch.cuda.is_available() else 'cpu')} bytes"
