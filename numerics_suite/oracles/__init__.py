@@ -12,8 +12,8 @@ from numerics_suite.oracles.chatglm import ChatGlm
 from numerics_suite.oracles.config import OracleUnavailable
 from numerics_suite.oracles.glm import Glm
 from numerics_suite.oracles.glm4 import Glm4
-from numerics_suite.oracles.parts import roundoffs_apart
-from numerics_suite.oracles.run import ANSWER, TABLE_ROUNDOFFS, OracleRun, Overlay, run_definition
+from numerics_suite.oracles.parts import allowed_roundoffs, roundoffs_apart
+from numerics_suite.oracles.run import ANSWER, OracleRun, Overlay, run_definition
 from numerics_suite.oracles.trace import capture_states, first_difference
 from numerics_suite.oracles.weights import Weights, file_weights, tensor_weights
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ANSWER",
-    "TABLE_ROUNDOFFS",
     "OracleRun",
     "OracleUnavailable",
     "Weights",
@@ -36,6 +35,7 @@ __all__ = [
     "file_weights",
     "first_difference",
     "oracle_for",
+    "rotary_budget",
     "rotary_roundoffs",
     "run_oracle",
     "tensor_weights",
@@ -71,6 +71,11 @@ def exact_inv_freq(family: str, config: Mapping[str, Any]) -> Tensor:
         OracleUnavailable: another family, or a config that its definition does not cover.
     """
     return _read(family, config).inv_freq()
+
+
+def rotary_budget(family: str, config: Mapping[str, Any]) -> float:
+    """The most that :func:`rotary_roundoffs` of a right table may be: 2 for a rotary dimension of a power of two."""
+    return allowed_roundoffs(exact_inv_freq(family, config))
 
 
 def rotary_roundoffs(family: str, config: Mapping[str, Any], inv_freq: Tensor) -> float:
@@ -110,7 +115,7 @@ def run_oracle(  # noqa: PLR0913 - one question with its options
             and `labels` (`[B, T]`, or `[B]` for sequence classification).
         task: which head is on top.
         inv_freq: the model's own rotary frequencies, which are rounded when a model is built. The exact ones are used
-            if None, and if its :func:`rotary_roundoffs` are over `TABLE_ROUNDOFFS`, so that a wrong table shows.
+            if None, and if its :func:`rotary_roundoffs` are over :func:`rotary_budget`, so that a wrong table shows.
         head: tensors of a new head that the files lack, by name, such as `{"score.weight": …}`.
         gradients: also the gradient of the loss for every weight that the definition reads; needs labels.
         on_gradient: takes each gradient as soon as it is complete; else `OracleRun.gradients` holds them all.

@@ -47,6 +47,20 @@ def frequencies(theta: float, rotary_dim: int) -> Tensor:
     return theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
 
+def allowed_roundoffs(exact: Tensor) -> float:
+    """How far a right table may be from the exact one, in unit roundoffs of its dtype.
+
+    Two roundings, the power and its inverse. The exponent `2i / rotary_dim` is exact where the dimension is a power of
+    two (64 in every published GLM-4); elsewhere it is rounded too, and the power magnifies that by the logarithm of its
+    result.
+
+    Args:
+        exact: `[pairs]` float64, which ends with the smallest.
+    """
+    pairs = len(exact)
+    return 2.0 if pairs & (pairs - 1) == 0 else 2.0 - math.log(exact[-1].item())
+
+
 def roundoffs_apart(table: Tensor, exact: Tensor) -> float:
     """How far a model's rotary table is from the exact one at the worst entry, in unit roundoffs of its dtype.
 
@@ -55,7 +69,7 @@ def roundoffs_apart(table: Tensor, exact: Tensor) -> float:
         exact: `[pairs]` float64.
 
     Returns:
-        At most 2 for the exact table rounded (a power, its inverse); infinite for another length and for NaN.
+        At most :func:`allowed_roundoffs` for a right table; infinite for another length and for NaN.
     """
     if table.shape != exact.shape:
         return math.inf

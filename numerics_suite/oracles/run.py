@@ -11,7 +11,7 @@ from torch.nn import functional
 from numerics_suite.oracles.config import OracleUnavailable
 from numerics_suite.oracles.definition import Context, Head
 from numerics_suite.oracles.loss import loss_of
-from numerics_suite.oracles.parts import Place, roundoffs_apart, visible_keys
+from numerics_suite.oracles.parts import Place, allowed_roundoffs, roundoffs_apart, visible_keys
 from numerics_suite.oracles.weights import tensor_weights
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 ANSWER = "logits"
 """Key of the state that is no module's: what the model answers with, after any pooling."""
-
-TABLE_ROUNDOFFS = 2.0
-"""How far a model's rotary table may be from the exact one, in unit roundoffs of its dtype: a power and an inverse."""
 
 CHUNK_ROWS = 8192
 """Rows of a head that are upcast at a time: 256 MiB in float64 at hidden size 4,096; the whole one is 4.6 GiB."""
@@ -151,7 +148,7 @@ class _Passes:
     def _rates(self) -> Tensor:
         """The model's own rotary table where it is the exact one rounded; else the exact one, so that it shows."""
         exact = self.oracle.inv_freq()
-        if self.inv_freq is None or not roundoffs_apart(self.inv_freq, exact) <= TABLE_ROUNDOFFS:
+        if self.inv_freq is None or not roundoffs_apart(self.inv_freq, exact) <= allowed_roundoffs(exact):
             return exact
         return self.inv_freq.detach().to(exact)
 

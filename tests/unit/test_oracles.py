@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from numerics_suite.oracles import (
     ANSWER,
-    TABLE_ROUNDOFFS,
     OracleUnavailable,
     capture_states,
     exact_inv_freq,
     file_weights,
     first_difference,
     oracle_for,
+    rotary_budget,
     rotary_roundoffs,
     run_oracle,
     tensor_weights,
@@ -515,7 +515,19 @@ def test_the_table_is_judged_in_roundoffs_of_its_dtype() -> None:
         exact[:16].float(),
         exact.float() * torch.nan,
     ):
-        assert not rotary_roundoffs("glm", {}, table) <= TABLE_ROUNDOFFS
+        assert not rotary_roundoffs("glm", {}, table) <= rotary_budget("glm", {})
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 80, 96, 160])
+@pytest.mark.parametrize("theta", [500.0, 1e4, 5e6, 1e8])
+def test_a_table_as_models_compute_it_is_within_the_budget(head_dim: int, theta: float) -> None:
+    config = {"head_dim": head_dim, "rope_theta": theta, "partial_rotary_factor": 1.0}
+    table = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    budget = rotary_budget("glm", config)
+    assert rotary_roundoffs("glm", config, table) <= budget
+    assert budget == 2 or head_dim in (80, 96, 160)
+    table = 1.0 / (theta * (1 + 1e-4)) ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    assert rotary_roundoffs("glm", config, table) > 10 * budget
 
 
 def test_files_sharded_rounded_or_without_the_prefix_give_the_same_tensors(tmp_path: Path) -> None:
