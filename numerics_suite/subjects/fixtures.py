@@ -204,10 +204,10 @@ def _convert(source: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, torch_dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    config = _glm_config(model.config, pad_token_id=tokenizer.pad_token_id)
+    config = _glm_config(model.config)
     save_file(dict(_glm_tensors(model.state_dict(), config)), folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
+    _write_json(folder / "tokenizer.json", _tokenizer_json(json.loads(tokenizer.backend_tokenizer.to_str())))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
     _write_json(folder / "config.json", config)
 
 
@@ -215,7 +215,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _glm_config(llama: Any, *, pad_token_id: int | None) -> dict[str, Any]:
+def _glm_config(llama: Any) -> dict[str, Any]:
     """The config of the Glm model that computes what this Llama model computes, in the 4.x layout."""
     head_dim = getattr(llama, "head_dim", None) or llama.hidden_size // llama.num_attention_heads
     rope: Mapping[str, Any] = getattr(llama, "rope_parameters", None) or {
@@ -242,7 +242,7 @@ def _glm_config(llama: Any, *, pad_token_id: int | None) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "head_dim": head_dim,
-        "pad_token_id": llama.eos_token_id if pad_token_id is None else pad_token_id,
+        "pad_token_id": llama.eos_token_id,  # as the GGUF file has it; not every release reads that key
         "partial_rotary_factor": 1.0,
         "rope_theta": rope["rope_theta"],
         "tie_word_embeddings": True,
@@ -251,16 +251,26 @@ def _glm_config(llama: Any, *, pad_token_id: int | None) -> dict[str, Any]:
     }
 
 
-def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+def _tokenizer_json(content: dict[str, Any]) -> dict[str, Any]:
+    """The byte-level BPE of the GGUF file, which asks for no BOS.
+
+    Releases before 5.0 add one all the same, and the decoder of a Llama; so only words and merges are theirs.
+    """
+    model = content["model"] | {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    own = {"normalizer": None, "post_processor": None, "decoder": decoder, "model": model}
+    return content | own
+
+
+def _tokenizer_config(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """A `tokenizer_config.json` that every release reads; what 5.x writes by itself, 4.x refuses."""
-    tokens = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    ids = {key: config[f"{key}_id"] for key in ("bos_token", "eos_token", "pad_token")}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        **{key: token for key, token in tokens.items() if token is not None},
-        "pad_token": tokens["pad_token"] or tokens["eos_token"],
+        **{key: tokenizer.convert_ids_to_tokens(number) for key, number in ids.items()},
         "chat_template": tokenizer.chat_template,
     }
 

@@ -348,7 +348,7 @@ def test_converted_weights_are_the_same_function() -> None:
     config = transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.2)
     torch.manual_seed(3)
     llama = transformers.LlamaForCausalLM(config)
-    plain = fixtures._glm_config(config, pad_token_id=0)
+    plain = fixtures._glm_config(config)
     glm = transformers.GlmForCausalLM(transformers.GlmConfig(**plain))
     missing, unexpected = glm.load_state_dict(dict(fixtures._glm_tensors(llama.state_dict(), plain)), strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
@@ -370,6 +370,8 @@ def test_real_weights_answer(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert tokenizer.decode(tokenizer("A test.")["input_ids"]) == "A test."
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     batch = tokenizer(prompt, return_tensors="pt")
