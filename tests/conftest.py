@@ -1,0 +1,8 @@
+"""What every test needs: no network, one thread per process, quiet tokenizers."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
