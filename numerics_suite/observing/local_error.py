@@ -1,0 +1,246 @@
+"""How far is each module's output from what it should be, given the inputs that it really got?
+
+Before a module runs in its precision it is run in true fp64 on the same inputs; the two outputs are compared when
+it returns. Only the outputs of the modules that are open at the time are held, never all activations. Modules that
+contain the list of blocks are not measured: their error is that of the whole model, not a local one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from numerics_suite.observing.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
+from numerics_suite.running import _lifting
+from numerics_suite.running._lifting import WIDER, floating_outputs, widen
+from numerics_suite.running.true_fp64 import LiftToFp64, float64_surroundings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalError:
+    """The error that one module adds.
+
+    Attributes:
+        module: Its name, "" for the model itself.
+        class_name: Its class.
+        rms_roundoffs: Root mean square error in unit roundoffs of `dtype` times rms(true output); NaN and inf are kept.
+        max_roundoffs: Largest error in the same unit.
+        dtype: Coarsest float that the module computed in, such as "bfloat16": its output's, or under autocast that
+            of the ops within. "float64" if there was no lower one.
+        left_out: What of the true fp64 run could not be lifted; the error is not to be trusted unless this is empty.
+    """
+
+    module: str
+    class_name: str
+    rms_roundoffs: float
+    max_roundoffs: float
+    dtype: str
+    left_out: tuple[str, ...] = ()
+
+
+def local_errors(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    autocast: torch.dtype | None = None,
+    call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+) -> list[LocalError]:
+    """Measure every module's own error in one run of `model` in evaluation mode, without gradients.
+
+    A module with submodules is judged by its first floating output, a module without by the worst of all; one that runs
+    more than once by its worst run. Padding, as a 2-D "attention_mask" of the batch gives it, is left out: what a
+    row that attends to nothing holds is up to the kernel. The model is left as it was.
+
+    Args:
+        model: Any module, in the precision under test.
+        batch: Tensors for the call.
+        autocast: Lower dtype of an autocast section around the call.
+        call: Calls the model; default `model(**batch)`, with the cache of keys and values off.
+
+    Returns:
+        In the order in which the modules first returned.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_lifting.preserved(model))
+        for module in model.modules():
+            module.training = False
+        if call is None:
+            stack.enter_context(_lifting.without_cache(model))
+        names = {id(module): name for name, module in model.named_modules()}
+        observer = _Observer(names, _real_positions(batch))
+        for module in _measured(model):
+            stack.enter_context(
+                _handle(module.register_forward_pre_hook(observer.before, prepend=True, with_kwargs=True))
+            )
+            stack.enter_context(_handle(module.register_forward_hook(observer.after)))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_lifting.autocast_on(model, autocast))
+        stack.enter_context(observer)
+        (call or _lifting.default_call)(model, batch)
+    return list(observer.worst.values())
+
+
+def first_over(errors: list[LocalError], budget: Callable[[LocalError], float]) -> LocalError | None:
+    """Return the first module whose rms error is not within its budget (NaN never is), None if all are.
+
+    Modules are in the order in which they returned, so a part comes before the whole that it spoils.
+    """
+    return next((error for error in errors if not error.rms_roundoffs <= budget(error)), None)
+
+
+def _measured(model: nn.Module) -> Iterator[nn.Module]:
+    above: set[str] = set()
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists.append(name)
+            parts = name.split(".")
+            above |= {".".join(parts[:count]) for count in range(len(parts))}
+    for name, module in model.named_modules():
+        if name not in above and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            yield module
+
+
+@contextmanager
+def _handle(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(slots=True)
+class _Open:
+    """A module that has started and not returned."""
+
+    name: str
+    class_name: str
+    want: dict[str, Tensor]
+    left_out: tuple[str, ...]
+    coarsest: torch.dtype = torch.float64
+
+    def saw(self, dtype: torch.dtype) -> None:
+        if dtype.is_floating_point and unit_roundoff(dtype) > unit_roundoff(self.coarsest):
+            self.coarsest = dtype
+
+
+class _Observer(_lifting.LeanMode):
+    """Runs each module in fp64 before it runs in its precision; as a dispatch mode it sees the dtypes in between."""
+
+    def __init__(self, names: Mapping[int, str], real: Tensor | None) -> None:
+        super().__init__(names)
+        self.real = real
+        self.open: list[_Open] = []
+        self.worst: dict[str, LocalError] = {}
+        self.busy = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.open and not self.busy:
+            for tensor in _lifting.tensors_in(result):
+                if tensor.dtype in WIDER:
+                    self.open[-1].saw(tensor.dtype)
+        return result
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            mode = LiftToFp64(self.names, frozenset(p.untyped_storage().data_ptr() for p in module.parameters()))
+            with _disable_current_modes(), float64_surroundings(module):
+                wide_args, wide_kwargs = _own(args), _own(kwargs)
+                with mode:
+                    output = module(*wide_args, **wide_kwargs)
+            self.open.append(
+                _Open(self.names[id(module)], type(module).__name__, _judged(module, output), tuple(mode.left_out))
+            )
+        finally:
+            self.busy = False
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            with _disable_current_modes():
+                self._close(self.open.pop(), _judged(module, output))
+        finally:
+            self.busy = False
+
+    def _close(self, started: _Open, got: dict[str, Tensor]) -> None:
+        for tensor in got.values():
+            started.saw(tensor.dtype)
+        if self.open:
+            self.open[-1].saw(started.coarsest)
+        for name, want in started.want.items():
+            self._keep(_error(started, got.get(name), want, self.real))
+
+    def _keep(self, error: LocalError) -> None:
+        before = self.worst.get(error.module)
+        if before is None or not error.rms_roundoffs <= before.rms_roundoffs:
+            self.worst[error.module] = error
+
+
+def _judged(module: nn.Module, output: object) -> dict[str, Tensor]:
+    found = floating_outputs(output)
+    return dict(list(found.items())[:1]) if any(True for _ in module.children()) else found
+
+
+def _real_positions(batch: Mapping[str, Any]) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
+
+
+def _at(real: Tensor | None, values: Tensor) -> Tensor:
+    """Leave out padding where the leading dimensions are [batch, sequence], [sequence, batch] or both in one."""
+    if real is not None:
+        for mask in (real, real.t(), real.flatten()):
+            if values.dim() > mask.dim() and values.shape[: mask.dim()] == mask.shape:
+                return values[mask]
+    return values
+
+
+def _error(started: _Open, got: Tensor | None, want: Tensor, real: Tensor | None) -> LocalError:
+    if got is None or got.shape != want.shape:
+        typical = largest = math.inf
+    else:
+        got, want = _at(real, got), _at(real, want)
+        typical = rms_error_in_roundoffs(got, want, started.coarsest)
+        scale = rms(want) * unit_roundoff(started.coarsest)
+        error = largest_difference(got, want)
+        largest = 0.0 if error == 0.0 else error / scale if scale != 0.0 else math.inf
+    return LocalError(
+        module=started.name,
+        class_name=started.class_name,
+        rms_roundoffs=typical,
+        max_roundoffs=largest,
+        dtype=str(started.coarsest).removeprefix("torch."),
+        left_out=started.left_out,
+    )
+
+
+def _own(value: Any) -> Any:
+    """Copy a module's argument for the fp64 run: tensors upcast, containers anew, a cache apart from the real one."""
+    if isinstance(value, Tensor):
+        wide = widen(value)
+        return value.clone() if wide is value else wide
+    if isinstance(value, torch.dtype):
+        return widen(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_own(item) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_own(item) for item in value)
+    if type(value) is dict:
+        return {name: _own(item) for name, item in value.items()}
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value

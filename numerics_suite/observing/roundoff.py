@@ -1,0 +1,77 @@
+"""How large is an error in units of the precision's own rounding?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Return the largest relative error of rounding once to `dtype`, half its epsilon: 2**-24 for float32."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rms(values: Tensor) -> float:
+    """Return the root mean square over all elements, in float64; NaN with a NaN, 0.0 for an empty tensor."""
+    if values.numel() == 0:
+        return 0.0
+    wide = values.detach().abs().double()
+    largest = wide.max().item()
+    if largest == 0.0 or not math.isfinite(largest):
+        return float(largest)
+    return float((wide / largest).square().mean().sqrt().item() * largest)
+
+
+def largest_difference(got: Tensor, want: Tensor) -> float:
+    """Return max|got - want| in float64; NaN if either has a NaN, 0.0 for empty tensors.
+
+    Equal infinities differ by nothing; unequal ones by infinity.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape(got, want)
+    return 0.0 if got.numel() == 0 else float(_difference(got, want).max().item())
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Return max|got - want| / rms(want); inf where `want` is exactly zero and `got` is not, NaN with a NaN.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    return _ratio(largest_difference(got, want), rms(want))
+
+
+def rms_error_in_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+    """Return rms(got - want) / rms(want) in unit roundoffs of `dtype`.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape(got, want)
+    return _ratio(rms(_difference(got, want)), rms(want)) / unit_roundoff(dtype)
+
+
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    wide_got, wide_want = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (got, want))
+    difference = (wide_got - wide_want).abs()
+    return torch.where(wide_got == wide_want, torch.zeros_like(difference), difference)
+
+
+def _ratio(error: float, scale: float) -> float:
+    if math.isnan(error) or math.isnan(scale):
+        return math.nan
+    if error == 0.0:
+        return 0.0
+    if scale == 0.0 or math.isinf(error):
+        return math.inf
+    return math.nan if math.isinf(scale) else error / scale
+
+
+def _same_shape(got: Tensor, want: Tensor) -> None:
+    if got.shape != want.shape:
+        message = f"shapes differ: got {tuple(got.shape)}, want {tuple(want.shape)}"
+        raise ValueError(message)

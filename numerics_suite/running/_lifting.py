@@ -1,0 +1,376 @@
+"""What both twins share: which ops compute, which only move data, and how a model is left as it was found."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+WIDER: Final[dict[torch.dtype, torch.dtype]] = {
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+} | {
+    getattr(torch, name): torch.float64
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+}
+"""Lower floating dtype → the double one it is lifted to; a dtype that is not a key is left alone."""
+
+
+class LeanMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode that knows the modules and notes what it could not do.
+
+    It does not pass each op through, and so does not import, `torch._dynamo`: compiled code runs eagerly under the
+    twins.
+
+    Args:
+        names: Module id → name, to say where an op was.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        """Start with nothing left out."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = names
+        self.left_out: dict[str, None] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Pass on; here to be typed."""
+        super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
+
+    def leave_out(self, what: object) -> None:
+        """Note that `what`, in the module that runs now, was not done as it should."""
+        self.left_out[f"{module_running(self.names)}: {what}"] = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Kind(Enum):
+    """What an op does to numbers."""
+
+    VIEW = auto()
+    """Returns an alias of its argument: running it on an upcast copy would cut that tie."""
+    COMPOSITE = auto()
+    """Made of other ops; seen whole only in inference mode, and taken apart there."""
+    MUTABLE = auto()
+    """Writes to an argument."""
+    EXACT = auto()
+    """Moves, compares or fills: the result needs no rounding beyond the one conversion it may make."""
+    RANDOM = auto()
+    """Draws numbers."""
+    FOREIGN = auto()
+    """Not PyTorch's own; what it does inside cannot be seen."""
+    COMPUTE = auto()
+    """Everything else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was learned once about an op overload.
+
+    Attributes:
+        kind: What it does to numbers.
+        gathers: Whether it only picks rows or entries of its first argument.
+        written: Positions of the positional arguments that it writes to.
+        written_names: Names of the keyword-only arguments that it writes to.
+        returned: For each result, the position or name of the written argument that it is, or None.
+        narrow_flag: Position of an argument `half_to_float`, which has no meaning in float64; -1 without one.
+    """
+
+    kind: Kind
+    gathers: bool = False
+    written: tuple[int, ...] = ()
+    written_names: tuple[str, ...] = ()
+    returned: tuple[int | str | None, ...] = ()
+    narrow_flag: int = -1
+
+
+_GATHERS: Final = frozenset({"embedding", "index_select", "gather", "index", "take", "_to_copy", "clone"})
+_EXACT: Final = _GATHERS | frozenset(
+    """
+    abs alias amax amin any all arange argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor cat
+    ceil clamp clamp_max clamp_min clone complex constant_pad_nd contiguous copy diagonal_copy empty empty_like
+    empty_permuted empty_strided eq equal expand_copy eye fill flip floor full full_like ge gt is_nonzero
+    isfinite isinf isnan isneginf isposinf le lift logical_and logical_not logical_or logical_xor lt masked_fill
+    masked_scatter masked_select max max_pool2d_with_indices maximum median min minimum nan_to_num ne neg
+    new_empty new_empty_strided new_full new_ones new_zeros nonzero ones ones_like pad permute_copy relu repeat
+    repeat_interleave roll round scalar_tensor scatter select_scatter sgn sign slice_scatter sort split_copy
+    split_with_sizes_copy stack topk tril triu trunc unbind_copy unfold_copy unique_consecutive view_copy where
+    zeros zeros_like _local_scalar_dense _reshape_copy _to_copy _unique2 _unsafe_index _unsafe_masked_index
+    _unsafe_view
+    """.split()  # noqa: SIM905 - a list would take a line per name
+)
+_TRUSTED_NAMESPACES: Final = frozenset(
+    {"aten", "prim", "prims", "c10d", "_c10d_functional", "_c10d_functional_autograd"}
+)
+_PLANS: Final[dict[Any, Plan]] = {}
+
+
+def plan_of(func: Any) -> Plan:
+    """Return what is known of `func`, an `OpOverload`; worked out at its first use."""
+    plan = _PLANS.get(func)
+    if plan is None:
+        plan = _PLANS[func] = _work_out(func)
+    return plan
+
+
+def _work_out(func: Any) -> Plan:  # noqa: PLR0911 - one return per kind
+    schema = func._schema  # noqa: SLF001 - the only way to the schema of an overload
+    packet = schema.name.split("::")[1]
+    name = packet.removesuffix("_") if schema.is_mutable else packet
+    if torch.Tag.inplace_view in func.tags:
+        return Plan(kind=Kind.VIEW)
+    seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name
+    if schema.is_mutable:
+        return _work_out_mutable(schema, Kind.RANDOM if seeded else Kind.MUTABLE)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):  # noqa: SLF001
+        return Plan(kind=Kind.COMPOSITE)
+    if any(result.alias_info is not None for result in schema.returns):
+        return Plan(kind=Kind.VIEW)
+    if func.namespace not in _TRUSTED_NAMESPACES:
+        return Plan(kind=Kind.FOREIGN)
+    if seeded:
+        return Plan(kind=Kind.RANDOM)
+    flags = [place for place, argument in enumerate(schema.arguments) if argument.name == "half_to_float"]
+    return Plan(
+        kind=Kind.EXACT if name in _EXACT else Kind.COMPUTE,
+        gathers=name in _GATHERS,
+        narrow_flag=flags[0] if flags else -1,
+    )
+
+
+def _work_out_mutable(schema: Any, kind: Kind) -> Plan:
+    written: list[int] = []
+    names: list[str] = []
+    owner: dict[frozenset[str], int | str] = {}
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        key: int | str = argument.name if argument.kwarg_only else place
+        (names if argument.kwarg_only else written).append(key)  # type: ignore[arg-type]
+        owner[frozenset(argument.alias_info.before_set)] = key
+    returned = tuple(
+        None if result.alias_info is None else owner.get(frozenset(result.alias_info.before_set))
+        for result in schema.returns
+    )
+    return Plan(kind=kind, written=tuple(written), written_names=tuple(names), returned=returned)
+
+
+def widen(value: Any) -> Any:
+    """Return an op's argument in double precision: tensors upcast, dtypes lifted, all else as it is."""
+    if isinstance(value, Tensor):
+        wide = WIDER.get(value.dtype)
+        if wide is None:
+            return value
+        return value.double() if wide is torch.float64 else value.to(wide)
+    kind = type(value)
+    if kind is torch.dtype:
+        return WIDER.get(value, value)
+    if kind in (list, tuple) and value and type(value[0]) is not int:
+        return [widen(item) for item in value]
+    return value
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of an op's result or argument."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def write_through(func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an in-place op in double and store the result, rounded, where the program meant it to go."""
+    wide_args = [widen(argument) for argument in args]
+    wide_kwargs = {name: widen(argument) for name, argument in kwargs.items()}
+    result = func(*wide_args, **wide_kwargs)
+    pairs = [(args[place], wide_args[place]) for place in plan.written if place < len(args)]
+    pairs += [(kwargs[name], wide_kwargs[name]) for name in plan.written_names if name in kwargs]
+    for target, source in pairs:
+        for stored, wide in zip(tensors_in(target), tensors_in(source), strict=True):
+            if stored is not wide:
+                if stored.shape != wide.shape:
+                    stored.resize_(wide.shape)
+                stored.copy_(wide)
+    results = result if isinstance(result, tuple) else (result,)
+    mapped = tuple(
+        value if key is None else (args[key] if isinstance(key, int) else kwargs[key])
+        for value, key in zip(results, plan.returned, strict=False)
+    )
+    return mapped if isinstance(result, tuple) else (mapped[0] if mapped else result)
+
+
+def writes_lower(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of a lower float that the op would write to."""
+    targets = [args[place] for place in plan.written if place < len(args)]
+    targets += [kwargs[name] for name in plan.written_names if name in kwargs]
+    return [tensor for target in targets for tensor in tensors_in(target) if tensor.dtype in WIDER]
+
+
+def module_running(names: Mapping[int, str]) -> str:
+    """Return the name of the innermost module of `names` (by id) on the Python stack, "backward" without one."""
+    frame = sys._getframe(1)  # noqa: SLF001 - walking the stack costs nothing until something is left out
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            return names[id(owner)] or "(root)"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "backward"
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put every module's attributes, parameters, buffers, hooks and training flag back on exit, error or not.
+
+    Buffers are replaced by copies for the while, so that an in-place update does not reach the real ones.
+    """
+    saved = []
+    for module in model.modules():
+        own = module.__dict__
+        inner = {key: dict(value) for key, value in own.items() if key.startswith("_") and isinstance(value, dict)}
+        saved.append((module, dict(own), inner))
+    copies: dict[int, Tensor] = {}
+    for module, _, _ in saved:
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for module, own, inner in saved:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            for key, entries in inner.items():
+                holder = own[key]
+                holder.clear()
+                holder.update(entries)
+
+
+@contextmanager
+def replaced_parameters(
+    model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Stand `make(parameter)` in for each parameter (tied ones stay tied); yields them by name, each once.
+
+    Restoring is `preserved`'s work, within which this must run.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = make(parameter)
+                module._parameters[name] = made[id(parameter)]  # noqa: SLF001
+    yield dict(model.named_parameters())
+
+
+@contextmanager
+def plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Ask for attention and experts that have float64 kernels, autocast off and no compiled code, for the while."""
+    with ExitStack() as stack:
+        for device in {parameter.device.type for parameter in model.parameters()} | {"cpu"}:
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for config in {
+            id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
+        }.values():
+            attention = getattr(config, "_attn_implementation", None)
+            if attention not in (None, "eager", "sdpa"):
+                stack.enter_context(_attribute(config, "_attn_implementation_internal", "sdpa"))
+            if getattr(config, "_experts_implementation", None) not in (None, "eager"):
+                stack.enter_context(_attribute(config, "_experts_implementation_internal", "eager"))
+        yield
+
+
+@contextmanager
+def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name, None)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def default_call(model: nn.Module, batch: Mapping[str, Any]) -> object:
+    """Call `model` with the batch as keyword arguments."""
+    return model(**batch)
+
+
+def floating_outputs(output: object, prefix: str = "") -> dict[str, Tensor]:
+    """Return the floating tensors of a model's output by name, `hidden_states.0` for a nested one.
+
+    A cache of keys and values is not an output. A bare tensor is named "output".
+    """
+    if isinstance(output, Tensor):
+        return {prefix or "output": output} if output.is_floating_point() or output.is_complex() else {}
+    found: dict[str, Tensor] = {}
+    for name, value in _items(output):
+        if name != "past_key_values":
+            found |= floating_outputs(value, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _items(output: object) -> Iterable[tuple[str, object]]:
+    if isinstance(output, dict):
+        return [(str(name), value) for name, value in output.items()]
+    if isinstance(output, list | tuple):
+        names = getattr(output, "_fields", None) or [str(place) for place in range(len(output))]
+        return list(zip(names, output, strict=True))
+    if is_dataclass(output):
+        return [(field.name, getattr(output, field.name)) for field in fields(output)]
+    return []
+
+
+def loss_of(output: object) -> Tensor:
+    """Return the scalar that gradients start from.
+
+    Raises:
+        ValueError: The output has no scalar loss.
+    """
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output
+    loss = floating_outputs(output).get("loss")
+    if loss is None or loss.numel() != 1:
+        message = "gradients need a scalar loss: give the batch labels, or a call that returns the loss"
+        raise ValueError(message)
+    return loss
+
+
+@contextmanager
+def autocast_on(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast to `dtype` on the device of the model; None leaves autocast as it is."""
+    if dtype is None:
+        yield
+        return
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    with torch.autocast(device, dtype=dtype):
+        yield
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Ask the model, through its configurations, to keep no keys and values for the while."""
+    with ExitStack() as stack:
+        for config in {
+            id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
+        }.values():
+            if getattr(config, "use_cache", False):
+                stack.enter_context(_attribute(config, "use_cache", value=False))
+        yield

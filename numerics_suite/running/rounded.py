@@ -1,0 +1,154 @@
+"""What does the precision cost this program if every kernel is perfect? The rounded twin.
+
+Each op is computed in float64 and rounded once to the dtype that the program gives it, which is learned from the op
+itself at the first use of each combination of dtypes. Its distance from the true fp64 run is the inherent error.
+
+An op is what PyTorch dispatches below autograd: a fused kernel (`_scaled_dot_product_flash_attention_for_cpu`, a
+fused norm) is one op, rounded once. Views, copies, comparisons and integer ops are exact and run as they are; so do
+random ops, to draw the same numbers. Rounding from float64 to a 16-bit float passes through float32, as PyTorch's
+conversion does: once in 65,000 values that is off by a hair of a unit, which no measurement sees.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.running import _lifting
+from numerics_suite.running._lifting import WIDER, Kind, plan_of, widen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_AS_IS: Final = frozenset({Kind.VIEW, Kind.EXACT, Kind.RANDOM})
+_COPY: Final = torch.ops.aten.copy_.default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedRun:
+    """One run with every op rounded once; the fields are those of `Fp64Run`, the values exactly upcast.
+
+    Attributes:
+        outputs: Floating tensors of the model's output, float64, by name.
+        gradients: Parameter name → gradient of the loss, float64; None if they were not asked for.
+        left_out: "module: op" for what ran as it is: a foreign kernel, or an op without a float64 one.
+    """
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor] | None
+    left_out: tuple[str, ...]
+
+
+class RoundOnce(_lifting.LeanMode):
+    """The dispatch mode: every op in float64, rounded once."""
+
+    _dtypes: Final[dict[Any, tuple[torch.dtype | None, ...]]] = {}
+    """Op and dtypes of its arguments → dtypes of its results. Holds for every model, so it is shared."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` in float64 and round what it returns."""
+        kwargs = kwargs or {}
+        plan = plan_of(func)
+        kind = plan.kind
+        if kind in _AS_IS or func is _COPY:
+            return func(*args, **kwargs)
+        if kind is Kind.COMPOSITE:
+            with self:
+                return func.decompose(*args, **kwargs)
+        if kind is Kind.FOREIGN:
+            self.leave_out(func)
+            return func(*args, **kwargs)
+        if plan.written:
+            if _lifting.writes_lower(plan, args, kwargs):
+                return _lifting.write_through(func, plan, args, kwargs)
+            return func(*args, **kwargs)
+        return self._compute(func, plan, args, kwargs)
+
+    def _compute(self, func: Any, plan: _lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+        key = (func, tuple(map(_signature, args)), tuple((name, _signature(value)) for name, value in kwargs.items()))
+        dtypes = self._dtypes.get(key)
+        if dtypes is None:
+            as_is = func(*args, **kwargs)
+            dtypes = tuple(tensor.dtype for tensor in _lifting.tensors_in(as_is))
+            self._dtypes[key] = dtypes
+            if not any(dtype in WIDER for dtype in dtypes):
+                return as_is
+        if not any(dtype in WIDER for dtype in dtypes):
+            return func(*args, **kwargs)
+        wide = [widen(argument) for argument in args]
+        if 0 <= plan.narrow_flag < len(wide):
+            wide[plan.narrow_flag] = False
+        try:
+            result = func(*wide, **{name: widen(argument) for name, argument in kwargs.items()})
+        except (RuntimeError, NotImplementedError):
+            result = func(*args, **kwargs)
+            self.leave_out(func)
+        return _rounded(result, iter(dtypes))
+
+
+def _signature(value: Any) -> Any:
+    """Return what the dtype of a result may depend on."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim() == 0
+    kind = type(value)
+    if kind is bool or kind is torch.dtype:
+        return value
+    if kind in (list, tuple) and value and type(value[0]) is not int:
+        return tuple(_signature(item) for item in value)
+    return kind
+
+
+def _rounded(result: Any, dtypes: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.to(next(dtypes))
+    if isinstance(result, list | tuple):
+        return type(result)(_rounded(item, dtypes) for item in result)
+    return result
+
+
+def run_rounded(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    gradients: bool = False,
+    autocast: torch.dtype | None = None,
+    call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+) -> RoundedRun:
+    """Run `model` once with every op rounded once, in evaluation mode; the model is left as it was.
+
+    Args:
+        model: Any module, in the precision under test.
+        batch: Tensors for the call.
+        gradients: Whether to differentiate the loss. No loss scaling is applied.
+        autocast: Lower dtype of an autocast section around the call.
+        call: Calls the model; default `model(**batch)`. It may switch to `model.train()`.
+
+    Raises:
+        ValueError: Gradients are asked for and the output has no scalar loss.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    with ExitStack() as stack:
+        stack.enter_context(_lifting.preserved(model))
+        leaves = stack.enter_context(_lifting.replaced_parameters(model, _leaf))
+        for module in model.modules():
+            module.training = False
+        mode = stack.enter_context(RoundOnce(names))
+        with torch.set_grad_enabled(gradients):
+            with _lifting.autocast_on(model, autocast):
+                output = (call or _lifting.default_call)(model, batch)
+            if gradients:
+                _lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
+        found = {name: leaf.grad.double() for name, leaf in leaves.items() if leaf.grad is not None}
+        return RoundedRun(
+            outputs={name: widen(tensor.detach()) for name, tensor in _lifting.floating_outputs(output).items()},
+            gradients=found if gradients else None,
+            left_out=tuple(mode.left_out),
+        )
+
+
+def _leaf(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

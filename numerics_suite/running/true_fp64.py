@@ -1,0 +1,302 @@
+"""What would the model, as stored, compute without rounding? The true fp64 twin.
+
+A dispatch mode sees every op of the forward and backward passes below autograd. It turns each dtype argument that names
+a lower float into float64 and upcasts each floating tensor argument, so the sections that a program hard-codes
+in float32 (norms, rotary tables, softmax, a half-precision head) run in float64 too. `model.double()` does not
+do that: the float64 minimum of its mask overflows in a float32 softmax.
+
+What is kept from the program as stored: the parameters, the buffers, and constants that Python makes in a lower float
+(`torch.tensor(0.1, dtype=torch.float32)`), each with the value it has in its own dtype.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.running import _lifting, _streaming
+from numerics_suite.running._lifting import WIDER, Kind, plan_of, widen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+STREAM_ABOVE_BYTES: Final = 1 << 30
+"""A model whose parameters in float64 take more than this is streamed unless the caller says otherwise."""
+
+CHUNK_ELEMENTS: Final = 1 << 23
+"""A weight with more elements is upcast in pieces of this size (64 MiB in float64) when it is multiplied."""
+
+_ATEN: Final = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp64Run:
+    """One run wholly in float64.
+
+    Attributes:
+        outputs: Floating tensors of the model's output, float64, by name ("logits", "loss", "hidden_states.0").
+        gradients: Parameter name → gradient of the loss, float64; a tied parameter once, one that the loss does not
+            reach not at all; None if they were not asked for.
+        left_out: "module: op" for what could not be lifted. The run is a reference only where this is empty.
+    """
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor] | None
+    left_out: tuple[str, ...]
+
+
+class LiftToFp64(_lifting.LeanMode):
+    """The dispatch mode: every op in float64.
+
+    Args:
+        names: Module id → name, to say where an op was that could not be lifted.
+        protected: Addresses of storages that must not be written to.
+        trained: Addresses of storages whose gradient would be lost if an op took them with gradients on.
+    """
+
+    def __init__(
+        self, names: Mapping[int, str], protected: frozenset[int] = frozenset(), trained: frozenset[int] = frozenset()
+    ) -> None:
+        """Start with nothing left out."""
+        super().__init__(names)
+        self.protected = protected
+        self.trained = trained
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` on lifted arguments."""
+        kwargs = kwargs or {}
+        plan = plan_of(func)
+        kind = plan.kind
+        if self.trained and torch.is_grad_enabled():
+            self._find_lost_gradients(func, args)
+        if kind is Kind.VIEW:
+            if func is _ATEN.view.dtype and (args[0].is_floating_point() or args[1].is_floating_point):
+                self.leave_out(func)
+            return func(*args, **kwargs)
+        if kind is Kind.COMPOSITE:
+            with self:
+                return func.decompose(*args, **kwargs)
+        if plan.written:
+            if kind is Kind.RANDOM:
+                return func(*args, **kwargs)
+            if lower := _lifting.writes_lower(plan, args, kwargs):
+                return self._write_through(func, plan, args, kwargs, lower)
+        return self._compute(func, plan, args, kwargs)
+
+    def _compute(self, func: Any, plan: _lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs:
+            kwargs = {name: widen(argument) for name, argument in kwargs.items()}
+        if plan.gathers:
+            return widen(func(*args, **kwargs))
+        if func in _CHUNKED and (product := _multiply_in_chunks(func, args, kwargs)) is not None:
+            return product
+        wide = [widen(argument) for argument in args]
+        if 0 <= plan.narrow_flag < len(wide):
+            wide[plan.narrow_flag] = False
+        try:
+            result = func(*wide, **kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            result = self._in_lower_float(func, wide, kwargs, error)
+        if isinstance(result, Tensor):
+            if result.dtype in WIDER:
+                self.leave_out(func)
+                return widen(result)
+        elif any(tensor.dtype in WIDER for tensor in _lifting.tensors_in(result)):
+            self.leave_out(func)
+            return type(result)(widen(item) for item in result)
+        if plan.kind is Kind.FOREIGN:
+            self.leave_out(func)
+        return result
+
+    def _find_lost_gradients(self, func: Any, args: Any) -> None:
+        """Note a parameter that is used outside the module that owns it: streaming does not see its gradient."""
+        for tensor in _lifting.tensors_in(args):
+            if not tensor.requires_grad and tensor.untyped_storage().data_ptr() in self.trained:
+                self.leave_out(f"gradient through {func} of a parameter used outside its module")
+
+    def _write_through(
+        self,
+        func: Any,
+        plan: _lifting.Plan,
+        args: Any,
+        kwargs: dict[str, Any],
+        lower: list[Tensor],
+    ) -> Any:
+        if any(tensor.untyped_storage().data_ptr() in self.protected for tensor in lower):
+            message = f"{func} would change a parameter of the model; run it with stream=False"
+            raise RuntimeError(message)
+        self.leave_out(func)
+        return _lifting.write_through(func, plan, args, kwargs)
+
+    def _in_lower_float(self, func: Any, args: list[Any], kwargs: dict[str, Any], error: Exception) -> Any:
+        """Run an op that has no float64 kernel in the widest float it has, and say so; `error` if it has none."""
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            try:
+                result = func(
+                    *(_narrow(item, dtype) for item in args), **{n: _narrow(v, dtype) for n, v in kwargs.items()}
+                )
+            except (RuntimeError, NotImplementedError):
+                continue
+            self.leave_out(func)
+            return type(result)(map(widen, result)) if isinstance(result, list | tuple) else widen(result)
+        raise error
+
+
+def _narrow(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype is torch.float64 else value
+    if value is torch.float64:
+        return dtype
+    return [_narrow(item, dtype) for item in value] if isinstance(value, list | tuple) else value
+
+
+_CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+
+
+def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Multiply by a large weight of a lower float piece by piece; None where that is not the case."""
+    right: Tensor = args[-1]
+    if right.dtype not in WIDER or right.numel() <= CHUNK_ELEMENTS or kwargs:
+        return None
+    left: Tensor = widen(args[-2])
+    inner, outer = right.shape
+    bias = widen(args[0]) if func is _ATEN.addmm.default else None
+    result = left.new_zeros(left.shape[0], outer) if bias is None else bias.expand(left.shape[0], outer).clone()
+    if outer >= inner:
+        step = max(1, CHUNK_ELEMENTS // inner)
+        for start in range(0, outer, step):
+            result[:, start : start + step] += left @ right[:, start : start + step].double()
+    else:
+        step = max(1, CHUNK_ELEMENTS // outer)
+        for start in range(0, inner, step):
+            result += left[:, start : start + step] @ right[start : start + step].double()
+    return result
+
+
+class Fp64Session:
+    """A model that computes in float64 for the while; what `true_fp64` yields."""
+
+    def __init__(
+        self, mode: LiftToFp64, leaves: Mapping[str, nn.Parameter], sink: _streaming.GradientSink | None
+    ) -> None:
+        """Hold what `true_fp64` set up."""
+        self._mode = mode
+        self._leaves = leaves
+        self._sink = sink
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What ran in the session without being lifted, as "module: op"."""
+        return tuple(self._mode.left_out)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return parameter name → gradient accumulated by the backward passes so far, float64."""
+        if self._sink is not None:
+            return dict(self._sink.gradients)
+        return {name: leaf.grad for name, leaf in self._leaves.items() if leaf.grad is not None}
+
+
+@contextmanager
+def true_fp64(
+    model: nn.Module, *, stream: bool = False, on_gradient: Callable[[str, Tensor], None] | None = None
+) -> Iterator[Fp64Session]:
+    """Make calls of `model` compute wholly in float64, forward and backward, from the parameters as stored.
+
+    On exit the model is as it was: parameters, their `.grad`, buffers, hooks, attributes, training flags. Training
+    flags are not changed on entry either.
+
+    Args:
+        model: Any module; the parameters may be of any float, also mixed.
+        stream: Keep the parameters as stored and upcast each where it is used, so that memory is the model plus one
+            piece. A backward pass then recomputes block by block. Without it the session holds a float64 copy.
+        on_gradient: With `stream`, is given each parameter's name and whole gradient, which is then dropped.
+            It must not keep a reference if memory matters.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    with ExitStack() as stack:
+        stack.enter_context(float64_surroundings(model))
+        if stream:
+            mode = LiftToFp64(names, _storages(model, trained_only=False), _storages(model, trained_only=True))
+            sink = stack.enter_context(_streaming.recomputed_blocks(model, on_gradient))
+            stack.enter_context(mode)
+            yield Fp64Session(mode, {}, sink)
+        else:
+            leaves = stack.enter_context(_lifting.replaced_parameters(model, _wide_leaf))
+            mode = stack.enter_context(LiftToFp64(names))
+            yield Fp64Session(mode, leaves, None)
+
+
+@contextmanager
+def float64_surroundings(module: nn.Module) -> Iterator[None]:
+    """Give `module` what surrounds a float64 run but the dispatch mode and the parameters; it is restored on exit.
+
+    That is float64 buffers and default dtype, autocast off, attention and experts that have float64 kernels.
+    """
+    default = torch.get_default_dtype()
+    with _lifting.preserved(module), _lifting.plain_kernels(module):
+        _widen_buffers(module)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _storages(model: nn.Module, *, trained_only: bool) -> frozenset[int]:
+    return frozenset(
+        parameter.untyped_storage().data_ptr()
+        for parameter in model.parameters()
+        if parameter.requires_grad or not trained_only
+    )
+
+
+def _wide_leaf(parameter: nn.Parameter) -> nn.Parameter:
+    wide = parameter.detach().to(WIDER.get(parameter.dtype, parameter.dtype), copy=True)
+    return nn.Parameter(wide, requires_grad=parameter.requires_grad)
+
+
+def _widen_buffers(model: nn.Module) -> None:
+    wide: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None and buffer.dtype in WIDER:
+                module._buffers[name] = wide.setdefault(id(buffer), widen(buffer))  # noqa: SLF001
+
+
+def run_true_fp64(  # noqa: PLR0913 - one run, one call
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    gradients: bool = False,
+    stream: bool | None = None,
+    call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+    on_gradient: Callable[[str, Tensor], None] | None = None,
+) -> Fp64Run:
+    """Run `model` once in float64, as `true_fp64` does, in evaluation mode.
+
+    Args:
+        model: Any module.
+        batch: Tensors for the call; floating ones are upcast.
+        gradients: Whether to differentiate the loss (the output "loss", or a scalar output).
+        stream: See `true_fp64`; None streams a model whose float64 copy is above `STREAM_ABOVE_BYTES`.
+        call: Calls the model; default `model(**batch)`. It may switch to `model.train()`.
+        on_gradient: See `true_fp64`; gradients given to it are not in the result.
+
+    Raises:
+        ValueError: Gradients are asked for and the output has no scalar loss.
+    """
+    if stream is None:
+        stream = sum(8 * parameter.numel() for parameter in model.parameters()) > STREAM_ABOVE_BYTES
+    with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
+        for module in model.modules():
+            module.training = False
+        with torch.set_grad_enabled(gradients):
+            output = (call or _lifting.default_call)(model, {name: widen(value) for name, value in batch.items()})
+            if gradients:
+                _lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
+        outputs = {name: widen(tensor.detach()) for name, tensor in _lifting.floating_outputs(output).items()}
+        return Fp64Run(outputs=outputs, gradients=session.gradients() if gradients else None, left_out=session.left_out)
