@@ -105,8 +105,7 @@ def _statements(node: ast.AST, *, on_start: bool) -> Iterator[tuple[ast.Import |
 def functions_of(tree: ast.AST, *, public: bool = False) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Functions and methods, nested ones too; with `public` those that a user can reach by public names."""
     for child in ast.iter_child_nodes(tree):
-        named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        if public and named and child.name.startswith("_"):
+        if public and getattr(child, "name", "").startswith("_"):
             continue
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
