@@ -1,0 +1,63 @@
+"""A peft adapter: where is its base, and is it whole?"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.records import Task
+from numerics_suite.subjects import fixtures
+from numerics_suite.subjects.files import read_json
+from numerics_suite.subjects.hub import parse_hub_id, snapshot
+
+_TASKS: Mapping[str, Task] = {
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+}
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """The raw `adapter_config.json`.
+
+    Raises:
+        BadInputError: it is broken, or peft is not installed.
+    """
+    content = read_json(folder / "adapter_config.json")
+    if importlib.util.find_spec("peft") is None:
+        message = f"{folder} is an adapter, and peft is not installed: pip install 'numerics-suite[peft]'"
+        raise BadInputError(message)
+    return content
+
+
+def adapter_task(adapter: Mapping[str, Any]) -> Task | None:
+    """The task that the adapter was trained for, None where it does not say."""
+    return _TASKS.get(str(adapter.get("task_type")))
+
+
+def base_folder(folder: Path, adapter: Mapping[str, Any], *, allow_pickle: bool) -> Path:
+    """The folder of the adapter's base: a path (from the adapter's folder or the working directory), fixture or hub id.
+
+    Raises:
+        BadInputError: the adapter names none, or it cannot be found.
+    """
+    where, base = folder / "adapter_config.json", adapter.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        message = f"{where}: key base_model_name_or_path is missing, so the base is unknown"
+        raise BadInputError(message)
+    if base.startswith("fixture:"):
+        return fixtures.fixture_path(base.removeprefix("fixture:"))
+    for path in (folder / base, Path(base).expanduser()):
+        if path.is_dir():
+            return path.resolve()
+    hub_id = parse_hub_id(base)
+    if hub_id is None:
+        message = f"{where}: base_model_name_or_path '{base}' is no directory"
+        raise BadInputError(message)
+    revision = adapter.get("revision")
+    if isinstance(revision, str) and revision and hub_id.revision is None:
+        hub_id = parse_hub_id(f"{base}@{revision}") or hub_id
+    return snapshot(hub_id, allow_pickle=allow_pickle)

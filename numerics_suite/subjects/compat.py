@@ -1,0 +1,259 @@
+"""Everything that differs between the releases of transformers, 4.46 and newer."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Release = tuple[int, ...]
+
+_AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+}
+_MAPPING_NAMES = {
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "token-classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+DTYPE_RENAMED: Release = (4, 56)
+ATTENTION_BY_FUNCTION: Release = (4, 48)
+
+
+@cache
+def version() -> str:
+    """The installed transformers, such as `5.23.0`."""
+    import transformers  # heavy
+
+    return str(transformers.__version__)
+
+
+@cache
+def release() -> Release:
+    """The installed transformers as numbers: `(5, 23, 0)`."""
+    return tuple(int(part) for part in re.findall(r"\d+", version())[:3])
+
+
+def dtype_keyword() -> str:
+    """The keyword of `from_pretrained` for the dtype."""
+    return "dtype" if release() >= DTYPE_RENAMED else "torch_dtype"
+
+
+def auto_class_name(task: str) -> str:
+    """`AutoModelForCausalLM` and so on, as in a config's `auto_map`."""
+    return _AUTO_CLASSES[task]
+
+
+def auto_class(task: str) -> Any:
+    """The Auto class of a task."""
+    import transformers  # heavy
+
+    return getattr(transformers, _AUTO_CLASSES[task])
+
+
+def knows_model_type(model_type: str) -> bool:
+    """Whether this release, or code that registered itself with it, has a config class of that type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # heavy
+
+    return model_type in CONFIG_MAPPING
+
+
+def knows_architecture(name: str) -> bool:
+    """Whether this release has a class of that name; imports no model."""
+    import transformers  # heavy
+
+    return name in dir(transformers)
+
+
+def model_class_name(model_type: str, task: str) -> str | None:
+    """The class that this release would build, None where it has none for the task."""
+    from transformers.models.auto import modeling_auto  # heavy
+
+    names: Mapping[str, Any] = getattr(modeling_auto, _MAPPING_NAMES[task])
+    found = names.get(model_type)
+    if found is None:
+        return _registered_class(model_type, task)
+    return str(found[0] if isinstance(found, (tuple, list)) else found)
+
+
+def _registered_class(model_type: str, task: str) -> str | None:
+    """The class that the user's own code registered for a config class of that type."""
+    mapping = auto_class(task)._model_mapping  # noqa: SLF001  # the only register of them
+    extra = getattr(mapping, "_extra_content", {})
+    return next((model.__name__ for config, model in extra.items() if config.model_type == model_type), None)
+
+
+def is_language_model(module: Any) -> bool:
+    """Whether a module has the surface of a model of transformers (peft's wrappers have it too)."""
+    return hasattr(module, "get_input_embeddings") and hasattr(getattr(module, "config", None), "to_dict")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingInfo:
+    """What `from_pretrained` says about names; sorted."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+
+def loading_info(info: Mapping[str, Any]) -> LoadingInfo:
+    """Read the second result of `from_pretrained(output_loading_info=True)`.
+
+    Args:
+        info: lists in 4.x, sets in 5.x; a mismatch is `(name, stored shape, built shape)`.
+    """
+
+    def names(key: str) -> tuple[str, ...]:
+        found = info.get(key) or ()
+        return tuple(sorted(item if isinstance(item, str) else str(item[0]) for item in found))
+
+    return LoadingInfo(
+        missing=names("missing_keys"), unexpected=names("unexpected_keys"), mismatched=names("mismatched_keys")
+    )
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention implementation that a model computes with; `default` where it has no such switch."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "default")
+
+
+def set_attention(model: Any, attn: str) -> None:
+    """Switch the attention of a model that is already built.
+
+    Args:
+        model: a `PreTrainedModel`.
+        attn: the implementation.
+
+    Raises:
+        UnsupportedError: this class or this release cannot.
+    """
+    kind, had = type(model).__name__, attention_of(model)
+    if had == attn:
+        return
+    if release() < ATTENTION_BY_FUNCTION:
+        message = f"under transformers {version()} a built {kind} keeps the attention it was built with ({had})"
+        raise UnsupportedError(message)
+    # Before 4.53 the declaration is `_supports_sdpa`, `_supports_flash_attn_2`, `_supports_flex_attn`.
+    flag = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}.get(attn)
+    if flag and not getattr(model, flag, True):
+        message = f"{kind} declares no support for {attn} attention"
+        raise UnsupportedError(message)
+    try:
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation(attn)
+        else:
+            for module in model.modules():
+                if hasattr(getattr(module, "config", None), "_attn_implementation"):
+                    module.config._attn_implementation = attn  # noqa: SLF001  # what the later method does
+    except (ValueError, ImportError) as error:
+        message = f"{kind} cannot use {attn} attention: {first_line(error)}"
+        raise UnsupportedError(message) from error
+    if attention_of(model) != attn:
+        message = f"{kind} cannot use {attn} attention; it stays with {attention_of(model)}"
+        raise UnsupportedError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, for messages that are one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: where a wrapped error says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+# --- config keys ---------------------------------------------------------------------------------------------------
+
+_ALWAYS = frozenset({"model_type", "auto_map", "architectures", "transformers_version", "torch_dtype", "_name_or_path"})
+"""Keys that the Auto classes and `from_pretrained` read, whatever the config class; `torch_dtype` in every release."""
+
+_READS = re.compile(r"kwargs\.(?:pop|get|setdefault)\(\s*[\"'](\w+)[\"']")
+_ASKS = re.compile(r"(?<!\w)config\.(\w+)|getattr\((?:self\.)?config, [\"'](\w+)[\"']")
+_ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
+
+
+def known_config_keys(config_class: type) -> set[str]:
+    """Keys of `config.json` that this release reads for this config class.
+
+    Any other key is set as an attribute that nothing looks at: the key is silently ignored.
+
+    Args:
+        config_class: a `PretrainedConfig` class of transformers or of remote code.
+    """
+    return set(_known_config_keys(config_class))
+
+
+@cache
+def _known_config_keys(config_class: type) -> frozenset[str]:
+    keys = set(_ALWAYS)
+    for cls in config_class.__mro__:
+        if cls is object or cls.__name__.endswith("Mixin"):
+            continue
+        keys |= _declared(cls)
+    keys |= _asked_by_model(config_class)
+    # From 5.0 on any class with `rope_parameters` takes the older keys and moves them into it.
+    if hasattr(config_class, "convert_rope_params_to_dict") and "rope_parameters" in keys:
+        keys |= _ROPE_KEYS
+    mapped: Mapping[str, str] = getattr(config_class, "attribute_map", {})
+    keys |= {alias for alias, name in mapped.items() if name in keys}
+    return frozenset(keys)
+
+
+def _declared(cls: type) -> set[str]:
+    """Fields, parameters, and keys taken out of `kwargs` where a config of this class is made."""
+    # `ClassVar` facts about the class (`model_type`, `base_model_tp_plan`) are no keys; under `from __future__ import
+    # annotations` they are text.
+    keys = {name for name, kind in cls.__dict__.get("__annotations__", {}).items() if "ClassVar" not in str(kind)}
+    for method in ("__init__", "__post_init__"):
+        function = cls.__dict__.get(method)
+        if function is None:
+            continue
+        function = inspect.unwrap(function)
+        keys |= {name for name, parameter in inspect.signature(function).parameters.items() if _is_named(parameter)}
+        keys |= set(_READS.findall(_source(function)))
+    keys |= {name for name, value in vars(cls).items() if isinstance(value, property) and value.fset is not None}
+    return keys - {"self"}
+
+
+def _is_named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # made by a decorator: it has no lines of its own
+        return ""
+
+
+def _asked_by_model(config_class: type) -> set[str]:
+    """Keys that the modelling file beside the config's file asks of it, and the shared rotary code where it is used."""
+    try:
+        path = Path(inspect.getfile(config_class))
+    except (OSError, TypeError):
+        return set()
+    text = _text(path.with_name(path.name.replace("configuration_", "modeling_")))
+    if "ROPE_INIT_FUNCTIONS" in text:
+        import transformers  # heavy
+
+        text += _text(Path(transformers.__path__[0]) / "modeling_rope_utils.py")
+    return {one or other for one, other in _ASKS.findall(text)}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,46 @@
+"""`generic`: any other model that an Auto class can load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from numerics_suite.subjects.families.family import Family
+
+ABSOLUTE_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "ctrl", "biogpt"})
+"""Decoders with learned or fixed absolute positions counted from the first column: a pad on the left moves every token."""
+
+GENERIC = Family(
+    name="generic",
+    model_types=(),
+    head_names=("score", "classifier", "classifier_head", "classification_head"),
+    lm_head_names=("lm_head", "output_layer", "embed_out"),
+    backbone_names=("model", "transformer", "gpt_neox"),
+    norm_classes=("RMSNorm", "LayerNorm"),
+    rotary_classes=("RotaryEmbedding",),
+    attention_classes=("Attention", "SdpaAttention", "FlashAttention2"),
+    mlp_classes=("MLP",),
+    block_classes=("DecoderLayer", "Block"),
+    embedding_suffixes=("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight"),
+)
+
+ENCODER = replace(GENERIC, pooling="unknown", padding_sides=("right",))
+"""An encoder pools its first token or a mean, and its absolute positions bear padding on the right only."""
+
+
+def generic_family(config: Mapping[str, Any]) -> Family:
+    """The generic family as it fits this config: padding sides and pooling differ between decoders and encoders.
+
+    Args:
+        config: raw `config.json`; empty for a plain module.
+    """
+    names = tuple(str(name) for name in config.get("architectures") or ())
+    encodes = config.get("is_encoder_decoder") or any(name.endswith("ForMaskedLM") for name in names)
+    # An encoder's classifier has no class of its own to tell it by; these two keys are the encoders' own.
+    absolute = "type_vocab_size" in config or config.get("position_embedding_type") == "absolute"
+    if (encodes or absolute) and not config.get("is_decoder"):
+        return ENCODER
+    if config.get("model_type") in ABSOLUTE_POSITIONS:
+        return replace(GENERIC, padding_sides=("right",))
+    return GENERIC

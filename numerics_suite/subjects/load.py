@@ -1,0 +1,291 @@
+"""Loading a subject at a precision: what is under test becomes a model in eval mode, with the story of its names.
+
+A checkpoint is loaded at a dtype and never cast: `model.to(dtype)` would round buffers that a load keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.records import Subject
+from numerics_suite.subjects import compat, validate
+from numerics_suite.subjects.compat import LoadingInfo
+from numerics_suite.subjects.factory import call_factory
+from numerics_suite.subjects.families import family_of
+from numerics_suite.subjects.files import pickle_files, safetensors_files, tensor_headers
+from numerics_suite.subjects.poison import poisoned, seeded
+from numerics_suite.subjects.quiet import quiet_transformers
+from numerics_suite.subjects.remote_code import modules_folder, private_modules
+from numerics_suite.subjects.tasks import CLASSIFICATION, head_tensors
+
+__all__ = ["Loaded", "load", "quiet_transformers"]
+
+IDS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
+"""Inputs of a factory's batch that no precision converts: a wrong dtype there is a finding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model as loaded.
+
+    Attributes:
+        model: in eval mode.
+        batch: a factory's own batch, floating tensors in the dtype asked for; None elsewhere.
+        missing: names that the model has and the checkpoint lacks, a new head's included.
+        unexpected: names that the checkpoint has and the model has no place for.
+        mismatched: names whose stored shape is another one; they were made anew.
+        new_head: parameters of the head that was made for the task.
+        tied: groups of parameter names that share one tensor.
+        attn: the attention implementation that the model computes with; `default` where it has no switch.
+        dtype: as asked, such as `bfloat16`.
+        remote_modules_dir: the private folder that its own code was loaded from, None without such code.
+    """
+
+    model: nn.Module
+    batch: dict[str, Any] | None
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    new_head: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
+    attn: str
+    dtype: str
+    remote_modules_dir: Path | None = None
+
+
+def load(
+    subject: Subject,
+    *,
+    dtype: str,
+    attn: str,
+    device: str = "cpu",
+    seed: int = 0,
+    poison: bool = False,
+) -> Loaded:
+    """Load a subject; a factory is called anew.
+
+    Args:
+        subject: resolved.
+        dtype: of its floating parameters, as torch names it (`bfloat16`).
+        attn: `default` takes what the release chooses; else `eager`, `sdpa`, …
+        device: where the model ends up.
+        seed: draws the weights that the checkpoint lacks.
+        poison: uninitialised memory is NaN while the model is built.
+
+    Raises:
+        UnsupportedError: this release or this class cannot (architecture, attention); the text is the reason.
+        BadInputError: a factory fails.
+        CheckError: the load fails for another reason.
+    """
+    with ExitStack() as switches:
+        if subject.kind != "factory":
+            switches.enter_context(quiet_transformers())
+            switches.enter_context(private_modules())
+        switches.enter_context(seeded(seed))
+        switches.enter_context(poisoned(enabled=poison))
+        loaded = _build(subject, dtype=dtype, attn=attn, device=device)
+    loaded.model.eval()
+    return replace(loaded, tied=_tied(loaded.model), attn=compat.attention_of(loaded.model))
+
+
+def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
+    if subject.kind == "factory":
+        return _from_factory(subject, dtype=dtype, attn=attn, device=device)
+    assert subject.path is not None
+    folder = Path(subject.adapter_base or subject.path)
+    # A cell of a subject that this release lacks ends here, and is skipped with this reason.
+    validate.check_supported(folder, subject.config, trust_remote_code=subject.trust_remote_code)
+    with _failures(subject, attn):
+        model, info = _from_folder(subject, folder, dtype=dtype, attn=attn, device=device)
+        if subject.adapter_base:
+            model, info = _with_adapter(subject, model, info)
+        if not subject.quantized:
+            model.to(device)  # moves, and converts nothing
+    own_code = validate.needs_remote_code(subject.config)
+    return Loaded(
+        model=model,
+        batch=None,
+        missing=info.missing,
+        unexpected=info.unexpected,
+        mismatched=info.mismatched,
+        new_head=_new_head(subject, model, info),
+        tied=(),
+        attn="",
+        dtype=dtype,
+        remote_modules_dir=modules_folder() if own_code else None,
+    )
+
+
+@contextmanager
+def _failures(subject: Subject, attn: str) -> Iterator[None]:
+    """Give every failure of a load one line: an implementation that is lacking is a skip, the rest an error."""
+    try:
+        yield
+    except (NumericsSuiteError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {compat.first_line(error)}"
+        if isinstance(error, RuntimeError) and "allocate memory" in text:
+            raise
+        if attn != "default" and isinstance(error, (ImportError, ValueError)) and _is_about_attention(text):
+            message = f"{subject.model_class} cannot use {attn} attention: {compat.first_line(error)}"
+            raise UnsupportedError(message) from error
+        if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
+            message = f"this quantised checkpoint cannot be loaded here: {compat.first_line(error)}"
+            raise UnsupportedError(message) from error
+        message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"
+        raise CheckError(message) from error
+
+
+def _is_about_attention(text: str) -> bool:
+    return any(word in text.lower() for word in ("attention", "attn", "flash", "sdpa", "flex"))
+
+
+def _from_folder(
+    subject: Subject, folder: Path, *, dtype: str, attn: str, device: str
+) -> tuple[nn.Module, LoadingInfo]:
+    """`from_pretrained` at the dtype, with every missing or mis-shaped weight reported and none refused."""
+    # Only `resolve` lets a folder of pickles pass, and only on the user's word.
+    pickled = not safetensors_files(folder) and bool(pickle_files(folder))
+    options: dict[str, Any] = {
+        "config": _config(subject, folder),
+        compat.dtype_keyword(): getattr(torch, dtype),
+        "trust_remote_code": subject.trust_remote_code,
+        "use_safetensors": not pickled,
+        "ignore_mismatched_sizes": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if pickled:
+        options["weights_only"] = True
+    if attn != "default":
+        options["attn_implementation"] = attn
+    if subject.quantized and device != "cpu":
+        options["device_map"] = device
+    model, info = compat.auto_class(subject.task).from_pretrained(folder, **options)
+    if attn != "default" and compat.attention_of(model) != attn:
+        message = f"{type(model).__name__} cannot use {attn} attention; it computes with {compat.attention_of(model)}"
+        raise UnsupportedError(message)
+    return model, compat.loading_info(info)
+
+
+def _config(subject: Subject, folder: Path) -> Any:
+    """The config as the release reads it, with another number of labels where one was asked for."""
+    from transformers import AutoConfig  # heavy
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=subject.trust_remote_code, local_files_only=True)
+    if subject.task in CLASSIFICATION and config.num_labels != subject.num_labels:
+        config.num_labels = subject.num_labels
+    return config
+
+
+def _new_head(subject: Subject, model: nn.Module, info: LoadingInfo) -> tuple[str, ...]:
+    """Names of the parameters that were made anew for the task."""
+    if not subject.new_head:
+        return ()
+    made = (*info.missing, *info.mismatched)
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return tuple(name for name in head_tensors(made, family_of(subject.config), subject.task) if name in held)
+
+
+def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple[nn.Module, LoadingInfo]:
+    """The base with the adapter on it, trainable; names of the base get peft's prefix."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    assert subject.path is not None
+    # Without this peft would hold the adapter in float32 whatever was asked for.
+    options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False, "local_files_only": True}
+    model = PeftModel.from_pretrained(base, subject.path, **options)
+    wanted, held = set(get_peft_model_state_dict(model)), set(tensor_headers(subject.path))
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # Before 0.18 peft says that an embedding is saved with the adapter, and it is not.
+    lacking = {name for name in wanted - held if held and not _is_embedding(name)}
+
+    def renamed(found: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"base_model.model.{name}" for name in found if f"base_model.model.{name}" in names)
+
+    return model, LoadingInfo(
+        missing=(*renamed(info.missing), *sorted(lacking)),
+        unexpected=(*info.unexpected, *sorted(held - wanted)),
+        mismatched=renamed(info.mismatched),
+    )
+
+
+def _is_embedding(name: str) -> bool:
+    return "lora_" not in name and name.endswith(("embed_tokens.weight", "lm_head.weight", "word_embeddings.weight"))
+
+
+# --- factories -----------------------------------------------------------------------------------------------------
+
+
+def _from_factory(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
+    model, batch = call_factory(subject.source)
+    convert(model, getattr(torch, dtype))
+    if compat.is_language_model(model) and attn != "default":
+        compat.set_attention(model, attn)
+    model.to(device)
+    return Loaded(
+        model=model,
+        batch=None if batch is None else _converted_batch(batch, getattr(torch, dtype)),
+        missing=(),
+        unexpected=(),
+        mismatched=(),
+        new_head=(),
+        tied=(),
+        attn="",
+        dtype=dtype,
+    )
+
+
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give floating parameters and saved buffers a dtype in place, as a load at that dtype would.
+
+    Buffers that are not saved and rotary frequencies stay as they were built, and so does what the model declares to
+    keep in float32.
+
+    Args:
+        model: changed in place; tied parameters stay tied.
+        dtype: a floating one.
+    """
+    kept = _kept_in_fp32(model, dtype)
+    saved = model.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            wide = any(part in name.split(".") for part in kept)
+            parameter.data = parameter.data.to(torch.float32 if wide else dtype)
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point() and "inv_freq" not in name:
+            buffer.data = buffer.data.to(dtype)
+
+
+def _kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Module names that a load would keep in float32: some under float16 only, some under bfloat16 too."""
+    names: list[str] = []
+    if dtype == torch.float16:
+        names += getattr(model, "_keep_in_fp32_modules", None) or []
+    if dtype in (torch.float16, torch.bfloat16):
+        names += getattr(model, "_keep_in_fp32_modules_strict", None) or []
+    return tuple(names)
+
+
+def _converted_batch(batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and name not in IDS else value
+        for name, value in batch.items()
+    }
+
+
+def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of parameter names that are one tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)

@@ -1,0 +1,57 @@
+"""A modules folder of this process's own for a checkpoint's code, so that parallel workers never race."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGE = "transformers_modules"
+_folders: dict[int, Path] = {}
+
+
+def modules_folder() -> Path:
+    """This process's modules folder; made on the first call, removed at exit. A forked child gets another one."""
+    pid = os.getpid()
+    if pid not in _folders:
+        folder = Path(tempfile.mkdtemp(prefix="numerics-suite-modules-"))
+        _folders[pid] = folder
+        atexit.register(_remove, pid, folder)
+    return _folders[pid]
+
+
+def _remove(pid: int, folder: Path) -> None:
+    # A forked child inherits this handler, but the folder is its parent's.
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def private_modules() -> Iterator[Path]:
+    """What `HF_MODULES_CACHE` says, for this process and the time of a load; gives the folder.
+
+    The variable itself is read once, when transformers is imported, so its constant is what is changed.
+    """
+    from transformers import dynamic_module_utils  # heavy
+
+    folder, usual = modules_folder(), dynamic_module_utils.HF_MODULES_CACHE
+    _let_be_found(folder)
+    dynamic_module_utils.HF_MODULES_CACHE = str(folder)
+    try:
+        yield folder
+    finally:
+        dynamic_module_utils.HF_MODULES_CACHE = usual
+        _let_be_found(Path(usual))
+
+
+def _let_be_found(folder: Path) -> None:
+    """Let relative imports of code in `folder` work although the package was first imported from another one."""
+    package = sys.modules.get(_PACKAGE)
+    inside = str(folder / _PACKAGE)
+    if package is not None and inside not in package.__path__:
+        package.__path__.append(inside)

@@ -1,0 +1,315 @@
+"""What does the user mean by SUBJECT? Text in, a resolved :class:`Subject` out; nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.core.records import Subject, Task
+from numerics_suite.subjects import compat, fixtures, validate
+from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter
+from numerics_suite.subjects.factory import PREFIX as FACTORY
+from numerics_suite.subjects.factory import call_factory
+from numerics_suite.subjects.families import Family, family_of
+from numerics_suite.subjects.files import digest, joint_digest, stored_dtype, stored_tensors
+from numerics_suite.subjects.hub import parse_hub_id, snapshot
+from numerics_suite.subjects.tasks import (
+    CLASSIFICATION,
+    architectures,
+    choose_task,
+    config_labels,
+    needs_new_head,
+    stored_labels,
+    task_of_class,
+)
+
+FIXTURE = "fixture:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a SUBJECT's files are, before anything in them is read."""
+
+    id: str
+    kind: Literal["directory", "hub", "fixture"]
+    path: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What the options ask of a subject; as :func:`resolve`."""
+
+    task: str = "auto"
+    num_labels: int | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    batch_size: int = 4
+
+
+def resolve(
+    source: str,
+    *,
+    name: str | None = None,
+    task: str = "auto",
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    batch_size: int = 4,
+) -> Subject:
+    """Resolve one SUBJECT.
+
+    Args:
+        source: a directory, `org/name[@revision]`, `fixture:NAME` or `factory:module:function`.
+        name: `--name`; else the fixture's name, the hub id without revision, the directory's or the function's own name.
+        task: `auto` or a task.
+        num_labels: of a classification head; None takes the config's.
+        trust_remote_code: the checkpoint's own code may run.
+        allow_pickle: pickled weights may be read.
+        batch_size: rows of a batch; a classifier without a pad token takes 1 only.
+
+    Raises:
+        BadInputError: it cannot be used; one line with file, key and fix.
+        UnsupportedError: another release of transformers is needed, or this one has no class for the task.
+    """
+    if num_labels is not None and num_labels < 1:
+        message = f"--num-labels {num_labels}: a head has at least 1 label"
+        raise BadInputError(message)
+    wanted = _Wanted(
+        task=task,
+        num_labels=num_labels,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        batch_size=batch_size,
+    )
+    if source.startswith(FACTORY):
+        return _from_factory(source, name, wanted)
+    return _from_files(source, _place(source, allow_pickle=allow_pickle), name, wanted)
+
+
+def resolve_all(
+    sources: Sequence[str],
+    names: Sequence[str] = (),
+    *,
+    task: str = "auto",
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    batch_size: int = 4,
+) -> tuple[Subject, ...]:
+    """Resolve several SUBJECTs, each with a name of its own.
+
+    Args:
+        sources: as typed.
+        names: of the first ones, in their order.
+        task: as :func:`resolve`, and so the rest.
+        num_labels: see there.
+        trust_remote_code: see there.
+        allow_pickle: see there.
+        batch_size: see there.
+
+    Raises:
+        BadInputError: one cannot be used, there are more names than subjects, or two names are alike.
+        UnsupportedError: as :func:`resolve`.
+    """
+    if len(names) > len(sources):
+        message = f"--name is given {len(names)} times for {len(sources)} subjects"
+        raise BadInputError(message)
+    given = [*names, *[None] * (len(sources) - len(names))]
+    subjects = tuple(
+        resolve(
+            source,
+            name=name,
+            task=task,
+            num_labels=num_labels,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            batch_size=batch_size,
+        )
+        for source, name in zip(sources, given, strict=True)
+    )
+    seen: dict[str, str] = {}
+    for subject in subjects:
+        if subject.id in seen:
+            message = f"'{seen[subject.id]}' and '{subject.source}' are both named '{subject.id}': tell them apart with --name"
+            raise BadInputError(message)
+        seen[subject.id] = subject.source
+    return subjects
+
+
+def unsupported_subject(source: str, *, name: str | None = None, task: str = "auto") -> Subject:
+    """What can be said of a subject that :func:`resolve` gave up with `UnsupportedError`: its cells are skipped.
+
+    Raises:
+        BadInputError: it cannot be used at all.
+    """
+    place = _place(source, allow_pickle=False)
+    config = validate.read_config(_checkpoint_of(place.path))
+    return Subject(
+        id=name or place.id,
+        source=source,
+        kind=place.kind,
+        task=choose_task(task, config, where=str(place.path / "config.json")),
+        family=family_of(config).name,
+        path=place.path,
+        revision=place.revision,
+        architectures=architectures(config),
+        config=config,
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _place(source: str, *, allow_pickle: bool) -> _Place:
+    """The folder that SUBJECT names; a hub id is brought into the cache."""
+    if source.startswith(FIXTURE):
+        name = source.removeprefix(FIXTURE)
+        return _Place(id=name, kind="fixture", path=fixtures.fixture_path(name))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        # `.` and `..` have a name too.
+        return _Place(id=path.resolve().name, kind="directory", path=path.resolve())
+    hub_id = parse_hub_id(source)
+    if path.exists() or hub_id is None or source.startswith((".", "/", "~")):
+        what = "a file, not a directory" if path.exists() else "no such directory"
+        message = (
+            f"{source}: {what}; SUBJECT is a directory, org/name[@revision], fixture:NAME or factory:module:function"
+        )
+        raise BadInputError(message)
+    folder = snapshot(hub_id, allow_pickle=allow_pickle)
+    return _Place(id=hub_id.id, kind="hub", path=folder, revision=folder.name)
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The folder with `config.json`: an adapter's is its base's."""
+    if not validate.is_adapter(path):
+        return path
+    return base_folder(path, read_adapter(path), allow_pickle=False)
+
+
+def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -> Subject:
+    adapter = read_adapter(place.path) if validate.is_adapter(place.path) else None
+    folder = place.path
+    if adapter is not None:
+        folder = base_folder(place.path, adapter, allow_pickle=wanted.allow_pickle)
+        validate.check_weights(place.path, allow_pickle=wanted.allow_pickle)
+    config = validate.read_config(folder)
+    trusted = wanted.trust_remote_code or fixtures.trusted_fixture(folder)
+    validate.check_supported(folder, config, trust_remote_code=trusted)
+    validate.check_weights(folder, allow_pickle=wanted.allow_pickle)
+    family, tensors = family_of(config), stored_tensors(folder)
+    task = _task(wanted, config, folder, adapter)
+    validate.check_vocabulary(folder, config, tensors, family)
+    validate.check_pad_token(folder, config, tensors, task, wanted.batch_size)
+    new_head = needs_new_head(tensors, config, family, task, wanted.num_labels)
+    labels = wanted.num_labels
+    if adapter is not None:
+        held = stored_tensors(place.path)
+        labels = labels or _adapter_labels(held, family, task)
+        # A head that the adapter brings is not new.
+        new_head = new_head and needs_new_head(held, {}, family, task, wanted.num_labels)
+        tensors = {**tensors, **held}
+    return Subject(
+        id=name or place.id,
+        source=source,
+        kind=place.kind,
+        task=task,
+        family=family.name,
+        path=place.path,
+        revision=place.revision,
+        model_class=_model_class(config, task, folder),
+        architectures=architectures(config),
+        stored_dtype=stored_dtype(tensors) or _declared_dtype(config),
+        parameters=sum(tensor.elements for tensor in tensors.values()) or None,
+        digest=_digest(place, folder),
+        num_labels=labels or config_labels(config),
+        new_head=new_head,
+        trust_remote_code=trusted,
+        adapter_base=str(folder) if adapter is not None else None,
+        quantized=bool(config.get("quantization_config")),
+        config=config,
+    )
+
+
+def _task(wanted: _Wanted, config: Mapping[str, Any], folder: Path, adapter: Mapping[str, Any] | None) -> Task:
+    said = adapter_task(adapter) if adapter is not None and wanted.task == "auto" else None
+    return said or choose_task(wanted.task, config, where=str(folder / "config.json"))
+
+
+def _adapter_labels(held: Mapping[str, Any], family: Family, task: str) -> int | None:
+    return stored_labels(held, family, task) if task in CLASSIFICATION else None
+
+
+def _model_class(config: Mapping[str, Any], task: Task, folder: Path) -> str:
+    """The class that a load builds.
+
+    Raises:
+        UnsupportedError: neither transformers nor the checkpoint's code has one for the task.
+    """
+    auto = compat.auto_class_name(task)
+    if validate.needs_remote_code(config):
+        target = config["auto_map"].get(auto)
+        if not isinstance(target, str):
+            message = f"{folder / 'config.json'}: the checkpoint's code has no class for {task} (auto_map.{auto})"
+            raise UnsupportedError(message)
+        return target.rpartition(".")[2]
+    found = compat.model_class_name(str(config["model_type"]), task)
+    if found is None:
+        message = f"transformers {compat.version()} has no class of model type {config['model_type']} for {task}"
+        raise UnsupportedError(message)
+    return found
+
+
+def _declared_dtype(config: Mapping[str, Any]) -> str | None:
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return dtype if isinstance(dtype, str) else None
+
+
+def _digest(place: _Place, folder: Path) -> str:
+    if place.kind == "fixture":
+        return f"sha256:{fixtures.fixture_digest(place.path)}"
+    own = digest(place.path)
+    return own if folder == place.path else joint_digest((own, digest(folder)))
+
+
+# --- factories -----------------------------------------------------------------------------------------------------
+
+
+def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
+    """Call the factory once to see what it makes; the module is dropped."""
+    module, _ = call_factory(source)
+    config: dict[str, Any] = {}
+    task: Task = "module"
+    if compat.is_language_model(module):
+        config = module.config.to_dict()  # type: ignore[union-attr, operator]
+        task = task_of_class(type(module).__name__) or "module"
+    if wanted.task not in ("auto", task):
+        message = f"{source} makes a {type(module).__name__}, which is no model for --task {wanted.task}"
+        raise BadInputError(message)
+    elements = sum(parameter.numel() for parameter in module.parameters())
+    return Subject(
+        id=name or source.rpartition(":")[2],
+        source=source,
+        kind="factory",
+        task=task,
+        family=family_of(config).name,
+        model_class=type(module).__name__,
+        architectures=architectures(config),
+        stored_dtype=_held_dtype(module),
+        parameters=elements,
+        num_labels=config_labels(config),
+        config=config,
+    )
+
+
+def _held_dtype(module: Any) -> str | None:
+    """The dtype of most elements."""
+    elements: dict[str, int] = {}
+    for parameter in module.parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        elements[dtype] = elements.get(dtype, 0) + parameter.numel()
+    return max(elements, key=lambda dtype: elements[dtype], default=None)
