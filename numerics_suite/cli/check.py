@@ -1,0 +1,116 @@
+"""`numerics-suite check`: subject × precision × attention × device, loaded, fuzzed, trained and judged."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from numerics_suite.cli.output import only_json_on_stdout, write_json
+from numerics_suite.cli.parser import CommandParser
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.settings.options import add_cli_options, from_command_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numerics_suite.settings.tree import Settings
+
+EXAMPLES = """\
+  numerics-suite check
+      the shipped GLM-4 fixtures, in every precision that this device runs well
+  numerics-suite check ./my-checkpoint --task sequence-classification
+      your own checkpoint, about to get a classification head
+  numerics-suite check fixture:glm4-tiny --precision bf16,fp16 --json out.json
+      two precisions, with a results file
+  numerics-suite check zai-org/GLM-4-9B-0414@main --checks 'load.*' --list
+      what would be run, and the memory that it may need
+
+exit status:
+  0 passed, 1 findings, 2 interrupted, 3 internal error, 4 bad input,
+  5 no check ran, or --max-time left some out
+"""
+
+
+def make_parser() -> CommandParser:
+    """The parser of `check`."""
+    parser = CommandParser(
+        "check",
+        usage="[SUBJECT ...] [OPTIONS]",
+        description="Runs the suite over subject × precision × attention × device.",
+        examples=EXAMPLES,
+    )
+    add_cli_options(parser)
+    parser.add_argument("--bundle", metavar="DIR", help="not built yet")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `check` and return its exit status.
+
+    Args:
+        arguments: what follows `check`.
+
+    Raises:
+        BadInputError: the input cannot be used.
+    """
+    given = vars(make_parser().parse(arguments))
+    if given.pop("bundle") is not None:
+        message = "--bundle is not built yet; leave it out"
+        raise BadInputError(message)
+    settings = from_command_line(given)
+    _refuse_unwritable(settings)
+    if settings.list_only:
+        return _list(settings)
+    return _check(settings)
+
+
+def _refuse_unwritable(settings: Settings) -> None:
+    """Before hours of work, see that its results will have a place."""
+    from numerics_suite.reporting.atomic import ensure_writable
+
+    if settings.json and settings.json != "-":
+        ensure_writable(Path(settings.json), "--json")
+    if settings.junitxml:
+        ensure_writable(settings.junitxml, "--junitxml")
+
+
+def _list(settings: Settings) -> int:
+    from numerics_suite.reporting.plan import plan_to_json
+    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.suite.run import plan_rows
+
+    with _for_people(settings) as stream:
+        rows = plan_rows(settings)
+        Terminal(stream=stream, quiet=False).plan(rows)
+    if settings.json:
+        write_json(settings.json, plan_to_json(rows))
+    return 0
+
+
+def _check(settings: Settings) -> int:
+    from numerics_suite.reporting.results import to_json
+    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.suite.run import run_check
+
+    with _for_people(settings) as stream:
+        terminal = Terminal(stream=stream, quiet=settings.quiet)
+        try:
+            result = run_check(settings, terminal)
+        finally:
+            terminal.stop()
+        terminal.summary(result)
+    if settings.json:
+        write_json(settings.json, to_json(result))
+    return result.exit_status
+
+
+@contextmanager
+def _for_people(settings: Settings) -> Iterator[IO[str]]:
+    """The stream for everything but the results."""
+    if settings.json == "-":
+        with only_json_on_stdout():
+            yield sys.stderr
+    else:
+        yield sys.stdout

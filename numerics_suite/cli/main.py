@@ -1,0 +1,139 @@
+"""`numerics-suite COMMAND`: picks the command and turns every way it can end into an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from numerics_suite.core.errors import BadInputError, NumericsSuiteError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INTERRUPTED, INTERNAL, BAD_INPUT = 2, 3, 4
+
+COMMANDS = {
+    "check": "run the suite over subject × precision × attention × device",
+    "fixtures": "list, build or find the shipped tiny checkpoints",
+}
+"""Each is a module of `numerics_suite.cli` with `run(arguments) -> int`."""
+
+NOT_BUILT = {
+    "record": "write baselines",
+    "compare": "two baselines: what changed and where it starts",
+    "matrix": "check in one environment per version",
+    "bisect": "the first version at which the verdict changes",
+    "cache": "environments and built fixtures kept between runs",
+    "watch": "run a training script under the watch",
+    "report": "HTML, JUnit and GitHub summary from result files",
+    "init": "adopt the gate in your repository",
+}
+"""Commands of the contract that a later release brings."""
+
+HELP = """\
+usage: numerics-suite COMMAND [--help] ...
+
+Catches numerical bugs in GLM-4 checkpoints before they are a NaN loss.
+
+commands:
+{commands}
+
+not built yet:
+{later}
+
+options:
+  -h, --help  show this message
+  --version   show the version
+
+examples:
+  numerics-suite check
+  numerics-suite check ./my-checkpoint --precision bf16,amp-bf16
+  numerics-suite check --help
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one for each way to end
+    """Run one command and return its exit status.
+
+    Args:
+        arguments: what follows the program's name; None for the process's own.
+    """
+    try:
+        status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except SystemExit as ending:  # argparse's, after --help
+        return ending.code if isinstance(ending.code, int) else 0
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, "interrupted")
+    except BrokenPipeError:
+        from numerics_suite.reporting.streams import abandon
+
+        abandon(sys.stdout)
+        return 0
+    except BadInputError as error:
+        return _end(BAD_INPUT, f"error: {error}")
+    except NumericsSuiteError as error:
+        return _end(INTERNAL, f"internal error: {error}")
+    except OSError as error:
+        return _end(*_of_os_error(error))
+    except Exception as error:  # noqa: BLE001 - the last resort of the process
+        return _end(INTERNAL, f"internal error: {type(error).__name__}: {error}")
+    return status
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        message = "no command given; see numerics-suite --help"
+        raise BadInputError(message)
+    command, *rest = arguments
+    if command in {"-h", "--help", "help"}:
+        sys.stdout.write(HELP.format(commands=_listed(COMMANDS), later=_listed(NOT_BUILT)))
+        return 0
+    if command == "--version":
+        from numerics_suite import __version__
+
+        sys.stdout.write(f"numerics-suite {__version__}\n")
+        return 0
+    if command in NOT_BUILT:
+        message = f"'{command}' is not built yet; this release has {' and '.join(COMMANDS)}"
+        raise BadInputError(message)
+    if command not in COMMANDS:
+        kind = "option" if command.startswith("-") else "command"
+        hint = nearest(command, (*COMMANDS, *NOT_BUILT, "--help", "--version"))
+        message = f"unknown {kind} '{command}'{hint or ' (see numerics-suite --help)'}"
+        raise BadInputError(message)
+    module = importlib.import_module(f"numerics_suite.cli.{command}")
+    return int(module.run(rest))
+
+
+def _listed(commands: dict[str, str]) -> str:
+    return "\n".join(f"  {name:<10}{text}" for name, text in commands.items())
+
+
+def _end(status: int, text: str) -> int:
+    """One line on standard error, and the traceback for whoever asked for it."""
+    if os.environ.get("NUMERICS_SUITE_DEBUG") == "1":
+        traceback.print_exc()
+    line = " ".join(text.split())
+    try:
+        sys.stderr.write(f"numerics-suite: {line}\n")
+        sys.stderr.flush()
+    except OSError:
+        pass  # nobody reads it
+    return status
+
+
+def _of_os_error(error: OSError) -> tuple[int, str]:
+    """A disk that is full is the user's to repair; what else the system refuses was not foreseen."""
+    import errno
+
+    from numerics_suite.reporting.streams import abandon
+
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+        abandon(sys.stdout)
+        where = error.filename or "standard output"
+        return BAD_INPUT, f"error: cannot write {where}: {error.strerror}"
+    return INTERNAL, f"internal error: {type(error).__name__}: {error}"

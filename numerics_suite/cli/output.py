@@ -1,0 +1,65 @@
+"""Standard output and files: an answer reaches its reader whole, or the command says why not."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+def say(line: str) -> None:
+    """One line of the answer, on standard output."""
+    sys.stdout.write(f"{line}\n")
+
+
+def write_json(target: str, content: Mapping[str, Any]) -> None:
+    """The answer as JSON.
+
+    Args:
+        target: a path, or `-` for standard output.
+        content: no number in it that is not finite.
+
+    Raises:
+        BadInputError: it cannot be written.
+    """
+    from numerics_suite.core.errors import BadInputError
+    from numerics_suite.reporting.atomic import write_atomic
+    from numerics_suite.reporting.results import dump
+
+    if target != "-":
+        write_atomic(Path(target), dump(content), "--json")
+        return
+    try:
+        sys.stdout.write(dump(content))
+        sys.stdout.flush()
+    except OSError as error:
+        from numerics_suite.reporting.streams import abandon
+
+        abandon(sys.stdout)
+        message = f"--json: cannot write to standard output: {error.strerror}"
+        raise BadInputError(message) from None
+
+
+@contextmanager
+def only_json_on_stdout() -> Iterator[None]:
+    """Whatever libraries, remote code and worker processes print goes to standard error while this lasts."""
+    sys.stdout.flush()
+    kept_stream = sys.stdout
+    try:
+        kept = os.dup(1)
+    except OSError:  # no descriptor 1: nothing can print there
+        yield
+        return
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = kept_stream
+        os.dup2(kept, 1)
+        os.close(kept)

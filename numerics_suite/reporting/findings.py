@@ -1,0 +1,218 @@
+"""Findings as short blocks that a person can act on; alike ones of many cells are one block."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.reporting.lines import WIDTH, Line, listed, printable, wrapped
+from numerics_suite.reporting.numbers import shown
+from numerics_suite.settings.table import BY_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult
+
+LABEL = 10
+"""Columns of the label in front of each part of a block."""
+
+NAMED = 4
+"""Parameters that a block names before it says how many more there are."""
+
+LONGEST_BATCH = 300
+"""Characters of a batch's values that a block shows; the results file has them all."""
+
+RERUN_OPTIONS = (
+    "task",
+    "num_labels",
+    "device",
+    "trust_remote_code",
+    "allow_pickle",
+    "steps",
+    "optimizer",
+    "lr",
+    "max_grad_norm",
+    "train_scope",
+    "max_examples",
+    "batch_size",
+    "seq_len",
+    "data",
+)
+"""Settings that a rerun needs where somebody set them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Results with a finding of the same check, subject, task and cause; the worst first."""
+
+    results: tuple[CheckResult, ...]
+
+    @property
+    def worst(self) -> CheckResult:
+        """The one that the block shows."""
+        return self.results[0]
+
+    @property
+    def finding(self) -> Finding:
+        """The worst one's finding."""
+        assert self.worst.finding is not None
+        return self.worst.finding
+
+
+def grouped(results: Iterable[CheckResult]) -> list[Group]:
+    """Groups in the order in which the first of each came.
+
+    Args:
+        results: any; those without a finding are left out.
+    """
+    groups: dict[tuple[str, ...], list[CheckResult]] = {}
+    for result in results:
+        if result.finding is not None:
+            key = (result.check, result.cell.subject, result.cell.task, result.finding.cause)
+            groups.setdefault(key, []).append(result)
+    return [Group(results=tuple(sorted(members, key=_badness, reverse=True))) for members in groups.values()]
+
+
+def _badness(result: CheckResult) -> float:
+    """How bad the measured value is; NaN is the worst there is."""
+    assert result.finding is not None
+    measured = result.finding.evidence.get("measured", 0)
+    if isinstance(measured, str):
+        return 0.0
+    return math.inf if math.isnan(measured) else float(measured)
+
+
+def block(group: Group, *, number: int | None = None, run: RunResult | None = None, width: int = WIDTH) -> list[Line]:
+    """One block: what, in which cells, where, how much, why, from which batch, what to try and how to see it again.
+
+    Args:
+        group: alike findings.
+        number: of the block, None for none.
+        run: the whole run, which the command to see it again needs; None leaves that line out.
+        width: in columns.
+    """
+    finding, result = group.finding, group.worst
+    head = f"{number}. " if number is not None else ""
+    indent = " " * 3
+    lines = wrapped(f"{head}{finding.title}", width=width, rest=" " * len(head), style="bold red")
+    lines = [Line(line.text, "bold red") for line in lines]
+    parts = [
+        ("check", f"{result.check} on {result.cell.subject} ({result.cell.task})"),
+        ("cells", cells_text([member.cell for member in group.results])),
+        ("cause", finding.cause),
+        ("where", _where(finding)),
+        ("measured", _measured(finding)),
+        ("evidence", _evidence(finding.evidence)),
+        ("batch", batch_text(finding.batch)),
+        ("why", finding.explanation),
+    ]
+    for label, text in parts:
+        if text:
+            lines += wrapped(text, width=width, first=f"{indent}{label:<{LABEL}}", style="cyan")
+    for index, remedy in enumerate(finding.remedies):
+        label = "try" if index == 0 else ""
+        lines += wrapped(_remedy(remedy), width=width, first=f"{indent}{label:<{LABEL}}", style="cyan")
+    if finding.reproducer:
+        lines += wrapped(f"python {shlex.quote(finding.reproducer)}", width=width, first=f"{indent}{'script':<{LABEL}}")
+    if run is not None:
+        lines += _rerun_lines(rerun_command(result, run), width, f"{indent}{'rerun':<{LABEL}}")
+    return lines
+
+
+def cells_text(cells: Sequence[Cell]) -> str:
+    """Cells of one subject, short: `bf16 (eager, sdpa), fp16 (eager) on cpu`."""
+    devices: dict[str, dict[str, list[str]]] = {}
+    for cell in sorted(cells, key=lambda cell: (cell.device, cell.precision, cell.attn)):
+        devices.setdefault(cell.device, {}).setdefault(cell.precision, []).append(cell.attn)
+    texts = []
+    for device, precisions in devices.items():
+        inner = ", ".join(f"{precision} ({', '.join(attns)})" for precision, attns in precisions.items())
+        texts.append(f"{inner} on {device}")
+    return "; ".join(texts)
+
+
+def _where(finding: Finding) -> str:
+    source = f"{finding.op or 'an operation'} at {finding.source}" if finding.source else finding.op
+    parts = [
+        f"step {finding.step}" if finding.step is not None else "",
+        f"module {finding.module}" if finding.module else "",
+        source or "",
+        f"parameters {listed(list(finding.parameters), NAMED)}" if finding.parameters else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _measured(finding: Finding) -> str:
+    facts = finding.evidence
+    if "measured" not in facts:
+        return ""
+    unit = f" {facts['unit']}" if facts.get("unit") else ""
+    name = f" ({facts['measurement']})" if facts.get("measurement") else ""
+    allowed = f", {shown(facts['allowed'])} allowed" if "allowed" in facts else ""
+    return f"{shown(facts['measured'])}{unit}{name}{allowed}"
+
+
+def _evidence(facts: Mapping[str, Any]) -> str:
+    told = {"measured", "allowed", "unit", "measurement"}
+    return "; ".join(f"{name}: {shown(value)}" for name, value in facts.items() if name not in told)
+
+
+def batch_text(batch: Mapping[str, Any] | None) -> str:
+    """The smallest failing batch: how it was drawn, then each tensor with its values where they are few."""
+    if not batch:
+        return ""
+    parts = [str(batch["drawn"])] if batch.get("drawn") else []
+    for name, value in batch.items():
+        if not isinstance(value, dict):
+            parts += [] if name == "drawn" else [f"{name}: {shown(value)}"]
+            continue
+        values = str(value.get("values", ""))
+        text = f"{name} {value.get('dtype', '')} {value.get('shape', '')}".rstrip()
+        parts.append(f"{text} = {values}" if 0 < len(values) <= LONGEST_BATCH else text)
+    return "; ".join(parts)
+
+
+def _remedy(remedy: Remedy) -> str:
+    tried = {None: "", True: " (tried: it works)", False: " (tried: no help)"}[remedy.verified]
+    effect = f" [{remedy.effect}]" if remedy.effect else ""
+    return f"{remedy.name}{tried}: {remedy.description}{effect}"
+
+
+def rerun_command(result: CheckResult, run: RunResult) -> str:
+    """The command that asks the same check of the same cell again, with the same batches.
+
+    Args:
+        result: of the check.
+        run: the whole run.
+    """
+    settings, cell = run.settings, result.cell
+    source = next((subject.source for subject in run.subjects if subject.id == cell.subject), cell.subject)
+    words = ["numerics-suite", "check", source]
+    if cell.subject in settings.get("names", ()):
+        words += ["--name", cell.subject]
+    words += ["--checks", result.check, "--precision", cell.precision, "--attn", cell.attn]
+    for name in RERUN_OPTIONS:
+        value = settings.get(name)
+        if name not in settings.get("origins", {}) or value is None or value is False:
+            continue
+        flag = BY_NAME[name].flags[0]
+        words += [flag] if value is True else [flag, str(value)]
+    return shlex.join([*words, "--seed", str(settings.get("seed", 0))])
+
+
+def _rerun_lines(command: str, width: int, first: str) -> list[Line]:
+    """The command over several lines with backslashes, so that it can be copied from any terminal."""
+    pieces = printable(command).replace(" --", "\n--").split("\n")
+    rows: list[str] = []
+    for piece in pieces:
+        if rows and len(first) + len(rows[-1]) + len(piece) + 3 <= width:
+            rows[-1] += f" {piece}"
+        else:
+            rows.append(piece)
+    last = len(rows) - 1
+    texts = [f"{row} \\" if index < last else row for index, row in enumerate(rows)]
+    begin = " " * len(first)
+    return [Line(f"{begin if index else first}{text}", "cyan", len(first)) for index, text in enumerate(texts)]

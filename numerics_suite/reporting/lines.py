@@ -1,0 +1,58 @@
+"""Lines of text with a style each, wrapped to a width; the terminal colours them, everything else takes the text."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+WIDTH = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line.
+
+    Attributes:
+        text: printable, without a newline.
+        style: a style of rich, empty for none; of the first `styled` characters where that is given.
+        styled: how much of the text has the style, None for all of it.
+    """
+
+    text: str
+    style: str = ""
+    styled: int | None = None
+
+
+def printable(text: str) -> str:
+    """The text in one line, with control characters, which could steer a terminal, shown as `?`."""
+    joined = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in joined)
+
+
+def wrapped(text: str, *, width: int, first: str = "", rest: str | None = None, style: str = "") -> list[Line]:
+    """The text in lines of at most `width` columns; a longer word, such as a path, stays whole.
+
+    Args:
+        text: any length.
+        width: in columns.
+        first: what the first line begins with; the style, if any, is the label's.
+        rest: what the others begin with, None for as many spaces.
+        style: of `first`, or of everything where `first` is blank.
+    """
+    begin = " " * len(first) if rest is None else rest
+    parts = textwrap.wrap(
+        printable(text),
+        width=width,
+        initial_indent=first,
+        subsequent_indent=begin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [first.rstrip()]
+    labelled = len(first) if first.strip() else None
+    return [Line(parts[0], style, labelled), *(Line(part, "" if labelled else style) for part in parts[1:])]
+
+
+def listed(items: list[str], limit: int) -> str:
+    """The first items with commas between, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,177 @@
+"""The results file: `RunResult` to the JSON of CONTRACT.md and back."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite import __version__
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, SubjectFacts
+from numerics_suite.reporting.atomic import write_atomic
+from numerics_suite.reporting.numbers import jsonable, revived
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+SCHEMA_VERSION = 1
+STATUSES = ("passed", "failed", "accepted", "skipped", "error")
+
+
+def counts(checks: Iterable[CheckResult]) -> dict[str, int]:
+    """How many results have each status, in the order of the contract."""
+    counted = Counter[str](result.status for result in checks)
+    return {status: counted[status] for status in STATUSES}
+
+
+def to_json(result: RunResult) -> dict[str, Any]:
+    """The results file as a dict of JSON's own types; checks stay in the order that they came in.
+
+    Args:
+        result: the whole run.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "numerics-suite", "version": __version__},
+        "command": result.command,
+        "started_at": result.started_at,
+        "duration_s": jsonable(result.duration_s),
+        "verdict": result.verdict,
+        "exit_status": result.exit_status,
+        "counts": counts(result.checks),
+        "notes": list(result.notes),
+        "environment": jsonable(result.environment),
+        "settings": jsonable(result.settings),
+        "subjects": [asdict(subject) for subject in result.subjects],
+        "checks": [check_to_json(check) for check in result.checks],
+    }
+
+
+def check_to_json(result: CheckResult) -> dict[str, Any]:
+    """One entry of `checks`.
+
+    Args:
+        result: what a check said of a cell.
+    """
+    return {
+        "id": result.id,
+        "check": result.check,
+        "subject": result.cell.subject,
+        "task": result.cell.task,
+        "precision": result.cell.precision,
+        "attn": result.cell.attn,
+        "device": result.cell.device,
+        "status": result.status,
+        "duration_s": jsonable(result.duration_s),
+        "reason": result.reason,
+        "measurements": jsonable(result.measurements),
+        "finding": None if result.finding is None else _finding_to_json(result.finding),
+    }
+
+
+def _finding_to_json(finding: Finding) -> dict[str, Any]:
+    return {
+        "cause": finding.cause,
+        "title": finding.title,
+        "explanation": finding.explanation,
+        "module": finding.module,
+        "op": finding.op,
+        "source": finding.source,
+        "step": finding.step,
+        "parameters": list(finding.parameters),
+        "evidence": jsonable(finding.evidence),
+        "batch": jsonable(finding.batch),
+        "remedies": [asdict(remedy) for remedy in finding.remedies],
+        "reproducer": finding.reproducer,
+    }
+
+
+def from_json(content: Mapping[str, Any]) -> RunResult:
+    """The inverse of :func:`to_json`.
+
+    Args:
+        content: a results file, read.
+
+    Raises:
+        BadInputError: it is none, or of another version of the schema.
+    """
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        message = f"a results file of schema_version {version!r}; this release reads {SCHEMA_VERSION}"
+        raise BadInputError(message)
+    try:
+        return RunResult(
+            command=content["command"],
+            started_at=content["started_at"],
+            duration_s=revived(content["duration_s"]),
+            verdict=content["verdict"],
+            environment=content["environment"],
+            settings=content["settings"],
+            subjects=tuple(SubjectFacts(**subject) for subject in content["subjects"]),
+            checks=tuple(check_from_json(check) for check in content["checks"]),
+            notes=tuple(content.get("notes", ())),
+            exit_status=content.get("exit_status", 0),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        message = f"not a results file of this tool: {type(error).__name__}: {error}"
+        raise BadInputError(message) from None
+
+
+def check_from_json(content: Mapping[str, Any]) -> CheckResult:
+    """The inverse of :func:`check_to_json`.
+
+    Args:
+        content: one entry of `checks`.
+    """
+    finding = content["finding"]
+    return CheckResult(
+        check=content["check"],
+        cell=Cell(**{name: content[name] for name in ("subject", "precision", "attn", "device", "task")}),
+        status=content["status"],
+        duration_s=revived(content["duration_s"]),
+        reason=content["reason"],
+        measurements=revived(content["measurements"]),
+        finding=None if finding is None else _finding_from_json(finding),
+    )
+
+
+def _finding_from_json(content: Mapping[str, Any]) -> Finding:
+    return Finding(
+        **{
+            **content,
+            "parameters": tuple(content["parameters"]),
+            "evidence": revived(content["evidence"]),
+            "batch": revived(content["batch"]),
+            "remedies": tuple(Remedy(**remedy) for remedy in content["remedies"]),
+        }
+    )
+
+
+def dump(content: Mapping[str, Any]) -> str:
+    """JSON text, indented, with a last newline; a number that is not finite is a mistake here and is refused."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_results(path: Path, result: RunResult) -> None:
+    """Write the results file, whole or not at all.
+
+    Args:
+        path: of the file.
+        result: the whole run.
+
+    Raises:
+        BadInputError: it cannot be written.
+    """
+    write_atomic(path, dump(to_json(result)))
+
+
+@cache
+def load_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a results file."""
+    text = (Path(__file__).resolve().parent / "schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema

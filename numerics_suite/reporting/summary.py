@@ -1,0 +1,203 @@
+"""The end of a run: one line per check, the findings, what was skipped and why, and the verdict."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from numerics_suite.judging.budgets import all_budgets
+from numerics_suite.reporting.findings import block, cells_text, grouped
+from numerics_suite.reporting.lines import WIDTH, Line, listed, wrapped
+from numerics_suite.reporting.numbers import shown
+from numerics_suite.reporting.results import counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numerics_suite.core.records import CheckResult, RunResult
+
+LABELS = {"failed": "FAIL", "error": "ERR", "accepted": "acc", "passed": "ok", "skipped": "skip"}
+"""Worst first; a check's label is its worst result's."""
+
+STYLES = {"failed": "bold red", "error": "bold magenta", "accepted": "yellow", "passed": "green", "skipped": "dim"}
+RANK = {status: index for index, status in enumerate(LABELS)}
+
+INFORMS = {"forward.headroom": ("bits", min)}
+"""Checks whose telling number has no budget: its name, and which of several is the worst."""
+
+
+def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False) -> list[Line]:
+    """All lines of the end of a run.
+
+    Args:
+        run: the whole run.
+        width: in columns.
+        quiet: the titles of the findings and the verdict alone.
+    """
+    groups = grouped(result for result in run.checks if result.status == "failed")
+    if quiet:
+        lines = []
+        for group in groups:
+            text = f"{group.worst.check} {group.worst.cell.subject}: {group.finding.title}"
+            lines += wrapped(text, width=width, rest="  ", style="bold red")
+        return [*lines, *_notes(run, width), verdict_line(run)]
+    lines = _table(run.checks, width)
+    for number, group in enumerate(groups, start=1):
+        lines += [Line(""), *block(group, number=number, run=run, width=width)]
+    for section in (_errors(run, width), _accepted(run, width), _skipped(run, width), _notes(run, width)):
+        if section:
+            lines += [Line(""), *section]
+    return [*lines, Line(""), verdict_line(run)]
+
+
+def verdict_line(run: RunResult) -> Line:
+    """`FAIL: 3 findings in 14 of 320 checks, 300 passed, … in 41.2 s`."""
+    counted = counts(run.checks)
+    groups = grouped(result for result in run.checks if result.status == "failed")
+    parts = []
+    if groups:
+        parts.append(f"{_many(len(groups), 'finding')} in {_many(counted['failed'], 'check')}")
+    parts += [f"{number} {_status_word(status)}" for status, number in counted.items() if number and status != "failed"]
+    word = {"pass": "PASS", "fail": "FAIL", "error": "ERROR"}[run.verdict]
+    style = {"pass": "bold green", "fail": "bold red", "error": "bold magenta"}[run.verdict]
+    if run.exit_status == 5:
+        word, style = ("NOTHING RAN" if not counted["passed"] + counted["accepted"] else "INCOMPLETE"), "bold yellow"
+    told = ", ".join(parts) or "no check was planned"
+    return Line(f"{word}: {told} ({run.duration_s:.1f} s, exit {run.exit_status})", style)
+
+
+def _status_word(status: str) -> str:
+    return "could not be carried out" if status == "error" else status
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _table(checks: Sequence[CheckResult], width: int) -> list[Line]:
+    by_check: dict[str, list[CheckResult]] = {}
+    for result in checks:
+        by_check.setdefault(result.check, []).append(result)
+    if not by_check:
+        return []
+    column = max(len(check) for check in by_check)
+    lines = [Line(f"{'':<5}{'check':<{column}}  {'ran':>5}  worst", "bold")]
+    for check, results in by_check.items():
+        lines.append(_row(check, results, column, width))
+    return lines
+
+
+def _row(check: str, results: list[CheckResult], column: int, width: int) -> Line:
+    status = min((result.status for result in results), key=RANK.__getitem__)
+    ran = [result for result in results if result.status not in {"skipped", "error"}]
+    lead = f"{LABELS[status]:<5}{check:<{column}}  {len(ran):>5}  "
+    worst = worst_text(check, results)
+    text = f"{lead}{worst}".rstrip()
+    if len(text) > width:
+        text = f"{text[: width - 1]}…"
+    return Line(text, STYLES[status], 4)
+
+
+def worst_text(check: str, results: Sequence[CheckResult]) -> str:
+    """The worst value that a check measured, and the cell where that was; cells are named where they differ.
+
+    Args:
+        check: its id.
+        results: of all cells, at least one.
+    """
+    status = min((result.status for result in results), key=RANK.__getitem__)
+    if status == "skipped":
+        return ""
+    if status == "error":
+        first = next(result for result in results if result.status == "error")
+        return _cell(first)
+    if status == "passed" and check in INFORMS:
+        name, extreme = INFORMS[check]
+        told = [(result.measurements[name], result) for result in results if name in result.measurements]
+        if told:
+            least, where = extreme(told, key=lambda pair: _first_nan(pair[0], extreme))
+            return f"{name} {shown(least)}  {_cell(where)}"
+    found = [(*_worst(result), result) for result in results if result.status == status]
+    excess, nearest, result = max(found, key=lambda entry: entry[0])
+    if nearest is None:
+        return _cell(result) if status != "passed" else ""
+    everywhere = status == "passed" and all(entry[0] == excess for entry in found)
+    value = f"{nearest} {shown(result.measurements[nearest])}"
+    return value if everywhere else f"{value}  {_cell(result)}"
+
+
+def _first_nan(value: float, extreme: Callable[..., object]) -> float:
+    """NaN ordered as the worst there is."""
+    if not math.isnan(value):
+        return value
+    return -math.inf if extreme is min else math.inf
+
+
+def _cell(result: CheckResult) -> str:
+    """The cell in its table row; the device is the same for all and stands in the header."""
+    return f"{result.cell.subject}/{result.cell.precision}/{result.cell.attn}"
+
+
+def _worst(result: CheckResult) -> tuple[float, str | None]:
+    """How near its budget the measurement is that is nearest, and its name; a check without budgets has none."""
+    rated = [
+        (_excess(value, budget.limit), name)
+        for name, value in result.measurements.items()
+        if (budget := all_budgets().get((result.check, name))) is not None
+    ]
+    return max(rated, default=(0.0, None), key=lambda pair: pair[0])
+
+
+def _excess(value: float, limit: float) -> float:
+    if math.isnan(value):
+        return math.inf
+    if limit == 0:
+        return value * 1e300 if value > 0 else value
+    return value / limit
+
+
+def _errors(run: RunResult, width: int) -> list[Line]:
+    by_reason: dict[str, list[CheckResult]] = {}
+    for result in run.checks:
+        if result.status == "error":
+            by_reason.setdefault(result.reason or "no reason given", []).append(result)
+    lines = [Line("could not be carried out", STYLES["error"])] if by_reason else []
+    for reason, results in by_reason.items():
+        lines += wrapped(f"{reason} -- {_asked(results)}", width=width, first="   ")
+    return lines
+
+
+def _accepted(run: RunResult, width: int) -> list[Line]:
+    groups = grouped(result for result in run.checks if result.status == "accepted")
+    lines = [Line("accepted", STYLES["accepted"])] if groups else []
+    for group in groups:
+        cells = cells_text([member.cell for member in group.results])
+        text = f"{group.worst.check} on {group.worst.cell.subject}: {group.finding.title} ({group.finding.cause})"
+        lines += wrapped(text, width=width, first="   ", rest=" " * 5)
+        lines += wrapped(f"reason: {group.worst.reason} -- {cells}", width=width, first=" " * 5)
+    return lines
+
+
+def _skipped(run: RunResult, width: int) -> list[Line]:
+    by_reason: dict[str, list[CheckResult]] = {}
+    for result in run.checks:
+        if result.status == "skipped":
+            by_reason.setdefault(result.reason or "no reason given", []).append(result)
+    lines = [Line("skipped", STYLES["skipped"])] if by_reason else []
+    for reason, results in by_reason.items():
+        lines += wrapped(f"{reason} -- {_asked(results)}", width=width, first=f"{len(results):>5}  ")
+    return lines
+
+
+def _asked(results: Sequence[CheckResult]) -> str:
+    """Which checks on which subjects, short; a group of checks where there are many."""
+    checks = sorted({result.check for result in results})
+    if len(checks) > 3:
+        checks = sorted({f"{check.partition('.')[0]}.*" for check in checks})
+    subjects = sorted({result.cell.subject for result in results})
+    precisions = sorted({result.cell.precision for result in results})
+    return f"{', '.join(checks)} on {listed(subjects, 3)} in {listed(precisions, 4)}"
+
+
+def _notes(run: RunResult, width: int) -> list[Line]:
+    return [line for note in run.notes for line in wrapped(note, width=width, first="note: ", style="bold yellow")]

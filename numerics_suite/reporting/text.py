@@ -1,0 +1,29 @@
+"""The findings and the summary as plain text, for pytest's own report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from numerics_suite.reporting.findings import block, grouped
+from numerics_suite.reporting.summary import summary
+
+if TYPE_CHECKING:
+    from numerics_suite.core.records import CheckResult, RunResult
+
+
+def finding_text(result: CheckResult) -> str:
+    """The block of one result's finding.
+
+    Args:
+        result: one with a finding.
+    """
+    return "\n".join(line.text for group in grouped([result]) for line in block(group))
+
+
+def summary_lines(run: RunResult) -> list[str]:
+    """Everything that the terminal shows at the end of a run.
+
+    Args:
+        run: the whole run.
+    """
+    return [line.text for line in summary(run)]

@@ -1,0 +1,134 @@
+"""From the text of one option to its value; a text that cannot be used raises ValueError with the reason and the fix."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from typing import TYPE_CHECKING, Literal
+
+from numerics_suite.core.errors import nearest
+from numerics_suite.core.registry import check_ids
+from numerics_suite.settings.choices import DEVICES, TRAIN_SCOPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LARGEST_SEED = 2**32 - 1
+"""The largest seed that numpy, torch and Hypothesis all take."""
+
+
+def text(value: str) -> str:
+    """Any text but an empty one."""
+    if not value.strip():
+        message = "must not be empty"
+        raise ValueError(message)
+    return value
+
+
+def one_of(kind: str, known: tuple[str, ...]) -> Callable[[str], str]:
+    """A parser that takes one of the known names.
+
+    Args:
+        kind: what the names are names of, for the message.
+        known: every name that is accepted.
+    """
+
+    def parse(value: str) -> str:
+        if value not in known:
+            message = f"unknown {kind} '{value}'{nearest(value, known)} (known: {', '.join(known)})"
+            raise ValueError(message)
+        return value
+
+    return parse
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`."""
+    wanted = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+
+    def parse(value: str) -> int:
+        message = f"must be {wanted}, not '{value}'"
+        if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
+            raise ValueError(message)
+        number = int(value)
+        if number < least or (most is not None and number > most):
+            raise ValueError(message)
+        return number
+
+    return parse
+
+
+def positive(value: str) -> float:
+    """A finite number above 0."""
+    message = f"must be a number above 0, not '{value}'"
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(message) from None
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(message)
+    return number
+
+
+def workers(value: str) -> int | Literal["auto"]:
+    """`auto`, or the number of worker processes; 0 runs in the process itself."""
+    if value == "auto":
+        return "auto"
+    try:
+        return integer(0)(value)
+    except ValueError:
+        message = f"must be 'auto' or a whole number of at least 0, not '{value}'"
+        raise ValueError(message) from None
+
+
+def device(value: str) -> str:
+    """`auto`, `cpu`, `cuda`, `cuda:1`, …; whether it is there is asked later, by the run."""
+    kind, colon, index = value.partition(":")
+    if kind not in DEVICES:
+        message = f"unknown device '{value}'{nearest(kind, DEVICES)} (known: {', '.join(DEVICES)})"
+        raise ValueError(message)
+    if colon and (kind in {"auto", "cpu", "mps"} or not index.isdecimal()):
+        message = f"'{value}' is no device; write an index as in cuda:0"
+        raise ValueError(message)
+    return value
+
+
+def train_scope(value: str) -> str:
+    """`auto`, `full`, `head`, `last:K` or `lora`."""
+    if value in {"auto", "full", "head", "lora"}:
+        return value
+    if re.fullmatch(r"last:0*[1-9][0-9]*", value):
+        return value
+    if value.partition(":")[0] == "last":
+        message = f"'{value}' needs a number of blocks of at least 1, as in last:2"
+    else:
+        message = f"unknown scope '{value}'{nearest(value, TRAIN_SCOPES)} (known: {', '.join(TRAIN_SCOPES)})"
+    raise ValueError(message)
+
+
+def check_glob(value: str) -> str:
+    """A check id or a glob over check ids that matches at least one."""
+    ids = check_ids()
+    if any(fnmatch.fnmatchcase(check, value) for check in ids):
+        return value
+    groups = {check.partition(".")[0] for check in ids}
+    hint = f"; did you mean '{value}.*'?" if value in groups else nearest(value, ids)
+    message = f"no check matches '{value}'{hint}"
+    raise ValueError(message)
+
+
+def name(value: str) -> str:
+    """A subject's name, which becomes part of ids: no spaces, no control characters."""
+    if not value or not value.isprintable() or any(letter.isspace() for letter in value):
+        message = f"'{value}' is no name; use letters, digits, '.', '_' and '-'"
+        raise ValueError(message)
+    return value
+
+
+def switch(value: str) -> bool:
+    """`true` or `false`."""
+    if value not in {"true", "false"}:
+        message = f"must be true or false, not '{value}'"
+        raise ValueError(message)
+    return value == "true"
