@@ -1,0 +1,45 @@
+"""What a mutant is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mutants.editing import Patch
+
+ORACLE = "reference.oracle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One defect in one place of a model.
+
+    Attributes:
+        id: unique, lower case with hyphens.
+        family: the fixture's family.
+        apply: changes a freshly loaded model.
+        expected_checks: at least one of them must fail; the cheapest first.
+        why: the mistake in the words of somebody who could make it.
+        task: of the fixture.
+        precision: of the cell.
+        attn: of the cell.
+        module_pattern: matches the whole of the module's name that a finding must give; None where no module is at
+            fault (a loss) or where none is named, which `why` then says.
+        equivalent: nothing that a user could measure changes; `why` says why.
+    """
+
+    id: str
+    family: Literal["glm", "glm4", "chatglm"]
+    apply: Patch
+    expected_checks: tuple[str, ...]
+    why: str
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    precision: str = "fp32"
+    attn: str = "eager"
+    module_pattern: str | None = None
+    equivalent: bool = False
+
+    @property
+    def fixture(self) -> str:
+        """Name of the shipped checkpoint that it is made of."""
+        return f"{self.family}-tiny" + ("-classifier" if self.task == "sequence-classification" else "")

@@ -1,0 +1,120 @@
+"""Asks the suite's own questions of a mutant, in this process, on one cell."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from numerics_suite.core.records import Cell, CheckResult
+from numerics_suite.core.registry import check_ids
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.load import Loaded, load
+from numerics_suite.suite.planning import Question
+from numerics_suite.suite.session import SuiteSession
+
+from mutants.catalogue.record import ORACLE, Mutant
+from mutants.editing import Patch
+
+PLACES = (ORACLE, "reference.local", "load.", "inputs.", "train.", "reference.", "forward.")
+"""Whose word on the place counts first: the finding that compares module by module, then the others."""
+
+
+class MutantSession(SuiteSession):
+    """The suite's session over models that are changed as soon as they are loaded."""
+
+    def __init__(self, settings: Settings, patch: Patch | None = None) -> None:
+        """Without a patch it is the suite itself."""
+        super().__init__(settings)
+        self.patch = patch
+
+    def evidence(self, cell: Cell) -> Evidence:
+        """The evidence of the cell, with the changed loader."""
+        if self._evidence is None or self._evidence.cell != cell:
+            subject = self.plan.subjects[cell.subject]
+            self._evidence = Evidence(subject, cell, self._request(subject, cell), loader=self._load)
+        return self._evidence
+
+    def _load(self, *args: Any, **kwargs: Any) -> Loaded:
+        loaded = load(*args, **kwargs)
+        if self.patch is not None:
+            self.patch(loaded.model)
+        return loaded
+
+
+def settings_of(fixture: str, precision: str, attn: str, checks: Iterable[str] = (), **changes: Any) -> Settings:
+    """The command line's defaults for one cell of a shipped checkpoint."""
+    return Settings(
+        subjects=(f"fixture:{fixture}",),
+        precision=(precision,),
+        attn=(attn,),
+        checks=tuple(checks),
+        device="cpu",
+        origins={"precision": "command line"},
+        **changes,
+    )
+
+
+def answers(session: SuiteSession, checks: Iterable[str] | None = None) -> Iterator[CheckResult]:
+    """One result per planned question, in the order of `checks` where given."""
+    by_check: dict[str, Question] = {question.check: question for question in session.plan.questions}
+    for check in checks or check_ids():
+        if check in by_check:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # as in the suite's own run; a mutant may make torch warn
+                yield session.answer(by_check[check])[0]
+
+
+def run_mutant(mutant: Mutant, checks: Iterable[str] | None = None, **changes: Any) -> list[CheckResult]:
+    """What the checks say of the mutant: all of them, or those named, up to the first that fails."""
+    session = MutantSession(settings_of(mutant.fixture, mutant.precision, mutant.attn, **changes), mutant.apply)
+    results = []
+    for result in answers(session, checks):
+        results.append(result)
+        if checks is not None and result.status == "failed":
+            break
+    return results
+
+
+def failures(results: Iterable[CheckResult]) -> list[CheckResult]:
+    """The results that are findings."""
+    return [result for result in results if result.status == "failed"]
+
+
+def named_module(results: Iterable[CheckResult]) -> str | None:
+    """The module that a person would go to: of the finding that knows most about places."""
+    failed = failures(results)
+
+    def rank(result: CheckResult) -> int:
+        return next(index for index, prefix in enumerate(PLACES) if result.check.startswith(prefix))
+
+    for result in sorted(failed, key=rank):
+        if result.finding is not None and result.finding.module is not None:
+            return result.finding.module
+    return None
+
+
+def is_named(mutant: Mutant, module: str | None) -> bool:
+    """Whether that is the module at fault."""
+    return mutant.module_pattern is not None and module is not None and re.fullmatch(mutant.module_pattern, module) is not None
+
+
+def describe(results: Iterable[CheckResult]) -> str:
+    """One line per result for an assertion's message."""
+    lines = []
+    for result in results:
+        found = result.finding
+        said = f"{found.cause} at {found.module}: {found.title}" if found else result.reason or ""
+        lines.append(f"{result.check}: {result.status} {said}")
+    return "\n".join(lines)
+
+
+@functools.cache
+def release() -> tuple[int, ...]:
+    """The installed transformers as numbers."""
+    import transformers
+
+    return tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:3])
