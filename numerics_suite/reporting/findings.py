@@ -76,13 +76,13 @@ def grouped(results: Iterable[CheckResult]) -> list[Group]:
     return [Group(results=tuple(sorted(members, key=_badness, reverse=True))) for members in groups.values()]
 
 
-def _badness(result: CheckResult) -> float:
+def _badness(result: CheckResult) -> tuple[bool, float]:
     """How bad the measured value is; NaN is the worst there is."""
     assert result.finding is not None
     measured = result.finding.evidence.get("measured", 0)
     if isinstance(measured, str):
-        return 0.0
-    return math.inf if math.isnan(measured) else float(measured)
+        return False, 0.0
+    return (True, 0.0) if math.isnan(measured) else (False, float(measured))
 
 
 def block(group: Group, *, number: int | None = None, run: RunResult | None = None, width: int = WIDTH) -> list[Line]:
@@ -118,7 +118,7 @@ def block(group: Group, *, number: int | None = None, run: RunResult | None = No
     if finding.reproducer:
         lines += wrapped(f"python {shlex.quote(finding.reproducer)}", width=width, first=f"{indent}{'script':<{LABEL}}")
     if run is not None:
-        lines += _rerun_lines(rerun_command(result, run), width, f"{indent}{'rerun':<{LABEL}}")
+        lines += _command_lines(rerun_words(result, run), width, f"{indent}{'rerun':<{LABEL}}")
     return lines
 
 
@@ -140,7 +140,9 @@ def _where(finding: Finding) -> str:
         f"step {finding.step}" if finding.step is not None else "",
         f"module {finding.module}" if finding.module else "",
         source or "",
-        f"parameters {listed(list(finding.parameters), NAMED)}" if finding.parameters else "",
+        f"{'parameter' if len(finding.parameters) == 1 else 'parameters'} {listed(list(finding.parameters), NAMED)}"
+        if finding.parameters
+        else "",
     ]
     return "; ".join(part for part in parts if part)
 
@@ -181,8 +183,8 @@ def _remedy(remedy: Remedy) -> str:
     return f"{remedy.name}{tried}: {remedy.description}{effect}"
 
 
-def rerun_command(result: CheckResult, run: RunResult) -> str:
-    """The command that asks the same check of the same cell again, with the same batches.
+def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
+    """The words of the command that asks the same check of the same cell again, with the same batches.
 
     Args:
         result: of the check.
@@ -200,12 +202,18 @@ def rerun_command(result: CheckResult, run: RunResult) -> str:
             continue
         flag = BY_NAME[name].flags[0]
         words += [flag] if value is True else [flag, str(value)]
-    return shlex.join([*words, "--seed", str(settings.get("seed", 0))])
+    return [*words, "--seed", str(settings.get("seed", 0))]
 
 
-def _rerun_lines(command: str, width: int, first: str) -> list[Line]:
+def _command_lines(words: list[str], width: int, first: str) -> list[Line]:
     """The command over several lines with backslashes, so that it can be copied from any terminal."""
-    pieces = printable(command).replace(" --", "\n--").split("\n")
+    pieces: list[str] = []
+    for word in words:
+        quoted = shlex.quote(printable(word))
+        if not pieces or word.startswith("--"):
+            pieces.append(quoted)
+        else:
+            pieces[-1] += f" {quoted}"
     rows: list[str] = []
     for piece in pieces:
         if rows and len(first) + len(rows[-1]) + len(piece) + 3 <= width:

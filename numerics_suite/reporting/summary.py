@@ -22,6 +22,9 @@ LABELS = {"failed": "FAIL", "error": "ERR", "accepted": "acc", "passed": "ok", "
 STYLES = {"failed": "bold red", "error": "bold magenta", "accepted": "yellow", "passed": "green", "skipped": "dim"}
 RANK = {status: index for index, status in enumerate(LABELS)}
 
+NOTHING_RAN = 5
+"""The exit status for which no check ran, or not all that were asked for."""
+
 INFORMS = {"forward.headroom": ("bits", min)}
 """Checks whose telling number has no budget: its name, and which of several is the worst."""
 
@@ -40,34 +43,33 @@ def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False) -> list[
         for group in groups:
             text = f"{group.worst.check} {group.worst.cell.subject}: {group.finding.title}"
             lines += wrapped(text, width=width, rest="  ", style="bold red")
-        return [*lines, *_notes(run, width), verdict_line(run)]
+        return [*lines, *_notes(run, width), *verdict_lines(run)]
     lines = _table(run.checks, width)
     for number, group in enumerate(groups, start=1):
         lines += [Line(""), *block(group, number=number, run=run, width=width)]
     for section in (_errors(run, width), _accepted(run, width), _skipped(run, width), _notes(run, width)):
         if section:
             lines += [Line(""), *section]
-    return [*lines, Line(""), verdict_line(run)]
+    return [*lines, Line(""), *verdict_lines(run)]
 
 
-def verdict_line(run: RunResult) -> Line:
-    """`FAIL: 3 findings in 14 of 320 checks, 300 passed, … in 41.2 s`."""
+def verdict_lines(run: RunResult) -> list[Line]:
+    """How many of each status in what time, and last of all the verdict: `FAIL: 3 findings (exit 1)`."""
     counted = counts(run.checks)
-    groups = grouped(result for result in run.checks if result.status == "failed")
-    parts = []
-    if groups:
-        parts.append(f"{_many(len(groups), 'finding')} in {_many(counted['failed'], 'check')}")
-    parts += [f"{number} {_status_word(status)}" for status, number in counted.items() if number and status != "failed"]
+    parts = [
+        _many(number, status) if status == "error" else f"{number:,} {status}"
+        for status, number in counted.items()
+        if number
+    ]
     word = {"pass": "PASS", "fail": "FAIL", "error": "ERROR"}[run.verdict]
     style = {"pass": "bold green", "fail": "bold red", "error": "bold magenta"}[run.verdict]
-    if run.exit_status == 5:
-        word, style = ("NOTHING RAN" if not counted["passed"] + counted["accepted"] else "INCOMPLETE"), "bold yellow"
+    if run.exit_status == NOTHING_RAN:
+        word = "INCOMPLETE" if counted["passed"] + counted["accepted"] else "NOTHING RAN"
+        style = "bold yellow"
+    groups = grouped(result for result in run.checks if result.status == "failed")
+    found = f": {_many(len(groups), 'finding')}" if groups else ""
     told = ", ".join(parts) or "no check was planned"
-    return Line(f"{word}: {told} ({run.duration_s:.1f} s, exit {run.exit_status})", style)
-
-
-def _status_word(status: str) -> str:
-    return "could not be carried out" if status == "error" else status
+    return [Line(f"{told} in {run.duration_s:.1f} s"), Line(f"{word}{found} (exit {run.exit_status})", style)]
 
 
 def _many(number: int, noun: str) -> str:
@@ -91,15 +93,23 @@ def _row(check: str, results: list[CheckResult], column: int, width: int) -> Lin
     status = min((result.status for result in results), key=RANK.__getitem__)
     ran = [result for result in results if result.status not in {"skipped", "error"}]
     lead = f"{LABELS[status]:<5}{check:<{column}}  {len(ran):>5}  "
-    worst = worst_text(check, results)
-    text = f"{lead}{worst}".rstrip()
-    if len(text) > width:
-        text = f"{text[: width - 1]}…"
-    return Line(text, STYLES[status], 4)
+    value, where = worst_of(check, results)
+    gap = "  " if value and where else ""
+    room = width - len(lead) - len(value) - len(gap)
+    return Line(f"{lead}{value}{gap}{_fitted(where, room)}".rstrip(), STYLES[status], 4)
 
 
-def worst_text(check: str, results: Sequence[CheckResult]) -> str:
-    """The worst value that a check measured, and the cell where that was; cells are named where they differ.
+def _fitted(where: str, room: int) -> str:
+    """The cell in so many columns: its subject is cut, for precision and attention tell more."""
+    if len(where) <= room:
+        return where
+    subject, slash, rest = where.partition("/")
+    kept = max(room - len(slash) - len(rest) - 3, 1)
+    return f"{subject[:kept]}...{slash}{rest}"
+
+
+def worst_of(check: str, results: Sequence[CheckResult]) -> tuple[str, str]:
+    """The worst value that a check measured and the cell where that was; no cell where all are alike.
 
     Args:
         check: its id.
@@ -107,23 +117,23 @@ def worst_text(check: str, results: Sequence[CheckResult]) -> str:
     """
     status = min((result.status for result in results), key=RANK.__getitem__)
     if status == "skipped":
-        return ""
+        return "", ""
     if status == "error":
         first = next(result for result in results if result.status == "error")
-        return _cell(first)
+        return "", _cell(first)
     if status == "passed" and check in INFORMS:
         name, extreme = INFORMS[check]
         told = [(result.measurements[name], result) for result in results if name in result.measurements]
         if told:
             least, where = extreme(told, key=lambda pair: _first_nan(pair[0], extreme))
-            return f"{name} {shown(least)}  {_cell(where)}"
+            return f"{name} {shown(least)}", _cell(where)
     found = [(*_worst(result), result) for result in results if result.status == status]
     excess, nearest, result = max(found, key=lambda entry: entry[0])
     if nearest is None:
-        return _cell(result) if status != "passed" else ""
+        return "", (_cell(result) if status != "passed" else "")
     everywhere = status == "passed" and all(entry[0] == excess for entry in found)
     value = f"{nearest} {shown(result.measurements[nearest])}"
-    return value if everywhere else f"{value}  {_cell(result)}"
+    return value, ("" if everywhere else _cell(result))
 
 
 def _first_nan(value: float, extreme: Callable[..., object]) -> float:

@@ -102,7 +102,7 @@ class Terminal:
         for label, names in (("precisions", "precision"), ("attention", "attn")):
             lines += self._labelled(label, ", ".join(dict.fromkeys(getattr(cell, names) for cell in cells)))
         lines += self._labelled("plan", _plan_text(cells, settings))
-        self._print([*lines, Line("")])
+        self._print(lines)
 
     def _labelled(self, label: str, text: str) -> list[Line]:
         return wrapped(text, width=self.width, first=f"{label:<12}", style="cyan") if text else []
@@ -177,7 +177,8 @@ class Terminal:
             OSError: the disk under the stream is full.
         """
         self.stop()
-        self._print(summary(run, width=self.width, quiet=self._quiet))
+        begin = [] if self._quiet else [Line("")]
+        self._print([*begin, *summary(run, width=self.width, quiet=self._quiet)])
         if self._error is not None and not isinstance(self._error, BrokenPipeError):
             raise self._error
 
