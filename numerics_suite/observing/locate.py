@@ -70,13 +70,15 @@ def module_stack(model: nn.Module) -> Iterator[_Stack]:
     """Within it the stack knows which module runs; hooks are gone after."""
     stack = _Stack()
     handles = []
+
+    def leave(_module: nn.Module, _args: object, _output: object) -> None:
+        # What a hook returns would take the place of the module's output.
+        if stack.names:
+            stack.names.pop()
+
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: stack.names.append(n)))
-        handles.append(
-            module.register_forward_hook(
-                lambda _m, _a, _o: stack.names.pop() if stack.names else None, always_call=True
-            )
-        )
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield stack
     finally:
