@@ -31,7 +31,7 @@ def make_parser() -> CommandParser:
         description="Lists, builds or finds the shipped tiny checkpoints.",
         examples=EXAMPLES,
     )
-    parser.add_argument("action", metavar="list|build|path", help="what to do")
+    parser.add_argument("action", metavar="list|build|path", nargs="?", help="what to do")
     parser.add_argument("names", metavar="NAME", nargs="*", help="fixtures to build or find")
     add_output_options(parser)
     return parser
@@ -47,6 +47,9 @@ def run(arguments: Sequence[str]) -> int:
         BadInputError: no such action or fixture, or it cannot be built.
     """
     given = make_parser().parse(arguments)
+    if given.action is None:
+        message = f"fixtures: no action given (known: {', '.join(ACTIONS)})"
+        raise BadInputError(message)
     if given.action not in ACTIONS:
         message = f"unknown action '{given.action}'{nearest(given.action, ACTIONS)} (known: {', '.join(ACTIONS)})"
         raise BadInputError(message)
