@@ -34,6 +34,7 @@ class CheckSpec:
         needs: capabilities of the subject: `checkpoint` (files), `token-ids`, `head` (a classification head),
             `causal`, `tokenizer`.
         seeks: the measurement that Hypothesis climbs towards (`target()`), None elsewhere.
+        share: of `--max-examples` that is asked; a law under twins costs tens of forward passes a batch.
         doc: the first line of the function's docstring: the question.
     """
 
@@ -44,6 +45,7 @@ class CheckSpec:
     trains: bool = False
     needs: frozenset[str] = frozenset()
     seeks: str | None = None
+    share: float = 1.0
     doc: str = ""
 
 
@@ -54,6 +56,7 @@ def check(
     trains: bool = False,
     needs: tuple[str, ...] = (),
     seeks: str | None = None,
+    share: float = 1.0,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
     """Turn a function into a check whose id is the path of its file.
 
@@ -63,6 +66,7 @@ def check(
         trains: see :class:`CheckSpec`.
         needs: see :class:`CheckSpec`.
         seeks: see :class:`CheckSpec`.
+        share: see :class:`CheckSpec`.
     """
 
     def wrap(function: Callable[..., Any]) -> CheckSpec:
@@ -75,6 +79,7 @@ def check(
             trains=trains,
             needs=frozenset(needs),
             seeks=seeks,
+            share=share,
             doc=(function.__doc__ or "").strip().splitlines()[0],
         )
 

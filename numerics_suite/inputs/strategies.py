@@ -74,6 +74,9 @@ def draw_labels(ids: torch.Tensor, mask: torch.Tensor, space: InputSpace, source
     else:
         labels = ids.clone()
     labels[mask == 0] = IGNORED
+    # The first real token after padding would be predicted from a row of padding, whose answer no definition fixes.
+    if space.task == "causal-lm":
+        labels[:, 1:][(mask[:, 1:] == 1) & (mask[:, :-1] == 0)] = IGNORED
     ignored = torch.tensor([[source.random() < 0.2 for _ in row] for row in ids.tolist()])
     # The last real token of the longest row always counts; with two tokens in it, one label survives the shift.
     longest = int(mask.sum(1).argmax())

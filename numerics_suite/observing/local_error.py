@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from numerics_suite.observing.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
 from numerics_suite.running import _lifting
 from numerics_suite.running._lifting import WIDER, floating_outputs, widen
+from numerics_suite.running.rounded import RoundOnce
 from numerics_suite.running.true_fp64 import LiftToFp64, float64_surroundings
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class LocalError:
         dtype: Coarsest float that the module computed in, such as "bfloat16": its output's, or under autocast that
             of the ops within. "float64" if there was no lower one.
         left_out: What of the true fp64 run could not be lifted; the error is not to be trusted unless this is empty.
+        relative_roundoffs: Root mean square of each element's error in unit roundoffs of that element. Where a few large
+            elements make up rms(output), their luck is not everybody's.
+        kernel_ratio: The error over that of the module's rounded run, the smaller of the ratio of root mean squares and
+            that of medians; for a module with submodules, NaN for one without. How a softmax or a cancelling sum
+            spreads rounding depends on the weights; this does not.
     """
 
     module: str
@@ -46,6 +52,8 @@ class LocalError:
     max_roundoffs: float
     dtype: str
     left_out: tuple[str, ...] = ()
+    relative_roundoffs: float = math.nan
+    kernel_ratio: float = math.nan
 
 
 def local_errors(
@@ -127,6 +135,7 @@ class _Open:
     class_name: str
     want: dict[str, Tensor]
     left_out: tuple[str, ...]
+    rounded: dict[str, Tensor]
     coarsest: torch.dtype = torch.float64
 
     def saw(self, dtype: torch.dtype) -> None:
@@ -163,10 +172,25 @@ class _Observer(_lifting.LeanMode):
                 with mode:
                     output = module(*wide_args, **wide_kwargs)
             self.open.append(
-                _Open(self.names[id(module)], type(module).__name__, _judged(module, output), tuple(mode.left_out))
+                _Open(
+                    self.names[id(module)],
+                    type(module).__name__,
+                    _judged(module, output),
+                    tuple(mode.left_out),
+                    self._rounded(module, args, kwargs),
+                )
             )
         finally:
             self.busy = False
+
+    def _rounded(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """What the module gives with every op rounded once; nothing for a module of one op or so."""
+        if next(module.children(), None) is None:
+            return {}
+        with _disable_current_modes():
+            own_args, own_kwargs = _own(args, wide=False), _own(kwargs, wide=False)
+            with RoundOnce(self.names):
+                return _judged(module, module(*own_args, **own_kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
         if self.busy:
@@ -184,7 +208,7 @@ class _Observer(_lifting.LeanMode):
         if self.open:
             self.open[-1].saw(started.coarsest)
         for name, want in started.want.items():
-            self._keep(_error(started, got.get(name), want, self.real))
+            self._keep(_error(started, got.get(name), want, started.rounded.get(name), self.real))
 
     def _keep(self, error: LocalError) -> None:
         before = self.worst.get(error.module)
@@ -211,15 +235,19 @@ def _at(real: Tensor | None, values: Tensor) -> Tensor:
     return values
 
 
-def _error(started: _Open, got: Tensor | None, want: Tensor, real: Tensor | None) -> LocalError:
+def _error(started: _Open, got: Tensor | None, want: Tensor, rounded: Tensor | None, real: Tensor | None) -> LocalError:
+    relative = ratio = math.nan
     if got is None or got.shape != want.shape:
         typical = largest = math.inf
     else:
         got, want = _at(real, got), _at(real, want)
         typical = rms_error_in_roundoffs(got, want, started.coarsest)
+        relative = _relative_roundoffs(got, want, started.coarsest)
         scale = rms(want) * unit_roundoff(started.coarsest)
         error = largest_difference(got, want)
         largest = 0.0 if error == 0.0 else error / scale if scale != 0.0 else math.inf
+        if rounded is not None and typical:
+            ratio = _kernel_ratio(got, want, _at(real, rounded), started.coarsest)
     return LocalError(
         module=started.name,
         class_name=started.class_name,
@@ -227,20 +255,46 @@ def _error(started: _Open, got: Tensor | None, want: Tensor, real: Tensor | None
         max_roundoffs=largest,
         dtype=str(started.coarsest).removeprefix("torch."),
         left_out=started.left_out,
+        relative_roundoffs=relative,
+        kernel_ratio=ratio,
     )
 
 
-def _own(value: Any) -> Any:
-    """Copy a module's argument for the fp64 run: tensors upcast, containers anew, a cache apart from the real one."""
+def _relative_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+    """Root mean square of the elements' own relative errors in unit roundoffs; subnormal elements are left out."""
+    size = want.double().abs()
+    normal = size > torch.finfo(dtype).tiny / torch.finfo(dtype).eps if dtype != torch.float64 else size > 0
+    error = (got.double() - want.double()).abs()
+    if not bool(normal.any()):
+        return 0.0 if not bool(error.any()) else math.inf
+    return rms(error[normal] / size[normal]) / unit_roundoff(dtype)
+
+
+def _kernel_ratio(got: Tensor, want: Tensor, rounded: Tensor, dtype: torch.dtype) -> float:
+    """Error of the module over that of its rounded run, by root mean square or by median, whichever is smaller.
+
+    The rounded run's error is taken as at least a single rounding's, 0.29 roundoffs: it may be exact by luck.
+    """
+    own, inherent = (got.double() - want.double()).abs(), (rounded.double() - want.double()).abs()
+    one_rounding = 12**-0.5 * unit_roundoff(dtype)
+    by_rms = rms(own) / max(rms(inherent), one_rounding * rms(want))
+    typical = float(want.double().abs().median())
+    by_median = float(own.median()) / max(float(inherent.median()), one_rounding * typical, 5e-324)
+    # NaN must stay: a comparison with it is never within a budget.
+    return by_rms if not by_median <= by_rms else by_median
+
+
+def _own(value: Any, *, wide: bool = True) -> Any:
+    """Copy a module's argument for a twin run: tensors anew (upcast), containers too, a cache apart from the real one."""
     if isinstance(value, Tensor):
-        wide = widen(value)
-        return value.clone() if wide is value else wide
+        upcast = widen(value) if wide else value
+        return value.clone() if upcast is value else upcast
     if isinstance(value, torch.dtype):
-        return widen(value)
+        return widen(value) if wide else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_own(item) for item in value))
+        return type(value)(*(_own(item, wide=wide) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(_own(item) for item in value)
+        return type(value)(_own(item, wide=wide) for item in value)
     if type(value) is dict:
-        return {name: _own(item) for name, item in value.items()}
+        return {name: _own(item, wide=wide) for name, item in value.items()}
     return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value

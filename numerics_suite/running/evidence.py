@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
@@ -255,7 +255,7 @@ def freeze_to_scope(model: nn.Module, scope: str, family: Family) -> None:
 
     Args:
         model: changed in place.
-        scope: `full`, `head`, `last:K`; `lora` wraps nothing here, its adapter's parameters stay trainable.
+        scope: `full`, `head`, `last:K`, or `lora`, which puts peft's adapters on every linear layer of the body.
         family: knows the head's names.
 
     Raises:
@@ -263,7 +263,7 @@ def freeze_to_scope(model: nn.Module, scope: str, family: Family) -> None:
     """
     if scope == "full":
         return
-    heads = (*family.head_names, "lm_head", "output_layer")
+    heads = (*family.head_names, *family.lm_head_names)
     names = [name for name, _ in model.named_parameters()]
     kept = {name for name in names if any(part in heads for part in name.split("."))}
     if scope.startswith("last:"):
@@ -271,12 +271,29 @@ def freeze_to_scope(model: nn.Module, scope: str, family: Family) -> None:
         for path in blocks[-int(scope.partition(":")[2]) :]:
             kept.update(name for name in names if name.startswith(f"{path}."))
     if scope == "lora":
-        kept = {name for name in names if "lora_" in name}
+        kept = _add_lora(model)
     if not kept:
         reason = f"--train-scope {scope} names no parameter of this model"
         raise NotApplicableError(reason)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in kept)
+
+
+def _add_lora(model: nn.Module) -> set[str]:
+    """Inject peft's LoRA in place; the names of its parameters.
+
+    Raises:
+        UnsupportedError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        reason = "--train-scope lora needs peft: pip install 'numerics-suite[peft]'"
+        raise UnsupportedError(reason) from None
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    body = sorted({name.rpartition(".")[2] for name in linear if "." in name})
+    inject_adapter_in_model(LoraConfig(target_modules=body), model)
+    return {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
 def decoder_blocks(model: nn.Module) -> list[str]:

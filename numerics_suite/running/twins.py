@@ -15,17 +15,17 @@ from numerics_suite.running.forward import call_model, dtype_of, to_device
 from numerics_suite.running.rounded import run_rounded
 from numerics_suite.running.true_fp64 import run_true_fp64
 
-KEPT_TWINS = 32
-"""Twin runs kept per cell, so that laws which start from the same batch share its reference."""
+KEPT_BYTES = 2**28
+"""Bytes of twin answers kept per cell, so that laws which start from the same batch share its reference."""
 
 
-def _kept(evidence: Evidence, kind: str, tensors: Mapping[str, Any], make: Callable[[], Any], extra: str = "") -> Any:
-    store = evidence.memo.setdefault("twins", {})
-    key = (kind, extra, hashlib.sha256(repr(batch_key(tensors)).encode()).digest())
+def _kept(evidence: Evidence, kind: str, tensors: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
+    store: dict[Any, Tensor] = evidence.memo.setdefault("twins", {})
+    key = (kind, hashlib.sha256(repr(batch_key(tensors)).encode()).digest())
     if key not in store:
-        if len(store) >= KEPT_TWINS:
-            store.pop(next(iter(store)))
         store[key] = make()
+        while len(store) > 1 and sum(value.nbytes for value in store.values()) > KEPT_BYTES:
+            store.pop(next(iter(store)))
     return store[key]
 
 
@@ -75,9 +75,7 @@ def true_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: boo
         trusted(run.left_out)
         return run.outputs["answer"].cpu()
 
-    result = _kept(evidence, "fp64", given, make, str(by_token))
-    assert isinstance(result, Tensor)
-    return result
+    return _kept(evidence, f"fp64 {by_token}", given, make)
 
 
 def trusted(left_out: tuple[str, ...]) -> None:
@@ -101,9 +99,7 @@ def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: 
         trusted(run.left_out)
         return run.outputs["answer"].cpu()
 
-    result = _kept(evidence, "rounded", given, make, str(by_token))
-    assert isinstance(result, Tensor)
-    return result
+    return _kept(evidence, f"rounded {by_token}", given, make)
 
 
 def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
@@ -115,9 +111,7 @@ def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bo
         answer = evidence.apply(lambda: call(evidence.model, given)["answer"])
         return answer.double().cpu()
 
-    result = _kept(evidence, "plain", given, make, str(by_token))
-    assert isinstance(result, Tensor)
-    return result
+    return _kept(evidence, f"plain {by_token}", given, make)
 
 
 def root_mean_square(values: Tensor) -> float:

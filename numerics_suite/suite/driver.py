@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +88,7 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
         if outcome.breaches:
             return outcome
     if evidence.takes_ids:
-        _fuzz(spec, evidence, outcome, seed=seed, max_examples=max_examples)
+        _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(max_examples * spec.share)))
     if outcome.examples == 0:
         message = f"{spec.id}: no batch could be drawn"
         raise CheckError(message)
@@ -149,10 +148,3 @@ def _climb(outcome: Outcome, name: str) -> None:
     for measurement in outcome.latest:
         if measurement.name == name and math.isfinite(measurement.value):
             hypothesis.target(measurement.value, label=name)
-
-
-def timed(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> tuple[Outcome, float]:
-    """:func:`ask`, and the seconds it took."""
-    start = time.perf_counter()
-    outcome = ask(spec, evidence, seed=seed, max_examples=max_examples)
-    return outcome, time.perf_counter() - start

@@ -13,7 +13,7 @@ from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.twins import compare_law, plain_answer, rounded_answer, true_answer
 
 
-@check(batches=True, needs=("token-ids",))
+@check(batches=True, share=0.5, needs=("token-ids",))
 def causal(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Does a later token leave the answers at earlier positions alone?
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
 
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.observing.headroom import Headroom
 from numerics_suite.observing.headroom import headroom as headroom_by_module
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import arithmetic, call_model, to_device
@@ -19,9 +23,9 @@ def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """
     tensors = {name: value for name, value in batch.tensors.items() if name != "labels" or not evidence.takes_ids}
 
-    def call(model: object, given: object) -> object:
+    def call(model: nn.Module, given: Mapping[str, Any]) -> object:
         with arithmetic(evidence.recipe, evidence.cell.device):
-            return call_model(evidence.model, to_device(tensors, evidence.cell.device))
+            return call_model(model, to_device(given, evidence.cell.device))
 
     found = headroom_by_module(evidence.model, tensors, call=call)
     if not found:
@@ -40,7 +44,7 @@ def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     )
 
 
-def _lowest(found: list[object]) -> dict[str, float | str]:
+def _lowest(found: list[Headroom]) -> dict[str, float | str]:
     """The five modules with the least headroom."""
-    rows = sorted(found, key=lambda row: row.bits)[:5]  # type: ignore[attr-defined]
-    return {row.module or "(model)": round(row.bits, 2) for row in rows}  # type: ignore[attr-defined]
+    rows = sorted(found, key=lambda row: row.bits)[:5]
+    return {row.module or "(model)": round(row.bits, 2) for row in rows}

@@ -17,7 +17,7 @@ EXTRA = 3
 """Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""
 
 
-@check(batches=True, needs=("token-ids",))
+@check(batches=True, share=0.5, needs=("token-ids",))
 def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Does more padding, on each side that the family declares, leave the real tokens' answers alone?
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -40,13 +41,22 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
         reason = "the loss reaches no parameter"
         raise NotApplicableError(reason)
     worst = max(ratios, key=lambda name: float("inf") if ratios[name] != ratios[name] else ratios[name])
+    allowance = rounding_allowance(evidence)
     yield Measurement(
         name="excess",
-        value=ratios[worst] / rounding_allowance(evidence),
+        value=ratios[worst] / allowance,
         unit="ratio",
         module=worst.rpartition(".")[0],
         parameters=(worst,),
         facts={"parameters compared": len(ratios)},
+    )
+    # NaN sorts nowhere; it is the worst parameter's business above.
+    yield Measurement(
+        name="median-excess",
+        value=statistics.median(ratio for ratio in ratios.values() if ratio == ratio) / allowance
+        if any(ratio == ratio for ratio in ratios.values())
+        else float("nan"),
+        unit="ratio",
     )
     lost = tuple(name for name in true_run.gradients if name not in own)
     yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)

@@ -8,9 +8,10 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.local_error import LocalError, local_errors
+from numerics_suite.observing.roundoff import unit_roundoff
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import dtype_of
-from numerics_suite.running.twins import is_reference_itself, rounding_allowance, without_labels
+from numerics_suite.running.twins import is_reference_itself, longest_reduction, without_labels
 from numerics_suite.subjects.families.family import Family
 
 
@@ -37,19 +38,56 @@ def local(evidence: Evidence) -> Iterable[Measurement]:
     if not judged:
         reason = "no module could be lifted to float64"
         raise NotApplicableError(reason)
-    for role in dict.fromkeys(role_of(error.class_name, evidence.family) for error in judged):
-        members = [error for error in judged if role_of(error.class_name, evidence.family) == role]
-        worst = max(members, key=_rank)
-        wide = worst.dtype == "float32"
-        allowance = rounding_allowance(evidence) if evidence.recipe.computes_in == "float32" else 1.0
+    yield _coarser(judged, evidence)
+    rows = [(error, *_value(error, evidence)) for error in judged]
+    for name in dict.fromkeys(name for _, name, _ in rows):
+        worst, _, value = max((row for row in rows if row[1] == name), key=lambda row: _rank(row[2]))
         yield Measurement(
-            name=f"{role}-fp32" if wide else role,
-            value=worst.rms_roundoffs / (allowance if wide else 1.0),
-            unit="roundoffs",
+            name=name,
+            value=value,
+            unit="roundoffs" if worst.kernel_ratio != worst.kernel_ratio else "ratio",
             module=worst.module,
-            facts={"class": worst.class_name, "computes in": worst.dtype, "largest error": worst.max_roundoffs},
+            facts={
+                "class": worst.class_name,
+                "computes in": worst.dtype,
+                "error in roundoffs (rms)": worst.rms_roundoffs,
+                "largest error in roundoffs": worst.max_roundoffs,
+            },
         )
 
 
-def _rank(error: LocalError) -> float:
-    return float("inf") if error.rms_roundoffs != error.rms_roundoffs else error.rms_roundoffs
+def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
+    """Modules with an op in a coarser float than the recipe computes in, the innermost first.
+
+    Their own error is in roundoffs of that coarser float, where it looks as it should; so they are counted.
+    """
+    asked = unit_roundoff(dtype_of(evidence.recipe.computes_in))
+    coarser = [error for error in errors if unit_roundoff(dtype_of(error.dtype)) > asked]
+    return Measurement(
+        name="coarser",
+        value=len(coarser),
+        unit="modules",
+        module=coarser[0].module if coarser else None,
+        facts={"computes in": coarser[0].dtype, "asked for": evidence.recipe.computes_in} if coarser else {},
+    )
+
+
+def _value(error: LocalError, evidence: Evidence) -> tuple[str, float]:
+    """Name of the budget's measurement and the number that it judges.
+
+    A module without submodules by its roundoffs, rms or element by element, whichever is smaller; one with by its
+    kernel ratio. In float32 both in units of the square root of the longest sum, since kernels accumulate in float32.
+    """
+    role = role_of(error.class_name, evidence.family)
+    composed = error.kernel_ratio == error.kernel_ratio or role in {"attention", "block", "mlp"}
+    allowance = longest_reduction(evidence.model) ** 0.5 if error.dtype == "float32" else 1.0
+    if composed:
+        ratio = error.kernel_ratio if error.rms_roundoffs else 0.0
+        return "composed", ratio / allowance
+    smaller = error.rms_roundoffs if not error.relative_roundoffs <= error.rms_roundoffs else error.relative_roundoffs
+    amp = evidence.recipe.autocast is not None and error.dtype != "float32"
+    return f"{role}-amp" if amp and role == "linear" else role, smaller / allowance
+
+
+def _rank(value: float) -> float:
+    return float("inf") if value != value else value

@@ -12,8 +12,8 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.roundoff import relative_error
-from numerics_suite.oracles import file_weights, oracle_for, rotary_roundoffs, run_oracle, tensor_weights
-from numerics_suite.oracles.run import OracleRun
+from numerics_suite.oracles import file_weights, oracle_for, rotary_budget, rotary_roundoffs, run_oracle, tensor_weights
+from numerics_suite.oracles.run import ANSWER, OracleRun
 from numerics_suite.oracles.trace import capture_states, first_difference
 from numerics_suite.oracles.weights import Weights
 from numerics_suite.running.evidence import Evidence
@@ -36,11 +36,13 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
         raise NotApplicableError(reason)
     table = _rotary_table(evidence)
     if table is not None:
+        roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table[1])
         yield Measurement(
-            name="rotary-roundoffs",
-            value=rotary_roundoffs(evidence.family.name, _config(evidence), table[1]),
-            unit="roundoffs",
+            name="rotary-excess",
+            value=roundoffs / rotary_budget(evidence.family.name, _config(evidence)),
+            unit="ratio",
             module=table[0].rpartition(".")[0],
+            facts={"roundoffs from the exact table": roundoffs},
         )
     weights = _weights(evidence)
     batch = evidence.training_batch.tensors
@@ -52,7 +54,7 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
     gradient, worst = _gradients(found, wanted)
     where = None
     if not max(logits, loss, gradient) <= AGREED:
-        where = _first_apart(evidence, batch, weights, table) or (worst.rpartition(".")[0] if worst else None)
+        where = _first_apart(evidence, batch, weights, table, found, wanted)
     yield Measurement(name="true-logits", value=logits, unit="ratio", module=where)
     yield Measurement(name="true-loss", value=loss, unit="ratio", module=where)
     yield Measurement(
@@ -139,10 +141,15 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
 
 
-def _first_apart(
-    evidence: Evidence, batch: Mapping[str, Tensor], weights: Weights, table: tuple[str, Tensor] | None
+def _first_apart(  # noqa: PLR0913 - both runs and what they were made of
+    evidence: Evidence,
+    batch: Mapping[str, Tensor],
+    weights: Weights,
+    table: tuple[str, Tensor] | None,
+    gradients: Fp64Run,
+    wanted_gradients: OracleRun,
 ) -> str | None:
-    """The first block and sub-module where the model and its definition part."""
+    """The first block and sub-module where the model and its definition part, forward or else backward."""
     wanted = _definition(evidence, batch, weights, table, trace=True)
     states: dict[str, Tensor] = {}
 
@@ -150,8 +157,38 @@ def _first_apart(
         with capture_states(model, wanted.states) as seen:
             output = call_model(model, tensors)
             states.update(seen)
+        states[ANSWER] = output["logits"].detach()
         return output
 
     with torch.no_grad():
         run_true_fp64(evidence.model, batch, call=call)
-    return first_difference(states, wanted.states, mask=batch["attention_mask"])
+    apart = first_difference(states, wanted.states, mask=batch["attention_mask"])
+    return apart or _last_wrong(gradients, wanted_gradients, tuple(wanted.states))
+
+
+def _last_wrong(found: Fp64Run, wanted: OracleRun, order: tuple[str, ...]) -> str | None:
+    """Where the forward pass is right: the last module, in the order of computation, with a wrong gradient.
+
+    The backward pass comes from the other end, so that is where it went wrong first; all before it inherit the error.
+    """
+    assert found.gradients is not None
+    wrong = [
+        name.rpartition(".")[0]
+        for name, gradient in wanted.gradients.items()
+        if not _agrees(found.gradients.get(name), gradient)
+    ]
+    places = {name.removesuffix(":input"): index for index, name in enumerate(order)}
+
+    def place(module: str) -> int:
+        # A module that the trace does not hold stands where its parent does.
+        while module and module not in places:
+            module = module.rpartition(".")[0]
+        return places.get(module, -1)
+
+    return max(wrong, key=place) if wrong else None
+
+
+def _agrees(found: Tensor | None, wanted: Tensor) -> bool:
+    if found is None:
+        return not bool(wanted.any())
+    return relative_error(found.cpu(), wanted) <= AGREED

@@ -46,7 +46,9 @@ def accumulation(evidence: Evidence) -> Iterable[Measurement]:
         for name, value in run.gradients.items():
             sums[name] += share * value
     yield Measurement(
-        name="true-loss", value=relative_error(torch.tensor(loss).double(), full.outputs["loss"].cpu()), unit="ratio"
+        name="true-loss",
+        value=relative_error(torch.tensor(loss, dtype=torch.float64), full.outputs["loss"].cpu()),
+        unit="ratio",
     )
     yield _worst(sums, full.gradients)
 

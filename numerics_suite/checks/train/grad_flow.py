@@ -12,15 +12,12 @@ from numerics_suite.running.evidence import Evidence
 
 @check(trains=True)
 def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
-    """Does every trained parameter receive a gradient that is not exactly zero?
-
-    An expert that no token was routed to has none by definition.
-    """
+    """Does every trained parameter receive a gradient that is not exactly zero?"""
     run = evidence.trajectory
     if not run.gradient_norms or (run.bad is not None and run.bad.step == 1 and run.bad.kind != "parameter"):
         reason = "the first backward pass was not finite (train.finite)"
         raise NotApplicableError(reason)
-    dead = tuple(name for name in run.dead if ".experts." not in name and name not in _unused(evidence))
+    dead = tuple(name for name in run.dead if not _unused(evidence, name))
     absent = tuple(name for name in dead if name in run.absent)
     underflowed = dead and not absent and evidence.recipe.computes_in == "float16"
     yield Measurement(
@@ -35,9 +32,15 @@ def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _unused(evidence: Evidence) -> frozenset[str]:
-    """Parameters that the loss cannot reach by definition: none in a language model; a module may say its own."""
-    return frozenset(getattr(evidence.model, "numerics_unused_parameters", ()))
+def _unused(evidence: Evidence, name: str) -> bool:
+    """Whether the loss cannot reach the parameter by definition.
+
+    An expert that no token was routed to; LoRA's A while B is still zero; the output layer that 2024's chatglm keeps
+    beside its classification head.
+    """
+    parts = set(name.split("."))
+    beside_head = evidence.subject.task != "causal-lm" and parts & set(evidence.family.lm_head_names)
+    return "experts" in parts or "lora_A" in parts or bool(beside_head)
 
 
 def _alive_in_fp32(evidence: Evidence, dead: tuple[str, ...]) -> bool:

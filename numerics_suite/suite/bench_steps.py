@@ -1,0 +1,90 @@
+"""How long do a forward pass and a training step of a tiny GLM-4 take in each precision, bare and watched?
+
+`pytest numerics_suite/suite/bench_steps.py`, with the extra `test` installed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from numerics_suite.core.records import Cell
+from numerics_suite.running.evidence import Evidence, Request
+from numerics_suite.running.forward import arithmetic, call_model
+from numerics_suite.running.precisions import PRECISIONS
+from numerics_suite.running.training import Plan, Trainer
+from numerics_suite.subjects.resolve import resolve_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+RUNS_ON_CPU = [name for name, recipe in PRECISIONS.items() if not recipe.tf32]
+TRAINS = [name for name in RUNS_ON_CPU if PRECISIONS[name].trains]
+
+
+def evidence_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> Evidence:
+    """The evidence of one CPU cell with the default batch: 4 rows of at most 64 tokens.
+
+    Args:
+        precision: name of the recipe.
+        subject: SUBJECT as a user types it.
+        attn: attention implementation.
+    """
+    (resolved,) = resolve_all((subject,), ())
+    cell = Cell(subject=resolved.id, precision=precision, attn=attn, device="cpu", task=resolved.task)
+    return Evidence(resolved, cell, Request())
+
+
+@pytest.mark.parametrize("precision", RUNS_ON_CPU)
+def test_forward_pass(benchmark: BenchmarkFixture, precision: str) -> None:
+    """One forward pass without gradients, as the checks run it."""
+    evidence = evidence_of(precision)
+    tensors = evidence.training_batch.tensors
+    logits = benchmark(lambda: evidence.run(tensors)).logits
+    assert logits.shape[:2] == tensors["input_ids"].shape
+
+
+def _bare_step(evidence: Evidence) -> Callable[[], object]:
+    """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
+    model = evidence.copy_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=evidence.recipe.loss_scaling)
+    tensors = evidence.training_batch.tensors
+
+    def step() -> object:
+        optimizer.zero_grad(set_to_none=True)
+        with arithmetic(evidence.recipe, "cpu"):
+            loss = call_model(model, tensors).loss
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    return step
+
+
+def _watched_step(evidence: Evidence) -> Callable[[], object]:
+    """The step as `train.*` takes it: every loss, gradient, parameter and optimizer state is asked for non-finite values."""
+    trainer = Trainer(evidence.copy_model(), evidence.recipe, Plan(), "cpu")
+    tensors = evidence.training_batch.tensors
+
+    def step() -> object:
+        trainer.step(tensors, len(trainer.norms) + 1)
+        return trainer.losses[-1]
+
+    return step
+
+
+@pytest.mark.parametrize("kind", ["bare", "watched"])
+@pytest.mark.parametrize("precision", TRAINS)
+def test_training_step(benchmark: BenchmarkFixture, precision: str, kind: str) -> None:
+    """One optimizer step, bare and watched side by side."""
+    if precision == "pure-fp16":
+        pytest.skip("AdamW's eps is 0 in float16, so its second step has no parameters left to time")
+    evidence = evidence_of(precision)
+    loss = benchmark(_watched_step(evidence) if kind == "watched" else _bare_step(evidence))
+    assert loss == loss
