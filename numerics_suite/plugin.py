@@ -73,12 +73,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if not _names_suite(config):
         return
     settings = _settings(config)
+    from numerics_suite.reporting.atomic import ensure_writable
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.session import SuiteSession
 
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
     suite = SuiteSession(settings, deadline=config.getoption("numerics_deadline", None))
     try:
+        if settings.json and settings.json != "-":
+            ensure_writable(Path(settings.json), "--numerics-json")
         suite.plan  # noqa: B018 - made here for its errors
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None
@@ -176,12 +179,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if suite is None:
         return
     order = {question: index for index, question in enumerate(suite.plan.questions)}
-    items.sort(key=lambda item: order[_question(item)] if _question(item) is not None else -1)  # type: ignore[index]
+    # A file of the suite without a question (`--checks load.*`) is left with an item that asks nothing.
+    empty = [item for item in items if item.path.parent == SUITE and _question(item) is None]
+    if empty:
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [item for item in items if item not in empty]
+    items.sort(key=lambda item: order[question] if (question := _question(item)) is not None else -1)
 
 
-def _question(item: pytest.Item) -> Any:
+def _question(item: pytest.Item) -> Question | None:
+    from numerics_suite.suite.planning import Question
+
     callspec = getattr(item, "callspec", None)
-    return callspec.params.get("numerics_question") if callspec is not None else None
+    value = callspec.params.get("numerics_question") if callspec is not None else None
+    return value if isinstance(value, Question) else None
 
 
 @pytest.hookimpl(wrapper=True)

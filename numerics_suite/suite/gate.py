@@ -87,7 +87,7 @@ class Gate:
             duration_s=round(time.perf_counter() - self._clock, 3),
             verdict=verdict,
             environment=describe_environment(self.suite.plan.device),
-            settings=to_json(self.settings),
+            settings=self._settings_as_used(),
             subjects=tuple(_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),
             notes=(*notes, *broken_accepts),
@@ -109,6 +109,12 @@ class Gate:
             elif not interrupted:
                 results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=MISSING))
         return results
+
+    def _settings_as_used(self) -> dict[str, Any]:
+        """Every option, with what `auto` and the device's default became."""
+        plan = self.suite.plan
+        used = {"device": plan.device, "precision": list(dict.fromkeys(cell.precision for cell in plan.cells))}
+        return {**to_json(self.settings), **used}
 
     def _partial(self, results: Sequence[CheckResult]) -> bool:
         limited = any(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)

@@ -11,7 +11,7 @@ from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.headroom import Headroom
 from numerics_suite.observing.headroom import headroom as headroom_by_module
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.evidence import Evidence, decoder_blocks
 from numerics_suite.running.forward import arithmetic, call_model, to_device
 
 
@@ -34,6 +34,10 @@ def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     broken = [row for row in found if not row.bits > float("-inf")]
     least = min(found, key=lambda row: row.bits)
     yield Measurement(name="bits", value=least.bits, unit="bits", module=least.module, facts=_lowest(found))
+    blocks = {*decoder_blocks(evidence.model), *evidence.family.lm_head_names, *evidence.family.head_names}
+    for row in found:
+        if row.module in blocks or row.module.rpartition(".")[2] in blocks:
+            yield Measurement(name=f"bits {row.module}", value=row.bits, unit="bits", module=row.module)
     yield Measurement(name="largest-activation", value=least.largest, unit="", module=least.module)
     yield Measurement(
         name="non-finite",

@@ -35,6 +35,7 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
         reason = f"no definition of the family '{evidence.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
     table = _rotary_table(evidence)
+    wrong_table = None
     if table is not None:
         roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table[1])
         yield Measurement(
@@ -44,6 +45,8 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
             module=table[0].rpartition(".")[0],
             facts={"roundoffs from the exact table": roundoffs},
         )
+        if not roundoffs <= rotary_budget(evidence.family.name, _config(evidence)):
+            wrong_table = table[0].rpartition(".")[0]
     weights = _weights(evidence)
     batch = evidence.training_batch.tensors
     wanted = _definition(evidence, batch, weights, table, gradients=True)
@@ -54,7 +57,8 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
     gradient, worst = _gradients(found, wanted)
     where = None
     if not max(logits, loss, gradient) <= AGREED:
-        where = _first_apart(evidence, batch, weights, table, found, wanted)
+        # All that follows from a wrong table is the table's fault.
+        where = wrong_table or _first_apart(evidence, batch, weights, table, found, wanted)
     yield Measurement(name="true-logits", value=logits, unit="ratio", module=where)
     yield Measurement(name="true-loss", value=loss, unit="ratio", module=where)
     yield Measurement(
