@@ -1,8 +1,7 @@
 """Where a value stops being finite: the first op with finite inputs and a non-finite output.
 
 Works on the forward pass and on the backward pass, whose ops run under the same dispatch mode; an op of the backward
-pass has no module of its own on the stack, so it is given the module of the last forward op that made its inputs'
-sequence (none where unknown).
+pass has no module of its own on the stack, so it is given the module whose forward pass recorded its autograd node.
 """
 
 from __future__ import annotations
@@ -63,6 +62,32 @@ class _Stack:
     """Names of the modules that are running, outermost first."""
 
     names: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def enter(self, name: str) -> None:
+        """A module begins."""
+        self.names.append(name)
+        self.starts.append(_sequence())
+
+    def leave(self) -> None:
+        """The innermost module ends; what autograd recorded within it is its own."""
+        if self.names:
+            self.spans.append((self.starts.pop(), _sequence(), self.names.pop()))
+
+    def of_backward(self) -> str | None:
+        """The module whose forward pass recorded the node that autograd is at, None outside a backward pass."""
+        node = torch._C._current_autograd_node()  # noqa: SLF001 - torch has no public way to ask
+        if node is None:
+            return None
+        number = node._sequence_nr()  # noqa: SLF001 - as above
+        around = [(stop - start, name) for start, stop, name in self.spans if start <= number < stop]
+        return min(around)[1] if around else None
+
+
+def _sequence() -> int:
+    """The number that autograd gives to the next node of this thread."""
+    return int(torch.autograd._get_sequence_nr())  # noqa: SLF001 - torch has no public way to ask
 
 
 @contextmanager
@@ -73,11 +98,10 @@ def module_stack(model: nn.Module) -> Iterator[_Stack]:
 
     def leave(_module: nn.Module, _args: object, _output: object) -> None:
         # What a hook returns would take the place of the module's output.
-        if stack.names:
-            stack.names.pop()
+        stack.leave()
 
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: stack.names.append(n)))
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: stack.enter(n)))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield stack
@@ -134,7 +158,7 @@ class OriginFinder(TorchDispatchMode):
         if spoiled is not None and (clean or named) and not _copies(func):
             self.origin = Origin(
                 op=str(func).removesuffix(".default"),
-                module=self.stack.names[-1] or None if self.stack.names else None,
+                module=(self.stack.names[-1] if self.stack.names else self.stack.of_backward()) or None,
                 source=model_line(),
                 dtype=str(spoiled.dtype).removeprefix("torch."),
                 largest_input=largest,
