@@ -179,8 +179,13 @@ def last_line(error: BaseException) -> str:
 
 # --- config keys ---------------------------------------------------------------------------------------------------
 
-_ALWAYS = frozenset({"model_type", "auto_map", "architectures", "transformers_version", "torch_dtype", "_name_or_path"})
-"""Keys that the Auto classes and `from_pretrained` read, whatever the config class; `torch_dtype` in every release."""
+_ALWAYS = frozenset(
+    """
+    model_type auto_map architectures transformers_version torch_dtype _name_or_path
+    tie_word_embeddings pad_token_id bos_token_id eos_token_id
+    """.split()
+)
+"""Keys that the Auto classes, `from_pretrained`, `tie_weights` and generation read of any config, declared or not."""
 
 _READS = re.compile(r"kwargs\.(?:pop|get|setdefault)\(\s*[\"'](\w+)[\"']")
 _ASKS = re.compile(r"(?<!\w)config\.(\w+)|getattr\((?:self\.)?config, [\"'](\w+)[\"']")
@@ -218,7 +223,7 @@ def _declared(cls: type) -> set[str]:
     """Fields, parameters, and keys taken out of `kwargs` where a config of this class is made."""
     # `ClassVar` facts about the class (`model_type`, `base_model_tp_plan`) are no keys; under `from __future__ import
     # annotations` they are text.
-    keys = {name for name, kind in cls.__dict__.get("__annotations__", {}).items() if "ClassVar" not in str(kind)}
+    keys = {name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
     for method in ("__init__", "__post_init__"):
         function = cls.__dict__.get(method)
         if function is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.subjects.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,8 +56,11 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
     from torch import nn
 
     factory = find_factory(source)
+    # Only where it is in use already: a plain module needs no transformers.
+    quiet = quiet_transformers() if "transformers" in sys.modules else contextlib.nullcontext()
     try:
-        made = factory()
+        with quiet:
+            made = factory()
     except Exception as error:  # noqa: BLE001  # the user's function may raise anything
         message = f"{source} raised {_text(error)}"
         raise BadInputError(message) from None

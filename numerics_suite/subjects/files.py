@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -171,7 +172,7 @@ def _headers_of(file: Path, size: int, _mtime_ns: int) -> Mapping[str, StoredTen
         message = f"{file} is {kind}: its header promises {promised} bytes of weights, it holds {data_bytes}; {_AGAIN}"
         raise BadInputError(message)
     spans.sort()
-    if any(before[1] != after[0] for before, after in zip(spans, spans[1:], strict=False)) or (spans and spans[0][0]):
+    if any(before[1] != after[0] for before, after in itertools.pairwise(spans)) or (spans and spans[0][0]):
         message = f"{file} is corrupt: the tensors in its header overlap or leave gaps; {_AGAIN}"
         raise BadInputError(message)
     return tensors

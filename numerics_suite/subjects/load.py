@@ -24,7 +24,7 @@ from numerics_suite.subjects.files import pickle_files, safetensors_files, tenso
 from numerics_suite.subjects.poison import poisoned, seeded
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
-from numerics_suite.subjects.tasks import CLASSIFICATION, head_tensors
+from numerics_suite.subjects.tasks import CLASSIFICATION, TASKS, head_tensors, task_of_class
 
 __all__ = ["Loaded", "load", "quiet_transformers"]
 
@@ -40,7 +40,7 @@ class Loaded:
         model: in eval mode.
         batch: a factory's own batch, floating tensors in the dtype asked for; None elsewhere.
         missing: names that the model has and the checkpoint lacks, a new head's included.
-        unexpected: names that the checkpoint has and the model has no place for.
+        unexpected: names that the checkpoint has and the model has no place for; not the head of another task.
         mismatched: names whose stored shape is another one; they were made anew.
         new_head: parameters of the head that was made for the task.
         tied: groups of parameter names that share one tensor.
@@ -61,7 +61,7 @@ class Loaded:
     remote_modules_dir: Path | None = None
 
 
-def load(
+def load(  # noqa: PLR0913  # keywords, each an axis of a cell
     subject: Subject,
     *,
     dtype: str,
@@ -114,7 +114,7 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
         model=model,
         batch=None,
         missing=info.missing,
-        unexpected=info.unexpected,
+        unexpected=_unexpected(subject, info),
         mismatched=info.mismatched,
         new_head=_new_head(subject, model, info),
         tied=(),
@@ -194,6 +194,16 @@ def _new_head(subject: Subject, model: nn.Module, info: LoadingInfo) -> tuple[st
     made = (*info.missing, *info.mismatched)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return tuple(name for name in head_tensors(made, family_of(subject.config), subject.task) if name in held)
+
+
+def _unexpected(subject: Subject, info: LoadingInfo) -> tuple[str, ...]:
+    """Stored names without a place, but for the head of another task, which is left out on purpose."""
+    if subject.task in {task_of_class(name) for name in subject.architectures}:
+        return info.unexpected
+    family = family_of(subject.config)
+    others = {name for task in TASKS if task != subject.task for name in head_tensors(info.unexpected, family, task)}
+    own = set(head_tensors(info.unexpected, family, subject.task))
+    return tuple(name for name in info.unexpected if name not in others - own)
 
 
 def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple[nn.Module, LoadingInfo]:

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.utils.deterministic
+from torch.utils import deterministic
+
+_FILL = "fill_uninitialized_memory"
+"""A property of the module's class, which no type checker sees."""
 
 
 @contextmanager
@@ -26,13 +29,13 @@ def poisoned(*, enabled: bool = True) -> Iterator[None]:
         return
     algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill: bool = getattr(deterministic, _FILL)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        setattr(deterministic, _FILL, True)
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        setattr(deterministic, _FILL, fill)
         torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
 
 
@@ -43,7 +46,7 @@ def seeded(seed: int) -> Iterator[None]:
     Args:
         seed: 0 to 2**32 - 1, numpy's range; larger ones are taken modulo.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     try:

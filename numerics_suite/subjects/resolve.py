@@ -50,7 +50,7 @@ class _Wanted:
     batch_size: int = 4
 
 
-def resolve(
+def resolve(  # noqa: PLR0913  # keywords, each an option of the command
     source: str,
     *,
     name: str | None = None,
@@ -90,7 +90,7 @@ def resolve(
     return _from_files(source, _place(source, allow_pickle=allow_pickle), name, wanted)
 
 
-def resolve_all(
+def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
     sources: Sequence[str],
     names: Sequence[str] = (),
     *,

@@ -18,6 +18,7 @@ _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForSequenceClassification", "sequence-classification"),
     ("ForTokenClassification", "token-classification"),
 )
+TASKS: tuple[Task, ...] = ("causal-lm", "sequence-classification", "token-classification")
 CLASSIFICATION = ("sequence-classification", "token-classification")
 _BODY_PARTS = ("pooler", "pre_classifier")
 """Modules that some encoders build anew together with a classification head."""
