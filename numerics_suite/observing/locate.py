@@ -25,6 +25,9 @@ OWN = Path(__file__).resolve().parent.parent
 QUIET = {"aten.detach.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 """Ops that compute nothing: what they return was made elsewhere or is still to be written."""
 
+PRODUCTS = {"aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default"}
+"""Matrix products, whose -inf is an overflow and no mask."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
@@ -39,6 +42,7 @@ class Origin:
         nonfinite: non-finite elements of the output.
         elements: elements of the output.
         has_infinity: infinities among them, as an overflow leaves.
+        outside_domain: it divided by zero, or took a root or logarithm of what has none.
         masked_row: the input holds a row without any finite value, as a fully masked row is.
         backward: it happened in the backward pass.
         parameters: parameters among its inputs that are themselves not finite (then they are the origin).
@@ -52,6 +56,7 @@ class Origin:
     nonfinite: int
     elements: int
     has_infinity: bool
+    outside_domain: bool
     masked_row: bool
     backward: bool
     parameters: tuple[str, ...] = ()
@@ -87,7 +92,7 @@ class _Stack:
 
 def _sequence() -> int:
     """The number that autograd gives to the next node of this thread."""
-    return int(torch.autograd._get_sequence_nr())  # noqa: SLF001 - torch has no public way to ask
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public way to ask
 
 
 @contextmanager
@@ -152,9 +157,11 @@ class OriginFinder(TorchDispatchMode):
         clean = not any(_spoiled(leaf) for leaf in inputs)
         masked = any(_masked_row(leaf) for leaf in inputs) if clean else False
         largest = max((_largest(leaf) for leaf in inputs), default=0.0) if clean else 0.0
+        outside = clean and _outside_domain(func, inputs)
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        spoiled = next((leaf for leaf in outputs if leaf.is_floating_point() and _spoiled(leaf)), None)
+        products = str(func) in PRODUCTS
+        spoiled = next((leaf for leaf in outputs if leaf.is_floating_point() and _spoiled(leaf, either=products)), None)
         if spoiled is not None and (clean or named) and not _copies(func):
             self.origin = Origin(
                 op=str(func).removesuffix(".default"),
@@ -165,6 +172,7 @@ class OriginFinder(TorchDispatchMode):
                 nonfinite=nonfinite_count(spoiled),
                 elements=spoiled.numel(),
                 has_infinity=bool(torch.isinf(spoiled).any()),
+                outside_domain=outside,
                 masked_row=masked,
                 backward=not self.stack.names,
                 parameters=named,
@@ -172,10 +180,25 @@ class OriginFinder(TorchDispatchMode):
         return result
 
 
-def _spoiled(tensor: Tensor) -> bool:
+def _spoiled(tensor: Tensor, *, either: bool = False) -> bool:
+    """Whether the tensor holds NaN or +inf; with `either`, also -inf, which no product of a mask's making holds."""
     if not nonfinite_count(tensor):
         return False
+    if either:
+        return True
     return bool(torch.isnan(tensor).any()) or bool((tensor == float("inf")).any())
+
+
+def _outside_domain(func: Any, inputs: list[Tensor]) -> bool:
+    """Whether the op is a division by zero, or a root or logarithm of a number that has none."""
+    name = str(func).split(".")[1]
+    if not inputs:
+        return False
+    if name in {"div", "reciprocal", "rsqrt"}:
+        return bool((inputs[-1] == 0).any()) or (name == "rsqrt" and bool((inputs[-1] < 0).any()))
+    if name in {"log", "log2", "log10"}:
+        return bool((inputs[-1] <= 0).any())
+    return name in {"sqrt", "asin", "acos", "log1p"} and bool((inputs[-1] < 0).any())
 
 
 def _masked_row(tensor: Tensor) -> bool:

@@ -43,6 +43,7 @@ def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
         facts={"silently used": ", ".join(used)} if used else {},
     )
     yield _merged(evidence)
+    yield _edges(evidence)
 
 
 def _tensors(evidence: Evidence) -> dict[str, torch.Tensor]:
@@ -85,6 +86,26 @@ def _merged(evidence: Evidence) -> Measurement:
             merged += int(torch.equal(left, right))
     return Measurement(
         name="merged-ids", value=merged, unit="pairs", module=_embedding(evidence), facts={"pairs tried": pairs}
+    )
+
+
+def _edges(evidence: Evidence) -> Measurement:
+    """The first and the last id of the vocabulary against their neighbours, as a range check off by one merges them."""
+    weight = evidence.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    last = evidence.vocab_size - 1
+    merged = [
+        f"{left} and {right}"
+        for left, right in ((0, 1), (last, last - 1))
+        if last > 0
+        and not torch.equal(weight[left], weight[right])
+        and torch.equal(_embedded(evidence, left), _embedded(evidence, right))
+    ]
+    return Measurement(
+        name="merged-edges",
+        value=len(merged),
+        unit="pairs",
+        module=_embedding(evidence),
+        facts={"ids": "; ".join(merged)} if merged else {},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.observing.coarser import coarser_ops
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, to_device
 from numerics_suite.running.rounded import run_rounded
@@ -35,7 +36,8 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     trusted(rounded_run.left_out)
     assert true_run.gradients is not None
     assert rounded_run.gradients is not None
-    own = own_gradients(evidence, tensors)
+    own: dict[str, Tensor] = {}
+    yield _coarser(evidence, lambda: own.update(own_gradients(evidence, tensors)))
     ratios = _ratios(own, true_run.gradients, rounded_run.gradients, evidence)
     if not ratios:
         reason = "the loss reaches no parameter"
@@ -60,6 +62,18 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     )
     lost = tuple(name for name in true_run.gradients if name not in own)
     yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
+
+
+def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
+    """Ops of forward and backward pass in a coarser float: the rounded run has them too, so no ratio shows them."""
+    found = coarser_ops(evidence.model, run, dtype_of(evidence.recipe.computes_in))
+    return Measurement(
+        name="coarser",
+        value=sum(found.values()),
+        unit="ops",
+        module=next(iter(found)) or None if found else None,
+        facts={"modules": ", ".join(name or "(model)" for name in list(found)[:5])} if found else {},
+    )
 
 
 def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,19 +13,23 @@ from numerics_suite.core.registry import check
 from numerics_suite.observing.roundoff import relative_error
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import call_model, to_device
-from numerics_suite.running.true_fp64 import run_true_fp64
+from numerics_suite.running.true_fp64 import Fp64Run, run_true_fp64
 from numerics_suite.running.twins import trusted
 
 
 @check(trains=True, needs=("token-ids",))
 def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
-    """Are the gradients with activation checkpointing those without, in true fp64?"""
+    """Are the gradients with activation checkpointing those without, and those of training mode eval mode's?
+
+    Both in true fp64, with every dropout off.
+    """
     if not getattr(evidence.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
     tensors = evidence.training_batch.tensors
     plain = run_true_fp64(evidence.model, tensors, gradients=True, stream=False, call=_training_call(evidence))
     trusted(plain.left_out)
+    yield _by_mode(evidence, tensors, plain)
     model = evidence.copy_model()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     again = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call(evidence))
@@ -48,6 +52,25 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
         unit="parameters",
         parameters=lost,
         module=lost[0].rpartition(".")[0] if lost else None,
+    )
+
+
+def _by_mode(evidence: Evidence, tensors: Mapping[str, Tensor], training: Fp64Run) -> Measurement:
+    """Loss and gradients of training mode without dropout against eval mode: they are one function."""
+    evaluated = run_true_fp64(evidence.model, tensors, gradients=True, stream=False)
+    assert evaluated.gradients is not None
+    assert training.gradients is not None
+    errors = {
+        name: relative_error(training.gradients[name], wanted) if name in training.gradients else float("inf")
+        for name, wanted in evaluated.gradients.items()
+    }
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    return Measurement(
+        name="true-training-mode",
+        value=errors[worst],
+        unit="ratio",
+        module=worst.rpartition(".")[0],
+        parameters=(worst,),
     )
 
 

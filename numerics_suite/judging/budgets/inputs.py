@@ -37,6 +37,16 @@ BUDGETS = (
         remedies=CURE,
     ),
     Budget(
+        check="inputs.ids-dtype",
+        measurement="merged-edges",
+        limit=0,
+        cause="out-of-range-input",
+        title="the first or last id of the vocabulary is embedded as its neighbour ({value} pairs)",
+        reason="Both ids are in range and their rows of the embedding differ, so a range check on the way to it is off by "
+        "one: it clamps an id that exists.",
+        remedies=("fix-config",),
+    ),
+    Budget(
         check="inputs.mask-dtype",
         measurement="disagreement",
         limit=0,

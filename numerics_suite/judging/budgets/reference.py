@@ -124,6 +124,16 @@ BUDGETS: tuple[Budget, ...] = (
         remedies=CURE,
     ),
     Budget(
+        check="reference.gradient",
+        measurement="coarser",
+        limit=0,
+        cause="low-precision-section",
+        title="{value} ops of a training step compute in a coarser float than was asked for, first in {module}",
+        reason="An op of the forward or backward pass puts out a float with fewer bits than the precision of this run; all "
+        "gradients behind it carry that float's rounding error.",
+        remedies=("keep-in-fp32", *CURE),
+    ),
+    Budget(
         check="reference.local",
         measurement="coarser",
         limit=0,

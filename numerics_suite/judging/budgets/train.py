@@ -147,6 +147,16 @@ BUDGETS = (
     ),
     Budget(
         check="train.checkpointing",
+        measurement="true-training-mode",
+        limit=1e-10,
+        cause="semantic-error",
+        title="training mode without dropout computes another gradient of {parameters} than eval mode ({value:.2g} in true fp64)",
+        reason="But for dropout, training and eval mode are one function; in true fp64 their gradients agree to 1e-10. What "
+        "is trained is then not what is served.",
+        remedies=("newer-version",),
+    ),
+    Budget(
+        check="train.checkpointing",
         measurement="lost",
         limit=0,
         cause="dead-gradient",
