@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mutants.catalogue.record import ORACLE, Mutant
+from mutants.editing import Patch
 from numerics_suite.core.records import Cell, CheckResult
 from numerics_suite.core.registry import check_ids
 from numerics_suite.running.evidence import Evidence
@@ -15,9 +17,6 @@ from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded, load
 from numerics_suite.suite.planning import Question
 from numerics_suite.suite.session import SuiteSession
-
-from mutants.catalogue.record import ORACLE, Mutant
-from mutants.editing import Patch
 
 PLACES = (ORACLE, "reference.local", "load.", "inputs.", "train.", "reference.", "forward.")
 """Whose word on the place counts first: the finding that compares module by module, then the others."""

@@ -5,8 +5,8 @@ A module under change gets a class of its own, derived from its class under the 
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import inspect
 import textwrap
@@ -134,7 +134,7 @@ def _compiled(function: FunctionType, old: str, new: str, which: int | None, nam
     ast.increment_lineno(tree, first - 1)
     code = compile(tree, inspect.getfile(function), "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
     made: dict[str, Any] = {}
-    exec(code, names, made)  # noqa: S102 - the source of an installed file with one place changed
+    exec(code, names, made)
     return made[definition.name]
 
 

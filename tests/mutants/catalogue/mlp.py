@@ -113,10 +113,9 @@ MUTANTS = (
         id="mlp-clipped",
         family="glm4",
         apply=edited(GLM, "forward", PRODUCT, PRODUCT + ".clamp(max=7.0)"),
-        expected_checks=(ORACLE,),
-        module_pattern=GLM_NAME,
-        why="the gate is clipped at 7, as gpt-oss does: on small states it changes nothing",
-        equivalent=True,
+        expected_checks=(),
+        why="the product is clipped at 7, which no state of these small weights reaches; it takes a checkpoint with large "
+        "activations to see it",
     ),
     Mutant(
         id="mlp-clipped-at-one",
