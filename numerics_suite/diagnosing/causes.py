@@ -106,6 +106,8 @@ def _cause_of(origin: Origin, evidence: Evidence) -> str:
         return "uninitialised-parameters" if set(origin.parameters) & unwritten or not stored else "corrupt-weights"
     if origin.masked_row:
         return "fully-masked-row"
+    if origin.outside_domain:
+        return "invalid-operation"
     return "overflow" if origin.has_infinity else "invalid-operation"
 
 

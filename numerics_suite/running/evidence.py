@@ -183,10 +183,22 @@ class Evidence:
         return None
 
     @cached_property
+    def usable_own_batch(self) -> Batch | None:
+        """The subject's own batch where a model can take it; inputs.pipeline says what is wrong with another."""
+        batch = self.own_batch
+        if batch is None or not self.takes_ids:
+            return batch
+        ids = batch.tensors.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+            return None
+        return batch if 0 <= int(ids.min()) and int(ids.max()) < self.vocab_size else None
+
+    @cached_property
     def training_batch(self) -> Batch:
         """The fixed batch that the cell trains on; the user's own where there is one."""
-        if self.own_batch is not None and (not self.takes_ids or "labels" in self.own_batch.tensors):
-            return self.own_batch
+        own = self.usable_own_batch
+        if own is not None and (not self.takes_ids or "labels" in own.tensors):
+            return own
         return training_batch(self.space, rows=self.request.rows, length=self.space.max_length, seed=self.request.seed)
 
     # --- runs ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
-from numerics_suite.core.errors import CheckError
+from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.inputs.strategies import batches
@@ -76,22 +76,23 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
 
     Raises:
         NotApplicableError: the check has nothing to ask here.
-        CheckError: it measured nothing.
+        CheckError: it measured nothing that a budget judges.
     """
     outcome = Outcome()
     if not spec.batches:
         outcome.breaches = judge(spec.id, outcome.add(spec.function(evidence)))
         outcome.examples = 1
         return outcome
-    if evidence.own_batch is not None:
-        _ask_batch(spec, evidence, evidence.own_batch, outcome)
+    own = evidence.usable_own_batch
+    if own is not None:
+        _ask_batch(spec, evidence, own, outcome)
         if outcome.breaches:
             return outcome
     if evidence.takes_ids:
         _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(max_examples * spec.share)))
     if outcome.examples == 0:
-        message = f"{spec.id}: no batch could be drawn"
-        raise CheckError(message)
+        message = "a plain module without a batch: let the factory return (module, batch)"
+        raise NotApplicableError(message)
     return outcome
 
 

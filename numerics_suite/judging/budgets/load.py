@@ -42,7 +42,7 @@ BUDGETS = (
         measurement="missing",
         limit=0,
         cause="missing-weights",
-        title="{value} weights of the model are not in the checkpoint: {parameters}",
+        title="weights of the model that the checkpoint lacks: {parameters}",
         reason="They hold whatever initialisation gave them. Only a new head may be absent from the files.",
         remedies=("reload-weights", "newer-version"),
     ),
@@ -51,7 +51,7 @@ BUDGETS = (
         measurement="unexpected",
         limit=0,
         cause="lost-weights",
-        title="{value} stored tensors found no place in the model: {parameters}",
+        title="stored tensors that found no place in the model: {parameters}",
         reason="The file holds trained values that the model does not use; names or layout changed between the "
         "version that saved and the one that loads.",
         remedies=("newer-version", "pin-version"),
@@ -61,7 +61,7 @@ BUDGETS = (
         measurement="mismatched",
         limit=0,
         cause="lost-weights",
-        title="{value} stored tensors have another shape than the model's: {parameters}",
+        title="stored tensors of another shape than the model's: {parameters}",
         reason="Shapes in the file and in the model built from config.json differ, so these weights were not loaded.",
         remedies=("fix-config", "reload-weights"),
     ),
@@ -70,7 +70,7 @@ BUDGETS = (
         measurement="changed",
         limit=0,
         cause="lost-weights",
-        title="{value} weights differ from the stored ones after loading: {parameters}",
+        title="weights that differ from the stored ones after loading: {parameters}",
         reason="Loading must give the stored value cast to the asked dtype, and it gave another: the weight went to "
         "another tensor, or was initialised again after it was loaded.",
         remedies=("newer-version", "pin-version"),
@@ -80,7 +80,7 @@ BUDGETS = (
         measurement="non-finite",
         limit=0,
         cause="corrupt-weights",
-        title="{value} weights are NaN or infinite after loading: {parameters}",
+        title="NaN or infinite weights after loading ({value} elements): {parameters}",
         reason="A weight that is not finite makes every output that depends on it NaN. Stored so, the file is "
         "damaged; finite in the file, it does not fit the range of the precision (float16 ends at 65,504).",
         remedies=("reload-weights", "use-amp-bf16"),
@@ -90,7 +90,7 @@ BUDGETS = (
         measurement="other-dtype",
         limit=0,
         cause="low-precision-section",
-        title="{value} parameters are not in the dtype asked for: {parameters}",
+        title="parameters that are not in the dtype asked for: {parameters}",
         reason="These parameters ignore the dtype that was asked for and are not declared to be kept in float32. A "
         "head in float16 under a body in another dtype overflows at 65,504 or refuses its input.",
         remedies=("keep-in-fp32", "newer-version"),
@@ -100,7 +100,7 @@ BUDGETS = (
         measurement="uninitialised",
         limit=0,
         cause="uninitialised-parameters",
-        title="{value} parameters are never initialised: {parameters}",
+        title="never initialised: {parameters}",
         reason="Nobody wrote to this memory: with uninitialised memory filled with NaN the weights come out NaN. In an "
         "ordinary run they hold whatever the allocator had there, which may be zeros today and NaN tomorrow.",
         remedies=("init-head", "newer-version"),
@@ -121,7 +121,7 @@ BUDGETS = (
         measurement="differing",
         limit=0,
         cause="lost-weights",
-        title="{value} tensors differ after saving and loading again: {parameters}",
+        title="tensors that differ after saving and loading again: {parameters}",
         reason="save_pretrained followed by from_pretrained must give the same bits; what differs is lost or changed "
         "at the first checkpoint of a training run.",
         remedies=("newer-version", "pin-version"),
