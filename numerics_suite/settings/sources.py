@@ -112,14 +112,25 @@ def read_pyproject(file: Path | None) -> tuple[dict[str, Any], tuple[AcceptEntry
         if key == "accept":
             continue
         where = f"{file}: [tool.{TABLE}] {key}"
-        if key not in BY_KEY:
+        option = option_of_key(key)
+        if option is None:
             message = f"{where}: unknown key{nearest(key, KNOWN_KEYS)} (known: {', '.join(KNOWN_KEYS)})"
             raise BadInputError(message)
-        option = BY_KEY[key]
         values[option.name] = _relative(
             option, parse_option(option, _as_text(option, value, where), where), file.parent
         )
     return values, parse_accept(table.get("accept", []), f"{file}: [[tool.{TABLE}.accept]]")
+
+
+def option_of_key(key: str) -> Option | None:
+    """The option that a key of pyproject.toml names: by its key, or as its flag or pytest twin is spelt.
+
+    Args:
+        key: with hyphens or underscores.
+    """
+    spelt = key.replace("_", "-")
+    twins = {option.twin.removeprefix("--numerics-"): option for option in BY_KEY.values()}
+    return BY_KEY.get(spelt) or twins.get(spelt)
 
 
 def _read(file: Path) -> dict[str, Any]:
