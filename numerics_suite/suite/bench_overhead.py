@@ -93,7 +93,7 @@ class Recorder:
         handle = register_optimizer_step_post_hook(lambda *_: self._note("step"))
         nn.Module.__call__ = self._watched(call)  # type: ignore[method-assign]
         PreTrainedModel.from_pretrained = classmethod(self._loader(load.__func__))
-        torch.autograd.backward = self._noting(backward)  # type: ignore[assignment]
+        torch.autograd.backward = self._noting(backward)
         torch.autograd.grad = self._noting(grad)
         try:
             yield
@@ -242,7 +242,7 @@ def measure(precision: str, checks: tuple[str, ...], skip: tuple[str, ...]) -> d
 def test_overhead(benchmark: BenchmarkFixture, precision: str, which: str) -> None:
     """The ratio is in the benchmark's extra info; that of the checks without twins is held to its limit."""
     checks, skip = (WITHOUT_TWINS, TWINS) if which == "without-twins" else ((), ())
-    found = benchmark.pedantic(measure, args=(precision, checks, skip), rounds=1)
+    found = benchmark.pedantic(measure, args=(precision, checks, skip), rounds=1)  # type: ignore[no-untyped-call]
     benchmark.extra_info.update(found)
     print(f"\n{which} {precision}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))  # noqa: T201
     if which == "without-twins":

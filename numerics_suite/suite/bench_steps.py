@@ -59,7 +59,7 @@ def _bare_step(evidence: Evidence) -> Callable[[], object]:
         optimizer.zero_grad(set_to_none=True)
         with arithmetic(evidence.recipe, "cpu"):
             loss = call_model(model, tensors).loss
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         return loss
