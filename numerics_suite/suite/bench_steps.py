@@ -1,6 +1,6 @@
 """How long do a forward pass and a training step of a tiny GLM-4 take in each precision, bare and watched?
 
-`pytest numerics_suite/suite/bench_steps.py`, with the extra `test` installed.
+`pytest -p no:numerics_suite numerics_suite/suite/bench_steps.py`, with the extra `test` installed.
 """
 
 from __future__ import annotations
