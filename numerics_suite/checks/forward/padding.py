@@ -28,7 +28,7 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         return
     real = batch.tensors["attention_mask"].bool()
     worst = (0.0, 0.0)
-    for side in evidence.family.padding_sides:
+    for side in _sides(evidence, batch):
         more = padded(batch, side, evidence.space.pad_id)
         where = more["attention_mask"].bool()
         found = compare_law(
@@ -42,6 +42,14 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     yield from law_measurements(*worst)
     if evidence.subject.task == "sequence-classification":
         yield from _pooled(evidence, batch)
+
+
+def _sides(evidence: Evidence, batch: Batch) -> list[str]:
+    """The declared sides on which the batch may be padded further: a row is padded on one side only."""
+    mask = batch.tensors["attention_mask"]
+    taken = {"left": not bool(mask[:, 0].all()), "right": not bool(mask[:, -1].all())}
+    opposite = {"left": "right", "right": "left"}
+    return [side for side in evidence.family.padding_sides if not taken[opposite[side]]]
 
 
 def _rank(pair: tuple[float, float]) -> float:
@@ -70,7 +78,7 @@ def _pooled(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     base = true_answer(evidence, batch.tensors, by_token=False)
     errors = [
         relative_error(true_answer(evidence, padded(batch, side, evidence.space.pad_id), by_token=False), base)
-        for side in evidence.family.padding_sides
+        for side in _sides(evidence, batch)
     ]
-    worst = next((error for error in errors if error != error), max(errors))
+    worst = next((error for error in errors if error != error), max(errors, default=0.0))
     yield Measurement(name="true-pooled", value=worst, unit="ratio")

@@ -7,6 +7,7 @@ from typing import Any
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.oracles import OracleUnavailable, oracle_for, rotary_budget, rotary_roundoffs
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.subjects.compat import known_config_keys
 
@@ -80,8 +81,13 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
     built = evidence.model.config
     raw = evidence.subject.config
     known = known_config_keys(type(built))
+    right_table = _rotary_table_is_right(evidence)
     ignored = tuple(
-        sorted(key for key in raw if key in DEFINING and key not in known and not _harmless(key, raw, known))
+        sorted(
+            key
+            for key in raw
+            if key in DEFINING and key not in known and not _harmless(key, raw, known, right_table=right_table)
+        )
     )
     yield Measurement(
         name="ignored",
@@ -100,9 +106,22 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _harmless(key: str, raw: Mapping[str, Any], known: set[str]) -> bool:
-    """A null says nothing, and a renamed key is read under its other name."""
-    if raw[key] is None:
+def _rotary_table_is_right(evidence: Evidence) -> bool:
+    """Whether the model's rotary table is the one that the file defines, though a release may not read every key."""
+    name = evidence.family.name
+    table = next((b for n, b in evidence.model.named_buffers() if n.endswith("inv_freq") and "original" not in n), None)
+    if oracle_for(name) is None or table is None:
+        return False
+    try:
+        roundoffs = rotary_roundoffs(name, evidence.subject.config, table.detach().cpu())
+        return roundoffs <= rotary_budget(name, evidence.subject.config)
+    except OracleUnavailable:
+        return False
+
+
+def _harmless(key: str, raw: Mapping[str, Any], known: set[str], *, right_table: bool) -> bool:
+    """A null says nothing, a renamed key is read under its other name, and a release may hard-code the file's value."""
+    if raw[key] is None or (key in {"partial_rotary_factor", "rope_theta"} and right_table):
         return True
     if key in RENAMED:
         return RENAMED[key] in raw
