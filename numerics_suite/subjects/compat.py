@@ -179,16 +179,13 @@ def last_line(error: BaseException) -> str:
 
 # --- config keys ---------------------------------------------------------------------------------------------------
 
-_ALWAYS = frozenset(
-    """
-    model_type auto_map architectures transformers_version torch_dtype _name_or_path
-    tie_word_embeddings pad_token_id bos_token_id eos_token_id
-    """.split()
-)
+_ALWAYS = frozenset({"model_type", "auto_map", "architectures", "transformers_version", "torch_dtype", "_name_or_path"})
+_ALWAYS |= {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 """Keys that the Auto classes, `from_pretrained`, `tie_weights` and generation read of any config, declared or not."""
 
 _READS = re.compile(r"kwargs\.(?:pop|get|setdefault)\(\s*[\"'](\w+)[\"']")
 _ASKS = re.compile(r"(?<!\w)config\.(\w+)|getattr\((?:self\.)?config, [\"'](\w+)[\"']")
+_BASES = ("PretrainedConfig", "PreTrainedConfig")
 _ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
 
 
@@ -209,7 +206,8 @@ def _known_config_keys(config_class: type) -> frozenset[str]:
     for cls in config_class.__mro__:
         if cls is object or cls.__name__.endswith("Mixin"):
             continue
-        keys |= _declared(cls)
+        # The base class looks at the rope keys only to move them into `rope_parameters`, where there is one.
+        keys |= _declared(cls) - (_ROPE_KEYS if cls.__name__ in _BASES else set())
     keys |= _asked_by_model(config_class)
     # From 5.0 on any class with `rope_parameters` takes the older keys and moves them into it.
     if hasattr(config_class, "convert_rope_params_to_dict") and "rope_parameters" in keys:

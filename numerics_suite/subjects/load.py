@@ -89,11 +89,22 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
         if subject.kind != "factory":
             switches.enter_context(quiet_transformers())
             switches.enter_context(private_modules())
+        switches.enter_context(_default_dtype_kept())
         switches.enter_context(seeded(seed))
         switches.enter_context(poisoned(enabled=poison))
         loaded = _build(subject, dtype=dtype, attn=attn, device=device)
     loaded.model.eval()
     return replace(loaded, tied=_tied(loaded.model), attn=compat.attention_of(loaded.model))
+
+
+@contextmanager
+def _default_dtype_kept() -> Iterator[None]:
+    """Restore torch's default dtype, which releases up to 4.56 leave changed when a load fails."""
+    dtype = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import deterministic
+
 from numerics_suite.core.errors import CheckError, UnsupportedError
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.compat import known_config_keys
@@ -21,7 +23,6 @@ from numerics_suite.subjects.poison import poisoned, seeded
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
 from numerics_suite.subjects.resolve import resolve
 from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
-from torch.utils import deterministic
 
 GLM = "fixture:glm-tiny"
 CHATGLM = "fixture:chatglm-tiny"
@@ -34,6 +35,12 @@ def save_weights(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def fail(inside):
+    """Raise out of a context manager after looking at what it did."""
+    assert inside
+    raise KeyError
 
 
 @pytest.fixture
@@ -126,7 +133,8 @@ def test_a_load_that_fails_otherwise_is_an_error_of_one_line(checkpoint):
     assert "\n" not in str(caught.value)
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(CheckError, match="could not be loaded by transformers"):
-        load(subject, dtype="float32", attn="eager")
+        load(subject, dtype="float16", attn="eager")
+    assert torch.get_default_dtype() == torch.float32
 
 
 # --- remote code -----------------------------------------------------------------------------------------------------
@@ -141,7 +149,7 @@ def test_remote_code_runs_from_a_folder_of_this_process(tmp_path, monkeypatch):
     assert loaded.remote_modules_dir == modules_folder()
     assert Path(sys.modules[type(loaded.model).__module__].__file__).is_relative_to(modules_folder())
     assert not Path(usual).exists()
-    assert dynamic_module_utils.HF_MODULES_CACHE == usual
+    assert usual == dynamic_module_utils.HF_MODULES_CACHE
     assert load(resolve(GLM), dtype="float32", attn="eager").remote_modules_dir is None
 
 
@@ -150,8 +158,7 @@ def test_the_folder_is_put_back_on_error():
 
     usual = dynamic_module_utils.HF_MODULES_CACHE
     with pytest.raises(KeyError), private_modules():
-        assert str(modules_folder()) == dynamic_module_utils.HF_MODULES_CACHE
-        raise KeyError
+        fail(str(modules_folder()) == dynamic_module_utils.HF_MODULES_CACHE)
     assert usual == dynamic_module_utils.HF_MODULES_CACHE
 
 
@@ -185,7 +192,7 @@ def test_poison_fills_and_is_lifted_also_on_error():
     with poisoned():
         assert torch.empty(5).isnan().all()
     with pytest.raises(KeyError), poisoned():
-        raise KeyError
+        fail(switches() == (True, True, True))
     assert switches() == before
     with poisoned(enabled=False):
         assert switches() == before
@@ -198,8 +205,7 @@ def test_seeds_repeat_and_leave_no_trace():
     with seeded(3):
         second = torch.rand(4)
     with pytest.raises(KeyError), seeded(4):
-        assert not torch.rand(4).equal(first)
-        raise KeyError
+        fail(not torch.rand(4).equal(first))
     assert first.equal(second)
     assert torch.get_rng_state().equal(state)
 
@@ -352,10 +358,11 @@ def test_quiet_is_lifted_also_on_error(capsys):
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pytest.raises(KeyError), quiet_transformers():
+    with quiet_transformers():
         warnings.warn("never seen", UserWarning, stacklevel=1)
         logging.get_logger("transformers").warning("never seen")
-        raise KeyError
+    with pytest.raises(KeyError), quiet_transformers():
+        fail(not logging.is_progress_bar_enabled())
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     load(resolve(GLM, task="sequence-classification"), dtype="bfloat16", attn="eager")
     assert capsys.readouterr() == ("", "")

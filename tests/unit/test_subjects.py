@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.families import FAMILIES, family_of
