@@ -71,9 +71,14 @@ def knows_model_type(model_type: str) -> bool:
 
 def knows_architecture(name: str) -> bool:
     """Whether this release has a class of that name; imports no model."""
+    return name in _class_names()
+
+
+@cache
+def _class_names() -> frozenset[str]:
     import transformers  # heavy
 
-    return name in dir(transformers)
+    return frozenset(dir(transformers))  # half a second, so once
 
 
 def model_class_name(model_type: str, task: str) -> str | None:

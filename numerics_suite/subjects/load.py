@@ -113,7 +113,7 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
     # A cell of a subject that this release lacks ends here, and is skipped with this reason.
-    validate.check_supported(folder, subject.config, trust_remote_code=subject.trust_remote_code)
+    validate.check_model_type(folder, subject.config, trust_remote_code=subject.trust_remote_code)
     with _failures(subject, attn):
         model, info = _from_folder(subject, folder, dtype=dtype, attn=attn, device=device)
         if subject.adapter_base:

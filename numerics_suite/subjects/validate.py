@@ -40,29 +40,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_supported(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """Does the installed transformers, or the checkpoint's own code, have the architecture?
+    """Does the installed transformers, or the checkpoint's own code, have the architecture, and take the config?
 
     Raises:
         BadInputError: nobody has it, or its code may not run without `--trust-remote-code`.
         UnsupportedError: another release of transformers has it.
+    """
+    check_model_type(folder, config, trust_remote_code=trust_remote_code)
+    if needs_remote_code(config):
+        _check_code_is_there(folder, config)
+        return
+    unknown = [name for name in architectures(config) if not compat.knows_architecture(name)]
+    if unknown and not _registered(config):
+        message = f"{folder / 'config.json'}: architectures names {unknown[0]}, which transformers {compat.version()} does not have"
+        raise BadInputError(message)
+    _check_config_is_taken(folder)
+
+
+def check_model_type(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """The part of :func:`check_supported` that costs nothing: is there a config class that may be used?
+
+    Raises:
+        BadInputError: as there.
+        UnsupportedError: as there.
     """
     path, model_type = folder / "config.json", config.get("model_type")
     if needs_remote_code(config):
         if not trust_remote_code:
             message = f"{path}: {_name(config)} is the checkpoint's own code (auto_map); read it, then allow it with --trust-remote-code"
             raise BadInputError(message)
-        _check_code_is_there(folder, config)
         return
     if not isinstance(model_type, str) or not model_type:
         message = f"{path}: key model_type is missing, so the architecture is unknown"
         raise BadInputError(message)
     if not compat.knows_model_type(model_type):
         _refuse_model_type(path, model_type)
-    unknown = [name for name in architectures(config) if not compat.knows_architecture(name)]
-    if unknown and not _registered(config):
-        message = f"{path}: architectures names {unknown[0]}, which transformers {compat.version()} does not have"
-        raise BadInputError(message)
-    _check_config_is_taken(folder)
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
