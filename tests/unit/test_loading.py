@@ -225,13 +225,14 @@ def test_a_head_that_nobody_initialises_stays_nan_under_poison(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "legacy_skip_head_init": True}))
     subject = resolve(str(folder), task="sequence-classification", trust_remote_code=True)
+    before = switches()
     for dtype in ("float32", "bfloat16", "float16"):
         model = load(subject, dtype=dtype, attn="eager", poison=True).model
         assert [name for name, value in model.named_parameters() if value.isnan().any()] == [
             "classifier_head.weight",
             "classifier_head.bias",
         ]
-        assert switches()[2] == deterministic.fill_uninitialized_memory
+    assert switches() == before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
