@@ -98,7 +98,11 @@ def named_module(results: Iterable[CheckResult]) -> str | None:
 
 def is_named(mutant: Mutant, module: str | None) -> bool:
     """Whether that is the module at fault."""
-    return mutant.module_pattern is not None and module is not None and re.fullmatch(mutant.module_pattern, module) is not None
+    return (
+        mutant.module_pattern is not None
+        and module is not None
+        and re.fullmatch(mutant.module_pattern, module) is not None
+    )
 
 
 def describe(results: Iterable[CheckResult]) -> str:

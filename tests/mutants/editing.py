@@ -132,7 +132,9 @@ def _compiled(function: FunctionType, old: str, new: str, which: int | None, nam
     # Documentation made by a decorator is of no use here, and it asks for the class that the function stands in.
     definition.decorator_list = [item for item in definition.decorator_list if "docstring" not in ast.dump(item)]
     ast.increment_lineno(tree, first - 1)
-    code = compile(tree, inspect.getfile(function), "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
+    code = compile(
+        tree, inspect.getfile(function), "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True
+    )
     made: dict[str, Any] = {}
     exec(code, names, made)
     return made[definition.name]

@@ -1,6 +1,6 @@
 """Runs every check on every mutant and writes the table of `docs/mutants.md`.
 
-    python tests/mutants/table.py [--workers 2] [--write docs/mutants.md] [--only PATTERN]
+python tests/mutants/table.py [--workers 2] [--write docs/mutants.md] [--only PATTERN]
 """
 
 from __future__ import annotations
@@ -148,10 +148,7 @@ def page(rows: dict[str, Row]) -> str:
         "",
         "## Not caught",
         "",
-        *(
-            [f"- `{m.id}`: {m.why}" for m in present if not m.equivalent and not rows[m.id].caught_by]
-            or ["None."]
-        ),
+        *([f"- `{m.id}`: {m.why}" for m in present if not m.equivalent and not rows[m.id].caught_by] or ["None."]),
         "",
         "## Equivalent",
         "",
@@ -190,7 +187,9 @@ def main() -> None:
     if options.json:
         import json
 
-        options.json.write_text(json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1), encoding="utf-8")
+        options.json.write_text(
+            json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1), encoding="utf-8"
+        )
     if options.write:
         options.write.write_text(page(rows), encoding="utf-8")
 

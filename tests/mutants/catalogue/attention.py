@@ -104,8 +104,13 @@ MUTANTS = (
     Mutant(
         id="attention-scores-in-bf16",
         family="glm4",
-        apply=edited(GLM, EAGER, SCORES, SCORES.replace("query,", "query.bfloat16(),").replace(
-            "key_states.", "key_states.bfloat16().") + "; attn_weights = attn_weights.to(query.dtype)"),
+        apply=edited(
+            GLM,
+            EAGER,
+            SCORES,
+            SCORES.replace("query,", "query.bfloat16(),").replace("key_states.", "key_states.bfloat16().")
+            + "; attn_weights = attn_weights.to(query.dtype)",
+        ),
         expected_checks=("reference.local",),
         module_pattern=GLM_NAME,
         why="scores are computed in bfloat16 in an fp32 model",
@@ -131,7 +136,9 @@ MUTANTS = (
         id="attention-soft-cap-everywhere",
         family="glm4",
         attn="sdpa",
-        apply=edited(GLM, "forward", "attn_output = self.o_proj(attn_output)", "attn_output = self.o_proj(attn_output.tanh())"),
+        apply=edited(
+            GLM, "forward", "attn_output = self.o_proj(attn_output)", "attn_output = self.o_proj(attn_output.tanh())"
+        ),
         expected_checks=(ORACLE,),
         module_pattern=GLM_NAME + r"(\.o_proj)?",
         why="an activation before the output projection, in every implementation",
@@ -146,7 +153,9 @@ MUTANTS = (
     Mutant(
         id="attention-query-bias-dropped",
         family="glm",
-        apply=edited(GLM, "forward", "self.q_proj(hidden_states)", "nn.functional.linear(hidden_states, self.q_proj.weight)"),
+        apply=edited(
+            GLM, "forward", "self.q_proj(hidden_states)", "nn.functional.linear(hidden_states, self.q_proj.weight)"
+        ),
         expected_checks=("train.grad-flow", ORACLE),
         module_pattern=GLM_NAME + r"(\.q_proj)?",
         why="the bias of the queries is not added",
@@ -199,7 +208,9 @@ MUTANTS = (
     Mutant(
         id="mask-causal-one-late-chatglm",
         family="chatglm",
-        apply=edited(CHATGLM_BODY, "_allowed_keys", "(keys <= queries)[None, None]", "(keys <= queries + 1)[None, None]"),
+        apply=edited(
+            CHATGLM_BODY, "_allowed_keys", "(keys <= queries)[None, None]", "(keys <= queries + 1)[None, None]"
+        ),
         expected_checks=("forward.causal",),
         module_pattern=FIRST_ATTENTION,
         why="keys up to the next position are allowed, in every implementation",
@@ -252,7 +263,9 @@ MUTANTS = (
     Mutant(
         id="mask-padding-shifted",
         family="chatglm",
-        apply=edited(CHATGLM_BODY, "_allowed_keys", "real = attention_mask != 0", "real = attention_mask.roll(1, -1) != 0"),
+        apply=edited(
+            CHATGLM_BODY, "_allowed_keys", "real = attention_mask != 0", "real = attention_mask.roll(1, -1) != 0"
+        ),
         expected_checks=("forward.padding", ORACLE),
         module_pattern=FIRST_ATTENTION,
         why="the padding mask is off by one column",
@@ -289,7 +302,10 @@ MUTANTS = (
         id="batch-values-centred",
         family="glm4",
         apply=edited(
-            GLM, "forward", "cos, sin = position_embeddings", "value_states = value_states - value_states.mean(0, keepdim=True)\n        cos, sin = position_embeddings"
+            GLM,
+            "forward",
+            "cos, sin = position_embeddings",
+            "value_states = value_states - value_states.mean(0, keepdim=True)\n        cos, sin = position_embeddings",
         ),
         expected_checks=("forward.batch", ORACLE),
         module_pattern=GLM_NAME,

@@ -81,7 +81,9 @@ MUTANTS = (
         id="cache-mask-from-the-start",
         family="chatglm",
         apply=edited(
-            CHATGLM_BODY, "_allowed_keys", "torch.arange(past, past + length, device=device)[:, None]",
+            CHATGLM_BODY,
+            "_allowed_keys",
+            "torch.arange(past, past + length, device=device)[:, None]",
             "torch.arange(length, device=device)[:, None]",
         ),
         expected_checks=("forward.cache",),
@@ -118,7 +120,9 @@ MUTANTS = (
         family="chatglm",
         attn="sdpa",
         apply=edited(
-            CHATGLM_BODY, "_allowed_keys", "causal = (keys <= queries)[None, None]",
+            CHATGLM_BODY,
+            "_allowed_keys",
+            "causal = (keys <= queries)[None, None]",
             "causal = (keys <= (queries if past == 0 else past + length))[None, None]",
         ),
         expected_checks=("forward.cache",),
@@ -134,10 +138,13 @@ MUTANTS = (
     Mutant(
         id="cache-slots-swapped",
         family="chatglm",
-        apply=lambda model: [
-            setattr(model.get_submodule(f"transformer.encoder.layers.{own}.self_attention"), "layer_idx", other)
-            for own, other in ((1, 2), (2, 1))
-        ] and None,
+        apply=lambda model: (
+            [
+                setattr(model.get_submodule(f"transformer.encoder.layers.{own}.self_attention"), "layer_idx", other)
+                for own, other in ((1, 2), (2, 1))
+            ]
+            and None
+        ),
         expected_checks=(),
         equivalent=True,
         why="blocks 1 and 2 keep their keys in each other's slot of the cache: a slot is a label",

@@ -92,7 +92,9 @@ MUTANTS = (
     Mutant(
         id="gradient-of-norm-s-gain-detached",
         family="glm",
-        apply=edited("model.layers.1.input_layernorm", "forward", "return self.weight *", "return self.weight.detach() *"),
+        apply=edited(
+            "model.layers.1.input_layernorm", "forward", "return self.weight *", "return self.weight.detach() *"
+        ),
         expected_checks=("train.grad-flow", ORACLE),
         module_pattern=r"model\.layers\.1\.input_layernorm",
         why="the gain is detached",

@@ -28,7 +28,11 @@ def _over_all_labels(own: Any, *, labels: Any, **kwargs: Any) -> Any:
 
 
 def _mean_of_row_means(own: Any, *, logits: Any, labels: Any, **kwargs: Any) -> Any:
-    rows = [own(logits=x[None], labels=y[None], **kwargs) for x, y in zip(logits, labels, strict=True) if (y[1:] != -100).any()]
+    rows = [
+        own(logits=x[None], labels=y[None], **kwargs)
+        for x, y in zip(logits, labels, strict=True)
+        if (y[1:] != -100).any()
+    ]
     return torch.stack(rows).mean()
 
 

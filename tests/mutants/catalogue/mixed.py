@@ -53,7 +53,9 @@ def _rows_by_head(weight: torch.Tensor) -> torch.Tensor:
     head, heads, groups = 16, 4, 2
     query, key, value = weight.split([heads * head, groups * head, groups * head])
     per = heads // groups * head
-    return torch.cat([torch.cat((query[i * per :][:per], key[i * head :][:head], value[i * head :][:head])) for i in range(groups)])
+    return torch.cat(
+        [torch.cat((query[i * per :][:per], key[i * head :][:head], value[i * head :][:head])) for i in range(groups)]
+    )
 
 
 def _random_order(own: Any, self: Any, x: Any) -> Any:
@@ -69,7 +71,10 @@ def _outside_autocast(own: Any, self: Any, x: Any) -> Any:
 
 def _through_float8(own: Any, self: Any, x: Any) -> Any:
     with torch.autocast("cpu", enabled=False):
-        return nn.functional.linear((x.float() / 64).to(torch.float8_e4m3fn).to(torch.bfloat16), self.weight.bfloat16()) * 64
+        return (
+            nn.functional.linear((x.float() / 64).to(torch.float8_e4m3fn).to(torch.bfloat16), self.weight.bfloat16())
+            * 64
+        )
 
 
 MUTANTS = (

@@ -89,7 +89,9 @@ MUTANTS = (
     Mutant(
         id="norm-gain-plus-one",
         family="glm4",
-        apply=edited("model.layers.2.post_mlp_layernorm", "forward", "return self.weight *", "return (1 + self.weight) *"),
+        apply=edited(
+            "model.layers.2.post_mlp_layernorm", "forward", "return self.weight *", "return (1 + self.weight) *"
+        ),
         expected_checks=(ORACLE,),
         module_pattern=r"model\.layers\.2\.post_mlp_layernorm",
         why="Gemma's gain of 1 + weight",

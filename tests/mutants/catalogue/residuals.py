@@ -38,9 +38,7 @@ MUTANTS = (
     Mutant(
         id="residual-from-behind-the-norm-chatglm",
         family="chatglm",
-        apply=edited(
-            CHATGLM, "_add", "if self.config.apply_residual_connection_post_layernorm:", "if True:"
-        ),
+        apply=edited(CHATGLM, "_add", "if self.config.apply_residual_connection_post_layernorm:", "if True:"),
         expected_checks=(ORACLE,),
         module_pattern=CHATGLM_NAME,
         why="apply_residual_connection_post_layernorm taken for true",
@@ -144,7 +142,9 @@ MUTANTS = (
     Mutant(
         id="last-norm-missing",
         family="chatglm",
-        apply=edited(CHATGLM_STACK, "forward", "self.final_layernorm(hidden_states).to(dtype)", "hidden_states.to(dtype)"),
+        apply=edited(
+            CHATGLM_STACK, "forward", "self.final_layernorm(hidden_states).to(dtype)", "hidden_states.to(dtype)"
+        ),
         expected_checks=("train.grad-flow", ORACLE),
         module_pattern=r"transformer\.encoder(\.final_layernorm)?",
         why="the last norm is left out",
@@ -201,7 +201,9 @@ MUTANTS = (
     Mutant(
         id="embedding-in-fp16",
         family="glm4",
-        apply=overridden("model.embed_tokens", forward=lambda own, self, ids: (own(self, ids) / 3).half().to(self.weight.dtype) * 3),
+        apply=overridden(
+            "model.embed_tokens", forward=lambda own, self, ids: (own(self, ids) / 3).half().to(self.weight.dtype) * 3
+        ),
         expected_checks=("reference.local",),
         module_pattern=r"model\.embed_tokens",
         why="embedded states pass through float16 in an fp32 model",
@@ -209,7 +211,9 @@ MUTANTS = (
     Mutant(
         id="embedding-ids-through-bf16",
         family="glm",
-        apply=overridden("model.embed_tokens", forward=lambda own, self, ids: own(self, ids.bfloat16().long().clamp(max=767))),
+        apply=overridden(
+            "model.embed_tokens", forward=lambda own, self, ids: own(self, ids.bfloat16().long().clamp(max=767))
+        ),
         expected_checks=("inputs.ids-dtype",),
         module_pattern=r"model\.embed_tokens",
         why="ids are cast with the rest of the batch and back: those above 256 change",
@@ -235,7 +239,9 @@ MUTANTS = (
         family="glm4",
         apply=overridden(
             "model.embed_tokens",
-            forward=lambda own, self, ids: own(self, ids) + 1e-3 * torch.arange(ids.shape[0]).to(self.weight.dtype)[:, None, None],
+            forward=lambda own, self, ids: (
+                own(self, ids) + 1e-3 * torch.arange(ids.shape[0]).to(self.weight.dtype)[:, None, None]
+            ),
         ),
         expected_checks=("forward.batch", ORACLE),
         module_pattern=r"model\.embed_tokens",

@@ -194,7 +194,10 @@ MUTANTS = (
         id="rope-on-the-other-half",
         family="chatglm",
         apply=edited(
-            CHATGLM, "apply_rotary_pos_emb", "torch.cat((rotated, passed), dim=-1)", "torch.cat((passed, rotated), dim=-1)"
+            CHATGLM,
+            "apply_rotary_pos_emb",
+            "torch.cat((rotated, passed), dim=-1)",
+            "torch.cat((passed, rotated), dim=-1)",
         ),
         expected_checks=(),
         why="rotated and passed halves are put together in the other order, for queries and keys alike: no product of "

@@ -1,0 +1,342 @@
+"""The defects that the suite was written for: each fails, with the cause named, and exit status 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mutants.driver import MutantSession, answers, describe, failures, release
+from numerics_suite.core.records import CheckResult, Finding
+from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.fixtures import fixture_path
+
+CLASSIFIER = "sequence-classification"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a changed copy of a shipped checkpoint."""
+
+    def make(
+        name: str,
+        *,
+        config: dict[str, Any] | None = None,
+        drop: tuple[str, ...] = (),
+        tensors: Callable[[Tensors], object] | None = None,
+        code: tuple[str, str] | None = None,
+    ) -> Path:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(fixture_path(name), folder)
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8")) | (config or {})
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in written.items() if key not in drop}), encoding="utf-8"
+        )
+        if tensors is not None:
+            held = load_file(folder / "model.safetensors")
+            tensors(held)
+            save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        if code is not None:
+            source = (folder / "modeling_chatglm.py").read_text(encoding="utf-8")
+            assert source.count(code[0]) == 1
+            (folder / "modeling_chatglm.py").write_text(source.replace(*code), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def results_of(
+    source: object, check: str, *, precision: str = "fp32", attn: str = "eager", **changes: Any
+) -> list[CheckResult]:
+    """What that check says of one cell of the subject, asked as the command asks it."""
+    settings = Settings(
+        subjects=(str(source),),
+        precision=(precision,),
+        attn=(attn,),
+        checks=(check,),
+        trust_remote_code=True,
+        device="cpu",
+        origins={"precision": "command line"},
+        **changes,
+    )
+    return list(answers(MutantSession(settings)))
+
+
+def finding_of(source: object, check: str, cause: str, **changes: Any) -> Finding:
+    """The finding of that check, which must have that cause."""
+    results = results_of(source, check, **changes)
+    failed = failures(results)
+    assert failed, describe(results)
+    found = failed[0].finding
+    assert found is not None
+    assert found.cause == cause, describe(results)
+    return found
+
+
+def factory(name: str) -> str:
+    """A model of `article_models`."""
+    return f"factory:mutants.article_models:{name}"
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite(checkpoint: Callable[..., Path], value: float) -> None:
+    def spoil(held: Tensors) -> None:
+        held[WEIGHT][2, 7] = value
+
+    found = finding_of(checkpoint("glm-tiny", tensors=spoil), "load.finite", "corrupt-weights")
+    assert found.module == "model.layers.1.mlp.down_proj"
+    assert found.parameters == (WEIGHT,)
+    assert "reload-weights" in [remedy.name for remedy in found.remedies]
+
+
+def test_a_weight_beyond_float16(checkpoint: Callable[..., Path]) -> None:
+    def spoil(held: Tensors) -> None:
+        held[WEIGHT][2, 7] = 1e5
+
+    folder = checkpoint("glm-tiny", tensors=spoil)
+    assert not failures(results_of(folder, "load.finite", precision="bf16"))
+    assert finding_of(folder, "load.finite", "overflow", precision="fp16").parameters == (WEIGHT,)
+
+
+def test_a_tensor_that_is_missing(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("glm-tiny", tensors=lambda held: held.pop(WEIGHT))
+    found = finding_of(folder, "load.complete", "missing-weights")
+    assert found.parameters == (WEIGHT,)
+
+
+def test_a_tensor_without_a_place(checkpoint: Callable[..., Path]) -> None:
+    def rename(held: Tensors) -> None:
+        held["model.layers.1.mlp.down.weight"] = held[WEIGHT].clone()
+
+    found = finding_of(checkpoint("glm-tiny", tensors=rename), "load.complete", "lost-weights")
+    assert found.parameters == ("model.layers.1.mlp.down.weight",)
+
+
+def test_tied_weights_untied() -> None:
+    finding_of(factory("untied"), "load.tied", "untied-weights")
+
+
+# --- config ------------------------------------------------------------------------------------------------------
+
+ROPE = {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.skipif(release() >= (5,), reason="5.x reads its own layout")
+def test_a_5x_layout_opened_by_4x(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(
+        "glm-tiny",
+        config={"rope_parameters": ROPE, "dtype": "bfloat16"},
+        drop=("rope_theta", "partial_rotary_factor", "torch_dtype"),
+    )
+    assert "rope_parameters" in finding_of(folder, "load.config", "ignored-config").parameters
+    if release() >= (4, 47):
+        finding_of(folder, "reference.oracle", "semantic-error")
+
+
+@pytest.mark.skipif(release() < (5,), reason="4.x ignores this layout, as the test above shows")
+def test_a_5x_layout_opened_by_5x(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(
+        "glm-tiny",
+        config={"rope_parameters": ROPE, "dtype": "bfloat16"},
+        drop=("rope_theta", "partial_rotary_factor", "torch_dtype"),
+    )
+    assert not failures(results_of(folder, "load.config"))
+    assert not failures(results_of(folder, "reference.oracle"))
+
+
+def test_a_key_that_this_release_ignores(checkpoint: Callable[..., Path]) -> None:
+    found = finding_of(checkpoint("glm-tiny", config={"use_qk_norm": True}), "load.config", "ignored-config")
+    assert found.parameters == ("use_qk_norm",)
+    assert "use_qk_norm" in found.title
+
+
+@pytest.mark.skipif(release() >= (4, 47), reason="later releases honour partial_rotary_factor")
+def test_a_rotary_factor_that_4_46_ignores(checkpoint: Callable[..., Path]) -> None:
+    finding_of(checkpoint("glm-tiny", config={"partial_rotary_factor": 0.25}), "reference.oracle", "semantic-error")
+
+
+# --- the new head ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_head_that_stays_uninitialised(checkpoint: Callable[..., Path], precision: str) -> None:
+    folder = checkpoint("chatglm-tiny", config={"legacy_skip_head_init": True})
+    found = finding_of(folder, "load.head-init", "uninitialised-parameters", precision=precision, task=CLASSIFIER)
+    assert found.module == "classifier_head"
+    assert "init-head" in [remedy.name for remedy in found.remedies]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_init_weights_that_does_nothing(checkpoint: Callable[..., Path], precision: str) -> None:
+    folder = checkpoint("chatglm-tiny", code=('if getattr(module, "legacy_uninitialised", False):', "if True:"))
+    found = finding_of(folder, "load.head-init", "uninitialised-parameters", precision=precision, task=CLASSIFIER)
+    assert found.module == "classifier_head"
+
+
+def test_a_head_a_thousand_times_too_large(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("chatglm-tiny", config={"initializer_range": 20.0})
+    found = finding_of(folder, "load.head-init", "bad-initialisation", task=CLASSIFIER)
+    assert found.module == "classifier_head"
+
+
+def test_a_new_head_that_is_well(checkpoint: Callable[..., Path]) -> None:
+    assert not failures(results_of(checkpoint("chatglm-tiny"), "load.head-init", task=CLASSIFIER))
+
+
+def test_a_head_in_float16_under_a_bfloat16_body(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("chatglm-tiny-classifier", config={"legacy_head_dtype": "float16"})
+    found = finding_of(folder, "load.dtype", "low-precision-section", precision="bf16")
+    assert found.module == "classifier_head"
+    assert not failures(results_of(folder, "load.dtype", precision="fp16"))
+
+
+# --- inputs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("ids_through_bf16", "wrong-input-dtype"),
+        ("ids_as_floats", "wrong-input-dtype"),
+        ("mask_as_floats", "wrong-input-dtype"),
+        ("ids_out_of_range", "out-of-range-input"),
+    ],
+)
+def test_a_batch_that_was_cast(name: str, cause: str) -> None:
+    finding_of(factory(name), "inputs.pipeline", cause, precision="bf16")
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+def test_a_norm_that_overflows_in_fp16() -> None:
+    """Its squares are infinite, so its output is zero: finite, and wrong."""
+    found = finding_of(factory("norm_without_fp32"), "reference.local", "low-precision-section", precision="fp16")
+    assert found.module == "model.layers.0.input_layernorm"
+    assert not failures(results_of(factory("norm_without_fp32"), "reference.local", precision="fp32"))
+
+
+def test_a_product_beyond_fp16() -> None:
+    found = finding_of(factory("products_beyond_fp16"), "forward.finite", "overflow", precision="fp16")
+    assert found.module == "model.layers.1.mlp"
+    assert not failures(results_of(factory("products_beyond_fp16"), "forward.finite", precision="bf16"))
+    finding_of(factory("products_beyond_fp16"), "forward.headroom", "overflow", precision="fp16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_softmax_over_a_fully_masked_row(precision: str) -> None:
+    found = finding_of(factory("fully_masked_row"), "forward.finite", "fully-masked-row", precision=precision)
+    assert found.module == "model.layers.1.self_attn"
+    assert found.op is not None
+    assert "softmax" in found.op
+
+
+def test_zero_by_zero_at_a_masked_token() -> None:
+    found = finding_of(factory("zero_by_zero_at_padding"), "forward.finite", "invalid-operation")
+    assert found.module == "model.embed_tokens"
+
+
+def test_the_reciprocal_of_zero_at_a_masked_token() -> None:
+    found = finding_of(factory("reciprocal_at_padding"), "forward.finite", "invalid-operation")
+    assert found.module == "model.layers.0.input_layernorm"
+
+
+def test_a_pooled_token_that_is_padding() -> None:
+    finding_of(factory("pooled_padding"), "forward.pooling", "wrong-pooling")
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["glm-tiny", "glm-tiny-classifier", "chatglm-tiny-classifier"])
+def test_adamw_in_pure_fp16(name: str) -> None:
+    found = finding_of(f"fixture:{name}", "train.finite", "optimizer-underflow", precision="pure-fp16")
+    assert found.step is not None
+    assert found.step <= 2
+    assert "larger-optimizer-eps" in [remedy.name for remedy in found.remedies]
+
+
+def test_gradients_that_explode_without_clipping() -> None:
+    changes = {"optimizer": "sgd", "lr": 30.0, "steps": 12}
+    found = finding_of("fixture:glm-tiny", "train.clip", "divergence", **changes)
+    assert "clip-grad-norm" in [remedy.name for remedy in found.remedies]
+
+
+def test_a_detached_branch() -> None:
+    found = finding_of(factory("detached_branch"), "train.grad-flow", "dead-gradient")
+    assert any("layers.1.mlp" in name for name in found.parameters)
+
+
+@pytest.mark.parametrize("name", ["gradient_never_finite", "gradient_beyond_any_scale"])
+def test_a_loss_scale_that_never_recovers(name: str) -> None:
+    found = finding_of(factory(name), "train.amp", "loss-scaling", precision="amp-fp16")
+    assert float(found.evidence["loss scale"]) < 1
+
+
+# --- through the command -----------------------------------------------------------------------------------------
+
+
+def _command(*arguments: str, cwd: Path) -> tuple[int, dict[str, Any]]:
+    out = cwd / "out.json"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parent.parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "numerics_suite", "check", *arguments, "--attn", "eager", "--json", str(out), "--quiet"],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert out.exists(), done.stderr
+    return done.returncode, json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_the_command_on_a_nan_weight(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    def spoil(held: Tensors) -> None:
+        held[WEIGHT][2, 7] = float("nan")
+
+    folder = checkpoint("glm-tiny", tensors=spoil)
+    status, results = _command(str(folder), "--precision", "bf16", "--checks", "load.*", cwd=tmp_path)
+    assert (status, results["verdict"]) == (1, "fail")
+    (row,) = [row for row in results["checks"] if row["status"] == "failed" and row["check"] == "load.finite"]
+    assert row["finding"]["cause"] == "corrupt-weights"
+
+
+def test_the_command_on_an_uninitialised_head(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("chatglm-tiny", config={"legacy_skip_head_init": True})
+    status, results = _command(
+        str(folder),
+        "--task",
+        CLASSIFIER,
+        "--trust-remote-code",
+        "--precision",
+        "bf16",
+        "--checks",
+        "load.head-init",
+        cwd=tmp_path,
+    )
+    assert (status, results["verdict"]) == (1, "fail")
+    assert [row["finding"]["cause"] for row in results["checks"]] == ["uninitialised-parameters"]
+
+
+def test_the_command_on_a_clean_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    status, results = _command(str(checkpoint("glm-tiny")), "--precision", "bf16", "--checks", "load.*", cwd=tmp_path)
+    assert (status, results["verdict"]) == (0, "pass")
