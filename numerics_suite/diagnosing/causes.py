@@ -29,6 +29,9 @@ LOCATED = {
     ("train.clip", "saved-by-clipping"),
     ("train.amp", "skipped-forever"),
 }
+POLES = frozenset({"rsqrt", "reciprocal", "div", "log", "log2", "log10", "log1p", "logit"})
+"""Ops that are infinite at a point of their domain, whatever the range of the dtype."""
+
 REMEDIES = {
     "uninitialised-parameters": ("init-head", "newer-version"),
     "corrupt-weights": ("reload-weights",),
@@ -108,7 +111,13 @@ def _cause_of(origin: Origin, evidence: Evidence) -> str:
         return "fully-masked-row"
     if origin.outside_domain:
         return "invalid-operation"
-    return "overflow" if origin.has_infinity else "invalid-operation"
+    # One over zero is infinite in every dtype: no wider range would help.
+    return "overflow" if origin.has_infinity and _name(origin.op) not in POLES else "invalid-operation"
+
+
+def _name(op: str) -> str:
+    """`rsqrt` of `aten.rsqrt` or `aten.rsqrt.default`."""
+    return op.split(".")[1] if "." in op else op
 
 
 def _at(breach: Breach, origin: Origin, cause: str) -> Breach:
