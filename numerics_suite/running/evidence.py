@@ -129,6 +129,11 @@ class Evidence:
         finally:
             self._forwards = kept
 
+    def let_go(self) -> None:
+        """Drop every answer kept; cycles inside a model would hold them until the collector comes by."""
+        self._forwards.clear()
+        self.memo.clear()
+
     # --- inputs ----------------------------------------------------------------------------------------------------
 
     @cached_property

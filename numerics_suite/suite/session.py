@@ -67,8 +67,10 @@ class SuiteSession:
     def evidence(self, cell: Cell) -> Evidence:
         """The evidence of the cell; the previous cell's is let go first."""
         if self._evidence is None or self._evidence.cell != cell:
-            self._evidence = None
-            _give_back_memory()
+            if self._evidence is not None:
+                self._evidence.let_go()
+                self._evidence = None
+                _give_back_memory()
             subject = self.plan.subjects[cell.subject]
             self._evidence = Evidence(subject, cell, self._request(subject, cell))
         return self._evidence
