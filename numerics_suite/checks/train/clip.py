@@ -51,8 +51,11 @@ def clip(evidence: Evidence) -> Iterable[Measurement]:
 
 
 def _exploded(run: Trajectory) -> bool:
-    """Non-finite, or a loss that grew tenfold."""
-    return run.bad is not None or (len(run.losses) > 1 and run.losses[-1] > 10 * max(abs(run.losses[0]), 1.0))
+    """Non-finite, or a loss that grew tenfold at any step.
+
+    A model that exploded may end at a small loss: with every state gone it puts the same odds on every token.
+    """
+    return run.bad is not None or (len(run.losses) > 1 and max(run.losses) > 10 * max(abs(run.losses[0]), 1.0))
 
 
 def _curve(run: Trajectory) -> str:
