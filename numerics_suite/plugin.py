@@ -18,6 +18,8 @@ from numerics_suite.settings.options import add_pytest_options, from_pytest
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from numerics_suite.core.records import CheckResult
+    from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.planning import Question
     from numerics_suite.suite.session import SuiteSession
 
@@ -25,9 +27,9 @@ SUITE = Path(__file__).resolve().parent / "suite"
 PACKAGE = "numerics_suite.suite"
 NO_GPU = "-m gpu: no accelerator is visible to torch, so no gpu cell can run (--numerics-allow-no-gpu lets that pass)"
 
-session_key = pytest.StashKey["SuiteSession"]()
-gate_key = pytest.StashKey["Gate"]()
-result_key = pytest.StashKey["CheckResult"]()
+session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
+gate_key: pytest.StashKey[Gate] = pytest.StashKey()
+result_key: pytest.StashKey[CheckResult] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,8 +100,14 @@ def _wants_gpu_only(config: pytest.Config) -> bool:
         return False
     from _pytest.mark.expression import Expression
 
+    def only_gpu(name: str, /, **_: object) -> bool:
+        return name == "gpu"
+
+    def nothing(_name: str, /, **_: object) -> bool:
+        return False
+
     compiled = Expression.compile(expression)
-    return compiled.evaluate(lambda name, **_: name == "gpu") and not compiled.evaluate(lambda _name, **_: False)
+    return compiled.evaluate(only_gpu) and not compiled.evaluate(nothing)
 
 
 def _refuse_gpu_run_without_gpu(config: pytest.Config, *, allowed: bool) -> None:

@@ -49,7 +49,7 @@ class CheckSpec:
     doc: str = ""
 
 
-def check(
+def check(  # noqa: PLR0913 - the fields of CheckSpec
     *,
     scope: Scope = "cell",
     batches: bool = False,

@@ -83,7 +83,7 @@ def _replay_training(evidence: Evidence) -> Origin | None:
         with arithmetic(evidence.recipe, evidence.cell.device):
             outputs = floating_outputs(call_model(model, tensors))
         loss = outputs.get("loss")
-        (main_output(outputs)[1].float().square().mean() if loss is None else loss).backward()
+        (main_output(outputs)[1].float().square().mean() if loss is None else loss).backward()  # type: ignore[no-untyped-call]
 
     try:
         return find_origin(model, run)

@@ -5,6 +5,7 @@ Each fails with an AssertionError that says what was measured and where, what wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from numerics_suite.observing.roundoff import relative_error, rms
 from numerics_suite.running.forward import call_model, floating_outputs, main_output
 from numerics_suite.running.rounded import run_rounded
 from numerics_suite.running.true_fp64 import run_true_fp64
+from numerics_suite.running.twins import longest_reduction
 
 __all__ = [
     "assert_batch_invariant",
@@ -117,7 +119,9 @@ def assert_gradients_match(model: nn.Module, batch: Batch, *, autocast: torch.dt
         scale = max(rms(twin.gradients.get(name, wanted) - wanted), roundoff * rms(wanted))
         error = rms(own[name] - wanted)
         ratio = error / scale if scale else (0.0 if error == 0 else float("inf"))
-        _hold(ratio / _accumulation(model, autocast), budget, f"gradient of {name}", _worst_place(own[name], wanted), name)
+        _hold(
+            ratio / _accumulation(model, autocast), budget, f"gradient of {name}", _worst_place(own[name], wanted), name
+        )
 
 
 def assert_padding_invariant(
@@ -257,7 +261,7 @@ def _accumulation(model: nn.Module, autocast: torch.dtype | None) -> float:
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if autocast is not None or not floats <= {torch.float32, torch.float64}:
         return 1.0
-    return float(max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=1)) ** 0.5
+    return math.sqrt(longest_reduction(model))
 
 
 def _worst_place(got: Tensor, want: Tensor) -> str:

@@ -14,11 +14,11 @@ from numerics_suite.observing.locate import _Stack, module_stack
 from numerics_suite.observing.roundoff import unit_roundoff
 
 
-class _CoarserOps(TorchDispatchMode):
+class _CoarserOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the ops by the module that runs them, or whose forward pass recorded them."""
 
     def __init__(self, stack: _Stack, asked: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
         self.allowed = unit_roundoff(asked)
         self.found: dict[str, int] = {}
@@ -44,6 +44,8 @@ def coarser_ops(model: nn.Module, run: Callable[[], object], asked: torch.dtype)
         run: a callable without arguments: the forward pass, or forward and backward.
         asked: the dtype that the precision computes in.
     """
-    with module_stack(model) as stack, _CoarserOps(stack, asked) as mode:
-        run()
+    with module_stack(model) as stack:
+        mode = _CoarserOps(stack, asked)
+        with mode:
+            run()
     return mode.found

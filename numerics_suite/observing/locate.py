@@ -127,7 +127,7 @@ def model_line() -> str | None:
     return None
 
 
-class OriginFinder(TorchDispatchMode):
+class OriginFinder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every op and keeps the first whose inputs are finite and whose output is not."""
 
     def __init__(self, stack: _Stack, bad_parameters: Mapping[int, str]) -> None:
@@ -137,7 +137,7 @@ class OriginFinder(TorchDispatchMode):
             stack: knows the running module.
             bad_parameters: data pointer to name of the parameters that are not finite to begin with.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
         self.bad_parameters = bad_parameters
         self.origin: Origin | None = None
@@ -227,6 +227,8 @@ def find_origin(model: nn.Module, run: Any) -> Origin | None:
         run: a callable without arguments: the forward pass, or forward and backward.
     """
     bad = {p.data_ptr(): name for name, p in model.named_parameters() if nonfinite_count(p.detach())}
-    with module_stack(model) as stack, OriginFinder(stack, bad) as finder:
-        run()
+    with module_stack(model) as stack:
+        finder = OriginFinder(stack, bad)
+        with finder:
+            run()
     return finder.origin

@@ -53,7 +53,7 @@ class Request:
 
 def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:
     """A hashable key of the batch's contents."""
-    parts = []
+    parts: list[tuple[Any, ...]] = []
     for name in sorted(tensors):
         value = tensors[name]
         if isinstance(value, Tensor):
@@ -196,7 +196,7 @@ class Evidence:
         ids = batch.tensors.get("input_ids")
         if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
             return None
-        return batch if 0 <= int(ids.min()) and int(ids.max()) < self.vocab_size else None
+        return batch if int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size else None
 
     @cached_property
     def training_batch(self) -> Batch:

@@ -154,7 +154,7 @@ class Trainer:
         """One optimizer step, checked after each of its parts."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(tensors, step)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         gradients = self._gradients()
         self.norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values())))) if gradients else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,18 +126,28 @@ def is_reference_itself(evidence: Evidence) -> bool:
 
 
 def longest_reduction(model: nn.Module) -> int:
-    """The longest sum in a matrix product of the model: the largest fan-in of its linear layers."""
-    return max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=1)
+    """The longest sum in a matrix product of the model: the largest fan-in of its linear layers.
+
+    GPT-2's Conv1D holds its weight as `[in, out]`; experts hold theirs stacked, in either order.
+    """
+    fans = [m.in_features for m in model.modules() if isinstance(m, nn.Linear)]
+    fans += [int(m.weight.shape[0]) for m in model.modules() if type(m).__name__ == "Conv1D"]  # type: ignore[index]
+    fans += [max(p.shape[1:]) for p in model.parameters() if p.dim() > 2]
+    return max(fans, default=1)
 
 
-def rounding_allowance(evidence: Evidence) -> float:
+def rounding_allowance(evidence: Evidence, tokens: int = 0) -> float:
     """By how much a kernel's error may exceed one rounding per op, before any multiple.
 
     In 16 bits kernels accumulate in float32, so a product is rounded once: 1. In float32 they accumulate in float32
     too: a sum of K products errs by up to about sqrt(K) roundoffs (Higham & Mary 2019, probabilistic bound).
+
+    Args:
+        evidence: the cell.
+        tokens: of the batch, which a weight's gradient sums over; 0 for a forward pass.
     """
     if evidence.recipe.computes_in in {"float32", "float64"} and not evidence.recipe.tf32:
-        return float(longest_reduction(evidence.model)) ** 0.5
+        return math.sqrt(max(longest_reduction(evidence.model), tokens))
     return 1.0
 
 

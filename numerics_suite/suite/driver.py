@@ -134,7 +134,7 @@ def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, m
                     _climb(outcome, spec.seeks)
                 return
             failing.add(key)
-        elif spec.function and outcome.batch is not batch:
+        elif outcome.batch is not batch:
             outcome.batch = batch
             outcome.breaches = judge(spec.id, outcome.add(spec.function(evidence, batch)))
         raise _BreachedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
@@ -107,7 +108,7 @@ def selected_checks(settings: Settings) -> tuple[str, ...]:
 def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
     """Subjects by id, and the reason for those that the installed packages cannot build."""
     sources = settings.subjects or tuple(f"fixture:{name}" for name in fixture_names())
-    options = {
+    options: dict[str, Any] = {
         "task": settings.task,
         "num_labels": settings.num_labels,
         "trust_remote_code": settings.trust_remote_code,

@@ -31,7 +31,9 @@ class Decoder(nn.Module):
         query, key, value = self.qkv(self.norm(hidden)).chunk(3, -1)
         scores = query @ key.transpose(1, 2) / 32**0.5
         length = input_ids.shape[1]
-        allowed = torch.ones(length, length).tril().bool()[None] if self.causal else torch.ones(1, length, length).bool()
+        allowed = (
+            torch.ones(length, length).tril().bool()[None] if self.causal else torch.ones(1, length, length).bool()
+        )
         if self.masked:
             allowed = allowed & attention_mask.bool()[:, None, :] | torch.eye(length).bool()[None]
         mixed = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value
@@ -67,7 +69,9 @@ def test_a_right_module_passes_every_assertion(batch):
 
 
 def test_an_ignored_mask_is_told_with_side_measure_and_place(batch):
-    with pytest.raises(AssertionError, match=r"padding on the left: .*\n  measured .* allowed 1e-10; greatest difference .* at index"):
+    with pytest.raises(
+        AssertionError, match=r"padding on the left: .*\n  measured .* allowed 1e-10; greatest difference .* at index"
+    ):
         numerics_suite.assert_padding_invariant(Decoder(masked=False), batch)
 
 
@@ -91,7 +95,7 @@ def test_a_kernel_less_accurate_than_its_dtype_is_over_the_reference_budget(batc
         def forward(self, input_ids, attention_mask):
             return {"logits": inaccurate_kernel(super().forward(input_ids, attention_mask)["logits"], 1 + 1e-3)}
 
-    with pytest.raises(AssertionError, match="error of 'logits'.*precision makes unavoidable"):
+    with pytest.raises(AssertionError, match=r"error of 'logits'.*precision makes unavoidable"):
         numerics_suite.assert_matches_reference(Inaccurate(), batch)
 
 
@@ -108,14 +112,16 @@ def test_an_inaccurate_backward_kernel_is_over_its_budget_and_named(batch):
     model = Decoder().to(torch.bfloat16)
     inner = model.head.forward
     model.head.forward = lambda hidden: inner(Scale.apply(hidden))
-    with pytest.raises(AssertionError, match="gradient of (embed|norm|qkv)"):
+    with pytest.raises(AssertionError, match=r"gradient of (embed|norm|qkv)"):
         numerics_suite.assert_gradients_match(model, {**batch, "labels": batch["input_ids"]})
 
 
 def test_a_value_that_is_not_finite_is_told_with_its_index():
     value = torch.zeros(2, 3)
     value[1, 2] = float("nan")
-    with pytest.raises(AssertionError, match=r"logits is not finite: 1 of 6 elements of float32 \(2, 3\), first nan at index \(1, 2\)"):
+    with pytest.raises(
+        AssertionError, match=r"logits is not finite: 1 of 6 elements of float32 \(2, 3\), first nan at index \(1, 2\)"
+    ):
         numerics_suite.assert_finite(value, "logits")
     model = nn.Linear(2, 2)
     model.weight.grad = torch.full((2, 2), float("inf"))

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from numerics_suite.core.errors import CheckError
-from numerics_suite.core.records import Budget, CheckResult, Cell, Measurement
+from numerics_suite.core.records import Budget, Cell, CheckResult, Measurement
 from numerics_suite.judging.verdicts import judge, within
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask
@@ -26,7 +26,8 @@ def budget(limit, name="m"):
 
 
 @pytest.mark.parametrize(
-    ("value", "limit", "passes"), [(1, 1, True), (1.1, 1, False), (math.nan, 1, False), (0, 0, True), (math.inf, 1, False)]
+    ("value", "limit", "passes"),
+    [(1, 1, True), (1.1, 1, False), (math.nan, 1, False), (0, 0, True), (math.inf, 1, False)],
 )
 def test_a_limit_of_zero_is_a_limit_and_nan_is_never_within(value, limit, passes):
     assert within(value, limit) is passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def decoder(evidence: Evidence, cuts: list[int]) -> Callable[[nn.Module, Mapping
         ids, mask = given["input_ids"], given["attention_mask"]
         edges = [0, *cuts, ids.shape[1]]
         cached, logits = None, []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             piece = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
             output = call_model(model, piece, use_cache=True, past_key_values=cached)
             cached = output.past_key_values

@@ -25,7 +25,7 @@ def dtype(evidence: Evidence) -> Iterable[Measurement]:
             declared.append(name)
         elif not evidence.subject.quantized:
             other[name] = str(parameter.dtype).removeprefix("torch.")
-    facts = {"asked": evidence.recipe.parameters}
+    facts: dict[str, float | str] = {"asked": evidence.recipe.parameters}
     if other:
         facts["held"] = ", ".join(f"{name}: {held}" for name, held in list(other.items())[:5])
     if declared:

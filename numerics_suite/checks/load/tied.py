@@ -17,7 +17,7 @@ from numerics_suite.running.evidence import Evidence
 def tied(evidence: Evidence) -> Iterable[Measurement]:
     """Are input and output embeddings one tensor exactly where the config ties them, also after an update?"""
     model = evidence.model
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if output is None:
         reason = "this model has no output embedding"
         raise NotApplicableError(reason)

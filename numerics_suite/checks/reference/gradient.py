@@ -43,7 +43,7 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
         reason = "the loss reaches no parameter"
         raise NotApplicableError(reason)
     worst = max(ratios, key=lambda name: float("inf") if ratios[name] != ratios[name] else ratios[name])
-    allowance = rounding_allowance(evidence)
+    allowance = rounding_allowance(evidence, tokens=int(tensors["input_ids"].numel()))
     yield Measurement(
         name="excess",
         value=ratios[worst] / allowance,

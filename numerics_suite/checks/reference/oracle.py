@@ -74,7 +74,7 @@ def _config(evidence: Evidence) -> Mapping[str, Any]:
     """The file's words where there is a file; what a factory built its model from elsewhere."""
     if evidence.subject.config:
         return evidence.subject.config
-    config = evidence.model.config.to_dict()
+    config = evidence.model.config.to_dict()  # type: ignore[operator, union-attr]
     assert isinstance(config, dict)
     return config
 
