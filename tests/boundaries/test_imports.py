@@ -39,7 +39,7 @@ ORDER = (
 LEAVES = frozenset({"numerics_suite.observing.finiteness", "numerics_suite.observing.roundoff"})
 """Plain arithmetic on tensors that `running` needs too. They import nothing of the package, so nothing runs in a circle."""
 
-LIGHT = ("core", "settings", "judging", "plugin", "cli", "__main__", "numerics_suite")
+LIGHT = ("core", "settings", "plugin", "cli", "__main__", "numerics_suite")
 """Stages that start without a heavy package: those that `--help` and every pytest run load."""
 
 HEAVY = ("torch", "transformers", "hypothesis", "numpy", "safetensors", "tokenizers", "accelerate", "peft")
