@@ -36,6 +36,11 @@ def _doubled(own: Any, self: Any, x: Any) -> Any:
     return output + (output - output.detach())
 
 
+def _against_the_loss(own: Any, self: Any, x: Any) -> Any:
+    output = own(self, x)
+    return 2 * output.detach() - output
+
+
 def _nan_backwards(own: Any, self: Any, x: Any) -> Any:
     """The root of a clamped value: 0 in the forward pass, 0 times infinity in the backward pass."""
     output = own(self, x)
@@ -132,6 +137,14 @@ MUTANTS = (
         expected_checks=(ORACLE,),
         module_pattern=_name(MLP, "down_proj"),
         why="a hand-written backward counts one path twice",
+    ),
+    Mutant(
+        id="gradient-against-the-loss",
+        family="glm4",
+        apply=overridden("lm_head", forward=_against_the_loss),
+        expected_checks=("train.descends", ORACLE),
+        module_pattern=r"lm_head",
+        why="a hand-written backward has the wrong sign, so every step climbs",
     ),
     Mutant(
         id="gradient-nan-in-backward",

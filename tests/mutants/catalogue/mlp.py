@@ -39,6 +39,22 @@ def _rounded_sums(own: Any, self: Any, x: Any) -> Any:
     return total
 
 
+def _coarse_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.dtype == torch.float32:
+        left, right = left.half().float(), right.half().float()
+    return torch.bmm(left[None], right[None])[0]
+
+
+def _coarse_kernel(own: Any, self: Any, x: Any) -> Any:
+    """torch's product replaced, while this module runs, by one that keeps 10 bits of float32 inputs as TF32 does.
+
+    The program asks for the same op, and in float64 the kernel is exact: only the kernel is at fault.
+    """
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("mm", _coarse_product, "CPU")
+        return own(self, x)
+
+
 MUTANTS = (
     Mutant(
         id="mlp-gate-and-up-swapped",
@@ -140,6 +156,14 @@ MUTANTS = (
         expected_checks=("reference.local",),
         module_pattern=GLM_NAME + r"\.down_proj",
         why="inputs of one product are rounded to 10 bits, as TF32 does",
+    ),
+    Mutant(
+        id="mlp-kernel-at-ten-bits",
+        family="glm4",
+        apply=overridden(GLM + ".down_proj", forward=_coarse_kernel),
+        expected_checks=("reference.end-to-end", "reference.local"),
+        module_pattern=GLM_NAME + r"\.down_proj",
+        why="a kernel of one product rounds its inputs to 10 bits, as TF32 left on: the program is right",
     ),
     Mutant(
         id="mlp-sums-in-bf16",
