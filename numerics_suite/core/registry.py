@@ -35,6 +35,7 @@ class CheckSpec:
             `causal`, `tokenizer`.
         seeks: the measurement that Hypothesis climbs towards (`target()`), None elsewhere.
         share: of `--max-examples` that is asked; a law under twins costs tens of forward passes a batch.
+        of_broken: asked also where weights are NaN or infinite; elsewhere every answer would be the same NaN.
         doc: the first line of the function's docstring: the question.
     """
 
@@ -46,6 +47,7 @@ class CheckSpec:
     needs: frozenset[str] = frozenset()
     seeks: str | None = None
     share: float = 1.0
+    of_broken: bool = False
     doc: str = ""
 
 
@@ -57,6 +59,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
     needs: tuple[str, ...] = (),
     seeks: str | None = None,
     share: float = 1.0,
+    of_broken: bool = False,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
     """Turn a function into a check whose id is the path of its file.
 
@@ -67,6 +70,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
         needs: see :class:`CheckSpec`.
         seeks: see :class:`CheckSpec`.
         share: see :class:`CheckSpec`.
+        of_broken: see :class:`CheckSpec`.
     """
 
     def wrap(function: Callable[..., Any]) -> CheckSpec:
@@ -80,6 +84,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
             needs=frozenset(needs),
             seeks=seeks,
             share=share,
+            of_broken=of_broken or group == "load",
             doc=(function.__doc__ or "").strip().splitlines()[0],
         )
 

@@ -103,10 +103,8 @@ def _optimizer_underflows(evidence: Evidence) -> bool:
 
 def _cause_of(origin: Origin, evidence: Evidence) -> str:
     if origin.parameters:
-        loaded = evidence.loaded
-        unwritten = set(loaded.new_head) | set(loaded.missing)
-        stored = evidence.subject.path is not None
-        return "uninitialised-parameters" if set(origin.parameters) & unwritten or not stored else "corrupt-weights"
+        unwritten = set(origin.parameters) & set(evidence.unwritten)
+        return "uninitialised-parameters" if unwritten else "corrupt-weights"
     if origin.masked_row:
         return "fully-masked-row"
     if origin.outside_domain:

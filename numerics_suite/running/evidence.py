@@ -21,6 +21,7 @@ from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
+from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, takes_token_ids, to_device
 from numerics_suite.running.precisions import Precision, precision
 from numerics_suite.running.training import Plan, Trajectory, train
@@ -108,8 +109,30 @@ class Evidence:
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The cell's model as loaded, shared by every check that does not change it."""
-        return self.load(seed=self.request.seed)
+        """The cell's model as loaded, shared by every check that does not change it.
+
+        Loaded under poison, so that memory which nobody writes to is NaN here as on any machine, and not zero today.
+        """
+        return self.load(seed=self.request.seed, poison=True)
+
+    @cached_property
+    def unwritten(self) -> tuple[str, ...]:
+        """Names of the parameters that nobody initialised: NaN under poison, and neither stored nor meant so.
+
+        What a factory itself writes as NaN is NaN without poison too.
+        """
+        bad = {name for name, p in self.model.named_parameters() if nan_count(p.detach())}
+        if self.subject.path is not None:
+            return tuple(sorted(bad & (set(self.loaded.new_head) | set(self.loaded.missing))))
+        if not bad:
+            return ()
+        plain = self.load(seed=self.request.seed).model
+        return tuple(sorted(name for name in bad if not nan_count(plain.get_parameter(name).detach())))
+
+    @cached_property
+    def broken(self) -> tuple[str, ...]:
+        """Names of the parameters that hold NaN or infinities as loaded."""
+        return tuple(name for name, p in self.model.named_parameters() if nonfinite_count(p.detach()))
 
     @property
     def model(self) -> nn.Module:
@@ -204,7 +227,12 @@ class Evidence:
         own = self.usable_own_batch
         if own is not None and (not self.takes_ids or "labels" in own.tensors):
             return own
-        return training_batch(self.space, rows=self.request.rows, length=self.space.max_length, seed=self.request.seed)
+        length = self.space.max_length
+        if self.subject.task == "causal-lm":
+            # The last token's answer has no label. Of two tokens only the first is trained on, whose attention has one
+            # key: its softmax is 1, and queries and keys have no gradient by definition.
+            length = max(length, min(3, self._longest(self.model.config.to_dict())))  # type: ignore[operator, union-attr]
+        return training_batch(self.space, rows=self.request.rows, length=length, seed=self.request.seed)
 
     # --- runs ------------------------------------------------------------------------------------------------------
 

@@ -79,6 +79,9 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
         CheckError: it measured nothing that a budget judges.
     """
     outcome = Outcome()
+    if not spec.of_broken and evidence.broken:
+        reason = f"weights are not finite: {evidence.broken[0]} (load.finite, load.head-init)"
+        raise NotApplicableError(reason)
     if not spec.batches:
         outcome.breaches = judge(spec.id, outcome.add(spec.function(evidence)))
         outcome.examples = 1

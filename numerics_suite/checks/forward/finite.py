@@ -10,7 +10,7 @@ from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.running.evidence import Evidence
 
 
-@check(batches=True)
+@check(batches=True, of_broken=True)
 def finite(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Is every output finite, at real tokens and at padding alike?
 

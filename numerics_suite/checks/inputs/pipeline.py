@@ -24,7 +24,7 @@ TEXTS = (
 UNLIKELY_BITS = 20
 
 
-@check(scope="precision")
+@check(scope="precision", of_broken=True)
 def pipeline(evidence: Evidence) -> Iterable[Measurement]:
     """Is what tokenizer, collator and accelerate hand to the model integral and in range?"""
     yield from _tokenizer_refused(evidence)

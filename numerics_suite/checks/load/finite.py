@@ -15,8 +15,8 @@ from numerics_suite.subjects.files import read_tensor, tensor_headers
 def finite(evidence: Evidence) -> Iterable[Measurement]:
     """Is every weight finite once it is loaded?"""
     loaded = evidence.loaded
-    # A new head is load.head-init's question; a NaN that it left is not the checkpoint's.
-    fresh = set(loaded.new_head) | set(loaded.missing)
+    # What nobody wrote is load.head-init's question; a NaN there is not the checkpoint's.
+    fresh = set(loaded.new_head) | set(loaded.missing) | set(evidence.unwritten)
     bad = {
         name: count
         for name, parameter in loaded.model.named_parameters()

@@ -10,7 +10,6 @@ from torch import nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.observing.finiteness import nan_count
 from numerics_suite.running.evidence import Evidence
 
 
@@ -19,35 +18,17 @@ def head_init(evidence: Evidence) -> Iterable[Measurement]:
     """Is every weight that the checkpoint does not hold initialised, at a sane scale, and not by luck?
 
     The model is built under poison (uninitialised memory is NaN on any machine), so what is still NaN was never
-    written. A factory's weights are all its own, so all of them are looked at.
+    written.
     """
-    poisoned = evidence.load(seed=1, poison=True)
-    stored = evidence.subject.path is not None
-    fresh = set(poisoned.new_head) | set(poisoned.missing) if stored else None
-    # Weights that the file holds as NaN are load.finite's; under poison only what nobody wrote is news.
-    known_bad = {name for name, p in evidence.model.named_parameters() if stored and nan_count(p.detach())}
-    unwritten = tuple(
-        name
-        for name, p in poisoned.model.named_parameters()
-        if nan_count(p.detach()) and (name in fresh if fresh is not None else name not in known_bad)
-    )
+    unwritten = evidence.unwritten
     yield Measurement(
         name="uninitialised",
         value=len(unwritten),
         unit="parameters",
         module=unwritten[0].rpartition(".")[0] if unwritten else None,
         parameters=unwritten,
-        facts=_left_by_luck(evidence, unwritten),
     )
-    yield _gain(poisoned.model, tuple(name for name in poisoned.new_head if name not in unwritten))
-
-
-def _left_by_luck(evidence: Evidence, unwritten: tuple[str, ...]) -> dict[str, float | str]:
-    """What an ordinary load leaves in that memory: often zeros, which is what hides the defect."""
-    if not unwritten:
-        return {}
-    value = evidence.model.get_parameter(unwritten[0]).detach().float()
-    return {"largest value in an ordinary load": float(value.abs().max())}
+    yield _gain(evidence.model, tuple(name for name in evidence.loaded.new_head if name not in unwritten))
 
 
 def _gain(model: nn.Module, names: tuple[str, ...]) -> Measurement:

@@ -13,7 +13,7 @@ BACKOFFS = 17
 """Halvings from torch's initial loss scale 65,536 = 2**16 to below 1, where scaling no longer helps."""
 
 
-@check(trains=True)
+@check(trains=True, of_broken=True)
 def amp(evidence: Evidence) -> Iterable[Measurement]:
     """Under autocast, do parameters and gradients keep their dtype and does the loss scale settle?
 

@@ -9,7 +9,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
 
 
-@check(trains=True)
+@check(trains=True, of_broken=True)
 def finite(evidence: Evidence) -> Iterable[Measurement]:
     """Do loss, logits, gradients, parameters and optimizer state stay finite at every step?"""
     run = evidence.trajectory
