@@ -6,6 +6,7 @@ the suite is named on the command line or `collect = true` asks for it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if not _names_suite(config):
         return
     settings = _settings(config)
+    _share_cores(config)
     from numerics_suite.reporting.atomic import ensure_writable
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.session import SuiteSession
@@ -88,10 +90,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[session_key] = suite
-    if not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput") and not config.getoption("collectonly", default=False):
         gate = Gate(suite, run=config.pluginmanager.get_plugin("numerics-suite-run"))
         config.stash[gate_key] = gate
         config.pluginmanager.register(gate, "numerics-suite-gate")
+
+
+def _share_cores(config: pytest.Config) -> None:
+    """In a worker, as many threads as there are cores for it: workers that each take all cores wait for each other."""
+    workers = int(getattr(config, "workerinput", {}).get("workercount", 0))
+    if workers > 1:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def _wants_gpu_only(config: pytest.Config) -> bool:

@@ -1,0 +1,51 @@
+"""What only an accelerator shows; `pytest -m gpu` runs these and the suite's own cells there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from numerics_suite.cli.main import main
+from numerics_suite.running.devices import accelerator, default_precisions, lacks
+from numerics_suite.running.precisions import PRECISIONS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(accelerator() is None, reason="no accelerator is visible to torch")]
+
+
+@pytest.fixture(scope="module")
+def device():
+    return accelerator()
+
+
+def checked(tmp_path, *arguments):
+    out = tmp_path / "out.json"
+    status = main(["check", *arguments, "--json", str(out), "--quiet", "-n", "0"])
+    return status, json.loads(out.read_text())
+
+
+def test_the_fixtures_are_clean_in_every_default_precision(tmp_path, device):
+    status, results = checked(tmp_path, "--require-device", device)
+    assert status == 0, [check["id"] for check in results["checks"] if check["status"] in {"failed", "error"}]
+    assert {check["precision"] for check in results["checks"]} == set(default_precisions(device))
+    assert all(check["device"].startswith(device) for check in results["checks"])
+
+
+def test_tf32_is_far_outside_what_float32_makes_unavoidable(tmp_path, device):
+    reason = lacks(PRECISIONS["tf32"], device)
+    if reason:
+        pytest.skip(reason)
+    ratios = {}
+    for name in ("fp32", "tf32"):
+        arguments = ("fixture:glm4-tiny", "--precision", name, "--attn", "eager", "--checks", "reference.end-to-end")
+        _, results = checked(tmp_path, *arguments)
+        ratios[name] = results["checks"][0]["measurements"]["kernel-ratio"]
+    assert ratios["tf32"] > 100 * ratios["fp32"]
+
+
+def test_the_cpu_can_be_asked_for_beside_an_accelerator(tmp_path):
+    status, results = checked(tmp_path, "fixture:glm-tiny", "--device", "cpu", "--precision", "fp32", "--attn", "sdpa")
+    assert status == 0
+    assert {check["device"] for check in results["checks"]} == {"cpu"}
+    assert torch.accelerator.is_available()
