@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pytest
 
@@ -20,9 +20,21 @@ from numerics_suite.suite.planning import Question
 from numerics_suite.suite.session import TIME_LIMIT, SuiteSession
 
 if TYPE_CHECKING:
-    from numerics_suite.suite.run import Run
+    from collections.abc import Mapping
+
+    from numerics_suite.suite.planning import SuitePlan
 
 MISSING = "planned, and no answer came: the worker ended, or the test was stopped"
+
+
+class Audience(Protocol):
+    """Who follows the run while it goes on."""
+
+    def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
+        """The plan is made."""
+
+    def progress(self, done: int, total: int, result: CheckResult) -> None:
+        """One more answer is there."""
 
 
 class Gate:
@@ -34,7 +46,7 @@ class Gate:
         failed_items: items of the suite that pytest counts as failed.
     """
 
-    def __init__(self, suite: SuiteSession, run: Run | None) -> None:
+    def __init__(self, suite: SuiteSession, run: Audience | None) -> None:
         """Begin with the whole plan as what is expected."""
         self.suite, self.run = suite, run
         self.settings: Settings = suite.settings
