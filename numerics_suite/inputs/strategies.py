@@ -68,7 +68,9 @@ def draw_labels(ids: torch.Tensor, mask: torch.Tensor, space: InputSpace, source
         classification.
     """
     if space.task == "sequence-classification":
-        return torch.tensor([source.randrange(space.num_labels) for _ in range(ids.shape[0])], dtype=torch.int64)
+        # One label means regression: ratings of 1 to 5, since a fresh head answers 0 and would have nothing to learn.
+        choices = range(1, 6) if space.num_labels == 1 else range(space.num_labels)
+        return torch.tensor([source.choice(choices) for _ in range(ids.shape[0])], dtype=torch.int64)
     if space.task == "token-classification":
         labels = torch.tensor([[source.randrange(space.num_labels) for _ in row] for row in ids.tolist()])
     else:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CANCELLED: Final = 1e-12
+"""A gradient this small beside the model's largest (root mean squares) is what is left of terms that cancel.
+
+Attention does not change when every key moves alike, so without rotary positions the gradient of a key's bias is zero;
+in float64 the sum of its terms leaves 1e-16 of them, and no two orders of summation leave the same.
+"""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -43,6 +54,28 @@ def relative_error(got: Tensor, want: Tensor) -> float:
         ValueError: The shapes differ.
     """
     return _ratio(largest_difference(got, want), rms(want))
+
+
+def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return max|got - want| / rms(want) of each gradient that both have.
+
+    One that cancels to nothing (:data:`CANCELLED`) has no scale of its own: it is measured against the largest one's.
+
+    Args:
+        got: gradients of all parameters by name, float64.
+        want: the ones they should be.
+
+    Raises:
+        ValueError: The shapes of a gradient differ.
+    """
+    scales = {name: rms(value) for name, value in want.items()}
+    largest = max((scale for scale in scales.values() if math.isfinite(scale)), default=0.0)
+    errors = {}
+    for name, wanted in want.items():
+        if name in got:
+            scale = scales[name] if not scales[name] <= CANCELLED * largest else largest
+            errors[name] = _ratio(largest_difference(got[name], wanted), scale)
+    return errors
 
 
 def rms_error_in_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:

@@ -187,12 +187,14 @@ class Evidence:
             task=self.subject.task,
             num_labels=self.num_labels,
             max_rows=1 if rows == 1 else max(8, rows),
-            max_length=min(self.request.length, self._longest(config)),
+            max_length=min(self.request.length, self.longest),
             pools_by_pad=self.family.pooling == "pad-id",
         )
 
-    @staticmethod
-    def _longest(config: Mapping[str, Any]) -> int:
+    @cached_property
+    def longest(self) -> int:
+        """Most tokens of a row that the config allows."""
+        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
@@ -231,7 +233,7 @@ class Evidence:
         if self.subject.task == "causal-lm":
             # The last token's answer has no label. Of two tokens only the first is trained on, whose attention has one
             # key: its softmax is 1, and queries and keys have no gradient by definition.
-            length = max(length, min(3, self._longest(self.model.config.to_dict())))  # type: ignore[operator, union-attr]
+            length = max(length, min(3, self.longest))
         return training_batch(self.space, rows=self.request.rows, length=length, seed=self.request.seed)
 
     # --- runs ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from numerics_suite.checks._laws import law_measurements, skipped_law
+from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
@@ -19,6 +20,9 @@ def causal(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
 
     Every token from the middle of the batch's width on is changed to another id; what comes before must not move.
     """
+    if not evidence.family.causal:
+        reason = "an encoder: its tokens see both sides"
+        raise NotApplicableError(reason)
     width = int(batch.tensors["input_ids"].shape[1])
     if width < 2 or not batch.law_abiding:
         yield from skipped_law()

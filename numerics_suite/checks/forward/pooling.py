@@ -20,6 +20,9 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     The head is applied to every position of the last hidden state; the row of logits must be the nearest to the
     position of the last real token. The nearest position needs no tolerance.
     """
+    if evidence.family.pooling == "unknown":
+        reason = "an encoder: it pools its first token or a mean, as each class has it"
+        raise NotApplicableError(reason)
     head_name, head = _head(evidence)
     ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
     if not batch.law_abiding:

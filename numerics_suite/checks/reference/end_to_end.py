@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.twins import (
     is_reference_itself,
@@ -18,6 +21,12 @@ from numerics_suite.running.twins import (
     true_answer,
 )
 
+ENOUGH = 1000
+"""Numbers that a ratio of errors is taken over, at least."""
+
+LONGEST = 64
+"""Most tokens of a row that is drawn to have them."""
+
 
 @check(needs=("token-ids",))
 def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
@@ -28,7 +37,7 @@ def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
     if is_reference_itself(evidence):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
-    tensors = evidence.training_batch.tensors
+    tensors = _batch(evidence)
     real = tensors["attention_mask"].bool()
     true = true_answer(evidence, tensors)[real]
     error = root_mean_square(plain_answer(evidence, tensors)[real] - true)
@@ -48,3 +57,28 @@ def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
     )
     yield Measurement(name="kernel-ratio", value=ratio, unit="ratio")
     yield Measurement(name="inherent-error", value=inherent, unit="")
+
+
+def _batch(evidence: Evidence) -> Mapping[str, Any]:
+    """The training batch; one with more tokens where it is too small to tell a ratio of two errors from chance.
+
+    Both errors are draws. Of n numbers a root mean square strays by 1 / sqrt(2 n), so a thousand hold the ratio to a few
+    per cent. An output holds no more numbers that are free than the hidden state it is computed from.
+    """
+    batch = evidence.training_batch
+    width = _free_width(evidence)
+    if int(batch.tensors["attention_mask"].sum()) * width >= ENOUGH:
+        return batch.tensors
+    length = min(LONGEST, evidence.longest)
+    rows = math.ceil(2 * ENOUGH / (width * length))  # rows but the first may be half as long
+    if evidence.subject.task == "sequence-classification" and evidence.space.max_rows == 1:
+        rows = 1  # without a pad token a classifier takes no more
+    return training_batch(evidence.space, rows=rows, length=length, seed=evidence.request.seed).tensors
+
+
+def _free_width(evidence: Evidence) -> int:
+    """Numbers per token that are free in what :func:`answer_of` compares."""
+    hidden = int(evidence.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    if evidence.subject.task == "token-classification":
+        return min(hidden, evidence.num_labels)
+    return min(hidden, evidence.vocab_size) if evidence.subject.task == "causal-lm" else hidden

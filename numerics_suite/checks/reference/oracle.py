@@ -11,7 +11,7 @@ from torch import Tensor
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observing.roundoff import gradient_errors, relative_error
 from numerics_suite.oracles import file_weights, oracle_for, rotary_budget, rotary_roundoffs, run_oracle, tensor_weights
 from numerics_suite.oracles.run import ANSWER, OracleRun
 from numerics_suite.oracles.trace import capture_states, first_difference
@@ -140,8 +140,8 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     """The worst gradient error and its parameter; one that only one side knows is infinitely wrong."""
     assert found.gradients is not None
     worst, name_of_worst = 0.0, None
-    for name, gradient in found.gradients.items():
-        error = relative_error(gradient.cpu(), wanted.gradients[name]) if name in wanted.gradients else 0.0
+    on_cpu = {name: gradient.cpu() for name, gradient in found.gradients.items()}
+    for name, error in gradient_errors(on_cpu, wanted.gradients).items():
         if not error <= worst:
             worst, name_of_worst = error, name
     # A tied weight has one gradient in both, under either of its names; what is missing altogether was detached.

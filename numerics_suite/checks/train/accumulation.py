@@ -12,7 +12,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.inputs.strategies import IGNORED
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observing.roundoff import gradient_errors, relative_error
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import trusted
@@ -62,7 +62,7 @@ def counted(labels: Tensor, task: str) -> int:
 
 
 def _worst(found: dict[str, Any], wanted: dict[str, Any]) -> Measurement:
-    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    errors = gradient_errors(found, wanted)
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     return Measurement(
         name="true-gradient",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observing.roundoff import gradient_errors
+from numerics_suite.running.dropout import WithoutDropout
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import call_model, to_device
 from numerics_suite.running.true_fp64 import Fp64Run, run_true_fp64
@@ -31,13 +33,15 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
     trusted(plain.left_out)
     yield _by_mode(evidence, tensors, plain)
     model = evidence.copy_model()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # The recomputation runs within the backward pass, beyond the call that turns dropout off.
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), WithoutDropout())}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
     again = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call(evidence))
     trusted(again.left_out)
     assert plain.gradients is not None
     assert again.gradients is not None
     lost = tuple(name for name in plain.gradients if name not in again.gradients)
-    errors = {name: relative_error(again.gradients[name], g) for name, g in plain.gradients.items() if name not in lost}
+    errors = gradient_errors(again.gradients, plain.gradients)
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     yield Measurement(
         name="true-gradient",
@@ -61,8 +65,8 @@ def _by_mode(evidence: Evidence, tensors: Mapping[str, Tensor], training: Fp64Ru
     assert evaluated.gradients is not None
     assert training.gradients is not None
     errors = {
-        name: relative_error(training.gradients[name], wanted) if name in training.gradients else float("inf")
-        for name, wanted in evaluated.gradients.items()
+        **dict.fromkeys(evaluated.gradients, float("inf")),
+        **gradient_errors(training.gradients, evaluated.gradients),
     }
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     return Measurement(
@@ -79,11 +83,7 @@ def _training_call(evidence: Evidence) -> Any:
 
     def call(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
         model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.training = False
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0  # type: ignore[assignment]
-        return call_model(model, to_device(tensors, evidence.cell.device))
+        with WithoutDropout():
+            return call_model(model, to_device(tensors, evidence.cell.device))
 
     return call

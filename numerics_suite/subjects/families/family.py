@@ -24,6 +24,7 @@ class Family:
         backbone_names: attribute names of the body inside the model with a head.
         pooling: how a sequence classifier finds its row: by the pad id in `input_ids`, the last column, or unknown.
         padding_sides: the sides that it may be padded on; laws are asked on these only.
+        causal: a token sees only those before it; an encoder sees both sides.
         norm_classes: class names of its norms.
         rotary_classes: class names of its rotary embedding.
         attention_classes: class names of its attention.
@@ -41,6 +42,7 @@ class Family:
     backbone_names: tuple[str, ...] = ("model",)
     pooling: Literal["pad-id", "last-column", "unknown"] = "pad-id"
     padding_sides: tuple[Side, ...] = ("left", "right")
+    causal: bool = True
     norm_classes: tuple[str, ...] = ()
     rotary_classes: tuple[str, ...] = ()
     attention_classes: tuple[str, ...] = ()

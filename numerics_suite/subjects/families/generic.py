@@ -11,6 +11,12 @@ from numerics_suite.subjects.families.family import Family
 ABSOLUTE_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "ctrl", "biogpt"})
 """Decoders with learned or fixed absolute positions counted from the first column: a pad on the left moves every token."""
 
+ENCODERS = frozenset(
+    {"distilbert", "esmc", "eurobert", "flaubert", "funnel", "modernbert", "mpnet", "neomme", "perceiver", "tapas"}
+    | {"ultrabert", "xlm", "xlnet"}
+)
+"""Encoders whose config has none of the keys that tell one: every other in transformers' table of masked models has."""
+
 GENERIC = Family(
     name="generic",
     model_types=(),
@@ -25,8 +31,8 @@ GENERIC = Family(
     embedding_suffixes=("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight"),
 )
 
-ENCODER = replace(GENERIC, pooling="unknown", padding_sides=("right",))
-"""An encoder pools its first token or a mean, and its absolute positions bear padding on the right only."""
+ENCODER = replace(GENERIC, pooling="unknown", padding_sides=("right",), causal=False)
+"""An encoder sees both sides, pools its first token or a mean, and its absolute positions bear padding on the right only."""
 
 
 def generic_family(config: Mapping[str, Any]) -> Family:
@@ -39,8 +45,11 @@ def generic_family(config: Mapping[str, Any]) -> Family:
     encodes = config.get("is_encoder_decoder") or any(name.endswith("ForMaskedLM") for name in names)
     # An encoder's classifier has no class of its own to tell it by; these two keys are the encoders' own.
     absolute = "type_vocab_size" in config or config.get("position_embedding_type") == "absolute"
-    if (encodes or absolute) and not config.get("is_decoder"):
+    encodes = encodes or absolute or config.get("model_type") in ENCODERS
+    if encodes and not config.get("is_decoder"):
         return ENCODER
     if config.get("model_type") in ABSOLUTE_POSITIONS:
         return replace(GENERIC, padding_sides=("right",))
+    if config.get("use_bidirectional_attention") is True or config.get("is_causal") is False:
+        return replace(GENERIC, causal=False)
     return GENERIC

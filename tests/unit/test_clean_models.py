@@ -1,0 +1,170 @@
+"""Clean models of other families and odd shapes raise nothing: each row once gave a false alarm or an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from numerics_suite.observing.roundoff import gradient_errors
+from numerics_suite.running.dropout import WithoutDropout
+from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.families import family_of
+from numerics_suite.suite.session import SuiteSession
+
+SMALL = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BODY = {
+    **SMALL,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def save(folder: Path, model_class: str, config_class: str, **config: object) -> str:
+    """A checkpoint with random weights, as save_pretrained writes it."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def statuses(subject: str, checks: tuple[str, ...] = (), precision: str = "bf16", **changes: object) -> dict[str, str]:
+    """What each check says of the checkpoint; the reason or title beside a status that is neither passed nor skipped."""
+    settings = Settings(
+        **{
+            "subjects": (subject,),
+            "precision": (precision,),
+            "attn": ("eager",),
+            "checks": checks,
+            "device": "cpu",
+            "max_examples": 3,
+            "seq_len": 12,
+            "origins": {"precision": "command line"},
+            **changes,
+        }
+    )
+    session = SuiteSession(settings)
+    found = {}
+    for question in session.plan.questions:
+        result = session.answer(question)[0]
+        said = result.finding.title if result.finding else result.reason
+        found[question.check] = result.status if result.status in {"passed", "skipped"} else f"{result.status}: {said}"
+    return found
+
+
+def assert_clean(found: dict[str, str]) -> None:
+    assert {check: said for check, said in found.items() if said not in {"passed", "skipped"}} == {}
+    assert "passed" in found.values()
+
+
+def bert(folder: Path, **config: object) -> str:
+    return save(folder, "BertForSequenceClassification", "BertConfig", **{**BODY, "intermediate_size": 64, **config})
+
+
+def test_an_encoder_is_not_causal_and_pools_its_own_way(tmp_path):
+    found = statuses(bert(tmp_path, num_labels=3))
+    assert found["forward.causal"] == found["forward.pooling"] == "skipped"
+    # Without rotary positions the gradient of a key's bias cancels to nothing.
+    assert found["train.accumulation"] == found["train.checkpointing"] == found["forward.padding"] == "passed"
+    assert_clean(found)
+
+
+def test_an_encoder_for_regression(tmp_path):
+    assert_clean(statuses(bert(tmp_path, num_labels=1), ("forward.*", "train.*")))
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_dropout_that_attention_asks_for_itself(tmp_path, attn):
+    config = {**SMALL, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    folder = save(tmp_path, "GPT2LMHeadModel", "GPT2Config", **config)
+    found = statuses(folder, ("train.*", "forward.padding", "forward.causal"), attn=(attn,))
+    assert found["train.checkpointing"] == "passed"
+    assert_clean(found)
+
+
+def test_dropout_as_a_number_of_a_layers_own(tmp_path):
+    config = {**BODY, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    folder = save(tmp_path, "OPTForCausalLM", "OPTConfig", **config)
+    assert_clean(statuses(folder, ("train.*",)))
+
+
+def test_rows_of_two_tokens():
+    """Trained on two tokens, a language model's queries and keys have no gradient by definition."""
+    shape = {"seq_len": 2, "batch_size": 1}
+    assert_clean(statuses("fixture:glm-tiny", ("train.*", "reference.*"), precision="fp32", **shape))
+
+
+def test_few_labels_and_few_tokens(tmp_path):
+    """Eight logits are too few to take a ratio of errors over."""
+    config = {**BODY, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "num_labels": 2}
+    folder = save(tmp_path, "GlmForTokenClassification", "GlmConfig", **config)
+    for seed in range(3):
+        found = statuses(folder, ("reference.end-to-end",), "amp-bf16", seed=seed, seq_len=2, batch_size=2)
+        assert found == {"reference.end-to-end": "passed"}
+
+
+def test_a_fresh_regression_head_has_something_to_learn(tmp_path):
+    config = {**BODY, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "num_labels": 1}
+    folder = save(tmp_path, "GlmForSequenceClassification", "GlmConfig", **config)
+    assert_clean(statuses(folder, ("train.*",), "fp32", batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("config", "causal", "sides"),
+    [
+        ({"model_type": "bert", "type_vocab_size": 2}, False, ("right",)),
+        ({"model_type": "distilbert"}, False, ("right",)),
+        ({"model_type": "modernbert"}, False, ("right",)),
+        ({"model_type": "bert", "type_vocab_size": 2, "is_decoder": True}, True, ("left", "right")),
+        ({"model_type": "gpt2"}, True, ("right",)),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, False, ("left", "right")),
+        ({"model_type": "gemma2", "use_bidirectional_attention": None}, True, ("left", "right")),
+        ({"model_type": "llama"}, True, ("left", "right")),
+        ({"model_type": "glm4"}, True, ("left", "right")),
+    ],
+)
+def test_what_a_family_is_asked(config, causal, sides):
+    family = family_of(config)
+    assert (family.causal, family.padding_sides) == (causal, sides)
+
+
+def test_a_gradient_that_cancels_is_measured_against_the_largest():
+    one = torch.ones(2, dtype=torch.float64)
+    want = {"weight": one, "bias": 1e-17 * one, "unused": 0 * one}
+    assert gradient_errors({**want, "bias": -1e-17 * one}, want)["bias"] < 1e-10
+    assert gradient_errors({**want, "bias": 1e-9 * one}, want)["bias"] > 1e-10
+    assert gradient_errors({**want, "unused": 1e-9 * one}, want)["unused"] > 1e-10
+    # A small gradient of its own is no remainder: half of it wrong is half wrong.
+    small = {"weight": one, "bias": 1e-8 * one}
+    assert gradient_errors({**small, "bias": 2e-8 * one}, small)["bias"] == pytest.approx(1)
+    assert gradient_errors({"weight": one}, want) == {"weight": 0.0}
+    nan = gradient_errors({**want, "bias": one * float("nan")}, want)["bias"]
+    assert nan != nan
+
+
+def test_no_dropout_however_it_is_asked_for():
+    values = torch.ones(64, 64)
+    attention = nn.MultiheadAttention(64, 2, dropout=0.9)
+    queries = torch.randn(1, 2, 8, 16)
+    asked = {
+        "module": lambda: nn.Dropout(0.9)(values),
+        "function": lambda: functional.dropout(values, 0.9, training=True),
+        "torch": lambda: torch.dropout(values, 0.9, True),
+        "alpha": lambda: functional.alpha_dropout(values, 0.9, training=True),
+        "channels": lambda: nn.Dropout1d(0.5)(values),
+        "attention": lambda: functional.scaled_dot_product_attention(queries, queries, queries, dropout_p=0.9),
+        "positional": lambda: functional.scaled_dot_product_attention(queries, queries, queries, None, 0.9),
+        "multi-head": lambda: attention(values, values, values)[0],
+    }
+    for name, ask in asked.items():
+        assert not torch.equal(ask(), ask()), name
+        with WithoutDropout():
+            assert torch.equal(ask(), ask()), name
+    assert not torch.equal(asked["module"](), values)
