@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.observing.repeating import unsteady_module
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import floating_outputs
 
@@ -18,4 +19,5 @@ def deterministic(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     tensors = {name: value for name, value in batch.tensors.items() if name != "labels" or not evidence.takes_ids}
     again = floating_outputs(evidence.run(tensors))
     differing = sum(differing_elements(again[name], value) for name, value in wanted.items())
-    yield Measurement(name="differing", value=differing, unit="elements")
+    where = unsteady_module(evidence.model, lambda: evidence.run(tensors)) if differing else None
+    yield Measurement(name="differing", value=differing, unit="elements", module=where)

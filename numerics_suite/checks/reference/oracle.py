@@ -142,7 +142,8 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     worst, name_of_worst = 0.0, None
     on_cpu = {name: gradient.cpu() for name, gradient in found.gradients.items()}
     for name, error in gradient_errors(on_cpu, wanted.gradients).items():
-        if not error <= worst:
+        # NaN is the worst there is; a later parameter must not take its place.
+        if worst == worst and not error <= worst:
             worst, name_of_worst = error, name
     # A tied weight has one gradient in both, under either of its names; what is missing altogether was detached.
     lost = [name for name, g in wanted.gradients.items() if name not in found.gradients and bool(g.any())]
@@ -171,6 +172,8 @@ def _first_apart(  # noqa: PLR0913, PLR0917 - both runs and what they were made 
     with torch.no_grad():
         run_true_fp64(evidence.model, batch, call=call)
     apart = first_difference(states, wanted.states, mask=batch["attention_mask"])
+    if apart == ANSWER:  # every module is right, and the answer is not what the last of them gave: a wrong pooled row
+        return next((name for name in reversed(wanted.states) if name != ANSWER), None)
     return apart or _last_wrong(gradients, wanted_gradients, tuple(wanted.states))
 
 
