@@ -18,8 +18,18 @@ from numerics_suite.subjects.load import Loaded, load
 from numerics_suite.suite.planning import Question
 from numerics_suite.suite.session import SuiteSession
 
-PLACES = (ORACLE, "reference.local", "load.", "inputs.", "train.", "reference.", "forward.")
-"""Whose word on the place counts first: the finding that compares module by module, then the others."""
+PLACES = (
+    "forward.finite",
+    "train.finite",
+    ORACLE,
+    "reference.local",
+    "load.",
+    "inputs.",
+    "train.",
+    "reference.",
+    "forward.",
+)
+"""Whose word on the place counts first: the op that made a NaN, the definition module by module, then the others."""
 
 
 class MutantSession(SuiteSession):

@@ -148,7 +148,8 @@ MUTANTS = (
         family="glm",
         apply=edited(GLM, EAGER, "p=dropout, training=module.training", "p=0.1, training=True"),
         expected_checks=("forward.deterministic",),
-        why="dropout of the weights also in eval mode; two runs differ, and no module is looked for",
+        module_pattern=GLM_NAME,
+        why="dropout of the weights also in eval mode",
     ),
     Mutant(
         id="attention-query-bias-dropped",

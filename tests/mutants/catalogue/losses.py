@@ -33,7 +33,7 @@ def _mean_of_row_means(own: Any, *, logits: Any, labels: Any, **kwargs: Any) -> 
         for x, y in zip(logits, labels, strict=True)
         if (y[1:] != -100).any()
     ]
-    return torch.stack(rows).mean()
+    return torch.stack(rows).mean() if rows else own(logits=logits, labels=labels, **kwargs)
 
 
 def _smoothed(own: Any, *, logits: Any, labels: Any, **kwargs: Any) -> Any:
