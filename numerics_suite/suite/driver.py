@@ -88,7 +88,12 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
         return outcome
     own = evidence.usable_own_batch
     if own is not None:
-        _ask_batch(spec, evidence, own, outcome)
+        try:
+            _ask_batch(spec, evidence, own, outcome)
+        except NotApplicableError:
+            # A batch of the user's without labels says nothing of the batches that can be drawn.
+            if not evidence.takes_ids:
+                raise
         if outcome.breaches:
             return outcome
     if evidence.takes_ids:
@@ -138,8 +143,10 @@ def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, m
                 return
             failing.add(key)
         elif outcome.batch is not batch:
-            outcome.batch = batch
-            outcome.breaches = judge(spec.id, outcome.add(spec.function(evidence, batch)))
+            # What has failed once has failed: a defect that comes and goes keeps the breach that was seen.
+            again = judge(spec.id, outcome.add(spec.function(evidence, batch)))
+            if again:
+                outcome.breaches, outcome.batch = again, batch
         raise _BreachedError
 
     try:
