@@ -15,7 +15,15 @@ import torch
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.judging.verdicts import Breach
 from numerics_suite.observing.locate import Origin, find_origin
-from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, main_output, to_device
+from numerics_suite.running.forward import (
+    arithmetic,
+    backward_arithmetic,
+    call_model,
+    dtype_of,
+    floating_outputs,
+    main_output,
+    to_device,
+)
 from numerics_suite.running.training import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -83,7 +91,8 @@ def _replay_training(evidence: Evidence) -> Origin | None:
         with arithmetic(evidence.recipe, evidence.cell.device):
             outputs = floating_outputs(call_model(model, tensors))
         loss = outputs.get("loss")
-        (main_output(outputs)[1].float().square().mean() if loss is None else loss).backward()  # type: ignore[no-untyped-call]
+        with backward_arithmetic(evidence.recipe):
+            (main_output(outputs)[1].float().square().mean() if loss is None else loss).backward()  # type: ignore[no-untyped-call]
 
     try:
         return find_origin(model, run)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Cell, Subject
-from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.inputs.strategies import IGNORED, training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, takes_token_ids, to_device
@@ -221,13 +221,20 @@ class Evidence:
         ids = batch.tensors.get("input_ids")
         if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
             return None
-        return batch if int(ids.min()) >= 0 and int(ids.max()) < self.vocab_size else None
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            return None
+        # Without a mask every token is real, as for the model itself.
+        tensors = {"attention_mask": torch.ones_like(ids), **batch.tensors}
+        # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
+        plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
+        pad_inside = bool(((ids == self.space.pad_id) & (tensors["attention_mask"] != 0)).any())
+        return replace(batch, tensors=tensors, law_abiding=plain and not pad_inside)
 
     @cached_property
     def training_batch(self) -> Batch:
         """The fixed batch that the cell trains on; the user's own where there is one."""
         own = self.usable_own_batch
-        if own is not None and (not self.takes_ids or "labels" in own.tensors):
+        if own is not None and (not self.takes_ids or self._has_label(own)):
             return own
         length = self.space.max_length
         if self.subject.task == "causal-lm":
@@ -235,6 +242,15 @@ class Evidence:
             # key: its softmax is 1, and queries and keys have no gradient by definition.
             length = max(length, min(3, self.longest))
         return training_batch(self.space, rows=self.request.rows, length=length, seed=self.request.seed)
+
+    def _has_label(self, batch: Batch) -> bool:
+        """Whether a label of the batch counts; the mean over none is NaN by definition."""
+        labels = batch.tensors.get("labels")
+        if not isinstance(labels, Tensor):
+            return False
+        if self.subject.task == "causal-lm" and labels.dim() > 1:
+            labels = labels[:, 1:]
+        return bool((labels != IGNORED).any())
 
     # --- runs ------------------------------------------------------------------------------------------------------
 
@@ -287,6 +303,11 @@ class Evidence:
         """
         model = self.copy_model()
         freeze_to_scope(model, plan.scope, self.family)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            reason = "no parameter of this model requires a gradient"
+            raise NotApplicableError(reason)
+        if self.recipe.parameters == "float64":
+            model.double()  # what the class keeps in float32 cannot take a float64 gradient; widening rounds nothing
         tensors = to_device(self.training_batch.tensors, self.cell.device)
         with torch.random.fork_rng(enabled=True):
             torch.manual_seed(self.request.seed)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.running.precisions import Precision
+from numerics_suite.running.true_fp64 import LiftToFp64
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -21,18 +23,28 @@ def dtype_of(name: str) -> torch.dtype:
 
 @contextlib.contextmanager
 def arithmetic(recipe: Precision, device: str) -> Iterator[None]:
-    """The switches of the recipe around a forward pass: autocast on or off, TF32 on or off; restored after."""
+    """The switches of the recipe around a forward pass: autocast on or off, TF32 on or off; restored after.
+
+    In fp64 the sections that a program hard-codes in float32 are lifted: float64 parameters alone are no float64 run, as
+    the mask's float64 minimum overflows in eager attention's float32 softmax and a row of padding is NaN.
+    """
     kind = device.partition(":")[0]
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     try:
-        if recipe.autocast is None:
+        with contextlib.ExitStack() as stack:
+            if recipe.autocast is not None:
+                stack.enter_context(torch.autocast(kind, dtype=dtype_of(recipe.autocast)))
+            else:
+                stack.enter_context(backward_arithmetic(recipe))
             yield
-        else:
-            with torch.autocast(kind, dtype=dtype_of(recipe.autocast)):
-                yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def backward_arithmetic(recipe: Precision) -> contextlib.AbstractContextManager[object]:
+    """The switch of the recipe around a backward pass, which autocast has no part in: fp64 lifts here too."""
+    return LiftToFp64({}) if recipe.parameters == "float64" else contextlib.nullcontext()
 
 
 def takes_token_ids(model: nn.Module) -> bool:
@@ -57,28 +69,52 @@ def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) ->
 
 
 def floating_outputs(output: object) -> dict[str, Tensor]:
-    """The floating tensors of a model's output by name: `logits`, `loss`, …; a bare tensor is `output`."""
+    """The floating tensors of a model's output by name: `logits`, `loss`, …; a bare tensor is `output`.
+
+    One in a tuple is `output0`, one deeper down `output1.0` or `hidden_states.3`; a cache of keys and values is left out.
+    """
     if isinstance(output, Tensor):
-        return {"output": output}
+        return _floating("output", output)
     if isinstance(output, Mapping):
-        named: list[tuple[str, object]] = list(output.items())
+        named: list[tuple[str, object]] = [(str(name), value) for name, value in output.items()]
     elif isinstance(output, (tuple, list)):
         named = [(f"output{index}", value) for index, value in enumerate(output)]
     else:
-        named = [(name, value) for name, value in vars(output).items() if not name.startswith("_")]
-    return {
-        str(name): value
-        for name, value in named
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-    }
+        named = [(name, value) for name, value in getattr(output, "__dict__", {}).items() if not name.startswith("_")]
+    found: dict[str, Tensor] = {}
+    for name, value in named:
+        if name != "past_key_values":
+            found |= _floating(name, value)
+    return found
+
+
+def _floating(name: str, value: object) -> dict[str, Tensor]:
+    """The floating tensors in a value of that name."""
+    if isinstance(value, Tensor):
+        return {name: value} if value.is_floating_point() or value.is_complex() else {}
+    found: dict[str, Tensor] = {}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            found |= _floating(f"{name}.{key}", item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            found |= _floating(f"{name}.{index}", item)
+    return found
 
 
 def main_output(outputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-    """The output that a user reads: the logits, else the first floating tensor that is no loss."""
+    """The output that a user reads: the logits, else the first floating tensor that is no loss.
+
+    Raises:
+        NotApplicableError: there is none.
+    """
     for name in ("logits", "last_hidden_state", *outputs):
         if name in outputs and name != "loss":
             return name, outputs[name]
-    return next(iter(outputs.items()))
+    if "loss" in outputs:
+        return "loss", outputs["loss"]
+    reason = "the model puts out no floating tensor"
+    raise NotApplicableError(reason)
 
 
 def to_device(tensors: Mapping[str, Any], device: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.observing.finiteness import nonfinite_count
-from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, main_output
+from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, main_output
 from numerics_suite.running.precisions import Precision
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -154,7 +154,8 @@ class Trainer:
         """One optimizer step, checked after each of its parts."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(tensors, step)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        with backward_arithmetic(self.recipe):
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         gradients = self._gradients()
         self.norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values())))) if gradients else None

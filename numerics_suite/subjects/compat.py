@@ -134,6 +134,18 @@ def attention_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "default")
 
 
+def use_plain_experts(model: nn.Module) -> None:
+    """Let a mixture of experts compute one expert after the other: grouped products have no float64 kernel.
+
+    Args:
+        model: changed in place; releases before 5.0 know no other way, and have no such switch.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) not in (None, "eager"):
+            config._experts_implementation_internal = "eager"  # type: ignore[union-attr]  # noqa: SLF001
+
+
 def set_attention(model: Any, attn: str) -> None:
     """Switch the attention of a model that is already built.
 

@@ -94,6 +94,8 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
         switches.enter_context(poisoned(enabled=poison))
         loaded = _build(subject, dtype=dtype, attn=attn, device=device)
     loaded.model.eval()
+    if dtype == "float64":
+        compat.use_plain_experts(loaded.model)
     return replace(loaded, tied=_tied(loaded.model), attn=compat.attention_of(loaded.model))
 
 

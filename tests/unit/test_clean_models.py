@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from numerics_suite.observing.roundoff import gradient_errors
 from numerics_suite.running.dropout import WithoutDropout
+from numerics_suite.running.forward import floating_outputs
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
 from numerics_suite.suite.session import SuiteSession
@@ -168,3 +169,105 @@ def test_no_dropout_however_it_is_asked_for():
         with WithoutDropout():
             assert torch.equal(ask(), ask()), name
     assert not torch.equal(asked["module"](), values)
+
+
+@pytest.mark.parametrize("fixture", ["glm-tiny", "glm4-tiny-classifier", "chatglm-tiny"])
+def test_fp64_is_float64_throughout(fixture):
+    """With float64 parameters alone, a left-padded row of eager attention is NaN in every release."""
+    assert_clean(statuses(f"fixture:{fixture}", ("forward.*", "train.*"), "fp64"))
+
+
+def test_experts_and_a_float32_router_in_fp64(tmp_path):
+    pytest.importorskip("transformers.models.glm4_moe")
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    shape = {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 16}
+    folder = save(tmp_path, "Glm4MoeForCausalLM", "Glm4MoeConfig", **{**BODY, **shape, **experts})
+    assert_clean(statuses(folder, ("forward.*", "train.*"), "fp64"))
+
+
+class Nested(nn.Module):
+    """Puts out tensors inside tuples inside a dict, as an LSTM does, and integers among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        made = self.linear(x)
+        return {"a": [made], "b": (made, None, made.argmax(-1))}
+
+
+def nested() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Nested(), {"x": torch.ones(2, 4)}
+
+
+class Integral(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(-1)
+
+
+def integral() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Integral(), {"x": torch.ones(2, 4)}
+
+
+def lstm() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return nn.LSTM(4, 8, batch_first=True), {"input": torch.ones(2, 3, 4)}
+
+
+def frozen() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return nn.Linear(4, 4).requires_grad_(requires_grad=False), {"input": torch.ones(2, 4)}
+
+
+def normed() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    layers = nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.GELU(), nn.Dropout(0.5)
+    return nn.Sequential(*layers), {"input": torch.ones(2, 3, 8)}
+
+
+def language_model(**batch: torch.Tensor) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    import transformers
+
+    shape = {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    config = transformers.GlmConfig(**{**BODY, **shape})
+    return transformers.GlmForCausalLM(config), batch
+
+
+def ids_only() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return language_model(input_ids=torch.arange(1, 15).reshape(2, 7))
+
+
+def no_label_counts() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    ids = torch.arange(1, 15).reshape(14, 1)
+    return language_model(input_ids=ids, labels=ids)
+
+
+def with_positions() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    ids = torch.arange(1, 15).reshape(2, 7)
+    return language_model(input_ids=ids, labels=ids, position_ids=torch.arange(0, 14, 2).expand(2, -1))
+
+
+@pytest.mark.parametrize("name", ["nested", "lstm", "normed", "ids_only", "no_label_counts", "with_positions"])
+def test_a_factory(name):
+    assert_clean(statuses(f"factory:{__name__}:{name}", precision="fp32"))
+
+
+@pytest.mark.parametrize("name", ["integral", "frozen"])
+def test_a_factory_with_nothing_to_train(name):
+    found = statuses(f"factory:{__name__}:{name}", precision="fp32")
+    assert_clean(found)
+    assert {said for check, said in found.items() if check.startswith("train.")} == {"skipped"}
+
+
+def test_a_batch_without_labels_leaves_the_drawn_ones():
+    assert statuses(f"factory:{__name__}:ids_only", ("train.labels",), "fp32") == {"train.labels": "passed"}
+
+
+def test_every_floating_output_is_seen():
+    assert list(floating_outputs(nested()[0](torch.ones(2, 4)))) == ["a.0", "b.0"]
+    assert list(floating_outputs(lstm()[0](torch.ones(2, 3, 4)))) == ["output0", "output1.0", "output1.1"]
+    assert floating_outputs(torch.ones(2, dtype=torch.int64)) == {}
