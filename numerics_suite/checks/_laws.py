@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from torch import nn
 
 from numerics_suite.core.records import Measurement
+from numerics_suite.observing.parting import AGREED
+from numerics_suite.running.evidence import Evidence
 
 
-def law_measurements(exact: float, rounded: float, *, module: str | None = None) -> Iterable[Measurement]:
-    """`true` (`max|a-b|/rms` in true fp64) and `rounded` (error in p in units of the inherent error)."""
+def law_measurements(
+    exact: float, rounded: float, *, place: Callable[[], str | None] | None = None
+) -> Iterable[Measurement]:
+    """`true` (`max|a-b|/rms` in true fp64) and `rounded` (error in p in units of the inherent error).
+
+    Args:
+        exact: the first.
+        rounded: the second.
+        place: finds the module in which the two true fp64 runs part; asked only where they do.
+    """
+    module = place() if place is not None and not exact <= AGREED else None
     yield Measurement(name="true", value=exact, unit="ratio", module=module)
     yield Measurement(name="rounded", value=rounded, unit="ratio", module=module)
+
+
+def is_rotary(evidence: Evidence) -> Callable[[nn.Module], bool]:
+    """Whether a module is the rotary embedding, whose output shifts with the positions."""
+    return lambda module: evidence.family.kind_of(type(module).__name__) == "rotary"
 
 
 def skipped_law() -> Iterable[Measurement]:

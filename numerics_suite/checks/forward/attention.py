@@ -10,6 +10,7 @@ from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import (
@@ -45,7 +46,15 @@ def attention(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         other=tokens(plain_answer(evidence, batch.tensors)),
         base=lambda: tokens(rounded_answer(evidence, batch.tensors)),
     )
-    yield from law_measurements(*found)
+
+    def place() -> str | None:
+        call = caller(evidence, by_token=True)
+        own, others = (
+            Side(model=model, tensors=given, call=call, pick=tokens) for model in (evidence.model, other.model)
+        )
+        return first_parting(own, others)
+
+    yield from law_measurements(*found, place=place)
 
 
 def _other(evidence: Evidence) -> Loaded:

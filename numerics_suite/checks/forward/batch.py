@@ -9,8 +9,9 @@ from torch import Tensor
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.twins import compare_law, plain_answer, rounded_answer, true_answer
+from numerics_suite.running.twins import caller, compare_law, plain_answer, rounded_answer, true_answer, without_labels
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))
@@ -38,4 +39,13 @@ def batch(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
             other=of_row(plain_answer(evidence, alone), 0),
             base=lambda row=row: of_row(rounded_answer(evidence, batch.tensors), row),  # type: ignore[misc]
         )
-        yield from law_measurements(*found)
+        together, apart = (
+            Side(
+                model=evidence.model,
+                tensors=without_labels(tensors),
+                call=caller(evidence, by_token=True),
+                pick=lambda state, index=index, of_row=of_row: of_row(state, index),  # type: ignore[misc]
+            )
+            for tensors, index in ((batch.tensors, row), (alone, 0))
+        )
+        yield from law_measurements(*found, place=lambda one=together, other=apart: first_parting(one, other))  # type: ignore[misc]

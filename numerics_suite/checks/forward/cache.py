@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import call_model, to_device
 from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import compare_law, rounded_answer, true_answer, trusted, without_labels
+from numerics_suite.running.twins import caller, compare_law, rounded_answer, true_answer, trusted, without_labels
 
 
 @check(batches=True, share=0.5, needs=("causal", "token-ids"))
@@ -44,7 +45,11 @@ def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
             other=plain.double().cpu()[real],
             base=lambda: rounded_answer(evidence, batch.tensors)[real],
         )
-        yield from law_measurements(*found)
+        whole, cut = (
+            Side(model=evidence.model, tensors=without_labels(batch.tensors), call=call, pick=lambda state: state[real])
+            for call in (caller(evidence, by_token=True), decode)
+        )
+        yield from law_measurements(*found, place=lambda one=whole, other=cut: first_parting(one, other))  # type: ignore[misc]
 
 
 def decoder(evidence: Evidence, cuts: list[int]) -> Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]:

@@ -10,8 +10,9 @@ from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.twins import compare_law, plain_answer, rounded_answer, true_answer
+from numerics_suite.running.twins import caller, compare_law, plain_answer, rounded_answer, true_answer, without_labels
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))
@@ -44,7 +45,16 @@ def causal(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         other=past(plain_answer(evidence, changed)),
         base=lambda: past(rounded_answer(evidence, batch.tensors)),
     )
-    yield from law_measurements(*found)
+
+    def place() -> str | None:
+        call = caller(evidence, by_token=True)
+        plain, other = (
+            Side(model=evidence.model, tensors=tensors, call=call, pick=past)
+            for tensors in (without_labels(batch.tensors), changed)
+        )
+        return first_parting(plain, other)
+
+    yield from law_measurements(*found, place=place)
 
 
 def _with_other_future(batch: Batch, cut: int, evidence: Evidence) -> dict[str, Tensor]:

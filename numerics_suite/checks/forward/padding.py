@@ -7,11 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from numerics_suite.checks._laws import law_measurements, skipped_law
+from numerics_suite.checks._laws import is_rotary, law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.twins import compare_law, plain_answer, rounded_answer, true_answer
+from numerics_suite.running.twins import caller, compare_law, plain_answer, rounded_answer, true_answer, without_labels
 
 EXTRA = 3
 """Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""
@@ -27,7 +28,7 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         yield from skipped_law()
         return
     real = batch.tensors["attention_mask"].bool()
-    worst = (0.0, 0.0)
+    worst, worst_side = (0.0, 0.0), ""
     for side in _sides(evidence, batch):
         more = padded(batch, side, evidence.space.pad_id)
         where = more["attention_mask"].bool()
@@ -38,10 +39,23 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
             other=_tokens(plain_answer(evidence, more), where),
             base=lambda: _tokens(rounded_answer(evidence, batch.tensors), real),
         )
-        worst = max(worst, found, key=_rank)
-    yield from law_measurements(*worst)
+        if worst_side == "" or _rank(found) > _rank(worst):
+            worst, worst_side = found, side
+    yield from law_measurements(*worst, place=lambda: _place(evidence, batch, worst_side))
     if evidence.subject.task == "sequence-classification":
         yield from _pooled(evidence, batch)
+
+
+def _place(evidence: Evidence, batch: Batch, side: str) -> str | None:
+    """The module in which the padded run parts from the plain one."""
+
+    def run(tensors: dict[str, Tensor]) -> Side:
+        real = tensors["attention_mask"].bool()
+        call = caller(evidence, by_token=True)
+        return Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
+
+    plain, more = without_labels(batch.tensors), padded(batch, side, evidence.space.pad_id)
+    return first_parting(run(plain), run(more), passed_over=is_rotary(evidence))
 
 
 def _sides(evidence: Evidence, batch: Batch) -> list[str]:
