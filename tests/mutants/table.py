@@ -21,7 +21,7 @@ for folder in (HERE.parent, HERE.parent.parent):
 from mutants.catalogue import MUTANTS, ORACLE, Mutant  # noqa: E402
 from mutants.editing import NoSuchPlaceError  # noqa: E402
 
-BATCHES = 4
+BATCHES = 6
 """Batches that Hypothesis draws for each check, fewer than the command's 10: what these catch, those do."""
 
 

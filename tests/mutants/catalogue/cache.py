@@ -10,7 +10,8 @@ from mutants.editing import edited, overridden
 CHATGLM, CHATGLM_BODY = "transformer.encoder.layers.1.self_attention", "transformer"
 UPDATE = "past_key_values.update(key, value, self.layer_idx)"
 POSITIONS = ".clamp(min=0)[:, past:]"
-NOT_LOCATED = "; the law compares logits, and no module is looked for"
+FIRST_ATTENTION = r"transformer\.encoder\.layers\.0\.self_attention"
+"""The first module that what the model's own forward pass prepares is handed to."""
 
 
 def _one_ahead(own: Any, self: Any, x: Any, position_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +29,8 @@ MUTANTS = (
         family="glm",
         apply=overridden("model.rotary_emb", forward=_one_ahead),
         expected_checks=("forward.cache",),
-        why="a single decoded token stands one position too far" + NOT_LOCATED,
+        module_pattern=r"model\.rotary_emb",
+        why="a single decoded token stands one position too far",
     ),
     Mutant(
         id="cache-position-one-ahead-glm4",
@@ -36,14 +38,16 @@ MUTANTS = (
         attn="sdpa",
         apply=overridden("model.rotary_emb", forward=_one_ahead),
         expected_checks=("forward.cache",),
-        why="a single decoded token stands one position too far" + NOT_LOCATED,
+        module_pattern=r"model\.rotary_emb",
+        why="a single decoded token stands one position too far",
     ),
     Mutant(
         id="cache-position-one-ahead-chatglm",
         family="chatglm",
         apply=edited(CHATGLM_BODY, "forward", POSITIONS, POSITIONS + " + int(past > 0)"),
         expected_checks=("forward.cache",),
-        why="positions are counted from 1 once there is a cache" + NOT_LOCATED,
+        module_pattern=FIRST_ATTENTION,
+        why="positions are counted from 1 once there is a cache",
     ),
     Mutant(
         id="cache-positions-ignore-padding",
@@ -55,14 +59,15 @@ MUTANTS = (
             "if attention_mask is None or past > 0:\n                position_ids",
         ),
         expected_checks=("forward.cache",),
-        why="decoded tokens count padding columns, the prompt does not" + NOT_LOCATED,
+        module_pattern=FIRST_ATTENTION,
+        why="decoded tokens count padding columns, the prompt does not",
     ),
     Mutant(
         id="cache-keys-in-bf16",
         family="chatglm",
         apply=edited(CHATGLM, "forward", UPDATE, UPDATE.replace("(key,", "(key.bfloat16().to(key.dtype),")),
         expected_checks=("forward.cache",),
-        why="keys pass through bfloat16 on their way into the cache of an fp32 model" + NOT_LOCATED,
+        why="keys pass through bfloat16 on their way into the cache of an fp32 model; in true fp64 the law holds, so no module is looked for",
     ),
     Mutant(
         id="cache-without-rotation",
@@ -75,7 +80,8 @@ MUTANTS = (
             "key = plain if past_key_values is not None and past_key_values.get_seq_length(self.layer_idx) else key",
         ),
         expected_checks=("forward.cache",),
-        why="keys of decoded tokens are stored unrotated" + NOT_LOCATED,
+        module_pattern=CHATGLM.replace(".", r"\."),
+        why="keys of decoded tokens are stored unrotated",
     ),
     Mutant(
         id="cache-mask-from-the-start",
@@ -87,7 +93,8 @@ MUTANTS = (
             "torch.arange(length, device=device)[:, None]",
         ),
         expected_checks=("forward.cache",),
-        why="the causal mask of a decoded piece starts at column 0" + NOT_LOCATED,
+        module_pattern=FIRST_ATTENTION,
+        why="the causal mask of a decoded piece starts at column 0",
     ),
     Mutant(
         id="cache-padding-forgotten",
@@ -99,7 +106,8 @@ MUTANTS = (
             "real = (attention_mask != 0) | bool(past)",
         ),
         expected_checks=("forward.cache",),
-        why="once there is a cache, padding is attended to" + NOT_LOCATED,
+        module_pattern=FIRST_ATTENTION,
+        why="once there is a cache, padding is attended to",
     ),
     Mutant(
         id="cache-values-of-new-tokens-only",
@@ -113,7 +121,8 @@ MUTANTS = (
             "value = value.clone(); value[:, :, -fresh.shape[2] :] = fresh.roll(1, 2)",
         ),
         expected_checks=("forward.cache",),
-        why="values of a decoded piece are stored one place late" + NOT_LOCATED,
+        module_pattern=CHATGLM.replace(".", r"\."),
+        why="values of a decoded piece are stored one place late",
     ),
     Mutant(
         id="cache-chunk-mask-causal-only-at-start",
@@ -126,7 +135,8 @@ MUTANTS = (
             "causal = (keys <= (queries if past == 0 else past + length))[None, None]",
         ),
         expected_checks=("forward.cache",),
-        why="within a decoded chunk the future is visible" + NOT_LOCATED,
+        module_pattern=FIRST_ATTENTION,
+        why="within a decoded chunk the future is visible",
     ),
     Mutant(
         id="state-kept-between-calls",
