@@ -57,9 +57,10 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return max|got - want| / rms(want) of each gradient that both have.
+    """Return max|got - want| / max|want| of each gradient that both have: the forward error in the maximum norm.
 
-    One that cancels to nothing (:data:`CANCELLED`) has no scale of its own: it is measured against the largest one's.
+    Not over the root mean square, as for answers: most rows of an embedding's gradient are zero, and a few outliers make
+    up others, so that it would grow with the vocabulary (1.1e-11 on a right model of 135M parameters). One that cancels to nothing (:data:`CANCELLED`) has no scale of its own: it is measured against the largest one's.
 
     Args:
         got: gradients of all parameters by name, float64.
@@ -68,12 +69,13 @@ def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     Raises:
         ValueError: The shapes of a gradient differ.
     """
-    scales = {name: rms(value) for name, value in want.items()}
-    largest = max((scale for scale in scales.values() if math.isfinite(scale)), default=0.0)
+    sizes = {name: rms(value) for name, value in want.items()}
+    largest = max((size for size in sizes.values() if math.isfinite(size)), default=0.0)
     errors = {}
     for name, wanted in want.items():
         if name in got:
-            scale = scales[name] if not scales[name] <= CANCELLED * largest else largest
+            cancelled = sizes[name] <= CANCELLED * largest
+            scale = largest if cancelled else largest_difference(wanted, torch.zeros_like(wanted))
             errors[name] = _ratio(largest_difference(got[name], wanted), scale)
     return errors
 
