@@ -250,8 +250,8 @@ def test_words_for_what_pyproject_cannot_say(text, message):
     ("text", "beginning"),
     [
         (
-            "max_examples = 3",
-            KEYED + "max_examples: unknown key; did you mean 'max-examples'? (known: subjects, names,",
+            "max-exampels = 3",
+            KEYED + "max-exampels: unknown key; did you mean 'max-examples'? (known: subjects, names,",
         ),
         ("json = 'x'", KEYED + "json: unknown key"),
         ("= 3", "{file}: not valid TOML: "),
@@ -336,3 +336,9 @@ def test_an_entry_past_its_date_fails_even_where_it_would_match():
 
 def test_an_entry_for_other_releases_is_not_asked_to_match():
     assert stale([entry(transformers="<5.8")], [failed(status="passed")], TODAY, "5.8.1") == []
+
+
+def test_a_key_may_be_spelt_as_its_flag_or_twin_or_with_underscores():
+    write('max_examples = 3\nsubject = ["fixture:glm-tiny"]\nname = ["x"]')
+    settings = from_command_line({})
+    assert (settings.max_examples, settings.subjects, settings.names) == (3, ("fixture:glm-tiny",), ("x",))
