@@ -19,17 +19,22 @@ from numerics_suite.suite.planning import Question
 from numerics_suite.suite.session import SuiteSession
 
 PLACES = (
+    "forward.deterministic",
     "forward.finite",
     "train.finite",
     ORACLE,
     "reference.local",
     "load.",
     "inputs.",
+    "forward.",
     "train.",
     "reference.",
-    "forward.",
 )
-"""Whose word on the place counts first: the op that made a NaN, the definition module by module, then the others."""
+"""Whose word on the place counts first.
+
+Where two runs differ every other comparison is a lottery; a NaN is traced to its op; the definition is compared module by
+module; then come the others.
+"""
 
 
 class MutantSession(SuiteSession):
