@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
@@ -29,10 +30,11 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
     tensors = evidence.training_batch.tensors
-    true_run = run_true_fp64(evidence.model, tensors, gradients=True)
+    call = differentiated(evidence)
+    true_run = run_true_fp64(evidence.model, tensors, gradients=True, call=call)
     trusted(true_run.left_out)
     autocast = dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
-    rounded_run = run_rounded(evidence.model, tensors, gradients=True, autocast=autocast)
+    rounded_run = run_rounded(evidence.model, tensors, gradients=True, autocast=autocast, call=call)
     trusted(rounded_run.left_out)
     assert true_run.gradients is not None
     assert rounded_run.gradients is not None
@@ -76,11 +78,32 @@ def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
     )
 
 
+def differentiated(evidence: Evidence) -> Callable[[nn.Module, Mapping[str, Any]], Any]:
+    """Calls a model so that its output's `loss` is what the check differentiates.
+
+    The loss, for a model with an answer per token. A classifier's loss would hand a few numbers down (rows × labels),
+    and where its softmax is nearly one-hot they are what is left of 1 - 1: one draw of rounding error, by luck large or
+    small, would be in every gradient. So its logits are summed with alternating signs, which no rounding touches; its
+    loss is train.labels' and the oracle's to judge.
+    """
+
+    def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
+        output = call_model(model, to_device(tensors, evidence.cell.device))
+        if evidence.subject.task != "sequence-classification":
+            return output
+        logits = output["logits"]
+        signs = torch.ones_like(logits)
+        signs.view(-1)[1::2] = -1
+        return {"loss": (logits * signs).sum()}
+
+    return call
+
+
 def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of one backward pass in the cell's precision, float64, by parameter name."""
     model = evidence.model
     with arithmetic(evidence.recipe, evidence.cell.device):
-        outputs = floating_outputs(call_model(model, to_device(tensors, evidence.cell.device)))
+        outputs = floating_outputs(differentiated(evidence)(model, tensors))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     parameters = [model.get_parameter(name) for name in names]
     found = torch.autograd.grad(outputs["loss"], parameters, allow_unused=True)

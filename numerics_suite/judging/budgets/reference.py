@@ -108,10 +108,12 @@ BUDGETS: tuple[Budget, ...] = (
     Budget(
         check="reference.gradient",
         measurement="median-excess",
-        limit=1.6,
+        limit=2,
         cause="wrong-gradient",
         title="gradients err {value:.3g} times as much as the precision makes unavoidable, over all parameters",
-        reason="The median over the parameters evens out the draws of single ones: 0.97 to 1.20 on clean models.",
+        reason="The median over the parameters evens out the draws of single ones: 0.97 to 1.20 on clean models. What all "
+        "gradients share (a classifier's few logits) it does not even out: up to 1.4 measured, with weights four times as "
+        "large. Twice is beyond that.",
         remedies=CURE,
     ),
     Budget(
