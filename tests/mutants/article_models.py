@@ -74,8 +74,8 @@ def fully_masked_row() -> nn.Module:
     edited(
         "model.layers.1.self_attn",
         "eager_attention_forward",
-        "attn_weights = attn_weights + attention_mask",
-        "attn_weights = attn_weights.masked_fill(attention_mask < -1, float('-inf'))",
+        "softmax(attn_weights, dim=-1",
+        "softmax(attn_weights.masked_fill(attn_weights < -1e30, float('-inf')), dim=-1",
     )(model)
     return model
 
