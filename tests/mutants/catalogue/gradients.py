@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mutants.catalogue.record import ORACLE, Mutant
-from mutants.editing import edited, on, overridden
+from mutants.editing import NoSuchPlaceError, edit, edited, on, overridden
 
 ATTENTION, MLP, BLOCK = "model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.1"
 CHATGLM_STACK, CHATGLM_MLP = "transformer.encoder", "transformer.encoder.layers.1.mlp"
@@ -51,6 +51,14 @@ def _clipped_backwards(own: Any, self: Any, x: Any) -> Any:
     """A straight-through estimator around a clamp: forward as it was, gradient zero where the state is large."""
     output = own(self, x)
     return output.detach() + (output.clamp(-1, 1) - output.clamp(-1, 1).detach())
+
+
+def _residual_detached_when_checkpointed(block: nn.Module) -> None:
+    if not hasattr(block, "gradient_checkpointing"):
+        message = "before 4.53 a block does not know whether it is checkpointed"
+        raise NoSuchPlaceError(message)
+    detached = "residual = hidden_states.detach() if self.gradient_checkpointing and self.training else hidden_states"
+    edit(block, "forward", "residual = hidden_states", detached, which=1)
 
 
 MUTANTS = (
@@ -201,13 +209,7 @@ MUTANTS = (
     Mutant(
         id="checkpointing-drops-residual-gradient",
         family="glm",
-        apply=edited(
-            BLOCK,
-            "forward",
-            "residual = hidden_states",
-            "residual = hidden_states.detach() if self.gradient_checkpointing and self.training else hidden_states",
-            which=1,
-        ),
+        apply=on(BLOCK, _residual_detached_when_checkpointed),
         expected_checks=("train.checkpointing",),
         module_pattern=_name(BLOCK) + r"(\..*)?|model\.layers\.0(\..*)?|model\.embed_tokens",
         why="under checkpointing the residual passes no gradient",
