@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from mutants.catalogue.record import ORACLE, Mutant
 from mutants.editing import NoSuchPlaceError, edit, edited, on, overridden
