@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from numerics_suite.core.records import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One line of the file: a text, and its label where it has one."""
+    """One line of the file: a text, and its label where it has one: a class, or the number that a regression learns."""
 
     text: str
-    label: int | None
+    label: float | None
 
 
 def _example(line: str, where: str) -> Example:
@@ -29,8 +30,10 @@ def _example(line: str, where: str) -> Example:
         message = f'{where}: needs an object with a string \'text\', such as {{"text": "…", "label": 0}}'
         raise BadInputError(message)
     label = record.get("label")
-    if label is not None and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
-        message = f"{where}: 'label' must be a whole number from 0, not {label!r}"
+    if label is not None and (
+        not isinstance(label, int | float) or isinstance(label, bool) or not math.isfinite(label)
+    ):
+        message = f"{where}: 'label' must be a number, not {label!r}"
         raise BadInputError(message)
     if not record["text"].strip():
         message = f"{where}: 'text' is empty"
@@ -59,15 +62,29 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     return examples
 
 
-def check_labels(examples: tuple[Example, ...], path: Path, num_labels: int) -> None:
+def check_labels(examples: tuple[Example, ...], path: Path, task: str, num_labels: int) -> None:
     """Refuse labels that the head has no class for.
 
+    Args:
+        examples: the lines of the file.
+        path: of the file, for the message.
+        task: a sequence classifier needs a label on every line.
+        num_labels: 1 means regression, which takes any number.
+
     Raises:
-        BadInputError: naming the first line and `--num-labels`.
+        BadInputError: naming the label and `--num-labels`.
     """
+    regression = task == "sequence-classification" and num_labels == 1
     for example in examples:
         if example.label is None:
+            if task != "sequence-classification":
+                continue
             message = f"--data {path}: sequence classification needs a 'label' on every line"
+            raise BadInputError(message)
+        if regression:
+            continue
+        if example.label < 0 or not isinstance(example.label, int):
+            message = f"--data {path}: label {example.label} is no class; classes are whole numbers from 0"
             raise BadInputError(message)
         if example.label >= num_labels:
             message = (
@@ -90,7 +107,8 @@ def data_batch(  # noqa: PLR0913
         pad_id: the id that padding writes.
 
     Returns:
-        `input_ids`, `attention_mask` `[batch, sequence]` and labels, all int64.
+        `input_ids`, `attention_mask` `[batch, sequence]` and labels, all int64; a regression's labels float32. A token
+        classifier has the text's label at each of its tokens, and none at all where a text has none.
     """
     import torch
 
@@ -98,9 +116,13 @@ def data_batch(  # noqa: PLR0913
 
     rows = [list(tokenizer(example.text)["input_ids"])[:max_length] for example in examples]
     ids, mask = pad_rows(rows, side, pad_id)
-    if task == "sequence-classification":
-        labels = torch.tensor([example.label for example in examples], dtype=torch.int64)
-    else:
-        labels = ids.masked_fill(mask == 0, IGNORED)
-    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    tensors = {"input_ids": ids, "attention_mask": mask}
+    given = [example.label for example in examples if example.label is not None]
+    if task == "causal-lm":
+        tensors["labels"] = ids.masked_fill(mask == 0, IGNORED)
+    elif len(given) == len(examples):
+        whole = all(isinstance(label, int) for label in given)
+        labels = torch.tensor(given, dtype=torch.int64 if whole else torch.float32)
+        by_token = task == "token-classification"
+        tensors["labels"] = labels[:, None].expand_as(ids).masked_fill(mask == 0, IGNORED) if by_token else labels
     return Batch(tensors=tensors, drawn=f"--data, {len(rows)} texts")

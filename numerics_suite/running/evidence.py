@@ -49,7 +49,7 @@ class Request:
     rows: int = 4
     length: int = 64
     plan: Plan = field(default_factory=Plan)
-    data: Callable[[Subject, InputSpace], Batch] | None = None
+    data: Callable[[Subject, InputSpace], Batch | None] | None = None
 
 
 def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:

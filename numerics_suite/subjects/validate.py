@@ -163,8 +163,10 @@ def check_vocabulary(
     """Does the embedding have a row for every id of the tokenizer?
 
     Raises:
-        BadInputError: it has fewer.
+        BadInputError: it has fewer, or a file of the tokenizer is not JSON.
     """
+    if (folder / "tokenizer_config.json").is_file():
+        read_json(folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
     rows, name = _embedding_rows(config, tensors, family)
     if rows is None or not path.is_file():
@@ -181,11 +183,14 @@ def check_vocabulary(
 def _embedding_rows(
     config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], family: Family
 ) -> tuple[int | None, str]:
+    """Rows that a model has: it is built with as many as the config says, and filled with what is stored."""
+    size = config.get("padded_vocab_size", config.get("vocab_size"))
+    built = size if isinstance(size, int) else None
     for name, tensor in tensors.items():
         if name.endswith(family.embedding_suffixes) and len(tensor.shape) == 2:
-            return tensor.shape[0], name
-    size = config.get("vocab_size", config.get("padded_vocab_size"))
-    return (size, "the embedding") if isinstance(size, int) else (None, "")
+            stored = int(tensor.shape[0])
+            return (stored, name) if built is None or stored <= built else (built, "the embedding")
+    return built, "the embedding"
 
 
 def _tokenizer_size(path: Path) -> int:
@@ -217,7 +222,9 @@ def check_pad_token(
     """
     path, family, pad = folder / "config.json", family_of(config), _pad_id(folder, config)
     rows, _ = _embedding_rows(config, tensors, family)
-    if isinstance(pad, int) and rows is not None and pad >= rows:
+    # -1 is what some language models say for none.
+    lowest = 0 if task == "sequence-classification" else -1
+    if isinstance(pad, int) and rows is not None and not lowest <= pad < rows:
         said = (
             f"pad_token_id is {pad}"
             if config.get("pad_token_id") == pad

@@ -10,11 +10,14 @@ from typing import Any
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
 from numerics_suite.core.registry import CheckSpec, check_ids, get_check
+from numerics_suite.inputs.data import check_labels, read_examples
 from numerics_suite.running.devices import default_precisions, lacks, lacks_attention, resolve_device
 from numerics_suite.running.precisions import SERVING_REASON, Precision, precision
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.subjects.resolve import resolve_all, unsupported_subject
+from numerics_suite.subjects.tasks import CLASSIFICATION
+from numerics_suite.subjects.tokenizers import tokenizer_folder
 
 DEFAULT_ATTENTION = ("eager", "sdpa")
 QUANTISED_REASON = "a quantised checkpoint: only load.* and forward.* apply"
@@ -70,6 +73,7 @@ def make_plan(settings: Settings) -> SuitePlan:
     """
     device = resolve_device(settings.device, settings.require_device)
     subjects, absent = _subjects(settings)
+    _check_data(settings, subjects)
     checks = [get_check(check) for check in selected_checks(settings)]
     cells: list[Cell] = []
     questions: list[Question] = []
@@ -86,6 +90,23 @@ def make_plan(settings: Settings) -> SuitePlan:
                     questions.append(Question(check=spec.id, cell=cell, skip=skip))
                 first_of_subject = False
     return SuitePlan(device=device, subjects=subjects, cells=tuple(cells), questions=tuple(questions))
+
+
+def _check_data(settings: Settings, subjects: Mapping[str, Subject]) -> None:
+    """Read `--data` once before anything runs, so that a malformed line is an error of the command line.
+
+    Raises:
+        BadInputError: naming the line; or a subject has no tokenizer to read it with.
+    """
+    if settings.data is None:
+        return
+    examples = read_examples(settings.data)
+    for subject in subjects.values():
+        if subject.path is not None and tokenizer_folder(subject) is None:
+            message = f"--data {settings.data}: {subject.source} has no tokenizer to read its texts with"
+            raise BadInputError(message)
+        if subject.task in CLASSIFICATION:
+            check_labels(examples, settings.data, subject.task, subject.num_labels)
 
 
 def selected_checks(settings: Settings) -> tuple[str, ...]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.records import CheckResult, RunResult
+from numerics_suite.reporting.atomic import write_atomic
 from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.running.precisions import precision
 from numerics_suite.settings.options import to_args
@@ -75,11 +78,15 @@ def run_check(settings: Settings, terminal: Terminal) -> RunResult:
         arguments += ["--numerics-deadline", str(time.time() + settings.max_time)]
     if workers:
         arguments += ["-n", str(workers), "--dist", "loadgroup"]
-    if settings.junitxml:
-        arguments += ["--junitxml", str(Path(settings.junitxml).resolve())]
     catcher = _Catcher(Run(settings, terminal))
-    with _clean_pytest_environment(workers):
+    with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch, _clean_pytest_environment(workers, scratch):
+        junit = Path(scratch) / "junit.xml"
+        if settings.junitxml:
+            arguments += ["--junitxml", str(junit)]
         status = int(pytest.main(arguments, plugins=[catcher]))
+        # An interrupted run leaves no half of a file.
+        if settings.junitxml and junit.is_file() and status != pytest.ExitCode.INTERRUPTED:
+            write_atomic(settings.junitxml, junit.read_text(encoding="utf-8"), "--junitxml")
     terminal.stop()
     gate = catcher.gate
     if gate is None or gate.result is None:
@@ -115,16 +122,28 @@ class _Catcher:
 
 
 @contextlib.contextmanager
-def _clean_pytest_environment(workers: int) -> Iterator[None]:
-    """Without the host's pytest options and plugins; with as many threads per worker as there are cores for it."""
-    changed = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "TOKENIZERS_PARALLELISM": "false"}
+def _clean_pytest_environment(workers: int, scratch: str) -> Iterator[None]:
+    """Without the host's pytest options and plugins; with as many threads per worker as there are cores for it.
+
+    Args:
+        workers: worker processes.
+        scratch: folder for what Hypothesis writes, which would else be the folder that the command runs in.
+    """
+    changed = {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": "",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HYPOTHESIS_STORAGE_DIRECTORY": scratch,
+    }
     if workers > 1:
         changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
+    set_hypothesis_home_dir(scratch)  # of this process, which may have read the variable before
     try:
         yield
     finally:
+        set_hypothesis_home_dir(None)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

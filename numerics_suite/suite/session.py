@@ -19,7 +19,7 @@ from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, U
 from numerics_suite.core.records import Batch, Cell, CheckResult, Subject
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.findings import finding
-from numerics_suite.inputs.data import check_labels, data_batch, read_examples
+from numerics_suite.inputs.data import data_batch, read_examples
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.running.evidence import Evidence, Request
 from numerics_suite.running.scope import choose_scope
@@ -27,7 +27,7 @@ from numerics_suite.running.training import Plan
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
-from numerics_suite.subjects.tokenizers import load_tokenizer
+from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
 from numerics_suite.suite.driver import Outcome, ask
 from numerics_suite.suite.planning import Question, SuitePlan, make_plan
 
@@ -51,18 +51,7 @@ class SuiteSession:
     @cached_property
     def plan(self) -> SuitePlan:
         """What is asked of what."""
-        plan = make_plan(self.settings)
-        self._check_data(plan)
-        return plan
-
-    def _check_data(self, plan: SuitePlan) -> None:
-        """Read `--data` once before anything runs, so that a malformed line is an error of the command line."""
-        if self.settings.data is None:
-            return
-        examples = read_examples(self.settings.data)
-        for subject in plan.subjects.values():
-            if subject.task == "sequence-classification":
-                check_labels(examples, self.settings.data, subject.num_labels)
+        return make_plan(self.settings)
 
     def evidence(self, cell: Cell) -> Evidence:
         """The evidence of the cell; the previous cell's is let go first."""
@@ -97,12 +86,15 @@ class SuiteSession:
             data=self._data if settings.data is not None else None,
         )
 
-    def _data(self, subject: Subject, space: InputSpace) -> Batch:
+    def _data(self, subject: Subject, space: InputSpace) -> Batch | None:
+        """The user's texts as a batch; None for a module without a tokenizer, or with one that inputs.pipeline reports."""
         assert self.settings.data is not None
-        tokenizer = load_tokenizer(subject)
+        try:
+            tokenizer = load_tokenizer(subject)
+        except TokenizerRefusedError:
+            return None
         if tokenizer is None:
-            reason = "--data needs a tokenizer, and this subject has none"
-            raise NotApplicableError(reason)
+            return None
         return data_batch(
             read_examples(self.settings.data),
             tokenizer,

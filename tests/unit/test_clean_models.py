@@ -271,3 +271,17 @@ def test_every_floating_output_is_seen():
     assert list(floating_outputs(nested()[0](torch.ones(2, 4)))) == ["a.0", "b.0"]
     assert list(floating_outputs(lstm()[0](torch.ones(2, 3, 4)))) == ["output0", "output1.0", "output1.1"]
     assert floating_outputs(torch.ones(2, dtype=torch.int64)) == {}
+
+
+def test_a_tokenizer_that_is_refused_is_a_finding(tmp_path, monkeypatch):
+    """And no skip because there is no tokenizer to make a batch with."""
+    import numerics_suite.checks.inputs.pipeline as module
+    from numerics_suite.subjects.tokenizers import TokenizerRefusedError
+
+    def refuse(_: object) -> None:
+        reason = "TokenizersBackend does not exist"
+        raise TokenizerRefusedError(reason)
+
+    monkeypatch.setattr(module, "load_tokenizer", refuse)
+    found = statuses("fixture:glm-tiny", ("inputs.pipeline",))
+    assert found == {"inputs.pipeline": "failed: this transformers cannot open the checkpoint's tokenizer"}

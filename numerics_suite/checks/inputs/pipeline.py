@@ -27,9 +27,10 @@ UNLIKELY_BITS = 20
 @check(scope="precision", of_broken=True)
 def pipeline(evidence: Evidence) -> Iterable[Measurement]:
     """Is what tokenizer, collator and accelerate hand to the model integral and in range?"""
-    yield from _tokenizer_refused(evidence)
+    refused = _tokenizer_refused(evidence)
+    yield refused
     batches = dict(_batches(evidence))
-    if not batches:
+    if not batches and not refused.value:
         reason = "no tokenizer and no batch of its own"
         raise NotApplicableError(reason)
     floating, outside, rounded = [], [], []
@@ -68,14 +69,14 @@ def _looks_rounded(ids: torch.Tensor) -> bool:
     return sum(int(token).bit_length() - 1 - 7 for token in large.tolist()) >= UNLIKELY_BITS
 
 
-def _tokenizer_refused(evidence: Evidence) -> Iterable[Measurement]:
+def _tokenizer_refused(evidence: Evidence) -> Measurement:
     refused = ""
     if evidence.subject.path is not None:
         try:
             load_tokenizer(evidence.subject)
         except TokenizerRefusedError as error:
             refused = str(error)
-    yield Measurement(
+    return Measurement(
         name="tokenizer-refused", value=int(bool(refused)), unit="tokenizers", facts={"why": refused} if refused else {}
     )
 
