@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -52,6 +54,13 @@ def takes_token_ids(model: nn.Module) -> bool:
     return hasattr(model, "get_input_embeddings") and hasattr(model, "config")
 
 
+@functools.cache
+def _takes(kind: type[nn.Module], keyword: str) -> bool:
+    """Whether the class's forward pass has that keyword by name, or hands on those that it does not know."""
+    parameters = inspect.signature(kind.forward).parameters
+    return keyword in parameters or any(value.kind is value.VAR_KEYWORD for value in parameters.values())
+
+
 def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) -> Any:
     """Call the model as a training loop would.
 
@@ -60,11 +69,9 @@ def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) ->
         tensors: keyword arguments; for a plain module that takes no such keywords, its single tensor positionally.
         keywords: more of them, such as `use_cache` or `output_hidden_states`.
     """
-    if takes_token_ids(model):
+    # Encoders and heads for tokens have no cache, and may refuse the word.
+    if takes_token_ids(model) and _takes(type(model), "use_cache"):
         keywords.setdefault("use_cache", False)
-        # A head for labels ignores nothing that it does not know: token classification has no cache.
-        if "TokenClassification" in type(model).__name__:
-            keywords.pop("use_cache")
     return model(**tensors, **keywords)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from numerics_suite.observing.roundoff import gradient_errors
 from numerics_suite.running.dropout import WithoutDropout
-from numerics_suite.running.forward import floating_outputs
+from numerics_suite.running.forward import call_model, floating_outputs
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
 from numerics_suite.suite.session import SuiteSession
@@ -265,6 +265,21 @@ def test_a_factory_with_nothing_to_train(name):
 
 def test_a_batch_without_labels_leaves_the_drawn_ones():
     assert statuses(f"factory:{__name__}:ids_only", ("train.labels",), "fp32") == {"train.labels": "passed"}
+
+
+class WithoutCache(nn.Module):
+    """Called with `input_ids` like a model of transformers, whose encoders knew no `use_cache` up to 4.57."""
+
+    config: dict[str, object] = {}
+
+    def get_input_embeddings(self) -> None: ...
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids
+
+
+def test_a_model_without_a_cache_is_not_asked_for_none():
+    assert int(call_model(WithoutCache(), {"input_ids": torch.ones(())})) == 1
 
 
 def test_every_floating_output_is_seen():
