@@ -27,7 +27,9 @@ from numerics_suite.running.forward import (
 from numerics_suite.running.training import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from numerics_suite.core.records import Batch
+    from collections.abc import Mapping
+
+    from numerics_suite.core.records import Batch, Fact
     from numerics_suite.running.evidence import Evidence
 
 LOCATED = {
@@ -72,7 +74,11 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
         if training and evidence.trajectory.bad is not None and evidence.trajectory.bad.step > 1:
             cause = "divergence"
         return _named(breach, cause)
-    return _at(breach, origin, _cause_of(origin, evidence))
+    cause = _cause_of(origin, evidence)
+    if key[0] == "train.amp" and cause not in {"uninitialised-parameters", "corrupt-weights"}:
+        # Where the gradient breaks is told beside it; what the user sees, and can turn, is the scale that never recovers.
+        return _at(breach, origin, breach.budget.cause, facts={"the gradient breaks by": cause})
+    return _at(breach, origin, cause)
 
 
 def _replay_forward(evidence: Evidence, batch: Batch | None) -> Origin | None:
@@ -127,8 +133,9 @@ def _name(op: str) -> str:
     return op.split(".")[1] if "." in op else op
 
 
-def _at(breach: Breach, origin: Origin, cause: str) -> Breach:
-    facts: dict[str, float | str] = {
+def _at(breach: Breach, origin: Origin, cause: str, facts: Mapping[str, Fact] | None = None) -> Breach:
+    facts = {
+        **(facts or {}),
         "op": origin.op,
         "dtype": origin.dtype,
         "largest finite input": origin.largest_input,
@@ -147,7 +154,7 @@ def _at(breach: Breach, origin: Origin, cause: str) -> Breach:
     return Breach(measurement=measurement, budget=named.budget)
 
 
-def _named(breach: Breach, cause: str, facts: dict[str, float | str] | None = None) -> Breach:
+def _named(breach: Breach, cause: str, facts: Mapping[str, Fact] | None = None) -> Breach:
     measurement = replace(breach.measurement, cause=cause, facts={**breach.measurement.facts, **(facts or {})})
     remedies = REMEDIES.get(cause, breach.budget.remedies)
     return Breach(measurement=measurement, budget=replace(breach.budget, remedies=remedies))

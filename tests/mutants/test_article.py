@@ -287,8 +287,9 @@ def test_a_detached_branch() -> None:
     ("name", "cause"), [("gradient_never_finite", "invalid-operation"), ("gradient_beyond_any_scale", "overflow")]
 )
 def test_a_loss_scale_that_never_recovers(name: str, cause: str) -> None:
-    """The scaler skips in silence; what it skips is named."""
-    found = finding_of(factory(name), "train.amp", cause, precision="amp-fp16")
+    """The scaler skips in silence; what it skips, and by what it breaks, is named."""
+    found = finding_of(factory(name), "train.amp", "loss-scaling", precision="amp-fp16")
+    assert found.evidence["the gradient breaks by"] == cause
     assert float(found.evidence["loss scale"]) < 1
     assert "scale never recovers" in found.title
     assert found.module is not None

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import transformers
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.subjects import fixtures
+from numerics_suite.subjects.remote_code import private_modules
 
 NAMES = (
     "glm-tiny",
@@ -34,11 +36,11 @@ BUILD = fixtures.fixtures_root() / "build.py"
 
 
 @pytest.fixture(autouse=True)
-def own_modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_modules_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Remote code goes to a folder of this process, so parallel workers do not race."""
-    folder = tmp_path_factory.getbasetemp() / "modules"
-    monkeypatch.setenv("HF_MODULES_CACHE", str(folder))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    with private_modules() as folder:
+        monkeypatch.setenv("HF_MODULES_CACHE", str(folder))
+        yield
 
 
 def needs_family(name: str) -> None:

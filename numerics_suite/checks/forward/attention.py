@@ -25,7 +25,7 @@ from numerics_suite.running.twins import (
 from numerics_suite.subjects.load import Loaded
 
 
-@check(batches=True, share=0.5, needs=("token-ids",))
+@check(batches=True, share=0.4, needs=("token-ids",))
 def attention(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Does this attention implementation agree with eager attention (and eager with sdpa)?"""
     if not batch.law_abiding:

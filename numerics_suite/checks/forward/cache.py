@@ -19,7 +19,7 @@ from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import caller, compare_law, rounded_answer, true_answer, trusted, without_labels
 
 
-@check(batches=True, share=0.5, needs=("causal", "token-ids"))
+@check(batches=True, share=0.4, needs=("causal", "token-ids"))
 def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Is decoding with the cache, token by token and in chunks, the full forward pass?
 

@@ -12,7 +12,7 @@ from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import floating_outputs, main_output
 
 
-@check(batches=True, share=0.5, needs=("token-ids",))
+@check(batches=True, share=0.4, needs=("token-ids",))
 def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Does a mask of ones and zeros give the same answer in every dtype that a loader may hand over?
 
