@@ -70,7 +70,7 @@ def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) ->
         keywords: more of them, such as `use_cache` or `output_hidden_states`.
     """
     # Encoders and heads for tokens have no cache, and may refuse the word.
-    if takes_token_ids(model) and _takes(type(model), "use_cache"):
+    if takes_token_ids(model) and _takes(type(model), "use_cache"):  # type: ignore[arg-type]  # a class is hashable
         keywords.setdefault("use_cache", False)
     return model(**tensors, **keywords)
 
