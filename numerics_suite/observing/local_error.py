@@ -42,8 +42,8 @@ class LocalError:
         relative_roundoffs: Root mean square of each element's error in unit roundoffs of that element. Where a few large
             elements make up rms(output), their luck is not everybody's.
         kernel_ratio: The error over that of the module's rounded run, the smaller of the ratio of root mean squares and
-            that of medians; for a module with submodules, NaN for one without. How a softmax or a cancelling sum
-            spreads rounding depends on the weights; this does not.
+            that of medians; for a module with submodules or a linear layer under autocast, NaN for another. How a softmax
+            or a cancelling sum spreads rounding depends on the weights; this does not.
     """
 
     module: str
@@ -184,8 +184,12 @@ class _Observer(_lifting.LeanMode):
             self.busy = False
 
     def _rounded(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """What the module gives with every op rounded once; nothing for a module of one op or so."""
-        if next(module.children(), None) is None:
+        """What the module gives with every op rounded once; nothing for a module of one op or so.
+
+        A linear layer under autocast is three: both its factors are rounded, and a sum that cancels magnifies that.
+        """
+        cast = isinstance(module, nn.Linear) and torch.is_autocast_enabled(module.weight.device.type)
+        if next(module.children(), None) is None and not cast:
             return {}
         with _disable_current_modes():
             own_args, own_kwargs = _own(args, wide=False), _own(kwargs, wide=False)

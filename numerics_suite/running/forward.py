@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,9 +55,9 @@ def takes_token_ids(model: nn.Module) -> bool:
 
 
 @functools.cache
-def _takes(kind: type[nn.Module], keyword: str) -> bool:
-    """Whether the class's forward pass has that keyword by name, or hands on those that it does not know."""
-    parameters = inspect.signature(kind.forward).parameters
+def _takes(function: Callable[..., Any], keyword: str) -> bool:
+    """Whether the function has that keyword by name, or hands on those that it does not know."""
+    parameters = inspect.signature(function).parameters
     return keyword in parameters or any(value.kind is value.VAR_KEYWORD for value in parameters.values())
 
 
@@ -70,7 +70,7 @@ def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) ->
         keywords: more of them, such as `use_cache` or `output_hidden_states`.
     """
     # Encoders and heads for tokens have no cache, and may refuse the word.
-    if takes_token_ids(model) and _takes(type(model), "use_cache"):  # type: ignore[arg-type]  # a class is hashable
+    if takes_token_ids(model) and _takes(type(model).forward, "use_cache"):
         keywords.setdefault("use_cache", False)
     return model(**tensors, **keywords)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from numerics_suite.observing.local_error import local_errors
 from numerics_suite.observing.roundoff import gradient_errors
 from numerics_suite.running.dropout import WithoutDropout
 from numerics_suite.running.forward import call_model, floating_outputs
@@ -270,7 +271,7 @@ def test_a_batch_without_labels_leaves_the_drawn_ones():
 class WithoutCache(nn.Module):
     """Called with `input_ids` like a model of transformers, whose encoders knew no `use_cache` up to 4.57."""
 
-    config: dict[str, object] = {}
+    config = None
 
     def get_input_embeddings(self) -> None: ...
 
@@ -300,3 +301,25 @@ def test_a_tokenizer_that_is_refused_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_tokenizer", refuse)
     found = statuses("fixture:glm-tiny", ("inputs.pipeline",))
     assert found == {"inputs.pipeline": "failed: this transformers cannot open the checkpoint's tokenizer"}
+
+
+def test_one_label_whose_sum_cancels_under_autocast(tmp_path):
+    """Rounding both factors costs such a sum any number of roundoffs; its own rounded run costs as many."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GlmConfig(
+        **{**BODY, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "num_labels": 1}
+    )
+    model = transformers.GlmForSequenceClassification(config)
+    ids = torch.tensor([[7]])
+    with torch.no_grad():
+        state = model.model(ids).last_hidden_state[0, -1]
+        weight = model.score.weight
+        # What is left of the product after cancelling is a thousandth of its terms.
+        weight -= (1 - 1e-3) * (weight @ state)[:, None] * state / state.square().sum()
+    (error,) = [
+        row for row in local_errors(model.eval(), {"input_ids": ids}, autocast=torch.bfloat16) if row.module == "score"
+    ]
+    assert error.rms_roundoffs > 2
+    assert 0.85 < error.kernel_ratio < 1.2

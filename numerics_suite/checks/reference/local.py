@@ -75,8 +75,8 @@ def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
 def _value(error: LocalError, evidence: Evidence) -> tuple[str, float]:
     """Name of the budget's measurement and the number that it judges.
 
-    A module without submodules by its roundoffs, rms or element by element, whichever is smaller; one with by its
-    kernel ratio. In float32 both in units of the square root of the longest sum, since kernels accumulate in float32.
+    A module of one op by its roundoffs, rms or element by element, whichever is smaller; one of several by its kernel
+    ratio. In float32 both in units of the square root of the longest sum, since kernels accumulate in float32.
     """
     role = role_of(error.class_name, evidence.family)
     composed = error.kernel_ratio == error.kernel_ratio or role in {"attention", "block", "mlp"}
@@ -85,8 +85,7 @@ def _value(error: LocalError, evidence: Evidence) -> tuple[str, float]:
         ratio = error.kernel_ratio if error.rms_roundoffs else 0.0
         return "composed", ratio / allowance
     smaller = error.rms_roundoffs if not error.relative_roundoffs <= error.rms_roundoffs else error.relative_roundoffs
-    amp = evidence.recipe.autocast is not None and error.dtype != "float32"
-    return f"{role}-amp" if amp and role == "linear" else role, smaller / allowance
+    return role, smaller / allowance
 
 
 def _rank(value: float) -> float:

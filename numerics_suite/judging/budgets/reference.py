@@ -36,22 +36,14 @@ LOCAL = (
         "A product accumulated in float32 is rounded once: 0.43 roundoffs on the average, and never more than 1 plus what "
         "float32 accumulation adds.",
     ),
-    (
-        "linear-amp",
-        2.0,
-        "roundoffs",
-        "a matrix product under autocast",
-        "Under autocast input and weight are rounded before the product and the result after it: three roundings, "
-        "0.57 to 1.1 roundoffs (measured; the most where there are few outputs).",
-    ),
     ("embedding", 0.0, "roundoffs", "a table look-up", "Looking up a row rounds nothing."),
     (
         "composed",
         1.5,
         "times its rounded run",
         "its ops",
-        "Against the same module with every op computed in float64 and rounded once; clean blocks, attentions and MLPs "
-        "give 0.85 to 1.2.",
+        "Against the same module with every op computed in float64 and rounded once; clean blocks, attentions, MLPs and, "
+        "under autocast, linear layers give 0.85 to 1.2.",
     ),
 )
 """Budgets of a module on its own: role, limit, unit, what it is, where the number comes from."""
