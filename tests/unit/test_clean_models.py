@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from numerics_suite.observing.kinks import Kinks
 from numerics_suite.observing.local_error import local_errors
 from numerics_suite.observing.roundoff import gradient_errors
 from numerics_suite.running.dropout import WithoutDropout
@@ -323,3 +324,29 @@ def test_one_label_whose_sum_cancels_under_autocast(tmp_path):
     ]
     assert error.rms_roundoffs > 2
     assert 0.85 < error.kernel_ratio < 1.2
+
+
+def test_an_activation_with_a_kink(tmp_path):
+    """One pre-activation that rounding moves over zero switches its gradient on or off; sdpa's rounding is its own."""
+    config = {**BODY, "hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 64}
+    folder = save(tmp_path, "OPTForCausalLM", "OPTConfig", **config)
+    for seed in (9, 10):
+        shape = {"seed": seed, "seq_len": 24, "attn": ("sdpa",)}
+        assert statuses(folder, ("reference.gradient",), "amp-fp16", **shape) == {"reference.gradient": "passed"}
+
+
+@pytest.mark.parametrize(("activation", "found"), [(nn.ReLU(), True), (nn.LeakyReLU(), True), (nn.GELU(), False)])
+def test_kinks_are_seen_in_the_backward_pass(activation, found):
+    kinks = Kinks()
+    with kinks:
+        activation(torch.ones(3, requires_grad=True)).sum().backward()
+    assert kinks.found is found
+
+
+def test_experts_are_held_to_the_laws_and_to_no_rounding(tmp_path):
+    shape = {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "num_local_experts": 4}
+    folder = save(tmp_path, "MixtralForCausalLM", "MixtralConfig", **{**BODY, **shape})
+    found = statuses(folder, ("forward.*", "reference.*"))
+    assert_clean(found)
+    assert {found[f"forward.{law}"] for law in ("padding", "batch", "causal", "cache", "attention")} == {"passed"}
+    assert found["reference.end-to-end"] == found["reference.gradient"] == "skipped"

@@ -18,6 +18,8 @@ from numerics_suite.running.twins import (
     root_mean_square,
     rounded_answer,
     rounding_allowance,
+    routed_reason,
+    routes,
     true_answer,
 )
 
@@ -37,6 +39,8 @@ def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
     if is_reference_itself(evidence):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
+    if routes(evidence.model):
+        raise NotApplicableError(routed_reason())
     tensors = _batch(evidence)
     real = tensors["attention_mask"].bool()
     true = true_answer(evidence, tensors)[real]

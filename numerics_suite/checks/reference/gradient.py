@@ -13,11 +13,19 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.coarser import coarser_ops
+from numerics_suite.observing.kinks import Kinks
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, to_device
 from numerics_suite.running.rounded import run_rounded
 from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import is_reference_itself, root_mean_square, rounding_allowance, trusted
+from numerics_suite.running.twins import (
+    is_reference_itself,
+    root_mean_square,
+    rounding_allowance,
+    routed_reason,
+    routes,
+    trusted,
+)
 
 
 @check(trains=True, needs=("token-ids",))
@@ -29,6 +37,8 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     if is_reference_itself(evidence):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
+    if routes(evidence.model):
+        raise NotApplicableError(routed_reason())
     tensors = evidence.training_batch.tensors
     call = differentiated(evidence)
     true_run = run_true_fp64(evidence.model, tensors, gradients=True, call=call)
@@ -39,7 +49,14 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     assert true_run.gradients is not None
     assert rounded_run.gradients is not None
     own: dict[str, Tensor] = {}
-    yield _coarser(evidence, lambda: own.update(own_gradients(evidence, tensors)))
+    kinks = Kinks()
+    with kinks:
+        yield _coarser(evidence, lambda: own.update(own_gradients(evidence, tensors)))
+    lost = tuple(name for name in true_run.gradients if name not in own)
+    yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
+    if kinks.found:
+        # Rounding that moves an activation over the kink switches its gradient on or off, by any amount.
+        return
     ratios = _ratios(own, true_run.gradients, rounded_run.gradients, evidence)
     if not ratios:
         reason = "the loss reaches no parameter"
@@ -62,8 +79,6 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
         else float("nan"),
         unit="ratio",
     )
-    lost = tuple(name for name in true_run.gradients if name not in own)
-    yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
 
 
 def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
