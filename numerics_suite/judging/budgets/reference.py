@@ -104,7 +104,7 @@ BUDGETS: tuple[Budget, ...] = (
         cause="wrong-gradient",
         title="gradients err {value:.3g} times as much as the precision makes unavoidable, over all parameters",
         reason="The median over the parameters evens out the draws of single ones: 0.97 to 1.20 on clean models. What all "
-        "gradients share (a classifier's few logits) it does not even out: up to 1.4 measured, with weights four times as "
+        "gradients share (a classifier's few logits) it does not even out: up to 1.84 measured, with weights four times as "
         "large. Twice is beyond that.",
         remedies=CURE,
     ),
