@@ -84,7 +84,7 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
 def _replay_forward(evidence: Evidence, batch: Batch | None) -> Origin | None:
     if batch is None:
         return None
-    tensors = {name: value for name, value in batch.tensors.items() if name != "labels" or not evidence.takes_ids}
+    tensors = evidence.inputs_of(batch)
     return find_origin(evidence.model, lambda: evidence.run(tensors))
 
 

@@ -270,6 +270,18 @@ class Evidence:
         with torch.no_grad(), arithmetic(self.recipe, self.cell.device):
             return function()
 
+    @cached_property
+    def rotary_table(self) -> tuple[str, Tensor] | None:
+        """Name and values of the model's own rotary frequencies, None without any."""
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("inv_freq") and "original" not in name:
+                return name, buffer.detach().cpu()
+        return None
+
+    def inputs_of(self, batch: Batch) -> dict[str, Any]:
+        """What a forward pass is given: without labels, but for a plain module, whose batch is its own affair."""
+        return {name: value for name, value in batch.tensors.items() if name != "labels" or not self.takes_ids}
+
     def forward(self, batch: Batch, *, labels: bool = False) -> dict[str, Tensor]:
         """The floating outputs of the cell's model on the batch, by name; computed once per batch.
 
@@ -277,9 +289,7 @@ class Evidence:
             batch: what to run.
             labels: hand the labels over too, so that the model computes its loss.
         """
-        tensors = dict(batch.tensors)
-        if not labels and self.takes_ids:
-            tensors.pop("labels", None)
+        tensors = dict(batch.tensors) if labels else self.inputs_of(batch)
         key = batch_key(tensors)
         if key in self._forwards:
             self._forwards.move_to_end(key)

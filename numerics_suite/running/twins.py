@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.observing.roundoff import relative_error, rms
 from numerics_suite.running.evidence import Evidence, batch_key
 from numerics_suite.running.forward import call_model, dtype_of, to_device
 from numerics_suite.running.rounded import run_rounded
@@ -115,11 +116,6 @@ def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bo
     return _kept(evidence, f"plain {by_token}", given, make)
 
 
-def root_mean_square(values: Tensor) -> float:
-    """Root mean square of all elements; NaN stays NaN, nothing is 0."""
-    return float(values.double().square().mean().sqrt()) if values.numel() else 0.0
-
-
 def is_reference_itself(evidence: Evidence) -> bool:
     """In fp64 the run is its own reference: it has no inherent error to compare with."""
     return evidence.recipe.computes_in == "float64"
@@ -178,12 +174,10 @@ def compare_law(
         triangle inequality a law that holds in true fp64 can fail in p only through a transformed run that is itself
         too far from the true one, so that is what is measured.
     """
-    from numerics_suite.observing.roundoff import relative_error
-
     exact = relative_error(true_other, true)
     if is_reference_itself(evidence) or routes(evidence.model):
         # The law in true fp64 says all; a value that is lost in p only must still be seen.
         return exact, 0.0 if bool(other.isfinite().all()) or not bool(true.isfinite().all()) else math.nan
-    inherent = root_mean_square(base() - true)
-    floor = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2 * root_mean_square(true)
-    return exact, root_mean_square(other - true) / (max(inherent, floor) * rounding_allowance(evidence))
+    inherent = rms(base() - true)
+    floor = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2 * rms(true)
+    return exact, rms(other - true) / (max(inherent, floor) * rounding_allowance(evidence))

@@ -16,7 +16,7 @@ from numerics_suite.running.forward import floating_outputs
 def deterministic(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Does the same input give the same bits twice, in eval mode?"""
     wanted = evidence.forward(batch)
-    tensors = {name: value for name, value in batch.tensors.items() if name != "labels" or not evidence.takes_ids}
+    tensors = evidence.inputs_of(batch)
     again = floating_outputs(evidence.run(tensors))
     differing = sum(differing_elements(again[name], value) for name, value in wanted.items())
     where = unsteady_module(evidence.model, lambda: evidence.run(tensors)) if differing else None

@@ -21,7 +21,7 @@ def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
 
     Hypothesis climbs the largest activation. Little headroom informs; only a value that is not finite fails.
     """
-    tensors = {name: value for name, value in batch.tensors.items() if name != "labels" or not evidence.takes_ids}
+    tensors = evidence.inputs_of(batch)
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> object:
         with arithmetic(evidence.recipe, evidence.cell.device):

@@ -11,6 +11,7 @@ from numerics_suite.checks._laws import is_rotary, law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.parting import Side, first_parting
+from numerics_suite.observing.roundoff import nan_last, relative_error
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.twins import caller, compare_law, plain_answer, rounded_answer, true_answer, without_labels
 
@@ -39,7 +40,7 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
             other=_tokens(plain_answer(evidence, more), where),
             base=lambda: _tokens(rounded_answer(evidence, batch.tensors), real),
         )
-        if worst_side == "" or _rank(found) > _rank(worst):
+        if worst_side == "" or nan_last(found[0]) > nan_last(worst[0]):
             worst, worst_side = found, side
     yield from law_measurements(*worst, place=lambda: _place(evidence, batch, worst_side))
     if evidence.subject.task == "sequence-classification":
@@ -66,11 +67,6 @@ def _sides(evidence: Evidence, batch: Batch) -> list[str]:
     return [side for side in evidence.family.padding_sides if not taken[opposite[side]]]
 
 
-def _rank(pair: tuple[float, float]) -> float:
-    # NaN is the worst there is, and max() would hide it.
-    return float("inf") if pair[0] != pair[0] else pair[0]
-
-
 def padded(batch: Batch, side: str, pad: int) -> dict[str, Tensor]:
     """The batch with :data:`EXTRA` more columns of padding on a side."""
     ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
@@ -87,8 +83,6 @@ def _tokens(answer: Tensor, real: Tensor) -> Tensor:
 
 def _pooled(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """The pooled logits under more padding, in true fp64."""
-    from numerics_suite.observing.roundoff import relative_error
-
     base = true_answer(evidence, batch.tensors, by_token=False)
     errors = [
         relative_error(true_answer(evidence, padded(batch, side, evidence.space.pad_id), by_token=False), base)

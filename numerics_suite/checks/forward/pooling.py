@@ -62,7 +62,7 @@ def _head(evidence: Evidence) -> tuple[str, nn.Module]:
 
 def _logits_and_states(evidence: Evidence, batch: Batch, head: nn.Module) -> tuple[Tensor, Tensor]:
     """The classifier's logits `[batch, labels]` and the head's answer for every position `[batch, sequence, labels]`."""
-    tensors = {name: value for name, value in batch.tensors.items() if name != "labels"}
+    tensors = evidence.inputs_of(batch)
     output = evidence.run(tensors, output_hidden_states=True)
     states = output.hidden_states[-1]
     if states.shape[0] != batch.tensors["input_ids"].shape[0]:

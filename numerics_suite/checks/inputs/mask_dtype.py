@@ -22,7 +22,7 @@ def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     mask = batch.tensors["attention_mask"]
     disagreeing: dict[str, int] = {}
     for dtype in MASK_DTYPES[1:]:
-        tensors = {name: value for name, value in batch.tensors.items() if name != "labels"}
+        tensors = evidence.inputs_of(batch)
         tensors["attention_mask"] = mask.to(dtype)
         try:
             got = main_output(floating_outputs(evidence.run(tensors)))[1]

@@ -109,11 +109,11 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
 def _rotary_table_is_right(evidence: Evidence) -> bool:
     """Whether the model's rotary table is the one that the file defines, though a release may not read every key."""
     name = evidence.family.name
-    table = next((b for n, b in evidence.model.named_buffers() if n.endswith("inv_freq") and "original" not in n), None)
+    table = evidence.rotary_table
     if oracle_for(name) is None or table is None:
         return False
     try:
-        roundoffs = rotary_roundoffs(name, evidence.subject.config, table.detach().cpu())
+        roundoffs = rotary_roundoffs(name, evidence.subject.config, table[1])
         return roundoffs <= rotary_budget(name, evidence.subject.config)
     except OracleUnavailable:
         return False

@@ -10,12 +10,12 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.observing.roundoff import rms
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.twins import (
     is_reference_itself,
     longest_reduction,
     plain_answer,
-    root_mean_square,
     rounded_answer,
     rounding_allowance,
     routed_reason,
@@ -44,8 +44,8 @@ def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
     tensors = _batch(evidence)
     real = tensors["attention_mask"].bool()
     true = true_answer(evidence, tensors)[real]
-    error = root_mean_square(plain_answer(evidence, tensors)[real] - true)
-    inherent = root_mean_square(rounded_answer(evidence, tensors)[real] - true)
+    error = rms(plain_answer(evidence, tensors)[real] - true)
+    inherent = rms(rounded_answer(evidence, tensors)[real] - true)
     ratio = error / inherent if inherent else float(error > 0) * float("inf") if error else 0.0
     allowance = rounding_allowance(evidence)
     yield Measurement(

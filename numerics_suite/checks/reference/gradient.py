@@ -14,13 +14,13 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.coarser import coarser_ops
 from numerics_suite.observing.kinks import Kinks
+from numerics_suite.observing.roundoff import nan_last, rms
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, to_device
 from numerics_suite.running.rounded import run_rounded
 from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import (
     is_reference_itself,
-    root_mean_square,
     rounding_allowance,
     routed_reason,
     routes,
@@ -61,7 +61,7 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     if not ratios:
         reason = "the loss reaches no parameter"
         raise NotApplicableError(reason)
-    worst = max(ratios, key=lambda name: float("inf") if ratios[name] != ratios[name] else ratios[name])
+    worst = max(ratios, key=lambda name: nan_last(ratios[name]))
     allowance = rounding_allowance(evidence, tokens=int(tensors["input_ids"].numel()))
     yield Measurement(
         name="excess",
@@ -134,9 +134,9 @@ def _ratios(
     for name, wanted in true.items():
         if name not in own or name not in rounded:
             continue
-        inherent = root_mean_square(rounded[name] - wanted)
-        floor = roundoff * root_mean_square(wanted)
-        error = root_mean_square(own[name] - wanted)
+        inherent = rms(rounded[name] - wanted)
+        floor = roundoff * rms(wanted)
+        error = rms(own[name] - wanted)
         scale = max(inherent, floor)
         ratios[name] = error / scale if scale else (0.0 if error == 0 else float("inf"))
     return ratios

@@ -8,7 +8,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.local_error import LocalError, local_errors
-from numerics_suite.observing.roundoff import unit_roundoff
+from numerics_suite.observing.roundoff import nan_last, unit_roundoff
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import dtype_of
 from numerics_suite.running.twins import is_reference_itself, longest_reduction, without_labels
@@ -41,7 +41,7 @@ def local(evidence: Evidence) -> Iterable[Measurement]:
     yield _coarser(judged, evidence)
     rows = [(error, *_value(error, evidence)) for error in judged]
     for name in dict.fromkeys(name for _, name, _ in rows):
-        worst, _, value = max((row for row in rows if row[1] == name), key=lambda row: _rank(row[2]))
+        worst, _, value = max((row for row in rows if row[1] == name), key=lambda row: nan_last(row[2]))
         yield Measurement(
             name=name,
             value=value,
@@ -86,7 +86,3 @@ def _value(error: LocalError, evidence: Evidence) -> tuple[str, float]:
         return "composed", ratio / allowance
     smaller = error.rms_roundoffs if not error.relative_roundoffs <= error.rms_roundoffs else error.relative_roundoffs
     return role, smaller / allowance
-
-
-def _rank(value: float) -> float:
-    return float("inf") if value != value else value

@@ -34,7 +34,7 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
     if oracle_for(evidence.family.name) is None:
         reason = f"no definition of the family '{evidence.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
-    table = _rotary_table(evidence)
+    table = evidence.rotary_table
     wrong_table = None
     if table is not None:
         roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table[1])
@@ -84,14 +84,6 @@ def _weights(evidence: Evidence) -> Weights:
     if path is None or evidence.subject.adapter_base:
         return tensor_weights(evidence.model.state_dict())
     return file_weights(path, rounded_to=dtype_of(evidence.recipe.parameters))
-
-
-def _rotary_table(evidence: Evidence) -> tuple[str, Tensor] | None:
-    """Name and values of the model's own rotary frequencies."""
-    for name, buffer in evidence.model.named_buffers():
-        if name.endswith("inv_freq") and "original" not in name:
-            return name, buffer.detach().cpu()
-    return None
 
 
 def _definition(  # noqa: PLR0913 - what the oracle needs

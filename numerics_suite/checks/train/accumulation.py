@@ -12,7 +12,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.inputs.strategies import IGNORED
-from numerics_suite.observing.roundoff import gradient_errors, relative_error
+from numerics_suite.observing.roundoff import gradient_errors, nan_last, relative_error
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import trusted
@@ -63,7 +63,7 @@ def counted(labels: Tensor, task: str) -> int:
 
 def _worst(found: dict[str, Any], wanted: dict[str, Any]) -> Measurement:
     errors = gradient_errors(found, wanted)
-    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    worst = max(errors, key=lambda name: nan_last(errors[name]))
     return Measurement(
         name="true-gradient",
         value=errors[worst],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.observing.roundoff import gradient_errors
+from numerics_suite.observing.roundoff import gradient_errors, nan_last
 from numerics_suite.running.dropout import WithoutDropout
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import call_model, to_device
@@ -42,7 +42,7 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
     assert again.gradients is not None
     lost = tuple(name for name in plain.gradients if name not in again.gradients)
     errors = gradient_errors(again.gradients, plain.gradients)
-    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    worst = max(errors, key=lambda name: nan_last(errors[name]))
     yield Measurement(
         name="true-gradient",
         value=errors[worst],
@@ -68,7 +68,7 @@ def _by_mode(evidence: Evidence, tensors: Mapping[str, Tensor], training: Fp64Ru
         **dict.fromkeys(evaluated.gradients, float("inf")),
         **gradient_errors(training.gradients, evaluated.gradients),
     }
-    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    worst = max(errors, key=lambda name: nan_last(errors[name]))
     return Measurement(
         name="true-training-mode",
         value=errors[worst],
