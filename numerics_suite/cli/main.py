@@ -17,16 +17,16 @@ INTERRUPTED, INTERNAL, BAD_INPUT = 2, 3, 4
 
 COMMANDS = {
     "check": "run the suite over subject × precision × attention × device",
-    "fixtures": "list, build or find the shipped tiny checkpoints",
-}
-"""Each is a module of `numerics_suite.cli` with `run(arguments) -> int`."""
-
-NOT_BUILT = {
     "record": "write baselines",
     "compare": "two baselines: what changed and where it starts",
     "matrix": "check in one environment per version",
     "bisect": "the first version at which the verdict changes",
     "cache": "environments and built fixtures kept between runs",
+    "fixtures": "list, build or find the shipped tiny checkpoints",
+}
+"""Each is a module of `numerics_suite.cli` with `run(arguments) -> int`."""
+
+NOT_BUILT = {
     "watch": "run a training script under the watch",
     "report": "HTML, JUnit and GitHub summary from result files",
     "init": "adopt the gate in your repository",
@@ -51,6 +51,8 @@ options:
 examples:
   numerics-suite check
   numerics-suite check ./my-checkpoint --precision bf16,amp-bf16
+  numerics-suite record ./my-checkpoint --baseline .numerics/baselines
+  numerics-suite matrix ./my-checkpoint --transformers 'latest:3'
   numerics-suite check --help
 """
 
@@ -98,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
         sys.stdout.write(f"numerics-suite {__version__}\n")
         return 0
     if command in NOT_BUILT:
-        message = f"'{command}' is not built yet; this release has {' and '.join(COMMANDS)}"
+        message = f"'{command}' is not built yet; numerics-suite --help lists what this release has"
         raise BadInputError(message)
     if command not in COMMANDS:
         kind = "option" if command.startswith("-") else "command"

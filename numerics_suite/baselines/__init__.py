@@ -1,0 +1,1 @@
+"""Measurements of one version, kept to compare another version with."""

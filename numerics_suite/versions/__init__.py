@@ -1,0 +1,1 @@
+"""One environment per version: made, run, compared, searched."""
