@@ -137,7 +137,8 @@ class Budget:
         measurement: name of the measurement it judges.
         limit: the largest value that passes; 0 is a limit.
         cause: what it means to be over it, unless the measurement knows better.
-        title: one line for the finding; `{value}`, `{limit}`, `{module}`, `{parameters}`, `{step}` are filled in.
+        title: one line for the finding; `{value}`, `{limit}`, `{module}`, `{parameters}`, `{step}` are filled in,
+            and `{facts[NAME]}`.
         reason: where the limit comes from and what being over it means for the user; one paragraph.
         remedies: names of the remedies that apply, cheapest first.
     """

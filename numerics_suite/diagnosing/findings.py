@@ -69,6 +69,7 @@ def title(breach: Breach) -> str:
         module=breach.measurement.module or "the model",
         parameters=listed,
         step=breach.measurement.step,
+        facts=breach.measurement.facts,
     )
 
 

@@ -128,6 +128,19 @@ def test_a_tensor_without_a_place(checkpoint: Callable[..., Path]) -> None:
     assert found.parameters == ("model.layers.1.mlp.down.weight",)
 
 
+def test_a_revision_whose_trunk_was_renamed(checkpoint: Callable[..., Path]) -> None:
+    def rename(held: Tensors) -> None:
+        for name in [name for name in held if name.startswith("model.")]:
+            held[f"language_model.{name}"] = held.pop(name)
+
+    found = finding_of(checkpoint("glm-tiny", tensors=rename), "load.complete", "missing-weights")
+    assert (
+        "stored under other names (language_model.model.embed_tokens.weight for model.embed_tokens.weight)"
+        in found.title
+    )
+    assert len(found.parameters) == found.evidence["measured"] > 20
+
+
 def test_tied_weights_untied() -> None:
     finding_of(factory("untied"), "load.tied", "untied-weights")
 

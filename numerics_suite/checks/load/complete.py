@@ -17,6 +17,7 @@ from numerics_suite.subjects.load import Loaded
 def complete(evidence: Evidence) -> Iterable[Measurement]:
     """Did every stored weight reach the model, unchanged, and is every weight of the model but a new head stored?"""
     loaded = evidence.loaded
+    yield _renamed(evidence, loaded)
     names: list[tuple[str, tuple[str, ...]]] = [
         ("missing", tuple(name for name in loaded.missing if name not in loaded.new_head)),
         ("unexpected", _unexpected(loaded)),
@@ -38,6 +39,47 @@ def complete(evidence: Evidence) -> Iterable[Measurement]:
         module=changed[0].rpartition(".")[0] if changed else None,
         parameters=changed,
     )
+
+
+def _renamed(evidence: Evidence, loaded: Loaded) -> Measurement:
+    """Weights that are in the files, whole, under a name that the model does not know."""
+    assert evidence.subject.path is not None
+    stored = tensor_headers(evidence.subject.path)
+    wanted = dict(loaded.model.named_parameters())
+    homeless = [name for name in loaded.unexpected if name in stored]
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in loaded.missing:
+        if name in loaded.new_head or name not in wanted:
+            continue
+        shape = tuple(wanted[name].shape)
+        like = [
+            other
+            for other in homeless
+            if tuple(stored[other][1]) == shape and other.split(".")[-2:] == name.split(".")[-2:]
+        ]
+        prefixes = {_prefixes(other, name) for other in like}
+        for pair in prefixes:
+            found.setdefault(pair, []).append(name)
+    if not found:
+        return Measurement(name="renamed", value=0, unit="tensors")
+    (theirs, ours), names = max(found.items(), key=lambda item: len(item[1]))
+    return Measurement(
+        name="renamed",
+        value=len(names),
+        unit="tensors",
+        module=names[0].rpartition(".")[0],
+        parameters=tuple(names),
+        facts={"stored as": theirs + names[0].removeprefix(ours), "looked for as": names[0]},
+    )
+
+
+def _prefixes(one: str, other: str) -> tuple[str, str]:
+    """What stands before the longest ending, in whole parts, that both names share."""
+    left, right = one.split("."), other.split(".")
+    while left and right and left[-1] == right[-1]:
+        left.pop()
+        right.pop()
+    return "".join(f"{part}." for part in left), "".join(f"{part}." for part in right)
 
 
 def _unexpected(loaded: Loaded) -> tuple[str, ...]:

@@ -39,6 +39,17 @@ BUDGETS = (
     ),
     Budget(
         check="load.complete",
+        measurement="renamed",
+        limit=0,
+        cause="missing-weights",
+        title="{value} weights are stored under other names ({facts[stored as]} for {facts[looked for as]}): "
+        "the model runs on initial values",
+        reason="The files hold tensors of these shapes whose names end alike, so the checkpoint was saved with another layout. "
+        "transformers warns and goes on with weights drawn at random, and the answers are noise.",
+        remedies=("newer-version", "pin-version", "reload-weights"),
+    ),
+    Budget(
+        check="load.complete",
         measurement="missing",
         limit=0,
         cause="missing-weights",
