@@ -77,7 +77,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return
     settings = _settings(config)
     _share_cores(config)
-    from numerics_suite.reporting.atomic import ensure_writable
+    from numerics_suite.core.atomic import ensure_writable
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.session import SuiteSession
 

@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _refuse_unwritable(settings: Settings) -> None:
     """Before hours of work, see that its results will have a place."""
-    from numerics_suite.reporting.atomic import ensure_writable
+    from numerics_suite.core.atomic import ensure_writable
 
     if settings.json and settings.json != "-":
         ensure_writable(Path(settings.json), "--json")

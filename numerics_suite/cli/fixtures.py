@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.json and given.json != "-":
         from pathlib import Path
 
-        from numerics_suite.reporting.atomic import ensure_writable
+        from numerics_suite.core.atomic import ensure_writable
 
         ensure_writable(Path(given.json), "--json")
     rows = {"list": _list, "build": _build, "path": _path}[given.action](given)

@@ -27,8 +27,8 @@ def write_json(target: str, content: Mapping[str, Any]) -> None:
     Raises:
         BadInputError: it cannot be written.
     """
+    from numerics_suite.core.atomic import write_atomic
     from numerics_suite.core.errors import BadInputError
-    from numerics_suite.reporting.atomic import write_atomic
     from numerics_suite.reporting.results import dump
 
     if target != "-":

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite import __version__
+from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, SubjectFacts
-from numerics_suite.reporting.atomic import write_atomic
 from numerics_suite.reporting.numbers import jsonable, revived
 
 if TYPE_CHECKING:

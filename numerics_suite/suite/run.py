@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.records import CheckResult, RunResult
-from numerics_suite.reporting.atomic import write_atomic
 from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.running.precisions import precision
 from numerics_suite.settings.options import to_args

@@ -12,10 +12,10 @@ import jsonschema
 import pytest
 from unit.sample_run import SUBJECT, failing_checks, finding, result, sample_run
 
+from numerics_suite.core import atomic
+from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Cell, Subject
-from numerics_suite.reporting import atomic
-from numerics_suite.reporting.atomic import ensure_writable, write_atomic
 from numerics_suite.reporting.findings import block, grouped
 from numerics_suite.reporting.plan import PlanRow, plan_to_json, readable_bytes
 from numerics_suite.reporting.results import (
