@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.observing.tokens import at_real
 from numerics_suite.running import _lifting
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def headroom(
     *,
     autocast: torch.dtype | None = None,
     call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+    real: Tensor | None = None,
 ) -> list[Headroom]:
     """Measure the headroom of every module in one run of `model` in evaluation mode, without gradients.
 
@@ -47,6 +49,7 @@ def headroom(
         batch: Tensors for the call.
         autocast: Lower dtype of an autocast section around the call.
         call: Calls the model; default `model(**batch)`.
+        real: `[batch, sequence]` bool: padding is left out of what has token dimensions. None leaves out nothing.
 
     Returns:
         One record per module with a floating output, the worst of its outputs and runs, in the order in which the
@@ -57,7 +60,7 @@ def headroom(
 
     def look(module: nn.Module, args: object, output: object) -> None:  # noqa: ARG001 - the signature of a hook
         for tensor in _lifting.floating_outputs(output).values():
-            found = _headroom(names[id(module)], tensor)
+            found = _headroom(names[id(module)], at_real(real, tensor))
             before = worst.get(found.module)
             if before is None or math.isnan(found.bits) or found.bits < before.bits:
                 worst[found.module] = found

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from numerics_suite.observing.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
+from numerics_suite.observing.tokens import at_real
 from numerics_suite.running import _lifting
 from numerics_suite.running._lifting import WIDER, floating_outputs, widen
 from numerics_suite.running.rounded import RoundOnce
@@ -44,6 +45,7 @@ class LocalError:
         kernel_ratio: The error over that of the module's rounded run, the smaller of the ratio of root mean squares and
             that of medians; for a module with submodules or a linear layer under autocast, NaN for another. How a softmax
             or a cancelling sum spreads rounding depends on the weights; this does not.
+        count: Numbers that the errors are taken over.
     """
 
     module: str
@@ -54,6 +56,7 @@ class LocalError:
     left_out: tuple[str, ...] = ()
     relative_roundoffs: float = math.nan
     kernel_ratio: float = math.nan
+    count: int = 0
 
 
 def local_errors(
@@ -230,28 +233,19 @@ def _real_positions(batch: Mapping[str, Any]) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
 
 
-def _at(real: Tensor | None, values: Tensor) -> Tensor:
-    """Leave out padding where the leading dimensions are [batch, sequence], [sequence, batch] or both in one."""
-    if real is not None:
-        for mask in (real, real.t(), real.flatten()):
-            if values.dim() > mask.dim() and values.shape[: mask.dim()] == mask.shape:
-                return values[mask]
-    return values
-
-
 def _error(started: _Open, got: Tensor | None, want: Tensor, rounded: Tensor | None, real: Tensor | None) -> LocalError:
     relative = ratio = math.nan
     if got is None or got.shape != want.shape:
         typical = largest = math.inf
     else:
-        got, want = _at(real, got), _at(real, want)
+        got, want = at_real(real, got), at_real(real, want)
         typical = rms_error_in_roundoffs(got, want, started.coarsest)
         relative = _relative_roundoffs(got, want, started.coarsest)
         scale = rms(want) * unit_roundoff(started.coarsest)
         error = largest_difference(got, want)
         largest = 0.0 if error == 0.0 else error / scale if scale != 0.0 else math.inf
         if rounded is not None and typical:
-            ratio = _kernel_ratio(got, want, _at(real, rounded), started.coarsest)
+            ratio = _kernel_ratio(got, want, at_real(real, rounded), started.coarsest)
     return LocalError(
         module=started.name,
         class_name=started.class_name,
@@ -261,6 +255,7 @@ def _error(started: _Open, got: Tensor | None, want: Tensor, rounded: Tensor | N
         left_out=started.left_out,
         relative_roundoffs=relative,
         kernel_ratio=ratio,
+        count=want.numel(),
     )
 
 

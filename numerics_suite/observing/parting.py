@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import relative_error
 from numerics_suite.running.true_fp64 import STREAM_ABOVE_BYTES, run_true_fp64
 
@@ -72,39 +72,17 @@ def _states(side: Side) -> dict[str, _States]:
     """Of every module by name, in the order in which they first returned."""
     found: dict[str, _States] = {}
 
+    def note(name: str, given: Tensor | None, output: Any) -> None:
+        gave, states = _first_state(output), found.setdefault(name, _States())
+        states.given += [] if given is None else [given]
+        states.gave += [] if gave is None else [gave]
+
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> object:
-        with _watched(model, found):
+        with watched_calls(model, _first_state, note):
             return side.call(model, tensors)
 
     run_true_fp64(side.model, dict(side.tensors), call=call)
     return found
-
-
-@contextmanager
-def _watched(model: nn.Module, found: dict[str, _States]) -> Iterator[None]:
-    pending: list[Tensor | None] = []
-    handles = []
-
-    def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        pending.append(_first_state((args, kwargs)))
-
-    def leave(name: str) -> Callable[..., None]:
-        def note(_module: nn.Module, _args: Any, output: Any) -> None:
-            given, gave = pending.pop(), _first_state(output)
-            states = found.setdefault(name, _States())
-            states.given += [] if given is None else [given]
-            states.gave += [] if gave is None else [gave]
-
-        return note
-
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_state(value: Any) -> Tensor | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from numerics_suite.observing.calls import watched_calls
 
 Digests = list[tuple[str, bytes, bytes]]
 
@@ -34,34 +35,13 @@ def unsteady_module(model: nn.Module, run: Callable[[], object], *, runs: int = 
 def _digests(model: nn.Module, run: Callable[[], object]) -> Digests:
     """Name, digest of the inputs and digest of the outputs, in the order in which modules return."""
     found: Digests = []
-    with _watched(model, found):
+
+    def note(name: str, given: bytes, output: Any) -> None:
+        found.append((name, given, _digest(output)))
+
+    with watched_calls(model, _digest, note):
         run()
     return found
-
-
-@contextmanager
-def _watched(model: nn.Module, found: Digests) -> Iterator[None]:
-    given: list[bytes] = []
-    handles = []
-
-    def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Taken before the call: an op in place may change them.
-        given.append(_digest((args, kwargs)))
-
-    def leave(name: str) -> Callable[..., None]:
-        def note(_module: nn.Module, _args: Any, output: Any) -> None:
-            found.append((name, given.pop(), _digest(output)))
-
-        return note
-
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _digest(value: Any) -> bytes:

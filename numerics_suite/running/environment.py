@@ -1,0 +1,82 @@
+"""What a run ran on: python, platform, device and package versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "accelerate",
+    "peft",
+    "numpy",
+    "hypothesis",
+    "pytest",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of those of :data:`PACKAGES` that are installed."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return packages
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """The `environment` of a results file.
+
+    Args:
+        device: where the cells run.
+    """
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "packages": package_versions(),
+    }
+
+
+def device_name(device: str) -> str:
+    """The device, with the model of an accelerator."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return device
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What decides how sums are ordered and rounded: processor, its vector instructions, threads, accelerator.
+
+    Args:
+        device: where a cell runs.
+    """
+    import torch
+
+    kind = device.partition(":")[0]
+    return {
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(device) if kind == "cuda" else "" if kind == "cpu" else kind,
+    }
+
+
+def _processor() -> str:
+    """The processor's model where the system tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
