@@ -112,7 +112,9 @@ def _optimizer_underflows(evidence: Evidence) -> bool:
     name = evidence.request.plan.optimizer
     if bad is None or bad.kind not in {"parameter", "optimizer state"} or name == "sgd":
         return False
-    eps = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
+    eps = evidence.request.plan.eps
+    if eps is None:
+        eps = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
     return float(torch.tensor(eps, dtype=dtype_of(evidence.recipe.parameters))) == 0.0
 
 

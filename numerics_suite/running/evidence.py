@@ -94,6 +94,30 @@ class Evidence:
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self.memo: dict[str, Any] = {}
 
+    def variant(
+        self,
+        *,
+        precision_name: str | None = None,
+        attn: str | None = None,
+        change: Callable[[Loaded], Loaded] | None = None,
+        plan: Plan | None = None,
+        **request: Any,
+    ) -> Evidence:
+        """Evidence of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
+
+        Args:
+            precision_name: another precision.
+            attn: another attention implementation.
+            change: applied to every model as soon as it is loaded.
+            plan: another training plan.
+            request: more fields of the request to replace.
+        """
+        cell = replace(self.cell, precision=precision_name or self.cell.precision, attn=attn or self.cell.attn)
+        inner = self._loader
+        loader = inner if change is None else lambda *args, **keywords: change(inner(*args, **keywords))
+        asked = replace(self.request, plan=plan or self.request.plan, **request)
+        return Evidence(self.subject, cell, asked, loader=loader)
+
     # --- the model -------------------------------------------------------------------------------------------------
 
     def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:

@@ -26,6 +26,8 @@ class Plan:
         lr: learning rate.
         max_grad_norm: clip the total gradient norm to it, None for no clipping.
         scope: `full`, `head`, `last:K` or `lora`: what is trained.
+        eps: of an Adam, None for torch's default.
+        init_scale: what the GradScaler begins with, None for torch's default.
     """
 
     steps: int = 5
@@ -33,6 +35,8 @@ class Plan:
     lr: float = 1e-4
     max_grad_norm: float | None = None
     scope: str = "full"
+    eps: float | None = None
+    init_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +106,10 @@ class Trainer:
         """Set the optimizer and, for loss-scaled recipes, a GradScaler with torch's defaults."""
         self.model, self.recipe, self.plan, self.device = model, recipe, plan, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = OPTIMIZERS[plan.optimizer](list(self.parameters.values()), lr=plan.lr)
-        kind = device.partition(":")[0]
-        self.scaler = torch.amp.GradScaler(kind, enabled=recipe.loss_scaling)
+        options: dict[str, Any] = {} if plan.eps is None else {"eps": plan.eps}
+        self.optimizer = OPTIMIZERS[plan.optimizer](list(self.parameters.values()), lr=plan.lr, **options)
+        scale: dict[str, Any] = {} if plan.init_scale is None else {"init_scale": plan.init_scale}
+        self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=recipe.loss_scaling, **scale)
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.clipped: list[float] = []

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, U
 from numerics_suite.core.records import Batch, Cell, CheckResult, Subject
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.findings import finding
+from numerics_suite.diagnosing.trying import Answer, try_remedies
 from numerics_suite.inputs.data import data_batch, read_examples
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.running.evidence import Evidence, Request
@@ -39,12 +41,14 @@ class SuiteSession:
 
     Attributes:
         settings: as used.
+        tries_remedies: with `--diagnose`, remedies are tried on copies; a table of many defects does without.
         deadline: seconds since the epoch after which no new cell is begun, None without `--max-time`.
     """
 
     def __init__(self, settings: Settings, deadline: float | None = None) -> None:
         """Nothing is resolved until the plan is asked for."""
         self.settings = settings
+        self.tries_remedies = True
         self.deadline = deadline
         self._evidence: Evidence | None = None
 
@@ -142,11 +146,18 @@ class SuiteSession:
         if not outcome.breaches:
             return result("passed", measurements=measurements)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
+        if self.settings.diagnose and self.tries_remedies:
+            found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
         failed = result("failed", measurements=measurements, finding=found)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed
         return result("accepted", measurements=measurements, finding=found, reason=accepted.reason)
+
+    def _ask_again(self, check: str, cured: Evidence) -> Answer:
+        """A check of a cured copy, with the batches that this run draws."""
+        outcome = ask(get_check(check), cured, seed=self.settings.seed, max_examples=self.settings.max_examples)
+        return Answer(breaches=outcome.breaches, measurements=_numbers(outcome))
 
     @staticmethod
     def _accepts(entry: object, failed: CheckResult) -> bool:

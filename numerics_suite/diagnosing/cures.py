@@ -1,0 +1,240 @@
+"""Each remedy of the contract as a change that is made to a fresh copy: evidence under cured conditions.
+
+A cure yields attempts, cheapest for the user first; the first that works is the one that is told. A remedy without an
+entry here cannot be tried on this machine (`reload-weights` needs another copy of the files).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from numerics_suite.core.records import Finding
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.precisions import PRECISIONS
+from numerics_suite.running.training import Plan
+from numerics_suite.subjects.load import Loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One way to apply a remedy.
+
+    Attributes:
+        evidence: the cell, cured.
+        how: what was set, for the effect's text (`lr 1.2e-05`); empty where the remedy's name says it all.
+    """
+
+    evidence: Evidence
+    how: str = ""
+
+
+Change = Callable[[Loaded], Loaded]
+Cure = Callable[[Evidence, Finding], Iterator[Attempt]]
+
+SCALES = (2.0**12, 2.0**8, 2.0**4, 1.0, 2.0**20, 2.0**24)
+"""Loss scales tried beside torch's 65,536: lower ones where gradients overflow, then higher ones where they vanish."""
+
+SAFE_EPS = 1e-4
+"""An eps that float16 holds (its smallest normal number is 6e-5) and whose square root of v it still outweighs."""
+
+
+def initialise_head(loaded: Loaded) -> Loaded:
+    """Xavier-uniform weights and zero biases for every parameter of a new head.
+
+    Source: Glorot & Bengio 2010; the cure that GLM-4's users found for heads that nobody initialised.
+    """
+    with torch.random.fork_rng(enabled=True), torch.no_grad():
+        torch.manual_seed(0)
+        for name in loaded.new_head:
+            parameter = loaded.model.get_parameter(name)
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+    return loaded
+
+
+def _init_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if evidence.loaded.new_head:
+        yield Attempt(evidence=evidence.variant(change=initialise_head))
+
+
+def _plan(**changes: Any) -> Cure:
+    def cure(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+        plan = replace(evidence.request.plan, **changes)
+        if plan != evidence.request.plan:
+            yield Attempt(evidence=evidence.variant(plan=plan))
+
+    return cure
+
+
+def _larger_eps(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if evidence.request.plan.optimizer != "sgd":
+        yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(eps=SAFE_EPS)), how=f"eps {SAFE_EPS:g}")
+
+
+def _loss_scale(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if evidence.recipe.loss_scaling:
+        for scale in SCALES:
+            yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(init_scale=scale)), how=f"scale {scale:g}")
+
+
+def _precision(*names: str) -> Cure:
+    def cure(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+        for name in names:
+            if name != evidence.cell.precision:
+                yield Attempt(evidence=evidence.variant(precision_name=name), how=f"in {name}")
+
+    return cure
+
+
+def _without_amp(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if PRECISIONS[evidence.cell.precision].autocast is not None:
+        yield Attempt(evidence=evidence.variant(precision_name="fp32"), how="in fp32")
+
+
+def _attention(name: str) -> Cure:
+    def cure(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+        if evidence.subject.task != "module" and name != evidence.loaded.attn:
+            yield Attempt(evidence=evidence.variant(attn=name))
+
+    return cure
+
+
+def _keep_in_fp32(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+    """The module of the finding, then those that hold it: a value that leaves the range leaves it again one level up."""
+    if evidence.recipe.computes_in == "float64" or finding.module is None:
+        return
+    known = dict(evidence.model.named_modules())
+    name = finding.module
+    while name:
+        if name in known:
+            yield Attempt(evidence=evidence.variant(change=in_float32(name)), how=f"{name} in float32")
+        name = name.rpartition(".")[0]
+
+
+def in_float32(name: str) -> Change:
+    """Hold one module in float32, autocast off within it; its outputs go back to the dtype that came in.
+
+    Args:
+        name: dotted.
+    """
+
+    def change(loaded: Loaded) -> Loaded:
+        module = loaded.model.get_submodule(name)
+        module.float()
+        # A class of its own, not a function set on the instance: that one would run the original's weights in a copy.
+        kind = type(module)
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            came_in = next((leaf.dtype for leaf in _floats((args, kwargs))), None)
+            with torch.autocast(_device_of(self), enabled=False):
+                output = kind.forward(self, *_cast(args, torch.float32), **_cast(kwargs, torch.float32))
+            return output if came_in is None else _cast(output, came_in)
+
+        module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+        return loaded
+
+    return change
+
+
+def _device_of(module: nn.Module) -> str:
+    return next((parameter.device.type for parameter in module.parameters()), "cpu")
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, value
+    )
+
+
+def _pad_token(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if not evidence.takes_ids or getattr(evidence.model.config, "pad_token_id", None) is not None:
+        return
+    pad = evidence.space.pad_id
+
+    def change(loaded: Loaded) -> Loaded:
+        loaded.model.config.pad_token_id = pad  # type: ignore[union-attr]
+        return loaded
+
+    yield Attempt(evidence=evidence.variant(change=change), how=f"pad_token_id {pad}")
+
+
+def _one_side(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if len(evidence.family.padding_sides) < 2:
+        return
+    for side in evidence.family.padding_sides:
+        variant = evidence.variant()
+        variant.family = replace(evidence.family, padding_sides=(side,))
+        yield Attempt(evidence=variant, how=f"padding on the {side} only")
+
+
+def _default_dtypes(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    """Nothing is changed: the suite's own batches are int64, so what is asked of them is the cure."""
+    if evidence.takes_ids:
+        yield Attempt(evidence=evidence.variant(), how="ids and masks in int64")
+
+
+CURES: dict[str, Cure] = {
+    "init-head": _init_head,
+    "default-input-dtypes": _default_dtypes,
+    "set-pad-token": _pad_token,
+    "fix-padding": _one_side,
+    "clip-grad-norm": _plan(max_grad_norm=1.0),
+    "larger-optimizer-eps": _larger_eps,
+    "tune-loss-scale": _loss_scale,
+    "eager-attention": _attention("eager"),
+    "sdpa-attention": _attention("sdpa"),
+    "use-amp-bf16": _precision("amp-bf16"),
+    "keep-in-fp32": _keep_in_fp32,
+    "disable-amp": _without_amp,
+}
+"""By remedy, in the order of what they cost the user: a line of code, a setting, speed, memory."""
+
+COST = (
+    *("init-head", "default-input-dtypes", "set-pad-token", "fix-padding", "fix-config", "clip-grad-norm"),
+    *("larger-optimizer-eps", "tune-loss-scale", "lower-learning-rate", "eager-attention", "sdpa-attention"),
+    *("use-amp-bf16", "keep-in-fp32", "disable-amp", "reload-weights", "newer-version", "pin-version"),
+)
+"""Every remedy of the contract, cheapest for the user first."""
+
+DECADES = 4
+BISECTIONS = 3
+
+
+def learning_rates(plan: Plan, holds: Callable[[Plan], bool]) -> float | None:
+    """The largest stable learning rate at or below the plan's, to within a factor of 1.4; None without one.
+
+    Args:
+        plan: as asked.
+        holds: trains with a plan and says whether that is stable.
+    """
+    good, bad = None, plan.lr
+    for decade in range(1, DECADES + 1):
+        lr = plan.lr / 10**decade
+        if holds(replace(plan, lr=lr)):
+            good = lr
+            break
+        bad = lr
+    if good is None:
+        return None
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(good * bad)
+        if holds(replace(plan, lr=middle)):
+            good = middle
+        else:
+            bad = middle
+    return good

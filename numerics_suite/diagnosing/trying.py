@@ -1,0 +1,210 @@
+"""Trying remedies: each is applied to a fresh copy, the failing check is asked again, and what was seen is told.
+
+`verified` is True where the check passes on the cured copy, together with what shows that nothing was merely hidden: the
+weights are sound, and a cell that can train trains. It is False where that was tried and is not so, None where it
+could not be tried here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
+from numerics_suite.core.records import Finding, Remedy
+from numerics_suite.diagnosing.cures import COST, CURES, Attempt, learning_rates
+from numerics_suite.diagnosing.findings import title
+from numerics_suite.diagnosing.remedies import DESCRIPTIONS
+from numerics_suite.judging.verdicts import Breach
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.training import Plan, Trajectory
+
+SOUND = ("load.finite", "load.head-init")
+"""Asked of every cured copy: a remedy under which one still fails hides the symptom and leaves the cause."""
+
+TRAINS = ("train.finite", "train.descends")
+"""Asked where the finding is about training or about the weights that training starts from."""
+
+NOT_HERE = {
+    "reload-weights": "not tried: there is no other copy of the files here",
+    "fix-config": "not tried: the checkpoint's files are left as they are",
+    "newer-version": "not tried: numerics-suite matrix SUBJECT --transformers 'latest:3' tries it",
+    "pin-version": "not tried: numerics-suite bisect names the last release without the defect",
+}
+
+PAIRED = 3
+"""Remedies from which pairs are made where none helps alone: the cheapest ones, so at most three pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a check said of a cured copy."""
+
+    breaches: Sequence[Breach]
+    measurements: Mapping[str, float]
+
+
+Ask = Callable[[str, Evidence], Answer]
+"""Asks a check, by id, of other evidence with the batches of this run; NotApplicableError where it has nothing to ask."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    works: bool
+    effect: str
+
+
+def try_remedies(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> tuple[Remedy, ...]:
+    """The finding's remedies, tried; those that work first, each kind in the order of what they cost the user.
+
+    Args:
+        check: id of the check that failed.
+        finding: of that check.
+        evidence: the cell; nothing of it is changed.
+        ask: asks a check again.
+    """
+    trial = _Trial(check=check, finding=finding, evidence=evidence, ask=ask)
+    names = sorted((remedy.name for remedy in finding.remedies), key=COST.index)
+    tried = [trial.remedy(name) for name in names]
+    if not any(remedy.verified for remedy in tried):
+        tried = list(trial.pairs(tried))
+    rank = {True: 0, None: 1, False: 2}
+    return tuple(sorted(tried, key=lambda remedy: rank[remedy.verified]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trial:
+    check: str
+    finding: Finding
+    evidence: Evidence
+    ask: Ask
+
+    def remedy(self, name: str) -> Remedy:
+        """One remedy alone."""
+        untried = Remedy(name=name, description=DESCRIPTIONS[name])
+        if name in NOT_HERE:
+            return replace(untried, effect=NOT_HERE[name])
+        try:
+            seen = self._learning_rate() if name == "lower-learning-rate" else self._first_that_works(name)
+        except Exception as error:  # noqa: BLE001 - a cure that cannot be tried never hides the finding
+            line = " ".join(str(error).split())
+            return replace(untried, effect=f"could not be tried: {type(error).__name__}: {line}"[:200])
+        if seen is None:
+            return replace(untried, effect="does not apply here")
+        return replace(untried, verified=seen.works, effect=seen.effect)
+
+    def pairs(self, tried: Sequence[Remedy]) -> Iterator[Remedy]:
+        """The remedies again, the first two that help together marked so."""
+        failed = [remedy.name for remedy in tried if remedy.verified is False and remedy.name in CURES]
+        together: dict[str, Remedy] = {}
+        for one, other in itertools.combinations(failed[:PAIRED], 2):
+            seen = self._both(one, other)
+            if seen is not None and seen.works:
+                for name, partner in ((one, other), (other, one)):
+                    together[name] = Remedy(
+                        name=name,
+                        description=DESCRIPTIONS[name],
+                        verified=True,
+                        effect=f"with {partner}, not alone: {seen.effect}",
+                    )
+                break
+        for remedy in tried:
+            yield together.get(remedy.name, remedy)
+
+    def _both(self, one: str, other: str) -> _Seen | None:
+        try:
+            for first in CURES[one](self.evidence, self.finding):
+                for second in CURES[other](first.evidence, self.finding):
+                    return self._seen(second)
+        except Exception:  # noqa: BLE001 - as above
+            return None
+        return None
+
+    def _first_that_works(self, name: str) -> _Seen | None:
+        last = None
+        for attempt in CURES[name](self.evidence, self.finding):
+            last = self._seen(attempt)
+            if last.works:
+                return last
+        return last
+
+    def _learning_rate(self) -> _Seen | None:
+        if not self.evidence.recipe.trains:
+            return None
+
+        def holds(plan: Plan) -> bool:
+            return self._seen(Attempt(evidence=self.evidence.variant(plan=plan))).works
+
+        found = learning_rates(self.evidence.request.plan, holds)
+        if found is None:
+            lowest = self.evidence.request.plan.lr
+            return _Seen(works=False, effect=f"no learning rate down to {lowest / 1e4:.1g} helps")
+        plan = self.evidence.with_plan(lr=found)
+        seen = self._seen(Attempt(evidence=self.evidence.variant(plan=plan)))
+        return replace(seen, effect=f"lr {found:.2g} is the largest that holds: {seen.effect}")
+
+    def _seen(self, attempt: Attempt) -> _Seen:
+        """The failing check on the cured copy, then what shows that the cause is gone."""
+        cured = attempt.evidence
+        try:
+            how = f"{attempt.how}: " if attempt.how else ""
+            own = self._asked(self.check, cured)
+            if own is not None and own.breaches:
+                return _Seen(works=False, effect=how + _still(own, cured, self.check))
+            for check in SOUND:
+                answer = self._asked(check, cured)
+                if answer is not None and answer.breaches:
+                    left = title(answer.breaches[0])
+                    return _Seen(works=False, effect=f"{how}hides the symptom and leaves the cause: {left}")
+            for check in self._companions(cured):
+                answer = self._asked(check, cured)
+                if answer is not None and answer.breaches:
+                    return _Seen(works=False, effect=f"{how}{check} fails: {title(answer.breaches[0])}")
+            return _Seen(works=True, effect=how + self._effect(own, cured))
+        finally:
+            cured.let_go()
+
+    def _companions(self, cured: Evidence) -> tuple[str, ...]:
+        """Checks that must hold beside the one that failed."""
+        about_training = self.check.startswith(("train.", "load."))
+        return TRAINS if about_training and cured.recipe.trains else ("forward.finite",)
+
+    def _asked(self, check: str, cured: Evidence) -> Answer | None:
+        try:
+            return self.ask(check, cured)
+        except NotApplicableError:
+            return None  # in these conditions there is nothing to ask
+
+    def _effect(self, own: Answer | None, cured: Evidence) -> str:
+        if self._companions(cured) == TRAINS:
+            try:
+                return curve(cured.trajectory)
+            except NumericsSuiteError:
+                pass
+        name = str(self.finding.evidence.get("measurement", ""))
+        before = self.finding.evidence.get("measured")
+        after = own.measurements.get(name) if own is not None else None
+        if isinstance(before, (int, float)) and after is not None:
+            return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed"
+        return "passes"
+
+
+def curve(run: Trajectory) -> str:
+    """`finite; loss 1.79 → 0.48 in 5 steps`, or where it stopped being finite."""
+    if run.bad is not None:
+        return f"{run.bad.kind} {run.bad.name} is not finite at step {run.bad.step}"
+    if not run.losses:
+        return "finite"
+    return f"finite; loss {run.losses[0]:.3g} → {run.losses[-1]:.3g} in {len(run.losses) - 1} steps"
+
+
+def _still(answer: Answer, cured: Evidence, check: str) -> str:
+    worst = answer.breaches[0]
+    if check in {"train.finite", "train.clip", "train.amp"}:
+        try:
+            if cured.trajectory.bad is not None:
+                return f"still fails: {curve(cured.trajectory)}"
+        except NumericsSuiteError:
+            pass
+    return f"still fails: {title(worst)}"
