@@ -109,7 +109,11 @@ def _attention(name: str) -> Cure:
 
 
 def _keep_in_fp32(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
-    """The module of the finding, then those that hold it: a value that leaves the range leaves it again one level up."""
+    """The module of the finding, its likes in the other blocks, then those that hold it.
+
+    A value that leaves the range in one block mostly does in the next, and one that a module hands on is out of range
+    one level up.
+    """
     if evidence.recipe.computes_in == "float64" or finding.module is None:
         return
     known = dict(evidence.model.named_modules())
@@ -117,32 +121,46 @@ def _keep_in_fp32(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
     while name:
         if name in known:
             yield Attempt(evidence=evidence.variant(change=in_float32(name)), how=f"{name} in float32")
+            leaf = name.rpartition(".")[2]
+            alike = [
+                other
+                for other, module in known.items()
+                if type(module) is type(known[name]) and other.rpartition(".")[2] == leaf
+            ]
+            if len(alike) > 1 and not leaf.isdigit():
+                how = f"every {leaf} ({len(alike)}) in float32"
+                yield Attempt(evidence=evidence.variant(change=in_float32(*alike)), how=how)
         name = name.rpartition(".")[0]
 
 
-def in_float32(name: str) -> Change:
-    """Hold one module in float32, autocast off within it; its outputs go back to the dtype that came in.
+def in_float32(*names: str) -> Change:
+    """Hold modules in float32, autocast off within them; their outputs go back to the dtype that came in.
 
     Args:
-        name: dotted.
+        names: dotted.
     """
 
     def change(loaded: Loaded) -> Loaded:
-        module = loaded.model.get_submodule(name)
-        module.float()
-        # A class of its own, not a function set on the instance: that one would run the original's weights in a copy.
-        kind = type(module)
-
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            came_in = next((leaf.dtype for leaf in _floats((args, kwargs))), None)
-            with torch.autocast(_device_of(self), enabled=False):
-                output = kind.forward(self, *_cast(args, torch.float32), **_cast(kwargs, torch.float32))
-            return output if came_in is None else _cast(output, came_in)
-
-        module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+        for name in names:
+            _hold_in_float32(loaded.model.get_submodule(name))
         return loaded
 
     return change
+
+
+def _hold_in_float32(module: nn.Module) -> None:
+    held = next((parameter.dtype for parameter in module.parameters()), None)
+    module.float()
+    # A class of its own, not a function set on the instance: that one would run the original's weights in a copy.
+    kind = type(module)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        came_in = next((leaf.dtype for leaf in _floats((args, kwargs))), held)
+        with torch.autocast(_device_of(self), enabled=False):
+            output = kind.forward(self, *_cast(args, torch.float32), **_cast(kwargs, torch.float32))
+        return output if came_in is None else _cast(output, came_in)
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _device_of(module: nn.Module) -> str:

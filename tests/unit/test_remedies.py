@@ -1,0 +1,167 @@
+"""Remedies are tried: what cures is verified, what does not is said to be no help, what only hides is said to hide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mutants.driver import MutantSession, settings_of
+from torch import nn
+
+from numerics_suite.core.records import Finding, Remedy
+from numerics_suite.diagnosing.cures import COST, CURES, in_float32, learning_rates
+from numerics_suite.diagnosing.remedies import DESCRIPTIONS
+from numerics_suite.diagnosing.trying import NOT_HERE, try_remedies
+from numerics_suite.running.training import Plan
+from numerics_suite.suite.planning import Question
+
+
+def told(patch, check, *, fixture="glm4-tiny", precision="bf16", attn="sdpa", **changes):
+    """The finding of a check of the patched checkpoint, with its remedies by name."""
+    session = MutantSession(settings_of(fixture, precision, attn, max_examples=3, **changes), patch)
+    session.tries_remedies = True
+    (question,) = [question for question in session.plan.questions if question.check == check]
+    result, trace = session.answer(question)
+    assert result.finding is not None, f"{result.status} {result.reason} {trace}"
+    return result.finding, {remedy.name: remedy for remedy in result.finding.remedies}, session, question
+
+
+def tried(session, question: Question, finding: Finding, *names: str) -> dict[str, Remedy]:
+    """The same finding's remedies, had the budget named these."""
+    asked = replace(finding, remedies=tuple(Remedy(name=name, description=DESCRIPTIONS[name]) for name in names))
+    evidence = session.evidence(question.cell)
+    found = try_remedies(question.check, asked, evidence, session._ask_again)
+    return {remedy.name: remedy for remedy in found}
+
+
+def uninitialised(model):
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+
+
+def loud_head(model):
+    with torch.no_grad():
+        model.score.weight.normal_(std=200.0, generator=torch.Generator().manual_seed(1))
+
+
+CLASSIFY = {"task": "sequence-classification"}
+
+
+def test_every_remedy_has_a_cost_and_a_way_to_be_tried_or_a_reason_why_not():
+    assert set(COST) == set(DESCRIPTIONS)
+    assert set(CURES) | set(NOT_HERE) | {"lower-learning-rate"} == set(DESCRIPTIONS)
+
+
+@pytest.mark.parametrize("check", ["load.head-init", "train.finite"])
+def test_an_uninitialised_head_is_cured_by_initialising_it_and_by_nothing_else(check):
+    finding, remedies, session, question = told(uninitialised, check, **CLASSIFY)
+    assert finding.cause == "uninitialised-parameters"
+    assert remedies["init-head"].verified is True
+    assert "finite; loss" in remedies["init-head"].effect
+    assert finding.remedies[0].name == "init-head"
+    others = tried(
+        session, question, finding, "clip-grad-norm", "lower-learning-rate", "use-amp-bf16", "eager-attention"
+    )
+    assert [remedy.verified for remedy in others.values()] == [False] * 4, others
+
+
+def test_clipping_hides_a_head_that_is_too_loud():
+    finding, _, session, question = told(loud_head, "load.head-init", **CLASSIFY)
+    assert finding.cause == "bad-initialisation"
+    remedies = tried(session, question, finding, "clip-grad-norm", "init-head")
+    assert remedies["init-head"].verified is True
+    assert remedies["clip-grad-norm"].verified is False
+    # Asked of training alone it would look like a cure.
+    training = replace(question, check="train.finite")
+    hidden = tried(session, training, finding, "clip-grad-norm")["clip-grad-norm"]
+    assert hidden.verified is False
+    assert "hides the symptom and leaves the cause" in hidden.effect
+
+
+def test_an_eps_that_float16_cannot_hold():
+    _, remedies, _, _ = told(None, "train.finite", precision="pure-fp16")
+    assert remedies["larger-optimizer-eps"].verified is True
+    assert "eps 0.0001: finite; loss" in remedies["larger-optimizer-eps"].effect
+    assert remedies["use-amp-bf16"].verified is True
+    assert list(remedies).index("larger-optimizer-eps") < list(remedies).index("use-amp-bf16")
+
+
+def test_two_remedies_that_only_help_together():
+    finding, _, session, question = told(uninitialised, "train.finite", precision="pure-fp16", **CLASSIFY)
+    remedies = tried(session, question, finding, "init-head", "larger-optimizer-eps", "eager-attention")
+    assert remedies["init-head"].verified is True
+    assert remedies["init-head"].effect.startswith("with larger-optimizer-eps, not alone: ")
+    assert remedies["larger-optimizer-eps"].verified is True
+    assert remedies["eager-attention"].verified is False
+
+
+def test_a_learning_rate_that_is_too_large_is_lowered_to_the_largest_that_holds():
+    finding, _, session, question = told(None, "train.descends", precision="fp32", lr=1.0)
+    seen = tried(session, question, finding, "lower-learning-rate")["lower-learning-rate"]
+    assert seen.verified is True
+    found = float(seen.effect.split()[1])
+    assert 1e-4 < found < 1.0
+
+
+def test_the_search_for_a_learning_rate_ends_within_a_factor_of_the_boundary():
+    boundary = 3.3e-3
+    found = learning_rates(Plan(lr=1.0), lambda plan: plan.lr <= boundary)
+    assert found is not None
+    assert boundary / 1.4 <= found <= boundary
+    assert learning_rates(Plan(lr=1.0), lambda _: False) is None
+
+
+def broken_sdpa(model):
+    """Attention that is wrong where the model computes it with sdpa: it returns what it should, halved."""
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_hook(
+                lambda m, _a, out: (out[0] * 0.5, *out[1:]) if m.config._attn_implementation == "sdpa" else out
+            )
+
+
+def test_the_other_attention_cures_a_broken_one():
+    finding, _, session, question = told(broken_sdpa, "reference.oracle")
+    remedies = tried(session, question, finding, "eager-attention", "clip-grad-norm")
+    assert remedies["eager-attention"].verified is True
+    assert remedies["clip-grad-norm"].verified is False
+
+
+def overflowing_mlp(model):
+    """Gate and up scaled up, down scaled down as much: the product leaves float16 within the module, its result does not."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_up_proj.weight.mul_(600.0)
+            layer.mlp.down_proj.weight.div_(600.0**2)
+
+
+def test_a_module_that_overflows_is_kept_in_float32():
+    finding, remedies, _, _ = told(overflowing_mlp, "forward.finite", precision="fp16")
+    assert finding.cause == "overflow"
+    assert remedies["keep-in-fp32"].verified is True
+    assert "in float32" in remedies["keep-in-fp32"].effect
+
+
+def test_a_module_in_float32_trains_its_copy_and_not_the_original():
+    class Loaded:
+        model = nn.Sequential(nn.Linear(3, 3).half(), nn.Linear(3, 3).half())
+
+    in_float32("1")(Loaded)
+    import copy
+
+    twin = copy.deepcopy(Loaded.model)
+    given = torch.ones(2, 3, dtype=torch.float16)
+    out = twin(given)
+    assert out.dtype == torch.float16
+    out.float().sum().backward()
+    assert twin[1].weight.grad is not None
+    assert Loaded.model[1].weight.grad is None
+
+
+def test_without_diagnosis_nothing_is_tried():
+    session = MutantSession(settings_of("glm4-tiny", "bf16", "sdpa", diagnose=False, **CLASSIFY), uninitialised)
+    session.tries_remedies = True
+    (question,) = [question for question in session.plan.questions if question.check == "load.head-init"]
+    result, _ = session.answer(question)
+    assert [remedy.verified for remedy in result.finding.remedies] == [None, None]
