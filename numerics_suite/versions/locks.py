@@ -1,0 +1,120 @@
+"""Who makes or uses an environment? File locks, which the system releases when a process ends, however it ends.
+
+An environment has one lock for making and removing it, and one file per process that uses it, locked by that process. A
+lock that many may share would be the plain way; the portable ones have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from numerics_suite.core.errors import BadInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from filelock import BaseFileLock
+
+_numbers = itertools.count()
+
+
+def _file_lock(path: Path) -> BaseFileLock:
+    try:
+        from filelock import FileLock
+    except ImportError:
+        message = "environments per version need filelock, which torch brings: pip install filelock"
+        raise BadInputError(message) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, thread_local=False)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock for making and removing an environment; wait for it if need be.
+
+    Args:
+        folder: of the locks.
+        name: of the environment.
+        on_wait: called once if another process has it.
+    """
+    from filelock import Timeout
+
+    lock = _file_lock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if on_wait is not None:
+            on_wait()
+        lock.acquire(poll_interval=0.02)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def alone_if_free(folder: Path, name: str) -> Iterator[bool]:
+    """Whether the lock was free and is held while this lasts."""
+    from filelock import Timeout
+
+    lock = _file_lock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+class Use:
+    """While this is held, the environment is not removed."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Begin to use it; the caller holds the lock of `alone`.
+
+        Args:
+            folder: of the locks.
+            name: of the environment.
+        """
+        self._path = folder / f"{name}.use-{os.getpid()}-{next(_numbers)}"
+        self._lock = _file_lock(self._path)
+        self._lock.acquire(timeout=0)
+
+    def end(self) -> None:
+        """Use it no more; the end of the process does the same."""
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+def is_used(folder: Path, name: str) -> bool:
+    """Whether any process uses the environment; what dead processes left behind is removed.
+
+    The caller holds the lock of `alone`, so no use begins meanwhile.
+    """
+    from filelock import Timeout
+
+    used = False
+    for path in folder.glob(f"{_escaped(name)}.use-*"):
+        lock = _file_lock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            used = True
+            continue
+        lock.release()
+        path.unlink(missing_ok=True)
+    return used
+
+
+def _escaped(name: str) -> str:
+    import glob
+
+    return glob.escape(name)
