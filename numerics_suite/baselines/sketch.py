@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from numerics_suite.baselines.records import Floats, Ids, Sketch
+from numerics_suite.baselines.records import Sketch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from numerics_suite.baselines.records import Floats, Ids
 
 PROJECTIONS: Final = 4
 """Of a sketch."""
@@ -55,7 +57,7 @@ def hashed(name: str, count: int, start: int = 0) -> NDArray[np.uint64]:
 
 def uniform(name: str, count: int, start: int = 0) -> Floats:
     """Numbers of the stream of that name, each at least 0 and below 1."""
-    return (hashed(name, count, start) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.asarray((hashed(name, count, start) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,7 +26,7 @@ from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
 from numerics_suite.subjects.tasks import CLASSIFICATION, TASKS, head_tensors, task_of_class
 
-__all__ = ["Loaded", "load", "quiet_transformers"]
+__all__ = ["Loaded", "default_dtype", "load", "quiet_transformers"]
 
 IDS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
 """Inputs of a factory's batch that no precision converts: a wrong dtype there is a finding."""
@@ -162,21 +162,42 @@ def _is_about_attention(text: str) -> bool:
     return any(word in text.lower() for word in ("attention", "attn", "flash", "sdpa", "flex"))
 
 
+def default_dtype(subject: Subject) -> str:
+    """The dtype of most parameters where a checkpoint is loaded without naming one: the stored one from 5.0.0 on.
+
+    Args:
+        subject: a checkpoint; of an adapter, the base.
+
+    Raises:
+        CheckError: the load fails.
+    """
+    assert subject.path is not None
+    folder = Path(subject.adapter_base or subject.path)
+    with quiet_transformers(), private_modules(), _default_dtype_kept(), seeded(0), _failures(subject, "default"):
+        model, _ = _from_folder(subject, folder, dtype=None, attn="default", device="cpu")
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        name = str(parameter.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + parameter.numel()
+    return max(sizes, key=lambda name: sizes[name])
+
+
 def _from_folder(
-    subject: Subject, folder: Path, *, dtype: str, attn: str, device: str
+    subject: Subject, folder: Path, *, dtype: str | None, attn: str, device: str
 ) -> tuple[nn.Module, LoadingInfo]:
     """`from_pretrained` at the dtype, with every missing or mis-shaped weight reported and none refused."""
     # Only `resolve` lets a folder of pickles pass, and only on the user's word.
     pickled = not safetensors_files(folder) and bool(pickle_files(folder))
     options: dict[str, Any] = {
         "config": _config(subject, folder),
-        compat.dtype_keyword(): getattr(torch, dtype),
         "trust_remote_code": subject.trust_remote_code,
         "use_safetensors": not pickled,
         "ignore_mismatched_sizes": True,
         "local_files_only": True,
         "output_loading_info": True,
     }
+    if dtype is not None:
+        options[compat.dtype_keyword()] = getattr(torch, dtype)
     if pickled:
         options["weights_only"] = True
     if attn != "default":

@@ -1,0 +1,132 @@
+"""Training on the stored batch: a few optimizer steps in the cell's precision and the same in true fp64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.baselines.records import Curve
+from numerics_suite.baselines.trace import trace_call
+from numerics_suite.running import _lifting
+from numerics_suite.running.evidence import Evidence, freeze_to_scope
+from numerics_suite.running.precisions import SERVING_REASON
+from numerics_suite.running.training import OPTIMIZERS, Plan, train
+from numerics_suite.running.true_fp64 import run_true_fp64
+
+LARGE: Final = 10**9
+"""Parameters above which the head and the last block alone are trained."""
+
+QUANTISED = "a quantised checkpoint is not trained"
+NOTHING_TRAINABLE = "no parameter of this model requires a gradient"
+
+
+def scope_of(model: nn.Module) -> str:
+    """What is trained, whatever memory this machine has: two machines' baselines must be of the same thing."""
+    return "last:1" if sum(p.numel() for p in model.parameters()) > LARGE else "full"
+
+
+def why_untrained(evidence: Evidence) -> str:
+    """Why the cell has no curve and no gradients in its precision; empty where it has them."""
+    if evidence.subject.quantized:
+        return QUANTISED
+    if not evidence.recipe.trains:
+        return SERVING_REASON
+    return "" if any(p.requires_grad for p in evidence.model.parameters()) else NOTHING_TRAINABLE
+
+
+def training_curve(evidence: Evidence, tensors: Mapping[str, Any]) -> Curve:
+    """The curve of the cell, or why it has none.
+
+    Args:
+        evidence: of the cell; its model is left as it was.
+        tensors: the training batch.
+
+    Raises:
+        NotApplicableError: something could not be lifted to float64.
+    """
+    scope = scope_of(evidence.model)
+    reason = why_untrained(evidence)
+    if reason:
+        return Curve(scope=scope, reason=reason)
+    plan = replace(evidence.request.plan, scope=scope)
+    dtype = torch.float64 if evidence.recipe.parameters == "float64" else None
+    with trainable(evidence, scope, dtype) as model, torch.random.fork_rng(enabled=True):
+        torch.manual_seed(evidence.request.seed)
+        seen = train(model, tensors, recipe=evidence.recipe, plan=plan, device=evidence.cell.device)
+    true_losses, true_norms, left_out = _true_curve(evidence, tensors, plan)
+    if left_out:
+        reason = f"no float64 reference: {', '.join(left_out[:3])} cannot be computed in float64"
+    return Curve(
+        losses=_filled(seen.losses, plan.steps + 1),
+        norms=_filled(seen.gradient_norms, plan.steps),
+        true_losses=() if left_out else true_losses,
+        true_norms=() if left_out else true_norms,
+        scope=scope,
+        reason=reason,
+    )
+
+
+def _filled(numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """What a run that met a NaN did not come to is NaN."""
+    return (*numbers, *[math.nan] * (count - len(numbers)))[:count]
+
+
+@contextmanager
+def trainable(evidence: Evidence, scope: str, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    """The cell's model with trained parameters of its own; what the scope leaves out is shared, and nothing is changed.
+
+    Args:
+        evidence: of the cell.
+        scope: of :func:`scope_of`.
+        dtype: of the trained parameters, None as they are.
+    """
+    with (
+        _lifting.preserved(evidence.model),
+        _lifting.replaced_parameters(evidence.model, _alias) as parameters,
+    ):
+        freeze_to_scope(evidence.model, scope, evidence.family)
+        for parameter in parameters.values():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
+        yield evidence.model
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+
+
+def _true_curve(
+    evidence: Evidence, tensors: Mapping[str, Any], plan: Plan
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+    """Losses, norms, and what could not be lifted: gradients of true fp64 runs, and the optimizer's steps in float64."""
+    losses, norms = [], []
+    left_out: tuple[str, ...] = ()
+    with trainable(evidence, plan.scope, torch.float64) as model:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = OPTIMIZERS[plan.optimizer](list(trained.values()), lr=plan.lr)
+        for _ in range(plan.steps):
+            loss, gradients, left_out = _true_gradients(model, trace_call(evidence, loss=True), tensors)
+            losses.append(loss)
+            for name, parameter in trained.items():
+                parameter.grad = gradients.get(name)
+            norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values()))))
+            if plan.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(list(trained.values()), plan.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        last = run_true_fp64(model, tensors, call=trace_call(evidence, loss=True))
+        losses.append(float(last.outputs["loss"]))
+    return tuple(losses), tuple(norms), left_out
+
+
+def _true_gradients(
+    model: nn.Module, call: Callable[[nn.Module, Mapping[str, Any]], object], tensors: Mapping[str, Any]
+) -> tuple[float, dict[str, Tensor], tuple[str, ...]]:
+    run = run_true_fp64(model, tensors, gradients=True, call=call)
+    return float(run.outputs["loss"]), dict(run.gradients or {}), run.left_out

@@ -1,0 +1,142 @@
+"""Measure one cell: everything that a baseline holds of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+from numerics_suite.baselines import bits
+from numerics_suite.baselines.batches import draw_batches, tensors_of, training_of
+from numerics_suite.baselines.contract import contract
+from numerics_suite.baselines.curve import training_curve
+from numerics_suite.baselines.head import head_by_formula, head_statistics
+from numerics_suite.baselines.precision import Seen, errors, module_errors, run_cell
+from numerics_suite.baselines.records import CellBaseline, Curve, ModuleRecord, Sketch, StoredBatch
+from numerics_suite.baselines.sketch import Sketcher
+from numerics_suite.baselines.trace import Trace, answer_records, trace
+from numerics_suite.observing.local_error import LocalError
+from numerics_suite.running.environment import describe_environment, describe_machine
+from numerics_suite.running.evidence import Evidence
+
+NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent")
+"""Parts that need the true fp64 run."""
+
+
+def measure_cell(
+    evidence: Evidence, batches: Sequence[StoredBatch] | None = None, checks: Sequence[str] = ()
+) -> CellBaseline:
+    """Everything that a baseline holds of the cell.
+
+    Args:
+        evidence: of the cell; its model is left as it was.
+        batches: those of an earlier baseline, used as they are; None draws them by formula.
+        checks: ids of the checks that apply to the cell.
+
+    Raises:
+        NotApplicableError: a plain module without a batch of its own.
+    """
+    used = tuple(draw_batches(evidence) if batches is None else batches)
+    drawn_head = head_statistics(evidence)
+    left_out: dict[str, str] = {}
+    with head_by_formula(evidence):
+        found = trace(evidence, used)
+        seen = run_cell(evidence, used, left_out)
+        local = module_errors(evidence, used, left_out)
+        curve = training_curve(evidence, tensors_of(training_of(used), evidence))
+        relied_on = contract(evidence, used, drawn_head, left_out)
+        error, inherent, count = errors(evidence, used, found, seen, left_out)
+    if found.left_out:
+        reason = f"no float64 reference: {', '.join(found.left_out[:3])} cannot be computed in float64"
+        left_out |= dict.fromkeys(NEED_TRUE, reason)
+        found = Trace(answers={}, modules={}, loss=math.nan, gradients=(), left_out=found.left_out)
+        error, inherent, count = math.nan, math.nan, 0
+    return _record(
+        evidence,
+        found,
+        seen,
+        batches=used,
+        modules=_modules(evidence.model, found, local),
+        error=error,
+        inherent=inherent,
+        error_count=count,
+        curve=curve,
+        contract=relied_on,
+        checks=tuple(checks),
+        left_out=dict(sorted(left_out.items())),
+    )
+
+
+def _record(
+    evidence: Evidence, found: Trace, seen: Seen, *, batches: tuple[StoredBatch, ...], curve: Curve, **parts: Any
+) -> CellBaseline:
+    return CellBaseline(
+        cell=replace(evidence.cell, device=evidence.cell.device.partition(":")[0]),
+        subject=_subject_facts(evidence),
+        environment={**describe_environment(evidence.cell.device), "machine": describe_machine(evidence.cell.device)},
+        recipe=_recipe(evidence, curve),
+        batches=batches,
+        answers=answer_records(found, batches),
+        true_loss=found.loss,
+        gradients=found.gradients,
+        bits={**seen.bits, "cell": bits.digest_of_digests(seen.bits)},
+        headroom_bits=seen.least.bits if seen.least is not None else math.inf,
+        headroom_module=seen.least.module if seen.least is not None else None,
+        curve=curve,
+        **parts,
+    )
+
+
+def _modules(model: nn.Module, found: Trace, local: Mapping[str, LocalError]) -> tuple[ModuleRecord, ...]:
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    records = []
+    for name, states in found.modules.items():
+        error = local.get(name)
+        record = ModuleRecord(
+            name=name,
+            kind=kinds[name],
+            given=_sketch(states.given),
+            gave=_sketch(states.gave),
+            local_error=None if error is None else error.rms_roundoffs,
+            local_count=0 if error is None else error.count,
+        )
+        records.append(record)
+    return tuple(records)
+
+
+def _sketch(sketcher: Sketcher) -> Sketch | None:
+    return sketcher.sketch() if sketcher.count else None
+
+
+def _subject_facts(evidence: Evidence) -> dict[str, Any]:
+    """Facts about the subject, and no path: the same checkpoint elsewhere gives the same file."""
+    subject = evidence.subject
+    return {
+        "source": PurePath(subject.source).name if subject.kind == "directory" else subject.source,
+        "kind": subject.kind,
+        "revision": subject.revision,
+        "digest": subject.digest,
+        "family": subject.family,
+        "model_class": type(evidence.model).__name__,
+        "parameters": sum(p.numel() for p in evidence.model.parameters()),
+        "stored_dtype": subject.stored_dtype,
+        "num_labels": evidence.num_labels,
+        "new_head": subject.new_head,
+    }
+
+
+def _recipe(evidence: Evidence, curve: Curve) -> dict[str, Any]:
+    request = evidence.request
+    return {
+        "task": evidence.subject.task,
+        "seed": request.seed,
+        "steps": request.plan.steps,
+        "optimizer": request.plan.optimizer,
+        "lr": request.plan.lr,
+        "max_grad_norm": request.plan.max_grad_norm,
+        "scope": curve.scope,
+    }

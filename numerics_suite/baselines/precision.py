@@ -1,0 +1,201 @@
+"""What the cell computes in its own precision: answers, bits, headroom, and the error of the whole and of each module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.baselines import bits
+from numerics_suite.baselines.batches import real_tokens, tensors_of, training_of
+from numerics_suite.baselines.curve import LARGE, scope_of, trainable, why_untrained
+from numerics_suite.baselines.records import StoredBatch
+from numerics_suite.baselines.trace import HIDDEN, Trace, evidence_inputs, named_answers, real_rows, trace_call
+from numerics_suite.observing.headroom import Headroom, headroom
+from numerics_suite.observing.local_error import LocalError, local_errors
+from numerics_suite.observing.roundoff import rms
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import dtype_of
+from numerics_suite.running.rounded import run_rounded
+from numerics_suite.running.twins import is_reference_itself, routed_reason, routes
+
+REFERENCE = "fp64 is the reference itself"
+TOO_LARGE = "above a billion parameters"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The cell's own runs.
+
+    Attributes:
+        answers: float64 on the CPU, at real tokens, by the names of the true ones.
+        bits: SHA-256 by part.
+        least: the module with the least headroom, None without a floating output.
+    """
+
+    answers: dict[str, Tensor]
+    bits: dict[str, str]
+    least: Headroom | None
+
+
+def autocast_of(evidence: Evidence) -> torch.dtype | None:
+    """The dtype of autocast regions, None without them."""
+    return dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
+
+
+def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], left_out: dict[str, str]) -> Seen:
+    """Run all batches in the cell's precision.
+
+    Args:
+        evidence: of the cell.
+        batches: stored.
+        left_out: gets what could not be measured, with the reason.
+    """
+    answers: dict[str, Tensor] = {}
+    raw: list[Tensor] = []
+    least: Headroom | None = None
+    for batch in batches:
+        tensors = tensors_of(batch, evidence)
+        outputs, room = _forward(evidence, evidence_inputs(evidence, tensors))
+        answers |= named_answers(batch, tensors, outputs)
+        raw += [real_rows(tensors, value) for name, value in outputs.items() if name != HIDDEN]
+        least = _lesser(least, room)
+    found = {"logits": bits.digest(raw)}
+    training = training_of(batches)
+    found |= _training_bits(evidence, tensors_of(training, evidence), left_out)
+    if evidence.subject.task == "causal-lm" and evidence.takes_ids:
+        try:
+            tensors = evidence_inputs(evidence, tensors_of(_decoded_batch(batches), evidence))
+            found["decoding"] = bits.digest([bits.decoded(evidence, tensors)])
+        except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
+            left_out["bits.decoding"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return Seen(answers=answers, bits=found, least=least)
+
+
+def _decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
+    """As `generate` is called: padded on the left where that is allowed, and without padding where not."""
+    found = next((batch for batch in batches if batch.name == "left"), None)
+    if found is not None:
+        return found
+    first = batches[0]
+    length = int(first.tensors["attention_mask"][0].sum()) if "attention_mask" in first.tensors else None
+    tensors = {name: array[:1, :length] for name, array in first.tensors.items() if name != "labels"}
+    return StoredBatch(name=first.name, tensors=tensors)
+
+
+def _forward(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Headroom]]:
+    outputs: dict[str, Tensor] = {}
+    call = trace_call(evidence, loss=False)
+
+    def run(model: nn.Module, given: Mapping[str, Any]) -> object:
+        outputs.update({"answer": evidence.apply(lambda: call(model, given))})  # type: ignore[arg-type, return-value]
+        return ()
+
+    room = headroom(evidence.model, tensors, call=run, real=real_tokens(tensors))
+    return outputs["answer"], room  # type: ignore[return-value]
+
+
+def _lesser(least: Headroom | None, rooms: Sequence[Headroom]) -> Headroom | None:
+    """The least headroom, NaN before all others."""
+    for room in rooms:
+        if least is None or math.isnan(room.bits) > math.isnan(least.bits) or room.bits < least.bits:
+            least = room
+    return least
+
+
+def _training_bits(evidence: Evidence, tensors: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, str]:
+    reason = why_untrained(evidence)
+    if evidence.subject.quantized:
+        left_out["bits.loss"] = reason
+        return {}
+    if reason:
+        left_out["bits.gradients"] = reason
+    dtype = torch.float64 if evidence.recipe.parameters == "float64" else None
+    with trainable(evidence, scope_of(evidence.model), dtype) as model:
+        return bits.loss_and_gradients(evidence, model, tensors, gradients=not reason)
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def errors(
+    evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, seen: Seen, left_out: dict[str, str]
+) -> tuple[float, float, int]:
+    """Error of the cell, that of its rounded run (NaN where it was not measured), and the free numbers in them.
+
+    Args:
+        evidence: of the cell.
+        batches: stored.
+        found: the true fp64 runs.
+        seen: the cell's own runs.
+        left_out: gets what could not be measured, with the reason.
+    """
+    count = sum(answer.shape[0] * min(answer.shape[1], _hidden(evidence)) for answer in found.answers.values())
+    return _relative(seen.answers, found.answers), _inherent(evidence, batches, found, left_out), count
+
+
+def _hidden(evidence: Evidence) -> int:
+    """An output holds no more free numbers than the state that it is computed from."""
+    if not evidence.takes_ids:
+        return 2**31
+    return int(evidence.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+
+def _relative(got: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> float:
+    """Root mean square of the errors, each over the root mean square of its own answer: logits and states differ in size."""
+    squares = numbers = 0.0
+    for name, wanted in true.items():
+        scale = rms(wanted)
+        error = rms(got[name] - wanted)
+        part = error / scale if scale else 0.0 if error == 0 else math.inf
+        squares, numbers = squares + part**2 * wanted.numel(), numbers + wanted.numel()
+    return math.sqrt(squares / numbers) if numbers else math.nan
+
+
+def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> float:
+    reason = ""
+    if is_reference_itself(evidence):
+        reason = REFERENCE
+    elif routes(evidence.model):
+        reason = routed_reason()
+    elif sum(p.numel() for p in evidence.model.parameters()) > LARGE:
+        reason = TOO_LARGE
+    rounded: dict[str, Tensor] = {}
+    for batch in () if reason else batches:
+        tensors = tensors_of(batch, evidence)
+        run = run_rounded(
+            evidence.model,
+            evidence_inputs(evidence, tensors),
+            autocast=autocast_of(evidence),
+            call=trace_call(evidence, loss=False),
+        )
+        if run.left_out:
+            reason = f"no rounded run: {', '.join(run.left_out[:3])}"
+            break
+        rounded |= named_answers(batch, tensors, run.outputs)
+    if reason:
+        left_out["inherent"] = reason
+        return math.nan
+    return _relative(rounded, found.answers)
+
+
+def module_errors(
+    evidence: Evidence, batches: Sequence[StoredBatch], left_out: dict[str, str]
+) -> dict[str, LocalError]:
+    """Each module's own error on the training batch, by name.
+
+    Args:
+        evidence: of the cell.
+        batches: stored.
+        left_out: gets the reason where there is none.
+    """
+    if is_reference_itself(evidence):
+        left_out["local_error"] = REFERENCE
+        return {}
+    tensors = evidence_inputs(evidence, tensors_of(training_of(batches), evidence))
+    found = local_errors(evidence.model, tensors, autocast=autocast_of(evidence), call=trace_call(evidence, loss=False))
+    return {error.module: error for error in found if not error.left_out}

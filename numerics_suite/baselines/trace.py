@@ -1,0 +1,231 @@
+"""What the model computes in true fp64: answers, loss, gradients, and the state around every module, sketched as it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from numerics_suite.baselines.batches import real_tokens, tensors_of, training_of
+from numerics_suite.baselines.records import AnswerRecord, GradientRecord, Sketch, StoredBatch
+from numerics_suite.baselines.sketch import Sketcher, condensed, sketch
+from numerics_suite.observing.calls import watched_calls
+from numerics_suite.observing.roundoff import rms
+from numerics_suite.observing.tokens import token_rows
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import call_model, floating_outputs, main_output, to_device
+from numerics_suite.running.true_fp64 import run_true_fp64
+
+HIDDEN = "hidden"
+"""The answer that stands beside pooled logits: the last hidden state."""
+
+Caller = Callable[[nn.Module, Mapping[str, Any]], object]
+
+
+@dataclass(slots=True)
+class ModuleTrace:
+    """One module's states over all batches."""
+
+    given: Sketcher = field(default_factory=Sketcher)
+    gave: Sketcher = field(default_factory=Sketcher)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Everything that the true fp64 runs of one cell told.
+
+    Attributes:
+        answers: float64 on the CPU, at real tokens, by `BATCH.logits` and so on; of the training batch too.
+        modules: by name, in the order in which they first returned.
+        loss: of the training batch.
+        gradients: of its loss, in the order of the parameters.
+        left_out: "module: op" for what could not be lifted to float64.
+    """
+
+    answers: dict[str, Tensor]
+    modules: dict[str, ModuleTrace]
+    loss: float
+    gradients: tuple[GradientRecord, ...]
+    left_out: tuple[str, ...]
+
+
+def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | None = None) -> Trace:
+    """Run all batches in true fp64, the training batch with gradients.
+
+    Args:
+        evidence: of the cell.
+        batches: stored.
+        stream: see :func:`numerics_suite.running.true_fp64.run_true_fp64`.
+    """
+    answers: dict[str, Tensor] = {}
+    modules: dict[str, ModuleTrace] = {}
+    left_out: dict[str, None] = {}
+    sketches: dict[str, Sketch] = {}
+    loss, training = math.nan, training_of(batches)
+
+    def take(name: str, gradient: Tensor) -> None:
+        with _disable_current_modes():
+            sketches[name] = sketch(gradient)
+
+    for batch in batches:
+        trains = batch is training and any(p.requires_grad for p in evidence.model.parameters())
+        tensors = tensors_of(batch, evidence)
+        run = run_true_fp64(
+            evidence.model,
+            tensors if trains else evidence_inputs(evidence, tensors),
+            gradients=trains,
+            stream=stream,
+            call=_watched(trace_call(evidence, loss=trains), tensors, modules),
+            on_gradient=take,
+        )
+        left_out.update(dict.fromkeys(run.left_out))
+        answers |= named_answers(batch, tensors, run.outputs)
+        if trains:
+            loss = float(run.outputs["loss"])
+            sketches |= {name: sketch(gradient) for name, gradient in (run.gradients or {}).items()}
+    order = [name for name, _ in evidence.model.named_parameters() if name in sketches]
+    return Trace(
+        answers=answers,
+        modules=modules,
+        loss=loss,
+        gradients=tuple(GradientRecord(name=name, gradient=sketches[name]) for name in order),
+        left_out=tuple(left_out),
+    )
+
+
+def answer_records(found: Trace, batches: Sequence[StoredBatch]) -> tuple[AnswerRecord, ...]:
+    """The answers as they are stored: not the training batch's, whose states and gradients are sketched.
+
+    Args:
+        found: the true fp64 runs.
+        batches: stored.
+    """
+    training = training_of(batches) if len(batches) > 1 else None
+    records = []
+    for name, answer in found.answers.items():
+        if training is not None and name.startswith(f"{training.name}."):
+            continue
+        values, whole, top_values, top_ids = condensed(answer)
+        record = AnswerRecord(
+            name=name, values=values, whole=whole, top_values=top_values, top_ids=top_ids, rms=rms(answer)
+        )
+        records.append(record)
+    return tuple(records)
+
+
+def evidence_inputs(evidence: Evidence, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Without labels, but for a plain module, whose batch is its own affair."""
+    return {name: value for name, value in tensors.items() if name != "labels" or not evidence.takes_ids}
+
+
+def trace_call(evidence: Evidence, *, loss: bool) -> Caller:
+    """Calls the model so that its answers, and its loss where asked for, are found by name.
+
+    Args:
+        evidence: of the cell.
+        loss: also gives the loss; a plain module's without one is the mean square of its main output.
+    """
+    pooled = evidence.takes_ids and evidence.subject.task == "sequence-classification"
+
+    def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        extra = {"output_hidden_states": True} if pooled else {}
+        output = call_model(model, to_device(tensors, evidence.cell.device), **extra)
+        found = floating_outputs(output)
+        name, answer = main_output(found)
+        answers: dict[str, Any] = {name: answer}
+        if pooled:
+            answers[HIDDEN] = output["hidden_states"][-1]
+        if loss:
+            answers["loss"] = found["loss"] if "loss" in found else answer.square().mean()
+        return answers
+
+    return call
+
+
+def named_answers(batch: StoredBatch, tensors: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`[tokens, width]` float64 on the CPU by `BATCH.NAME`; a loss is none of them.
+
+    Args:
+        batch: stored.
+        tensors: of the batch.
+        outputs: of :func:`trace_call`.
+    """
+    real = real_tokens(tensors)
+    return {f"{batch.name}.{n}": _rows(v, real).double().cpu() for n, v in outputs.items() if n != "loss"}
+
+
+def real_rows(tensors: Mapping[str, Any], value: Tensor) -> Tensor:
+    """The rows of an answer at real tokens, in its own dtype; all of one that has no tokens."""
+    return _rows(value, real_tokens(tensors))
+
+
+def _rows(value: Tensor, real: Tensor | None) -> Tensor:
+    found = None if real is None else token_rows(real, value)
+    found = value if found is None else found
+    return found.reshape(-1, found.shape[-1]) if found.dim() else found.reshape(1, 1)
+
+
+# --- states --------------------------------------------------------------------------------------------------------
+
+
+def _watched(call: Caller, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]) -> Caller:
+    """The call with every module's states sketched; only going forward, not where blocks run again for gradients."""
+    real = real_tokens(tensors)
+
+    def before(value: Any) -> Tensor | None:
+        args, kwargs = value
+        # A state by name first: what else stands beside it differs between releases.
+        return _state((args, kwargs.get("hidden_states"), kwargs), real, copy=True)
+
+    def after(name: str, given: Tensor | None, output: Any) -> None:
+        gave = _state(output, real, root=not name)
+        with _disable_current_modes(), torch.no_grad():
+            states = modules.setdefault(name, ModuleTrace())
+            if given is not None:
+                states.given.add(given)
+            if gave is not None:
+                states.gave.add(gave)
+
+    def watched(model: nn.Module, given: Mapping[str, Any]) -> object:
+        with watched_calls(model, before, after):
+            return call(model, given)
+
+    return watched
+
+
+def _state(value: Any, real: Tensor | None, *, root: bool = False, copy: bool = False) -> Tensor | None:
+    """The rows at real tokens of the first floating tensor that has tokens; without tokens, or of rows alone, all of it.
+
+    Args:
+        value: what went in or came out.
+        real: `[batch, sequence]`, None for a batch without tokens.
+        root: the model itself, whose loss is not its state.
+        copy: an op in place may change it later.
+    """
+    if root:
+        found = floating_outputs(value)
+        value = main_output(found)[1] if found else None
+    with _disable_current_modes(), torch.no_grad():
+        for leaf in tree_leaves(value if not hasattr(value, "to_tuple") else value.to_tuple()):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
+                rows = _picked(leaf.detach(), real)
+                if rows is not None:
+                    return rows.clone() if copy else rows
+    return None
+
+
+def _picked(leaf: Tensor, real: Tensor | None) -> Tensor | None:
+    if real is None:
+        return leaf
+    if leaf.shape[0] == 1 and leaf.dim() > 2 and real.shape[0] > 1 and leaf.shape[1] == real.shape[1]:
+        leaf = leaf.expand(real.shape[0], *leaf.shape[1:])  # the same for each row of the batch
+    rows = token_rows(real, leaf)
+    if rows is None and leaf.dim() == 2 and leaf.shape[0] == real.shape[0]:
+        return leaf  # pooled: one state for each row
+    return rows
