@@ -33,6 +33,9 @@ NOT_HERE = {
     "pin-version": "not tried: numerics-suite bisect names the last release without the defect",
 }
 
+USER_SIDE = ("reference.oracle", "forward.finite")
+"""Asked where the cure is to call the model otherwise: the failing check calls it as it should not be called, by design."""
+
 PAIRED = 3
 """Remedies from which pairs are made where none helps alone: the cheapest ones, so at most three pairs."""
 
@@ -149,7 +152,8 @@ class _Trial:
         cured = attempt.evidence
         try:
             how = f"{attempt.how}: " if attempt.how else ""
-            own = self._asked(self.check, cured)
+            on_users_side = self.check.startswith("inputs.")
+            own = None if on_users_side else self._asked(self.check, cured)
             if own is not None and own.breaches:
                 return _Seen(works=False, effect=how + _still(own, cured, self.check))
             for check in SOUND:
@@ -167,6 +171,8 @@ class _Trial:
 
     def _companions(self, cured: Evidence) -> tuple[str, ...]:
         """Checks that must hold beside the one that failed."""
+        if self.check.startswith("inputs."):
+            return USER_SIDE
         about_training = self.check.startswith(("train.", "load."))
         return TRAINS if about_training and cured.recipe.trains else ("forward.finite",)
 
@@ -187,7 +193,7 @@ class _Trial:
         after = own.measurements.get(name) if own is not None else None
         if isinstance(before, (int, float)) and after is not None:
             return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed"
-        return "passes"
+        return "passes" if own is not None else f"{' and '.join(self._companions(cured))} pass"
 
 
 def curve(run: Trajectory) -> str:

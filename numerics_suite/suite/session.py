@@ -19,6 +19,7 @@ import torch
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Batch, Cell, CheckResult, Subject
 from numerics_suite.core.registry import get_check
+from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
 from numerics_suite.diagnosing.trying import Answer, try_remedies
 from numerics_suite.inputs.data import data_batch, read_examples
@@ -147,6 +148,7 @@ class SuiteSession:
             return result("passed", measurements=measurements)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
         if self.settings.diagnose and self.tries_remedies:
+            found = with_confidence(question.check, found, evidence, self._ask_again)
             found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
         failed = result("failed", measurements=measurements, finding=found)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)

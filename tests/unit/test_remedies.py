@@ -165,3 +165,53 @@ def test_without_diagnosis_nothing_is_tried():
     (question,) = [question for question in session.plan.questions if question.check == "load.head-init"]
     result, _ = session.answer(question)
     assert [remedy.verified for remedy in result.finding.remedies] == [None, None]
+
+
+# --- the cause's decisive experiment ---------------------------------------------------------------------------------
+
+
+def quiet_mask(model):
+    """Eager attention's mask is too small to mask."""
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_pre_hook(
+                lambda _m, args, kwargs: (
+                    args,
+                    {**kwargs, "attention_mask": kwargs["attention_mask"].clamp_min(-3.0)}
+                    if kwargs.get("attention_mask") is not None and kwargs["attention_mask"].is_floating_point()
+                    else kwargs,
+                ),
+                with_kwargs=True,
+            )
+
+
+@pytest.mark.parametrize(
+    ("patch", "check", "cell", "experiment", "outcome"),
+    [
+        (uninitialised, "load.head-init", CLASSIFY, "loaded without poison", "NaN again"),
+        (loud_head, "load.head-init", CLASSIFY, "with the head initialised", "passes"),
+        (overflowing_mlp, "forward.finite", {"precision": "fp16"}, "in fp32", "passes"),
+        (None, "train.finite", {"precision": "pure-fp16"}, "with eps 0.0001", "passes"),
+        (quiet_mask, "forward.causal", {"attn": "eager"}, "in fp64", "fails"),
+    ],
+)
+def test_the_decisive_experiment_is_told_with_its_outcome(patch, check, cell, experiment, outcome):
+    finding, _, _, _ = told(patch, check, **cell)
+    assert finding.evidence[experiment] == outcome
+    if outcome != "NaN again":  # a hook that writes NaN does so without poison too: then nothing speaks for the cause
+        assert finding.evidence["confidence"] == "high: the experiment agrees"
+    else:
+        assert finding.evidence["confidence"] == "low: the experiment disagrees"
+
+
+def test_an_experiment_that_disagrees_lowers_the_confidence():
+    """Infinite in every precision is no matter of float16's range."""
+
+    def infinite(model):
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+
+    finding, _, _, _ = told(infinite, "load.finite", precision="fp16")
+    assert finding.cause == "overflow"
+    assert finding.evidence["in fp32"] == "fails"
+    assert finding.evidence["confidence"] == "low: the experiment disagrees"
