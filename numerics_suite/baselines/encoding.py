@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numerics_suite.baselines.matching import CANCELLED
 from numerics_suite.baselines.packing import Packer, joined, narrowed, repeated
 from numerics_suite.baselines.reading import Node
 from numerics_suite.baselines.records import (
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, "NDArray[Any]"]
 NUMBERS = ("error", "inherent", "headroom_bits")
 SERIES = ("losses", "norms", "true_losses", "true_norms")
-CANCELLED = 1e-12
-"""A gradient this small beside the largest is what is left of terms that cancel: it is held to the largest one's size."""
 
 
 class Parts:

@@ -128,4 +128,5 @@ class Node:
         return self.value
 
     def _refuse(self, kind: str) -> NoReturn:
-        raise self.wrong(f"must be {kind}, not {type(self.value).__name__}")
+        message = f"must be {kind}, not {type(self.value).__name__}"
+        raise self.wrong(message)

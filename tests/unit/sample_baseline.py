@@ -44,9 +44,7 @@ def sketch(seed: int, *shape: int, rms: float = 1.0) -> Sketch:
 
 
 def module_names(blocks: int) -> list[tuple[str, str]]:
-    inner = [
-        (f"model.layers.{index}.{name}".rstrip("."), kind) for index in range(blocks) for name, kind in BLOCK
-    ]
+    inner = [(f"model.layers.{index}.{name}".rstrip("."), kind) for index in range(blocks) for name, kind in BLOCK]
     return [("model.embed_tokens", "Embedding"), *inner, ("model.norm", "RMSNorm"), ("lm_head", "Linear")]
 
 
@@ -141,21 +139,23 @@ def baseline(
 def with_bits(made: CellBaseline, **parts: str) -> CellBaseline:
     """The cell with other bits in some parts."""
     bits = {**made.bits, **parts}
-    return replace(made, bits={**bits, "cell": "-".join(bits[name] for name in ("logits", "loss", "gradients", "decoding"))})
-
-
-def with_module(made: CellBaseline, name: str, **changes: Any) -> CellBaseline:
-    """The cell with one module changed."""
-    assert any(module.name == name for module in made.modules)
     return replace(
-        made, modules=tuple(replace(item, **changes) if item.name == name else item for item in made.modules)
+        made, bits={**bits, "cell": "-".join(bits[name] for name in ("logits", "loss", "gradients", "decoding"))}
     )
+
+
+def with_module(made: CellBaseline, of: str, /, **changes: Any) -> CellBaseline:
+    """The cell with one module changed."""
+    assert any(module.name == of for module in made.modules)
+    return replace(made, modules=tuple(replace(item, **changes) if item.name == of else item for item in made.modules))
 
 
 def moved_sketch(made: Sketch | None, by: float) -> Sketch:
     """The sketch moved by so many root mean squares."""
     assert made is not None
-    return replace(made, projections=made.projections + by * made.rms * np.array([1.0] + [0.0] * (made.projections.size - 1)))
+    return replace(
+        made, projections=made.projections + by * made.rms * np.array([1.0] + [0.0] * (made.projections.size - 1))
+    )
 
 
 def renamed(made: CellBaseline, names: Mapping[str, str]) -> CellBaseline:
@@ -174,7 +174,9 @@ def same(left: Any, right: Any) -> bool:
     """Whether two records hold the same, arrays by value and dtype, NaN equal to NaN."""
     if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
         return bool(
-            left.dtype == right.dtype and left.shape == right.shape and np.array_equal(left, right, equal_nan=left.dtype.kind == "f")
+            left.dtype == right.dtype
+            and left.shape == right.shape
+            and np.array_equal(left, right, equal_nan=left.dtype.kind == "f")
         )
     if isinstance(left, float) and isinstance(right, float):
         return left == right or (left != left and right != right)

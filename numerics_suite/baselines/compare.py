@@ -1,0 +1,320 @@
+"""Two baselines of one cell as numbers: what differs, by how much, and where it starts. Nothing is judged here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from numerics_suite.baselines.contracts import ContractChange, contract_changes
+from numerics_suite.baselines.draws import ROUNDOFF, accumulation, two_draws
+from numerics_suite.baselines.matching import (
+    AGREED,
+    CANCELLED,
+    Matching,
+    deviation,
+    gradients_matched,
+    modules_matched,
+    sketch_deviation,
+    worst,
+)
+from numerics_suite.baselines.placing import gradient_place, module_place
+from numerics_suite.baselines.training_change import CurveChange, curve_change, lost_curve
+from numerics_suite.core.errors import BadInputError
+
+if TYPE_CHECKING:
+    from numerics_suite.baselines.records import CellBaseline
+    from numerics_suite.core.records import Cell
+
+PARTS = ("logits", "loss", "gradients", "decoding")
+RECIPE_OPTIONS = {"seed": "--seed", "steps": "--steps", "optimizer": "--optimizer", "lr": "--lr"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """How far a true fp64 value of the new version is from the old one's, over the root mean square of the old one."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """An error in the cell's precision, old and new.
+
+    Attributes:
+        name: of the module; empty for the whole model.
+        old: in the unit of the record.
+        new: likewise.
+        ratio: new over old; 1 where both are zero.
+        excess: new over the most that the old one and chance explain.
+        relief: the same the other way round: old over the most that the new one and chance explain.
+    """
+
+    name: str
+    old: float
+    new: float
+    ratio: float
+    excess: float
+    relief: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """What became of one cell.
+
+    Attributes:
+        old: its key in the old baseline.
+        new: and in the new one.
+        bits: parts of which the bits differ.
+        same_bits: none does.
+        environment: what differs of it: `torch 2.12.0 → 2.13.0`.
+        subject: what differs of its facts: `digest a → b`.
+        answers: true fp64.
+        loss: true fp64.
+        gradients: true fp64, by parameter of the new version.
+        module: the first module that differs in true fp64, None where none does or none is at fault.
+        modules: how modules were matched.
+        internal: modules that give something else in true fp64.
+        errors: of the whole model, None where neither has one.
+        local: errors of the modules that both measured, in the order in which they return.
+        headroom: new minus old, bits.
+        curve: training, None where neither has any.
+        contract: entries that changed, were removed or were added.
+        vanished: what the old baseline holds and the new one does not: `check train.amp`, `module model.norm`.
+    """
+
+    old: Cell
+    new: Cell
+    bits: tuple[str, ...]
+    same_bits: bool
+    environment: tuple[str, ...]
+    subject: tuple[str, ...]
+    answers: tuple[Deviation, ...]
+    loss: float
+    gradients: tuple[Deviation, ...]
+    module: str | None
+    modules: Matching
+    internal: tuple[str, ...]
+    errors: Errors | None
+    local: tuple[Errors, ...]
+    headroom: float
+    curve: CurveChange | None
+    contract: tuple[ContractChange, ...]
+    vanished: tuple[str, ...]
+
+
+def difference(old: CellBaseline, new: CellBaseline) -> Difference:
+    """Compare one cell of two versions.
+
+    Args:
+        old: the reference.
+        new: measured on the same batches with the same recipe.
+
+    Raises:
+        BadInputError: they were not; the line says what differs and how to record alike.
+    """
+    _refuse_other_question(old, new)
+    modules = modules_matched(old.modules, new.modules)
+    parameters = gradients_matched(old.gradients, new.gradients)
+    answers, lost_answers = _answers(old, new)
+    gradients = _gradients(old, new, parameters)
+    loss = deviation(np.float64(old.true_loss), np.float64(new.true_loss), abs(old.true_loss))
+    internal = [(i, j) for i, j in modules.pairs if _apart(old.modules[i].gave, new.modules[j].gave)]
+    module = None
+    if not all(item.value <= AGREED for item in answers) or not loss <= AGREED:
+        module = module_place(old.modules, new.modules, modules)
+    elif any(not item.value <= AGREED for item in gradients):
+        module = gradient_place(new, [item.name for item in gradients if not item.value <= AGREED])
+    same_bits = old.bits.get("cell") == new.bits.get("cell")
+    environment = _changes(_flat_environment(old.environment), _flat_environment(new.environment))
+    errors, local, unmeasured = _errors(old, new, modules, elsewhere=_elsewhere(environment), same_bits=same_bits)
+    lost = [
+        *(f"check {check}" for check in old.checks if check not in new.checks),
+        *lost_answers,
+        *(f"module {name}" for name in modules.vanished),
+        *(f"gradient of {name}" for name in parameters.vanished),
+        *unmeasured,
+        *lost_curve(old.curve, new.curve),
+        *(f"{name} ({reason})" for name, reason in new.left_out.items() if name not in old.left_out),
+    ]
+    return Difference(
+        old=old.cell,
+        new=new.cell,
+        bits=tuple(part for part in PARTS if old.bits.get(part) != new.bits.get(part)),
+        same_bits=same_bits,
+        environment=environment,
+        subject=_changes(old.subject, new.subject, ("revision", "digest", "stored_dtype", "parameters", "model_class")),
+        answers=answers,
+        loss=loss,
+        gradients=gradients,
+        module=module,
+        modules=modules,
+        internal=tuple(new.modules[j].name for _, j in internal),
+        errors=errors,
+        local=local,
+        headroom=new.headroom_bits - old.headroom_bits,
+        curve=curve_change(old, new),
+        contract=contract_changes(old.contract, new.contract),
+        vanished=tuple(dict.fromkeys(lost)),
+    )
+
+
+# --- can they be compared ----------------------------------------------------------------------------------------------
+
+
+def _refuse_other_question(old: CellBaseline, new: CellBaseline) -> None:
+    """Numbers of other batches or another recipe say nothing of a change.
+
+    Raises:
+        BadInputError: naming what differs.
+    """
+    where = f"{new.cell.id} ({new.cell.task}) cannot be compared"
+    for name in sorted({*old.recipe, *new.recipe}):
+        ours, theirs = old.recipe.get(name), new.recipe.get(name)
+        if ours != theirs:
+            option = RECIPE_OPTIONS.get(name, f"--{name.replace('_', '-')}")
+            message = f"{where}: recorded with {name} {ours} and {theirs}; record both with the same {option}"
+            raise BadInputError(message)
+    other = _other_batches(old, new)
+    if other:
+        message = (
+            f"{where}: measured on other batches ({other}); record both with the same --seed, --batch-size, --seq-len "
+            "and --data, or hold the new version to the old batches with check --baseline"
+        )
+        raise BadInputError(message)
+
+
+def _other_batches(old: CellBaseline, new: CellBaseline) -> str:
+    ours = {batch.name: batch.tensors for batch in old.batches}
+    theirs = {batch.name: batch.tensors for batch in new.batches}
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        if name not in ours or name not in theirs:
+            return f"'{name}' is only in the {'old' if name in ours else 'new'} one"
+        for key in sorted({*ours[name], *theirs[name]}):
+            left, right = ours[name].get(key), theirs[name].get(key)
+            if left is None or right is None or left.shape != right.shape or not np.array_equal(left, right):
+                return f"{name}.{key} differs"
+    return ""
+
+
+# --- semantics ---------------------------------------------------------------------------------------------------------
+
+
+def _apart(old: Any, new: Any) -> bool:
+    return old is not None and new is not None and not sketch_deviation(old, new) <= AGREED
+
+
+def _answers(old: CellBaseline, new: CellBaseline) -> tuple[tuple[Deviation, ...], list[str]]:
+    """Deviation of each answer, and those that are no longer given."""
+    found, lost = [], []
+    others = {answer.name: answer for answer in new.answers}
+    for answer in old.answers:
+        other = others.get(answer.name)
+        if other is None:
+            lost.append(f"answer {answer.name}")
+            continue
+        values = [
+            deviation(answer.values, other.values, answer.rms),
+            deviation(answer.top_values, other.top_values, answer.rms),
+            deviation(np.float64(answer.rms), np.float64(other.rms), answer.rms),
+        ]
+        found.append(Deviation(name=answer.name, value=worst(values)))
+    return tuple(found), lost
+
+
+def _gradients(old: CellBaseline, new: CellBaseline, parameters: Matching) -> tuple[Deviation, ...]:
+    sizes = [record.gradient.rms for record in old.gradients]
+    largest = max((size for size in sizes if math.isfinite(size)), default=0.0)
+    found = []
+    for i, j in parameters.pairs:
+        ours, theirs = old.gradients[i].gradient, new.gradients[j].gradient
+        # What cancels in both is zero but for the order of its sum; it has no size of its own.
+        scale = largest if ours.rms <= CANCELLED * largest else ours.rms
+        found.append(Deviation(name=new.gradients[j].name, value=sketch_deviation(ours, theirs, scale)))
+    return tuple(found)
+
+
+# --- precision ---------------------------------------------------------------------------------------------------------
+
+
+def _errors(
+    old: CellBaseline, new: CellBaseline, modules: Matching, *, elsewhere: bool, same_bits: bool
+) -> tuple[Errors | None, tuple[Errors, ...], list[str]]:
+    """Errors of the model and its modules, and the modules that are no longer measured."""
+    shapes = [record.gradient.shape for record in old.gradients]
+    precision = old.cell.precision
+    order = accumulation(shapes, precision) if elsewhere else 0.0
+    pairs, unmeasured = [], []
+    for i, j in modules.pairs:
+        ours, theirs = old.modules[i], new.modules[j]
+        if ours.local_error is not None and theirs.local_error is not None:
+            pairs.append((ours, theirs))
+        elif ours.local_error is not None:
+            unmeasured.append(f"local error of {theirs.name}")
+    comparisons = len(pairs) + 1
+    local = []
+    for ours, theirs in pairs:
+        assert ours.local_error is not None and theirs.local_error is not None  # noqa: PT018 - one fact
+        draws = two_draws(min(ours.local_count, theirs.local_count), comparisons)
+        local.append(_compared(theirs.name, ours.local_error, theirs.local_error, draws, order))
+    # An error below one rounding of the answer itself is none.
+    least = ROUNDOFF[precision]
+    draws = two_draws(min(old.error_count, new.error_count), comparisons)
+    whole = None
+    if not (math.isnan(old.error) and math.isnan(new.error)) and "error" not in {*old.left_out, *new.left_out}:
+        whole = _compared("", old.error, new.error, draws, order * least, least)
+    if same_bits:  # the same program on the same bits: what differs is the measuring
+        return None if whole is None else _even(whole), tuple(_even(item) for item in local), unmeasured
+    return whole, tuple(local), unmeasured
+
+
+def _compared(name: str, old: float, new: float, draws: float, order: float, least: float = 0.0) -> Errors:  # noqa: PLR0913, PLR0917
+    def over(value: float, reference: float) -> float:
+        if math.isnan(value):
+            return 0.0 if math.isnan(reference) else math.inf
+        if math.isnan(reference) or value <= least:
+            return 0.0
+        allowed = max(reference * draws, least) + order
+        return value / allowed if allowed else math.inf
+
+    both_zero = old == new
+    ratio = 1.0 if both_zero else (new / old if old else math.inf)
+    return Errors(name=name, old=old, new=new, ratio=ratio, excess=over(new, old), relief=over(old, new))
+
+
+def _even(item: Errors) -> Errors:
+    return Errors(name=item.name, old=item.old, new=item.new, ratio=item.ratio, excess=0.0, relief=0.0)
+
+
+# --- facts -------------------------------------------------------------------------------------------------------------
+
+
+def _flat_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
+    packages = environment.get("packages", {})
+    rest = {key: value for key, value in environment.items() if key != "packages"}
+    return {**rest, **packages} if isinstance(packages, Mapping) else dict(environment)
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], only: Sequence[str] | None = None) -> tuple[str, ...]:
+    names = only if only is not None else [*old, *(key for key in new if key not in old)]
+    return tuple(f"{key} {old.get(key)} → {new.get(key)}" for key in names if old.get(key) != new.get(key))
+
+
+def _elsewhere(environment: Sequence[str]) -> bool:
+    """Whether kernels may sum in another order: another torch, machine or device."""
+    own = {
+        "transformers",
+        "python",
+        "tokenizers",
+        "safetensors",
+        "huggingface-hub",
+        "accelerate",
+        "peft",
+        "hypothesis",
+        "pytest",
+    }
+    return any(line.partition(" ")[0] not in own for line in environment)
