@@ -128,7 +128,9 @@ def commit_of(repository: Path) -> str:
     Raises:
         BadInputError: it is no git working tree.
     """
-    done = subprocess.run(["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    done = subprocess.run(
+        ["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )  # noqa: S603, S607
     if done.returncode != 0:
         message = f"{repository} is no git clone"
         raise BadInputError(message)

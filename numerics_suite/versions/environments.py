@@ -20,18 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, UnsupportedError
-from numerics_suite.subjects.fixtures import cache_dir
-from numerics_suite.versions import building, locks
+from numerics_suite.versions import building, locks, retention
+from numerics_suite.versions.markers import LAYOUT, MARKER, environments_folder, locks_folder, read_marker
 from numerics_suite.versions.recipes import Recipe, Wanted, make_recipe
 from numerics_suite.versions.running_copy import running_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Environment", "Wanted", "ensure", "environments_folder", "locks_folder", "read_marker"]
-
-MARKER = "environment.json"
-LAYOUT = 1  # raised when what makes an environment changes, so that older ones are made anew
+__all__ = ["Environment", "Wanted", "ensure"]
 
 _failed: dict[str, str] = {}
 """Reasons by recipe, for this process only: an index may have the version tomorrow."""
@@ -90,16 +87,6 @@ def _holds_packages(folder: Path) -> bool:
     return any(folder.glob("*.dist-info"))
 
 
-def environments_folder() -> Path:
-    """The folder of all environments."""
-    return cache_dir() / "environments"
-
-
-def locks_folder() -> Path:
-    """The folder of their locks, which stay when an environment goes."""
-    return cache_dir() / "locks"
-
-
 def ensure(wanted: Wanted, *, on_progress: Callable[[str], None] | None = None) -> Environment:
     """The environment with the wanted versions, made if it is not there.
 
@@ -138,18 +125,13 @@ def _ensure(recipe: Recipe, wanted: Wanted, say: Callable[[str], None]) -> Envir
 
     with locks.alone(locks_folder(), recipe.name, waiting):
         marker = read_marker(folder)
-        fits = marker is not None and marker["layout"] == LAYOUT and marker["recipe"] == recipe.to_json()
-        if marker is None or not fits or not (folder / marker["python"]).exists():
+        made = marker is None or marker["layout"] != LAYOUT or marker["recipe"] != recipe.to_json()
+        if marker is None or made:
             say(f"making an environment: {recipe.title}")
             marker = _make(recipe, wanted, folder)
-            made = True
-        else:
-            made = False
         _mark_used(folder)
         environment = _from_marker(folder, marker, made=made, use=locks.Use(locks_folder(), recipe.name))
     if made:
-        from numerics_suite.versions import retention
-
         retention.make_room(say)
     return environment
 
@@ -166,16 +148,6 @@ def _from_marker(folder: Path, marker: Mapping[str, Any], *, made: bool, use: lo
         made=made,
         _use=use,
     )
-
-
-def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What is known of a finished environment; None for an unfinished or broken one."""
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        complete = {"layout", "recipe", "python", "versions", "made_at"} <= set(marker)
-    except (OSError, ValueError, TypeError):
-        return None
-    return marker if complete else None
 
 
 def _mark_used(folder: Path) -> None:

@@ -53,7 +53,7 @@ def make_venv(folder: Path, python: str) -> None:
         UnsupportedError: no such Python.
         BadInputError: uv is missing, or the disk is full.
     """
-    run_uv(["venv", "--no-project", "--python", python, str(folder)], f"Python {python}")
+    run_uv(["venv", "--no-project", "--python", python, str(folder)], f"an environment of Python {python}", verb="made")
 
 
 def install(python: Path, requirements: Sequence[str], sources: PackageSources, what: str) -> None:
@@ -102,13 +102,14 @@ def _strategy_is_set() -> bool:
     return bool(os.environ.get("UV_INDEX_STRATEGY"))
 
 
-def run_uv(arguments: Sequence[str], what: str, sources: PackageSources | None = None) -> str:
+def run_uv(arguments: Sequence[str], what: str, sources: PackageSources | None = None, verb: str = "installed") -> str:
     """Run uv and return its standard output.
 
     Args:
         arguments: of uv.
         what: is being done, for the message.
         sources: whose certificates and proxy are used.
+        verb: what `what` could not be, for the message.
 
     Raises:
         UnsupportedError: uv says no; the message is its reason.
@@ -125,9 +126,10 @@ def run_uv(arguments: Sequence[str], what: str, sources: PackageSources | None =
         return output
     text = complaint or output
     if out_of_space(text):
-        message = f"the disk is full: {what} could not be installed; numerics-suite cache clean makes room"
+        message = f"the disk is full: {what} could not be {verb}; numerics-suite cache clean makes room"
         raise BadInputError(message)
-    raise UnsupportedError(f"{what} cannot be installed: {why(text)}")
+    message = f"{what} cannot be {verb}: {why(text)}"
+    raise UnsupportedError(message)
 
 
 def run_quietly(arguments: Sequence[str], variables: dict[str, str], **options: Any) -> tuple[int, str, str]:
@@ -173,9 +175,13 @@ def why(complaint: str) -> str:
 
 
 _REASONS = (
+    (r"Failed to download `[^`]*/cpython-[^`]*`", "there is none here, and none could be downloaded"),
     (r"network was disabled", "it is not in uv's cache, and the network is disabled (UV_OFFLINE)"),
     (r"error sending request for url \((\S+?)\)", r"no network: \1 cannot be reached"),
-    (r"Request failed after[^\n]*\ncause: Failed to (?:fetch|download):? `?([^\s`]+)", r"no network: \1 cannot be reached"),
+    (
+        r"Request failed after[^\n]*\ncause: Failed to (?:fetch|download):? `?([^\s`]+)",
+        r"no network: \1 cannot be reached",
+    ),
     (
         r"You require CPython (\S+) [^\n]*? only found wheels for `([^`]+)` \(v([^)]+)\)",
         r"no wheel of \2 \3 for Python \1",
@@ -186,6 +192,7 @@ _REASONS = (
     ),
     (r"Failed to build `([^`]+)`", r"\1 has no wheel here and cannot be built"),
     (r"Because there is no version of (\S+?)==(\S+?) and you require", r"no index has \1 \2"),
+    (r"you require (\S+?)==\S+ and \1([<>!~]=?\S+?)(?:,|$)", r"a constraint allows \1\2 only"),
     (r"Because only (\S+?)([<>=!~]\S+?)(?: is| are) available", r"the indexes have \1\2 only"),
 )
 

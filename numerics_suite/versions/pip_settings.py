@@ -103,7 +103,7 @@ def package_sources() -> PackageSources:
 
 
 def _pip_settings() -> dict[str, str]:
-    """pip's settings for `pip install`: later files over earlier ones, `[install]` over `[global]`, variables over files."""
+    """The settings of pip for `pip install`: later files over earlier ones, `[install]` over `[global]`, variables over files."""
     settings: dict[str, str] = {}
     sections: dict[str, dict[str, str]] = {"global": {}, "install": {}}
     for path in pip_files():
@@ -129,7 +129,7 @@ def _read_ini(path: Path) -> Mapping[str, dict[str, str]]:
 
 
 def pip_files() -> list[Path]:
-    """pip's settings files that are there, least important first."""
+    """The files of pip that are there, least important first."""
     own = os.environ.get("PIP_CONFIG_FILE", "")
     if own == os.devnull:
         return []
@@ -206,7 +206,7 @@ def _of_table(table: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _uv_tables() -> Iterator[Mapping[str, Any]]:
-    """uv's settings tables, least important first: the system's, the user's, the project's."""
+    """The settings tables of uv, least important first: the system's, the user's, the project's."""
     own = os.environ.get("UV_CONFIG_FILE")
     if own:
         yield read_toml(Path(own))
@@ -214,7 +214,10 @@ def _uv_tables() -> Iterator[Mapping[str, Any]]:
     if os.environ.get("UV_NO_CONFIG"):
         return
     if sys.platform == "win32":
-        shared, user = Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData")), Path(os.environ.get("APPDATA", Path.home()))
+        shared, user = (
+            Path(os.environ.get("PROGRAMDATA", r"C:\ProgramData")),
+            Path(os.environ.get("APPDATA", Path.home())),
+        )
     else:
         shared, user = Path("/etc"), Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     for path in (shared / "uv" / "uv.toml", user / "uv" / "uv.toml"):
@@ -242,7 +245,8 @@ def read_toml(path: Path) -> Mapping[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         message = f"the settings file {path} cannot be read: {error}"
         raise BadInputError(message) from None
+    return content

@@ -157,7 +157,7 @@ def _python(wanted: str | None) -> str:
     running = platform.python_version()
     if wanted is None or running == wanted or running.startswith(f"{wanted}."):
         return running
-    if not re.fullmatch(r"\d+(\.\d+){0,2}\S*", wanted) and not os.path.sep in wanted:
+    if not re.fullmatch(r"\d+(\.\d+){0,2}\S*", wanted) and os.path.sep not in wanted:
         message = f"'{wanted}' is not a Python: a version such as 3.12, or an interpreter's path"
         raise BadInputError(message)
     return wanted
