@@ -67,6 +67,7 @@ class Terminal:
             width=None if self._live else WIDTH,
         )
         self.width = min(self._console.width, WIDEST) if self._live else WIDTH
+        self._noun = "checks"
         self._error: OSError | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -152,10 +153,10 @@ class Terminal:
         if self._progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
             self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
-            self._task = self._progress.add_task("checks", total=total)
+            self._task = self._progress.add_task(self._noun, total=total)
             self._progress.start()
         assert self._task is not None
-        description = f"checks, {self._failed} not passed" if self._failed else "checks"
+        description = f"{self._noun}, {self._failed} not passed" if self._failed else self._noun
         self._progress.update(self._task, completed=done, total=total, description=description)
 
     def stop(self) -> None:

@@ -1,0 +1,245 @@
+"""`numerics-suite matrix`: `check` in one environment per version, and what changed between them."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from numerics_suite.cli.output import only_json_on_stdout, write_json
+from numerics_suite.cli.parser import CommandParser
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.table import OPTIONS
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.settings.tree import Settings
+    from numerics_suite.versions.kept import Kept
+    from numerics_suite.versions.matrix import Plan
+
+EXAMPLES = """\
+  numerics-suite matrix ./my-checkpoint --transformers 4.57.6,5.24.0
+      may this checkpoint move from one release to the other?
+  numerics-suite matrix --transformers 'minors:>=4.46' --precision bf16 --jobs 2
+      the shipped fixtures over the last patch release of every minor
+  numerics-suite matrix ./my-checkpoint --torch latest:3 --baseline DIR
+      three releases of torch, held to your own baselines too
+  numerics-suite matrix ./my-checkpoint --transformers latest:5 --list
+      what would be run
+
+What is done is kept under --out: a run that was stopped goes on where it was.
+
+exit status:
+  0 passed, 1 a cell fails, 2 interrupted, 3 a cell errs, 4 bad input,
+  5 nothing ran
+"""
+
+SHARED = tuple(option.name for option in OPTIONS if option.name not in {"report", "junitxml", "workers", "collect"})
+"""Options of `check` that a command with environments has too; it starts its own processes."""
+
+OUT = Path(".numerics/matrix")
+
+
+def add_version_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
+    """Options of every command that makes environments.
+
+    Args:
+        parser: of the command.
+        out: default of `--out`.
+    """
+    group = parser.add_argument_group("environments")
+    group.add_argument("--pre", action="store_true", help="pre-releases count too")
+    group.add_argument("--jobs", metavar="N", help="environments at once (default: what cores and memory allow)")
+    group.add_argument("--out", metavar="DIR", help=f"where results are kept (default: {out})")
+
+
+def make_parser() -> CommandParser:
+    """The parser of `matrix`."""
+    parser = CommandParser(
+        "matrix",
+        usage="[SUBJECT ...] --transformers SPEC [OPTIONS]",
+        description=(
+            "Runs `check` in one environment per version. SPEC is a list (4.51.3,5.23.0),\n"
+            "a specifier (>=4.51,<6), latest:N, or minors:>=4.46 for the last patch of\neach minor release."
+        ),
+        examples=EXAMPLES,
+    )
+    group = parser.add_argument_group("versions")
+    group.add_argument("--transformers", metavar="SPEC", help="default: the installed one")
+    group.add_argument("--torch", metavar="SPEC", help="default: the installed one")
+    group.add_argument("--python", metavar="SPEC", help="a list such as 3.10,3.12 (default: this one)")
+    add_version_options(parser, out=OUT)
+    parser.add_argument("--ray", metavar="ADDRESS", help="spread the cells over a Ray cluster; 'local' starts one")
+    add_cli_options(parser, SHARED)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `matrix` and return its exit status.
+
+    Args:
+        arguments: what follows `matrix`.
+
+    Raises:
+        BadInputError: the input cannot be used.
+    """
+    given = vars(make_parser().parse(arguments))
+    own = {name: given.pop(name) for name in ("transformers", "torch", "python", "pre", "jobs", "out", "ray")}
+    settings = from_command_line(given)
+    refuse_unwritable(settings)
+    if not any(own[name] for name in ("transformers", "torch", "python")):
+        message = "matrix needs versions: give --transformers SPEC (or --torch, --python), as in --transformers latest:3"
+        raise BadInputError(message)
+    return _matrix(settings, own)
+
+
+def refuse_unwritable(settings: Settings) -> None:
+    """Before hours of work, see that its results will have a place.
+
+    Args:
+        settings: of the command.
+    """
+    from numerics_suite.core.atomic import ensure_writable
+
+    if settings.json and settings.json != "-":
+        ensure_writable(Path(settings.json), "--json")
+
+
+def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
+    from numerics_suite.versions.asked import know_all
+    from numerics_suite.versions.job import for_a_cell
+    from numerics_suite.versions.jobs import core_count
+    from numerics_suite.versions.kept import Kept
+    from numerics_suite.versions.matrix import make_plan
+    from numerics_suite.versions.wanted import resolve_all
+
+    if own["ray"]:
+        from numerics_suite.versions.spreading import refuse_without_ray
+
+        refuse_without_ray()
+    known = know_all(for_a_cell(settings))
+    baseline = baseline_of(settings)
+    jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
+    versions = resolve_all(own["transformers"], own["torch"], own["python"], pre=own["pre"])
+    cores = core_count()
+    plan = make_plan(settings, known, versions, cwd=Path.cwd(), jobs=min(jobs, len(versions), cores), cores=cores)
+    kept = Kept(Path(own["out"] or OUT))
+    with for_people(settings) as stream:
+        if settings.list_only:
+            status, content = _list(plan, kept, stream)
+        else:
+            status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"], baseline=baseline)
+    if settings.json:
+        write_json(settings.json, content)
+    return status
+
+
+def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]:
+    from numerics_suite.reporting.matrix import MatrixTerminal, planned_to_json
+    from numerics_suite.versions.matrix import planned
+
+    rows = planned(plan, kept)
+    MatrixTerminal(stream=stream).planned(rows)
+    return 0, planned_to_json(rows)
+
+
+def _run(  # noqa: PLR0913 - keywords
+    settings: Settings, plan: Plan, kept: Kept, stream: IO[str], *, jobs: int, ray: str | None, baseline: Path | None
+) -> tuple[int, dict[str, Any]]:
+    from numerics_suite.reporting.matrix import MatrixTerminal, matrix_to_json
+    from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
+    from numerics_suite.versions.matrix import in_environments, run_matrix
+
+    terminal = MatrixTerminal(stream=stream, quiet=settings.quiet)
+    with sigterm_interrupts(), kept, telling_what_is_kept(terminal, kept):
+        if ray:
+            from numerics_suite.versions.spreading import Cluster
+
+            with Cluster(ray, plan.settings) as cluster:
+                result = run_matrix(
+                    plan, kept, cluster.execute, terminal, jobs=len(plan.cells), stop=cluster.stop, baseline=baseline
+                )
+        else:
+            processes = Jobs()
+            result = run_matrix(
+                plan, kept, in_environments(processes), terminal, jobs=jobs, stop=processes.stop, baseline=baseline
+            )
+        terminal.table(result)
+    return result.exit_status, matrix_to_json(result)
+
+
+@contextmanager
+def telling_what_is_kept(terminal: Terminal, kept: Kept) -> Iterator[None]:
+    """When the user stops the run, say what a second run will find.
+
+    Args:
+        terminal: whose progress bar goes.
+        kept: the folder of what is done.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminal.stop()
+        done = kept.count()
+        sys.stderr.write(f"numerics-suite: {done} finished kept in {kept.folder}; the same command goes on from there\n")
+        raise
+    finally:
+        terminal.stop()
+
+
+def jobs_of(text: str | None, weight_bytes: int) -> int:
+    """`--jobs`.
+
+    Args:
+        text: as typed, None for what cores and memory allow.
+        weight_bytes: of the largest subject.
+
+    Raises:
+        BadInputError: no number.
+    """
+    from numerics_suite.settings.parsers import integer
+    from numerics_suite.versions.jobs import default_jobs
+
+    if text is None:
+        return default_jobs(weight_bytes)
+    try:
+        return integer(1)(text)
+    except ValueError as error:
+        message = f"--jobs: {error}"
+        raise BadInputError(message) from None
+
+
+def baseline_of(settings: Settings) -> Path | None:
+    """The folder of baselines that the user named, seen to be one.
+
+    Args:
+        settings: of the command.
+
+    Raises:
+        BadInputError: it holds none.
+    """
+    if settings.baseline is None:
+        return None
+    from numerics_suite.baselines.store import load
+
+    load(settings.baseline)
+    return settings.baseline
+
+
+@contextmanager
+def for_people(settings: Settings) -> Iterator[IO[str]]:
+    """The stream for everything but the results.
+
+    Args:
+        settings: of the command.
+    """
+    if settings.json == "-":
+        with only_json_on_stdout():
+            yield sys.stderr
+    else:
+        yield sys.stdout

@@ -1,0 +1,210 @@
+"""Records of `matrix` and `bisect`: versions, what each cell said, and what changed between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from numerics_suite.core.records import Finding
+
+CellStatus = Literal["passed", "failed", "error", "unsupported"]
+"""`unsupported`: nothing of it could be asked of these versions, such as a family that they lack."""
+
+StepVerdict = Literal["good", "bad", "untestable"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Versions:
+    """What one environment holds; None is whatever the environments choose by themselves.
+
+    Attributes:
+        transformers: a released version, or None.
+        torch: a released version, or None.
+        python: `3.11`, or None.
+    """
+
+    transformers: str | None = None
+    torch: str | None = None
+    python: str | None = None
+
+    @property
+    def text(self) -> str:
+        """`transformers 5.8.0, torch 2.7.0, python 3.11`, without those that nobody chose."""
+        named = (("transformers", self.transformers), ("torch", self.torch), ("python", self.python))
+        return ", ".join(f"{name} {version}" for name, version in named if version) or "the current environment"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One way in which one cell of a baseline differs from another's.
+
+    Attributes:
+        against: the other version (`5.7.0`, `torch 2.6.0`, `python 3.10`), or `baseline`.
+        subject: its name.
+        task: its task.
+        precision: of the cell.
+        attn: of the cell.
+        kind: any of CONTRACT.md's but `identical`.
+        module: the first that differs, None where that is not known.
+        details: what differs, a line each.
+    """
+
+    against: str
+    subject: str
+    task: str
+    precision: str
+    attn: str
+    kind: str
+    module: str | None = None
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A check that did not pass, in short; the cell's results file has the rest."""
+
+    check: str
+    subject: str
+    task: str
+    precision: str
+    attn: str
+    status: str
+    cause: str | None = None
+    module: str | None = None
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """One subject at one precision, and whether every check that ran passed."""
+
+    subject: str
+    task: str
+    precision: str
+    passed: int
+    failed: int
+    errors: int
+    skipped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixCell:
+    """What `check` said in one environment.
+
+    Attributes:
+        wanted: as planned.
+        held: as the environment really holds; as planned where it was not made.
+        status: see `CellStatus`.
+        verdict: of the results file, `error` where there is none because something broke, None where nothing could be asked.
+        reason: one line, for a cell without results.
+        results: path of the results file, None without one.
+        baseline: folder of the baselines recorded beside it, None without.
+        duration_s: of the process, seconds.
+        reused: an earlier run's.
+        rows: what ran.
+        failures: what did not pass.
+        unsupported: reason by subject that these versions cannot build.
+        changes: against earlier versions and the baseline.
+        bad_input: the reason speaks of what the user gave, not of these versions.
+    """
+
+    wanted: Versions
+    held: Versions
+    status: CellStatus
+    verdict: str | None = None
+    reason: str | None = None
+    results: Path | None = None
+    baseline: Path | None = None
+    duration_s: float = 0.0
+    reused: bool = False
+    rows: tuple[Ran, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    bad_input: bool = False
+
+    def with_changes(self, changes: tuple[Change, ...]) -> MatrixCell:
+        """The cell with what changed."""
+        return replace(self, changes=changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixResult:
+    """All cells, oldest first; each with its changes.
+
+    Attributes:
+        folder: where the cells' files are.
+        notes: lines that a person should see.
+    """
+
+    cells: tuple[MatrixCell, ...]
+    folder: Path
+    duration_s: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of CONTRACT.md: 1 if a cell fails, else 3 if one errs, 5 where nothing ran."""
+        statuses = {cell.status for cell in self.cells}
+        if "failed" in statuses:
+            return 1
+        if "error" in statuses:
+            return 3
+        return 0 if "passed" in statuses else 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BisectStep:
+    """One version that was tried.
+
+    Attributes:
+        version: as in the list of candidates.
+        verdict: untestable where it cannot run.
+        duration_s: seconds.
+        reason: one line for an untestable version.
+        reused: an earlier run's.
+    """
+
+    version: str
+    verdict: StepVerdict
+    duration_s: float
+    reason: str | None = None
+    reused: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BisectResult:
+    """The boundary.
+
+    Attributes:
+        what: `transformers`, `torch`, `checkpoint`, or the folder of a clone.
+        subject: its name.
+        last_good: the newest version at which the deciding checks passed.
+        first_bad: the oldest after it at which one failed.
+        between: untestable versions between these two; the change is in one of them or in `first_bad`.
+        tested: in the order in which they were tried.
+        check: the check that decides, and whose finding is told.
+        deciding: all checks that decide.
+        finding: at `first_bad`.
+        results: the results file of `first_bad`.
+        show: a command that shows it.
+        notes: lines that a person should see.
+        candidates: how many versions lie between the ends, these included.
+    """
+
+    what: str
+    subject: str
+    last_good: str
+    first_bad: str
+    between: tuple[str, ...]
+    tested: tuple[BisectStep, ...]
+    check: str
+    deciding: tuple[str, ...]
+    finding: Finding | None
+    results: Path | None
+    show: str
+    candidates: int
+    duration_s: float = 0.0
+    notes: tuple[str, ...] = ()

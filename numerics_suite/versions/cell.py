@@ -1,0 +1,180 @@
+"""What runs inside an environment: `python -m numerics_suite.versions.cell JOB.json`.
+
+One process, so one import of torch, runs the suite and then records baselines of the same cells beside the job's file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.core.atomic import write_atomic
+from numerics_suite.core.errors import BadInputError, NumericsSuiteError
+from numerics_suite.reporting.results import dump
+from numerics_suite.versions.job import BASELINE, DONE, RESULTS, Job, read_job
+
+if TYPE_CHECKING:
+    from numerics_suite.core.records import RunResult
+
+
+def main(arguments: list[str]) -> int:
+    """Do the job and write `done.json`, last of all.
+
+    Args:
+        arguments: the path of the job's file.
+    """
+    end_with_parent()
+    path = Path(arguments[0])
+    done = {"status": "error", "results": False, "baseline": False, "reason": None, "unsupported": {}, "times": {}}
+    try:
+        _run(read_job(path), path.parent, done)
+    except BadInputError as error:
+        done |= {"reason": str(error), "bad_input": True}
+    except NumericsSuiteError as error:
+        done["reason"] = str(error)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a cell's failure never hides the others
+        import traceback
+
+        traceback.print_exc()
+        done["reason"] = _error_line(error)
+    write_atomic(path.parent / DONE, dump(done))
+    return 0
+
+
+def _run(job: Job, folder: Path, done: dict[str, Any]) -> None:
+    clock = _Clock(done["times"])
+    if job.check:
+        result = _check(job, done, clock)
+        if result is None:
+            return
+        from numerics_suite.reporting.results import write_results
+
+        write_results(folder / RESULTS, result)
+        done["results"] = True
+        if result.verdict == "error":
+            first = next(check for check in result.checks if check.status == "error")
+            done["reason"] = f"{first.id}: {first.reason}"
+        clock.lap("check")
+    else:
+        done["status"] = "passed"
+    if job.record:
+        try:
+            _record(job, folder)
+            done["baseline"] = True
+        except Exception as error:  # noqa: BLE001 - what the checks said stays
+            reason = str(error) if isinstance(error, NumericsSuiteError) else _error_line(error)
+            done["reason"] = f"no baseline could be recorded: {reason}"
+            if done["status"] != "failed":
+                done["status"] = "error"
+        clock.lap("record")
+
+
+def _check(job: Job, done: dict[str, Any], clock: _Clock) -> RunResult | None:
+    """Run the suite; None where these versions can build none of the subjects."""
+    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.suite.run import run_check
+
+    clock.lap("imports")
+    terminal = Terminal(stream=sys.stdout)
+    try:
+        result = run_check(job.settings, terminal)
+    except BadInputError:
+        done["unsupported"] = _unsupported(job)
+        if len(done["unsupported"]) == len(job.settings.subjects):
+            done["status"] = "unsupported"
+            done["reason"] = "; ".join(dict.fromkeys(done["unsupported"].values()))
+            return None
+        raise
+    terminal.summary(result)
+    done["held"] = {**result.environment["packages"], "python": result.environment["python"]}
+    done["status"] = _status(result, done)
+    return result
+
+
+def _status(result: RunResult, done: dict[str, Any]) -> str:
+    ran = [check for check in result.checks if check.status != "skipped"]
+    reasons: dict[str, list[str]] = {}
+    for check in result.checks:
+        reasons.setdefault(check.cell.subject, []).append("" if check.status != "skipped" else check.reason or "")
+    # Every check of a subject skipped, all for one reason: these versions lack its family.
+    done["unsupported"] = {name: each[0] for name, each in reasons.items() if len(set(each)) == 1 and each[0]}
+    if not ran:
+        done["reason"] = next((check.reason for check in result.checks if check.reason), "no check was asked")
+        return "unsupported"
+    return {"pass": "passed", "fail": "failed", "error": "error"}[result.verdict]
+
+
+def _unsupported(job: Job) -> dict[str, str]:
+    """The reason of each subject that these versions cannot build."""
+    from numerics_suite.core.errors import UnsupportedError
+    from numerics_suite.subjects.resolve import resolve
+
+    settings, reasons = job.settings, {}
+    for source in settings.subjects:
+        try:
+            resolve(
+                source,
+                task=settings.task,
+                num_labels=settings.num_labels,
+                trust_remote_code=settings.trust_remote_code,
+                allow_pickle=settings.allow_pickle,
+                batch_size=settings.batch_size,
+            )
+        except UnsupportedError as error:
+            reasons[source] = str(error)
+        except BadInputError:
+            continue  # the run's own error tells
+    return reasons
+
+
+def _record(job: Job, folder: Path) -> None:
+    from numerics_suite.baselines.store import save
+    from numerics_suite.suite.recording import record_cells
+
+    cells = record_cells(job.settings, lambda *_: None)
+    save(folder / BASELINE, cells, force=True)
+
+
+def _error_line(error: BaseException) -> str:
+    from numerics_suite.suite.session import error_line
+
+    return error_line(error) if isinstance(error, Exception) else f"{type(error).__name__}: {error}"
+
+
+class _Clock:
+    """Seconds of each part of the work."""
+
+    def __init__(self, times: dict[str, float]) -> None:
+        self._times, self._last = times, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to this part."""
+        now = time.perf_counter()
+        self._times[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: the pipe to standard input closes then."""
+    try:
+        pipe = os.dup(0)
+        nowhere = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nowhere, 0)
+        os.close(nowhere)
+    except OSError:
+        return  # no standard input to watch
+
+    def watch() -> None:
+        while os.read(pipe, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""What one environment is asked to do, as a file that both sides read, and the key under which its answer is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numerics_suite.core.versions import Versions
+from numerics_suite.settings.accept import parse_accept
+from numerics_suite.settings.table import BY_NAME
+from numerics_suite.settings.tree import COMMAND_LINE, Settings, to_json
+from numerics_suite.subjects.fixtures import fixture_names
+
+JOB, RESULTS, BASELINE, DONE, LOG = "job.json", "results.json", "baseline", "done.json", "log.txt"
+"""Files of a cell's folder. `done.json` is written last: without it nothing else in the folder counts."""
+
+LAYOUT = 1
+"""Raised when the files change their meaning, so that no older folder is reused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is asked of one environment.
+
+    Attributes:
+        settings: of `check`, run in the environment's own process.
+        versions: as planned; for the key and the log.
+        cwd: the folder that the user's command ran in.
+        check: run the suite.
+        record: record baselines of the same cells.
+        digests: of every file that the answer depends on, by what it is.
+        threads: of each process.
+    """
+
+    settings: Settings
+    versions: Versions
+    cwd: str
+    check: bool = True
+    record: bool = True
+    digests: Mapping[str, str]
+    threads: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The job's file."""
+        return {
+            "layout": LAYOUT,
+            "settings": to_json(self.settings),
+            "versions": asdict(self.versions),
+            "cwd": self.cwd,
+            "check": self.check,
+            "record": self.record,
+            "digests": dict(self.digests),
+            "threads": self.threads,
+        }
+
+    @property
+    def name(self) -> str:
+        """Name of the folder that keeps the answer: what a person looks for, and a hash of everything asked."""
+        content = json.dumps(self.to_json(), sort_keys=True).encode()
+        versions = self.versions
+        named = (("transformers", versions.transformers), ("torch", versions.torch), ("python", versions.python))
+        begin = "_".join(f"{name}-{version}" for name, version in named if version) or "current"
+        return f"{begin}_{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def read_job(path: Path) -> Job:
+    """The job of a file.
+
+    Args:
+        path: of a file that :meth:`Job.to_json` was written to.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return Job(
+        settings=settings_from_json(content["settings"]),
+        versions=Versions(**content["versions"]),
+        cwd=content["cwd"],
+        check=content["check"],
+        record=content["record"],
+        digests=content["digests"],
+        threads=content["threads"],
+    )
+
+
+def settings_from_json(written: Mapping[str, Any]) -> Settings:
+    """The inverse of :func:`numerics_suite.settings.tree.to_json`.
+
+    Args:
+        written: `settings` of a results file or a job.
+    """
+    found: dict[str, Any] = {}
+    for name in (item.name for item in fields(Settings)):
+        if name not in written:
+            continue
+        value = written[name]
+        if name == "accept":
+            value = parse_accept(value, "accept")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif value is not None and name in BY_NAME and BY_NAME[name].path:
+            value = Path(value)
+        found[name] = value
+    return Settings(**found)
+
+
+_DROPPED = ("workers", "json", "junitxml", "report", "quiet", "list_only")
+
+
+def for_a_cell(settings: Settings) -> Settings:
+    """The settings as a cell's own process uses them: every subject named, absolute paths, no workers, no other files.
+
+    Args:
+        settings: of the command.
+    """
+    sources = settings.subjects or tuple(f"fixture:{name}" for name in fixture_names())
+    origins = {name: origin for name, origin in settings.origins.items() if name not in _DROPPED}
+    return replace(
+        settings,
+        subjects=tuple(_absolute(source) for source in sources),
+        data=settings.data.resolve() if settings.data else None,
+        baseline=settings.baseline.resolve() if settings.baseline else None,
+        workers=0,
+        json=None,
+        junitxml=None,
+        report=None,
+        quiet=False,
+        list_only=False,
+        origins={**origins, "subjects": settings.origins.get("subjects", COMMAND_LINE)},
+    )
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.is_dir() else source
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 over this package's own files: another harness may judge otherwise, so nothing of it is reused."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in {".py", ".json", ".ini"} and "__pycache__" not in path.parts and "_fixtures" not in path.parts:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+    return f"sha256:{digest.hexdigest()}"

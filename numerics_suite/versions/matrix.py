@@ -1,0 +1,259 @@
+"""`check` in one environment per version: cells run side by side, what is done is kept, and neighbours are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from numerics_suite.core.errors import BadInputError, NumericsSuiteError
+from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
+from numerics_suite.versions.answers import cell_of
+from numerics_suite.versions.asked import Known, digests
+from numerics_suite.versions.changes import with_changes
+from numerics_suite.versions.environments import ensure
+from numerics_suite.versions.job import Job, for_a_cell
+from numerics_suite.versions.jobs import Jobs, Stopped, failed
+from numerics_suite.versions.kept import Kept
+from numerics_suite.versions.recipes import Wanted, make_recipe
+
+if TYPE_CHECKING:
+    from numerics_suite.settings.tree import Settings
+
+
+class Audience(Protocol):
+    """Who follows the cells."""
+
+    def doing(self, versions: Versions, what: str) -> None:
+        """A cell has come to this."""
+
+    def done(self, cell: MatrixCell, done: int, total: int) -> None:
+        """One more cell has ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        settings: as a cell uses them.
+        known: the subjects.
+        cells: versions, oldest first, each once.
+        cwd: the folder of the command.
+        threads: of each cell's process.
+        check: run the suite.
+        record: record baselines too.
+    """
+
+    settings: Settings
+    known: tuple[Known, ...]
+    cells: tuple[Versions, ...]
+    cwd: Path
+    threads: int
+    check: bool = True
+    record: bool = True
+
+    def job(self, versions: Versions) -> Job:
+        """The job of one environment.
+
+        Raises:
+            NumericsSuiteError: there can be none of these versions.
+        """
+        recipe = make_recipe(wanted_of(versions))
+        return Job(
+            settings=self.settings,
+            versions=Versions(transformers=recipe.transformers, torch=recipe.torch, python=_short(recipe.python)),
+            cwd=str(self.cwd),
+            check=self.check,
+            record=self.record,
+            digests={**digests(self.settings, self.known), "environment": recipe.digest},
+            threads=self.threads,
+        )
+
+
+def wanted_of(versions: Versions) -> Wanted:
+    """What the environments are asked for."""
+    return Wanted(transformers=versions.transformers, torch=versions.torch, python=versions.python)
+
+
+def _short(python: str) -> str:
+    return python if len(python) < 12 else Path(python).name
+
+
+def make_plan(  # noqa: PLR0913 - keywords
+    settings: Settings, known: tuple[Known, ...], cells: Sequence[Versions], *, cwd: Path, jobs: int, cores: int
+) -> Plan:
+    """The plan of a matrix.
+
+    Args:
+        settings: of the command.
+        known: its subjects.
+        cells: may hold one twice.
+        cwd: the folder of the command.
+        jobs: how many run at once.
+        cores: that they share.
+    """
+    return Plan(
+        settings=for_a_cell(settings),
+        known=known,
+        cells=tuple(dict.fromkeys(cells)),
+        cwd=cwd,
+        threads=max(1, cores // jobs),
+    )
+
+
+Execute = Callable[[Job, Path, Callable[[str], None]], dict[str, Any]]
+"""Run a job in a folder, telling what is being done; the content of its `done.json`."""
+
+
+def in_environments(jobs: Jobs) -> Execute:
+    """Jobs as processes of this machine, each in an environment that is made when it is needed.
+
+    Args:
+        jobs: runs the processes.
+    """
+
+    def execute(job: Job, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+        if jobs.stopped:
+            raise Stopped
+        tell("environment")
+        environment = ensure(wanted_of(job.versions), on_progress=tell)
+        tell("running")
+        try:
+            return jobs.run(environment, job, folder)
+        finally:
+            environment.release()
+
+    return execute
+
+
+def planned(plan: Plan, kept: Kept) -> list[tuple[Versions, bool]]:
+    """The cells, and whether each is done already.
+
+    Args:
+        plan: of the matrix.
+        kept: the folder.
+    """
+    rows = []
+    for versions in plan.cells:
+        try:
+            job = plan.job(versions)
+            rows.append((job.versions, kept.find(job.name) is not None))
+        except NumericsSuiteError:
+            rows.append((versions, False))
+    return rows
+
+
+def run_matrix(  # noqa: PLR0913 - keywords
+    plan: Plan, kept: Kept, execute: Execute, audience: Audience, *, jobs: int, stop: Callable[[], None], baseline: Path | None
+) -> MatrixResult:
+    """Run what is not done yet, and compare.
+
+    Args:
+        plan: of the matrix.
+        kept: entered; what is done is found and kept there.
+        execute: how a job is run.
+        audience: told of every step, from any thread.
+        jobs: how many run at once.
+        stop: ends what runs, when the user stops.
+        baseline: a folder of baselines that every cell is compared with, None for none.
+
+    Raises:
+        BadInputError: no cell can use the input, all for one reason.
+        KeyboardInterrupt: the user stopped; what is done is kept.
+    """
+    begun = time.perf_counter()
+    total, cells = len(plan.cells), {}
+    with side_by_side(jobs, stop) as submit:
+        futures = {submit(_one, plan, versions, kept, execute, audience): versions for versions in plan.cells}
+        for future in as_they_end(futures):
+            cells[futures[future]] = future.result()
+            audience.done(cells[futures[future]], len(cells), total)
+    ordered = tuple(cells[versions] for versions in plan.cells)
+    _refuse_if_all(ordered, plan.known)
+    compared, notes = with_changes(ordered, baseline)
+    duration = round(time.perf_counter() - begun, 3)
+    return MatrixResult(cells=compared, folder=kept.folder, duration_s=duration, notes=tuple(notes))
+
+
+def _one(plan: Plan, versions: Versions, kept: Kept, execute: Execute, audience: Audience) -> MatrixCell:
+    """The cell of one environment; whatever goes wrong in it stays in it."""
+    try:
+        job = plan.job(versions)
+    except NumericsSuiteError as error:
+        bad = isinstance(error, BadInputError)
+        return MatrixCell(
+            wanted=versions, held=versions, status="error", verdict="error", reason=str(error), bad_input=bad
+        )
+    done, folder, reused = answer(job, kept, execute, lambda what: audience.doing(versions, what))
+    return cell_of(versions, job.versions, done, folder, reused=reused)
+
+
+def answer(
+    job: Job, kept: Kept, execute: Execute, tell: Callable[[str], None]
+) -> tuple[dict[str, Any], Path, bool]:
+    """What a job says: kept from an earlier run, or run now and then kept.
+
+    Args:
+        job: what is asked.
+        kept: where answers are.
+        execute: how it is run.
+        tell: told what is being done.
+
+    Returns:
+        The content of `done.json`, the folder, and whether it is an earlier run's.
+
+    Raises:
+        Stopped: the user stopped.
+    """
+    done = kept.find(job.name)
+    if done is not None:
+        return done, kept.folder / job.name, True
+    unfinished = kept.begin(job.name)
+    try:
+        done = execute(job, unfinished, tell)
+    except NumericsSuiteError as error:
+        done = {**failed(str(error)), "bad_input": isinstance(error, BadInputError)}
+    return done, kept.publish(job.name, unfinished), False
+
+
+def _refuse_if_all(cells: Sequence[MatrixCell], known: Sequence[Known]) -> None:
+    """Where the input can be used in no cell, the command line is wrong and not the versions."""
+    reasons = {cell.reason for cell in cells}
+    if len(reasons) == 1 and all(cell.bad_input for cell in cells) and known:
+        raise BadInputError(str(reasons.pop()))
+
+
+@contextlib.contextmanager
+def side_by_side(jobs: int, stop: Callable[[], None]) -> Iterator[Callable[..., Future[Any]]]:
+    """Threads that wait for processes; on the way out by an exception the processes are ended first.
+
+    Args:
+        jobs: threads.
+        stop: ends the processes.
+    """
+    pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="cell")
+    try:
+        yield pool.submit
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop()
+        pool.shutdown(wait=True)
+        raise
+    pool.shutdown(wait=True)
+
+
+def as_they_end(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
+    """Futures as they end; Ctrl-C is heard while waiting.
+
+    Args:
+        futures: all of them.
+    """
+    left = set(futures)
+    while left:
+        ended, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+        yield from ended

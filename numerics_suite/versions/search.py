@@ -1,0 +1,92 @@
+"""Between which two neighbours does the answer change? Bisection over any ordered list, some of which cannot be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Answer(Enum):
+    """What asking one item gave."""
+
+    GOOD = "good"
+    BAD = "bad"
+    UNTESTABLE = "untestable"
+
+
+class EndError(Exception):
+    """An end of the list is not what it was said to be.
+
+    Attributes:
+        end: `good` for the first item, `bad` for the last.
+        answer: what it gave.
+    """
+
+    def __init__(self, end: str, answer: Answer) -> None:
+        """Which end, and what it gave."""
+        super().__init__(f"the {end} end is {answer.value}")
+        self.end, self.answer = end, answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundary(Generic[Item]):
+    """Where the answer changes.
+
+    Attributes:
+        last_good: good; every item after it up to `first_bad` is untestable.
+        first_bad: bad.
+        between: the untestable items between the two, in their order.
+        answers: index to answer of everything that was asked.
+    """
+
+    last_good: Item
+    first_bad: Item
+    between: tuple[Item, ...]
+    answers: Mapping[int, Answer]
+
+
+def search(items: Sequence[Item], ask: Callable[[Item], Answer]) -> Boundary[Item]:
+    """Find two items, one good and one bad, with nothing but untestable ones between; each is asked at most once.
+
+    The last item is asked first, then the first one. With one change in the list and no untestable item it takes
+    `ceil(log2(n - 1))` questions besides these two; every untestable one costs one more at most.
+
+    Args:
+        items: at least two, the good end first.
+        ask: what an item is.
+
+    Raises:
+        EndError: an end is not what it was said to be.
+        ValueError: fewer than two items.
+    """
+    if len(items) < 2:
+        message = f"a search needs two ends, and there are {len(items)} items"
+        raise ValueError(message)
+    answers: dict[int, Answer] = {}
+
+    def answer(index: int) -> Answer:
+        answers[index] = ask(items[index])
+        return answers[index]
+
+    low, high = 0, len(items) - 1
+    for end, index, wanted in (("bad", high, Answer.BAD), ("good", low, Answer.GOOD)):
+        if answer(index) is not wanted:
+            raise EndError(end, answers[index])
+    while (index := _middle(low, high, answers)) is not None:
+        given = answer(index)
+        if given is Answer.GOOD:
+            low = index
+        elif given is Answer.BAD:
+            high = index
+    return Boundary(last_good=items[low], first_bad=items[high], between=tuple(items[low + 1 : high]), answers=answers)
+
+
+def _middle(low: int, high: int, answers: Mapping[int, Answer]) -> int | None:
+    """The index nearest the middle that was not asked yet, None where all were."""
+    middle = (low + high) // 2
+    left = [index for index in range(low + 1, high) if index not in answers]
+    return min(left, key=lambda index: (abs(index - middle), index), default=None)
