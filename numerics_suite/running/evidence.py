@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
 
+if TYPE_CHECKING:
+    from numerics_suite.baselines.records import CellBaseline
+
 KEPT_FORWARDS = 48
 """Forward results kept per cell: the checks of a group draw the same batches, so most of them are asked again."""
 
@@ -43,6 +46,8 @@ class Request:
         length: `--seq-len`.
         plan: how cells are trained.
         data: the user's own batch, None without `--data`.
+        baseline: what was recorded of the cell, None where it is held to nothing.
+        applicable: ids of the checks that have something to ask of the cell.
     """
 
     seed: int = 0
@@ -50,6 +55,8 @@ class Request:
     length: int = 64
     plan: Plan = field(default_factory=Plan)
     data: Callable[[Subject, InputSpace], Batch | None] | None = None
+    baseline: CellBaseline | None = None
+    applicable: tuple[str, ...] = ()
 
 
 def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -207,7 +207,7 @@ OPTIONS: tuple[Option, ...] = (
         group=INPUT,
         path=True,
     ),
-    _option("baseline", "folder of baselines", metavar="DIR", built=False, path=True),
+    _option("baseline", "folder of baselines (default: .numerics/baselines where it exists)", metavar="DIR", path=True),
     _option(
         "diagnose",
         "locate a finding, name its cause and its remedies (default: on)",

@@ -16,6 +16,7 @@ from numerics_suite.reporting.results import check_from_json, write_results
 from numerics_suite.running.environment import describe_environment
 from numerics_suite.settings.accept import stale
 from numerics_suite.settings.tree import Settings, to_json
+from numerics_suite.suite.held_to import GROUP, left_out
 from numerics_suite.suite.planning import Question
 from numerics_suite.suite.session import TIME_LIMIT, SuiteSession
 
@@ -84,13 +85,13 @@ class Gate:
         """
         interrupted = pytest_status in {2, 4} and not others_failed
         results = self._in_order(interrupted=interrupted)
-        notes, broken_accepts = self._notes(results)
-        status = exit_status(results, partial=self._partial(results), broken=bool(broken_accepts))
+        notes, broken = self._notes(results)
+        status = exit_status(results, partial=self._partial(results), broken=bool(broken))
         if interrupted or (not self.expected and self.run is None):
             status = pytest_status  # `-k` and `-m` left none of the suite: then the other tests decide
         elif others_failed and status in {0, 3, 5}:
             status = 1
-        failing = any(result.status == "failed" for result in results) or bool(broken_accepts)
+        failing = any(result.status == "failed" for result in results) or bool(broken)
         erring = any(result.status == "error" for result in results)
         verdict: Literal["pass", "fail", "error"] = "fail" if failing else ("error" if erring else "pass")
         self.result = RunResult(
@@ -102,7 +103,7 @@ class Gate:
             settings=self._settings_as_used(),
             subjects=tuple(_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),
-            notes=(*notes, *broken_accepts),
+            notes=(*notes, *broken),
             exit_status=status,
         )
         if self.run is None and self.settings.json and self.settings.json != "-":
@@ -140,7 +141,16 @@ class Gate:
         if limited:
             notes.append(f"--max-time: {limited} checks were not begun")
         today = datetime.now(tz=timezone.utc).date()
-        return notes, list(stale(self.settings.accept, results, today, transformers.__version__))
+        informing, missing = self._left_out()
+        broken = [*stale(self.settings.accept, results, today, transformers.__version__), *missing]
+        return [*notes, *informing], broken
+
+    def _left_out(self) -> tuple[list[str], list[str]]:
+        """What the baselines hold that this run did not cover, where it was to be held to them at all."""
+        plan = self.suite.plan
+        if plan.baselines is None or not any(question.group == GROUP for question in self.expected.values()):
+            return [], []
+        return left_out(self.settings, plan.baselines, plan.cells)
 
     def print_summary(self, reporter: Any) -> None:
         """Under plain pytest, the blocks of the findings after pytest's own report."""
@@ -176,7 +186,7 @@ def exit_status(results: Sequence[CheckResult], *, partial: bool = False, broken
     Args:
         results: of every planned check.
         partial: a time limit left checks out and that is not allowed.
-        broken: an accept entry matched nothing or is past its date.
+        broken: an accept entry matched nothing or is past its date, or a subject of the baselines was left out.
     """
     statuses = {result.status for result in results}
     if "failed" in statuses or broken:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
@@ -18,6 +18,10 @@ from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.subjects.resolve import resolve_all, unsupported_subject
 from numerics_suite.subjects.tasks import CLASSIFICATION
 from numerics_suite.subjects.tokenizers import tokenizer_folder
+from numerics_suite.suite.held_to import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
+
+if TYPE_CHECKING:
+    from numerics_suite.baselines.store import Baselines
 
 DEFAULT_ATTENTION = ("eager", "sdpa")
 QUANTISED_REASON = "a quantised checkpoint: only load.* and forward.* apply"
@@ -57,12 +61,14 @@ class SuitePlan:
         subjects: by id, in the order of the command line.
         cells: in the order in which they run.
         questions: grouped by cell.
+        baselines: what the cells are held to, None without a folder of baselines.
     """
 
     device: str
     subjects: Mapping[str, Subject]
     cells: tuple[Cell, ...]
     questions: tuple[Question, ...]
+    baselines: Baselines | None = None
 
 
 def make_plan(settings: Settings) -> SuitePlan:
@@ -74,22 +80,45 @@ def make_plan(settings: Settings) -> SuitePlan:
     device = resolve_device(settings.device, settings.require_device)
     subjects, absent = _subjects(settings)
     _check_data(settings, subjects)
-    checks = [get_check(check) for check in selected_checks(settings)]
+    checks, baselines = _checks(settings)
     cells: list[Cell] = []
     questions: list[Question] = []
     for subject in subjects.values():
         first_of_subject = True
-        for recipe, lacking in _precisions(settings, device):
+        for recipe, unable in _precisions(settings, device):
             for index, attn in enumerate(_attentions(settings, device, subject)):
                 cell = Cell(subject=subject.id, precision=recipe.name, attn=attn, device=device, task=subject.task)
                 cells.append(cell)
                 for spec in checks:
                     if (spec.scope == "subject" and not first_of_subject) or (spec.scope == "precision" and index):
                         continue
-                    skip = absent.get(subject.id) or lacking or _reason(spec, subject, recipe)
+                    skip = absent.get(subject.id) or unable or _reason(spec, subject, recipe)
+                    if skip is None and _group(spec.id) == GROUP:
+                        skip = lacking(baselines, cell, subject)
                     questions.append(Question(check=spec.id, cell=cell, skip=skip))
                 first_of_subject = False
-    return SuitePlan(device=device, subjects=subjects, cells=tuple(cells), questions=tuple(questions))
+    if baselines is not None:
+        refuse_strangers(settings, baselines, cells)
+    return SuitePlan(
+        device=device, subjects=subjects, cells=tuple(cells), questions=tuple(questions), baselines=baselines
+    )
+
+
+def _checks(settings: Settings) -> tuple[list[CheckSpec], Baselines | None]:
+    """The selected checks, and the baselines where any of them reads some.
+
+    Checks of baselines are asked where there is a folder of baselines, or where they were asked for by name.
+    """
+    selected = selected_checks(settings)
+    readers = [check for check in selected if _group(check) == GROUP]
+    baselines = baselines_of(settings) if readers else None
+    if readers and baselines is None and not asks_by_name(settings):
+        selected = tuple(check for check in selected if check not in readers)
+    return [get_check(check) for check in selected], baselines
+
+
+def _group(check: str) -> str:
+    return check.partition(".")[0]
 
 
 def _check_data(settings: Settings, subjects: Mapping[str, Subject]) -> None:
@@ -198,8 +227,21 @@ def _reason(spec: CheckSpec, subject: Subject, recipe: Precision) -> str | None:
     for need, reason in NEEDS.items():
         if need in spec.needs and not met[need]:
             return reason
-    if subject.quantized and spec.id.partition(".")[0] not in {"load", "forward"}:
+    if subject.quantized and (spec.trains or _group(spec.id) not in {"load", "forward", GROUP}):
         return QUANTISED_REASON
     if spec.trains and not recipe.trains:
         return SERVING_REASON
     return None
+
+
+def applicable_checks(subject: Subject, precision_name: str) -> tuple[str, ...]:
+    """Ids of all checks that have something to ask of the subject at that precision, whichever are selected.
+
+    Args:
+        subject: resolved.
+        precision_name: of a cell.
+    """
+    recipe = precision(precision_name)
+    return tuple(
+        check for check in check_ids() if _group(check) != GROUP and _reason(get_check(check), subject, recipe) is None
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Batch, Cell, CheckResult, Subject
 from numerics_suite.core.registry import get_check
@@ -32,7 +33,7 @@ from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
 from numerics_suite.suite.driver import Outcome, ask
-from numerics_suite.suite.planning import Question, SuitePlan, make_plan
+from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
 TIME_LIMIT = "time limit"
 
@@ -89,7 +90,13 @@ class SuiteSession:
             length=settings.seq_len,
             plan=plan,
             data=self._data if settings.data is not None else None,
+            baseline=self._baseline(cell),
+            applicable=applicable_checks(subject, cell.precision),
         )
+
+    def _baseline(self, cell: Cell) -> CellBaseline | None:
+        baselines = self.plan.baselines
+        return baselines[cell] if baselines is not None and cell in baselines else None
 
     def _data(self, subject: Subject, space: InputSpace) -> Batch | None:
         """The user's texts as a batch; None for a module without a tokenizer, or with one that inputs.pipeline reports."""

@@ -92,7 +92,6 @@ def test_a_commands_help_has_examples_and_fits(capsys, name):
         (["check", "--steps"], "--steps: expected one argument"),
         (["check", "--steps", "no"], "--steps: must be a whole number of at least 1, not 'no'"),
         (["check", "--bundle", "d"], "--bundle is not built yet; leave it out"),
-        (["check", "--baseline", "d"], "--baseline is not built yet; leave it out"),
         (["check", "--report", "d"], "--report is not built yet; leave it out"),
         (["check", "a", "--seed", "1", "b", "--name", "x", "--name", "y", "--name", "z"],
          "--name: 3 names for 2 subjects; give one per SUBJECT"),

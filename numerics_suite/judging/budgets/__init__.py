@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 from numerics_suite.core.records import Budget
-from numerics_suite.judging.budgets import forward, inputs, load, reference, train
+from numerics_suite.judging.budgets import baseline, forward, inputs, load, reference, train
 
 
 @cache
 def all_budgets() -> dict[tuple[str, str], Budget]:
     """Budgets by check id and measurement name."""
-    rows = (*load.BUDGETS, *inputs.BUDGETS, *forward.BUDGETS, *reference.BUDGETS, *train.BUDGETS)
+    rows = (*load.BUDGETS, *inputs.BUDGETS, *forward.BUDGETS, *reference.BUDGETS, *train.BUDGETS, *baseline.BUDGETS)
     table = {(row.check, row.measurement): row for row in rows}
     if len(table) != len(rows):
         message = "two budgets judge the same measurement"

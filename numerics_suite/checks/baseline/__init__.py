@@ -1,0 +1,1 @@
+"""Checks that hold a cell to what was recorded of it."""

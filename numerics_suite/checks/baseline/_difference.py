@@ -1,0 +1,54 @@
+"""The cell measured as its baseline was, once for all four checks, and compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from numerics_suite.baselines.compare import Difference, difference
+from numerics_suite.baselines.measure import measure_cell
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.running.evidence import Evidence, Request
+
+MEMO = "baseline.difference"
+
+
+def difference_of(evidence: Evidence) -> Difference:
+    """Recorded against measured, on the recorded batches with the recorded recipe.
+
+    Args:
+        evidence: of a cell; its request holds the baseline.
+
+    Raises:
+        NotApplicableError: there is no baseline of the cell.
+    """
+    recorded = evidence.request.baseline
+    if recorded is None:
+        reason = "no baseline of this cell was given"
+        raise NotApplicableError(reason)
+    if MEMO not in evidence.memo:
+        asked = _as_recorded(evidence, recorded.recipe)
+        measured = measure_cell(asked, recorded.batches, evidence.request.applicable)
+        evidence.memo[MEMO] = difference(recorded, measured)
+    found = evidence.memo[MEMO]
+    assert isinstance(found, Difference)
+    return found
+
+
+def _as_recorded(evidence: Evidence, recipe: Mapping[str, Any]) -> Evidence:
+    """The evidence, or one with the recorded seed and training plan; loaded again only where the seed differs."""
+    request = _request(evidence.request, recipe)
+    if request == evidence.request:
+        return evidence
+    asked = evidence.variant(plan=request.plan, seed=request.seed)
+    if request.seed == evidence.request.seed:
+        asked.__dict__["loaded"] = evidence.loaded
+    return asked
+
+
+def _request(request: Request, recipe: Mapping[str, Any]) -> Request:
+    """What the settings ask, with what the recipe says instead."""
+    names = ("steps", "optimizer", "lr", "max_grad_norm")
+    plan = replace(request.plan, **{name: recipe[name] for name in names if name in recipe})
+    return replace(request, plan=plan, seed=recipe.get("seed", request.seed))

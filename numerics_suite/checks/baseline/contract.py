@@ -1,0 +1,17 @@
+"""baseline.contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.baselines.measurements import contract_measurements
+from numerics_suite.checks.baseline._difference import difference_of
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+
+
+@check(of_broken=True)
+def contract(evidence: Evidence) -> Iterable[Measurement]:
+    """Is everything still there that callers rely on and that the baseline watched?"""
+    return contract_measurements(difference_of(evidence))

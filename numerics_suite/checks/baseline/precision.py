@@ -1,0 +1,17 @@
+"""baseline.precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.baselines.measurements import precision_measurements
+from numerics_suite.checks.baseline._difference import difference_of
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+
+
+@check(of_broken=True)
+def precision(evidence: Evidence) -> Iterable[Measurement]:
+    """Is the error of the precision no larger than what was recorded, as a whole and in each module?"""
+    return precision_measurements(difference_of(evidence))

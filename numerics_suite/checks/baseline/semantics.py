@@ -1,0 +1,17 @@
+"""baseline.semantics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from numerics_suite.baselines.measurements import semantic_measurements
+from numerics_suite.checks.baseline._difference import difference_of
+from numerics_suite.core.records import Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.running.evidence import Evidence
+
+
+@check(of_broken=True)
+def semantics(evidence: Evidence) -> Iterable[Measurement]:
+    """Does the model compute the function that was recorded, once rounding is out of the way?"""
+    return semantic_measurements(difference_of(evidence))
