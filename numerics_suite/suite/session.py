@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 
 from numerics_suite.baselines.records import CellBaseline
+from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
-from numerics_suite.core.records import Batch, Cell, CheckResult, Subject
+from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
+from numerics_suite.diagnosing.reproducer import reproducer
 from numerics_suite.diagnosing.trying import Answer, try_remedies
 from numerics_suite.inputs.data import data_batch, read_examples
 from numerics_suite.inputs.vocabulary import InputSpace
@@ -36,6 +38,8 @@ from numerics_suite.suite.driver import Outcome, ask
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
 TIME_LIMIT = "time limit"
+REPRODUCERS = Path(".numerics/reproducers")
+"""Where the scripts that show a finding alone are written, below the folder that the command runs in."""
 
 
 class SuiteSession:
@@ -51,6 +55,7 @@ class SuiteSession:
         """Nothing is resolved until the plan is asked for."""
         self.settings = settings
         self.tries_remedies = True
+        self._reproducers: dict[tuple[str, ...], str | None] = {}
         self.deadline = deadline
         self._evidence: Evidence | None = None
 
@@ -157,11 +162,28 @@ class SuiteSession:
         if self.settings.diagnose and self.tries_remedies:
             found = with_confidence(question.check, found, evidence, self._ask_again)
             found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
+            found = replace(found, reproducer=self._reproducer(question, found, evidence, outcome.batch))
         failed = result("failed", measurements=measurements, finding=found)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed
         return result("accepted", measurements=measurements, finding=found, reason=accepted.reason)
+
+    def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
+        """Path of a script that shows the finding alone; one for all attentions of a precision."""
+        cell = question.cell
+        key = (question.check, cell.subject, cell.precision, found.cause)
+        if key not in self._reproducers:
+            text = reproducer(question.check, found, evidence, batch)
+            path = REPRODUCERS / f"{question.check}-{cell.subject}-{cell.precision}.py"
+            try:
+                if text is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomic(path, text, "reproducer")
+            except (OSError, NumericsSuiteError):
+                text = None  # a folder that cannot be written to hides no finding
+            self._reproducers[key] = None if text is None else path.as_posix()
+        return self._reproducers[key]
 
     def _ask_again(self, check: str, cured: Evidence) -> Answer:
         """A check of a cured copy, with the batches that this run draws."""
