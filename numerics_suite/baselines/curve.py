@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from numerics_suite.baselines.records import Curve
 from numerics_suite.baselines.trace import trace_call
 from numerics_suite.running import _lifting
-from numerics_suite.running.evidence import Evidence, freeze_to_scope
+from numerics_suite.running.blocks import freeze_to_scope
+from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.precisions import SERVING_REASON
 from numerics_suite.running.training import OPTIMIZERS, Plan, train
 from numerics_suite.running.true_fp64 import run_true_fp64

@@ -11,7 +11,8 @@ from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.headroom import Headroom
 from numerics_suite.observing.headroom import headroom as headroom_by_module
-from numerics_suite.running.evidence import Evidence, decoder_blocks
+from numerics_suite.running.blocks import decoder_blocks
+from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import arithmetic, call_model, to_device
 
 
