@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import nn
 
 from numerics_suite.baselines import bits
@@ -22,6 +25,7 @@ from numerics_suite.baselines.trace import Trace, answer_records, trace
 from numerics_suite.observing.local_error import LocalError
 from numerics_suite.running.environment import describe_environment, describe_machine
 from numerics_suite.running.evidence import Evidence
+from numerics_suite.subjects.quiet import quiet_transformers
 
 NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent")
 """Parts that need the true fp64 run."""
@@ -40,12 +44,18 @@ def measure_cell(
     Raises:
         NotApplicableError: a plain module without a batch of its own.
     """
+    # What a release says of deprecated names is measured as its contract.
+    with quiet_transformers() if "transformers" in sys.modules else nullcontext():
+        return _measure(evidence, batches, checks)
+
+
+def _measure(evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: Sequence[str]) -> CellBaseline:
     used = tuple(draw_batches(evidence) if batches is None else batches)
     drawn_head = head_statistics(evidence)
     left_out: dict[str, str] = {}
     with head_by_formula(evidence):
         found = trace(evidence, used)
-        seen = run_cell(evidence, used, left_out)
+        seen = run_cell(evidence, used, found, left_out)
         local = module_errors(evidence, used, left_out)
         curve = training_curve(evidence, tensors_of(training_of(used), evidence))
         relied_on = contract(evidence, used, drawn_head, left_out)
@@ -74,6 +84,10 @@ def measure_cell(
 def _record(
     evidence: Evidence, found: Trace, seen: Seen, *, batches: tuple[StoredBatch, ...], curve: Curve, **parts: Any
 ) -> CellBaseline:
+    digests = dict(seen.bits)
+    if not curve.reason:
+        numbers = (curve.losses, curve.norms, curve.true_losses, curve.true_norms)
+        digests["curve"] = bits.digest(torch.tensor(part, dtype=torch.float64) for part in numbers)
     return CellBaseline(
         cell=replace(evidence.cell, device=evidence.cell.device.partition(":")[0]),
         subject=_subject_facts(evidence),
@@ -83,7 +97,7 @@ def _record(
         answers=answer_records(found, batches),
         true_loss=found.loss,
         gradients=found.gradients,
-        bits={**seen.bits, "cell": bits.digest_of_digests(seen.bits)},
+        bits={**digests, "cell": bits.digest_of_digests(digests)},
         headroom_bits=seen.least.bits if seen.least is not None else math.inf,
         headroom_module=seen.least.module if seen.least is not None else None,
         curve=curve,

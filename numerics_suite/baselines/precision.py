@@ -19,8 +19,9 @@ from numerics_suite.observing.headroom import Headroom, headroom
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import rms
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import dtype_of
+from numerics_suite.running.forward import call_model, dtype_of
 from numerics_suite.running.rounded import run_rounded
+from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import is_reference_itself, routed_reason, routes
 
 REFERENCE = "fp64 is the reference itself"
@@ -47,33 +48,47 @@ def autocast_of(evidence: Evidence) -> torch.dtype | None:
     return dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
 
 
-def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], left_out: dict[str, str]) -> Seen:
+def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> Seen:
     """Run all batches in the cell's precision.
 
     Args:
         evidence: of the cell.
         batches: stored.
+        found: the true fp64 runs, whose bits are digested too where they are whole.
         left_out: gets what could not be measured, with the reason.
     """
     answers: dict[str, Tensor] = {}
-    raw: list[Tensor] = []
+    raw: dict[str, list[Tensor]] = {"logits": [] if found.left_out else list(found.answers.values())}
     least: Headroom | None = None
     for batch in batches:
         tensors = tensors_of(batch, evidence)
         outputs, room = _forward(evidence, evidence_inputs(evidence, tensors))
         answers |= named_answers(batch, tensors, outputs)
-        raw += [real_rows(tensors, value) for name, value in outputs.items() if name != HIDDEN]
+        raw["logits"] += [real_rows(tensors, value) for name, value in outputs.items() if name != HIDDEN]
         least = _lesser(least, room)
-    found = {"logits": bits.digest(raw)}
-    training = training_of(batches)
-    found |= _training_bits(evidence, tensors_of(training, evidence), left_out)
+    raw |= _training_numbers(evidence, tensors_of(training_of(batches), evidence), left_out)
+    if "loss" in raw and not found.left_out:
+        raw["loss"].append(torch.tensor(found.loss, dtype=torch.float64))
     if evidence.subject.task == "causal-lm" and evidence.takes_ids:
         try:
-            tensors = evidence_inputs(evidence, tensors_of(_decoded_batch(batches), evidence))
-            found["decoding"] = bits.digest([bits.decoded(evidence, tensors)])
+            raw["decoding"] = _decoded(evidence, batches)
         except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
             left_out["bits.decoding"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return Seen(answers=answers, bits=found, least=least)
+    return Seen(answers=answers, bits={name: bits.digest(parts) for name, parts in raw.items()}, least=least)
+
+
+def _decoded(evidence: Evidence, batches: Sequence[StoredBatch]) -> list[Tensor]:
+    """Decoding in the cell's precision; and in true fp64, which reads a large model once a step."""
+    tensors = evidence_inputs(evidence, tensors_of(_decoded_batch(batches), evidence))
+    found = [bits.decoded(evidence.run, tensors)]
+    if sum(p.numel() for p in evidence.model.parameters()) <= LARGE:
+
+        def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
+            return {"answer": bits.decoded(lambda piece, **words: call_model(model, piece, **words), given)}
+
+        run = run_true_fp64(evidence.model, tensors, call=call)
+        found += [] if run.left_out else [run.outputs["answer"]]
+    return found
 
 
 def _decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
@@ -107,7 +122,9 @@ def _lesser(least: Headroom | None, rooms: Sequence[Headroom]) -> Headroom | Non
     return least
 
 
-def _training_bits(evidence: Evidence, tensors: Mapping[str, Any], left_out: dict[str, str]) -> dict[str, str]:
+def _training_numbers(
+    evidence: Evidence, tensors: Mapping[str, Any], left_out: dict[str, str]
+) -> dict[str, list[Tensor]]:
     reason = why_untrained(evidence)
     if evidence.subject.quantized:
         left_out["bits.loss"] = reason

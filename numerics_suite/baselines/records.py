@@ -39,7 +39,7 @@ class Sketch:
         shape: of the tensor.
         count: elements that were sketched (real tokens only).
         rms: root mean square.
-        projections: `[k]`, sums of the elements with signs by formula, over the square root of their count: of the size of the rms.
+        projections: `[k]`, sums of the elements with weights by formula, over the square root of their count: of the size of the rms.
     """
 
     shape: tuple[int, ...]
@@ -137,7 +137,8 @@ class CellBaseline:
         error: rms of the cell's answers against true fp64, over the rms of these.
         inherent: the same of the rounded run (every op perfect and rounded once); NaN where it was not measured.
         error_count: numbers that are free in it.
-        bits: SHA-256 of `logits`, `loss`, `gradients`, `decoding` in the cell's precision, and of all of them as `cell`.
+        bits: SHA-256 of `logits`, `loss`, `gradients`, `decoding`, `curve` in the cell's precision and in true fp64, and of all of them
+            as `cell`.
         headroom_bits: least headroom of any module, and `headroom_module` where.
         headroom_module: see above.
         curve: training.
@@ -165,3 +166,24 @@ class CellBaseline:
     contract: Mapping[str, Any]
     checks: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """One cell is done.
+
+    Attributes:
+        done: cells so far.
+        total: cells planned.
+        cell: which.
+        baseline: its measurements, None where there are none.
+        error: why it could not be measured, empty elsewhere.
+        skipped: why it cannot be had here, of a default list; empty elsewhere.
+    """
+
+    done: int
+    total: int
+    cell: Cell
+    baseline: CellBaseline | None = None
+    error: str = ""
+    skipped: str = ""

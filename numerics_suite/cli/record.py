@@ -1,0 +1,160 @@
+"""`numerics-suite record`: measures every cell and keeps the measurements, to hold another version to them."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from numerics_suite.cli.output import only_json_on_stdout, write_json
+from numerics_suite.cli.parser import CommandParser
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.settings.options import add_cli_options, from_command_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numerics_suite.baselines.records import Recorded
+    from numerics_suite.settings.tree import Settings
+
+DEFAULT_FOLDER = ".numerics/baselines"
+
+OPTIONS = (
+    *("subjects", "names", "task", "num_labels", "precision", "attn", "device", "require_device"),
+    *(
+        "trust_remote_code",
+        "allow_pickle",
+        "steps",
+        "optimizer",
+        "lr",
+        "max_grad_norm",
+        "seed",
+        "batch_size",
+        "seq_len",
+    ),
+    *("baseline", "json", "quiet", "workers"),
+)
+
+EXAMPLES = """\
+  numerics-suite record
+      the shipped GLM-4 fixtures, into .numerics/baselines
+  numerics-suite record ./my-checkpoint --baseline baselines --precision bf16
+      your own checkpoint, to commit beside your code
+  numerics-suite record ./my-checkpoint --baseline baselines --force
+      again, over what is there
+
+exit status:
+  0 written, 2 interrupted, 3 a cell could not be measured, 4 bad input
+"""
+
+
+def make_parser() -> CommandParser:
+    """The parser of `record`."""
+    parser = CommandParser(
+        "record",
+        usage="[SUBJECT ...] [--baseline DIR] [OPTIONS]",
+        description="Writes baselines: measurements of each cell to hold another version to.",
+        examples=EXAMPLES,
+    )
+    add_cli_options(parser, OPTIONS)
+    parser.add_argument("--force", action="store_true", help="overwrite cells that are there already")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `record` and return its exit status.
+
+    Args:
+        arguments: what follows `record`.
+
+    Raises:
+        BadInputError: the input cannot be used, or the folder cannot be written.
+    """
+    given = vars(make_parser().parse(arguments))
+    force = given.pop("force")
+    settings = from_command_line(given)
+    folder = settings.baseline or Path(DEFAULT_FOLDER)
+    if settings.json and settings.json != "-":
+        from numerics_suite.core.atomic import ensure_writable
+
+        ensure_writable(Path(settings.json), "--json")
+    with _for_people(settings) as stream:
+        written = _record(settings, folder, force=force, stream=stream)
+    if settings.json:
+        write_json(settings.json, written.to_json())
+    return written.exit_status
+
+
+def _record(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -> _Written:
+    """Measure and save, cell by cell: what is done is kept, whatever comes after."""
+    from numerics_suite.baselines.store import check_writable
+    from numerics_suite.reporting.recording import RecordPrinter
+    from numerics_suite.suite.recording import record_cells, recording_session, skipped_cells
+
+    session = recording_session(settings)
+    skipped = skipped_cells(session.plan)
+    cells = [cell for cell in session.plan.cells if cell not in skipped]
+    if not cells:
+        message = f"nothing to record: {'; '.join(dict.fromkeys(skipped.values()))}"
+        raise BadInputError(message)
+    check_writable(folder, cells, force=force)
+    printer = RecordPrinter(stream=stream, quiet=settings.quiet)
+    written = _Written(folder, force=force, printer=printer)
+    try:
+        record_cells(settings, written.take, session)
+    finally:
+        printer.stop()
+    return written
+
+
+class _Written:
+    """What has been saved so far, and what could not be measured."""
+
+    def __init__(self, folder: Path, *, force: bool, printer: Any) -> None:
+        self.folder, self.force, self.printer = folder, force, printer
+        self.files: list[tuple[dict[str, str], Path]] = []
+        self.errors: list[dict[str, str]] = []
+
+    def take(self, recorded: Recorded) -> None:
+        """Save a cell as soon as it is measured."""
+        from numerics_suite.baselines.store import save
+
+        file: Path | None = None
+        if recorded.baseline is not None:
+            (file,) = save(self.folder, [recorded.baseline], force=self.force)
+            self.files.append((_key(recorded.baseline.cell), file))
+        elif recorded.error:
+            self.errors.append({**_key(recorded.cell), "error": recorded.error})
+        self.printer.cell(recorded, file)
+
+    @property
+    def exit_status(self) -> int:
+        """0 where all was written."""
+        return 3 if self.errors else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer of the command; `bytes` are those of the file and of the arrays that it names."""
+        baselines = [{**key, "file": str(file), "bytes": _size(file)} for key, file in self.files]
+        return {"schema_version": 1, "command": "record", "baselines": baselines, "errors": self.errors}
+
+
+def _size(file: Path) -> int:
+    """Bytes of a subject's file and of the arrays beside it."""
+    arrays = file.parent.glob(f"{glob.escape(file.name.removesuffix('.json'))}.*.safetensors")
+    return file.stat().st_size + sum(path.stat().st_size for path in arrays)
+
+
+def _key(cell: Any) -> dict[str, str]:
+    return {name: getattr(cell, name) for name in ("subject", "task", "precision", "attn", "device")}
+
+
+@contextmanager
+def _for_people(settings: Settings) -> Iterator[IO[str]]:
+    """The stream for everything but the answer."""
+    if settings.json == "-":
+        with only_json_on_stdout():
+            yield sys.stderr
+    else:
+        yield sys.stdout

@@ -1,0 +1,143 @@
+"""`numerics-suite record`: every planned cell measured, one cell's failure never in the way of another's."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from numerics_suite.baselines.measure import measure_cell
+from numerics_suite.baselines.records import CellBaseline, Recorded
+from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.records import Cell
+from numerics_suite.settings.tree import Settings
+from numerics_suite.suite.planning import SuitePlan, applicable_checks
+from numerics_suite.suite.run import worker_count
+from numerics_suite.suite.session import SuiteSession, error_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What a worker says of a cell."""
+
+    baseline: CellBaseline | None = None
+    error: str = ""
+
+
+def recording_session(settings: Settings) -> SuiteSession:
+    """The session whose plan has every check: what a baseline says that applies does not depend on `--checks`.
+
+    Args:
+        settings: as used.
+    """
+    return SuiteSession(replace(settings, checks=(), skip=("baseline.*",), data=None))
+
+
+def skipped_cells(plan: SuitePlan) -> dict[Cell, str]:
+    """Cells of which nothing can be asked here, with the reason.
+
+    Args:
+        plan: with every check.
+    """
+    open_to = {question.cell for question in plan.questions if question.skip is None}
+    reasons: dict[Cell, str] = {}
+    for question in plan.questions:
+        if question.cell not in open_to and question.skip is not None:
+            reasons.setdefault(question.cell, question.skip)
+    return reasons
+
+
+def record_cells(
+    settings: Settings, on_progress: Callable[[Recorded], object], session: SuiteSession | None = None
+) -> tuple[CellBaseline, ...]:
+    """Measure every planned cell.
+
+    Args:
+        settings: as used.
+        on_progress: told of each cell as soon as it is done; what it raises ends the work.
+        session: of :func:`recording_session`, where its plan is made already.
+
+    Returns:
+        The cells that could be measured, in the order of the plan.
+
+    Raises:
+        BadInputError: something that the user named cannot be used.
+    """
+    session = session or recording_session(settings)
+    plan, skipped = session.plan, skipped_cells(session.plan)
+    wanted = [cell for cell in plan.cells if cell not in skipped]
+    total, done = len(plan.cells), 0
+    for cell, reason in skipped.items():
+        done += 1
+        on_progress(Recorded(done=done, total=total, cell=cell, skipped=reason))
+    measured: dict[Cell, CellBaseline] = {}
+    for cell, answer in _answers(session, wanted, min(worker_count(settings, plan), len(wanted))):
+        done += 1
+        if answer.baseline is not None:
+            measured[cell] = answer.baseline
+        on_progress(Recorded(done=done, total=total, cell=cell, baseline=answer.baseline, error=answer.error))
+    return tuple(measured[cell] for cell in plan.cells if cell in measured)
+
+
+def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Iterator[tuple[Cell, _Answer]]:
+    if workers < 2:
+        for cell in cells:
+            yield cell, _measured(session, cell)
+        return
+    with _threads(workers):
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
+        )
+        try:
+            pending = {pool.submit(_measured_there, cell): cell for cell in cells}
+            for future in concurrent.futures.as_completed(pending):
+                yield pending[future], _answer_of(future)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _answer_of(future: concurrent.futures.Future[_Answer]) -> _Answer:
+    try:
+        return future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        return _Answer(error="a worker process ended before it had an answer: out of memory, or killed")
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[None]:
+    """As many threads for each worker as there are cores for it."""
+    name = "OMP_NUM_THREADS"
+    before = os.environ.get(name)
+    if before is None:
+        os.environ[name] = str(max(1, (os.cpu_count() or 1) // workers))
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+
+
+_OWN: list[SuiteSession] = []
+"""The session of this worker process."""
+
+
+def _begin(settings: Settings) -> None:
+    _OWN[:] = [SuiteSession(settings)]
+
+
+def _measured_there(cell: Cell) -> _Answer:
+    return _measured(_OWN[0], cell)
+
+
+def _measured(session: SuiteSession, cell: Cell) -> _Answer:
+    try:
+        evidence = session.evidence(cell)
+        checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
+        return _Answer(baseline=measure_cell(evidence, checks=checks))
+    except NumericsSuiteError as error:
+        return _Answer(error=" ".join(str(error).split()))
+    except Exception as error:  # noqa: BLE001 - one cell's failure never hides the others
+        return _Answer(error=error_line(error))
