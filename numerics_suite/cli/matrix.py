@@ -93,7 +93,9 @@ def run(arguments: Sequence[str]) -> int:
     settings = from_command_line(given)
     refuse_unwritable(settings)
     if not any(own[name] for name in ("transformers", "torch", "python")):
-        message = "matrix needs versions: give --transformers SPEC (or --torch, --python), as in --transformers latest:3"
+        message = (
+            "matrix needs versions: give --transformers SPEC (or --torch, --python), as in --transformers latest:3"
+        )
         raise BadInputError(message)
     return _matrix(settings, own)
 
@@ -186,7 +188,9 @@ def telling_what_is_kept(terminal: Terminal, kept: Kept) -> Iterator[None]:
     except KeyboardInterrupt:
         terminal.stop()
         done = kept.count()
-        sys.stderr.write(f"numerics-suite: {done} finished kept in {kept.folder}; the same command goes on from there\n")
+        sys.stderr.write(
+            f"numerics-suite: {done} finished kept in {kept.folder}; the same command goes on from there\n"
+        )
         raise
     finally:
         terminal.stop()

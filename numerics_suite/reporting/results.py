@@ -48,6 +48,7 @@ def to_json(result: RunResult) -> dict[str, Any]:
         "settings": jsonable(result.settings),
         "subjects": [asdict(subject) for subject in result.subjects],
         "checks": [check_to_json(check) for check in result.checks],
+        **({"rehearsal": jsonable([asdict(item) for item in result.rehearsals])} if result.rehearsals else {}),
     }
 
 
@@ -69,11 +70,16 @@ def check_to_json(result: CheckResult) -> dict[str, Any]:
         "duration_s": jsonable(result.duration_s),
         "reason": result.reason,
         "measurements": jsonable(result.measurements),
-        "finding": None if result.finding is None else _finding_to_json(result.finding),
+        "finding": None if result.finding is None else finding_to_json(result.finding),
     }
 
 
-def _finding_to_json(finding: Finding) -> dict[str, Any]:
+def finding_to_json(finding: Finding) -> dict[str, Any]:
+    """A FINDING of the contract.
+
+    Args:
+        finding: of a check that did not pass.
+    """
     return {
         "cause": finding.cause,
         "title": finding.title,
@@ -115,10 +121,20 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
             checks=tuple(check_from_json(check) for check in content["checks"]),
             notes=tuple(content.get("notes", ())),
             exit_status=content.get("exit_status", 0),
+            rehearsals=tuple(_rehearsal(item) for item in revived(content.get("rehearsal", []))),
         )
     except (KeyError, TypeError, AttributeError) as error:
         message = f"not a results file of this tool: {type(error).__name__}: {error}"
         raise BadInputError(message) from None
+
+
+def _rehearsal(content: Mapping[str, Any]) -> Rehearsal:
+    runs = tuple(
+        RehearsedRun(**{key: tuple(value) if isinstance(value, list) else value for key, value in run.items()})
+        for run in content["runs"]
+    )
+    recipe = tuple(Advice(**advice) for advice in content["recipe"])
+    return Rehearsal(**{**content, "runs": runs, "recipe": recipe})
 
 
 def check_from_json(content: Mapping[str, Any]) -> CheckResult:

@@ -159,6 +159,23 @@ class Terminal:
         description = f"{self._noun}, {self._failed} not passed" if self._failed else self._noun
         self._progress.update(self._task, completed=done, total=total, description=description)
 
+    def say(self, text: str) -> None:
+        """One line while long work goes on.
+
+        Args:
+            text: any length.
+        """
+        if not self._quiet:
+            self._print([Line(text)])
+
+    def rehearsals(self, rehearsals: Sequence[Rehearsal]) -> None:
+        """Training tried on the user's own texts, and what it recommends.
+
+        Args:
+            rehearsals: one for each subject.
+        """
+        self._print(rehearsal_lines(rehearsals, width=self.width))
+
     def stop(self) -> None:
         """Take the progress bar away; more than once is no harm."""
         if self._progress is not None:

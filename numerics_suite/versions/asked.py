@@ -94,7 +94,9 @@ def know_all(settings: Settings) -> tuple[Known, ...]:
     seen: dict[str, str] = {}
     for known in found:
         if known.name in seen:
-            message = f"'{seen[known.name]}' and '{known.source}' are both named '{known.name}': tell them apart with --name"
+            message = (
+                f"'{seen[known.name]}' and '{known.source}' are both named '{known.name}': tell them apart with --name"
+            )
             raise BadInputError(message)
         seen[known.name] = known.source
     if settings.data is not None and not settings.data.is_file():

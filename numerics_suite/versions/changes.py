@@ -16,9 +16,7 @@ BASELINE = "baseline"
 """What `against` says of the user's own baselines."""
 
 
-def with_changes(
-    cells: Sequence[MatrixCell], baseline: Path | None
-) -> tuple[tuple[MatrixCell, ...], list[str]]:
+def with_changes(cells: Sequence[MatrixCell], baseline: Path | None) -> tuple[tuple[MatrixCell, ...], list[str]]:
     """The cells, each with what changed, and notes for a person.
 
     A cell is compared, subject by subject, with the newest older one that has the subject, along each of the three axes:

@@ -15,6 +15,7 @@ from numerics_suite.settings.accept import parse_accept
 from numerics_suite.settings.table import BY_NAME
 from numerics_suite.settings.tree import COMMAND_LINE, Settings, to_json
 from numerics_suite.subjects.fixtures import fixture_names
+from numerics_suite.versions.recipes import Wanted
 
 JOB, RESULTS, BASELINE, DONE, LOG = "job.json", "results.json", "baseline", "done.json", "log.txt"
 """Files of a cell's folder. `done.json` is written last: without it nothing else in the folder counts."""
@@ -35,6 +36,7 @@ class Job:
         record: record baselines of the same cells.
         digests: of every file that the answer depends on, by what it is.
         threads: of each process.
+        wanted: the environment, None for the running one; the process in it needs not know, so the file does not hold it.
     """
 
     settings: Settings
@@ -44,6 +46,7 @@ class Job:
     record: bool = True
     digests: Mapping[str, str]
     threads: int = 1
+    wanted: Wanted | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The job's file."""
@@ -144,7 +147,11 @@ def source_digest() -> str:
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
-        if path.suffix in {".py", ".json", ".ini"} and "__pycache__" not in path.parts and "_fixtures" not in path.parts:
+        if (
+            path.suffix in {".py", ".json", ".ini"}
+            and "__pycache__" not in path.parts
+            and "_fixtures" not in path.parts
+        ):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
             digest.update(content)

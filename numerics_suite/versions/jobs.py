@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.reporting.results import dump
-from numerics_suite.versions.job import DONE, JOB, LOG, RESULTS, Job
+from numerics_suite.versions.job import DONE, JOB, LOG, Job
 from numerics_suite.versions.kept import read_done
 
 if TYPE_CHECKING:
@@ -32,6 +33,20 @@ class RunsModules(Protocol):
 
     def variables(self) -> Mapping[str, str]:
         """The process's whole environment."""
+
+
+class RunningEnvironment:
+    """The environment that this process runs in."""
+
+    def command(self, module: str, *arguments: str) -> list[str]:
+        """The command line that runs a module here."""
+        return [sys.executable, "-m", module, *arguments]
+
+    def variables(self) -> dict[str, str]:
+        """This process's own, with this copy of the package first on the path."""
+        own = str(Path(__file__).resolve().parents[2])
+        paths = [own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the user stopped the run
@@ -125,7 +140,13 @@ def failed(reason: str) -> dict[str, Any]:
     Args:
         reason: one line.
     """
-    return {"status": "error", "results": False, "baseline": False, "reason": " ".join(reason.split()), "unsupported": {}}
+    return {
+        "status": "error",
+        "results": False,
+        "baseline": False,
+        "reason": " ".join(reason.split()),
+        "unsupported": {},
+    }
 
 
 def reason_of(status: int, log: Path) -> str:
@@ -196,17 +217,3 @@ def _free_bytes() -> int:
     except OSError:
         pass  # not Linux
     return 4 * 1_500_000_000
-
-
-__all__ = [
-    "CELL",
-    "RESULTS",
-    "Jobs",
-    "RunsModules",
-    "Stopped",
-    "core_count",
-    "default_jobs",
-    "failed",
-    "reason_of",
-    "sigterm_interrupts",
-]

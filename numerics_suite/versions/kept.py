@@ -20,6 +20,8 @@ from numerics_suite.versions.job import DONE, RESULTS
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from typing_extensions import Self
+
 UNFINISHED, LOCK = ".unfinished", ".lock"
 
 
@@ -40,7 +42,7 @@ class Kept:
         self.folder, self._option = folder.resolve(), option
         self._lock: int | None = None
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> Self:
         """Make the folder, take its lock, and drop what a killed run left unfinished.
 
         Raises:

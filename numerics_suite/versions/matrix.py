@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from numerics_suite.core.errors import BadInputError, NumericsSuiteError
+from numerics_suite.core.errors import BadInputError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
 from numerics_suite.versions.answers import cell_of
 from numerics_suite.versions.asked import Known, digests
 from numerics_suite.versions.changes import with_changes
 from numerics_suite.versions.environments import ensure
 from numerics_suite.versions.job import Job, for_a_cell
-from numerics_suite.versions.jobs import Jobs, Stopped, failed
+from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, failed
 from numerics_suite.versions.kept import Kept
 from numerics_suite.versions.recipes import Wanted, make_recipe
 
@@ -57,31 +57,32 @@ class Plan:
     check: bool = True
     record: bool = True
 
-    def job(self, versions: Versions) -> Job:
+    def job(self, wanted: Wanted | None) -> Job:
         """The job of one environment.
+
+        Args:
+            wanted: None for the running one.
 
         Raises:
             NumericsSuiteError: there can be none of these versions.
         """
-        recipe = make_recipe(wanted_of(versions))
+        recipe = make_recipe(wanted or Wanted())
+        python = recipe.python if len(recipe.python) < 12 else Path(recipe.python).name
         return Job(
             settings=self.settings,
-            versions=Versions(transformers=recipe.transformers, torch=recipe.torch, python=_short(recipe.python)),
+            versions=Versions(transformers=recipe.transformers, torch=recipe.torch, python=python),
             cwd=str(self.cwd),
             check=self.check,
             record=self.record,
             digests={**digests(self.settings, self.known), "environment": recipe.digest},
             threads=self.threads,
+            wanted=wanted,
         )
 
 
 def wanted_of(versions: Versions) -> Wanted:
     """What the environments are asked for."""
     return Wanted(transformers=versions.transformers, torch=versions.torch, python=versions.python)
-
-
-def _short(python: str) -> str:
-    return python if len(python) < 12 else Path(python).name
 
 
 def make_plan(  # noqa: PLR0913 - keywords
@@ -121,7 +122,9 @@ def in_environments(jobs: Jobs) -> Execute:
         if jobs.stopped:
             raise Stopped
         tell("environment")
-        environment = ensure(wanted_of(job.versions), on_progress=tell)
+        if job.wanted is None:
+            return jobs.run(RunningEnvironment(), job, folder)
+        environment = ensure(job.wanted, on_progress=tell)
         tell("running")
         try:
             return jobs.run(environment, job, folder)
@@ -141,7 +144,7 @@ def planned(plan: Plan, kept: Kept) -> list[tuple[Versions, bool]]:
     rows = []
     for versions in plan.cells:
         try:
-            job = plan.job(versions)
+            job = plan.job(wanted_of(versions))
             rows.append((job.versions, kept.find(job.name) is not None))
         except NumericsSuiteError:
             rows.append((versions, False))
@@ -149,7 +152,14 @@ def planned(plan: Plan, kept: Kept) -> list[tuple[Versions, bool]]:
 
 
 def run_matrix(  # noqa: PLR0913 - keywords
-    plan: Plan, kept: Kept, execute: Execute, audience: Audience, *, jobs: int, stop: Callable[[], None], baseline: Path | None
+    plan: Plan,
+    kept: Kept,
+    execute: Execute,
+    audience: Audience,
+    *,
+    jobs: int,
+    stop: Callable[[], None],
+    baseline: Path | None,
 ) -> MatrixResult:
     """Run what is not done yet, and compare.
 
@@ -183,19 +193,22 @@ def run_matrix(  # noqa: PLR0913 - keywords
 def _one(plan: Plan, versions: Versions, kept: Kept, execute: Execute, audience: Audience) -> MatrixCell:
     """The cell of one environment; whatever goes wrong in it stays in it."""
     try:
-        job = plan.job(versions)
+        job = plan.job(wanted_of(versions))
     except NumericsSuiteError as error:
         bad = isinstance(error, BadInputError)
         return MatrixCell(
             wanted=versions, held=versions, status="error", verdict="error", reason=str(error), bad_input=bad
         )
-    done, folder, reused = answer(job, kept, execute, lambda what: audience.doing(versions, what))
+    try:
+        done, folder, reused = answer(job, kept, execute, lambda what: audience.doing(versions, what))
+    except (BadInputError, OSError) as error:
+        return MatrixCell(
+            wanted=versions, held=job.versions, status="error", verdict="error", reason=_line(error), bad_input=True
+        )
     return cell_of(versions, job.versions, done, folder, reused=reused)
 
 
-def answer(
-    job: Job, kept: Kept, execute: Execute, tell: Callable[[str], None]
-) -> tuple[dict[str, Any], Path, bool]:
+def answer(job: Job, kept: Kept, execute: Execute, tell: Callable[[str], None]) -> tuple[dict[str, Any], Path, bool]:
     """What a job says: kept from an earlier run, or run now and then kept.
 
     Args:
@@ -209,6 +222,7 @@ def answer(
 
     Raises:
         Stopped: the user stopped.
+        BadInputError: no environment can be made here, whatever the versions.
     """
     done = kept.find(job.name)
     if done is not None:
@@ -216,9 +230,15 @@ def answer(
     unfinished = kept.begin(job.name)
     try:
         done = execute(job, unfinished, tell)
-    except NumericsSuiteError as error:
-        done = {**failed(str(error)), "bad_input": isinstance(error, BadInputError)}
+    except UnsupportedError as error:
+        done = failed(str(error))
     return done, kept.publish(job.name, unfinished), False
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot write {error.filename or 'its files'}: {error.strerror or error}"
+    return str(error)
 
 
 def _refuse_if_all(cells: Sequence[MatrixCell], known: Sequence[Known]) -> None:

@@ -53,7 +53,7 @@ def search(items: Sequence[Item], ask: Callable[[Item], Answer]) -> Boundary[Ite
     """Find two items, one good and one bad, with nothing but untestable ones between; each is asked at most once.
 
     The last item is asked first, then the first one. With one change in the list and no untestable item it takes
-    `ceil(log2(n - 1))` questions besides these two; every untestable one costs one more at most.
+    `ceil(log2(n - 1))` questions besides these two; an untestable one costs itself and may move the middle.
 
     Args:
         items: at least two, the good end first.
@@ -76,12 +76,12 @@ def search(items: Sequence[Item], ask: Callable[[Item], Answer]) -> Boundary[Ite
     for end, index, wanted in (("bad", high, Answer.BAD), ("good", low, Answer.GOOD)):
         if answer(index) is not wanted:
             raise EndError(end, answers[index])
-    while (index := _middle(low, high, answers)) is not None:
-        given = answer(index)
+    while (middle := _middle(low, high, answers)) is not None:
+        given = answer(middle)
         if given is Answer.GOOD:
-            low = index
+            low = middle
         elif given is Answer.BAD:
-            high = index
+            high = middle
     return Boundary(last_good=items[low], first_bad=items[high], between=tuple(items[low + 1 : high]), answers=answers)
 
 

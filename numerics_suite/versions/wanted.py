@@ -11,7 +11,9 @@ from numerics_suite.core.versions import Versions
 from numerics_suite.versions.index import resolve
 
 
-def resolve_all(transformers: str | None, torch: str | None, python: str | None, *, pre: bool = False) -> list[Versions]:
+def resolve_all(
+    transformers: str | None, torch: str | None, python: str | None, *, pre: bool = False
+) -> list[Versions]:
     """Every combination of the three.
 
     Args:
@@ -53,4 +55,4 @@ def _pythons(spec: str | None) -> list[str | None]:
     if wrong is not None:
         message = f"--python: '{wrong}' is no version of Python; give a list such as 3.10,3.12"
         raise BadInputError(message)
-    return list(sorted(dict.fromkeys(names), key=Version))
+    return [*sorted(dict.fromkeys(names), key=Version)]

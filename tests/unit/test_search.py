@@ -40,7 +40,7 @@ def test_the_boundary_of_one_change(history):
     found, questions = asked(history)
     low, high = found.last_good, found.first_bad
     assert (history[low], history[high]) == (GOOD, BAD)
-    assert BAD not in history[: high]
+    assert BAD not in history[:high]
     assert GOOD not in history[low + 1 :]
     assert all(history[index] is UNTESTABLE for index in found.between)
     assert list(found.between) == list(range(low + 1, high))
