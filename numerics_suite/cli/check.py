@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from numerics_suite.settings.options import add_cli_options, from_command_line
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numerics_suite.core.records import RunResult
+    from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.settings.tree import Settings
 
 EXAMPLES = """\
@@ -24,6 +27,10 @@ EXAMPLES = """\
       your own checkpoint, about to get a classification head
   numerics-suite check fixture:glm4-tiny --precision bf16,fp16 --json out.json
       two precisions, with a results file
+  numerics-suite check ./my-checkpoint --task sequence-classification \
+      --data my.jsonl --steps 20 --lr 5e-5
+      rehearse training on your own texts: curves, the largest stable
+      learning rate, and the settings that they recommend
   numerics-suite check zai-org/GLM-4-9B-0414@main --checks 'load.*' --list
       what would be run, and the memory that it may need
 
@@ -42,7 +49,7 @@ def make_parser() -> CommandParser:
         examples=EXAMPLES,
     )
     add_cli_options(parser)
-    parser.add_argument("--bundle", metavar="DIR", help="not built yet")
+    parser.add_argument("--bundle", metavar="DIR", help="reopen what `watch` caught; with SUBJECT, run it there")
     return parser
 
 
@@ -56,11 +63,11 @@ def run(arguments: Sequence[str]) -> int:
         BadInputError: the input cannot be used.
     """
     given = vars(make_parser().parse(arguments))
-    if given.pop("bundle") is not None:
-        message = "--bundle is not built yet; leave it out"
-        raise BadInputError(message)
+    bundle = given.pop("bundle")
     settings = from_command_line(given)
     _refuse_unwritable(settings)
+    if bundle is not None:
+        return _reopen(settings, Path(bundle))
     if settings.list_only:
         return _list(settings)
     return _check(settings)
@@ -100,7 +107,34 @@ def _check(settings: Settings) -> int:
             result = run_check(settings, terminal)
         finally:
             terminal.stop()
+        if settings.data is not None:
+            result = _rehearsed(result, settings, terminal)
+        terminal.rehearsals(result.rehearsals)
         terminal.summary(result)
+    if settings.json:
+        write_json(settings.json, to_json(result))
+    return result.exit_status
+
+
+def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
+    """The result with training on the user's own texts, where checks of training were asked for."""
+    from numerics_suite.suite.planning import selected_checks
+    from numerics_suite.suite.rehearsal import rehearse
+
+    if not any(check.startswith("train.") for check in selected_checks(settings)):
+        return result
+    return replace(result, rehearsals=rehearse(settings, terminal.say))
+
+
+def _reopen(settings: Settings, bundle: Path) -> int:
+    from numerics_suite.reporting.results import to_json
+    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.suite.reopen import refuse_other_options, reopen
+
+    refuse_other_options(settings)
+    with _for_people(settings) as stream:
+        result = reopen(settings, bundle)
+        Terminal(stream=stream, quiet=settings.quiet).summary(result)
     if settings.json:
         write_json(settings.json, to_json(result))
     return result.exit_status

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from numerics_suite.core.rehearsal import Rehearsal
+
 Task = Literal["causal-lm", "sequence-classification", "token-classification", "module"]
 """`module` is a factory's plain `nn.Module`, which has a batch of its own and no task."""
 
@@ -224,6 +226,7 @@ class RunResult:
         environment: python, platform, device, packages.
         notes: lines a person should see above the verdict (an accept entry that matched nothing, a time limit).
         exit_status: as CONTRACT.md defines it.
+        rehearsals: with `--data`, training tried on the user's own texts.
     """
 
     command: str
@@ -236,3 +239,4 @@ class RunResult:
     checks: tuple[CheckResult, ...]
     notes: tuple[str, ...] = ()
     exit_status: int = 0
+    rehearsals: tuple[Rehearsal, ...] = ()

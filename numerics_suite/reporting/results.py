@@ -13,6 +13,7 @@ from numerics_suite import __version__
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, SubjectFacts
+from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
 from numerics_suite.reporting.numbers import jsonable, revived
 
 if TYPE_CHECKING:
@@ -129,12 +130,12 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
 
 
 def _rehearsal(content: Mapping[str, Any]) -> Rehearsal:
-    runs = tuple(
-        RehearsedRun(**{key: tuple(value) if isinstance(value, list) else value for key, value in run.items()})
-        for run in content["runs"]
-    )
+    runs = []
+    for run in content["runs"]:
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in run.items()}
+        runs.append(RehearsedRun(**fields))
     recipe = tuple(Advice(**advice) for advice in content["recipe"])
-    return Rehearsal(**{**content, "runs": runs, "recipe": recipe})
+    return Rehearsal(**{**content, "runs": tuple(runs), "recipe": recipe})
 
 
 def check_from_json(content: Mapping[str, Any]) -> CheckResult:

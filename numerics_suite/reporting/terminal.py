@@ -12,6 +12,7 @@ from rich.text import Text
 from numerics_suite import __version__
 from numerics_suite.reporting.lines import WIDTH, Line, listed, wrapped
 from numerics_suite.reporting.plan import PlanRow, plan_lines
+from numerics_suite.reporting.rehearsal import rehearsal_lines
 from numerics_suite.reporting.streams import abandon
 from numerics_suite.reporting.summary import LABELS, STYLES, summary
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from numerics_suite.core.records import Cell, CheckResult, RunResult, Subject
+    from numerics_suite.core.rehearsal import Rehearsal
 
 __all__ = ["PlanRow", "Terminal"]
 

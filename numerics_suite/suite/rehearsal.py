@@ -1,0 +1,132 @@
+"""The small-batch rehearsal: the user's texts, his steps and learning rate, in each precision that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.records import Cell
+from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
+from numerics_suite.diagnosing.cures import BISECTIONS, learning_rates
+from numerics_suite.diagnosing.recipe import CLIP, recommend
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.precisions import precision
+from numerics_suite.running.training import Plan, Trajectory
+from numerics_suite.settings.tree import Settings
+from numerics_suite.suite.session import SuiteSession
+
+UPWARD = 3
+"""Decades above the learning rate asked in which a larger stable one is looked for."""
+
+EXPLODED = 2.0
+"""A run whose loss ever exceeds this many times its first is not stable, whatever it ends at."""
+
+
+def rehearse(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> tuple[Rehearsal, ...]:
+    """Train each subject of the settings on the user's batch.
+
+    Args:
+        settings: with `data`.
+        tell: called with one line before each subject and precision.
+    """
+    session = SuiteSession(settings)
+    cells: dict[str, list[Cell]] = {}
+    for cell in session.plan.cells:
+        chosen = cells.setdefault(cell.subject, [])
+        if precision(cell.precision).trains and all(cell.precision != other.precision for other in chosen):
+            chosen.append(_best_attention(cell, session.plan.cells))
+    return tuple(found for group in cells.values() for found in _of_subject(session, group, tell))
+
+
+def _best_attention(cell: Cell, cells: tuple[Cell, ...]) -> Cell:
+    """The same cell with sdpa where that is planned: what training runs on."""
+    return next((other for other in cells if other == replace(cell, attn="sdpa")), cell)
+
+
+def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], None]) -> Iterator[Rehearsal]:
+    runs = []
+    first: Evidence | None = None
+    for cell in cells:
+        tell(f"rehearsal: {cell.subject} in {cell.precision}")
+        evidence = session.evidence(cell)
+        try:
+            if evidence.usable_own_batch is None:
+                return
+            runs.append(_run(evidence))
+        except NumericsSuiteError:
+            continue  # the checks of this cell have said why
+        first = first or evidence
+    if first is None:
+        return
+    plan, task = first.request.plan, first.subject.task
+    yield Rehearsal(
+        subject=first.subject.id,
+        task=task,
+        attn=first.cell.attn,
+        device=first.cell.device,
+        batch=first.training_batch.drawn,
+        optimizer=plan.optimizer,
+        lr=plan.lr,
+        steps=plan.steps,
+        chance=math.log(first.num_labels) if task.endswith("classification") else None,
+        runs=tuple(runs),
+        recipe=recommend(runs, lr=plan.lr),
+    )
+
+
+def _run(evidence: Evidence) -> RehearsedRun:
+    logits = evidence.forward(evidence.training_batch)["logits"]
+    plain = evidence.trajectory
+    clipped = evidence.train(evidence.with_plan(max_grad_norm=CLIP))
+    stable, at_least = _largest_stable(evidence, plain)
+    return RehearsedRun(
+        precision=evidence.cell.precision,
+        largest_logit=float(logits.abs().max()),
+        losses=plain.losses,
+        gradient_norms=plain.gradient_norms,
+        clipped_losses=clipped.losses,
+        scales=plain.scales,
+        skipped=plain.skipped,
+        stopped=_stopped(plain),
+        stopped_clipped=_stopped(clipped),
+        largest_stable_lr=stable,
+        at_least=at_least,
+    )
+
+
+def _stopped(run: Trajectory) -> str:
+    return "" if run.bad is None else f"{run.bad.kind} {run.bad.name} is not finite at step {run.bad.step}"
+
+
+def is_stable(run: Trajectory) -> bool:
+    """Finite throughout, never far above its first loss, and below it at the end."""
+    return (
+        run.bad is None
+        and len(run.losses) > 1
+        and run.losses[-1] < run.losses[0]
+        and max(run.losses) <= EXPLODED * abs(run.losses[0])
+    )
+
+
+def _largest_stable(evidence: Evidence, asked: Trajectory) -> tuple[float | None, bool]:
+    """The largest stable learning rate, and whether the search ended at its upper end."""
+
+    def holds(plan: Plan) -> bool:
+        return is_stable(evidence.train(plan))
+
+    plan = evidence.request.plan
+    if not is_stable(asked):
+        return learning_rates(plan, holds), False
+    good = plan.lr
+    for decade in range(1, UPWARD + 1):
+        higher = plan.lr * 10**decade
+        if not holds(replace(plan, lr=higher)):
+            bad = higher
+            for _ in range(BISECTIONS):
+                middle = math.sqrt(good * bad)
+                good, bad = (middle, bad) if holds(replace(plan, lr=middle)) else (good, middle)
+            return good, False
+        good = higher
+    return good, True
