@@ -185,7 +185,7 @@ def _line(breach: Breach) -> str:
     """`true-answers 0.0012 in model.norm, 1e-10 allowed (answer: right.logits)`."""
     measured = breach.measurement
     place = f" in {measured.module}" if measured.module else ""
-    told = ("answer", "entries", "missing", "roundoffs before", "roundoffs now", "error before", "error now")
+    told = ("answer", "roundoffs before", "roundoffs now", "error before", "error now")
     facts = [f"{name}: {_shown(measured.facts[name])}" for name in told if name in measured.facts]
     step = f" from step {measured.step} on" if measured.step is not None else ""
     parameters = f" of {measured.parameters[0]}" if measured.parameters else ""
