@@ -42,7 +42,7 @@ def contract(
         "forward": _accepted(evidence, batches),
         "outputs": outputs,
         "cache": cache,
-        "inputs": _inputs(evidence, tensors_of(batches[0], evidence)) if evidence.takes_ids else {},
+        "inputs": _inputs(evidence, tensors_of(_telling(batches), evidence)) if evidence.takes_ids else {},
         "head": {name: dict(facts) for name, facts in head.items()},
         "parameters": _dtypes(evidence.model),
     }
@@ -190,6 +190,11 @@ def _inputs(evidence: Evidence, tensors: Mapping[str, Any]) -> dict[str, dict[st
                 dtype: _verdict(evidence, {**given, name: given[name].to(dtype_of(dtype))}, want) for dtype in dtypes
             }
     return found
+
+
+def _telling(batches: Sequence[StoredBatch]) -> StoredBatch:
+    """Padded on the left where there is such a batch: a causal model's real tokens never see padding on the right."""
+    return next((batch for batch in batches if batch.name == "left"), batches[0])
 
 
 def _answer(evidence: Evidence, given: Mapping[str, Any]) -> Tensor:

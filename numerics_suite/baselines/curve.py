@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.records import Curve
-from numerics_suite.baselines.trace import trace_call
+from numerics_suite.baselines.trace import Trace, trace_call
 from numerics_suite.running import _lifting
 from numerics_suite.running.blocks import freeze_to_scope
 from numerics_suite.running.evidence import Evidence
@@ -24,7 +24,6 @@ LARGE: Final = 10**9
 """Parameters above which the head and the last block alone are trained."""
 
 QUANTISED = "a quantised checkpoint is not trained"
-NOTHING_TRAINABLE = "no parameter of this model requires a gradient"
 
 
 def scope_of(model: nn.Module) -> str:
@@ -32,27 +31,30 @@ def scope_of(model: nn.Module) -> str:
     return "last:1" if sum(p.numel() for p in model.parameters()) > LARGE else "full"
 
 
-def why_untrained(evidence: Evidence) -> str:
-    """Why the cell has no curve and no gradients in its precision; empty where it has them."""
+def why_untrained(evidence: Evidence, found: Trace) -> str:
+    """Why the cell has no curve and no gradients in its precision; empty where it has them.
+
+    Args:
+        evidence: of the cell.
+        found: its true fp64 runs.
+    """
     if evidence.subject.quantized:
         return QUANTISED
     if not evidence.recipe.trains:
         return SERVING_REASON
-    return "" if any(p.requires_grad for p in evidence.model.parameters()) else NOTHING_TRAINABLE
+    return found.no_gradients
 
 
-def training_curve(evidence: Evidence, tensors: Mapping[str, Any]) -> Curve:
+def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace) -> Curve:
     """The curve of the cell, or why it has none.
 
     Args:
         evidence: of the cell; its model is left as it was.
         tensors: the training batch.
-
-    Raises:
-        NotApplicableError: something could not be lifted to float64.
+        found: the cell's true fp64 runs.
     """
     scope = scope_of(evidence.model)
-    reason = why_untrained(evidence)
+    reason = why_untrained(evidence, found)
     if reason:
         return Curve(scope=scope, reason=reason)
     plan = replace(evidence.request.plan, scope=scope)

@@ -66,7 +66,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
         answers |= named_answers(batch, tensors, outputs)
         raw["logits"] += [real_rows(tensors, value) for name, value in outputs.items() if name != HIDDEN]
         least = _lesser(least, room)
-    raw |= _training_numbers(evidence, tensors_of(training_of(batches), evidence), left_out)
+    raw |= _training_numbers(evidence, tensors_of(training_of(batches), evidence), found, left_out)
     if "loss" in raw and not found.left_out:
         raw["loss"].append(torch.tensor(found.loss, dtype=torch.float64))
     if evidence.subject.task == "causal-lm" and evidence.takes_ids:
@@ -123,9 +123,9 @@ def _lesser(least: Headroom | None, rooms: Sequence[Headroom]) -> Headroom | Non
 
 
 def _training_numbers(
-    evidence: Evidence, tensors: Mapping[str, Any], left_out: dict[str, str]
+    evidence: Evidence, tensors: Mapping[str, Any], found: Trace, left_out: dict[str, str]
 ) -> dict[str, list[Tensor]]:
-    reason = why_untrained(evidence)
+    reason = why_untrained(evidence, found)
     if evidence.subject.quantized:
         left_out["bits.loss"] = reason
         return {}

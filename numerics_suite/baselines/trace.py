@@ -19,7 +19,7 @@ from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import rms
 from numerics_suite.observing.tokens import token_rows
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import call_model, floating_outputs, main_output, to_device
+from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, main_output, to_device
 from numerics_suite.running.true_fp64 import run_true_fp64
 
 HIDDEN = "hidden"
@@ -46,6 +46,7 @@ class Trace:
         loss: of the training batch.
         gradients: of its loss, in the order of the parameters.
         left_out: "module: op" for what could not be lifted to float64.
+        no_gradients: why there are none, empty where there are.
     """
 
     answers: dict[str, Tensor]
@@ -53,6 +54,7 @@ class Trace:
     loss: float
     gradients: tuple[GradientRecord, ...]
     left_out: tuple[str, ...]
+    no_gradients: str = ""
 
 
 def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | None = None) -> Trace:
@@ -68,18 +70,19 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
     left_out: dict[str, None] = {}
     sketches: dict[str, Sketch] = {}
     loss, training = math.nan, training_of(batches)
+    no_gradients = _why_no_gradients(evidence, tensors_of(training, evidence))
 
     def take(name: str, gradient: Tensor) -> None:
         with _disable_current_modes():
             sketches[name] = sketch(gradient)
 
     for batch in batches:
-        trains = batch is training and any(p.requires_grad for p in evidence.model.parameters())
+        trains = batch is training
         tensors = tensors_of(batch, evidence)
         run = run_true_fp64(
             evidence.model,
             tensors if trains else evidence_inputs(evidence, tensors),
-            gradients=trains,
+            gradients=trains and not no_gradients,
             stream=stream,
             call=_watched(trace_call(evidence, loss=trains), tensors, modules),
             on_gradient=take,
@@ -96,7 +99,20 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
         loss=loss,
         gradients=tuple(GradientRecord(name=name, gradient=sketches[name]) for name in order),
         left_out=tuple(left_out),
+        no_gradients=no_gradients,
     )
+
+
+def _why_no_gradients(evidence: Evidence, tensors: Mapping[str, Any]) -> str:
+    """Why the loss cannot be differentiated, empty where it can; a quantised model's forward pass has no gradient."""
+    if evidence.subject.quantized:
+        return "a quantised checkpoint is not trained"
+    if not any(parameter.requires_grad for parameter in evidence.model.parameters()):
+        return "no parameter of this model requires a gradient"
+    with torch.enable_grad(), arithmetic(evidence.recipe, evidence.cell.device):
+        output = trace_call(evidence, loss=True)(evidence.model, tensors)
+    assert isinstance(output, dict)
+    return "" if output["loss"].requires_grad else "the loss has no gradient"
 
 
 def answer_records(found: Trace, batches: Sequence[StoredBatch]) -> tuple[AnswerRecord, ...]:
