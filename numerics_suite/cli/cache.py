@@ -99,10 +99,10 @@ def _list(given: argparse.Namespace) -> dict[str, Any]:
     if given.json != "-":
         width = max([len(entry.name) for entry in found], default=0) + 2
         if found:
-            say(f"{'name':<{width}}{'size':>9}{'own':>9}  {'last used':<12}what")
+            say(f"{'name':<{width}}{'size':>9}{'own':>9}  {'last used':<16}what")
         for entry in found:
             sizes = f"{_size(entry.bytes):>9}{_size(entry.own_bytes):>9}"
-            say(f"{entry.name:<{width}}{sizes}  {_ago(entry.used_at):<12}{entry.kind}: {entry.title}")
+            say(f"{entry.name:<{width}}{sizes}  {_ago(entry.used_at):<16}{entry.kind}: {entry.title}")
         if not given.quiet:
             say(f"{len(found)} entries, {_size(total)} (shared files once) in {cache_dir()}; limit {_size(limit)}")
     return {"folder": str(cache_dir()), "bytes": total, "limit_bytes": limit, "entries": [_row(one) for one in found]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -120,18 +119,3 @@ def _import_refusal(status: int, complaint: str, recipe: Recipe) -> Exception:
     name, _, reason = last.partition(" ")
     version = {"torch": recipe.torch, "transformers": recipe.transformers}.get(name, "")
     return UnsupportedError(f"{name} {version} cannot be imported: {reason}"[:400])
-
-
-def commit_of(repository: Path) -> str:
-    """The commit that a working tree is at.
-
-    Raises:
-        BadInputError: it is no git working tree.
-    """
-    done = subprocess.run(
-        ["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )  # noqa: S603, S607
-    if done.returncode != 0:
-        message = f"{repository} is no git clone"
-        raise BadInputError(message)
-    return done.stdout.strip()

@@ -109,7 +109,7 @@ class _Listing:
 
 @lru_cache(maxsize=64)
 def _ask(package: str, sources: PackageSources, *, pre: bool, python: str | None) -> _Listing:
-    arguments = ["index", "versions", package, "--verbose", *_options(sources)]
+    arguments = ["index", "versions", package, "-vv", *_options(sources)]
     if pre or sources.pre:
         arguments.append("--pre")
     if python is not None and re.fullmatch(r"\d+(\.\d+){1,2}", python):
@@ -118,7 +118,7 @@ def _ask(package: str, sources: PackageSources, *, pre: bool, python: str | None
     variables.pop("PIP_QUIET", None)
     status, output, complaint = run_quietly([*_pip(), *arguments], variables)
     text = f"{output}\n{complaint}"
-    unreachable = re.search(r"Could not fetch URL (\S+?): (?!404)", text)
+    unreachable = re.search(r"Could not fetch URL (\S+?): (?!40[34]|410)", text)
     listed = re.search(r"^Available versions: (.*)$", output, re.MULTILINE)
     if listed is None and unreachable is None and "No matching distribution found" not in text:
         lines = [line for line in complaint.splitlines() if line.startswith("ERROR")] or complaint.splitlines()[-1:]
@@ -138,7 +138,7 @@ def _public(text: str) -> Version | None:
 
 
 def _pip() -> list[str]:
-    """pip of the running environment, else one that uv keeps in its cache."""
+    """The pip of the running environment, else one that uv keeps in its cache."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     quiet = ("--color", "never", "--no-progress")

@@ -133,9 +133,9 @@ def pip_files() -> list[Path]:
     own = os.environ.get("PIP_CONFIG_FILE", "")
     if own == os.devnull:
         return []
-    places = [*_global_files(), *_user_files(), Path(sys.prefix) / _pip_name()]
-    if own:
-        places.append(Path(own))
+    named = bool(own) and Path(own).exists()
+    user = [] if named else _user_files()  # pip reads the one file instead of the user's
+    places = [*_global_files(), *user, Path(sys.prefix) / _pip_name(), *([Path(own)] if named else [])]
     return [path for path in places if path.is_file()]
 
 

@@ -124,8 +124,11 @@ def missing(package: str, version: Version, known: Sequence[Version]) -> str:
         known: the releases there are.
     """
 
-    def distance(other: Version) -> tuple[int, ...]:
-        return tuple(abs(a - b) for a, b in zip_longest(other.release, version.release, fillvalue=0))
+    def shared(other: Version) -> int:
+        alike = [a == b for a, b in zip_longest(other.release, version.release, fillvalue=0)]
+        return [*alike, False].index(False)
 
-    nearest = min((other for other in known if not other.is_prerelease), key=distance, default=None)
+    stable = [other for other in known if not other.is_prerelease]
+    neighbours = [v for v in stable if v < version][-1:] + [v for v in stable if v > version][:1]
+    nearest = max(neighbours, key=shared, default=None)  # the earlier one, of two that are as near
     return f"there is no {package} {version} for this Python" + (f"; the nearest is {nearest}" if nearest else "")
