@@ -71,6 +71,7 @@ def run_check(settings: Settings, terminal: Terminal) -> RunResult:
     arguments = [
         str(SUITE),
         *("-c", str(SUITE / "pytest.ini"), "--rootdir", str(SUITE), "--noconftest"),
+        "--import-mode=importlib",  # the default puts the folder above this package, with its other packages, first on the path
         *("-p", "numerics_suite.plugin", "-p", "xdist", "-p", "no:cacheprovider", "-p", "no:terminal"),
         *to_args(settings),
     ]
