@@ -125,14 +125,16 @@ def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import Plan
 
-    baseline_of(settings)
+    baseline = baseline_of(settings)
     prepared = for_a_cell(settings)
     what, candidates, note = _candidates(settings.subjects[0], own)
     in_hub = candidates[-1].subject if candidates[-1].exported is None else None
     known = know(in_hub or prepared.subjects[0], *settings.names[:1], allow_pickle=settings.allow_pickle)
     jobs = jobs_of(own["jobs"], known.weight_bytes)
     threads = max(1, core_count() // min(jobs, 2))
-    plan = Plan(settings=prepared, known=(known,), cells=(), cwd=Path.cwd(), threads=threads, record=False)
+    plan = Plan(
+        settings=prepared, known=(known,), cells=(), cwd=Path.cwd(), threads=threads, baseline=baseline, record=False
+    )
     kept = Kept(Path(own["out"] or OUT))
     with for_people(settings) as stream:
         found = _search(plan, what, candidates, kept, stream, note=note, jobs=jobs, settings=settings, own=own)

@@ -128,14 +128,14 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     baseline = baseline_of(settings)
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
     versions = resolve_all(own["transformers"], own["torch"], own["python"], pre=own["pre"])
-    cores = core_count()
-    plan = make_plan(settings, known, versions, cwd=Path.cwd(), jobs=min(jobs, len(versions), cores), cores=cores)
+    threads = max(1, core_count() // jobs)
+    plan = make_plan(settings, known, versions, cwd=Path.cwd(), threads=threads, baseline=baseline)
     kept = Kept(Path(own["out"] or OUT))
     with for_people(settings) as stream:
         if settings.list_only:
             status, content = _list(plan, kept, stream)
         else:
-            status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"], baseline=baseline)
+            status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"])
     if settings.json:
         write_json(settings.json, content)
     return status
@@ -151,7 +151,7 @@ def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]
 
 
 def _run(  # noqa: PLR0913 - keywords
-    settings: Settings, plan: Plan, kept: Kept, stream: IO[str], *, jobs: int, ray: str | None, baseline: Path | None
+    settings: Settings, plan: Plan, kept: Kept, stream: IO[str], *, jobs: int, ray: str | None
 ) -> tuple[int, dict[str, Any]]:
     from numerics_suite.reporting.matrix import MatrixTerminal, matrix_to_json
     from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
@@ -162,15 +162,11 @@ def _run(  # noqa: PLR0913 - keywords
         if ray:
             from numerics_suite.versions.spreading import Cluster
 
-            with Cluster(ray, plan.settings) as cluster:
-                result = run_matrix(
-                    plan, kept, cluster.execute, terminal, jobs=len(plan.cells), stop=cluster.stop, baseline=baseline
-                )
+            with Cluster(ray) as cluster:
+                result = run_matrix(plan, kept, cluster.execute, terminal, jobs=len(plan.cells), stop=cluster.stop)
         else:
             processes = Jobs()
-            result = run_matrix(
-                plan, kept, in_environments(processes), terminal, jobs=jobs, stop=processes.stop, baseline=baseline
-            )
+            result = run_matrix(plan, kept, in_environments(processes), terminal, jobs=jobs, stop=processes.stop)
         terminal.table(result)
     return result.exit_status, matrix_to_json(result)
 
@@ -219,7 +215,7 @@ def jobs_of(text: str | None, weight_bytes: int) -> int:
 
 
 def baseline_of(settings: Settings) -> Path | None:
-    """The folder of baselines that the user named, seen to be one.
+    """The folder of baselines that `check` would be held to here, seen to be one.
 
     Args:
         settings: of the command.
@@ -227,12 +223,10 @@ def baseline_of(settings: Settings) -> Path | None:
     Raises:
         BadInputError: it holds none.
     """
-    if settings.baseline is None:
-        return None
-    from numerics_suite.baselines.store import load
+    from numerics_suite.suite.held_to import baselines_of
 
-    load(settings.baseline)
-    return settings.baseline
+    found = baselines_of(settings)
+    return None if found is None else found.folder
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -75,19 +77,21 @@ def record_cells(
         done += 1
         on_progress(Recorded(done=done, total=total, cell=cell, skipped=reason))
     measured: dict[Cell, CellBaseline] = {}
-    for cell, answer in _answers(session, wanted, min(worker_count(settings, plan), len(wanted))):
-        done += 1
-        if answer.baseline is not None:
-            measured[cell] = answer.baseline
-        on_progress(Recorded(done=done, total=total, cell=cell, baseline=answer.baseline, error=answer.error))
+    with contextlib.closing(_answers(session, wanted, min(worker_count(settings, plan), len(wanted)))) as answers:
+        for cell, answer in answers:
+            done += 1
+            if answer.baseline is not None:
+                measured[cell] = answer.baseline
+            on_progress(Recorded(done=done, total=total, cell=cell, baseline=answer.baseline, error=answer.error))
     return tuple(measured[cell] for cell in plan.cells if cell in measured)
 
 
-def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Iterator[tuple[Cell, _Answer]]:
+def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generator[tuple[Cell, _Answer], None, None]:
     if workers < 2:
         for cell in cells:
             yield cell, _measured(session, cell)
         return
+    others = set(multiprocessing.active_children())
     with _threads(workers):
         pool = concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
@@ -96,6 +100,11 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Iterator
             pending = {pool.submit(_measured_there, cell): cell for cell in cells}
             for future in concurrent.futures.as_completed(pending):
                 yield pending[future], _answer_of(future)
+        except BaseException:
+            # A cell that is half measured is of no use to anybody: whoever stops the work does not wait for it.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -126,6 +135,9 @@ _OWN: list[SuiteSession] = []
 
 
 def _begin(settings: Settings) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the terminal's Ctrl-C reaches every process; the first one acts on it
     _OWN[:] = [SuiteSession(settings)]
 
 

@@ -13,7 +13,7 @@ from numerics_suite.core.errors import BadInputError
 from numerics_suite.subjects.files import digest, joint_digest, safetensors_files
 from numerics_suite.subjects.fixtures import fixture_digest, fixture_path
 from numerics_suite.subjects.hub import parse_hub_id, snapshot
-from numerics_suite.versions.job import source_digest
+from numerics_suite.versions.job import source_digest, sources_of
 
 if TYPE_CHECKING:
     from numerics_suite.settings.tree import Settings
@@ -81,15 +81,15 @@ def know_all(settings: Settings) -> tuple[Known, ...]:
     """Every subject of the settings.
 
     Args:
-        settings: with subjects.
+        settings: of the command.
 
     Raises:
         BadInputError: one is not there, or two have one name.
     """
-    names: Sequence[str | None] = [*settings.names, *[None] * (len(settings.subjects) - len(settings.names))]
+    sources = sources_of(settings)
+    names: Sequence[str | None] = [*settings.names, *[None] * (len(sources) - len(settings.names))]
     found = tuple(
-        know(source, name, allow_pickle=settings.allow_pickle)
-        for source, name in zip(settings.subjects, names, strict=True)
+        know(source, name, allow_pickle=settings.allow_pickle) for source, name in zip(sources, names, strict=True)
     )
     seen: dict[str, str] = {}
     for known in found:
@@ -105,15 +105,16 @@ def know_all(settings: Settings) -> tuple[Known, ...]:
     return found
 
 
-def digests(settings: Settings, known: Sequence[Known]) -> Mapping[str, str]:
+def digests(settings: Settings, known: Sequence[Known], baseline: Path | None) -> Mapping[str, str]:
     """Digests of everything that an answer depends on besides settings and versions.
 
     Args:
         settings: as a cell uses them.
         known: its subjects.
+        baseline: the folder of baselines that the cells are held to.
     """
     found = {"numerics-suite": source_digest(), **{one.name: one.digest for one in known}}
-    for name, path in (("--data", settings.data), ("--baseline", settings.baseline)):
+    for name, path in (("--data", settings.data), ("--baseline", baseline)):
         if path is not None and path.exists():
             found[name] = _tree_digest(path)
     return found

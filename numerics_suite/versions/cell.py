@@ -9,15 +9,17 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError
 from numerics_suite.reporting.results import dump
-from numerics_suite.versions.job import BASELINE, DONE, RESULTS, Job, read_job
+from numerics_suite.versions.job import BASELINE, DONE, RESULTS, Job, read_job, sources_of
 
 if TYPE_CHECKING:
+    from numerics_suite.baselines.records import Recorded
     from numerics_suite.core.records import RunResult
 
 
@@ -61,12 +63,12 @@ def _run(job: Job, folder: Path, done: dict[str, Any]) -> None:
         clock.lap("check")
     else:
         done["status"] = "passed"
-    if job.record:
+    if job.record and done["status"] != "unsupported":
         try:
-            _record(job, folder)
-            done["baseline"] = True
+            done["baseline"], reason = _record(job, folder)
         except Exception as error:  # noqa: BLE001 - what the checks said stays
             reason = str(error) if isinstance(error, NumericsSuiteError) else _error_line(error)
+        if reason:
             done["reason"] = f"no baseline could be recorded: {reason}"
             if done["status"] != "failed":
                 done["status"] = "error"
@@ -84,7 +86,7 @@ def _check(job: Job, done: dict[str, Any], clock: _Clock) -> RunResult | None:
         result = run_check(job.settings, terminal)
     except BadInputError:
         done["unsupported"] = _unsupported(job)
-        if len(done["unsupported"]) == len(job.settings.subjects):
+        if len(done["unsupported"]) == len(sources_of(job.settings)):
             done["status"] = "unsupported"
             done["reason"] = "; ".join(dict.fromkeys(done["unsupported"].values()))
             return None
@@ -114,7 +116,7 @@ def _unsupported(job: Job) -> dict[str, str]:
     from numerics_suite.subjects.resolve import resolve
 
     settings, reasons = job.settings, {}
-    for source in settings.subjects:
+    for source in sources_of(settings):
         try:
             resolve(
                 source,
@@ -131,12 +133,24 @@ def _unsupported(job: Job) -> dict[str, str]:
     return reasons
 
 
-def _record(job: Job, folder: Path) -> None:
+def _record(job: Job, folder: Path) -> tuple[bool, str]:
+    """Whether there is a baseline, and the first reason for a cell of which there is none though it ran."""
     from numerics_suite.baselines.store import save
     from numerics_suite.suite.recording import record_cells
+    from numerics_suite.suite.session import SuiteSession
 
-    cells = record_cells(job.settings, lambda *_: None)
-    save(folder / BASELINE, cells, force=True)
+    errors: list[str] = []
+
+    def follow(step: Recorded) -> None:
+        if step.error:
+            errors.append(f"{step.cell.id}: {step.error}")
+
+    # With the checks of baselines in its plan, so that a cell with a baseline is measured on that one's batches.
+    session = SuiteSession(replace(job.settings, checks=(), skip=(), data=None))
+    cells = record_cells(job.settings, follow, session)
+    if cells:
+        save(folder / BASELINE, cells, force=True)
+    return bool(cells), errors[0] if errors else ""
 
 
 def _error_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from numerics_suite.core.versions import Versions
 from numerics_suite.settings.accept import parse_accept
 from numerics_suite.settings.table import BY_NAME
-from numerics_suite.settings.tree import COMMAND_LINE, Settings, to_json
+from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.versions.recipes import Wanted
 
@@ -114,16 +114,15 @@ _DROPPED = ("workers", "json", "junitxml", "report", "quiet", "list_only")
 
 
 def for_a_cell(settings: Settings) -> Settings:
-    """The settings as a cell's own process uses them: every subject named, absolute paths, no workers, no other files.
+    """The settings as a cell's own process uses them: absolute paths, no workers, no files but the cell's.
 
     Args:
         settings: of the command.
     """
-    sources = settings.subjects or tuple(f"fixture:{name}" for name in fixture_names())
     origins = {name: origin for name, origin in settings.origins.items() if name not in _DROPPED}
     return replace(
         settings,
-        subjects=tuple(_absolute(source) for source in sources),
+        subjects=tuple(_absolute(source) for source in settings.subjects),
         data=settings.data.resolve() if settings.data else None,
         baseline=settings.baseline.resolve() if settings.baseline else None,
         workers=0,
@@ -132,8 +131,13 @@ def for_a_cell(settings: Settings) -> Settings:
         report=None,
         quiet=False,
         list_only=False,
-        origins={**origins, "subjects": settings.origins.get("subjects", COMMAND_LINE)},
+        origins=origins,
     )
+
+
+def sources_of(settings: Settings) -> tuple[str, ...]:
+    """SUBJECTs as given, else the shipped fixtures."""
+    return settings.subjects or tuple(f"fixture:{name}" for name in fixture_names())
 
 
 def _absolute(source: str) -> str:

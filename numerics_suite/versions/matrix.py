@@ -45,6 +45,7 @@ class Plan:
         cells: versions, oldest first, each once.
         cwd: the folder of the command.
         threads: of each cell's process.
+        baseline: the folder of baselines that the cells are held to, None without.
         check: run the suite.
         record: record baselines too.
     """
@@ -54,6 +55,7 @@ class Plan:
     cells: tuple[Versions, ...]
     cwd: Path
     threads: int
+    baseline: Path | None = None
     check: bool = True
     record: bool = True
 
@@ -74,7 +76,10 @@ class Plan:
             cwd=str(self.cwd),
             check=self.check,
             record=self.record,
-            digests={**digests(self.settings, self.known), "environment": recipe.digest},
+            digests={
+                **digests(self.settings, self.known, self.settings.baseline or self.baseline),
+                "environment": recipe.digest,
+            },
             threads=self.threads,
             wanted=wanted,
         )
@@ -86,7 +91,13 @@ def wanted_of(versions: Versions) -> Wanted:
 
 
 def make_plan(  # noqa: PLR0913 - keywords
-    settings: Settings, known: tuple[Known, ...], cells: Sequence[Versions], *, cwd: Path, jobs: int, cores: int
+    settings: Settings,
+    known: tuple[Known, ...],
+    cells: Sequence[Versions],
+    *,
+    cwd: Path,
+    threads: int,
+    baseline: Path | None,
 ) -> Plan:
     """The plan of a matrix.
 
@@ -95,15 +106,16 @@ def make_plan(  # noqa: PLR0913 - keywords
         known: its subjects.
         cells: may hold one twice.
         cwd: the folder of the command.
-        jobs: how many run at once.
-        cores: that they share.
+        threads: of each cell's process.
+        baseline: the folder of baselines that the cells are held to, None without.
     """
     return Plan(
         settings=for_a_cell(settings),
         known=known,
         cells=tuple(dict.fromkeys(cells)),
         cwd=cwd,
-        threads=max(1, cores // jobs),
+        threads=threads,
+        baseline=baseline,
     )
 
 
@@ -159,7 +171,6 @@ def run_matrix(  # noqa: PLR0913 - keywords
     *,
     jobs: int,
     stop: Callable[[], None],
-    baseline: Path | None,
 ) -> MatrixResult:
     """Run what is not done yet, and compare.
 
@@ -170,7 +181,6 @@ def run_matrix(  # noqa: PLR0913 - keywords
         audience: told of every step, from any thread.
         jobs: how many run at once.
         stop: ends what runs, when the user stops.
-        baseline: a folder of baselines that every cell is compared with, None for none.
 
     Raises:
         BadInputError: no cell can use the input, all for one reason.
@@ -185,7 +195,7 @@ def run_matrix(  # noqa: PLR0913 - keywords
             audience.done(cells[futures[future]], len(cells), total)
     ordered = tuple(cells[versions] for versions in plan.cells)
     _refuse_if_all(ordered, plan.known)
-    compared, notes = with_changes(ordered, baseline)
+    compared, notes = with_changes(ordered, plan.baseline)
     duration = round(time.perf_counter() - begun, 3)
     return MatrixResult(cells=compared, folder=kept.folder, duration_s=duration, notes=tuple(notes))
 

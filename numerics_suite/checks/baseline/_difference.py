@@ -8,6 +8,7 @@ from typing import Any
 
 from numerics_suite.baselines.compare import Difference, difference
 from numerics_suite.baselines.measure import measure_cell
+from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.running.evidence import Evidence, Request
 
@@ -28,12 +29,21 @@ def difference_of(evidence: Evidence) -> Difference:
         reason = "no baseline of this cell was given"
         raise NotApplicableError(reason)
     if MEMO not in evidence.memo:
-        asked = _as_recorded(evidence, recorded.recipe)
-        measured = measure_cell(asked, recorded.batches, evidence.request.applicable)
-        evidence.memo[MEMO] = difference(recorded, measured)
+        evidence.memo[MEMO] = difference(recorded, measured_as(recorded, evidence))
     found = evidence.memo[MEMO]
     assert isinstance(found, Difference)
     return found
+
+
+def measured_as(recorded: CellBaseline, evidence: Evidence) -> CellBaseline:
+    """The cell measured on the batches and with the recipe of a baseline.
+
+    Args:
+        recorded: the baseline.
+        evidence: of the cell.
+    """
+    asked = _as_recorded(evidence, recorded.recipe)
+    return measure_cell(asked, recorded.batches, evidence.request.applicable)
 
 
 def _as_recorded(evidence: Evidence, recipe: Mapping[str, Any]) -> Evidence:
