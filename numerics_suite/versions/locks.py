@@ -7,10 +7,10 @@ lock that many may share would be the plain way; the portable ones have none.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from numerics_suite.core.errors import BadInputError
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from filelock import BaseFileLock
-
-_numbers = itertools.count()
 
 
 def _file_lock(path: Path) -> BaseFileLock:
@@ -74,7 +72,10 @@ def alone_if_free(folder: Path, name: str) -> Iterator[bool]:
 
 
 class Use:
-    """While this is held, the environment is not removed."""
+    """While this is held, the environment is not removed. However often a process uses one, it locks one file."""
+
+    _held: ClassVar[dict[Path, tuple[BaseFileLock, int]]] = {}
+    _guard: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, folder: Path, name: str) -> None:
         """Begin to use it; the caller holds the lock of `alone`.
@@ -83,15 +84,28 @@ class Use:
             folder: of the locks.
             name: of the environment.
         """
-        self._path = folder / f"{name}.use-{os.getpid()}-{next(_numbers)}"
-        self._lock = _file_lock(self._path)
-        self._lock.acquire(timeout=0)
+        self._path = folder / f"{name}.use-{os.getpid()}"
+        self._ended = False
+        with self._guard:
+            lock, count = self._held.get(self._path, (None, 0))
+            if lock is None:
+                lock = _file_lock(self._path)
+                lock.acquire(timeout=0)
+            self._held[self._path] = (lock, count + 1)
 
     def end(self) -> None:
         """Use it no more; the end of the process does the same."""
-        self._lock.release()
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        with self._guard:
+            if self._ended:
+                return
+            self._ended = True
+            lock, count = self._held.pop(self._path)
+            if count > 1:
+                self._held[self._path] = (lock, count - 1)
+                return
+            lock.release()
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
 
 def is_used(folder: Path, name: str) -> bool:

@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import BadInputError
@@ -27,8 +27,13 @@ LIMIT_VARIABLE = "NUMERICS_SUITE_CACHE_LIMIT"
 DEFAULT_LIMIT = "20 GB"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
+RELAXED = 20
+"""Looking at every file takes a second for a dozen environments; so at most a twentieth of the time is spent on it."""
+
 Files = dict[tuple[int, int], int]
 """Bytes on the disk by device and inode."""
+
+_look_again_at = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,7 @@ class Entry:
         bytes: on the disk.
         own_bytes: of these, what no other entry shares.
         used_at: seconds since 1970, when it was used last.
+        files: of it.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Entry:
     bytes: int
     own_bytes: int
     used_at: float
+    files: Files = field(repr=False, compare=False)
 
 
 def parse_size(text: str) -> int:
@@ -96,7 +103,7 @@ def disk_use(listed: Sequence[Entry]) -> int:
     """Bytes that the entries take together, shared files counted once."""
     files: Files = {}
     for entry in listed:
-        files.update(_files(entry.path))
+        files.update(entry.files)
     return sum(files.values())
 
 
@@ -127,6 +134,7 @@ def _entry(kind: str, folder: Path, files: Files, owners: Counter[tuple[int, int
         bytes=sum(files.values()),
         own_bytes=sum(size for key, size in files.items() if owners[key] == 1),
         used_at=_time_of(witness if finished else folder),
+        files=files,
     )
 
 
@@ -192,12 +200,21 @@ def _remove_tree(folder: Path) -> None:
 
 
 def make_room(say: Callable[[str], None]) -> None:
-    """Remove the environments used longest ago until the limit is kept; those in use stay."""
-    limit = size_limit()
+    """Remove the environments used longest ago until the limit is kept; those in use stay.
+
+    Args:
+        say: told of each that goes.
+    """
+    global _look_again_at  # noqa: PLW0603 - one pace for the process
+    limit, started = size_limit(), time.monotonic()
+    if started < _look_again_at:
+        return
     environments = [entry for entry in entries() if entry.kind == "environment"]
     while environments and disk_use(environments) > limit:
         removed = next((entry for entry in reversed(environments) if remove(entry)), None)
         if removed is None:
-            return
-        environments = [entry for entry in environments if entry.path.is_dir()]
+            break
+        environments.remove(removed)
         say(f"removed {removed.name} from the cache, over its limit of {limit / 1e9:g} GB")
+    ended = time.monotonic()
+    _look_again_at = ended + RELAXED * (ended - started)

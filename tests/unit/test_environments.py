@@ -40,6 +40,8 @@ def wheels(_wheels, tmp_path, monkeypatch):
     only_from(monkeypatch, _wheels, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environments, "_failed", {})
+    monkeypatch.setattr(retention, "RELAXED", 0)
+    monkeypatch.setattr(retention, "_look_again_at", 0.0)
     return _wheels
 
 
@@ -366,8 +368,19 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch, text):
         retention.size_limit()
 
 
+def test_the_files_are_not_looked_at_all_the_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMERICS_SUITE_CACHE", str(tmp_path))
+    monkeypatch.setattr(retention, "_look_again_at", 0.0)
+    monkeypatch.setattr(retention, "RELAXED", 10**9)
+    retention.make_room(lambda _: None)
+    monkeypatch.setattr(retention, "entries", lambda: pytest.fail("looked again"))
+    retention.make_room(lambda _: None)
+
+
 def test_two_users_of_one_environment(tmp_path):
     uses = [locks.Use(tmp_path, "e") for _ in range(2)]
+    assert len(list(tmp_path.iterdir())) == 1
+    uses[0].end()
     uses[0].end()
     assert locks.is_used(tmp_path, "e")
     uses[1].end()
