@@ -1,6 +1,7 @@
 """Numerical regression harness for GLM-4 checkpoints across versions and precisions.
 
-The assertions are for a user's own tests; they import torch when they are first asked for, not with the package.
+The assertions are for a user's own tests, the watch for a training loop; they import torch when they are first asked
+for, not with the package.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
         assert_matches_reference,
         assert_padding_invariant,
     )
+    from numerics_suite.watching.alarms import NumericsError, NumericsWarning
+    from numerics_suite.watching.callback import NumericsCallback
+    from numerics_suite.watching.session import watch
 
 __all__ = [
+    "NumericsCallback",
+    "NumericsError",
+    "NumericsWarning",
     "__version__",
     "assert_batch_invariant",
     "assert_causal",
@@ -25,16 +32,26 @@ __all__ = [
     "assert_gradients_match",
     "assert_matches_reference",
     "assert_padding_invariant",
+    "watch",
 ]
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """The assertions, on first use."""
-    if name in __all__:
-        from numerics_suite.judging import assertions
+_HOMES = {
+    "NumericsCallback": "numerics_suite.watching.callback",
+    "NumericsError": "numerics_suite.watching.alarms",
+    "NumericsWarning": "numerics_suite.watching.alarms",
+    "watch": "numerics_suite.watching.session",
+}
+"""Where the public names are; the assertions are in the one place of theirs."""
 
-        return getattr(assertions, name)
+
+def __getattr__(name: str) -> Any:
+    """The public names, on first use."""
+    if name in __all__:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES.get(name, "numerics_suite.judging.assertions")), name)
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)

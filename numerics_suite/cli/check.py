@@ -10,7 +10,6 @@ from typing import IO, TYPE_CHECKING
 
 from numerics_suite.cli.output import only_json_on_stdout, write_json
 from numerics_suite.cli.parser import CommandParser
-from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ COMMANDS = {
     "matrix": "check in one environment per version",
     "bisect": "the first version at which the verdict changes",
     "cache": "environments and built fixtures kept between runs",
+    "watch": "run a training script under the watch",
     "fixtures": "list, build or find the shipped tiny checkpoints",
 }
 """Each is a module of `numerics_suite.cli` with `run(arguments) -> int`."""
 
 NOT_BUILT = {
-    "watch": "run a training script under the watch",
     "report": "HTML, JUnit and GitHub summary from result files",
     "init": "adopt the gate in your repository",
 }

@@ -64,7 +64,7 @@ def test_help_lists_every_command(capsys):
     status, out, err = ended(capsys, "--help")
     assert (status, err) == (0, "")
     assert all(f"  {name} " in out for name in (*COMMANDS, *NOT_BUILT))
-    assert out.index("not built yet:") < out.index("  watch ")
+    assert out.index("not built yet:") < out.index("  report ")
     assert "examples:" in out
 
 
@@ -91,7 +91,7 @@ def test_a_commands_help_has_examples_and_fits(capsys, name):
         (["check", "--prec", "bf16"], "unknown option '--prec'; did you mean '--precision'?"),
         (["check", "--steps"], "--steps: expected one argument"),
         (["check", "--steps", "no"], "--steps: must be a whole number of at least 1, not 'no'"),
-        (["check", "--bundle", "d"], "--bundle is not built yet; leave it out"),
+        (["check", "--bundle", "d"], "--bundle: d is no bundle of the watch: bundle.json: No such file or directory"),
         (["check", "--report", "d"], "--report is not built yet; leave it out"),
         (["check", "a", "--seed", "1", "b", "--name", "x", "--name", "y", "--name", "z"],
          "--name: 3 names for 2 subjects; give one per SUBJECT"),

@@ -1,0 +1,150 @@
+"""`check --bundle DIR`: what the watch caught, as a run of one check; on a SUBJECT, its batches are run again first."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject, SubjectFacts
+from numerics_suite.running.environment import describe_environment
+from numerics_suite.running.precisions import PRECISIONS, precision
+from numerics_suite.settings.tree import Settings, to_json
+from numerics_suite.subjects.load import load
+from numerics_suite.subjects.resolve import resolve_all
+from numerics_suite.suite.gate import exit_status
+from numerics_suite.watching.reopening import Bundle, read_bundle, replay
+
+if TYPE_CHECKING:
+    from numerics_suite.core.records import Task
+
+CHECK = "train.finite"
+"""What the watch asks in each step is what this check asks of a few."""
+
+TASKS: dict[str, Task] = {
+    "ForCausalLM": "causal-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+}
+
+
+def reopen(settings: Settings, path: Path) -> RunResult:
+    """The bundle's finding as a result; with subjects, what its batches do on them.
+
+    Args:
+        settings: subjects, precision and attention; those that were not asked for are the bundle's.
+        path: of the folder.
+
+    Raises:
+        BadInputError: the bundle is torn or foreign, or a subject cannot be used.
+    """
+    started, clock = datetime.now(tz=timezone.utc).astimezone(), time.perf_counter()
+    bundle = read_bundle(path)
+    subjects: tuple[Subject, ...] = ()
+    if settings.subjects:
+        subjects = resolve_all(
+            settings.subjects,
+            settings.names,
+            task=_task(bundle) if settings.task == "auto" and _task(bundle) != "module" else settings.task,
+            num_labels=settings.num_labels,
+            trust_remote_code=settings.trust_remote_code,
+            allow_pickle=settings.allow_pickle,
+            batch_size=settings.batch_size,
+        )
+        checks = tuple(_replayed(bundle, subject, settings) for subject in subjects)
+    else:
+        cell = _cell(bundle, bundle.content["model"]["class"], _task(bundle), settings)
+        checks = (_failed(cell, bundle.finding),)
+    return RunResult(
+        command="check",
+        started_at=started.isoformat(timespec="seconds"),
+        duration_s=round(time.perf_counter() - clock, 3),
+        verdict="fail" if any(check.status == "failed" for check in checks) else "pass",
+        environment=describe_environment("cpu"),
+        settings={**to_json(settings), "bundle": str(path)},
+        subjects=tuple(_facts(subject) for subject in subjects),
+        checks=checks,
+        notes=(f"bundle: {_told(bundle)}",),
+        exit_status=exit_status(checks),
+    )
+
+
+def _facts(subject: Subject) -> SubjectFacts:
+    return SubjectFacts(**{item.name: getattr(subject, item.name) for item in fields(SubjectFacts)})
+
+
+def _told(bundle: Bundle) -> str:
+    content = bundle.content
+    packages = content["environment"]["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
+    return f"step {bundle.step}, caught {content['created_at']} with {versions}; digests hold; can be replayed: {content['replay']}"
+
+
+def _task(bundle: Bundle) -> Task:
+    name = bundle.content["model"]["class"]
+    return next((task for ending, task in TASKS.items() if ending in name), "module")
+
+
+def _cell(bundle: Bundle, subject: str, task: Task, settings: Settings) -> Cell:
+    asked = settings.precision if settings.explicit("precision") else None
+    attn = settings.attn if settings.explicit("attn") else None
+    return Cell(
+        subject=subject,
+        precision=asked[0] if asked else _precision(bundle),
+        attn=attn[0] if attn else bundle.content["model"]["attn"] or "default",
+        device="cpu",
+        task=task,
+    )
+
+
+def _precision(bundle: Bundle) -> str:
+    """The recipe that the watched model was trained by: its dtype and its autocast sections."""
+    dtype = bundle.content["model"]["dtype"]
+    autocast = next((dtype for call in bundle.calls for dtype in call.autocast.values()), None)
+    lower = None if autocast is None else str(autocast).removeprefix("torch.")
+    for recipe in reversed(PRECISIONS.values()):
+        if (recipe.parameters, recipe.autocast) == (dtype, lower) and recipe.trains and not recipe.tf32:
+            return recipe.name
+    return "fp32"
+
+
+def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResult:
+    """The bad step's batches on the subject: its own finding's place where they go wrong, passed where they do not."""
+    cell = _cell(bundle, subject.id, subject.task, settings)
+    started = time.perf_counter()
+    loaded = load(subject, dtype=precision(cell.precision).parameters, attn=cell.attn, seed=settings.seed)
+    origin = replay(bundle, loaded.model)
+    seconds = round(time.perf_counter() - started, 3)
+    if origin is None:
+        return CheckResult(
+            check=CHECK, cell=cell, status="passed", duration_s=seconds, measurements={"non-finite": 0.0}
+        )
+    facts: dict[str, Any] = {**bundle.finding.evidence, "replay": f"on {subject.id}", "op": origin.op}
+    found = replace(
+        bundle.finding,
+        module=origin.module,
+        op=origin.op,
+        source=origin.source,
+        parameters=origin.parameters or bundle.finding.parameters,
+        evidence=facts,
+    )
+    return replace(_failed(cell, found), duration_s=seconds)
+
+
+def _failed(cell: Cell, finding: Finding) -> CheckResult:
+    return CheckResult(check=CHECK, cell=cell, status="failed", measurements={"non-finite": 1.0}, finding=finding)
+
+
+def refuse_other_options(settings: Settings) -> None:
+    """A bundle is one step of one model: what asks for a whole run is refused.
+
+    Raises:
+        BadInputError: such an option was given.
+    """
+    for name in ("checks", "skip", "baseline", "report", "junitxml", "data"):
+        if settings.origin(name) == "command line":
+            message = f"--{name} cannot go with --bundle, which asks one question"
+            raise BadInputError(message)

@@ -1,0 +1,224 @@
+"""A caught step as a folder: what was found, the batches and random states to run it again, and a script that does.
+
+No pickle: JSON and safetensors. The folder appears whole or not at all, and never over another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from numerics_suite.core.numbers import jsonable
+from numerics_suite.core.records import Finding
+from numerics_suite.running.environment import describe_environment
+from numerics_suite.watching.alarms import Alarm, Reading
+from numerics_suite.watching.diagnose import Scene
+from numerics_suite.watching.norms import local
+from numerics_suite.watching.reproduce import SCRIPT
+from numerics_suite.watching.ring import Call
+
+KIND = "numerics-suite watch bundle"
+SCHEMA_VERSION = 1
+JSON_NAME, SCRIPT_NAME = "bundle.json", "reproduce.py"
+BATCHES, PARAMETERS = "batches.safetensors", "parameters.safetensors"
+
+SMALL_BYTES = 64 << 20
+"""Without a snapshot the current parameters are written if they are no larger, so that a small model's bundle runs alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caught:
+    """What a bundle holds beside the finding.
+
+    Attributes:
+        calls: of the ring, oldest first.
+        readings: the last figures.
+        warnings: early warnings that came before.
+        settings: of the watch.
+    """
+
+    calls: Sequence[Call]
+    readings: Sequence[Reading] = ()
+    warnings: Sequence[Alarm] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_bundle(target: Path, finding: Finding, scene: Scene, caught: Caught) -> Path:
+    """Write the folder and say which it became.
+
+    Args:
+        target: where; with `-2`, `-3`, … added where something is already.
+        finding: of the bad value.
+        scene: the model and the optimizer as they are.
+        caught: the rest.
+
+    Raises:
+        OSError: it cannot be written; then nothing of it is left.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    try:
+        unfinished.chmod(0o755)
+        _fill(unfinished, finding, scene, caught)
+        return _move(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _move(unfinished: Path, target: Path) -> Path:
+    for count in range(1, 1000):
+        place = target if count == 1 else target.with_name(f"{target.name}-{count}")
+        try:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+            if not place.exists():
+                unfinished.rename(place)
+                return place
+        except FileExistsError:
+            continue  # another process was quicker
+    message = f"{target} and 998 names after it are taken"
+    raise OSError(message)
+
+
+def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
+    tensors: dict[str, Tensor] = {}
+    calls = [_call_to_json(call, index, tensors) for index, call in enumerate(caught.calls)]
+    save_file(tensors, folder / BATCHES)
+    written, parameters = _parameters(scene)
+    if parameters:
+        save_file(parameters, folder / PARAMETERS)
+    (folder / SCRIPT_NAME).write_text(SCRIPT, encoding="utf-8")
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "created_at": datetime.now(tz=timezone.utc).isoformat(timespec="seconds"),
+        "environment": describe_environment(str(next((p.device for p in scene.model.parameters()), "cpu"))),
+        "step": finding.step,
+        "finding": {**finding_to_json(finding), "reproducer": SCRIPT_NAME},
+        "replay": _what_can_be_replayed(written),
+        "settings": jsonable(caught.settings),
+        "model": _model_to_json(scene),
+        "parameters_are": written,
+        "loss_scale": jsonable(scene.scale),
+        "digests": {"parameters": _digest(dict(scene.model.named_parameters())), "optimizer": _digest(_state(scene))},
+        "calls": calls,
+        "warnings": [jsonable(asdict(alarm)) for alarm in caught.warnings],
+        "readings": [jsonable(asdict(reading)) for reading in caught.readings],
+        "files": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / JSON_NAME).write_text(text, encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def finding_to_json(finding: Finding) -> dict[str, Any]:
+    """The finding as CONTRACT.md writes it."""
+    return {**jsonable(asdict(finding)), "parameters": list(finding.parameters)}
+
+
+def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor]]:
+    """Which parameters are written, in words, and they."""
+    if scene.snapshot:
+        return f"snapshot from before step {scene.snapshot_step}", dict(scene.snapshot)
+    named = {name: local(p.detach()) for name, p in scene.model.named_parameters()}
+    if scene.updated or not scene.replay or sum(p.numel() * p.element_size() for p in named.values()) > SMALL_BYTES:
+        return None, {}
+    return "those of the bad step", {name: _stored(p) for name, p in named.items()}
+
+
+def _what_can_be_replayed(written: str | None) -> str:
+    if written:
+        return f"forward and backward pass, with the parameters in {PARAMETERS} ({written})"
+    return "the forward pass only, with parameters that you give: no snapshot was kept (snapshot_every)"
+
+
+def _model_to_json(scene: Scene) -> dict[str, Any]:
+    model = scene.model
+    config = getattr(model, "config", None)
+    written = None if config is None or not hasattr(config, "to_dict") else jsonable(config.to_dict())
+    dtypes = [str(p.dtype).removeprefix("torch.") for p in model.parameters()]
+    return {
+        "class": type(model).__name__,
+        "module": type(model).__module__,
+        "config": written,
+        "attn": getattr(config, "_attn_implementation", None),
+        "dtype": max(set(dtypes), key=dtypes.count) if dtypes else None,
+        "training": model.training,
+        "trained": sum(p.requires_grad for p in model.parameters()),
+    }
+
+
+def _call_to_json(call: Call, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "step": call.step,
+        "args": [_packed(value, f"{index}.{place}", tensors) for place, value in enumerate(call.args)],
+        "kwargs": {name: _packed(value, f"{index}.{name}", tensors) for name, value in call.kwargs.items()},
+        "autocast": {kind: str(dtype).removeprefix("torch.") for kind, dtype in call.autocast.items()},
+        "rng": {name: state.numpy().tobytes().hex() for name, state in call.rng.items()},
+    }
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The value in JSON's types; tensors go to the side and leave their key."""
+    if isinstance(value, Tensor):
+        tensors[name] = _stored(local(value))
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _packed(item, f"{name}.{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_packed(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": jsonable(value)}
+    return {"repr": repr(value)}
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _state(scene: Scene) -> dict[str, Tensor]:
+    if scene.optimizer is None:
+        return {}
+    return {
+        f"{group}.{place}.{key}": value
+        for group, content in enumerate(scene.optimizer.param_groups)
+        for place, p in enumerate(content["params"])
+        for key, value in scene.optimizer.state.get(p, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _digest(named: Mapping[str, Tensor]) -> str:
+    """`sha256:…` over names, dtypes, shapes and bits."""
+    total = hashlib.sha256()
+    for name in sorted(named):
+        value = local(named[name].detach()).cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """`sha256:…` of a file."""
+    with path.open("rb") as file:
+        total = hashlib.sha256()
+        while block := file.read(1 << 20):
+            total.update(block)
+    return f"sha256:{total.hexdigest()}"

@@ -1,0 +1,259 @@
+"""From a bad reading to a finding: run the step again, find the op, name the cause."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.records import Batch, Fact, Finding
+from numerics_suite.diagnosing.causes import POLES, REMEDIES
+from numerics_suite.diagnosing.findings import batch_as_json
+from numerics_suite.diagnosing.remedies import untried
+from numerics_suite.observing.finiteness import nonfinite_count
+from numerics_suite.observing.locate import Origin, find_origin
+from numerics_suite.running.forward import floating_outputs
+from numerics_suite.watching.alarms import Alarm
+from numerics_suite.watching.norms import local
+from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
+
+HEADS = ("score", "classifier", "classifier_head", "lm_head", "qa_outputs")
+"""Names under which a new head is made for a task."""
+
+EXPLANATIONS = {
+    "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: nobody wrote them.",
+    "corrupt-weights": "Parameters were not finite before the first step: the file, or what was done to the model after loading it.",
+    "wrong-input-dtype": "Token ids name rows of a table; as floating numbers, or rounded to bfloat16 on the way (8 bits), they name other rows.",
+    "out-of-range-input": "The batch itself holds a value that is not finite; whatever the model does with it is not either.",
+    "overflow": "The op's inputs are finite and its result is larger than the largest number of its dtype.",
+    "invalid-operation": "The op's inputs are finite and its result is not: it divided by zero or left its domain.",
+    "fully-masked-row": "A softmax over a row whose every score is masked is 0/0.",
+    "optimizer-underflow": "Gradients were finite, the optimizer's eps is 0 in the parameters' dtype, and 0/0 is NaN.",
+    "divergence": "Every value was finite until the optimizer's own steps carried the parameters away.",
+    "loss-scaling": "No loss scale makes the gradients finite, so GradScaler skips every step and training only looks calm.",
+    "unknown": "The value was seen and could not be produced again from what is at hand.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What is at hand when a bad value was seen.
+
+    Attributes:
+        model: the plain model, without wrappers.
+        optimizer: the plain optimizer, None where no step was taken yet.
+        calls: forward passes of the bad step that are still in the ring.
+        snapshot: parameters kept earlier, on the CPU; empty without one.
+        snapshot_step: the step before which it was taken.
+        updated: an optimizer step was taken since the bad value arose.
+        initially_bad: parameters that were not finite when the watch began.
+        scale: the loss scale, 1 without one.
+        replay: it may be run again: this is the only process, so that no collective waits for another.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    calls: Sequence[Call]
+    snapshot: Mapping[str, Tensor] = field(default_factory=dict)
+    snapshot_step: int = 0
+    updated: bool = False
+    initially_bad: tuple[str, ...] = ()
+    scale: float = 1.0
+    replay: bool = True
+
+
+def bad_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters with an element that is not finite."""
+    return tuple(name for name, p in model.named_parameters() if nonfinite_count(local(p.detach())))
+
+
+def finding_of(alarm: Alarm, scene: Scene) -> Finding:
+    """The finding of a bad value: replayed, located, its cause named."""
+    bad = bad_parameters(scene.model)
+    if (name := _bad_input(scene.calls)) is not None and alarm.cause is None and not scene.initially_bad:
+        alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
+    origin, how = _replayed(alarm, scene, bad)
+    cause = _cause(alarm, scene, origin, bad)
+    facts: dict[str, Fact] = {**alarm.facts, "replay": how}
+    if origin is not None:
+        facts |= _facts(origin)
+    if bad:
+        facts["parameters not finite now"] = len(bad)
+    parameters = (origin.parameters if origin else ()) or scene.initially_bad
+    if alarm.kind == "parameter":
+        parameters = bad
+    return Finding(
+        cause=cause,
+        title=title(alarm, cause, origin, parameters),
+        explanation=EXPLANATIONS[cause],
+        module=origin.module if origin else (parameters[0].rpartition(".")[0] if parameters else None),
+        op=origin.op if origin else None,
+        source=origin.source if origin else None,
+        step=alarm.step,
+        parameters=parameters,
+        evidence=facts,
+        batch=_batch(scene.calls),
+        remedies=untried(REMEDIES.get(cause, ("default-input-dtypes",) if cause == "wrong-input-dtype" else ())),
+    )
+
+
+def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[str]) -> str:
+    """One line: what is wrong, where it began, why."""
+    if parameters and (origin is None or origin.parameters):
+        others = f", nor are {len(parameters) - 1} more" if parameters[1:] else ""
+        where = f"; {parameters[0]} is not finite itself{others}"
+    elif origin is not None:
+        place = ", ".join(part for part in (origin.op, origin.source) if part)
+        side = " in the backward pass" if origin.backward else ""
+        where = f"; it began in {origin.module or 'the model'} ({place}){side}"
+    else:
+        where = ""
+    return f"{alarm.text}{where}: {cause}"
+
+
+def _facts(origin: Origin) -> dict[str, Fact]:
+    dtype = getattr(torch, origin.dtype)
+    return {
+        "op": origin.op,
+        "dtype": origin.dtype,
+        "largest finite input": origin.largest_input,
+        "largest number of the dtype": float(torch.finfo(dtype).max),
+        "share not finite": origin.nonfinite / max(origin.elements, 1),
+        "pass": "backward" if origin.backward else "forward",
+    }
+
+
+def _batch(calls: Sequence[Call]) -> Mapping[str, Any] | None:
+    if not calls:
+        return None
+    last = calls[-1]
+    inputs = {**{f"arg{index}": value for index, value in enumerate(last.args)}, **last.kwargs}
+    return batch_as_json(Batch(tensors=inputs, drawn=f"forward pass {len(calls)} of step {last.step}"))
+
+
+def _bad_input(calls: Sequence[Call]) -> str | None:
+    """Name of the first input that holds NaN or +inf; a mask's -inf is meant."""
+    for call in calls:
+        for name, value in {**{f"arg{index}": item for index, item in enumerate(call.args)}, **call.kwargs}.items():
+            if (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and bool((value.isnan() | (value == float("inf"))).any())
+            ):
+                return name
+    return None
+
+
+def _cause(alarm: Alarm, scene: Scene, origin: Origin | None, bad: tuple[str, ...]) -> str:
+    if alarm.cause is not None:
+        return alarm.cause
+    if scene.initially_bad:
+        return "uninitialised-parameters" if all(map(_of_head, scene.initially_bad)) else "corrupt-weights"
+    if alarm.kind == "parameter" or (origin is not None and origin.parameters):
+        return "optimizer-underflow" if _eps_is_zero(scene.optimizer) else "divergence"
+    if origin is None:
+        return "divergence" if scene.updated and bad else "unknown"
+    return _cause_of(origin)
+
+
+def _cause_of(origin: Origin) -> str:
+    if origin.masked_row:
+        return "fully-masked-row"
+    pole = origin.op.split(".")[1] if "." in origin.op else origin.op
+    if origin.outside_domain or not origin.has_infinity or pole in POLES:
+        return "invalid-operation"
+    return "overflow"
+
+
+def _of_head(name: str) -> bool:
+    return any(part in HEADS for part in name.split("."))
+
+
+def _eps_is_zero(optimizer: torch.optim.Optimizer | None) -> bool:
+    for group in optimizer.param_groups if optimizer is not None else ():
+        eps = group.get("eps")
+        dtypes = {p.dtype for p in group["params"] if p.is_floating_point()}
+        if isinstance(eps, float) and eps and any(float(torch.tensor(eps, dtype=dtype)) == 0.0 for dtype in dtypes):
+            return True
+    return False
+
+
+def _replayed(alarm: Alarm, scene: Scene, bad: tuple[str, ...]) -> tuple[Origin | None, str]:
+    """Where the value began, and what was run to find out."""
+    if alarm.kind in {"inputs", "parameter"}:
+        return None, "none: nothing in the forward or backward pass was wrong"
+    if not scene.replay:
+        return None, "none: a replay by one process of several would wait for the others"
+    if not scene.calls:
+        return None, "none: the batches of that step had left the ring"
+    spoiled_by_steps = bool(bad) and scene.updated and set(bad) != set(scene.initially_bad)
+    if spoiled_by_steps and not scene.snapshot:
+        return None, "none: the parameters are no longer finite and no snapshot was kept (snapshot_every)"
+    values: Mapping[str, Tensor] = scene.snapshot if scene.updated else {}
+    exact = not scene.updated
+    held = "the parameters of that step" if exact else "the current parameters, a step later"
+    if values:
+        held = f"the snapshot from before step {scene.snapshot_step}"
+    # Without the parameters of that step only the forward pass can be trusted to go wrong in the same place.
+    origin = run_again(scene, values, backward=exact or bool(values))
+    return origin, f"with {held}" + ("" if origin else "; it stayed finite")
+
+
+def run_again(scene: Scene, values: Mapping[str, Tensor], *, backward: bool) -> Origin | None:
+    """Make the scene's calls again and name the first op that goes wrong; the model is left as it was.
+
+    Args:
+        scene: model, calls, loss scale.
+        values: parameters to run with in place of the model's own.
+        backward: differentiate the model's own loss too, where the forward pass stays finite.
+    """
+    model = scene.model
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(same_buffers(model.buffers))
+        stack.enter_context(with_values(dict(model.named_parameters()), values))
+        stack.enter_context(uncompiled(model))
+        for run in (_forward, *((_backward,) if backward else ())):
+            for call in scene.calls:
+                with as_called(call):
+                    origin = find_origin(model, functools.partial(_tolerant, run, model, call, scene.scale))
+                if origin is not None:
+                    return origin
+    return None
+
+
+def _tolerant(run: Callable[[nn.Module, Call, float], None], model: nn.Module, call: Call, scale: float) -> None:
+    """A replay that ends in an error has shown what it could."""
+    with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
+        run(model, call, scale)
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within it a model that was compiled in place runs as it is written, op by op."""
+    compiled = getattr(model, "_compiled_call_impl", None)
+    model._compiled_call_impl = None  # noqa: SLF001 - what nn.Module.compile sets
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled  # noqa: SLF001 - as above
+
+
+def _forward(model: nn.Module, call: Call, _scale: float) -> None:
+    with torch.no_grad():
+        model(*call.args, **call.kwargs)
+
+
+def _backward(model: nn.Module, call: Call, scale: float) -> None:
+    """Gradients that go nowhere: those that the loop has accumulated stay."""
+    with torch.enable_grad():
+        loss = floating_outputs(model(*call.args, **call.kwargs)).get("loss")
+        if loss is None:
+            return  # the loop computes its loss elsewhere
+        with torch.autocast(loss.device.type, enabled=False):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(loss * scale, trained, allow_unused=True)

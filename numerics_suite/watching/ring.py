@@ -1,0 +1,135 @@
+"""The last batches and the random states before them, held so that a bad step can be run again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+CLONED_BYTES = 1 << 20
+"""Inputs up to this size are copied, so that a loop that refills its buffers does not change them; larger ones are referred to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One forward pass of the watched model.
+
+    Attributes:
+        step: optimizer step, from 1.
+        args: positional inputs.
+        kwargs: inputs by name.
+        rng: random states before it, by device: `cpu`, `cuda:0`, …
+        autocast: dtype of the autocast section around it, by kind of device; empty outside one.
+    """
+
+    step: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    rng: Mapping[str, Tensor]
+    autocast: Mapping[str, torch.dtype]
+
+
+class Ring:
+    """The calls of the last steps."""
+
+    def __init__(self, steps: int) -> None:
+        """Keep those of that many steps, and at least of the running one."""
+        self.steps = max(1, steps)
+        self.calls: deque[Call] = deque()
+
+    def add(self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:
+        """Keep a call that is about to be made.
+
+        Args:
+            step: optimizer step.
+            args: positional inputs.
+            kwargs: inputs by name.
+            device: of the model, whose random state is kept beside the CPU's.
+        """
+        while self.calls and self.calls[0].step <= step - self.steps:
+            self.calls.popleft()
+        kept_args, kept_kwargs = tree_map_only(Tensor, _kept, (args, dict(kwargs)))
+        call = Call(step=step, args=kept_args, kwargs=kept_kwargs, rng=rng_states(device), autocast=_autocast(device))
+        self.calls.append(call)
+
+    def of_step(self, step: int) -> list[Call]:
+        """The calls of one step, first to last."""
+        return [call for call in self.calls if call.step == step]
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.numel() * tensor.element_size() <= CLONED_BYTES else tensor
+
+
+def rng_states(device: torch.device) -> dict[str, Tensor]:
+    """The random states that a forward pass on the device may draw from; reading them waits for nothing."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[str(device)] = torch.cuda.get_rng_state(device)
+    return states
+
+
+@contextlib.contextmanager
+def random_states(states: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it the generators are at these states; afterwards where they were."""
+    cuda = [torch.device(name) for name in states if name != "cpu"]
+    with torch.random.fork_rng(devices=cuda):
+        for name, state in states.items():
+            if name == "cpu":
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, name)
+        yield
+
+
+def _autocast(device: torch.device) -> dict[str, torch.dtype]:
+    kinds = dict.fromkeys((device.type, "cpu"))
+    return {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+@contextlib.contextmanager
+def as_called(call: Call) -> Iterator[None]:
+    """The random states and the autocast sections of the call; restored after."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_states(call.rng))
+        for kind, dtype in call.autocast.items():
+            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        yield
+
+
+@contextlib.contextmanager
+def with_values(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it the parameters hold other values.
+
+    Args:
+        named: parameters by name.
+        values: what they hold meanwhile, moved to their devices; names without a value are left alone.
+    """
+    before = {name: parameter.data for name, parameter in named.items() if name in values}
+    try:
+        for name, data in before.items():
+            named[name].data = values[name].to(data.device, data.dtype)
+        yield
+    finally:
+        for name, data in before.items():
+            named[name].data = data
+
+
+@contextlib.contextmanager
+def same_buffers(buffers: Callable[[], Iterator[Tensor]]) -> Iterator[None]:
+    """A second forward pass leaves running statistics and caches as they were."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
