@@ -114,7 +114,6 @@ def refuse_unwritable(settings: Settings) -> None:
 
 def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.versions.asked import know_all
-    from numerics_suite.versions.job import for_a_cell
     from numerics_suite.versions.jobs import core_count
     from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import make_plan
@@ -124,7 +123,7 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
         from numerics_suite.versions.spreading import refuse_without_ray
 
         refuse_without_ray()
-    known = know_all(for_a_cell(settings))
+    known = know_all(settings)
     baseline = baseline_of(settings)
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
     versions = resolve_all(own["transformers"], own["torch"], own["python"], pre=own["pre"])

@@ -74,6 +74,9 @@ class Bisection:
         jobs: how many run at once; the two ends can.
         stop: ends what runs.
         named: the user said which check decides.
+        tested: what was told so far.
+        heard: what each label said.
+        recorded: a baseline of the good end decides.
     """
 
     plan: Plan
@@ -86,6 +89,7 @@ class Bisection:
     named: bool
     tested: list[BisectStep] = field(default_factory=list)
     heard: dict[str, Heard] = field(default_factory=dict)
+    recorded: bool = False
 
     @property
     def good(self) -> Candidate:
@@ -160,6 +164,7 @@ class Bisection:
         if recorded.reason is not None or not folder.is_dir():
             message = f"the good end {self.good.label} gives no baseline: {recorded.reason}"
             raise BadInputError(message)
+        self.recorded = True
         settings = replace(settings, baseline=folder, origins=_said(settings, "baseline"))
         bad, good = self._both(settings)
         deciding = _deciding(good, bad)
@@ -193,7 +198,9 @@ class Bisection:
             status = good.results[alone[0]].status if alone[0] in good.results else "not asked"
             return f"the good end {self.good.label} does not hold: {alone[0]} is {status} there"
         passed = len(bad.having("passed", "accepted"))
-        return f"the bad end {self.bad.label} does not hold: nothing fails there ({passed} checks passed)"
+        held = f", nor does it differ from a baseline of {self.good.label}" if self.recorded else ""
+        told = "1 check passed" if passed == 1 else f"{passed} checks passed"
+        return f"the bad end {self.bad.label} does not hold: nothing fails there{held} ({told})"
 
     def _tell_ends(self, good: Heard, bad: Heard) -> None:
         for candidate, heard, verdict in ((self.bad, bad, Answer.BAD), (self.good, good, Answer.GOOD)):
@@ -229,6 +236,9 @@ class Bisection:
                 settings = replace(settings, subjects=(candidate.subject,))
             names = (self.plan.known[0].name,)
             settings = replace(settings, names=names, origins=_said(settings, "names"))
+            if record:  # whichever check decides, the baseline is the same
+                origins = {name: origin for name, origin in settings.origins.items() if name not in {"checks", "skip"}}
+                settings = replace(settings, checks=(), skip=(), origins=origins)
             known = know(settings.subjects[0], names[0], allow_pickle=settings.allow_pickle)
             plan = replace(self.plan, settings=settings, known=(known,), check=not record, record=record)
             try:

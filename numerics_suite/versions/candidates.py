@@ -63,7 +63,8 @@ def of_package(package: str, good: str, bad: str, fixed: Wanted, *, pre: bool = 
         BadInputError: an end does not exist, or they are equal or swapped.
     """
     first, last = (_version(end, text) for end, text in (("--good", good), ("--bad", bad)))
-    refuse_equal(str(first), str(last))
+    if first == last:
+        refuse_equal(good, good)
     if first > last:
         message = f"--good {good} is newer than --bad {bad}: swap them (--good {bad} --bad {good})"
         raise BadInputError(message)

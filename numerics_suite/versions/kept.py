@@ -104,6 +104,15 @@ class Kept:
         (self.folder / UNFINISHED).mkdir(exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder / UNFINISHED))
 
+    @staticmethod
+    def drop(unfinished: Path) -> None:
+        """Remove a folder that came to nothing.
+
+        Args:
+            unfinished: of :meth:`begin`.
+        """
+        shutil.rmtree(unfinished, ignore_errors=True)
+
     def publish(self, name: str, unfinished: Path) -> Path:
         """Give a finished folder its name; what an earlier error left there goes.
 

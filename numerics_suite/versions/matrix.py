@@ -242,6 +242,9 @@ def answer(job: Job, kept: Kept, execute: Execute, tell: Callable[[str], None]) 
         done = execute(job, unfinished, tell)
     except UnsupportedError as error:
         done = failed(str(error))
+    except BaseException:
+        kept.drop(unfinished)
+        raise
     return done, kept.publish(job.name, unfinished), False
 
 
