@@ -51,7 +51,7 @@ def loss_and_gradients(
 ) -> dict[str, list[Tensor]]:
     """What `loss` and `gradients` of the training batch are under the cell's recipe, to be digested.
 
-    The loss is that of the batch and of each of its rows: a mean has a last bit only, which one mean may keep by luck.
+    The loss is that of the batch with its rows in every rotation: a mean has one last bit only, which one order may keep by luck.
 
     Args:
         evidence: of the cell.
@@ -62,7 +62,7 @@ def loss_and_gradients(
     scale = SCALE if evidence.recipe.loss_scaling else 1.0
     with torch.set_grad_enabled(gradients):
         loss = _loss(evidence, model, tensors)
-    found = {"loss": [loss, *_row_losses(evidence, model, tensors)]}
+    found = {"loss": [loss, *_rotated_losses(evidence, model, tensors)]}
     if gradients:
         with backward_arithmetic(evidence.recipe):
             (loss * scale).backward()  # type: ignore[no-untyped-call]
@@ -77,16 +77,17 @@ def _loss(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> T
         return output["loss"] if "loss" in output else main_output(output)[1].float().square().mean()
 
 
-def _row_losses(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> list[Tensor]:
-    """The loss of each row alone, where rows are known."""
+def _rotated_losses(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> list[Tensor]:
+    """The loss with the rows in other orders, where rows are known."""
     real = real_tokens(tensors) if evidence.takes_ids else None
-    if real is None or not all(
-        value.shape[:1] == real.shape[:1] for value in tensors.values() if isinstance(value, Tensor)
-    ):
+    held = [value for value in tensors.values() if isinstance(value, Tensor)]
+    if real is None or any(value.shape[:1] != real.shape[:1] for value in held):
         return []
-    rows = [{n: v[i : i + 1] if isinstance(v, Tensor) else v for n, v in tensors.items()} for i in range(real.shape[0])]
     with torch.no_grad():
-        return [_loss(evidence, model, row) for row in rows]
+        return [
+            _loss(evidence, model, {n: v.roll(step, 0) if isinstance(v, Tensor) else v for n, v in tensors.items()})
+            for step in range(1, real.shape[0])
+        ]
 
 
 def decoded(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Tensor:
