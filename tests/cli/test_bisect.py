@@ -113,7 +113,7 @@ def test_releases_that_cannot_run_are_skipped_and_shown(world):
     assert set(reasons) == set(RELEASES[5:8])
     assert reasons[RELEASES[5]] == "no wheel of tokenizers 0.21"
     assert "SIGKILL" in reasons[RELEASES[6]]
-    status, out, _ = world.bisect(*ENDS)
+    _, out, _ = world.bisect(*ENDS)
     assert "between    5.5.0, 5.6.0, 5.7.0 cannot be tried: the change is in one of them" in out
 
 

@@ -41,12 +41,12 @@ class FakeEnvironment:
         pass
 
 
-def install(world: Path, setattr: Any, releases: list[str], asked: list[str] | None = None) -> None:
+def install(world: Path, put: Any, releases: list[str], asked: list[str] | None = None) -> None:
     """Put the world in the place of index and environments.
 
     Args:
         world: its file.
-        setattr: monkeypatch's, or like it.
+        put: monkeypatch's `setattr`, or like it.
         releases: of every package.
         asked: collects the releases of which an environment is wanted.
     """
@@ -76,9 +76,9 @@ def install(world: Path, setattr: Any, releases: list[str], asked: list[str] | N
             raise BadInputError(told["no network"])
         return [str(version) for version in choose(package, spec, known, pre=pre)]
 
-    setattr(matrix, "ensure", ensure)
-    setattr(wanted, "resolve", resolve)
-    setattr(candidates, "released", lambda *_, **__: known)
+    put(matrix, "ensure", ensure)
+    put(wanted, "resolve", resolve)
+    put(candidates, "released", lambda *_, **__: known)
 
 
 # --- a cell ------------------------------------------------------------------------------------------------------------
@@ -97,12 +97,14 @@ def cell(path: Path) -> None:
     told = json.loads(Path(os.environ["FAKE_WORLD"]).read_text(encoding="utf-8")).get(release, {})
     if release == "by-config":
         told = {"failed": ["forward.finite"]} if config_of(job.settings.subjects[0])["bad"] else {}
-    print(f"cell of {release}", flush=True)
+    sys.stdout.write(f"cell of {release}\n")
+    sys.stdout.flush()
     time.sleep(told.get("seconds", 0))
     ended(told.get("end"), folder)
     sources = job.settings.subjects
     names = [
-        name or source.partition(":")[2] for name, source in zip([*job.settings.names, *[None] * len(sources)], sources)
+        name or source.partition(":")[2]
+        for name, source in zip([*job.settings.names, *[None] * len(sources)], sources, strict=False)
     ]
     lacking = {
         name: f"transformers {release} has no {name}; 5.2.0 is the first that has it"
@@ -150,8 +152,8 @@ def ended(how: str | None, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "garbage":
         (folder / "done.json").write_text('{"status": "pas', encoding="utf-8")
-        return sys.exit(0)
-    print("Traceback (most recent call last):\nImportError: libfoo.so.1: cannot open shared object file")
+        sys.exit(0)
+    sys.stdout.write("Traceback (most recent call last):\nImportError: libfoo.so.1: cannot open shared object file")
     sys.exit(1)
 
 
