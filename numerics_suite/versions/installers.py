@@ -149,12 +149,24 @@ def run_quietly(arguments: Sequence[str], variables: dict[str, str], **options: 
         env=variables,
         **options,
     ) as process:
+        _running.add(process)
         try:
             output, complaint = process.communicate()
         except BaseException:
             process.kill()
             raise
+        finally:
+            _running.discard(process)
     return process.returncode, output, complaint
+
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+def end_running() -> None:
+    """End every program that any thread of this process runs quietly: the user stopped."""
+    for process in tuple(_running):
+        process.kill()
 
 
 def out_of_space(text: str) -> bool:

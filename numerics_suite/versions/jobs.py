@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.reporting.results import dump
+from numerics_suite.versions.installers import end_running
 from numerics_suite.versions.job import DONE, JOB, LOG, Job
 from numerics_suite.versions.kept import read_done
 
@@ -72,6 +73,7 @@ class Jobs:
         with self._lock:
             self._stopped = True
             running = list(self._running)
+        end_running()  # an environment that is being made
         for process in running:
             _signal(process, signal.SIGTERM)
         deadline = time.monotonic() + GRACE

@@ -136,7 +136,12 @@ def in_environments(jobs: Jobs) -> Execute:
         tell("environment")
         if job.wanted is None:
             return jobs.run(RunningEnvironment(), job, folder)
-        environment = ensure(job.wanted, on_progress=tell)
+        try:
+            environment = ensure(job.wanted, on_progress=tell)
+        except UnsupportedError:
+            if jobs.stopped:  # its installer was ended
+                raise Stopped from None
+            raise
         tell("running")
         try:
             return jobs.run(environment, job, folder)

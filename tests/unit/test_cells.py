@@ -232,6 +232,29 @@ def test_stopping_ends_a_process_that_will_not_listen(tmp_path):
         jobs.run(Scripted("pass"), a_job(tmp_path), tmp_path)
 
 
+def test_stopping_ends_an_installer_and_leaves_no_answer(tmp_path, monkeypatch):
+    import threading
+
+    from numerics_suite.core.errors import UnsupportedError
+    from numerics_suite.versions import installers, matrix
+    from numerics_suite.versions.recipes import Wanted
+
+    def ensure(_wanted, *, on_progress):
+        status, _, _ = installers.run_quietly([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+        raise UnsupportedError(f"the installer ended with {status}")
+
+    monkeypatch.setattr(matrix, "ensure", ensure)
+    jobs = Jobs()
+    threading.Timer(1.0, jobs.stop).start()
+    begun = time.monotonic()
+    job = a_job(tmp_path, wanted=Wanted(transformers="5.0.0"))
+    with Kept(tmp_path / "out") as kept:
+        with pytest.raises(Stopped):
+            matrix.answer(job, kept, matrix.in_environments(jobs), lambda _: None)
+        assert kept.count() == 0
+    assert time.monotonic() - begun < 20
+
+
 def test_a_log_that_is_gone_is_no_second_error(tmp_path):
     assert reason_of(3, tmp_path / "none") == "its process ended with status 3: no output"
 
