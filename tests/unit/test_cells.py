@@ -241,7 +241,8 @@ def test_stopping_ends_an_installer_and_leaves_no_answer(tmp_path, monkeypatch):
 
     def ensure(_wanted, *, on_progress):
         status, _, _ = installers.run_quietly([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
-        raise UnsupportedError(f"the installer ended with {status}")
+        message = f"the installer ended with {status}"
+        raise UnsupportedError(message)
 
     monkeypatch.setattr(matrix, "ensure", ensure)
     jobs = Jobs()
