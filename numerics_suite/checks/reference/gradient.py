@@ -96,22 +96,29 @@ def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
 def differentiated(evidence: Evidence) -> Callable[[nn.Module, Mapping[str, Any]], Any]:
     """Calls a model so that its output's `loss` is what the check differentiates.
 
-    The loss, for a model with an answer per token. A classifier's loss would hand a few numbers down (rows × labels),
-    and where its softmax is nearly one-hot they are what is left of 1 - 1: one draw of rounding error, by luck large or
-    small, would be in every gradient. So its logits are summed with alternating signs, which no rounding touches; its
-    loss is train.labels' and the oracle's to judge.
+    The loss, for a model with an answer per token. A classifier's loss would hand a few numbers down (rows × labels):
+    one draw of rounding error, by luck large or small, would be in every gradient, and where its softmax is nearly
+    one-hot they are what is left of 1 - 1. So the last hidden state of every real token is summed with alternating
+    signs, which no rounding touches, and the logits likewise for the head; its loss is train.labels' and the oracle's
+    to judge.
     """
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
-        output = call_model(model, to_device(tensors, evidence.cell.device))
+        given = to_device(tensors, evidence.cell.device)
         if evidence.subject.task != "sequence-classification":
-            return output
-        logits = output["logits"]
-        signs = torch.ones_like(logits)
-        signs.view(-1)[1::2] = -1
-        return {"loss": (logits * signs).sum()}
+            return call_model(model, given)
+        output = call_model(model, given, output_hidden_states=True)
+        states = output["hidden_states"][-1] * given["attention_mask"].unsqueeze(-1)
+        return {"loss": _alternating(output["logits"]) + _alternating(states)}
 
     return call
+
+
+def _alternating(values: Tensor) -> Tensor:
+    """The sum with alternating signs: a gradient of plus and minus one for every element."""
+    signs = torch.ones_like(values)
+    signs.view(-1)[1::2] = -1
+    return (values * signs).sum()
 
 
 def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

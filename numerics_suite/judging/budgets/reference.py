@@ -103,9 +103,9 @@ BUDGETS: tuple[Budget, ...] = (
         limit=2,
         cause="wrong-gradient",
         title="gradients err {value:.3g} times as much as the precision makes unavoidable, over all parameters",
-        reason="The median over the parameters evens out the draws of single ones: 0.97 to 1.20 on clean models. What all "
-        "gradients share (a classifier's few logits) it does not even out: up to 1.84 measured, with weights four times as "
-        "large. Twice is beyond that.",
+        reason="The median over the parameters evens out the draws of single ones, and every gradient is summed over the "
+        "states of all real tokens, so few share one draw: 0.80 to 1.13 on clean models. Twice is one bit of every second "
+        "gradient lost.",
         remedies=CURE,
     ),
     Budget(
