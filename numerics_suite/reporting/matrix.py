@@ -52,7 +52,7 @@ class MatrixTerminal(Terminal):
             self._advance(done, total)
         how = "kept from an earlier run" if cell.reused else f"{cell.duration_s:.1f} s"
         checks = len({failure.check for failure in cell.failures})
-        what = f"{checks} checks did not pass" if checks else (cell.reason or "")
+        what = f"{checks} {'check' if checks == 1 else 'checks'} did not pass" if checks else (cell.reason or "")
         text = f"{cell.held.text}: {cell.status} ({how}){f': {what}' if what else ''}"
         first = f"{MARKS[cell.status]:<5}"
         self._print(wrapped(text, width=self.width, first=first, style=STYLES[cell.status]))
