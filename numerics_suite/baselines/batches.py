@@ -24,8 +24,9 @@ LENGTHS: Final = (11, 5)
 """Tokens of the rows whose answers are stored: six cells of a tiny checkpoint stay below 100 KB. Odd, and so is the next:
 no number of heads is mistaken for a number of tokens."""
 
-TRAINING_LENGTH: Final = 13
-"""Longest row of the training batch, whose states and gradients are sketched."""
+TRAINING_LENGTH: Final = 65
+"""Longest row of the training batch, whose states and gradients are sketched: long enough for a window or an angle that is wrong
+from some position on, and for thousands of numbers in each module's error."""
 
 
 def draw_batches(evidence: Evidence) -> tuple[StoredBatch, ...]:
@@ -42,7 +43,8 @@ def draw_batches(evidence: Evidence) -> tuple[StoredBatch, ...]:
     lengths = LENGTHS[: space.max_rows]
     rows = [_row(space, f"row {index} of {seed}", length, index) for index, length in enumerate(_cut(lengths, space))]
     drawn += [_batch(side, *pad_rows(rows, side, space.pad_id)) for side in sorted(space.sides, reverse=True)]
-    return (*drawn, _training(space, evidence.request.rows, seed))
+    longest = min(TRAINING_LENGTH, evidence.longest, evidence.request.length + 1)
+    return (*drawn, _training(space, evidence.request.rows, seed, longest))
 
 
 def _cut(lengths: Sequence[int], space: InputSpace) -> list[int]:
@@ -65,9 +67,8 @@ def _clean(token: int, space: InputSpace) -> int:
     return token if token != space.pad_id else (token + 1) % space.vocab_size
 
 
-def _training(space: InputSpace, rows: int, seed: int) -> StoredBatch:
+def _training(space: InputSpace, rows: int, seed: int, longest: int) -> StoredBatch:
     """One full row, the others at least half as long; the rules of :func:`inputs.strategies.draw_labels`."""
-    longest = min(TRAINING_LENGTH, space.max_length)
     shortest = min(longest, max(3, longest // 2))
     lengths = [longest - int(cut) % (longest - shortest + 1) for cut in hashed(f"lengths of {seed}", rows)]
     lengths[0] = longest

@@ -7,7 +7,6 @@ to 5.24.0 agree to the bit in float64 but for two places; in bfloat16 one of the
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -15,16 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.batches import real_tokens
-from numerics_suite.baselines.trace import real_rows
-from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, main_output
 
 SCALE: Final = 65536.0
 """Torch's first loss scale, a power of two: it moves no bit of a gradient that does not overflow or underflow."""
-
-SINGLE_STEPS: Final = 4
-"""Tokens that are decoded one by one after the prefill."""
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -47,7 +41,12 @@ def digest_of_digests(bits: Mapping[str, str]) -> str:
 
 
 def loss_and_gradients(
-    evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any], *, gradients: bool
+    evidence: Evidence,
+    model: nn.Module,
+    tensors: Mapping[str, Any],
+    *,
+    gradients: bool,
+    on_gradient: Callable[[str, Tensor], None],
 ) -> dict[str, list[Tensor]]:
     """What `loss` and `gradients` of the training batch are under the cell's recipe, to be digested.
 
@@ -58,6 +57,7 @@ def loss_and_gradients(
         model: whose parameters get gradients; they are taken away again.
         tensors: the batch with its labels.
         gradients: False where the precision is not for training.
+        on_gradient: told of each parameter's gradient in float64, without the loss scale.
     """
     scale = SCALE if evidence.recipe.loss_scaling else 1.0
     with torch.set_grad_enabled(gradients):
@@ -66,6 +66,9 @@ def loss_and_gradients(
     if gradients:
         with backward_arithmetic(evidence.recipe):
             (loss * scale).backward()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                on_gradient(name, parameter.grad.double() / scale)
         found["gradients"] = [p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
         model.zero_grad(set_to_none=True)
     return found
@@ -88,29 +91,3 @@ def _rotated_losses(evidence: Evidence, model: nn.Module, tensors: Mapping[str, 
             _loss(evidence, model, {n: v.roll(step, 0) if isinstance(v, Tensor) else v for n, v in tensors.items()})
             for step in range(1, real.shape[0])
         ]
-
-
-def decoded(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Tensor:
-    """The logits of a prefill and of single steps with the model's own cache, at real tokens, `[tokens, vocabulary]`.
-
-    Args:
-        run: calls the model on a batch with more keywords.
-        tensors: a batch of a causal language model, without labels.
-
-    Raises:
-        NotApplicableError: the model keeps no cache.
-    """
-    ids = tensors["input_ids"]
-    mask = tensors.get("attention_mask", torch.ones_like(ids))
-    width = ids.shape[1]
-    first = max(1, width - SINGLE_STEPS)
-    cached, logits = None, []
-    for start, stop in itertools.pairwise([0, *range(first, width + 1)]):
-        piece = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
-        output = run(piece, use_cache=True, past_key_values=cached)
-        cached = getattr(output, "past_key_values", None)
-        if cached is None:
-            reason = "the model keeps no cache"
-            raise NotApplicableError(reason)
-        logits.append(output["logits"])
-    return real_rows(tensors, torch.cat(logits, dim=1))

@@ -11,6 +11,7 @@ import numpy as np
 
 from numerics_suite.baselines.contracts import ContractChange, contract_changes
 from numerics_suite.baselines.draws import ROUNDOFF, accumulation, two_draws
+from numerics_suite.baselines.growth import Errors, compared, even, gradient_growth
 from numerics_suite.baselines.matching import (
     AGREED,
     CANCELLED,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline
     from numerics_suite.core.records import Cell
 
-PARTS = ("logits", "loss", "gradients", "decoding")
 RECIPE_OPTIONS = {"seed": "--seed", "steps": "--steps", "optimizer": "--optimizer", "lr": "--lr"}
 
 
@@ -39,27 +39,6 @@ class Deviation:
 
     name: str
     value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Errors:
-    """An error in the cell's precision, old and new.
-
-    Attributes:
-        name: of the module; empty for the whole model.
-        old: in the unit of the record.
-        new: likewise.
-        ratio: new over old; 1 where both are zero.
-        excess: new over the most that the old one and chance explain.
-        relief: the same the other way round: old over the most that the new one and chance explain.
-    """
-
-    name: str
-    old: float
-    new: float
-    ratio: float
-    excess: float
-    relief: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +61,11 @@ class Difference:
         errors: of the whole model, None where neither has one.
         local: errors of the modules that both measured, in the order in which they return.
         headroom: new minus old, bits.
+        gradient_errors: of all gradients together, None where neither has them; `name` is the module where errors begin to grow.
         curve: training, None where neither has any.
         contract: entries that changed, were removed or were added.
-        vanished: what the old baseline holds and the new one does not: `check train.amp`, `module model.norm`.
+        vanished: what the old baseline holds and the new one does not: `check train.amp`, `answer right.logits`.
+        gone: parts of the old program that the new one does not run or have: `module model.norm`, `gradient of lm_head.weight`.
     """
 
     old: Cell
@@ -105,6 +86,8 @@ class Difference:
     curve: CurveChange | None
     contract: tuple[ContractChange, ...]
     vanished: tuple[str, ...]
+    gone: tuple[str, ...]
+    gradient_errors: Errors | None = None
 
 
 def difference(old: CellBaseline, new: CellBaseline) -> Difference:
@@ -125,18 +108,20 @@ def difference(old: CellBaseline, new: CellBaseline) -> Difference:
     loss = deviation(np.float64(old.true_loss), np.float64(new.true_loss), abs(old.true_loss))
     internal = [(i, j) for i, j in modules.pairs if _apart(old.modules[i].gave, new.modules[j].gave)]
     module = None
-    if not all(item.value <= AGREED for item in answers) or not loss <= AGREED:
+    if not all(item.value <= AGREED for item in answers):
         module = module_place(old.modules, new.modules, modules)
-    elif any(not item.value <= AGREED for item in gradients):
-        module = gradient_place(new, [item.name for item in gradients if not item.value <= AGREED])
+    elif not loss <= AGREED:
+        # Where the states of training part, a module is at fault, else the loss itself, which is none.
+        module = module_place(old.modules, new.modules, modules, root=False)
+    else:
+        wrong = [item.name for item in gradients if not item.value <= AGREED]
+        module = gradient_place(new.modules, wrong) if wrong else None
     same_bits = old.bits.get("cell") == new.bits.get("cell")
     environment = _changes(_flat_environment(old.environment), _flat_environment(new.environment))
     errors, local, unmeasured = _errors(old, new, modules, elsewhere=_elsewhere(environment), same_bits=same_bits)
     lost = [
         *(f"check {check}" for check in old.checks if check not in new.checks),
         *lost_answers,
-        *(f"module {name}" for name in modules.vanished),
-        *(f"gradient of {name}" for name in parameters.vanished),
         *unmeasured,
         *lost_curve(old.curve, new.curve),
         *(f"{name} ({reason})" for name, reason in new.left_out.items() if name not in old.left_out),
@@ -144,7 +129,9 @@ def difference(old: CellBaseline, new: CellBaseline) -> Difference:
     return Difference(
         old=old.cell,
         new=new.cell,
-        bits=tuple(part for part in PARTS if old.bits.get(part) != new.bits.get(part)),
+        bits=tuple(
+            part for part in {**old.bits, **new.bits} if part != "cell" and old.bits.get(part) != new.bits.get(part)
+        ),
         same_bits=same_bits,
         environment=environment,
         subject=_changes(old.subject, new.subject, ("revision", "digest", "stored_dtype", "parameters", "model_class")),
@@ -160,6 +147,11 @@ def difference(old: CellBaseline, new: CellBaseline) -> Difference:
         curve=curve_change(old, new),
         contract=contract_changes(old.contract, new.contract),
         vanished=tuple(dict.fromkeys(lost)),
+        gone=(
+            *(f"module {name}" for name in modules.vanished),
+            *(f"gradient of {name}" for name in parameters.vanished),
+        ),
+        gradient_errors=None if same_bits else gradient_growth(old, new, parameters),
     )
 
 
@@ -260,34 +252,16 @@ def _errors(
     for ours, theirs in pairs:
         assert ours.local_error is not None and theirs.local_error is not None  # noqa: PT018 - one fact
         draws = two_draws(min(ours.local_count, theirs.local_count), comparisons)
-        local.append(_compared(theirs.name, ours.local_error, theirs.local_error, draws, order))
+        local.append(compared(theirs.name, ours.local_error, theirs.local_error, draws, order))
     # An error below one rounding of the answer itself is none.
     least = ROUNDOFF[precision]
     draws = two_draws(min(old.error_count, new.error_count), comparisons)
     whole = None
     if not (math.isnan(old.error) and math.isnan(new.error)) and "error" not in {*old.left_out, *new.left_out}:
-        whole = _compared("", old.error, new.error, draws, order * least, least)
+        whole = compared("", old.error, new.error, draws, order * least, least)
     if same_bits:  # the same program on the same bits: what differs is the measuring
-        return None if whole is None else _even(whole), tuple(_even(item) for item in local), unmeasured
+        return None if whole is None else even(whole), tuple(even(item) for item in local), unmeasured
     return whole, tuple(local), unmeasured
-
-
-def _compared(name: str, old: float, new: float, draws: float, order: float, least: float = 0.0) -> Errors:  # noqa: PLR0913, PLR0917
-    def over(value: float, reference: float) -> float:
-        if math.isnan(value):
-            return 0.0 if math.isnan(reference) else math.inf
-        if math.isnan(reference) or value <= least:
-            return 0.0
-        allowed = max(reference * draws, least) + order
-        return value / allowed if allowed else math.inf
-
-    both_zero = old == new
-    ratio = 1.0 if both_zero else (new / old if old else math.inf)
-    return Errors(name=name, old=old, new=new, ratio=ratio, excess=over(new, old), relief=over(old, new))
-
-
-def _even(item: Errors) -> Errors:
-    return Errors(name=item.name, old=item.old, new=item.new, ratio=item.ratio, excess=0.0, relief=0.0)
 
 
 # --- facts -------------------------------------------------------------------------------------------------------------

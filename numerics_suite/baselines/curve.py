@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.baselines.checkpointed import checkpointed
 from numerics_suite.baselines.records import Curve
 from numerics_suite.baselines.trace import Trace, trace_call
 from numerics_suite.running import _lifting
@@ -107,14 +108,20 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 def _true_curve(
     evidence: Evidence, tensors: Mapping[str, Any], plan: Plan
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
-    """Losses, norms, and what could not be lifted: gradients of true fp64 runs, and the optimizer's steps in float64."""
+    """Losses, norms, and what could not be lifted: gradients of true fp64 runs, and the optimizer's steps in float64.
+
+    In training mode with activation checkpointing, which change nothing in a right model.
+    """
     losses, norms = [], []
     left_out: tuple[str, ...] = ()
     with trainable(evidence, plan.scope, torch.float64) as model:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = OPTIMIZERS[plan.optimizer](list(trained.values()), lr=plan.lr)
         for _ in range(plan.steps):
-            loss, gradients, left_out = _true_gradients(model, trace_call(evidence, loss=True), tensors)
+            with checkpointed(model) as in_training:
+                loss, gradients, left_out = _true_gradients(
+                    model, in_training(trace_call(evidence, loss=True)), tensors
+                )
             losses.append(loss)
             for name, parameter in trained.items():
                 parameter.grad = gradients.get(name)

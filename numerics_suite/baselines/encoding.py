@@ -81,6 +81,7 @@ def _cell(item: CellBaseline, parts: Parts, packer: Packer) -> dict[str, Any]:
         "gradients": parts.put("gradients", _gradients(item.gradients, parts, packer)),
         "modules": parts.put("modules", _modules(item.modules, parts, packer)),
         "local_errors": _local_errors(item, packer),
+        "gradient_errors": _gradient_errors(item, packer),
     }
 
 
@@ -148,6 +149,12 @@ def _local_errors(item: CellBaseline, packer: Packer) -> dict[str, str]:
     }
 
 
+def _gradient_errors(item: CellBaseline, packer: Packer) -> str:
+    """Errors `[parameters]`, below zero where there is none."""
+    errors = [-1.0 if record.error is None else record.error for record in item.gradients]
+    return packer.put("gradient_errors", np.array(errors, dtype=np.float64))
+
+
 # --- and back ----------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +215,7 @@ class Decoder:
             batches=tuple(self._batch(batch) for batch in self._part(node, "batches").items()),
             answers=tuple(self._answer(answer) for answer in self._part(node, "answers").items()),
             true_loss=node.get("true_loss").number(),
-            gradients=self._gradients(self._part(node, "gradients")),
+            gradients=self._gradients(self._part(node, "gradients"), node.get("gradient_errors")),
             modules=self._modules(self._part(node, "modules"), node.get("local_errors")),
             error=node.get("error").number(),
             inherent=node.get("inherent").number(),
@@ -249,12 +256,16 @@ class Decoder:
             rms=node.get("rms").number(),
         )
 
-    def _gradients(self, node: Node) -> tuple[GradientRecord, ...]:
+    def _gradients(self, node: Node, own: Node) -> tuple[GradientRecord, ...]:
         rows = list(self.content.get("parts").get("gradient_rows").at(node.get("rows").integer()).items())
         sizes = [(row.at(1).shape() or (), row.at(2).integer()) for row in rows]
         found = self._sketches(node, sizes)
+        errors = self._floats(own, len(rows))
         return tuple(
-            GradientRecord(name=row.at(0).text(), gradient=sketch) for row, sketch in zip(rows, found, strict=True)
+            GradientRecord(
+                name=row.at(0).text(), gradient=found[index], error=None if errors[index] < 0 else float(errors[index])
+            )
+            for index, row in enumerate(rows)
         )
 
     def _modules(self, node: Node, local: Node) -> tuple[ModuleRecord, ...]:

@@ -17,15 +17,18 @@ from numerics_suite.baselines import bits
 from numerics_suite.baselines.batches import draw_batches, tensors_of, training_of
 from numerics_suite.baselines.contract import contract
 from numerics_suite.baselines.curve import training_curve
+from numerics_suite.baselines.draws import ROUNDOFF
 from numerics_suite.baselines.head import head_by_formula, head_statistics
-from numerics_suite.baselines.precision import Seen, errors, module_errors, run_cell
+from numerics_suite.baselines.precision import Seen, errors, gradient_errors, module_errors, run_cell
 from numerics_suite.baselines.records import CellBaseline, Curve, ModuleRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher
 from numerics_suite.baselines.trace import Trace, answer_records, trace
 from numerics_suite.observing.local_error import LocalError
+from numerics_suite.observing.roundoff import unit_roundoff
 from numerics_suite.running import _lifting
 from numerics_suite.running.environment import describe_environment, describe_machine
 from numerics_suite.running.evidence import Evidence
+from numerics_suite.running.forward import dtype_of
 from numerics_suite.subjects.quiet import quiet_transformers
 
 NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent")
@@ -75,7 +78,7 @@ def _measure(evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: 
         found,
         seen,
         batches=used,
-        modules=_modules(evidence.model, found, local),
+        modules=_modules(evidence.model, found, local, evidence.cell.precision),
         error=error,
         inherent=inherent,
         error_count=count,
@@ -112,7 +115,7 @@ def _record(
         batches=batches,
         answers=answer_records(found, batches),
         true_loss=found.loss,
-        gradients=found.gradients,
+        gradients=gradient_errors(found, seen),
         bits={**digests, "cell": bits.digest_of_digests(digests)},
         headroom_bits=seen.least.bits if seen.least is not None else math.inf,
         headroom_module=seen.least.module if seen.least is not None else None,
@@ -121,7 +124,11 @@ def _record(
     )
 
 
-def _modules(model: nn.Module, found: Trace, local: Mapping[str, LocalError]) -> tuple[ModuleRecord, ...]:
+def _modules(
+    model: nn.Module, found: Trace, local: Mapping[str, LocalError], precision: str
+) -> tuple[ModuleRecord, ...]:
+    """Records of all modules; one unit for their errors, whatever dtype a module computes in, or a lower one would hide."""
+    roundoff = ROUNDOFF[precision]
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     records = []
     for name, states in found.modules.items():
@@ -131,11 +138,15 @@ def _modules(model: nn.Module, found: Trace, local: Mapping[str, LocalError]) ->
             kind=kinds[name],
             given=_sketch(states.given),
             gave=_sketch(states.gave),
-            local_error=None if error is None else error.rms_roundoffs,
+            local_error=None if error is None else error.rms_roundoffs * _unit(error) / roundoff,
             local_count=0 if error is None else error.count,
         )
         records.append(record)
     return tuple(records)
+
+
+def _unit(error: LocalError) -> float:
+    return unit_roundoff(dtype_of(error.dtype))
 
 
 def _sketch(sketcher: Sketcher) -> Sketch | None:

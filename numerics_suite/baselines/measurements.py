@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from numerics_suite.baselines.compare import Deviation, Difference, Errors
+from numerics_suite.baselines.compare import Deviation, Difference
+from numerics_suite.baselines.growth import Errors
 from numerics_suite.core.records import Fact, Measurement
 
 if TYPE_CHECKING:
@@ -59,6 +60,15 @@ def precision_measurements(found: Difference) -> Iterator[Measurement]:
         yield Measurement(name="error-ratio", value=whole.ratio, unit="ratio")
     else:
         yield Measurement(name="excess", value=0.0, unit="ratio", facts={"error": "measured in neither version"})
+    gradients = found.gradient_errors
+    if gradients is not None:
+        yield Measurement(
+            name="gradient-excess",
+            value=gradients.excess,
+            unit="ratio",
+            module=gradients.name or None,
+            facts={"median error before": gradients.old, "median error now": gradients.new} | facts,
+        )
     place = worst_module(found.local)
     yield Measurement(
         name="local-excess",
@@ -100,6 +110,8 @@ def contract_measurements(found: Difference) -> Iterator[Measurement]:
     yield Measurement(name="changed-entries", value=len(broken), unit="entries", facts=facts)
     lost: dict[str, Fact] = {"missing": listed(list(found.vanished))} if found.vanished else {}
     yield Measurement(name="vanished", value=len(found.vanished), unit="parts", facts=lost)
+    gone: dict[str, Fact] = {"gone": listed(list(found.gone))} if found.gone else {}
+    yield Measurement(name="gone", value=len(found.gone), unit="parts", facts=gone)
 
 
 def worst_module(local: Sequence[Errors]) -> Errors | None:

@@ -8,32 +8,38 @@ from typing import TYPE_CHECKING
 from numerics_suite.baselines.matching import AGREED, Matching, sketch_deviation
 
 if TYPE_CHECKING:
-    from numerics_suite.baselines.records import CellBaseline, ModuleRecord, Sketch
+    from numerics_suite.baselines.records import ModuleRecord, Sketch
 
 
-def module_place(old: Sequence[ModuleRecord], new: Sequence[ModuleRecord], matching: Matching) -> str | None:
+def module_place(
+    old: Sequence[ModuleRecord], new: Sequence[ModuleRecord], matching: Matching, *, root: bool = True
+) -> str | None:
     """The module of the new version at which true fp64 states part, None where none does.
 
     Args:
         old: in the order of returning.
         new: likewise.
         matching: which is which.
+        root: whether the model's own code may be at fault.
     """
-    apart = [(old[i], new[j]) for i, j in matching.pairs if _differ(old[i].gave, new[j].gave)]
-    for ours, theirs in apart:
-        if not _differ(ours.given, theirs.given):
-            return theirs.name
-    return apart[0][1].name if apart else None
+    pairs = [(i, j) for i, j in matching.pairs if root or new[j].name]
+    apart = [(old[i], new[j]) for i, j in pairs if _differ(old[i].gave, new[j].gave)]
+    agreed = (theirs.name for ours, theirs in apart if not _differ(ours.given, theirs.given))
+    place = next(agreed, apart[0][1].name if apart else None)
+    if place == "":
+        # The model's own code, behind the last module that it calls: a person finds it by that one.
+        return next((module.name for module in reversed(new) if module.name), None)
+    return place
 
 
-def gradient_place(cell: CellBaseline, parameters: Sequence[str]) -> str | None:
+def gradient_place(modules: Sequence[ModuleRecord], parameters: Sequence[str]) -> str | None:
     """The module at which gradients part: backwards, the first whose own parameters differ, so the last one to return.
 
     Args:
-        cell: the new version.
+        modules: of one version, in the order of returning.
         parameters: names of those whose gradients differ.
     """
-    order = {module.name: index for index, module in enumerate(cell.modules)}
+    order = {module.name: index for index, module in enumerate(modules)}
     owners = {name.rpartition(".")[0] for name in parameters}
     return max(owners, key=lambda owner: order.get(owner, -1), default=None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,25 @@ from torch import Tensor, nn
 from numerics_suite.baselines import bits
 from numerics_suite.baselines.batches import real_tokens, tensors_of, training_of
 from numerics_suite.baselines.curve import LARGE, scope_of, trainable, why_untrained
-from numerics_suite.baselines.records import StoredBatch
-from numerics_suite.baselines.trace import HIDDEN, Trace, evidence_inputs, named_answers, real_rows, trace_call
+from numerics_suite.baselines.decoding import decoded
+from numerics_suite.baselines.records import GradientRecord, Sketch, StoredBatch
+from numerics_suite.baselines.sketch import sketch
+from numerics_suite.baselines.trace import (
+    DECODED,
+    HIDDEN,
+    Trace,
+    decoded_batch,
+    evidence_inputs,
+    named_answers,
+    real_rows,
+    trace_call,
+)
 from numerics_suite.observing.headroom import Headroom, headroom
 from numerics_suite.observing.local_error import LocalError, local_errors
-from numerics_suite.observing.roundoff import rms
+from numerics_suite.observing.roundoff import CANCELLED, rms
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import call_model, dtype_of
 from numerics_suite.running.rounded import run_rounded
-from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import is_reference_itself, routed_reason, routes
 
 REFERENCE = "fp64 is the reference itself"
@@ -36,11 +46,13 @@ class Seen:
         answers: float64 on the CPU, at real tokens, by the names of the true ones.
         bits: SHA-256 by part.
         least: the module with the least headroom, None without a floating output.
+        gradients: by parameter, sketched.
     """
 
     answers: dict[str, Tensor]
     bits: dict[str, str]
     least: Headroom | None
+    gradients: dict[str, Sketch]
 
 
 def autocast_of(evidence: Evidence) -> torch.dtype | None:
@@ -58,7 +70,9 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
         left_out: gets what could not be measured, with the reason.
     """
     answers: dict[str, Tensor] = {}
-    raw: dict[str, list[Tensor]] = {"logits": [] if found.left_out else list(found.answers.values())}
+    gradients: dict[str, Sketch] = {}
+    true = [answer for name, answer in found.answers.items() if name != DECODED]
+    raw: dict[str, list[Tensor]] = {"logits": [] if found.left_out else true}
     least: Headroom | None = None
     for batch in batches:
         tensors = tensors_of(batch, evidence)
@@ -66,40 +80,19 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
         answers |= named_answers(batch, tensors, outputs)
         raw["logits"] += [real_rows(tensors, value) for name, value in outputs.items() if name != HIDDEN]
         least = _lesser(least, room)
-    raw |= _training_numbers(evidence, tensors_of(training_of(batches), evidence), found, left_out)
+    raw |= _training_numbers(evidence, tensors_of(training_of(batches), evidence), found, left_out, gradients)
     if "loss" in raw and not found.left_out:
         raw["loss"].append(torch.tensor(found.loss, dtype=torch.float64))
     if evidence.subject.task == "causal-lm" and evidence.takes_ids:
         try:
-            raw["decoding"] = _decoded(evidence, batches)
+            tensors = evidence_inputs(evidence, tensors_of(decoded_batch(batches), evidence))
+            got = decoded(evidence.run, tensors)
+            answers[DECODED] = got.double().cpu()
+            raw["decoding"] = [got, *([found.answers[DECODED]] if DECODED in found.answers else [])]
         except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
             left_out["bits.decoding"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return Seen(answers=answers, bits={name: bits.digest(parts) for name, parts in raw.items()}, least=least)
-
-
-def _decoded(evidence: Evidence, batches: Sequence[StoredBatch]) -> list[Tensor]:
-    """Decoding in the cell's precision; and in true fp64, which reads a large model once a step."""
-    tensors = evidence_inputs(evidence, tensors_of(_decoded_batch(batches), evidence))
-    found = [bits.decoded(evidence.run, tensors)]
-    if sum(p.numel() for p in evidence.model.parameters()) <= LARGE:
-
-        def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
-            return {"answer": bits.decoded(lambda piece, **words: call_model(model, piece, **words), given)}
-
-        run = run_true_fp64(evidence.model, tensors, call=call)
-        found += [] if run.left_out else [run.outputs["answer"]]
-    return found
-
-
-def _decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
-    """As `generate` is called: padded on the left where that is allowed, and without padding where not."""
-    found = next((batch for batch in batches if batch.name == "left"), None)
-    if found is not None:
-        return found
-    first = batches[0]
-    length = int(first.tensors["attention_mask"][0].sum()) if "attention_mask" in first.tensors else None
-    tensors = {name: array[:1, :length] for name, array in first.tensors.items() if name != "labels"}
-    return StoredBatch(name=first.name, tensors=tensors)
+    digests = {name: bits.digest(parts) for name, parts in raw.items()}
+    return Seen(answers=answers, bits=digests, least=least, gradients=gradients)
 
 
 def _forward(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Headroom]]:
@@ -123,7 +116,11 @@ def _lesser(least: Headroom | None, rooms: Sequence[Headroom]) -> Headroom | Non
 
 
 def _training_numbers(
-    evidence: Evidence, tensors: Mapping[str, Any], found: Trace, left_out: dict[str, str]
+    evidence: Evidence,
+    tensors: Mapping[str, Any],
+    found: Trace,
+    left_out: dict[str, str],
+    gradients: dict[str, Sketch],
 ) -> dict[str, list[Tensor]]:
     reason = why_untrained(evidence, found)
     if evidence.subject.quantized:
@@ -133,7 +130,11 @@ def _training_numbers(
         left_out["bits.gradients"] = reason
     dtype = torch.float64 if evidence.recipe.parameters == "float64" else None
     with trainable(evidence, scope_of(evidence.model), dtype) as model:
-        return bits.loss_and_gradients(evidence, model, tensors, gradients=not reason)
+
+        def keep(name: str, gradient: Tensor) -> None:
+            gradients[name] = sketch(gradient)
+
+        return bits.loss_and_gradients(evidence, model, tensors, gradients=not reason, on_gradient=keep)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
@@ -166,6 +167,8 @@ def _relative(got: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> float:
     """Root mean square of the errors, each over the root mean square of its own answer: logits and states differ in size."""
     squares = numbers = 0.0
     for name, wanted in true.items():
+        if name not in got:
+            continue
         scale = rms(wanted)
         error = rms(got[name] - wanted)
         part = error / scale if scale else 0.0 if error == 0 else math.inf
@@ -194,10 +197,43 @@ def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, 
             reason = f"no rounded run: {', '.join(run.left_out[:3])}"
             break
         rounded |= named_answers(batch, tensors, run.outputs)
+    if not reason and DECODED in found.answers:
+        rounded |= _decoded_rounded(evidence, batches)
     if reason:
         left_out["inherent"] = reason
         return math.nan
     return _relative(rounded, found.answers)
+
+
+def _decoded_rounded(evidence: Evidence, batches: Sequence[StoredBatch]) -> dict[str, Tensor]:
+    tensors = evidence_inputs(evidence, tensors_of(decoded_batch(batches), evidence))
+
+    def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {DECODED: decoded(lambda piece, **words: call_model(model, piece, **words), given)}
+
+    run = run_rounded(evidence.model, tensors, autocast=autocast_of(evidence), call=call)
+    return {} if run.left_out else {DECODED: run.outputs[DECODED].double().cpu()}
+
+
+def gradient_errors(found: Trace, seen: Seen) -> tuple[GradientRecord, ...]:
+    """The true gradients with their errors in the cell's precision.
+
+    Args:
+        found: the true fp64 runs.
+        seen: the cell's own runs.
+    """
+    sizes = [record.gradient.rms for record in found.gradients]
+    largest = max((size for size in sizes if math.isfinite(size)), default=0.0)
+    records = []
+    for record in found.gradients:
+        got, true = seen.gradients.get(record.name), record.gradient
+        # What is left of terms that cancel is rounding alone.
+        if got is None or true.rms <= CANCELLED * largest or got.shape != true.shape:
+            records.append(record)
+            continue
+        error = rms(torch.from_numpy(got.projections - true.projections))
+        records.append(replace(record, error=error / true.rms))
+    return tuple(records)
 
 
 def module_errors(

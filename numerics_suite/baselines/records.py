@@ -78,8 +78,8 @@ class ModuleRecord:
         kind: class name.
         given: its first floating state as it came in, true fp64; None where it has none with tokens.
         gave: as it went out.
-        local_error: of the module in the cell's precision on the inputs that it really got, rms in units of u·rms(output);
-            None where it was not measured.
+        local_error: of the module in the cell's precision on the inputs that it really got, rms in units of u·rms(output) with the
+            unit roundoff u of the precision; None where it was not measured.
         local_count: numbers that this rms is taken over.
     """
 
@@ -93,10 +93,18 @@ class ModuleRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GradientRecord:
-    """The true fp64 gradient of one parameter; `name` is dotted."""
+    """The true fp64 gradient of one parameter.
+
+    Attributes:
+        name: dotted.
+        gradient: true fp64; zero where no gradient reaches the parameter.
+        error: of the gradient in the cell's precision, root mean square of its projections' errors over that of the gradient;
+            None where it was not measured, or the gradient is what is left of terms that cancel.
+    """
 
     name: str
     gradient: Sketch
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

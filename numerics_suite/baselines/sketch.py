@@ -145,6 +145,15 @@ def sketch(values: Tensor) -> Sketch:
     return Sketch(shape=tuple(values.shape), count=made.count, rms=made.rms, projections=made.projections)
 
 
+def nothing(shape: tuple[int, ...]) -> Sketch:
+    """The sketch of a tensor of zeros.
+
+    Args:
+        shape: of the tensor.
+    """
+    return Sketch(shape=shape, count=math.prod(shape), rms=0.0, projections=np.zeros(PROJECTIONS))
+
+
 def condensed(answer: Tensor) -> tuple[Floats, bool, Floats, Ids]:
     """An answer as it is stored: values, whether they are the answer itself, largest values, their ids.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from numerics_suite.baselines.batches import real_tokens, tensors_of, training_of
+from numerics_suite.baselines.checkpointed import Caller, checkpointed
+from numerics_suite.baselines.decoding import decoded
 from numerics_suite.baselines.records import AnswerRecord, GradientRecord, Sketch, StoredBatch
-from numerics_suite.baselines.sketch import Sketcher, condensed, sketch
+from numerics_suite.baselines.sketch import Sketcher, condensed, nothing, sketch
 from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import rms
 from numerics_suite.observing.tokens import token_rows
@@ -22,10 +25,15 @@ from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, main_output, to_device
 from numerics_suite.running.true_fp64 import run_true_fp64
 
+DECODES_BELOW: Final = 10**9
+"""Parameters up to which decoding is asked in true fp64, which reads the whole model once a piece."""
+
+DECODING: Final = "decoding"
+DECODED: Final = "decoded.logits"
+"""The answer of decoding after a prefill."""
+
 HIDDEN = "hidden"
 """The answer that stands beside pooled logits: the last hidden state."""
-
-Caller = Callable[[nn.Module, Mapping[str, Any]], object]
 
 
 @dataclass(slots=True)
@@ -79,28 +87,93 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
     for batch in batches:
         trains = batch is training
         tensors = tensors_of(batch, evidence)
-        run = run_true_fp64(
-            evidence.model,
-            tensors if trains else evidence_inputs(evidence, tensors),
-            gradients=trains and not no_gradients,
-            stream=stream,
-            call=_watched(trace_call(evidence, loss=trains), tensors, modules),
-            on_gradient=take,
-        )
+        call = trace_call(evidence, loss=trains)
+        with checkpointed(evidence.model, wanted=trains and not stream) as in_training:
+            run = run_true_fp64(
+                evidence.model,
+                tensors if trains else evidence_inputs(evidence, tensors),
+                gradients=trains and not no_gradients,
+                stream=stream,
+                call=_watched(in_training(call), tensors, modules),
+                on_gradient=take,
+            )
         left_out.update(dict.fromkeys(run.left_out))
         answers |= named_answers(batch, tensors, run.outputs)
         if trains:
             loss = float(run.outputs["loss"])
             sketches |= {name: sketch(gradient) for name, gradient in (run.gradients or {}).items()}
-    order = [name for name, _ in evidence.model.named_parameters() if name in sketches]
+    if decodes(evidence):
+        found, lost = _decoded(evidence, decoded_batch(batches), modules, stream=stream)
+        answers |= found
+        left_out.update(dict.fromkeys(lost))
+    if sketches:
+        # What the loss does not reach has a gradient of zero, and not none.
+        sketches = {
+            name: sketches.get(name) or nothing(tuple(parameter.shape))
+            for name, parameter in evidence.model.named_parameters()
+        }
     return Trace(
         answers=answers,
         modules=modules,
         loss=loss,
-        gradients=tuple(GradientRecord(name=name, gradient=sketches[name]) for name in order),
+        gradients=tuple(GradientRecord(name=name, gradient=found) for name, found in sketches.items()),
         left_out=tuple(left_out),
         no_gradients=no_gradients,
     )
+
+
+def decodes(evidence: Evidence) -> bool:
+    """Whether decoding with a cache is a use of it, and costs little enough to be asked in true fp64.
+
+    Args:
+        evidence: of the cell.
+    """
+    large = sum(parameter.numel() for parameter in evidence.model.parameters()) > DECODES_BELOW
+    return evidence.subject.task == "causal-lm" and evidence.takes_ids and not large
+
+
+def decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
+    """As `generate` is called: padded on the left where that is allowed, and without padding where not.
+
+    Args:
+        batches: stored.
+    """
+    found = next((batch for batch in batches if batch.name == "left"), None)
+    if found is not None:
+        return found
+    first = batches[0]
+    length = int(first.tensors["attention_mask"][0].sum()) if "attention_mask" in first.tensors else None
+    tensors = {name: array[:1, :length] for name, array in first.tensors.items() if name != "labels"}
+    return StoredBatch(name=first.name, tensors=tensors)
+
+
+def _decoded(
+    evidence: Evidence, batch: StoredBatch, modules: dict[str, ModuleTrace], *, stream: bool | None
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The answer of decoding in true fp64, and what could not be lifted; nothing of a model without a cache.
+
+    What remote code does with a cache may fail anyhow; the bits say so, and the rest of the cell is measured all the same.
+    """
+    tensors = evidence_inputs(evidence, tensors_of(batch, evidence))
+
+    def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        def piece(part: Mapping[str, Any], **words: Any) -> Any:
+            width = part["input_ids"].shape[1]
+            own = {**part, "attention_mask": part["attention_mask"][:, -width:]}
+            return _watched(lambda inner, _: call_model(inner, part, **words), own, modules)(model, part)
+
+        return {DECODING: decoded(piece, given)}
+
+    before = {
+        name: replace(states, given=copy(states.given), gave=copy(states.gave)) for name, states in modules.items()
+    }
+    try:
+        run = run_true_fp64(evidence.model, tensors, stream=stream, call=call)
+    except Exception:  # noqa: BLE001 - told by the bits of decoding, which meet it too
+        modules.clear()
+        modules.update(before)
+        return {}, ()
+    return {DECODED: run.outputs[DECODING].double().cpu()}, run.left_out
 
 
 def _why_no_gradients(evidence: Evidence, tensors: Mapping[str, Any]) -> str:
@@ -205,6 +278,8 @@ def _watched(call: Caller, tensors: Mapping[str, Any], modules: dict[str, Module
             states = modules.setdefault(name, ModuleTrace())
             if given is not None:
                 states.given.add(given)
+            if gave is None and given is None:
+                gave = _table(output)  # made of nothing that has tokens
             if gave is not None:
                 states.gave.add(gave)
 
@@ -234,6 +309,12 @@ def _state(value: Any, real: Tensor | None, *, root: bool = False, copy: bool = 
                 if rows is not None:
                     return rows.clone() if copy else rows
     return None
+
+
+def _table(output: Any) -> Tensor | None:
+    """The first floating tensor, all of it: what a module makes of no state, such as a rotary table, holds no padding."""
+    leaves = tree_leaves(output) if not hasattr(output, "to_tuple") else []
+    return next((x.detach() for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1), None)
 
 
 def _picked(leaf: Tensor, real: Tensor | None) -> Tensor | None:

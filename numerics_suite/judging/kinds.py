@@ -106,7 +106,7 @@ def _breaches(found: Difference) -> dict[str, list[Breach]]:
 
 
 def _kind_of(breach: Breach) -> str:
-    if breach.measurement.name == "vanished":
+    if breach.measurement.name in {"vanished", "gone"}:
         return "missing"
     return {"semantic-change": "changed", "rounding-change": "worse", "contract-change": "contract"}[
         breach.budget.cause
@@ -115,6 +115,9 @@ def _kind_of(breach: Breach) -> str:
 
 def _kinds(found: Difference, breaches: Mapping[str, Sequence[Breach]]) -> tuple[str, ...]:
     kinds = [kind for kind in KINDS if breaches.get(kind)]
+    # Where another function is computed, a part that it does not run is part of that change, and not a part unseen.
+    if "changed" in kinds and not found.vanished:
+        kinds.sort(key=lambda kind: (kind != "changed", KINDS.index(kind)))
     # Another function rounds otherwise: how its error compares with the old one's is no change of its own.
     if "changed" in kinds:
         kinds = [kind for kind in kinds if kind != "worse"]
@@ -141,9 +144,11 @@ def _module(found: Difference, kind: str, breaches: Mapping[str, Sequence[Breach
         return found.module
     if kind == "worse":
         place = worst_module(found.local)
-        return place.name if place is not None and not place.excess <= 1 else None
+        if place is not None and not place.excess <= 1:
+            return place.name
+        return found.gradient_errors.name or None if found.gradient_errors is not None else None
     if kind == "missing":
-        lost = next((part for part in found.vanished if part.startswith("module ")), "")
+        lost = next((part for part in found.gone if part.startswith("module ")), "")
         return lost.removeprefix("module ") or None
     return next((breach.measurement.module for breach in breaches.get(kind, ())), None)
 
@@ -168,7 +173,7 @@ def _details(found: Difference, kinds: tuple[str, ...], breaches: Mapping[str, S
         "matched": found.modules.told(),
         "moved_modules": list(found.modules.moved),
         "new_modules": list(found.modules.appeared),
-        "missing": list(found.vanished),
+        "missing": [*found.vanished, *found.gone],
         "contract": [change.told() for change in found.contract if change.how != "added"],
         "contract_added": [change.told() for change in found.contract if change.how == "added"],
         "subject": list(found.subject),

@@ -51,6 +51,17 @@ BUDGETS: tuple[Budget, ...] = (
         remedies=("keep-in-fp32", *CURE),
     ),
     Budget(
+        check="baseline.precision",
+        measurement="gradient-excess",
+        limit=1,
+        cause="rounding-change",
+        title="gradients err {value:.3g} times as much as the baseline's errors and chance explain, first in {module}",
+        reason="The median over all parameters of the error against the true fp64 gradient, with each parameter counted as one free "
+        "number, since parameters share most of what rounding does to the loss. More is a rounding of the backward pass that "
+        "was not there before.",
+        remedies=CURE,
+    ),
+    Budget(
         check="baseline.training",
         measurement="became-non-finite",
         limit=0,
@@ -98,8 +109,18 @@ BUDGETS: tuple[Budget, ...] = (
         limit=0,
         cause="contract-change",
         title="{value} parts of the baseline are missing now",
-        reason="A check, a module, an answer or a gradient that the baseline holds could not be measured or is not there: nothing is "
+        reason="A check, an answer or a number that the baseline holds could not be measured or is not there: nothing is "
         "known of it, and that is not passing.",
+        remedies=CURE,
+    ),
+    Budget(
+        check="baseline.contract",
+        measurement="gone",
+        limit=0,
+        cause="contract-change",
+        title="{value} modules or parameters of the baseline are no longer run or are gone",
+        reason="What the baseline watched in them is watched nowhere now: no module of the new version, under whatever name, gives the "
+        "same. A part that left is either another function or a place where nothing is seen any more.",
         remedies=CURE,
     ),
 )

@@ -95,6 +95,7 @@ MUTANTS = (
     ),
     Mutant(
         id="attention-softmax-in-fp16",
+        kind="worse",
         family="glm",
         apply=edited(GLM, EAGER, "dtype=torch.float32", "dtype=torch.float16"),
         expected_checks=("reference.local",),
@@ -103,6 +104,7 @@ MUTANTS = (
     ),
     Mutant(
         id="attention-scores-in-bf16",
+        kind="worse",
         family="glm4",
         apply=edited(
             GLM,
@@ -289,6 +291,7 @@ MUTANTS = (
     ),
     Mutant(
         id="mask-dtype-dependent",
+        kind="contract",
         family="chatglm",
         apply=edited(
             CHATGLM_BODY,

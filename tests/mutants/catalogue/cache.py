@@ -64,6 +64,7 @@ MUTANTS = (
     ),
     Mutant(
         id="cache-keys-in-bf16",
+        kind="worse",
         family="chatglm",
         apply=edited(CHATGLM, "forward", UPDATE, UPDATE.replace("(key,", "(key.bfloat16().to(key.dtype),")),
         expected_checks=("forward.cache",),

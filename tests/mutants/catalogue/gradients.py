@@ -182,6 +182,7 @@ MUTANTS = (
     ),
     Mutant(
         id="gradient-through-fp16",
+        kind="worse",
         family="glm",
         apply=overridden(
             ATTENTION + ".o_proj",

@@ -53,6 +53,7 @@ MUTANTS = (
     ),
     Mutant(
         id="head-in-bf16",
+        kind="worse",
         family="glm",
         apply=overridden("lm_head", forward=_in_bf16),
         expected_checks=("reference.local",),
@@ -61,6 +62,7 @@ MUTANTS = (
     ),
     Mutant(
         id="head-in-fp16-chatglm",
+        kind="worse",
         family="chatglm",
         apply=overridden("transformer.output_layer", forward=lambda own, self, x: own(self, x).half().to(x.dtype)),
         expected_checks=("reference.local",),
@@ -93,6 +95,7 @@ MUTANTS = (
     ),
     Mutant(
         id="head-float16-under-bf16",
+        kind="contract",
         family="chatglm",
         task=CLASSIFIER,
         precision="bf16",
@@ -174,6 +177,7 @@ MUTANTS = (
     ),
     Mutant(
         id="classifier-head-in-bf16",
+        kind="worse",
         family="glm",
         task=CLASSIFIER,
         apply=overridden("score", forward=_in_bf16),

@@ -117,6 +117,7 @@ MUTANTS = (
     ),
     Mutant(
         id="loss-in-bf16",
+        kind="worse",
         family="glm4",
         apply=other_loss(_in_bf16),
         expected_checks=("train.labels",),
@@ -124,6 +125,7 @@ MUTANTS = (
     ),
     Mutant(
         id="loss-without-float32",
+        kind="contract",
         family="chatglm",
         precision="bf16",
         apply=edited("", "_causal_loss", "logits[:, :-1].float()", "logits[:, :-1]"),
@@ -148,6 +150,7 @@ MUTANTS = (
     ),
     Mutant(
         id="loss-without-labels",
+        kind="contract",
         family="chatglm",
         apply=edited(
             "",

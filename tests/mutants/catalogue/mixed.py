@@ -173,6 +173,7 @@ MUTANTS = (
     ),
     Mutant(
         id="weight-in-fp32-under-bf16",
+        kind="contract",
         family="chatglm",
         task="sequence-classification",
         precision="bf16",
@@ -183,6 +184,7 @@ MUTANTS = (
     ),
     Mutant(
         id="sum-without-an-order",
+        kind="rounding",
         family="glm",
         apply=overridden(f"{ATTENTION}.o_proj", forward=_random_order),
         expected_checks=("forward.deterministic",),
@@ -191,6 +193,7 @@ MUTANTS = (
     ),
     Mutant(
         id="sum-without-an-order-bf16",
+        kind="rounding",
         family="glm4",
         precision="bf16",
         apply=overridden(f"{MLP}.down_proj", forward=_random_order),
@@ -200,6 +203,7 @@ MUTANTS = (
     ),
     Mutant(
         id="amp-product-in-float8",
+        kind="worse",
         family="glm",
         precision="amp-bf16",
         apply=overridden(f"{MLP}.down_proj", forward=_through_float8),
@@ -209,6 +213,7 @@ MUTANTS = (
     ),
     Mutant(
         id="amp-norm-in-bf16",
+        kind="worse",
         family="chatglm",
         precision="amp-bf16",
         apply=overridden(

@@ -143,6 +143,7 @@ MUTANTS = (
     ),
     Mutant(
         id="mlp-down-in-bf16",
+        kind="worse",
         family="glm4",
         apply=overridden(GLM + ".down_proj", forward=_in_bf16),
         expected_checks=("reference.local",),
@@ -151,6 +152,7 @@ MUTANTS = (
     ),
     Mutant(
         id="mlp-down-at-ten-bits",
+        kind="worse",
         family="glm",
         apply=overridden(GLM + ".down_proj", forward=_ten_bits),
         expected_checks=("reference.local",),
@@ -159,6 +161,7 @@ MUTANTS = (
     ),
     Mutant(
         id="mlp-kernel-at-ten-bits",
+        kind="worse",
         family="glm4",
         apply=overridden(GLM + ".down_proj", forward=_coarse_kernel),
         expected_checks=("reference.end-to-end", "reference.local"),
@@ -167,6 +170,7 @@ MUTANTS = (
     ),
     Mutant(
         id="mlp-sums-in-bf16",
+        kind="worse",
         family="glm",
         precision="bf16",
         apply=overridden(GLM + ".down_proj", forward=_rounded_sums),
@@ -176,6 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         id="mlp-activation-in-fp16",
+        kind="worse",
         family="chatglm",
         apply=edited(CHATGLM, "forward", CHATGLM_PRODUCT, "F.silu(gate.half()).to(gate.dtype) * up"),
         expected_checks=("reference.local",),

@@ -49,6 +49,7 @@ MUTANTS = (
     ),
     Mutant(
         id="norm-without-fp32-bf16",
+        kind="worse",
         family="glm4",
         precision="bf16",
         apply=edited(GLM, "forward", TO_FP32, "pass"),
@@ -58,6 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         id="norm-without-fp32-fp16",
+        kind="worse",
         family="chatglm",
         precision="fp16",
         apply=edited(CHATGLM, "forward", "hidden_states = hidden_states.float()", "pass"),
@@ -67,6 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         id="norm-statistic-in-bf16",
+        kind="worse",
         family="glm",
         apply=edited(GLM, "forward", ".mean(-1, keepdim=True)", ".mean(-1, keepdim=True).bfloat16().float()"),
         expected_checks=("reference.local",),

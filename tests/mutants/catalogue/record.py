@@ -26,6 +26,9 @@ class Mutant:
         module_pattern: matches the whole of the module's name that a finding must give; None where no module is at
             fault (a loss) or where none is named, which `why` then says.
         equivalent: nothing that a user could measure changes; `why` says why.
+        kind: of change that a baseline of the clean model should show. By one rule, whatever is measured: `changed` where the
+            mistake makes another function of it when every cast is lifted; `worse` where it only rounds more; `rounding` where
+            only the order of a sum changes; `contract` where the function stays and what is taken, returned or held changes.
     """
 
     id: str
@@ -38,6 +41,7 @@ class Mutant:
     attn: str = "eager"
     module_pattern: str | None = None
     equivalent: bool = False
+    kind: Literal["changed", "worse", "rounding", "contract"] = "changed"
 
     @property
     def fixture(self) -> str:

@@ -77,6 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         id="residual-in-bf16",
+        kind="worse",
         family="glm",
         apply=edited(
             GLM,
@@ -201,6 +202,7 @@ MUTANTS = (
     ),
     Mutant(
         id="embedding-in-fp16",
+        kind="worse",
         family="glm4",
         apply=overridden(
             "model.embed_tokens", forward=lambda own, self, ids: (own(self, ids) / 3).half().to(self.weight.dtype) * 3
@@ -211,6 +213,7 @@ MUTANTS = (
     ),
     Mutant(
         id="embedding-ids-through-bf16",
+        kind="worse",
         family="glm",
         apply=overridden(
             "model.embed_tokens", forward=lambda own, self, ids: own(self, ids.bfloat16().long().clamp(max=767))
@@ -221,6 +224,7 @@ MUTANTS = (
     ),
     Mutant(
         id="embedding-takes-floats",
+        kind="contract",
         family="glm4",
         apply=overridden("model.embed_tokens", forward=lambda own, self, ids: own(self, ids.long())),
         expected_checks=("inputs.ids-dtype",),

@@ -116,6 +116,7 @@ MUTANTS = (
     ),
     Mutant(
         id="rope-angles-in-bf16",
+        kind="worse",
         family="glm4",
         precision="bf16",
         apply=overridden(TABLE, forward=_low_precision_angles),
@@ -125,6 +126,7 @@ MUTANTS = (
     ),
     Mutant(
         id="rope-angles-in-fp16",
+        kind="worse",
         family="glm",
         precision="fp16",
         apply=overridden(TABLE, forward=_low_precision_angles),
@@ -134,6 +136,7 @@ MUTANTS = (
     ),
     Mutant(
         id="rope-cosines-in-bf16",
+        kind="worse",
         family="glm",
         apply=overridden(TABLE, forward=_in_bf16),
         expected_checks=("reference.local",),
@@ -142,6 +145,7 @@ MUTANTS = (
     ),
     Mutant(
         id="rope-cosines-in-bf16-chatglm",
+        kind="worse",
         family="chatglm",
         apply=edited(CHATGLM_TABLE, "forward", "angles.cos().to(dtype)", "angles.cos().bfloat16().to(dtype)"),
         expected_checks=("reference.local",),
@@ -245,6 +249,7 @@ MUTANTS = (
     ),
     Mutant(
         id="rope-in-low-precision",
+        kind="worse",
         family="glm",
         precision="fp32",
         apply=edited(

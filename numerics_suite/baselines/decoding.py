@@ -1,0 +1,43 @@
+"""Decoding with the model's own cache: a prefill, a chunk, single steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from numerics_suite.core.errors import NotApplicableError
+
+PIECES: Final = (2, 1, 1)
+"""Tokens that are decoded at a time after the prefill: a chunk, as assisted decoding checks one, and single steps."""
+
+
+def decoded(run: Callable[..., Any], tensors: Mapping[str, Any]) -> Tensor:
+    """The logits of a chunk and of single steps after a prefill, with the model's own cache, `[tokens, vocabulary]`.
+
+    Args:
+        run: calls the model on a batch with more keywords.
+        tensors: a batch of a causal language model, without labels.
+
+    Raises:
+        NotApplicableError: the model keeps no cache.
+    """
+    ids = tensors["input_ids"]
+    mask = tensors.get("attention_mask", torch.ones_like(ids))
+    width = ids.shape[1]
+    ends = [0, *(end for end in itertools.accumulate((width - sum(PIECES), *PIECES)) if end > 0)]
+    cached, logits = None, []
+    for start, stop in itertools.pairwise(ends):
+        piece = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+        output = run(piece, use_cache=True, past_key_values=cached)
+        cached = getattr(output, "past_key_values", None)
+        if cached is None:
+            reason = "the model keeps no cache"
+            raise NotApplicableError(reason)
+        if start or stop == width:
+            logits.append(output["logits"])
+    answer = torch.cat(logits, dim=1)
+    return answer[mask[:, width - answer.shape[1] :].bool()]
