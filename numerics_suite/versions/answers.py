@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,10 +78,20 @@ def _held(filled: Versions, held: Mapping[str, str]) -> Versions:
         seen = held.get(name)
         return version if seen is None or (version or "").startswith("git-") else seen.partition("+")[0]
 
-    python = ".".join(held["python"].split(".")[:2]) if "python" in held else filled.python
+    python = minor_of(held["python"]) if "python" in held else filled.python and minor_of(filled.python)
     return Versions(
         transformers=public("transformers", filled.transformers), torch=public("torch", filled.torch), python=python
     )
+
+
+def minor_of(python: str) -> str:
+    """`3.11` of `3.11.7`; another name of an interpreter as it is.
+
+    Args:
+        python: a version, or a name.
+    """
+    found = re.match(r"\d+\.\d+", python)
+    return found[0] if found else python
 
 
 def rows_of(checks: Sequence[CheckResult]) -> tuple[Ran, ...]:

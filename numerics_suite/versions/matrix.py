@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
-from numerics_suite.versions.answers import cell_of
+from numerics_suite.versions.answers import cell_of, minor_of
 from numerics_suite.versions.asked import Known, digests
 from numerics_suite.versions.changes import with_changes
 from numerics_suite.versions.environments import ensure
@@ -209,18 +209,27 @@ def _one(plan: Plan, versions: Versions, kept: Kept, execute: Execute, audience:
     """The cell of one environment; whatever goes wrong in it stays in it."""
     try:
         job = plan.job(wanted_of(versions))
-    except NumericsSuiteError as error:
-        bad = isinstance(error, BadInputError)
-        return MatrixCell(
-            wanted=versions, held=versions, status="error", verdict="error", reason=str(error), bad_input=bad
-        )
-    try:
         done, folder, reused = answer(job, kept, execute, lambda what: audience.doing(versions, what))
-    except (BadInputError, OSError) as error:
+    except (NumericsSuiteError, OSError) as error:
         return MatrixCell(
-            wanted=versions, held=job.versions, status="error", verdict="error", reason=_line(error), bad_input=True
+            wanted=versions,
+            held=_filled(versions),
+            status="error",
+            verdict="error",
+            reason=_line(error),
+            bad_input=not isinstance(error, UnsupportedError),
         )
     return cell_of(versions, job.versions, done, folder, reused=reused)
+
+
+def _filled(versions: Versions) -> Versions:
+    """With what stands in for what was left open, where that much is known."""
+    try:
+        recipe = make_recipe(Wanted(torch=versions.torch, python=versions.python))
+    except NumericsSuiteError:
+        return versions
+    transformers = versions.transformers or recipe.transformers
+    return Versions(transformers=transformers, torch=recipe.torch, python=minor_of(recipe.python))
 
 
 def answer(job: Job, kept: Kept, execute: Execute, tell: Callable[[str], None]) -> tuple[dict[str, Any], Path, bool]:

@@ -119,6 +119,7 @@ def test_a_cell_that_errs_gives_3_and_hides_no_other(world):
     status, cells = world.cells("--transformers", ">=5.0")
     assert status == 3
     assert [cell["status"] for cell in cells] == ["passed", "error", "error", "error", "error"]
+    assert {(cell["torch"], cell["python"]) for cell in cells[1:]} <= {(cells[1]["torch"], cells[0]["python"])}
     assert [cell["results"] is None for cell in cells] == [False, True, True, True, True]
     reasons = [cell["reason"] for cell in cells]
     assert "status 1: ImportError: libfoo.so.1" in reasons[1]
