@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.settings.tree import Settings
 
+TRIED = ".numerics/tried"
+"""Where answers of other releases are kept."""
+
 EXAMPLES = """\
   numerics-suite check
       the shipped GLM-4 fixtures, in every precision that this device runs well
@@ -49,6 +52,11 @@ def make_parser() -> CommandParser:
     )
     add_cli_options(parser)
     parser.add_argument("--bundle", metavar="DIR", help="reopen what `watch` caught; with SUBJECT, run it there")
+    parser.add_argument(
+        "--try-versions",
+        action="store_true",
+        help="try newer-version and pin-version on findings, in environments of other transformers releases",
+    )
     return parser
 
 
@@ -62,14 +70,14 @@ def run(arguments: Sequence[str]) -> int:
         BadInputError: the input cannot be used.
     """
     given = vars(make_parser().parse(arguments))
-    bundle = given.pop("bundle")
+    bundle, other_versions = given.pop("bundle"), given.pop("try_versions")
     settings = from_command_line(given)
     _refuse_unwritable(settings)
     if bundle is not None:
         return _reopen(settings, Path(bundle))
     if settings.list_only:
         return _list(settings)
-    return _check(settings)
+    return _check(settings, other_versions=other_versions)
 
 
 def _refuse_unwritable(settings: Settings) -> None:
@@ -95,7 +103,7 @@ def _list(settings: Settings) -> int:
     return 0
 
 
-def _check(settings: Settings) -> int:
+def _check(settings: Settings, *, other_versions: bool) -> int:
     from numerics_suite.reporting.results import to_json
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.suite.run import run_check
@@ -106,6 +114,8 @@ def _check(settings: Settings) -> int:
             result = run_check(settings, terminal)
         finally:
             terminal.stop()
+        if other_versions:
+            result = _with_other_versions(result, settings, terminal)
         if settings.data is not None:
             result = _rehearsed(result, settings, terminal)
         terminal.rehearsals(result.rehearsals)
@@ -113,6 +123,21 @@ def _check(settings: Settings) -> int:
     if settings.json:
         write_json(settings.json, to_json(result))
     return result.exit_status
+
+
+def _with_other_versions(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
+    """The result with the remedies that are another release tried."""
+    from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
+    from numerics_suite.versions.kept import Kept
+    from numerics_suite.versions.matrix import in_environments
+    from numerics_suite.versions.remedying import try_versions
+
+    processes = Jobs()
+    with sigterm_interrupts(), Kept(Path(TRIED), "--try-versions") as kept:
+        try:
+            return try_versions(result, settings, kept, in_environments(processes), terminal.say)
+        finally:
+            processes.stop()
 
 
 def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:

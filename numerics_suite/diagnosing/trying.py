@@ -29,8 +29,8 @@ TRAINS = ("train.finite", "train.descends")
 NOT_HERE = {
     "reload-weights": "not tried: there is no other copy of the files here",
     "fix-config": "not tried: the checkpoint's files are left as they are",
-    "newer-version": "not tried: numerics-suite matrix SUBJECT --transformers 'latest:3' tries it",
-    "pin-version": "not tried: numerics-suite bisect names the last release without the defect",
+    "newer-version": "not tried: --try-versions does, in environments of their own",
+    "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
 }
 
 USER_SIDE = ("reference.oracle", "forward.finite")
