@@ -7,24 +7,19 @@ ends) · a NaN from finite inputs (0/0 and its like: invalid operation) · an op
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.judging.verdicts import Breach
+from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
-from numerics_suite.running.forward import (
-    arithmetic,
-    backward_arithmetic,
-    call_model,
-    dtype_of,
-    floating_outputs,
-    main_output,
-    to_device,
-)
-from numerics_suite.running.training import OPTIMIZERS
+from numerics_suite.running.blocks import freeze_to_scope
+from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, main_output, to_device
+from numerics_suite.running.training import OPTIMIZERS, BadTensor, HaltedError, Plan, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +37,12 @@ LOCATED = {
 POLES = frozenset({"rsqrt", "reciprocal", "div", "log", "log2", "log10", "log1p", "logit"})
 """Ops that are infinite at a point of their domain, whatever the range of the dtype."""
 
+SLOWER = 100.0
+"""Steps that much smaller decide whether a run that broke later was driven there by its own steps."""
+
+USUAL = Plan().lr
+"""A learning rate at which a sound model trains, asked where a hundredth of the one in use is still far above it."""
+
 REMEDIES = {
     "uninitialised-parameters": ("init-head", "newer-version"),
     "corrupt-weights": ("reload-weights",),
@@ -50,6 +51,7 @@ REMEDIES = {
     "optimizer-underflow": ("larger-optimizer-eps", "use-amp-bf16"),
     "invalid-operation": ("keep-in-fp32", "eager-attention", "newer-version"),
     "divergence": ("clip-grad-norm", "lower-learning-rate"),
+    "underflow": ("keep-in-fp32", "use-amp-bf16", "newer-version"),
     "loss-scaling": ("tune-loss-scale", "disable-amp", "use-amp-bf16"),
 }
 
@@ -65,19 +67,22 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
     key = (breach.budget.check, breach.measurement.name)
     if key not in LOCATED or breach.measurement.cause is not None:
         return breach
-    training = key[0].startswith("train.")
-    if training and _optimizer_underflows(evidence):
-        return _named(breach, "optimizer-underflow", facts={"eps in the parameters' dtype": 0.0})
-    origin = _replay_training(evidence) if training else _replay_forward(evidence, batch)
+    if not key[0].startswith("train."):
+        origin = _replay_forward(evidence, batch)
+        return (
+            _named(breach, breach.budget.cause)
+            if origin is None
+            else _at(breach, origin, _forward_cause(origin, evidence, batch))
+        )
+    plan, bad = _failing_run(breach, evidence)
+    origin = replay_step(evidence, plan, bad)
     if origin is None:
-        cause = breach.budget.cause
-        if training and evidence.trajectory.bad is not None and evidence.trajectory.bad.step > 1:
-            cause = "divergence"
-        return _named(breach, cause)
-    cause = _cause_of(origin, evidence)
+        late = bad is not None and bad.step > 1
+        return _named(breach, "divergence" if late else breach.budget.cause)
+    cause = _training_cause(origin, evidence, plan, bad)
     if key[0] == "train.amp" and cause not in {"uninitialised-parameters", "corrupt-weights"}:
         # Where the gradient breaks is told beside it; what the user sees, and can turn, is the scale that never recovers.
-        return _at(breach, origin, breach.budget.cause, facts={"the gradient breaks by": cause})
+        return _at(breach, origin, breach.budget.cause, known={"the gradient breaks by": cause})
     return _at(breach, origin, cause)
 
 
@@ -85,73 +90,158 @@ def _replay_forward(evidence: Evidence, batch: Batch | None) -> Origin | None:
     if batch is None:
         return None
     tensors = evidence.inputs_of(batch)
-    return find_origin(evidence.model, lambda: evidence.run(tensors))
+    return find_origin(evidence.model, lambda: floating_outputs(evidence.run(tensors)))
 
 
-def _replay_training(evidence: Evidence) -> Origin | None:
-    """Forward and backward of the first step; later steps start from parameters that training itself made."""
+def _failing_run(breach: Breach, evidence: Evidence) -> tuple[Plan, BadTensor | None]:
+    """How the failing run was trained, and the first tensor that was not finite in it."""
+    plan = evidence.request.plan
+    if breach.budget.check == "train.amp":
+        # A scale of 65,536 may overflow on its way down; what breaks the gradient at the last one breaks it at every scale.
+        scale = breach.measurement.facts.get("loss scale")
+        return (replace(plan, init_scale=float(scale)) if isinstance(scale, float) and scale > 0 else plan), None
+    return plan, evidence.trajectory.bad
+
+
+def replay_step(evidence: Evidence, plan: Plan, bad: BadTensor | None) -> Origin | None:
+    """The origin within the failing step of a training run: the steps before it are repeated, unwatched.
+
+    Args:
+        evidence: the cell; a copy of its model is trained.
+        plan: of the run that failed.
+        bad: the first tensor that was not finite, None for whatever the first step leaves.
+    """
     model = evidence.copy_model()
+    freeze_to_scope(model, plan.scope, evidence.family)
+    if evidence.recipe.parameters == "float64":
+        model.double()
     tensors = to_device(evidence.training_batch.tensors, evidence.cell.device)
+    trainer = Trainer(model, evidence.recipe, plan, evidence.cell.device)
+    step = bad.step if bad is not None else 1
 
-    def run() -> None:
-        with arithmetic(evidence.recipe, evidence.cell.device):
-            outputs = floating_outputs(call_model(model, tensors))
-        loss = outputs.get("loss")
-        with backward_arithmetic(evidence.recipe):
-            (main_output(outputs)[1].float().square().mean() if loss is None else loss).backward()  # type: ignore[no-untyped-call]
+    def last() -> object:
+        if bad is not None and bad.kind in {"logits", "loss"}:
+            with arithmetic(evidence.recipe, evidence.cell.device):
+                outputs = floating_outputs(call_model(model, tensors))
+            return outputs if "loss" in outputs else main_output(outputs)[1].float().square().mean()
+        with contextlib.suppress(HaltedError):
+            trainer.step(tensors, step)
+        kept = dict(trainer.parameters)
+        return trainer.optimizer.state, kept, [p.grad for p in kept.values()]
 
-    try:
-        return find_origin(model, run)
-    except (RuntimeError, NotApplicableError):
-        return None
-
-
-def _optimizer_underflows(evidence: Evidence) -> bool:
-    """Gradients were finite, the step made NaN, and the optimizer's eps is 0 in the parameters' dtype."""
-    bad = evidence.trajectory.bad
-    name = evidence.request.plan.optimizer
-    if bad is None or bad.kind not in {"parameter", "optimizer state"} or name == "sgd":
-        return False
-    eps = evidence.request.plan.eps
-    if eps is None:
-        eps = OPTIMIZERS[name]([torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
-    return float(torch.tensor(eps, dtype=dtype_of(evidence.recipe.parameters))) == 0.0
+    with torch.random.fork_rng(enabled=True):
+        torch.manual_seed(evidence.request.seed)
+        try:
+            for number in range(1, step):
+                trainer.step(tensors, number)
+            return find_origin(model, last)
+        except (RuntimeError, NotApplicableError, HaltedError):
+            return None
 
 
-def _cause_of(origin: Origin, evidence: Evidence) -> str:
+def cause_of(origin: Origin) -> str:
+    """What the op itself shows: `corrupt-weights` stands for any parameter that is not finite.
+
+    Args:
+        origin: where the value stopped being finite.
+    """
     if origin.parameters:
-        unwritten = set(origin.parameters) & set(evidence.unwritten)
-        return "uninitialised-parameters" if unwritten else "corrupt-weights"
+        return "corrupt-weights"
     if origin.masked_row:
         return "fully-masked-row"
+    if origin.finite_in_fp64:
+        return "overflow"  # the same op on the same inputs: only the range of its dtype ended
     if origin.outside_domain:
         return "invalid-operation"
     # One over zero is infinite in every dtype: no wider range would help.
-    return "overflow" if origin.has_infinity and _name(origin.op) not in POLES else "invalid-operation"
+    return "overflow" if origin.has_infinity and name_of(origin.op) not in POLES else "invalid-operation"
 
 
-def _name(op: str) -> str:
+def _forward_cause(origin: Origin, evidence: Evidence, batch: Batch | None) -> str:
+    cause = cause_of(origin)
+    if set(origin.parameters) & set(evidence.unwritten):
+        return "uninitialised-parameters"
+    if (
+        origin.outside_domain
+        and cause == "invalid-operation"
+        and batch is not None
+        and _finite_in_fp32(evidence, batch)
+    ):
+        return "underflow"  # the zero that it divides by is one in this dtype only
+    return cause
+
+
+def _finite_in_fp32(evidence: Evidence, batch: Batch) -> bool:
+    """The same batch through the model in float32; False where it is in float32 already."""
+    if evidence.recipe.computes_in not in {"float16", "bfloat16"}:
+        return False
+    wider = evidence.variant(precision_name="fp32")
+    try:
+        outputs = wider.forward(batch)
+    except (RuntimeError, NumericsSuiteError):
+        return False
+    finally:
+        wider.let_go()
+    return not any(nonfinite_count(value) for value in outputs.values())
+
+
+def _training_cause(origin: Origin, evidence: Evidence, plan: Plan, bad: BadTensor | None) -> str:
+    if origin.parameters:
+        return "uninitialised-parameters" if set(origin.parameters) & set(evidence.unwritten) else "corrupt-weights"
+    in_optimizer = origin.written is not None or (bad is not None and bad.kind in {"parameter", "optimizer state"})
+    if in_optimizer and origin.outside_domain and _eps_underflows(evidence, plan):
+        return "optimizer-underflow"
+    moved = bad is not None and (bad.step > 1 or in_optimizer)
+    if moved and not origin.masked_row and _slower_is_finite(evidence, plan):
+        return "divergence"  # the model was well until its own steps moved it, and smaller ones do not
+    return cause_of(origin)
+
+
+def _slower_is_finite(evidence: Evidence, plan: Plan) -> bool:
+    rates = (plan.lr / SLOWER, *((USUAL,) if plan.lr / SLOWER > USUAL else ()))
+    try:
+        return any(evidence.train(replace(plan, lr=lr)).bad is None for lr in rates)
+    except (RuntimeError, NumericsSuiteError):
+        return False
+
+
+def _eps_underflows(evidence: Evidence, plan: Plan) -> bool:
+    """Whether the optimizer's eps is 0 in the parameters' dtype, so that it divides by the root of an average that may be 0."""
+    if plan.optimizer == "sgd":
+        return False
+    eps = plan.eps
+    if eps is None:
+        eps = OPTIMIZERS[plan.optimizer]([torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
+    return float(torch.tensor(eps, dtype=dtype_of(evidence.recipe.parameters))) == 0.0
+
+
+def name_of(op: str) -> str:
     """`rsqrt` of `aten.rsqrt` or `aten.rsqrt.default`."""
     return op.split(".")[1] if "." in op else op
 
 
-def _at(breach: Breach, origin: Origin, cause: str, facts: Mapping[str, Fact] | None = None) -> Breach:
-    facts = {
-        **(facts or {}),
+def _at(breach: Breach, origin: Origin, cause: str, known: Mapping[str, Fact] | None = None) -> Breach:
+    facts: dict[str, Fact] = {
+        **(known or {}),
         "op": origin.op,
         "dtype": origin.dtype,
         "largest finite input": origin.largest_input,
         "largest number of the dtype": float(torch.finfo(dtype_of(origin.dtype)).max),
         "share not finite": origin.nonfinite / max(origin.elements, 1),
-        "pass": "backward" if origin.backward else "forward",
+        "inputs": origin.inputs,
+        "pass": "optimizer" if origin.written else "backward" if origin.backward else "forward",
     }
+    if origin.node is not None:
+        facts["autograd node"] = origin.node
+    if origin.finite_in_fp64 is not None:
+        facts["the same op in float64"] = "finite" if origin.finite_in_fp64 else "not finite"
     named = _named(breach, cause, facts=facts)
     measurement = replace(
         named.measurement,
-        module=origin.module or breach.measurement.module,
+        module=origin.module,
         op=origin.op,
         source=origin.source,
-        parameters=origin.parameters or breach.measurement.parameters,
+        parameters=origin.parameters or ((origin.written,) if origin.written else breach.measurement.parameters),
     )
     return Breach(measurement=measurement, budget=named.budget)
 

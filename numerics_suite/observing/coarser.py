@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from numerics_suite.observing.locate import _Stack, module_stack
 from numerics_suite.observing.roundoff import unit_roundoff
+from numerics_suite.observing.where import Stack, module_stack
 
 
 class _CoarserOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the ops by the module that runs them, or whose forward pass recorded them."""
 
-    def __init__(self, stack: _Stack, asked: torch.dtype) -> None:
+    def __init__(self, stack: Stack, asked: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
         self.allowed = unit_roundoff(asked)

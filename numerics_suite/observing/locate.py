@@ -1,32 +1,31 @@
-"""Where a value stops being finite: the first op with finite inputs and a non-finite output.
+"""Where a value stops being finite: the first op with finite inputs and a non-finite output that the result descends from.
 
-Works on the forward pass and on the backward pass, whose ops run under the same dispatch mode; an op of the backward
-pass has no module of its own on the stack, so it is given the module whose forward pass recorded its autograd node.
+Works on the forward pass and on the backward pass, whose ops run under the same dispatch mode, through autocast,
+checkpointing, fused kernels, hand-written backward passes and the optimizer's own step. A NaN that is thrown away (the
+unused side of a `where`) is not the origin of one that is not: each spoiled tensor remembers the op that it goes back to.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from numerics_suite.observing.domain import has_masked_row, is_outside_domain, means_infinity
 from numerics_suite.observing.finiteness import nonfinite_count
+from numerics_suite.observing.where import Stack, current_node, module_stack
+from numerics_suite.running.true_fp64 import LiftToFp64
 
-OWN = Path(__file__).resolve().parent.parent
 QUIET = {"aten.detach.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 """Ops that compute nothing: what they return was made elsewhere or is still to be written."""
 
-PRODUCTS = {"aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default"}
-"""Matrix products, whose -inf is an overflow and no mask."""
+MOST = 16
+"""Origins that are kept; a model that throws away more NaNs than this is told by the first of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +34,9 @@ class Origin:
 
     Attributes:
         op: such as `aten.softmax.int`.
-        module: dotted name, None in the backward pass or outside every module.
-        source: `file.py:123` of the model's own line, None where unknown.
+        module: dotted name, None outside every module, in the model's own forward pass, or where unknown.
+        source: `file.py:123` of the model's own line (of the backward pass: of the forward line that it belongs to, or
+            of the hand-written backward), None where unknown.
         dtype: of the output.
         largest_input: largest magnitude of the finite inputs.
         nonfinite: non-finite elements of the output.
@@ -45,7 +45,11 @@ class Origin:
         outside_domain: it divided by zero, or took a root or logarithm of what has none.
         masked_row: the input holds a row without any finite value, as a fully masked row is.
         backward: it happened in the backward pass.
-        parameters: parameters among its inputs that are themselves not finite (then they are the origin).
+        parameters: parameters and buffers among its inputs that are themselves not finite (then they are the origin).
+        node: autograd's node in the backward pass, such as `SqrtBackward0`.
+        inputs: dtype, shape and largest magnitude of each floating input, as text.
+        finite_in_fp64: whether the same op on the same inputs is finite in float64; None where it cannot be run there.
+        written: the parameter that the optimizer wrote, None elsewhere.
     """
 
     op: str
@@ -60,151 +64,142 @@ class Origin:
     masked_row: bool
     backward: bool
     parameters: tuple[str, ...] = ()
+    node: str | None = None
+    inputs: str = ""
+    finite_in_fp64: bool | None = None
+    written: str | None = None
 
 
 @dataclass(slots=True)
-class _Stack:
-    """Names of the modules that are running, outermost first."""
+class _Call:
+    """One op: its arguments as `(args, kwargs)` with the values that they had, and the floating tensors as they are."""
 
-    names: list[str] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    spans: list[tuple[int, int, str]] = field(default_factory=list)
+    func: Any
+    before: Any
+    sources: list[Tensor]
 
-    def enter(self, name: str) -> None:
-        """A module begins."""
-        self.names.append(name)
-        self.starts.append(_sequence())
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The floating arguments with the values that they had."""
+        return [leaf for leaf in tree_leaves(self.before) if _is_floating(leaf)]
 
-    def leave(self) -> None:
-        """The innermost module ends; what autograd recorded within it is its own."""
-        if self.names:
-            self.spans.append((self.starts.pop(), _sequence(), self.names.pop()))
-
-    def of_backward(self) -> str | None:
-        """The module whose forward pass recorded the node that autograd is at, None outside a backward pass."""
-        node = torch._C._current_autograd_node()  # noqa: SLF001 - torch has no public way to ask
-        if node is None:
-            return None
-        number = node._sequence_nr()  # noqa: SLF001 - as above
-        around = [(stop - start, name) for start, stop, name in self.spans if start <= number < stop]
-        return min(around)[1] if around else None
-
-
-def _sequence() -> int:
-    """The number that autograd gives to the next node of this thread."""
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public way to ask
-
-
-@contextmanager
-def module_stack(model: nn.Module) -> Iterator[_Stack]:
-    """Within it the stack knows which module runs; hooks are gone after."""
-    stack = _Stack()
-    handles = []
-
-    def leave(_module: nn.Module, _args: object, _output: object) -> None:
-        # What a hook returns would take the place of the module's output.
-        stack.leave()
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, _a, n=name: stack.enter(n)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def model_line() -> str | None:
-    """`file.py:123` of the innermost frame that belongs to neither torch nor this package."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the documented way to walk frames cheaply
-    torch_home = str(Path(torch.__file__).parent)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((torch_home, str(OWN), "<")):
-            return f"{Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return None
+    def bad_addresses(self) -> list[int]:
+        """Storages of the arguments that were not finite."""
+        return [_address(leaf) for leaf, held in zip(self.sources, self.inputs, strict=True) if nonfinite_count(held)]
 
 
 class OriginFinder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches every op and keeps the first whose inputs are finite and whose output is not."""
+    """Watches every op and keeps those whose inputs are finite and whose output is not."""
 
-    def __init__(self, stack: _Stack, bad_parameters: Mapping[int, str]) -> None:
+    def __init__(self, stack: Stack, bad: Mapping[int, str], parameters: Mapping[int, str]) -> None:
         """Watch with the stack of running modules.
 
         Args:
             stack: knows the running module.
-            bad_parameters: data pointer to name of the parameters that are not finite to begin with.
+            bad: address of the storage to name, of parameters and buffers that are not finite to begin with.
+            parameters: the same, of every parameter.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.stack = stack
-        self.bad_parameters = bad_parameters
-        self.origin: Origin | None = None
+        self.stack, self.bad, self.parameters = stack, bad, parameters
+        self.found: list[Origin] = []
+        self.constants: set[int] = set()
+        self.spoiled: dict[int, int] = {}
+        """Address of a storage that holds a value which is not finite → index of the origin that it goes back to."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the op, then look at what came out."""
         kwargs = kwargs or {}
-        if self.origin is not None or str(func) in QUIET:
+        self.stack.note()
+        if str(func) in QUIET:
             return func(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        named = tuple(
-            name for leaf in inputs if (name := self.bad_parameters.get(leaf.data_ptr())) and nonfinite_count(leaf)
-        )
-        # A mask's -inf is finite for this purpose: it is meant. NaN and +inf inputs were made by an earlier op.
-        clean = not any(_spoiled(leaf) for leaf in inputs)
-        masked = any(_masked_row(leaf) for leaf in inputs) if clean else False
-        largest = max((_largest(leaf) for leaf in inputs), default=0.0) if clean else 0.0
-        outside = clean and _outside_domain(func, inputs)
+        mutates = func._schema.is_mutable  # noqa: SLF001 - as torch's own modes ask
+        before = tree_map(_cloned, (args, kwargs)) if mutates else (args, kwargs)
+        call = _Call(func, before, [leaf for leaf in tree_leaves((args, kwargs)) if _is_floating(leaf)])
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        products = str(func) in PRODUCTS
-        spoiled = next((leaf for leaf in outputs if leaf.is_floating_point() and _spoiled(leaf, either=products)), None)
-        if spoiled is not None and (clean or named) and not _copies(func):
-            self.origin = Origin(
-                op=str(func).removesuffix(".default"),
-                module=(self.stack.names[-1] if self.stack.names else self.stack.of_backward()) or None,
-                source=model_line(),
-                dtype=str(spoiled.dtype).removeprefix("torch."),
-                largest_input=largest,
-                nonfinite=nonfinite_count(spoiled),
-                elements=spoiled.numel(),
-                has_infinity=bool(torch.isinf(spoiled).any()),
-                outside_domain=outside,
-                masked_row=masked,
-                backward=not self.stack.names,
-                parameters=named,
-            )
+        self._look(call, [leaf for leaf in tree_leaves((result, args[:1] if mutates else ())) if _is_floating(leaf)])
         return result
 
+    def _look(self, call: _Call, outputs: list[Tensor]) -> None:
+        bad = [leaf for leaf in outputs if nonfinite_count(leaf)]
+        index = min((self.spoiled[a] for a in call.bad_addresses() if a in self.spoiled), default=None) if bad else None
+        given = {_address(leaf) for leaf in call.sources}
+        for leaf in outputs:
+            if _address(leaf) not in given:  # memory made anew, whatever it held before
+                self.spoiled.pop(_address(leaf), None)
+        if bad and index is None and not call.func.is_view:
+            index = self._new(call, bad)
+        if index is not None:
+            self.spoiled.update((_address(leaf), index) for leaf in bad)
 
-def _spoiled(tensor: Tensor, *, either: bool = False) -> bool:
-    """Whether the tensor holds NaN or +inf; with `either`, also -inf, which no product of a mask's making holds."""
+    def _new(self, call: _Call, bad: list[Tensor]) -> int | None:
+        """Keep an origin if this op is one: the inputs are finite, but for a mask's -inf, or weights that are not."""
+        named = tuple(dict.fromkeys(self.bad[a] for a in call.bad_addresses() if a in self.bad))
+        clean = not any(_is_nan_or_positive(leaf) for leaf in call.inputs)
+        meant = not named and means_infinity(call.func, call.before, call.inputs)
+        worst = next((leaf for leaf in bad if not meant or _is_nan_or_positive(leaf)), None)
+        if worst is None or not (clean or named) or "empty" in str(call.func) or len(self.found) >= MOST:
+            return None
+        if not call.inputs:
+            self.constants.add(len(self.found))
+        wide = None if named else _finite_in_fp64(call, worst, meant=meant)
+        self.found.append(replace(self._origin(call, worst, named), finite_in_fp64=wide))
+        return len(self.found) - 1
+
+    def _origin(self, call: _Call, output: Tensor, named: tuple[str, ...]) -> Origin:
+        place, node = self.stack.place(find_origin.__code__), current_node()
+        written = None if self.stack.names or node is not None else self.parameters.get(_address(output))
+        module = place.module if written is None else written.rpartition(".")[0]
+        return Origin(
+            op=str(call.func).removesuffix(".default"),
+            module=module or None,
+            source=place.source,
+            dtype=str(output.dtype).removeprefix("torch."),
+            largest_input=max((_largest(leaf) for leaf in call.inputs), default=0.0),
+            nonfinite=nonfinite_count(output),
+            elements=output.numel(),
+            has_infinity=bool(torch.isinf(output).any()),
+            outside_domain=not named and is_outside_domain(call.func, call.before),
+            masked_row=not named and has_masked_row(call.func, call.before, call.inputs),
+            backward=node is not None and not self.stack.names,
+            parameters=named,
+            node=None if node is None or self.stack.names else node.name(),
+            inputs=", ".join(_described(leaf) for leaf in call.inputs[:4]),
+            written=written,
+        )
+
+    def chosen(self, result: object) -> Origin | None:
+        """The origin that the result goes back to; the first one where that is not known.
+
+        Args:
+            result: of the run; its floating tensors are looked at.
+        """
+        bad = [leaf for leaf in tree_leaves(result) if _is_floating(leaf) and nonfinite_count(leaf)]
+        traced = [self.spoiled[_address(leaf)] for leaf in bad if _address(leaf) in self.spoiled]
+        if traced:
+            return self.found[min(traced)]
+        made = [origin for index, origin in enumerate(self.found) if index not in self.constants]
+        return next(iter(made or self.found), None)
+
+
+def _is_floating(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _is_nan_or_positive(tensor: Tensor) -> bool:
+    """Whether it holds NaN or +inf, which no mask holds."""
     if not nonfinite_count(tensor):
         return False
-    if either:
-        return True
     return bool(torch.isnan(tensor).any()) or bool((tensor == float("inf")).any())
-
-
-def _outside_domain(func: Any, inputs: list[Tensor]) -> bool:
-    """Whether the op is a division by zero, or a root or logarithm of a number that has none."""
-    name = str(func).split(".")[1]
-    if not inputs:
-        return False
-    if name in {"div", "reciprocal", "rsqrt"}:
-        return bool((inputs[-1] == 0).any()) or (name == "rsqrt" and bool((inputs[-1] < 0).any()))
-    if name in {"log", "log2", "log10"}:
-        return bool((inputs[-1] <= 0).any())
-    return name in {"sqrt", "asin", "acos", "log1p"} and bool((inputs[-1] < 0).any())
-
-
-def _masked_row(tensor: Tensor) -> bool:
-    if tensor.dim() == 0 or tensor.shape[-1] == 0 or not nonfinite_count(tensor):
-        return False
-    return bool((tensor == float("-inf")).all(dim=-1).any())
 
 
 def _largest(tensor: Tensor) -> float:
@@ -214,21 +209,39 @@ def _largest(tensor: Tensor) -> float:
     return float(finite.abs().max())
 
 
-def _copies(func: Any) -> bool:
-    """A view or an uninitialised allocation makes no value."""
-    return bool(getattr(func, "is_view", False)) or "empty" in str(func)
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} up to {_largest(tensor):.4g}"
 
 
-def find_origin(model: nn.Module, run: Any) -> Origin | None:
+def _finite_in_fp64(call: _Call, output: Tensor, *, meant: bool) -> bool | None:
+    """The op once more on the same inputs, in float64: what is finite there left the range of the dtype here."""
+    args, kwargs = tree_map(_cloned, call.before)
+    try:
+        with torch.no_grad(), LiftToFp64({}):
+            again = call.func(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - an op without a float64 kernel says nothing
+        return None
+    bad = torch.isnan(output) | (output == float("inf")) if meant else ~torch.isfinite(output)
+    for leaf in tree_leaves(again):
+        if _is_floating(leaf) and leaf.shape == output.shape:
+            return bool(torch.isfinite(leaf[bad]).all())
+    return None
+
+
+def find_origin(model: nn.Module, run: Callable[[], object]) -> Origin | None:
     """The first op of `run()` that turns finite inputs into a non-finite output, None if every value stays finite.
 
     Args:
         model: whose modules name the place.
-        run: a callable without arguments: the forward pass, or forward and backward.
+        run: a callable without arguments: the forward pass, or forward and backward. What it returns says which of
+            several NaNs matters: the tensors that must be finite.
     """
-    bad = {p.data_ptr(): name for name, p in model.named_parameters() if nonfinite_count(p.detach())}
+    bad = {_address(p): name for name, p in model.named_parameters() if nonfinite_count(p.detach())}
+    bad |= {_address(b): name for name, b in model.named_buffers() if _is_floating(b) and _is_nan_or_positive(b)}
+    parameters = {_address(p): name for name, p in model.named_parameters()}
     with module_stack(model) as stack:
-        finder = OriginFinder(stack, bad)
+        finder = OriginFinder(stack, bad, parameters)
         with finder:
-            run()
-    return finder.origin
+            result = run()
+    with torch.no_grad():
+        return finder.chosen(result)

@@ -91,10 +91,11 @@ class Trajectory:
     trained: tuple[str, ...] = ()
 
 
-class _Halted(Exception):  # noqa: N818 - a signal within this file, not an error
+class HaltedError(Exception):
     """Training met its first non-finite tensor."""
 
     def __init__(self, bad: BadTensor) -> None:
+        """Keep the tensor that was met."""
         super().__init__(bad.name)
         self.bad = bad
 
@@ -136,7 +137,7 @@ class Trainer:
         bad = [name for name, value in tensors.items() if nonfinite_count(value.detach())]
         if bad:
             norm = self.norms[-1] if self.norms else float("nan")
-            raise _Halted(BadTensor(step=step, kind=kind, name=bad[0], others=len(bad) - 1, gradient_norm=norm))
+            raise HaltedError(BadTensor(step=step, kind=kind, name=bad[0], others=len(bad) - 1, gradient_norm=norm))
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -211,7 +212,7 @@ def train(model: nn.Module, tensors: Mapping[str, Any], *, recipe: Precision, pl
             trainer.step(tensors, step)
         with torch.no_grad():
             trainer.forward(tensors, plan.steps + 1)
-    except _Halted as halted:
+    except HaltedError as halted:
         bad = halted.bad
     trainer.optimizer.zero_grad(set_to_none=True)
     return Trajectory(

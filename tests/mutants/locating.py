@@ -112,7 +112,6 @@ def session_of(defect: Defect, folder: Path) -> Any:
         trust_remote_code=True,
         device="cpu",
         origins={"precision": "command line"},
-        max_examples=4,
         **defect.settings,
     )
     return MutantSession(settings, defect.apply)
@@ -245,7 +244,7 @@ def row_of(defect: Defect, *, others: bool = True) -> Row:
 
 
 def _share(rights: list[bool]) -> str:
-    return f"{sum(rights)} of {len(rights)} ({100 * sum(rights) / len(rights):.0f} %)"
+    return f"{sum(rights)} of {len(rights)} ({100 * sum(rights) / max(len(rights), 1):.0f} %)"
 
 
 def shares(rows: list[Row]) -> dict[str, str]:
