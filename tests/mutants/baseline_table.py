@@ -163,6 +163,12 @@ def section(rows: dict[str, Row]) -> str:
             "`changed`, one that only rounds is `worse`, another order of sums is `rounding`, and where the function stays and what is taken,",
             "returned or held changes it is `contract`.",
             "",
+            "These figures are in sample too. The first run caught 154 of 176, with 132 kinds and 102 of 136 modules right; its misses led to what a baseline",
+            "now records (decoding, rows of 65 tokens, training mode under checkpointing, errors of gradients, one unit for local errors), and five",
+            "expectations were set right by the rule. No limit was moved. What is still missed and why stands in `tests/mutants/test_baselines.py`:",
+            "`mlp-clipped` (no state of these weights reaches the clip), the kind of `head-float16-under-bf16` (AdamW's eps is zero in float16, so",
+            "training becomes NaN, which is worse than a contract), and the modules of the mutants that are marked *no*.",
+            "",
             "| figure | value |",
             "|---|---|",
             *(f"| {name} | {value} |" for name, value in totals(rows).items()),
@@ -189,9 +195,17 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--json", type=Path, help="every row")
     parser.add_argument("--only", default="*")
+    parser.add_argument("--from-json", type=Path, help="write the section from the rows of an earlier run")
     options = parser.parse_args()
     begun = time.perf_counter()
-    rows = measured([mutant for mutant in MUTANTS if fnmatchcase(mutant.id, options.only)], options.workers)
+    if options.from_json:
+        kept = json.loads(options.from_json.read_text(encoding="utf-8"))
+        rows = {
+            name: Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+            for name, row in kept.items()
+        }
+    else:
+        rows = measured([mutant for mutant in MUTANTS if fnmatchcase(mutant.id, options.only)], options.workers)
     for name, value in totals(rows).items():
         print(f"{name}: {value}")  # noqa: T201 - a script
     print(f"{time.perf_counter() - begun:.0f} s")  # noqa: T201 - a script

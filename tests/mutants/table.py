@@ -183,6 +183,15 @@ def page(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def _with_baselines(text: str, path: Path) -> str:
+    """The page with the section that `baseline_table.py` wrote into the earlier one, if any."""
+    from mutants.baseline_table import BEGIN, END
+
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    section = before.partition(BEGIN)[2].partition(END)[0]
+    return f"{text.rstrip()}\n\n{BEGIN}{section}{END}\n" if section else text
+
+
 def main() -> None:
     """Measure, print the totals and the misses, and write the page where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -219,7 +228,7 @@ def main() -> None:
             json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1), encoding="utf-8"
         )
     if options.write:
-        options.write.write_text(page(rows), encoding="utf-8")
+        options.write.write_text(_with_baselines(page(rows), options.write), encoding="utf-8")
 
 
 if __name__ == "__main__":
