@@ -136,7 +136,9 @@ def finding_to_json(finding: Finding) -> dict[str, Any]:
 def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor]]:
     """Which parameters are written, in words, and they."""
     if scene.snapshot:
-        return f"snapshot from before step {scene.snapshot_step}", dict(scene.snapshot)
+        return f"snapshot from before step {scene.snapshot_step}", {
+            name: _stored(local(value)) for name, value in scene.snapshot.items()
+        }
     named = {name: local(p.detach()) for name, p in scene.model.named_parameters()}
     if scene.updated or not scene.replay or sum(p.numel() * p.element_size() for p in named.values()) > SMALL_BYTES:
         return None, {}

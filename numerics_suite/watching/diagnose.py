@@ -53,7 +53,7 @@ class Scene:
         updated: an optimizer step was taken since the bad value arose.
         initially_bad: parameters that were not finite when the watch began.
         scale: the loss scale, 1 without one.
-        replay: it may be run again: this is the only process, so that no collective waits for another.
+        replay: it may be run again: this process alone holds the whole model, so that no collective waits for another.
     """
 
     model: nn.Module
@@ -85,8 +85,8 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     if bad:
         facts["parameters not finite now"] = len(bad)
     parameters = (origin.parameters if origin else ()) or scene.initially_bad
-    if alarm.kind == "parameter":
-        parameters = bad
+    if alarm.kind == "parameter" or (origin is None and not scene.updated):
+        parameters = parameters or bad
     return Finding(
         cause=cause,
         title=title(alarm, cause, origin, parameters),
@@ -154,11 +154,10 @@ def _cause(alarm: Alarm, scene: Scene, origin: Origin | None, bad: tuple[str, ..
         return alarm.cause
     if scene.initially_bad:
         return "uninitialised-parameters" if all(map(_of_head, scene.initially_bad)) else "corrupt-weights"
-    if alarm.kind == "parameter" or (origin is not None and origin.parameters):
+    spoiled = origin.parameters if origin else (bad if not scene.updated else ())
+    if alarm.kind == "parameter" or spoiled:
         return "optimizer-underflow" if _eps_is_zero(scene.optimizer) else "divergence"
-    if origin is None:
-        return "divergence" if scene.updated and bad else "unknown"
-    return _cause_of(origin)
+    return _cause_of(origin) if origin else "unknown"
 
 
 def _cause_of(origin: Origin) -> str:
@@ -188,7 +187,7 @@ def _replayed(alarm: Alarm, scene: Scene, bad: tuple[str, ...]) -> tuple[Origin 
     if alarm.kind in {"inputs", "parameter"}:
         return None, "none: nothing in the forward or backward pass was wrong"
     if not scene.replay:
-        return None, "none: a replay by one process of several would wait for the others"
+        return None, "none: the model is shared by processes, and a replay by one would wait for the others"
     if not scene.calls:
         return None, "none: the batches of that step had left the ring"
     spoiled_by_steps = bool(bad) and scene.updated and set(bad) != set(scene.initially_bad)

@@ -25,15 +25,15 @@ HEADROOM_TREND_BITS = 6.0
 """Above 6 bits (logits below 1/64 of the range) a trend is no danger yet: early training moves logits by orders of magnitude."""
 
 HALVINGS_AT_START = 8
-"""GradScaler starts at 2^16 and halves until the scaled gradients fit float16, whose largest number is just below 2^16.
+"""The most halvings in a row before the first step that fits. GradScaler starts at 2^16 and halves until the scaled gradients fit float16, whose largest number is just below 2^16.
 
-A gradient element of a sane loss is below 2^8, which fits after 8 halvings; so the ninth search step in a row would say that
-an element is larger than 256, or is not finite at any scale.
+A gradient element of a sane loss is below 2^8, which fits after 8 halvings; the ninth in a row says
+that an element is larger than 256, or is not finite at any scale.
 """
 
-HALVINGS_LATER = 4
-"""After a step that fitted, growth by 2 every 2,000 steps explains one halving, noise another; 4 in a row are a gradient that grew
-eightfold over one that just fitted."""
+HALVINGS_LATER = 3
+"""The most after a step that fitted: growth by 2 each 2,000 steps explains one, the noise of a batch two more; the fourth in a row says that
+the gradient grew eightfold over one that just fitted."""
 
 LOST_SCALE = 1.0
 """Below a scale of 1 the scaler makes gradients smaller than they are: they overflow unscaled, or are not finite at all."""
@@ -157,14 +157,14 @@ class Judge:
 
     def _halved(self, step: int, value: float) -> Iterator[Alarm]:
         allowed = HALVINGS_LATER if self.fitted else HALVINGS_AT_START
-        facts = {"loss scale": value, "halvings in a row": self.halvings, "allowed in a row": allowed - 1}
+        facts = {"loss scale": value, "halvings in a row": self.halvings, "allowed in a row": allowed}
         if self.halvings and value < LOST_SCALE:
             text = f"the GradScaler skips every step: after {self.halvings} halvings in a row its scale is {value:g}, below 1"
             yield Alarm(step=step, kind="loss-scale", bad=True, text=text, cause="loss-scaling", facts=facts)
             return
         text = f"the loss scale was halved {self.halvings} times in a row, to {value:g}"
         alarm = Alarm(step=step, kind="loss-scale-halving", bad=False, text=text, cause="loss-scaling", facts=facts)
-        yield from self._once(alarm, wrong=self.halvings >= allowed)
+        yield from self._once(alarm, wrong=self.halvings > allowed)
 
 
 def quantile(values: Sequence[float] | deque[float], share: float) -> float:

@@ -12,10 +12,6 @@ from torch import Tensor
 
 from numerics_suite.watching.alarms import Reading
 
-MOST_PENDING = 8
-"""Letters that may be under way (two or three a step) before the oldest is waited for: a device that lags further behind than that has
-enough queued, so the wait leaves it busy."""
-
 
 @dataclass(slots=True)
 class _Letter:
@@ -68,16 +64,17 @@ class Mailbox:
         names = tuple(name for name, _ in figures)
         self._letters.append(_Letter(step=step, names=names, host=host, event=event, scaled=scaled, limit=limit))
 
-    def ready(self, *, wait: bool = False) -> Iterator[Reading]:
+    def ready(self, *, wait: bool = False, through: int = 0) -> Iterator[Reading]:
         """The readings that have arrived, oldest first.
 
         Args:
             wait: for all of them.
+            through: wait for those of the steps up to this one.
         """
         while self._letters:
             first = self._letters[0]
             if not first.arrived():
-                if not wait and len(self._letters) <= MOST_PENDING:
+                if not wait and first.step > through:
                     return
                 first.event.synchronize()
             self._letters.popleft()

@@ -20,6 +20,11 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "_local_tensor")
+
+
 def floating(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The local parts of those that hold floating numbers."""
     parts = [local(tensor.detach()) for tensor in tensors]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 
 from numerics_suite.core.records import Finding
 from numerics_suite.watching.alarms import Alarm, NumericsError, NumericsWarning, Reading
-from numerics_suite.watching.bundle import Caught, write_bundle
+from numerics_suite.watching.bundle import SCRIPT_NAME, Caught, write_bundle
 from numerics_suite.watching.diagnose import Scene, finding_of
 
 OnBad = Literal["stop", "warn", "skip"] | Callable[[Finding], Any]
@@ -107,6 +108,8 @@ class Response:
         if self.finding is None:
             self.finding = finding_of(alarm, scene)
             self.bundle_path = self._write(scene, caught)
+            if self.bundle_path is not None:
+                self.finding = replace(self.finding, reproducer=str(self.bundle_path / SCRIPT_NAME))
         elif self.on_bad != "skip":
             return None
         action = self.on_bad(self.finding) if callable(self.on_bad) else self.on_bad

@@ -23,6 +23,7 @@ from numerics_suite.watching.gauges import Gauges, parameters_of
 from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
 from numerics_suite.watching.judge import Judge
 from numerics_suite.watching.mailbox import Mailbox
+from numerics_suite.watching.norms import is_shard
 from numerics_suite.watching.patches import listening
 from numerics_suite.watching.response import OnBad, Response, checked_policy, early, logged, send, several_processes
 from numerics_suite.watching.ring import Ring
@@ -172,7 +173,8 @@ class Watch:
         if self._parameters_due:
             self._gauges.before_update(optimizer)
         skipping = self._response.on_bad == "skip"
-        self._read(wait=skipping)
+        # A device two steps behind has a whole step queued: a wait for it then leaves it busy, and bounds how late a bad value is told.
+        self._read(wait=skipping, through=self.step - 2)
         if skipping and self.step in self.bad_steps:
             # Without gradients an optimizer changes neither a parameter nor a state of its own.
             kept = [(p, p.grad) for p in parameters_of(optimizer) if p.grad is not None]
@@ -260,8 +262,8 @@ class Watch:
             self._stepped.add(id(inner))
             self._read()
 
-    def _read(self, *, wait: bool = False) -> None:
-        for reading in self._mailbox.ready(wait=wait):
+    def _read(self, *, wait: bool = False, through: int = 0) -> None:
+        for reading in self._mailbox.ready(wait=wait, through=through):
             self.readings.append(reading)
             values = logged(reading)
             self.values |= values
@@ -296,7 +298,7 @@ class Watch:
             updated=self._updated_at >= alarm.step,
             initially_bad=self._initially_bad,
             scale=1.0 if scale is None else float(scale),
-            replay=not several_processes(),
+            replay=not several_processes() and not any(map(is_shard, self.model.parameters())),
         )
 
     def _caught(self) -> Caught:

@@ -1,0 +1,180 @@
+"""What the watch leaves on disk: whole or not at all, no pickle, and enough to fail again elsewhere."""
+
+# ruff: noqa: PT012 - a whole loop is what raises or warns
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from unit.watched_models import Decoder, ids, train
+
+from numerics_suite import NumericsError, NumericsWarning, watch
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.subjects.fixtures import fixture_path
+from numerics_suite.watching import bundle as bundles
+from numerics_suite.watching.reopening import read_bundle, replay
+
+
+def pair():
+    model = Decoder()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def caught(folder, *, k=3, **kwargs):
+    model, optimizer = pair()
+
+    def break_it(step):
+        model.layers[1].broken = step == k
+
+    with pytest.raises(NumericsError) as error, watch(model, optimizer, bundle=folder, **kwargs):
+        train(model, optimizer, k + 2, before=break_it)
+    return model, error.value
+
+
+def test_a_bundle_comes_back_as_it_was(tmp_path):
+    model, error = caught(tmp_path / "b", ring=2)
+    assert error.bundle == str(tmp_path / "b")
+    assert str(error).endswith(f"(bundle: {tmp_path / 'b'})")
+    read = read_bundle(tmp_path / "b")
+    assert repr(read.finding) == repr(error.finding), "by text: NaN is not equal to itself"
+    assert [call.step for call in read.calls] == [2, 3]
+    assert torch.equal(read.calls[-1].kwargs["input_ids"], ids(3))
+    assert read.content["digests"]["parameters"].startswith("sha256:")
+    assert read.content["environment"]["packages"]["torch"]
+    assert (tmp_path / "b" / "reproduce.py").read_text(encoding="utf-8").startswith('"""Runs the caught step again')
+    stored = load_file(tmp_path / "b" / "parameters.safetensors")
+    assert all(torch.equal(stored[name], p) for name, p in model.named_parameters())
+    assert sorted(path.suffix for path in (tmp_path / "b").iterdir()) == [
+        ".json",
+        ".py",
+        ".safetensors",
+        ".safetensors",
+    ]
+
+
+def test_its_calls_fail_again_on_the_same_model_and_not_on_a_cured_one(tmp_path):
+    model, error = caught(tmp_path / "b")
+    read = read_bundle(tmp_path / "b")
+    model.layers[1].broken = True
+    origin = replay(read, model)
+    assert (origin.module, origin.op, origin.backward) == ("layers.1", error.finding.op, True)
+    model.layers[1].broken = False
+    assert replay(read, model) is None
+
+
+def test_a_dropout_that_fails_is_drawn_again(tmp_path):
+    class Sometimes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, value):
+            return (value * self.weight / (torch.rand(()) > 0.25)).sum()
+
+    model = Sometimes()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    torch.manual_seed(0)
+    with pytest.raises(NumericsError) as error, watch(model, optimizer, bundle=tmp_path / "b") as w:
+        for _ in range(100):
+            model(torch.ones(3)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert w.step > 1, "the first draws were good"
+    assert (error.value.finding.cause, error.value.finding.op) == ("invalid-operation", "aten.div.Tensor")
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert replay(read_bundle(tmp_path / "b"), model) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_bundle_never_overwrites(tmp_path):
+    (tmp_path / "b").mkdir()
+    caught(tmp_path / "b")
+    _, second = caught(tmp_path / "b")
+    assert second.bundle == str(tmp_path / "b-2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b-2"]
+
+
+def test_what_cannot_be_written_leaves_nothing_and_hides_nothing(tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundles, "save_file", full)
+    with pytest.warns(NumericsWarning, match="No space left"):
+        _, error = caught(tmp_path / "b")
+    assert error.bundle is None
+    assert error.finding.module == "layers.1"
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_a_loop_refills_are_kept_as_they_were(tmp_path):
+    model, optimizer = pair()
+    buffer = torch.zeros(4, 8, dtype=torch.long)
+    with pytest.raises(NumericsError), watch(model, optimizer, bundle=tmp_path / "b"):
+        for step in range(1, 4):
+            buffer.copy_(ids(step))
+            model.layers[0].broken = step == 3
+            model(input_ids=buffer, labels=buffer)["loss"].backward()
+            buffer.zero_()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(read_bundle(tmp_path / "b").calls[-1].kwargs["input_ids"], ids(3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda b: (b / "bundle.json").write_text("{", encoding="utf-8"), "is torn: it is not whole JSON"),
+        (lambda b: (b / "bundle.json").write_text("{}", encoding="utf-8"), "is no bundle of the watch"),
+        (lambda b: (b / "bundle.json").write_text("[]", encoding="utf-8"), "is no bundle of the watch"),
+        (lambda b: (b / "bundle.json").unlink(), "is no bundle of the watch: bundle.json: No such file"),
+        (lambda b: (b / "batches.safetensors").unlink(), "is torn: batches.safetensors is missing"),
+        (lambda b: (b / "batches.safetensors").write_bytes(b"xx"), "was changed or is torn"),
+        (lambda b: (b / "reproduce.py").write_text("print()", encoding="utf-8"), "was changed or is torn"),
+        (lambda b: rewrite(b, schema_version=9), "has schema_version 9; this release reads 1"),
+        (lambda b: rewrite(b, finding={"cause": "overflow"}), "cannot be read: KeyError"),
+        (lambda b: rewrite(b, calls=[{"step": 1}]), "cannot be read: KeyError"),
+    ],
+)
+def test_a_torn_or_foreign_bundle_is_refused_in_one_line(tmp_path, damage, text):
+    caught(tmp_path / "b")
+    damage(tmp_path / "b")
+    with pytest.raises(BadInputError) as error:
+        read_bundle(tmp_path / "b")
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def rewrite(folder, **changes):
+    content = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    (folder / "bundle.json").write_text(json.dumps({**content, **changes}), encoding="utf-8")
+
+
+def test_the_script_runs_alone_and_fails_with_the_same_symptom(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(fixture_path("glm-tiny"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.fill_(float("inf"))
+    batch = ids(0) % model.config.vocab_size
+    with pytest.raises(NumericsError) as error, watch(model, optimizer, bundle=tmp_path / "b"):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    assert error.value.finding.cause == "corrupt-weights"
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "b" / "reproduce.py")],
+        text=True, capture_output=True, check=False, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "not finite: loss of forward pass 1, logits of forward pass 1" in done.stdout
+    healthy = subprocess.run(
+        [sys.executable, str(tmp_path / "b" / "reproduce.py"), str(fixture_path("glm-tiny"))],
+        text=True, capture_output=True, check=False, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert (healthy.returncode, healthy.stdout.splitlines()[-1]) == (0, "every value is finite")
