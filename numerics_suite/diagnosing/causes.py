@@ -65,8 +65,10 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
         batch: the smallest failing batch, None for training.
     """
     key = (breach.budget.check, breach.measurement.name)
-    if key not in LOCATED or breach.measurement.cause is not None:
+    if breach.measurement.cause is not None:
         return breach
+    if key not in LOCATED:
+        return _with_cause_of_nan(breach, evidence, batch)
     if not key[0].startswith("train."):
         origin = _replay_forward(evidence, batch)
         return (
@@ -84,6 +86,20 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
         # Where the gradient breaks is told beside it; what the user sees, and can turn, is the scale that never recovers.
         return _at(breach, origin, breach.budget.cause, known={"the gradient breaks by": cause})
     return _at(breach, origin, cause)
+
+
+def _with_cause_of_nan(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+    """A comparison that came out as NaN says nothing of a law or a rounding: the NaN's own cause is told, where it is found."""
+    compares = breach.budget.check.startswith(("forward.", "reference.", "train."))
+    if not compares or breach.measurement.value == breach.measurement.value:
+        return breach
+    batch = batch if batch is not None else evidence.training_batch
+    origin = _replay_forward(evidence, batch)
+    if origin is not None:
+        return _at(breach, origin, _forward_cause(origin, evidence, batch))
+    plan = evidence.request.plan
+    origin = replay_step(evidence, plan, None) if evidence.recipe.trains else None
+    return breach if origin is None else _at(breach, origin, _training_cause(origin, evidence, plan, None))
 
 
 def _replay_forward(evidence: Evidence, batch: Batch | None) -> Origin | None:
@@ -189,7 +205,7 @@ def _training_cause(origin: Origin, evidence: Evidence, plan: Plan, bad: BadTens
     if origin.parameters:
         return "uninitialised-parameters" if set(origin.parameters) & set(evidence.unwritten) else "corrupt-weights"
     in_optimizer = origin.written is not None or (bad is not None and bad.kind in {"parameter", "optimizer state"})
-    if in_optimizer and origin.outside_domain and _eps_underflows(evidence, plan):
+    if in_optimizer and origin.outside_domain and _eps_underflows(origin, plan):
         return "optimizer-underflow"
     moved = bad is not None and (bad.step > 1 or in_optimizer)
     if moved and not origin.masked_row and _slower_is_finite(evidence, plan):
@@ -205,14 +221,14 @@ def _slower_is_finite(evidence: Evidence, plan: Plan) -> bool:
         return False
 
 
-def _eps_underflows(evidence: Evidence, plan: Plan) -> bool:
-    """Whether the optimizer's eps is 0 in the parameters' dtype, so that it divides by the root of an average that may be 0."""
+def _eps_underflows(origin: Origin, plan: Plan) -> bool:
+    """Whether the optimizer's eps is 0 in the parameter's dtype, so that it divides by the root of an average that may be 0."""
     if plan.optimizer == "sgd":
         return False
     eps = plan.eps
     if eps is None:
         eps = OPTIMIZERS[plan.optimizer]([torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
-    return float(torch.tensor(eps, dtype=dtype_of(evidence.recipe.parameters))) == 0.0
+    return float(torch.tensor(eps, dtype=dtype_of(origin.dtype))) == 0.0
 
 
 def name_of(op: str) -> str:

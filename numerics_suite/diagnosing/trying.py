@@ -1,7 +1,7 @@
 """Trying remedies: each is applied to a fresh copy, the failing check is asked again, and what was seen is told.
 
 `verified` is True where the check passes on the cured copy, together with what shows that nothing was merely hidden: the
-weights are sound, and a cell that can train trains. It is False where that was tried and is not so, None where it
+weights are sound, the answers repeat and are those of the family's definition, and a cell that can train trains. It is False where that was tried and is not so, None where it
 could not be tried here.
 """
 
@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
+from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Finding, Remedy
 from numerics_suite.diagnosing.cures import COST, CURES, Attempt, learning_rates
 from numerics_suite.diagnosing.findings import title
@@ -33,8 +33,12 @@ NOT_HERE = {
     "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
 }
 
-USER_SIDE = ("reference.oracle", "forward.finite")
-"""Asked where the cure is to call the model otherwise: the failing check calls it as it should not be called, by design."""
+RIGHT = ("forward.deterministic", "forward.finite", "reference.oracle")
+"""Asked of every cured copy: one whose answers change from call to call, or are another model's, is not cured but unseen."""
+
+BY_THE_MODEL = frozenset({"merged-ids", "merged-edges"})
+"""Measurements of `inputs.*` that are taken on inputs as they should be. The others call the model as it should not be
+called, by design; where the cure is to call it otherwise they say nothing of the cured call."""
 
 PAIRED = 3
 """Remedies from which pairs are made where none helps alone: the cheapest ones, so at most three pairs."""
@@ -152,10 +156,12 @@ class _Trial:
         cured = attempt.evidence
         try:
             how = f"{attempt.how}: " if attempt.how else ""
-            on_users_side = self.check.startswith("inputs.")
-            own = None if on_users_side else self._asked(self.check, cured)
-            if own is not None and own.breaches:
-                return _Seen(works=False, effect=how + _still(own, cured, self.check))
+            own = self._asked(self.check, cured)
+            breaches = () if own is None else own.breaches
+            if self.on_users_side:
+                breaches = [breach for breach in breaches if breach.measurement.name in BY_THE_MODEL]
+            if own is not None and breaches:
+                return _Seen(works=False, effect=how + _still(replace(own, breaches=breaches), cured, self.check))
             for check in SOUND:
                 answer = self._asked(check, cured)
                 if answer is not None and answer.breaches:
@@ -169,31 +175,34 @@ class _Trial:
         finally:
             cured.let_go()
 
+    @property
+    def on_users_side(self) -> bool:
+        """The cure is to call the model otherwise."""
+        return self.check.startswith("inputs.")
+
     def _companions(self, cured: Evidence) -> tuple[str, ...]:
         """Checks that must hold beside the one that failed."""
-        if self.check.startswith("inputs."):
-            return USER_SIDE
         about_training = self.check.startswith(("train.", "load."))
-        return TRAINS if about_training and cured.recipe.trains else ("forward.finite",)
+        return (*TRAINS, *RIGHT) if about_training and cured.recipe.trains else RIGHT
 
     def _asked(self, check: str, cured: Evidence) -> Answer | None:
         try:
             return self.ask(check, cured)
-        except NotApplicableError:
+        except (NotApplicableError, UnsupportedError):
             return None  # in these conditions there is nothing to ask
 
     def _effect(self, own: Answer | None, cured: Evidence) -> str:
-        if self._companions(cured) == TRAINS:
+        if set(TRAINS) <= set(self._companions(cured)):
             try:
                 return curve(cured.trajectory)
             except NumericsSuiteError:
                 pass
         name = str(self.finding.evidence.get("measurement", ""))
         before = self.finding.evidence.get("measured")
-        after = own.measurements.get(name) if own is not None else None
+        after = own.measurements.get(name) if own is not None and not self.on_users_side else None
         if isinstance(before, (int, float)) and after is not None:
             return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed"
-        return "passes" if own is not None else f"{' and '.join(self._companions(cured))} pass"
+        return f"{', '.join(self._companions(cured))} pass" if own is None or self.on_users_side else "passes"
 
 
 def curve(run: Trajectory) -> str:

@@ -37,6 +37,33 @@ module; then come the others.
 """
 
 
+CAUSES_FROM = (
+    ("forward.deterministic", ""),
+    ("train.labels", ""),
+    ("", "coarser"),
+    ("forward.finite", ""),
+    ("train.finite", ""),
+    ("load.", ""),
+    ("inputs.", ""),
+    ("forward.causal", "true"),
+    ("forward.batch", "true"),
+    ("forward.pooling", ""),
+    (ORACLE, ""),
+    ("reference.end-to-end", ""),
+    ("reference.local", ""),
+    ("train.checkpointing", ""),
+    ("forward.", ""),
+    ("train.", ""),
+    ("reference.", ""),
+)
+"""Whose word on the cause counts first, by check and measurement.
+
+Where answers change from call to call every other comparison is a lottery. Then come findings that were seen and not concluded
+(a loss against its labels, an op's own dtype, the op where a NaN begins, weights, inputs). A law that is broken in true fp64 says more
+than the definition, but for padding and the cache, which a wrong position breaks too. What is left are comparisons in one precision.
+"""
+
+
 class MutantSession(SuiteSession):
     """The suite's session over models that are changed as soon as they are loaded."""
 
@@ -110,6 +137,23 @@ def named_module(results: Iterable[CheckResult]) -> str | None:
         if result.finding is not None and result.finding.module is not None:
             return result.finding.module
     return None
+
+
+def named_cause(results: Iterable[CheckResult]) -> str | None:
+    """The cause that a person would go by: of the finding that knows most about it."""
+
+    def rank(result: CheckResult) -> int:
+        assert result.finding is not None
+        measured = str(result.finding.evidence.get("measurement", ""))
+        return next(
+            index
+            for index, (check, name) in enumerate(CAUSES_FROM)
+            if result.check.startswith(check) and (not name or name == measured)
+        )
+
+    failed = [result for result in failures(results) if result.finding is not None]
+    best = min(failed, key=rank, default=None)
+    return best.finding.cause if best is not None and best.finding is not None else None
 
 
 def is_named(mutant: Mutant, module: str | None) -> bool:

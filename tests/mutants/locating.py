@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,17 @@ def _same_module(named: str | None, wanted: str | None) -> bool:
 def session_of(defect: Defect, folder: Path) -> Any:
     """The suite's session over the defect, on one cell and one check."""
     from mutants.driver import MutantSession
+
+    return MutantSession(replace(settings_for(defect, folder), checks=(defect.check,)), defect.apply)
+
+
+def settings_for(defect: Defect, folder: Path) -> Any:
+    """The command line's settings for the defect's cell, with every check.
+
+    Args:
+        defect: which.
+        folder: for a copy of the checkpoint where its config is changed.
+    """
     from numerics_suite.settings.tree import Settings
     from numerics_suite.subjects.fixtures import fixture_path
 
@@ -104,17 +115,15 @@ def session_of(defect: Defect, folder: Path) -> Any:
         config = json.loads((place / "config.json").read_text(encoding="utf-8")) | defect.config
         (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
         source = str(place)
-    settings = Settings(
+    return Settings(
         subjects=(source,),
         precision=(defect.precision,),
         attn=(defect.attn,),
-        checks=(defect.check,),
         trust_remote_code=True,
         device="cpu",
         origins={"precision": "command line"},
         **defect.settings,
     )
-    return MutantSession(settings, defect.apply)
 
 
 def expected_line(defect: Defect) -> str | None:
@@ -339,12 +348,12 @@ def main() -> None:
             "cause": row.cause_right,
         }
         wrong = [name for name, good in right.items() if not good]
-        print(f"{defect.id}: {'WRONG ' + ', '.join(wrong) if wrong else 'right'}", flush=True)
+        print(f"{defect.id}: {'WRONG ' + ', '.join(wrong) if wrong else 'right'}", flush=True)  # noqa: T201 - a script
         if wrong:
-            print(f"   wanted {defect.module} {defect.ops} {row.line} {defect.causes}\n   named {row.ours}", flush=True)
-        print(f"   anomaly {row.anomaly}\n   debug {row.debug}", flush=True)
+            print(f"   wanted {defect.module} {defect.ops} {row.line} {defect.causes}\n   named {row.ours}", flush=True)  # noqa: T201 - a script
+        print(f"   anomaly {row.anomaly}\n   debug {row.debug}", flush=True)  # noqa: T201 - a script
     for name, value in shares(rows).items():
-        print(f"{name}: {value}")
+        print(f"{name}: {value}")  # noqa: T201 - as above
     if options.write:
         options.write.write_text(page(rows), encoding="utf-8")
 

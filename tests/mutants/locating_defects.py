@@ -300,7 +300,9 @@ DEFECTS = (
         fixture="glm4-tiny",
         precision="fp16",
         apply=both(
-            edited("model.layers.1.input_layernorm", "forward", "hidden_states.to(torch.float32)", "hidden_states * 1e-5"),
+            edited(
+                "model.layers.1.input_layernorm", "forward", "hidden_states.to(torch.float32)", "hidden_states * 1e-5"
+            ),
             on("model.layers.1.input_layernorm", lambda norm: setattr(norm, "variance_epsilon", 1e-8)),
         ),
         check="forward.finite",

@@ -38,13 +38,15 @@ class Row:
     module_without_oracle: str | None
     module_right_without_oracle: bool
     absent: bool = False
+    cause: str | None = None
+    cause_right: bool = False
 
 
 def judged(mutant: Mutant) -> Row:
     """Every check of the mutant's cell."""
     import torch
 
-    from mutants.driver import failures, is_named, named_module, run_mutant
+    from mutants.driver import failures, is_named, named_cause, named_module, run_mutant
     from numerics_suite.suite import driver
 
     torch.set_num_threads(1)
@@ -57,6 +59,7 @@ def judged(mutant: Mutant) -> Row:
     failed = failures(results)
     lawful = [result for result in failed if result.check != ORACLE]
     module, other = named_module(failed), named_module(lawful)
+    cause = named_cause(failed)
     return Row(
         id=mutant.id,
         caught_by=tuple(result.check for result in failed),
@@ -67,6 +70,8 @@ def judged(mutant: Mutant) -> Row:
         module_without_oracle=other,
         module_right_without_oracle=is_named(mutant, other),
         absent=absent,
+        cause=cause,
+        cause_right=cause in mutant.causes,
     )
 
 
@@ -117,6 +122,10 @@ def totals(rows: dict[str, Row]) -> dict[str, str]:
         "module at fault named without the oracle, of those caught without it": _share(
             sum(rows[m.id].module_right_without_oracle for m in lawful), len(lawful)
         ),
+        "cause right, of all caught": _share(sum(rows[m.id].cause_right for m in caught), len(caught)),
+        "the most specific of the right causes, of all caught": _share(
+            sum(rows[m.id].cause == m.causes[0] for m in caught), len(caught)
+        ),
         "equivalent mutants that raise nothing": _share(sum(not rows[m.id].caught_by for m in equal), len(equal)),
     }
 
@@ -134,7 +143,8 @@ def page(rows: dict[str, Row]) -> str:
         name = f"`{mutant.id}`"
         where = f"{mutant.family}, {mutant.precision}, {mutant.attn}"
         listed = ", ".join(f"`{check}`" for check in others) or "–"
-        return f"| {name} | {where} | {mutant.why} | {oracle} | {listed} | {place} |"
+        cause = f"{'✓' if row.cause_right else '✗'} `{row.cause}`" if row.cause else "–"
+        return f"| {name} | {where} | {mutant.why} | {oracle} | {listed} | {place} | {cause} |"
 
     present = [mutant for mutant in MUTANTS if mutant.id in rows and not rows[mutant.id].absent]
     lines = [
@@ -150,7 +160,8 @@ def page(rows: dict[str, Row]) -> str:
         "",
         "The oracle is the family's definition in float64; another family has none, so its figure is the one without. *Module",
         "named* means that the finding which knows most about places names the module at fault; – stands where no module",
-        "is at fault (a loss), or where the check compares answers and looks for no module.",
+        "is at fault (a loss), or where the check compares answers and looks for no module. *Cause* is that of the finding which knows",
+        "most about causes; what is right was written down beforehand from what the mistake is (`tests/mutants/catalogue/causes.py`).",
         "",
         "Read the figures for what they are. The catalogue and the checks were written side by side: misses in it led to new",
         "measurements (`coarser`, `merged-edges`, `true-training-mode`, places of broken laws), and the order in which findings are asked",
@@ -159,8 +170,8 @@ def page(rows: dict[str, Row]) -> str:
         "",
         "## Not equivalent",
         "",
-        "| mutant | cell | mistake | oracle | other checks | module named |",
-        "|---|---|---|---|---|---|",
+        "| mutant | cell | mistake | oracle | other checks | module named | cause |",
+        "|---|---|---|---|---|---|---|",
         *(cells(mutant) for mutant in present if not mutant.equivalent),
         "",
         "## Not caught",
@@ -219,7 +230,8 @@ def main() -> None:
         row = rows[mutant.id]
         missed = bool(row.caught_by) == mutant.equivalent
         unplaced = mutant.module_pattern is not None and not mutant.equivalent and not row.module_right
-        if missed or unplaced or row.errors or row.absent:
+        uncaused = bool(row.caught_by) and not row.cause_right and not mutant.equivalent
+        if missed or unplaced or uncaused or row.errors or row.absent:
             print(f"{mutant.id}: {asdict(row)}")  # noqa: T201 - a script
     if options.json:
         import json

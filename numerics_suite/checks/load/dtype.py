@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
@@ -36,6 +38,8 @@ def dtype(evidence: Evidence) -> Iterable[Measurement]:
         unit="parameters",
         module=next(iter(other)).rpartition(".")[0] if other else None,
         parameters=tuple(other),
+        # What is held wider than asked for loses nothing; it costs memory, and answers differ from those of the dtype asked.
+        cause="contract-change" if other and all(_is_wider(held, asked) for held in other.values()) else None,
         facts=facts,
     )
 
@@ -44,3 +48,9 @@ def _declared_fp32(model: object) -> tuple[str, ...]:
     names = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]
     names += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or [])]
     return tuple(names)
+
+
+def _is_wider(held: str, asked: torch.dtype) -> bool:
+    """Whether the dtype holds every number of the one asked for."""
+    one, other = torch.finfo(dtype_of(held)), torch.finfo(asked)
+    return one.eps <= other.eps and one.max >= other.max

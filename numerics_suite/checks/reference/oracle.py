@@ -62,7 +62,9 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
     yield Measurement(
         name="true-logits", value=logits, unit="ratio", module=where, facts={"gradient differs by": gradient}
     )
-    yield Measurement(name="true-loss", value=loss, unit="ratio", module=where)
+    # A loss that is wrong although its logits are right is the loss's own mistake.
+    alone = "wrong-loss" if logits <= AGREED else None
+    yield Measurement(name="true-loss", value=loss, unit="ratio", module=where, cause=alone)
     # A wrong forward pass has a wrong gradient too; the gradient is judged where it alone can be wrong.
     if max(logits, loss) <= AGREED:
         yield Measurement(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mutants.catalogue.causes import CAUSES
 from mutants.editing import Patch
 
 ORACLE = "reference.oracle"
@@ -47,3 +48,16 @@ class Mutant:
     def fixture(self) -> str:
         """Name of the shipped checkpoint that it is made of."""
         return f"{self.family}-tiny" + ("-classifier" if self.task == "sequence-classification" else "")
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """The causes that are right, the most specific first; none for an equivalent mutant.
+
+        By one rule, from what the mistake is and not from what a check says of it. A law that it breaks by construction gives
+        the first (a mask that shows the future: `future-leak`); a mistake in one attention implementation only is an
+        `attention-mismatch` too. Whatever changes the function of the forward pass is a `semantic-error` as well. A mistake in
+        the loss is `wrong-loss`; in the backward pass alone `wrong-gradient`, and `dead-gradient` where a path is cut.
+        One that only rounds is a `low-precision-section`, or `kernel-accuracy` where the program is right and its kernel is not.
+        A weight in the wrong place is `lost-weights`; an answer that changes from call to call is `nondeterminism`.
+        """
+        return CAUSES.get(self.id, ())
