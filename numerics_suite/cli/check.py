@@ -29,7 +29,7 @@ EXAMPLES = """\
       your own checkpoint, about to get a classification head
   numerics-suite check fixture:glm4-tiny --precision bf16,fp16 --json out.json
       two precisions, with a results file
-  numerics-suite check ./my-checkpoint --task sequence-classification \
+  numerics-suite check ./my-checkpoint --task sequence-classification \\
       --data my.jsonl --steps 20 --lr 5e-5
       rehearse training on your own texts: curves, the largest stable
       learning rate, and the settings that they recommend

@@ -108,7 +108,7 @@ def test_a_mistake_is_one_line_and_exit_4(capsys, arguments, line):
 
 @pytest.mark.parametrize("option", ["--json", "--junitxml"])
 def test_an_unwritable_path_is_refused_before_the_run(capsys, tmp_path, option, monkeypatch):
-    monkeypatch.setattr(check, "_check", lambda _: pytest.fail("the run began"))
+    monkeypatch.setattr(check, "_check", lambda _, **_kept: pytest.fail("the run began"))
     status, out, err = ended(capsys, "check", option, "no/out")
     assert (status, out) == (4, "")
     assert err == f"numerics-suite: error: {option}: cannot write no/out: no folder {tmp_path}/no\n"
@@ -127,7 +127,7 @@ def test_an_unwritable_path_is_refused_before_the_run(capsys, tmp_path, option, 
     ],
 )
 def test_every_end_has_its_status_and_its_line(capsys, monkeypatch, raised, status, line):
-    def fail(_settings):
+    def fail(_settings, **_kept):
         raise raised
 
     monkeypatch.setattr(check, "_check", fail)
@@ -136,7 +136,7 @@ def test_every_end_has_its_status_and_its_line(capsys, monkeypatch, raised, stat
 
 
 def test_a_traceback_is_for_whoever_asks(capsys, monkeypatch):
-    monkeypatch.setattr(check, "_check", lambda _: 1 / 0)
+    monkeypatch.setattr(check, "_check", lambda _, **_kept: 1 / 0)
     monkeypatch.setenv("NUMERICS_SUITE_DEBUG", "1")
     status, _, err = ended(capsys, "check")
     assert status == 3
@@ -146,7 +146,7 @@ def test_a_traceback_is_for_whoever_asks(capsys, monkeypatch):
 
 def test_options_reach_the_run_wherever_they_stand(monkeypatch):
     seen = []
-    monkeypatch.setattr(check, "_check", lambda settings: seen.append(settings) or 5)
+    monkeypatch.setattr(check, "_check", lambda settings, **_kept: seen.append(settings) or 5)
     assert main(["check", "a", "--precision=bf16", "b", "-n", "2", "--no-diagnose", "--name", "x"]) == 5
     (settings,) = seen
     assert (settings.subjects, settings.names, settings.precision) == (("a", "b"), ("x",), ("bf16",))
