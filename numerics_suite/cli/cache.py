@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.json and given.json != "-":
         from pathlib import Path
 
-        from numerics_suite.reporting.atomic import ensure_writable
+        from numerics_suite.core.atomic import ensure_writable
 
         ensure_writable(Path(given.json), "--json")
     answer = {"list": _list, "clean": _clean}[given.action](given)
