@@ -78,9 +78,13 @@ def _run(job: Job, folder: Path, done: dict[str, Any]) -> None:
 def _check(job: Job, done: dict[str, Any], clock: _Clock) -> RunResult | None:
     """Run the suite; None where these versions can build none of the subjects."""
     from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.subjects import compat
+    from numerics_suite.suite import session
     from numerics_suite.suite.run import run_check
 
     clock.lap("imports")
+    # Cells run side by side in the user's folder: a script of one release never takes the place of another's.
+    session.REPRODUCERS = session.REPRODUCERS / f"transformers-{compat.version()}"
     terminal = Terminal(stream=sys.stdout)
     try:
         result = run_check(job.settings, terminal)
