@@ -158,7 +158,14 @@ def test_every_limit_has_a_reason_and_can_be_passed() -> None:
     for (check, measurement), budget in all_budgets().items():
         assert budget.limit >= 0, f"{check} {measurement}"
         assert len(budget.reason.split()) >= 8, f"{check} {measurement}: say where the limit comes from"
-        assert not set(re.findall(r"{(\w+)", budget.title)) - {"value", "limit", "module", "parameters", "step", "facts"}
+        assert not set(re.findall(r"{(\w+)", budget.title)) - {
+            "value",
+            "limit",
+            "module",
+            "parameters",
+            "step",
+            "facts",
+        }
 
 
 @pytest.mark.skipif(not MUTANTS.is_dir(), reason="tests/mutants is not in this checkout")
