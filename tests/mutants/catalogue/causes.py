@@ -1,4 +1,4 @@
-"""The cause that each mutant has by what it is, written down before any check is asked.
+"""The cause that each mutant has by what it is.
 
 See :class:`mutants.catalogue.record.Mutant` for the rule.
 """
