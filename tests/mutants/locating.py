@@ -281,6 +281,7 @@ def page(rows: list[Row]) -> str:
     import torch
     import transformers
 
+    refused = sum("not implemented for 'Bool'" in row.debug.said for row in rows)
     lines = [
         "# Where a value stops being finite: what each tool names",
         "",
@@ -292,10 +293,15 @@ def page(rows: list[Row]) -> str:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in shares(rows).items()),
         "",
-        "`torch.autograd.detect_anomaly` watches the backward pass for NaN: on a forward defect it names the last op of the forward",
-        "pass, where the NaN enters the backward pass, and of an overflow to infinity it says nothing. `DebugUnderflowOverflow` looks at inputs and outputs of",
-        "modules in the forward pass, so it names no op, no line, and nothing of the backward pass or of a loss; it looks at the",
-        "positional arguments only, and names the innermost module whose output is not finite.",
+        "`torch.autograd.detect_anomaly` watches the backward pass for NaN: on a forward defect it names the op of the loss at which the",
+        "NaN enters the backward pass, and of an infinity or of the optimizer's step it says nothing. `DebugUnderflowOverflow` looks at",
+        "the modules' positional inputs and outputs in the forward pass, so it knows no op, no line, no backward pass and no loss. It names",
+        "the first module that returns after meeting a bad value: a child that is handed one returns before the parent that made it.",
+        f"On {refused} of the defects it stops with an error instead, because chatglm hands its blocks a boolean mask.",
+        "",
+        "Read the figures for what they are: the catalogue and the locator were written side by side. On its first run the locator was",
+        "wrong on two of them (a NaN that is thrown away, and the cause of a huge learning rate), and was repaired. They show what it was",
+        "made to see, not its recall on defects that it has not met.",
         "",
         "| defect | where | pass | right module | numerics-suite: module | op | line | cause | detect_anomaly: op, line | DebugUnderflowOverflow: module |",
         "|---|---|---|---|---|---|---|---|---|---|",
