@@ -10,12 +10,11 @@ from numerics_suite.cli.matrix import (
     SHARED,
     add_version_options,
     baseline_of,
-    for_people,
     jobs_of,
     refuse_unwritable,
     telling_what_is_kept,
 )
-from numerics_suite.cli.output import write_json
+from numerics_suite.cli.output import for_people, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.settings.options import add_cli_options, from_command_line

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from numerics_suite.cli.output import only_json_on_stdout, write_json
+from numerics_suite.cli.output import for_people, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numerics_suite.core.records import RunResult
     from numerics_suite.reporting.terminal import Terminal
@@ -95,7 +93,7 @@ def _list(settings: Settings) -> int:
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.suite.run import plan_rows
 
-    with _for_people(settings) as stream:
+    with for_people(settings) as stream:
         rows = plan_rows(settings)
         Terminal(stream=stream, quiet=False).plan(rows)
     if settings.json:
@@ -108,7 +106,7 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.suite.run import run_check
 
-    with _for_people(settings) as stream:
+    with for_people(settings) as stream:
         terminal = Terminal(stream=stream, quiet=settings.quiet)
         try:
             result = run_check(settings, terminal)
@@ -156,19 +154,9 @@ def _reopen(settings: Settings, bundle: Path) -> int:
     from numerics_suite.suite.reopen import refuse_other_options, reopen
 
     refuse_other_options(settings)
-    with _for_people(settings) as stream:
+    with for_people(settings) as stream:
         result = reopen(settings, bundle)
         Terminal(stream=stream, quiet=settings.quiet).summary(result)
     if settings.json:
         write_json(settings.json, to_json(result))
     return result.exit_status
-
-
-@contextmanager
-def _for_people(settings: Settings) -> Iterator[IO[str]]:
-    """The stream for everything but the results."""
-    if settings.json == "-":
-        with only_json_on_stdout():
-            yield sys.stderr
-    else:
-        yield sys.stdout

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import only_json_on_stdout, write_json
+from numerics_suite.cli.output import for_people, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -226,17 +226,3 @@ def baseline_of(settings: Settings) -> Path | None:
 
     found = baselines_of(settings)
     return None if found is None else found.folder
-
-
-@contextmanager
-def for_people(settings: Settings) -> Iterator[IO[str]]:
-    """The stream for everything but the results.
-
-    Args:
-        settings: of the command.
-    """
-    if settings.json == "-":
-        with only_json_on_stdout():
-            yield sys.stderr
-    else:
-        yield sys.stdout

@@ -6,10 +6,12 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from numerics_suite.settings.tree import Settings
 
 
 def say(line: str) -> None:
@@ -63,3 +65,17 @@ def only_json_on_stdout() -> Iterator[None]:
         sys.stdout = kept_stream
         os.dup2(kept, 1)
         os.close(kept)
+
+
+@contextmanager
+def for_people(settings: Settings) -> Iterator[IO[str]]:
+    """The stream for everything but the answer: standard error where the answer has standard output to itself.
+
+    Args:
+        settings: of the command.
+    """
+    if settings.json == "-":
+        with only_json_on_stdout():
+            yield sys.stderr
+    else:
+        yield sys.stdout

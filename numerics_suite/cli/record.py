@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import glob
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import only_json_on_stdout, write_json
+from numerics_suite.cli.output import for_people, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numerics_suite.baselines.records import Recorded
     from numerics_suite.settings.tree import Settings
@@ -80,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
         from numerics_suite.core.atomic import ensure_writable
 
         ensure_writable(Path(settings.json), "--json")
-    with _for_people(settings) as stream:
+    with for_people(settings) as stream:
         written = _record(settings, folder, force=force, stream=stream)
     if settings.json:
         write_json(settings.json, written.to_json())
@@ -148,13 +146,3 @@ def _size(file: Path) -> int:
 
 def _key(cell: Any) -> dict[str, str]:
     return {name: getattr(cell, name) for name in ("subject", "task", "precision", "attn", "device")}
-
-
-@contextmanager
-def _for_people(settings: Settings) -> Iterator[IO[str]]:
-    """The stream for everything but the answer."""
-    if settings.json == "-":
-        with only_json_on_stdout():
-            yield sys.stderr
-    else:
-        yield sys.stdout

@@ -1,13 +1,11 @@
-"""Numbers as a person reads them, and as JSON has them."""
+"""Numbers as a person reads them."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from numerics_suite.core.numbers import jsonable, name_of, revived
-
-__all__ = ["jsonable", "name_of", "revived", "shown"]
+from numerics_suite.core.numbers import name_of
 
 
 def shown(value: Any) -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite import __version__
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
-from numerics_suite.reporting.numbers import jsonable, revived
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
