@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
 
 
@@ -161,7 +163,7 @@ def rows_of(files: Sequence[Path]) -> tuple[list[str], list[str], set[Proof]]:
                     f"{change['subject']} ({change['task']})"
                 )
     rows = ["| transformers | kind | change | seen in | proof |", "|---|---|---|---|---|"]
-    for (version, kind, what), where in found.items():
+    for (version, kind, what), where in sorted(found.items(), key=lambda item: Version(item[0][0])):
         proof = next(proof for proof in PROOFS if (proof.version, proof.kind, proof.what) == (version, kind, what))
         rows.append(f"| {version} | `{kind}` | {what} | {', '.join(sorted(where))} | {proof.why} |")
     rows += ["", f"Everything else is identical to the bit over {len(versions)} releases: {', '.join(versions)}."]

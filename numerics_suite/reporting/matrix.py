@@ -17,6 +17,9 @@ MARKS = {"passed": "ok", "failed": "FAIL", "error": "ERR", "unsupported": "-"}
 STYLES = {"passed": "green", "failed": "bold red", "error": "bold magenta", "unsupported": "dim"}
 BASELINE = "baseline"
 
+LONGEST_DETAIL = 80
+"""Letters of a change's first detail that the table shows; the rest is in the JSON."""
+
 
 class MatrixTerminal(Terminal):
     """Prints the cells as they end, and the table."""
@@ -207,7 +210,10 @@ def _changes_text(changes: Sequence[Change]) -> list[str]:
 
 
 def _detail(change: Change) -> str | None:
-    return printable(change.details[0])[:80] if change.details else None
+    if not change.details:
+        return None
+    text = printable(change.details[0])
+    return text if len(text) <= LONGEST_DETAIL else f"{text[: LONGEST_DETAIL - 1].rstrip()}…"
 
 
 def verdict_lines(result: MatrixResult, width: int) -> list[Line]:
