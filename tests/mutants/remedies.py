@@ -142,10 +142,12 @@ CURES: tuple[tuple[str, str, str, str], ...] = (
         for remedy in ("keep-in-fp32", "use-amp-bf16", "disable-amp")
     ),
     ("norm-without-fp32", "*", "use-amp-bf16", "float32's range holds the squares"),
-    ("*gradient_beyond_any_scale", "train.*", "disable-amp", RANGE),
-    ("*gradient_beyond_any_scale", "train.*", "use-amp-bf16", RANGE),
-    ("gradient-beyond-any-scale", "train.*", "disable-amp", RANGE),
-    ("gradient-beyond-any-scale", "train.*", "use-amp-bf16", RANGE),
+    ("*gradient_beyond_any_scale", "*", "disable-amp", RANGE),
+    ("*gradient_beyond_any_scale", "*", "keep-in-fp32", RANGE),
+    ("*gradient_beyond_any_scale", "*", "use-amp-bf16", RANGE),
+    ("gradient-beyond-any-scale", "*", "disable-amp", RANGE),
+    ("gradient-beyond-any-scale", "*", "keep-in-fp32", RANGE),
+    ("gradient-beyond-any-scale", "*", "use-amp-bf16", RANGE),
 )
 """Defect, check, remedy and why it truly cures; patterns."""
 

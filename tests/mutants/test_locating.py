@@ -21,6 +21,8 @@ SAMPLE = (
     "mask-padded-query-sees-nothing",
     "article/products_beyond_fp16",
     "article/pooled_padding",
+    "article/gradient_beyond_any_scale",
+    "article/ids_out_of_range",
     "locating/head-uninitialised",
     "locating/optimizer-eps-fp16",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from numerics_suite.core.errors import NotApplicableError
@@ -9,8 +10,8 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
 
-BACKOFFS = 17
-"""Halvings from torch's initial loss scale 65,536 = 2**16 to below 1, where scaling no longer helps."""
+INITIAL_SCALE = 65536.0
+"""What torch's GradScaler begins with."""
 
 
 @check(trains=True, of_broken=True)
@@ -32,7 +33,7 @@ def amp(evidence: Evidence) -> Iterable[Measurement]:
     if not evidence.recipe.loss_scaling:
         return
     if run.skipped == len(run.gradient_norms):
-        run = evidence.train(evidence.with_plan(steps=BACKOFFS))
+        run = evidence.train(evidence.with_plan(steps=_halvings(evidence.request.plan.init_scale)))
     stuck = run.skipped == len(run.gradient_norms)
     yield Measurement(
         name="skipped-forever",
@@ -41,3 +42,11 @@ def amp(evidence: Evidence) -> Iterable[Measurement]:
         step=len(run.scales),
         facts={"steps": len(run.scales), "skipped": run.skipped, "loss scale": run.scales[-1] if run.scales else 0.0},
     )
+
+
+def _halvings(scale: float | None) -> int:
+    """Halvings until the loss scale is below 1, where scaling no longer helps: one that begins low gets fewer.
+
+    Given as many, a scale that begins at 16 would end at 1e-4: a run that looks finite and has lost its small gradients.
+    """
+    return max(1, math.floor(math.log2(scale or INITIAL_SCALE)) + 1)
