@@ -1,10 +1,15 @@
-"""What every test needs: no network, one thread per process, quiet tokenizers."""
+"""What every test needs: no network, one thread per process, quiet tokenizers, an interrupt that arrives."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports torch: the models are tiny, and xdist's workers would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A run that was begun in the background of a shell ignores SIGINT, and so would every command that a test interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
