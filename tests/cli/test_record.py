@@ -278,3 +278,41 @@ def test_help_has_examples_in_80_columns(capsys):
     assert "examples:" in out
     assert "--force" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_killed_at_50_random_moments_no_finished_cell_is_lost_and_no_file_is_broken(capsys):
+    """Cells are kept as they are done: each kill leaves a baseline that reads, with at least what it held before."""
+    import random
+
+    assert main(["record", *ONE, "--quiet"]) == 0
+    capsys.readouterr()
+    begun = time.monotonic()
+    command = [
+        sys.executable,
+        "-m",
+        "numerics_suite",
+        "record",
+        *TWO,
+        "--precision",
+        "bf16,fp32",
+        "--force",
+        "--quiet",
+        "-n",
+        "0",
+    ]
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    whole = time.monotonic() - begun
+    held = set(load(Path(".numerics/baselines")))
+    assert len(held) == 4
+    chance, ended = random.Random(5), 0
+    for _ in range(50):
+        running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            running.wait(chance.uniform(0.4, 1.0) * whole)
+            ended += 1
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+        assert set(load(Path(".numerics/baselines"))) == held
+    assert ended < 25, "most runs ended before they were killed"
