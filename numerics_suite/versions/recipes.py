@@ -29,6 +29,10 @@ OPTIONAL = ("accelerate", "peft")
 """What an environment has where the running one has it."""
 
 
+MAKERS = frozenset({"filelock", "uv"})
+"""What makes environments and is of no use in one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """The versions asked for.
@@ -177,12 +181,16 @@ def _is_installed(distribution: str) -> bool:
 
 
 def own_requirements() -> list[Requirement]:
-    """What numerics-suite itself needs, extras left out.
+    """What numerics-suite itself needs inside an environment: no extras, and not what makes environments.
 
     Raises:
         BadInputError: this copy has neither metadata nor a pyproject.toml.
     """
-    return [requirement for requirement in map(Requirement, _own_lines()) if "extra" not in str(requirement.marker)]
+    return [
+        requirement
+        for requirement in map(Requirement, _own_lines())
+        if "extra" not in str(requirement.marker) and requirement.name not in MAKERS
+    ]
 
 
 def _own_lines() -> Iterator[str]:
