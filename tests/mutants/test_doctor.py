@@ -67,7 +67,7 @@ def found(fixture: str, check: str, texts: Path, *, precision: str, patch: Any =
 
 def falls(remedy: Remedy) -> bool:
     """Whether its effect tells of a loss that fell over 20 steps."""
-    told = re.search(r"loss ([\d.]+) → ([\d.]+) in 20 steps", remedy.effect)
+    told = re.search(r"loss ([\d.e+-]+) → ([\d.e+-]+) in 20 steps", remedy.effect)
     return told is not None and float(told[2]) < float(told[1])
 
 
