@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from numerics_suite.baselines.batches import real_tokens
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, main_output
+from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
 
 SCALE: Final = 65536.0
 """Torch's first loss scale, a power of two: it moves no bit of a gradient that does not overflow or underflow."""
@@ -76,8 +76,7 @@ def loss_and_gradients(
 
 def _loss(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
     with arithmetic(evidence.recipe, evidence.cell.device):
-        output = floating_outputs(call_model(model, tensors))
-        return output["loss"] if "loss" in output else main_output(output)[1].float().square().mean()
+        return loss_in(floating_outputs(call_model(model, tensors)))
 
 
 def _rotated_losses(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> list[Tensor]:

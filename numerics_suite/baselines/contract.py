@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from numerics_suite.baselines.batches import tensors_of, training_of
 from numerics_suite.baselines.curve import LARGE
 from numerics_suite.baselines.records import StoredBatch
-from numerics_suite.baselines.trace import evidence_inputs, real_rows
+from numerics_suite.baselines.trace import real_rows
 from numerics_suite.observing.roundoff import rms, unit_roundoff
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import dtype_of, floating_outputs, main_output
@@ -142,7 +142,7 @@ def _declares(forward: Callable[..., Any], name: str) -> bool:
 
 def _effective(evidence: Evidence, tensors: Mapping[str, Any], known: set[str]) -> set[str]:
     """Names outside the signature that change what comes back: releases from 4.53 on move them into decorators."""
-    given = evidence_inputs(evidence, tensors)
+    given = evidence.inputs_in(tensors)
     found = set()
     tried: dict[str, tuple[Any, Callable[[Any], bool]]] = {
         "return_dict": (False, lambda output: isinstance(output, tuple)),
@@ -180,7 +180,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
 
 def _inputs(evidence: Evidence, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Argument to dtype to `same`, `other` (the answer) or `refused`; int64 is what the others are compared with."""
-    given = evidence_inputs(evidence, tensors)
+    given = evidence.inputs_in(tensors)
     want = _answer(evidence, given)
     tried = {"input_ids": ("int32", "float32"), "attention_mask": MASK_DTYPES}
     found: dict[str, dict[str, str]] = {}

@@ -18,8 +18,9 @@ from numerics_suite.running import _lifting
 from numerics_suite.running.blocks import freeze_to_scope
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.precisions import SERVING_REASON
-from numerics_suite.running.training import OPTIMIZERS, Plan, train
+from numerics_suite.running.training import Plan, make_optimizer, train
 from numerics_suite.running.true_fp64 import run_true_fp64
+from numerics_suite.running.twins import no_reference
 
 LARGE: Final = 10**9
 """Parameters above which the head and the last block alone are trained."""
@@ -65,7 +66,7 @@ def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace)
         seen = train(model, tensors, recipe=evidence.recipe, plan=plan, device=evidence.cell.device)
     true_losses, true_norms, left_out = _true_curve(evidence, tensors, plan)
     if left_out:
-        reason = f"no float64 reference: {', '.join(left_out[:3])} cannot be computed in float64"
+        reason = no_reference(left_out)
     return Curve(
         losses=_filled(seen.losses, plan.steps + 1),
         norms=_filled(seen.gradient_norms, plan.steps),
@@ -116,7 +117,7 @@ def _true_curve(
     left_out: tuple[str, ...] = ()
     with trainable(evidence, plan.scope, torch.float64) as model:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = OPTIMIZERS[plan.optimizer](list(trained.values()), lr=plan.lr)
+        optimizer = make_optimizer(plan, trained.values())
         for _ in range(plan.steps):
             with checkpointed(model) as in_training:
                 loss, gradients, left_out = _true_gradients(

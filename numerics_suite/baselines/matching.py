@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+
+from numerics_suite.core.numbers import nan_last
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -243,4 +244,4 @@ def deviation(old: NDArray[np.float64], new: NDArray[np.float64], scale: float) 
 
 def worst(values: Sequence[float]) -> float:
     """The largest; NaN is the worst there is."""
-    return max(values, key=lambda value: math.inf if value != value else value, default=0.0)
+    return max(values, key=nan_last, default=0.0)

@@ -29,6 +29,7 @@ from numerics_suite.running import _lifting
 from numerics_suite.running.environment import describe_environment, describe_machine
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import dtype_of
+from numerics_suite.running.twins import no_reference
 from numerics_suite.subjects.quiet import quiet_transformers
 
 NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent")
@@ -70,8 +71,7 @@ def _measure(evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: 
     if found.no_gradients:
         left_out["gradients"] = found.no_gradients
     if found.left_out:
-        reason = f"no float64 reference: {', '.join(found.left_out[:3])} cannot be computed in float64"
-        left_out |= dict.fromkeys(NEED_TRUE, reason)
+        left_out |= dict.fromkeys(NEED_TRUE, no_reference(found.left_out))
         found = replace(found, answers={}, modules={}, loss=math.nan, gradients=())
     return _record(
         evidence,

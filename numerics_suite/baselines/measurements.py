@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from numerics_suite.baselines.compare import Deviation, Difference
 from numerics_suite.baselines.growth import Errors
+from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Fact, Measurement
+from numerics_suite.core.text import listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,12 +106,12 @@ def contract_measurements(found: Difference) -> Iterator[Measurement]:
     """
     broken = [change.told() for change in found.contract if change.how != "added"]
     added = [change.told() for change in found.contract if change.how == "added"]
-    facts: dict[str, Fact] = {"entries": listed(broken)} if broken else {}
-    facts |= {"added": listed(added)} if added else {}
+    facts: dict[str, Fact] = {"entries": listed(broken, NAMED)} if broken else {}
+    facts |= {"added": listed(added, NAMED)} if added else {}
     yield Measurement(name="changed-entries", value=len(broken), unit="entries", facts=facts)
-    lost: dict[str, Fact] = {"missing": listed(list(found.vanished))} if found.vanished else {}
+    lost: dict[str, Fact] = {"missing": listed(found.vanished, NAMED)} if found.vanished else {}
     yield Measurement(name="vanished", value=len(found.vanished), unit="parts", facts=lost)
-    gone: dict[str, Fact] = {"gone": listed(list(found.gone))} if found.gone else {}
+    gone: dict[str, Fact] = {"gone": listed(found.gone, NAMED)} if found.gone else {}
     yield Measurement(name="gone", value=len(found.gone), unit="parts", facts=gone)
 
 
@@ -120,12 +121,6 @@ def worst_module(local: Sequence[Errors]) -> Errors | None:
     if over:
         return over[0]
     return max(local, key=lambda item: item.excess, default=None)
-
-
-def listed(names: list[str]) -> str:
-    """The first ones, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _local_facts(place: Errors) -> dict[str, Fact]:
@@ -139,7 +134,7 @@ def _place_facts(found: Difference) -> dict[str, Fact]:
     if found.subject:
         facts["subject"] = ", ".join(found.subject)
     if found.environment:
-        facts["versions"] = listed(list(found.environment))
+        facts["versions"] = listed(found.environment, NAMED)
     return facts
 
 
@@ -147,6 +142,6 @@ def _worst(values: Sequence[Deviation]) -> Deviation:
     """NaN is the worst there is."""
     return max(
         values,
-        key=lambda item: math.inf if math.isnan(item.value) else item.value,
+        key=lambda item: nan_last(item.value),
         default=Deviation(name="", value=0.0),
     )

@@ -21,7 +21,6 @@ from numerics_suite.baselines.trace import (
     HIDDEN,
     Trace,
     decoded_batch,
-    evidence_inputs,
     named_answers,
     real_rows,
     trace_call,
@@ -30,7 +29,7 @@ from numerics_suite.observing.headroom import Headroom, headroom
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import CANCELLED, rms
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import call_model, dtype_of
+from numerics_suite.running.forward import autocast_dtype, call_model
 from numerics_suite.running.rounded import run_rounded
 from numerics_suite.running.twins import is_reference_itself, routed_reason, routes
 
@@ -55,11 +54,6 @@ class Seen:
     gradients: dict[str, Sketch]
 
 
-def autocast_of(evidence: Evidence) -> torch.dtype | None:
-    """The dtype of autocast regions, None without them."""
-    return dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
-
-
 def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> Seen:
     """Run all batches in the cell's precision.
 
@@ -76,7 +70,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
     least: Headroom | None = None
     for batch in batches:
         tensors = tensors_of(batch, evidence)
-        outputs, room = _forward(evidence, evidence_inputs(evidence, tensors))
+        outputs, room = _forward(evidence, evidence.inputs_in(tensors))
         answers |= named_answers(batch, tensors, outputs)
         raw["logits"] += [real_rows(tensors, value) for name, value in outputs.items() if name != HIDDEN]
         least = _lesser(least, room)
@@ -85,7 +79,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
         raw["loss"].append(torch.tensor(found.loss, dtype=torch.float64))
     if evidence.subject.task == "causal-lm" and evidence.takes_ids:
         try:
-            tensors = evidence_inputs(evidence, tensors_of(decoded_batch(batches), evidence))
+            tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
             got = decoded(evidence.run, tensors)
             answers[DECODED] = got.double().cpu()
             raw["decoding"] = [got, *([found.answers[DECODED]] if DECODED in found.answers else [])]
@@ -189,8 +183,8 @@ def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, 
         tensors = tensors_of(batch, evidence)
         run = run_rounded(
             evidence.model,
-            evidence_inputs(evidence, tensors),
-            autocast=autocast_of(evidence),
+            evidence.inputs_in(tensors),
+            autocast=autocast_dtype(evidence.recipe),
             call=trace_call(evidence, loss=False),
         )
         if run.left_out:
@@ -206,12 +200,12 @@ def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, 
 
 
 def _decoded_rounded(evidence: Evidence, batches: Sequence[StoredBatch]) -> dict[str, Tensor]:
-    tensors = evidence_inputs(evidence, tensors_of(decoded_batch(batches), evidence))
+    tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
         return {DECODED: decoded(lambda piece, **words: call_model(model, piece, **words), given)}
 
-    run = run_rounded(evidence.model, tensors, autocast=autocast_of(evidence), call=call)
+    run = run_rounded(evidence.model, tensors, autocast=autocast_dtype(evidence.recipe), call=call)
     return {} if run.left_out else {DECODED: run.outputs[DECODED].double().cpu()}
 
 
@@ -249,6 +243,8 @@ def module_errors(
     if is_reference_itself(evidence):
         left_out["local_error"] = REFERENCE
         return {}
-    tensors = evidence_inputs(evidence, tensors_of(training_of(batches), evidence))
-    found = local_errors(evidence.model, tensors, autocast=autocast_of(evidence), call=trace_call(evidence, loss=False))
+    tensors = evidence.inputs_in(tensors_of(training_of(batches), evidence))
+    found = local_errors(
+        evidence.model, tensors, autocast=autocast_dtype(evidence.recipe), call=trace_call(evidence, loss=False)
+    )
     return {error.module: error for error in found if not error.left_out}

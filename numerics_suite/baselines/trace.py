@@ -91,7 +91,7 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
         with checkpointed(evidence.model, wanted=trains and not stream) as in_training:
             run = run_true_fp64(
                 evidence.model,
-                tensors if trains else evidence_inputs(evidence, tensors),
+                tensors if trains else evidence.inputs_in(tensors),
                 gradients=trains and not no_gradients,
                 stream=stream,
                 call=_watched(in_training(call), tensors, modules),
@@ -154,7 +154,7 @@ def _decoded(
 
     What remote code does with a cache may fail anyhow; the bits say so, and the rest of the cell is measured all the same.
     """
-    tensors = evidence_inputs(evidence, tensors_of(batch, evidence))
+    tensors = evidence.inputs_in(tensors_of(batch, evidence))
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
         def piece(part: Mapping[str, Any], **words: Any) -> Any:
@@ -206,11 +206,6 @@ def answer_records(found: Trace, batches: Sequence[StoredBatch]) -> tuple[Answer
         )
         records.append(record)
     return tuple(records)
-
-
-def evidence_inputs(evidence: Evidence, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Without labels, but for a plain module, whose batch is its own affair."""
-    return {name: value for name, value in tensors.items() if name != "labels" or not evidence.takes_ids}
 
 
 def trace_call(evidence: Evidence, *, loss: bool) -> Caller:

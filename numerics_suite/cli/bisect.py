@@ -11,10 +11,9 @@ from numerics_suite.cli.matrix import (
     add_version_options,
     baseline_of,
     jobs_of,
-    refuse_unwritable,
     telling_what_is_kept,
 )
-from numerics_suite.cli.output import for_people, write_json
+from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -91,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     own = {name: given.pop(name) for name in OWN}
     _refuse_contradictions(own, given["subjects"])
     settings = from_command_line({**given, "checks": own["check"]})
-    refuse_unwritable(settings)
+    refuse_unwritable(settings.json)
     return _bisect(settings, own)
 
 

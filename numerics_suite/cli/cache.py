@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import say, write_json
+from numerics_suite.cli.output import refuse_unwritable, say, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError, nearest
 
@@ -62,12 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     given = make_parser().parse(arguments)
     _refuse_nonsense(given)
-    if given.json and given.json != "-":
-        from pathlib import Path
-
-        from numerics_suite.core.atomic import ensure_writable
-
-        ensure_writable(Path(given.json), "--json")
+    refuse_unwritable(given.json)
     answer = {"list": _list, "clean": _clean}[given.action](given)
     if given.json:
         write_json(given.json, {"schema_version": 1, "command": "cache", "action": given.action, **answer})

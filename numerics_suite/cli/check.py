@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from numerics_suite.cli.output import for_people, write_json
+from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
@@ -80,11 +80,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _refuse_unwritable(settings: Settings) -> None:
     """Before hours of work, see that its results will have a place."""
-    from numerics_suite.core.atomic import ensure_writable
-
-    if settings.json and settings.json != "-":
-        ensure_writable(Path(settings.json), "--json")
+    refuse_unwritable(settings.json)
     if settings.junitxml:
+        from numerics_suite.core.atomic import ensure_writable
+
         ensure_writable(settings.junitxml, "--junitxml")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from numerics_suite.cli.output import say, write_json
+from numerics_suite.cli.output import refuse_unwritable, say, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError
 
@@ -63,10 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         message = f"compare takes two folders, OLD and NEW; {len(given.folders)} given"
         raise BadInputError(message)
     pairs = [_pair(text) for text in given.pairs]
-    if given.json and given.json != "-":
-        from numerics_suite.core.atomic import ensure_writable
-
-        ensure_writable(Path(given.json), "--json")
+    refuse_unwritable(given.json)
     from numerics_suite.baselines.store import load
     from numerics_suite.judging.kinds import FAILING, compare_baselines
     from numerics_suite.reporting.comparison import comparison_lines, comparison_to_json

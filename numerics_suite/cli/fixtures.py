@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import say, write_json
+from numerics_suite.cli.output import refuse_unwritable, say, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError, nearest
 
@@ -53,12 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.action not in ACTIONS:
         message = f"unknown action '{given.action}'{nearest(given.action, ACTIONS)} (known: {', '.join(ACTIONS)})"
         raise BadInputError(message)
-    if given.json and given.json != "-":
-        from pathlib import Path
-
-        from numerics_suite.core.atomic import ensure_writable
-
-        ensure_writable(Path(given.json), "--json")
+    refuse_unwritable(given.json)
     rows = {"list": _list, "build": _build, "path": _path}[given.action](given)
     if given.json:
         write_json(given.json, {"schema_version": 1, "command": "fixtures", "action": given.action, "fixtures": rows})

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, write_json
+from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -91,25 +91,13 @@ def run(arguments: Sequence[str]) -> int:
     given = vars(make_parser().parse(arguments))
     own = {name: given.pop(name) for name in ("transformers", "torch", "python", "pre", "jobs", "out", "ray")}
     settings = from_command_line(given)
-    refuse_unwritable(settings)
+    refuse_unwritable(settings.json)
     if not any(own[name] for name in ("transformers", "torch", "python")):
         message = (
             "matrix needs versions: give --transformers SPEC (or --torch, --python), as in --transformers latest:3"
         )
         raise BadInputError(message)
     return _matrix(settings, own)
-
-
-def refuse_unwritable(settings: Settings) -> None:
-    """Before hours of work, see that its results will have a place.
-
-    Args:
-        settings: of the command.
-    """
-    from numerics_suite.core.atomic import ensure_writable
-
-    if settings.json and settings.json != "-":
-        ensure_writable(Path(settings.json), "--json")
 
 
 def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:

@@ -19,6 +19,21 @@ def say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
+def refuse_unwritable(target: str | None) -> None:
+    """Before hours of work, see that the answer will have a place.
+
+    Args:
+        target: of `--json`: a path, `-` or None.
+
+    Raises:
+        BadInputError: it has none.
+    """
+    if target and target != "-":
+        from numerics_suite.core.atomic import ensure_writable
+
+        ensure_writable(Path(target), "--json")
+
+
 def write_json(target: str, content: Mapping[str, Any]) -> None:
     """The answer as JSON.
 

@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, write_json
+from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -74,10 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     force = given.pop("force")
     settings = from_command_line(given)
     folder = settings.baseline or Path(DEFAULT_FOLDER)
-    if settings.json and settings.json != "-":
-        from numerics_suite.core.atomic import ensure_writable
-
-        ensure_writable(Path(settings.json), "--json")
+    refuse_unwritable(settings.json)
     with for_people(settings) as stream:
         written = _record(settings, folder, force=force, stream=stream)
     if settings.json:

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import only_json_on_stdout, write_json
+from numerics_suite.cli.output import only_json_on_stdout, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError
 
@@ -78,10 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     if not path.exists():
         message = f"no script {path}"
         raise BadInputError(message)
-    if given.json and given.json != "-":
-        from numerics_suite.core.atomic import ensure_writable
-
-        ensure_writable(Path(given.json), "--json")
+    refuse_unwritable(given.json)
     return _watched(path, script[1:], given)
 
 
@@ -151,8 +148,8 @@ def _ended(finder: Finder, given: argparse.Namespace, status: int, *, stopped: b
 
 
 def _as_json(finder: Finder, findings: list[Finding], status: int) -> dict[str, Any]:
+    from numerics_suite.core.findings import finding_to_json
     from numerics_suite.core.numbers import jsonable
-    from numerics_suite.watching.bundle import finding_to_json
 
     return {
         "schema_version": 1,

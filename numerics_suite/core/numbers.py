@@ -1,4 +1,4 @@
-"""Numbers that are not finite in JSON, as CONTRACT.md writes them: "NaN", "Infinity", "-Infinity"."""
+"""Numbers that are not finite: in JSON, as CONTRACT.md writes them ("NaN", "Infinity", "-Infinity"), and in an order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def nan_last(value: float) -> float:
+    """Key under which `max` gives the worst value: NaN counts as infinite, and is not passed over."""
+    return math.inf if math.isnan(value) else value
 
 
 def name_of(value: float) -> str:

@@ -15,11 +15,12 @@ import torch
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.judging.verdicts import Breach
+from numerics_suite.observing.domain import name_of
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.running.blocks import freeze_to_scope
-from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, main_output, to_device
-from numerics_suite.running.training import OPTIMIZERS, BadTensor, HaltedError, Plan, Trainer
+from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, loss_in, to_device
+from numerics_suite.running.training import BadTensor, HaltedError, Plan, Trainer, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -139,7 +140,7 @@ def replay_step(evidence: Evidence, plan: Plan, bad: BadTensor | None) -> Origin
         if bad is not None and bad.kind in {"logits", "loss"}:
             with arithmetic(evidence.recipe, evidence.cell.device):
                 outputs = floating_outputs(call_model(model, tensors))
-            return outputs if "loss" in outputs else main_output(outputs)[1].float().square().mean()
+            return outputs if "loss" in outputs else loss_in(outputs)
         with contextlib.suppress(HaltedError):
             trainer.step(tensors, step)
         kept = dict(trainer.parameters)
@@ -225,20 +226,17 @@ def _eps_underflows(origin: Origin, plan: Plan) -> bool:
     """Whether the optimizer's eps is 0 in the parameter's dtype, so that it divides by the root of an average that may be 0."""
     if plan.optimizer == "sgd":
         return False
-    eps = plan.eps
-    if eps is None:
-        eps = OPTIMIZERS[plan.optimizer]([torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
+    eps = make_optimizer(plan, [torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
     return float(torch.tensor(eps, dtype=dtype_of(origin.dtype))) == 0.0
 
 
-def name_of(op: str) -> str:
-    """`rsqrt` of `aten.rsqrt` or `aten.rsqrt.default`."""
-    return op.split(".")[1] if "." in op else op
+def origin_facts(origin: Origin) -> dict[str, Fact]:
+    """The numbers around an origin, for a finding's evidence.
 
-
-def _at(breach: Breach, origin: Origin, cause: str, known: Mapping[str, Fact] | None = None) -> Breach:
+    Args:
+        origin: where the value stopped being finite.
+    """
     facts: dict[str, Fact] = {
-        **(known or {}),
         "op": origin.op,
         "dtype": origin.dtype,
         "largest finite input": origin.largest_input,
@@ -251,7 +249,11 @@ def _at(breach: Breach, origin: Origin, cause: str, known: Mapping[str, Fact] | 
         facts["autograd node"] = origin.node
     if origin.finite_in_fp64 is not None:
         facts["the same op in float64"] = "finite" if origin.finite_in_fp64 else "not finite"
-    named = _named(breach, cause, facts=facts)
+    return facts
+
+
+def _at(breach: Breach, origin: Origin, cause: str, known: Mapping[str, Fact] | None = None) -> Breach:
+    named = _named(breach, cause, facts={**(known or {}), **origin_facts(origin)})
     measurement = replace(
         named.measurement,
         module=origin.module,

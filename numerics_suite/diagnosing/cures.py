@@ -66,13 +66,10 @@ def _init_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
         yield Attempt(evidence=evidence.variant(change=initialise_head))
 
 
-def _plan(**changes: Any) -> Cure:
-    def cure(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
-        plan = replace(evidence.request.plan, **changes)
-        if plan != evidence.request.plan:
-            yield Attempt(evidence=evidence.variant(plan=plan))
-
-    return cure
+def _clip(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    plan = evidence.with_plan(max_grad_norm=1.0)
+    if plan != evidence.request.plan:
+        yield Attempt(evidence=evidence.variant(plan=plan))
 
 
 def _larger_eps(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
@@ -86,13 +83,9 @@ def _loss_scale(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
             yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(init_scale=scale)), how=f"scale {scale:g}")
 
 
-def _precision(*names: str) -> Cure:
-    def cure(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
-        for name in names:
-            if name != evidence.cell.precision:
-                yield Attempt(evidence=evidence.variant(precision_name=name), how=f"in {name}")
-
-    return cure
+def _amp_bf16(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if evidence.cell.precision != "amp-bf16":
+        yield Attempt(evidence=evidence.variant(precision_name="amp-bf16"), how="in amp-bf16")
 
 
 def _without_amp(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
@@ -211,12 +204,12 @@ CURES: dict[str, Cure] = {
     "default-input-dtypes": _default_dtypes,
     "set-pad-token": _pad_token,
     "fix-padding": _one_side,
-    "clip-grad-norm": _plan(max_grad_norm=1.0),
+    "clip-grad-norm": _clip,
     "larger-optimizer-eps": _larger_eps,
     "tune-loss-scale": _loss_scale,
     "eager-attention": _attention("eager"),
     "sdpa-attention": _attention("sdpa"),
-    "use-amp-bf16": _precision("amp-bf16"),
+    "use-amp-bf16": _amp_bf16,
     "keep-in-fp32": _keep_in_fp32,
     "disable-amp": _without_amp,
 }
@@ -249,10 +242,19 @@ def learning_rates(plan: Plan, holds: Callable[[Plan], bool]) -> float | None:
         bad = lr
     if good is None:
         return None
+    return between_rates(plan, good, bad, holds)
+
+
+def between_rates(plan: Plan, good: float, bad: float, holds: Callable[[Plan], bool]) -> float:
+    """The largest learning rate that holds, by bisection of the logarithm.
+
+    Args:
+        plan: of everything else.
+        good: a rate that holds.
+        bad: one that does not, a decade away at most.
+        holds: trains with a plan and says whether that is stable.
+    """
     for _ in range(BISECTIONS):
         middle = math.sqrt(good * bad)
-        if holds(replace(plan, lr=middle)):
-            good = middle
-        else:
-            bad = middle
+        good, bad = (middle, bad) if holds(replace(plan, lr=middle)) else (good, middle)
     return good

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from numerics_suite.core.records import Batch, Fact, Finding
+from numerics_suite.core.text import listed
 from numerics_suite.diagnosing.causes import with_cause
 from numerics_suite.diagnosing.remedies import untried
 from numerics_suite.judging.verdicts import Breach
@@ -60,14 +61,12 @@ def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None,
 
 def title(breach: Breach) -> str:
     """The budget's title with the measurement's values in it."""
-    names = breach.measurement.parameters
-    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     value = breach.measurement.value
     return breach.budget.title.format(
         value=int(value) if value == value and abs(value) < 2**53 and value == int(value) else value,
         limit=breach.budget.limit,
         module=breach.measurement.module or "the model",
-        parameters=listed,
+        parameters=listed(breach.measurement.parameters, NAMED),
         step=breach.measurement.step,
         facts=breach.measurement.facts,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from numerics_suite.core.records import Remedy
 
 DESCRIPTIONS = {
@@ -24,6 +26,16 @@ DESCRIPTIONS = {
     "fix-config": "write the key in the layout that the installed release reads",
     "pin-version": "pin transformers to the last release without the defect until it is repaired",
 }
+
+
+def useful_first(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
+    """Those that were seen to work, then those that could not be tried, then those that do not help; else as they stood.
+
+    Args:
+        remedies: of one finding.
+    """
+    rank = {True: 0, None: 1, False: 2}
+    return tuple(sorted(remedies, key=lambda remedy: rank[remedy.verified]))
 
 
 def untried(names: tuple[str, ...]) -> tuple[Remedy, ...]:

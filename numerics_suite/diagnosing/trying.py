@@ -16,7 +16,7 @@ from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, U
 from numerics_suite.core.records import Finding, Remedy
 from numerics_suite.diagnosing.cures import COST, CURES, Attempt, learning_rates
 from numerics_suite.diagnosing.findings import title
-from numerics_suite.diagnosing.remedies import DESCRIPTIONS
+from numerics_suite.diagnosing.remedies import DESCRIPTIONS, useful_first
 from numerics_suite.judging.verdicts import Breach
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.training import Plan, Trajectory
@@ -81,8 +81,7 @@ def try_remedies(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> 
     tried = [trial.remedy(name) for name in names]
     if not any(remedy.verified for remedy in tried):
         tried = list(trial.pairs(tried))
-    rank = {True: 0, None: 1, False: 2}
-    return tuple(sorted(tried, key=lambda remedy: rank[remedy.verified]))
+    return useful_first(tried)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

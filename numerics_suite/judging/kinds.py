@@ -16,7 +16,9 @@ from numerics_suite.baselines.measurements import (
     worst_module,
 )
 from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
+from numerics_suite.core.text import listed
 from numerics_suite.judging.verdicts import Breach, judge
 
 if TYPE_CHECKING:
@@ -157,9 +159,9 @@ def _details(found: Difference, kinds: tuple[str, ...], breaches: Mapping[str, S
     details: dict[str, Any] = {
         "all_kinds": list(kinds),
         "why": [_line(breach) for kind in KINDS for breach in breaches.get(kind, ()) if kind in kinds],
-        "true_answers": max((item.value for item in found.answers), key=_nan_last, default=0.0),
+        "true_answers": max((item.value for item in found.answers), key=nan_last, default=0.0),
         "true_loss": found.loss,
-        "true_gradient": max((item.value for item in found.gradients), key=_nan_last, default=0.0),
+        "true_gradient": max((item.value for item in found.gradients), key=nan_last, default=0.0),
         "bits_differ": list(found.bits),
         "headroom_change": found.headroom,
     }
@@ -180,10 +182,6 @@ def _details(found: Difference, kinds: tuple[str, ...], breaches: Mapping[str, S
         "environment": list(found.environment),
     }
     return details | {name: value for name, value in optional.items() if value}
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def _line(breach: Breach) -> str:
@@ -278,5 +276,4 @@ def _renamed(cell: Cell, subject: str) -> Cell:
 
 
 def _told(baselines: Baselines) -> str:
-    cells = [f"{cell.id} ({cell.task})" for cell in baselines]
-    return ", ".join(cells[:2]) + (f" and {len(cells) - 2} more" if len(cells) > 2 else "")
+    return listed([f"{cell.id} ({cell.task})" for cell in baselines], 2)

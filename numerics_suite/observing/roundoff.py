@@ -24,11 +24,6 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def nan_last(value: float) -> float:
-    """Key under which `max` gives the worst value: NaN counts as infinite, and is not passed over."""
-    return math.inf if math.isnan(value) else value
-
-
 def rms(values: Tensor) -> float:
     """Return the root mean square over all elements, in float64; NaN with a NaN, 0.0 for an empty tensor."""
     if values.numel() == 0:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Any
 
+from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
-from numerics_suite.reporting.lines import Line, listed, wrapped
-from numerics_suite.reporting.results import finding_to_json
+from numerics_suite.core.text import listed
+from numerics_suite.reporting.lines import Line, wrapped
 from numerics_suite.reporting.terminal import Terminal
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.reporting.lines import WIDTH, Line, listed, printable, wrapped
+from numerics_suite.core.text import listed
+from numerics_suite.reporting.lines import WIDTH, Line, printable, wrapped
 from numerics_suite.reporting.numbers import shown
 from numerics_suite.settings.table import BY_NAME
 

@@ -50,9 +50,3 @@ def wrapped(text: str, *, width: int, first: str = "", rest: str | None = None, 
     ) or [first.rstrip()]
     labelled = len(first) if first.strip() else None
     return [Line(parts[0], style, labelled), *(Line(part, "" if labelled else style) for part in parts[1:])]
-
-
-def listed(items: list[str], limit: int) -> str:
-    """The first items with commas between, and how many more there are."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

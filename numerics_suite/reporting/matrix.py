@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.reporting.lines import Line, listed, printable, wrapped
+from numerics_suite.core.text import listed
+from numerics_suite.reporting.lines import Line, printable, wrapped
 from numerics_suite.reporting.terminal import Terminal
 
 if TYPE_CHECKING:

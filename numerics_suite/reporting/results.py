@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite import __version__
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.numbers import jsonable, revived
-from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, SubjectFacts
+from numerics_suite.core.records import Cell, CheckResult, RunResult, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
 
 if TYPE_CHECKING:
@@ -75,28 +76,6 @@ def check_to_json(result: CheckResult) -> dict[str, Any]:
     }
 
 
-def finding_to_json(finding: Finding) -> dict[str, Any]:
-    """A FINDING of the contract.
-
-    Args:
-        finding: of a check that did not pass.
-    """
-    return {
-        "cause": finding.cause,
-        "title": finding.title,
-        "explanation": finding.explanation,
-        "module": finding.module,
-        "op": finding.op,
-        "source": finding.source,
-        "step": finding.step,
-        "parameters": list(finding.parameters),
-        "evidence": jsonable(finding.evidence),
-        "batch": jsonable(finding.batch),
-        "remedies": [asdict(remedy) for remedy in finding.remedies],
-        "reproducer": finding.reproducer,
-    }
-
-
 def from_json(content: Mapping[str, Any]) -> RunResult:
     """The inverse of :func:`to_json`.
 
@@ -152,19 +131,7 @@ def check_from_json(content: Mapping[str, Any]) -> CheckResult:
         duration_s=revived(content["duration_s"]),
         reason=content["reason"],
         measurements=revived(content["measurements"]),
-        finding=None if finding is None else _finding_from_json(finding),
-    )
-
-
-def _finding_from_json(content: Mapping[str, Any]) -> Finding:
-    return Finding(
-        **{
-            **content,
-            "parameters": tuple(content["parameters"]),
-            "evidence": revived(content["evidence"]),
-            "batch": revived(content["batch"]),
-            "remedies": tuple(Remedy(**remedy) for remedy in content["remedies"]),
-        }
+        finding=None if finding is None else finding_from_json(finding),
     )
 
 

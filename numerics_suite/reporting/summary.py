@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from numerics_suite.core.text import listed
 from numerics_suite.judging.budgets import all_budgets
 from numerics_suite.reporting.findings import block, cells_text, grouped
-from numerics_suite.reporting.lines import WIDTH, Line, listed, wrapped
+from numerics_suite.reporting.lines import WIDTH, Line, wrapped
 from numerics_suite.reporting.numbers import shown
 from numerics_suite.reporting.results import counts
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from numerics_suite import __version__
-from numerics_suite.reporting.lines import WIDTH, Line, listed, wrapped
+from numerics_suite.core.text import listed
+from numerics_suite.reporting.lines import WIDTH, Line, wrapped
 from numerics_suite.reporting.plan import PlanRow, plan_lines
 from numerics_suite.reporting.rehearsal import rehearsal_lines
 from numerics_suite.reporting.streams import abandon

@@ -311,8 +311,12 @@ class Evidence:
         return None
 
     def inputs_of(self, batch: Batch) -> dict[str, Any]:
+        """What a forward pass is given of a batch."""
+        return self.inputs_in(batch.tensors)
+
+    def inputs_in(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """What a forward pass is given: without labels, but for a plain module, whose batch is its own affair."""
-        return {name: value for name, value in batch.tensors.items() if name != "labels" or not self.takes_ids}
+        return {name: value for name, value in tensors.items() if name != "labels" or not self.takes_ids}
 
     def forward(self, batch: Batch, *, labels: bool = False) -> dict[str, Tensor]:
         """The floating outputs of the cell's model on the batch, by name; computed once per batch.

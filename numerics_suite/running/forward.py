@@ -124,6 +124,20 @@ def main_output(outputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     raise NotApplicableError(reason)
 
 
+def loss_in(outputs: Mapping[str, Tensor]) -> Tensor:
+    """What a model is trained on: its loss; of a plain module the mean square of its main output, which gives every parameter a gradient.
+
+    Args:
+        outputs: of :func:`floating_outputs`.
+    """
+    return outputs["loss"] if "loss" in outputs else main_output(outputs)[1].float().square().mean()
+
+
+def autocast_dtype(recipe: Precision) -> torch.dtype | None:
+    """The dtype of the recipe's autocast regions, None without them."""
+    return None if recipe.autocast is None else dtype_of(recipe.autocast)
+
+
 def to_device(tensors: Mapping[str, Any], device: str) -> dict[str, Any]:
     """The same mapping with its tensors on the device."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.observing.finiteness import nonfinite_count
-from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, main_output
+from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
 from numerics_suite.running.precisions import Precision
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -100,6 +100,18 @@ class HaltedError(Exception):
         self.bad = bad
 
 
+def make_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The plan's optimizer, with torch's defaults but for what the plan says.
+
+    Args:
+        plan: optimizer, learning rate and eps.
+        parameters: to be trained, at least one.
+    """
+    options: dict[str, Any] = {} if plan.eps is None else {"eps": plan.eps}
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[plan.optimizer](list(parameters), lr=plan.lr, **options)
+    return optimizer
+
+
 class Trainer:
     """The state of one watched training run."""
 
@@ -107,8 +119,7 @@ class Trainer:
         """Set the optimizer and, for loss-scaled recipes, a GradScaler with torch's defaults."""
         self.model, self.recipe, self.plan, self.device = model, recipe, plan, device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        options: dict[str, Any] = {} if plan.eps is None else {"eps": plan.eps}
-        self.optimizer = OPTIMIZERS[plan.optimizer](list(self.parameters.values()), lr=plan.lr, **options)
+        self.optimizer = make_optimizer(plan, self.parameters.values())
         scale: dict[str, Any] = {} if plan.init_scale is None else {"init_scale": plan.init_scale}
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=recipe.loss_scaling, **scale)
         self.losses: list[float] = []
@@ -125,9 +136,7 @@ class Trainer:
         """The loss, once it and the logits are known to be finite."""
         with arithmetic(self.recipe, self.device):
             output = floating_outputs(call_model(self.model, tensors))
-        loss = output.get("loss")
-        if loss is None:  # a plain module: the mean square of its main output gives every parameter a gradient
-            loss = main_output(output)[1].float().square().mean()
+        loss = loss_in(output)
         self._require_finite(step, "logits", {k: v for k, v in output.items() if k != "loss"})
         self._require_finite(step, "loss", {"loss": loss})
         self.losses.append(float(loss.detach()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.observing.roundoff import relative_error, rms
 from numerics_suite.running.evidence import Evidence, batch_key
-from numerics_suite.running.forward import call_model, dtype_of, to_device
+from numerics_suite.running.forward import autocast_dtype, call_model, dtype_of, to_device
 from numerics_suite.running.rounded import run_rounded
 from numerics_suite.running.true_fp64 import run_true_fp64
 
@@ -87,14 +87,22 @@ def trusted(left_out: tuple[str, ...]) -> None:
         NotApplicableError: naming what was left out.
     """
     if left_out:
-        reason = f"no float64 reference: {', '.join(left_out[:3])} cannot be computed in float64"
-        raise NotApplicableError(reason)
+        raise NotApplicableError(no_reference(left_out))
+
+
+def no_reference(left_out: Sequence[str]) -> str:
+    """Why there is no true fp64 run.
+
+    Args:
+        left_out: "module: op" of what could not be lifted.
+    """
+    return f"no float64 reference: {', '.join(left_out[:3])} cannot be computed in float64"
 
 
 def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once."""
     given = without_labels(tensors)
-    autocast = dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
+    autocast = autocast_dtype(evidence.recipe)
 
     def make() -> Tensor:
         run = run_rounded(evidence.model, given, autocast=autocast, call=caller(evidence, by_token=by_token))

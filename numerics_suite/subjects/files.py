@@ -259,6 +259,15 @@ def _file_digest(file: Path) -> str:
     target = file.resolve()
     if file.is_symlink() and target.parent.name == "blobs" and _BLOB.fullmatch(target.name):
         return target.name
+    return sha256_of(file)
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, read in pieces: 64 hexadecimal digits.
+
+    Args:
+        file: of any size.
+    """
     one = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from numerics_suite.core.records import CheckResult
-from numerics_suite.running.forward import main_output
+from numerics_suite.running.forward import loss_in
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.suite.session import SuiteSession
@@ -165,9 +165,9 @@ def replay(work: Work, path: Path) -> None:
             output = _replay_call(model, step)
         elif step == "backward" and output is not None:
             optimizer.zero_grad(set_to_none=True)
-            loss = output["loss"] if "loss" in output else main_output(dict(output))[1].float().square().mean()
+            loss = loss_in(dict(output))
             if loss.requires_grad:  # the oracle's own backward pass is no work of the model
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             output = None
         elif step == "step":
             optimizer.step()

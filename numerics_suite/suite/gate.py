@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -101,7 +102,7 @@ class Gate:
             verdict=verdict,
             environment=describe_environment(self.suite.plan.device),
             settings=self._settings_as_used(),
-            subjects=tuple(_facts(subject) for subject in self.suite.plan.subjects.values()),
+            subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),
             notes=(*notes, *broken),
             exit_status=status,
@@ -166,18 +167,13 @@ def _id(question: Question) -> str:
     return f"{question.check}/{question.cell.id}"
 
 
-def _facts(subject: Subject) -> SubjectFacts:
-    return SubjectFacts(
-        id=subject.id,
-        source=subject.source,
-        revision=subject.revision,
-        family=subject.family,
-        model_class=subject.model_class,
-        task=subject.task,
-        parameters=subject.parameters,
-        stored_dtype=subject.stored_dtype,
-        digest=subject.digest,
-    )
+def subject_facts(subject: Subject) -> SubjectFacts:
+    """What a results file carries of a subject.
+
+    Args:
+        subject: resolved.
+    """
+    return SubjectFacts(**{item.name: getattr(subject, item.name) for item in fields(SubjectFacts)})
 
 
 def exit_status(results: Sequence[CheckResult], *, partial: bool = False, broken: bool = False) -> int:

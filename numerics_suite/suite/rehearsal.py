@@ -9,7 +9,7 @@ from dataclasses import replace
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
-from numerics_suite.diagnosing.cures import BISECTIONS, learning_rates
+from numerics_suite.diagnosing.cures import between_rates, learning_rates
 from numerics_suite.diagnosing.recipe import CLIP, recommend
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.precisions import precision
@@ -123,10 +123,6 @@ def _largest_stable(evidence: Evidence, asked: Trajectory) -> tuple[float | None
     for decade in range(1, UPWARD + 1):
         higher = plan.lr * 10**decade
         if not holds(replace(plan, lr=higher)):
-            bad = higher
-            for _ in range(BISECTIONS):
-                middle = math.sqrt(good * bad)
-                good, bad = (middle, bad) if holds(replace(plan, lr=middle)) else (good, middle)
-            return good, False
+            return between_rates(plan, good, higher, holds), False
         good = higher
     return good, True

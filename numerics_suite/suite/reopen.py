@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject, SubjectFacts
+from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
 from numerics_suite.running.environment import describe_environment
 from numerics_suite.running.precisions import PRECISIONS, precision
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load
 from numerics_suite.subjects.resolve import resolve_all
-from numerics_suite.suite.gate import exit_status
+from numerics_suite.suite.gate import exit_status, subject_facts
 from numerics_suite.watching.reopening import Bundle, read_bundle, replay
 
 if TYPE_CHECKING:
@@ -65,15 +65,11 @@ def reopen(settings: Settings, path: Path) -> RunResult:
         verdict="fail" if any(check.status == "failed" for check in checks) else "pass",
         environment=describe_environment("cpu"),
         settings={**to_json(settings), "bundle": str(path)},
-        subjects=tuple(_facts(subject) for subject in subjects),
+        subjects=tuple(subject_facts(subject) for subject in subjects),
         checks=checks,
         notes=(f"bundle: {_told(bundle)}",),
         exit_status=exit_status(checks),
     )
-
-
-def _facts(subject: Subject) -> SubjectFacts:
-    return SubjectFacts(**{item.name: getattr(subject, item.name) for item in fields(SubjectFacts)})
 
 
 def _told(bundle: Bundle) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
 from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.versions.commits import export
 from numerics_suite.versions.installers import install, make_venv, out_of_space, run_quietly
 from numerics_suite.versions.recipes import base_interpreter
 
@@ -60,30 +60,14 @@ def build(recipe: Recipe, wanted: Wanted, folder: Path) -> Path:
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     source = folder / "transformers"
     if wanted.transformers_source is not None:
-        _export(wanted.transformers_source, str(wanted.transformers_commit), source)
+        repository, commit = wanted.transformers_source, str(wanted.transformers_commit)
+        refusal = f"commit {commit} of {repository} cannot be read"
+        export(repository, commit, ".", source, refusal=refusal)
         transformers = f"transformers @ {source.absolute().as_uri()}"
     else:
         transformers = f"transformers=={recipe.transformers}"
     install(python, [transformers, f"torch=={recipe.torch}", *recipe.requirements], recipe.sources, recipe.title)
     return python
-
-
-def _export(repository: Path, commit: str, target: Path) -> None:
-    """The files of a commit, and nothing that an earlier build left in the working tree."""
-    packed = target.with_suffix(".tar")
-    command = ["git", "-C", str(repository), "archive", "--format=tar", f"--output={packed}", commit, "--", "."]
-    status, _, complaint = run_quietly(command, dict(os.environ))
-    if status != 0:
-        lines = complaint.strip().splitlines() or ["git gives no reason"]
-        message = f"commit {commit} of {repository} cannot be read: {lines[-1]}"
-        raise BadInputError(message)
-    target.mkdir()
-    with tarfile.open(packed) as archive:
-        if hasattr(tarfile, "data_filter"):
-            archive.extractall(target, filter="data")
-        else:
-            archive.extractall(target)  # noqa: S202 - git's own archive
-    packed.unlink()
 
 
 def import_once(python: Path, recipe: Recipe) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.versions.job import DONE, RESULTS
+from numerics_suite.versions.locks import file_lock
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from filelock import BaseFileLock
     from typing_extensions import Self
 
 UNFINISHED, LOCK = ".unfinished", ".lock"
@@ -40,7 +41,7 @@ class Kept:
             option: the option that named it, for messages.
         """
         self.folder, self._option = folder.resolve(), option
-        self._lock: int | None = None
+        self._lock: BaseFileLock | None = None
 
     def __enter__(self) -> Self:
         """Make the folder, take its lock, and drop what a killed run left unfinished.
@@ -48,19 +49,22 @@ class Kept:
         Raises:
             BadInputError: it cannot be written, or another run holds it.
         """
+        from filelock import Timeout
+
         try:
             (self.folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             Path(tempfile.mkdtemp(dir=self.folder / UNFINISHED)).rmdir()
+            self._lock = file_lock(self.folder / LOCK)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            self._lock = None
+            message = f"{self._option}: another run is writing {self.folder}; wait for it, or give this one a folder of its own"
+            raise BadInputError(message) from None
         except OSError as error:
-            self._release()
+            self._lock = None
             why = error.strerror or str(error)
             message = f"{self._option}: cannot write {self.folder}: {why}"
             raise BadInputError(message) from None
-        if not _locked(self._lock):
-            self._release()
-            message = f"{self._option}: another run is writing {self.folder}; wait for it, or give this one a folder of its own"
-            raise BadInputError(message)
         for left in (self.folder / UNFINISHED).iterdir():
             shutil.rmtree(left, ignore_errors=True)
         return self
@@ -75,7 +79,7 @@ class Kept:
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def find(self, name: str) -> dict[str, Any] | None:
@@ -141,16 +145,3 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return done if isinstance(done, dict) and {"status", "results", "reason"} <= set(done) else None
-
-
-def _locked(descriptor: int) -> bool:
-    """Whether the lock could be had; where the system has no such locks, always."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

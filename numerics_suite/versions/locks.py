@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 
-def _file_lock(path: Path) -> BaseFileLock:
+def file_lock(path: Path) -> BaseFileLock:
+    """A lock in a file, not taken yet.
+
+    Args:
+        path: of the file; its folder is made.
+    """
     try:
         from filelock import FileLock
     except ImportError:
@@ -41,7 +46,7 @@ def alone(folder: Path, name: str, on_wait: Callable[[], None] | None = None) ->
     """
     from filelock import Timeout
 
-    lock = _file_lock(folder / f"{name}.lock")
+    lock = file_lock(folder / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -59,7 +64,7 @@ def alone_if_free(folder: Path, name: str) -> Iterator[bool]:
     """Whether the lock was free and is held while this lasts."""
     from filelock import Timeout
 
-    lock = _file_lock(folder / f"{name}.lock")
+    lock = file_lock(folder / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -89,7 +94,7 @@ class Use:
         with self._guard:
             lock, count = self._held.get(self._path, (None, 0))
             if lock is None:
-                lock = _file_lock(self._path)
+                lock = file_lock(self._path)
                 lock.acquire(timeout=0)
             self._held[self._path] = (lock, count + 1)
 
@@ -117,7 +122,7 @@ def is_used(folder: Path, name: str) -> bool:
 
     used = False
     for path in folder.glob(f"{_escaped(name)}.use-*"):
-        lock = _file_lock(path)
+        lock = file_lock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, Finding, Remedy, RunResult
+from numerics_suite.diagnosing.remedies import useful_first
 from numerics_suite.settings.tree import COMMAND_LINE, Settings
 from numerics_suite.versions.answers import read_run
 from numerics_suite.versions.asked import know_all
@@ -26,8 +27,6 @@ from numerics_suite.versions.recipes import Wanted
 NEWER, PIN = "newer-version", "pin-version"
 NEAREST = 2
 """Releases tried on each side beside the newest: a repair mostly comes with the next release."""
-
-RANK = {True: 0, None: 1, False: 2}
 
 
 def try_versions(
@@ -123,8 +122,7 @@ def _with_remedies(
 ) -> CheckResult:
     if item.finding is None:
         return item
-    told = tuple(_told(item.id, item.finding, cured, seen))
-    finding = replace(item.finding, remedies=tuple(sorted(told, key=lambda remedy: RANK[remedy.verified])))
+    finding = replace(item.finding, remedies=useful_first(_told(item.id, item.finding, cured, seen)))
     return replace(item, finding=finding)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +11,9 @@ from pathlib import Path
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.subjects.fixtures import cache_dir
 from numerics_suite.subjects.hub import parse_hub_id
-from numerics_suite.versions.candidates import Candidate, Exported, commits_between, git, refuse_equal
-from numerics_suite.versions.installers import run_quietly
+from numerics_suite.versions.candidates import Candidate, Exported
+from numerics_suite.versions.commits import commits_between, export, git
+from numerics_suite.versions.ends import refuse_equal, refuse_swapped
 
 
 def of_checkpoint(source: str, good: str, bad: str) -> tuple[list[Candidate], str]:
@@ -80,18 +79,11 @@ def brought(candidate: Candidate) -> Iterator[None]:
     target = Path(candidate.subject)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".bring-", dir=target.parent) as scratch:
-        packed = Path(scratch) / "files.tar"
-        inside = exported.folder.as_posix()
-        command = ["git", "-C", str(exported.repository), "archive", "--format=tar", f"--output={packed}"]
-        status, _, complaint = run_quietly([*command, exported.commit, "--", inside], dict(os.environ))
-        if status != 0:
-            lines = complaint.strip().splitlines() or ["git gives no reason"]
-            message = f"commit {exported.commit[:12]} has no {inside}: {lines[-1]}"
-            raise BadInputError(message)
-        with tarfile.open(packed) as archive:
-            archive.extractall(Path(scratch) / "files", filter="data")
+        inside, files = exported.folder.as_posix(), Path(scratch) / "files"
+        refusal = f"commit {exported.commit[:12]} has no {inside}"
+        export(exported.repository, exported.commit, inside, files, refusal=refusal)
         shutil.rmtree(target, ignore_errors=True)
-        (Path(scratch) / "files" / exported.folder).rename(target)
+        (files / exported.folder).rename(target)
     try:
         yield
     finally:
@@ -105,8 +97,7 @@ def _of_hub(hub_id: str, good: str, bad: str) -> tuple[list[Candidate], str]:
     refuse_equal(*(commit[:12] for commit in ends))
     first, last = (order.index(commit) for commit in ends)
     if first > last:
-        message = f"--good {good} is newer than --bad {bad}: swap them (--good {bad} --bad {good})"
-        raise BadInputError(message)
+        refuse_swapped(good, bad)
     return [Candidate(label=commit[:12], subject=f"{hub_id}@{commit}") for commit in order[first : last + 1]], note
 
 

@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.records import Finding
 from numerics_suite.running.environment import describe_environment
+from numerics_suite.subjects.files import sha256_of
 from numerics_suite.watching.alarms import Alarm, Reading
 from numerics_suite.watching.diagnose import Scene
 from numerics_suite.watching.norms import local
@@ -118,7 +120,7 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
         "calls": calls,
         "warnings": [jsonable(asdict(alarm)) for alarm in caught.warnings],
         "readings": [jsonable(asdict(reading)) for reading in caught.readings],
-        "files": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: f"sha256:{sha256_of(path)}" for path in sorted(folder.iterdir())},
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / JSON_NAME).write_text(text, encoding="utf-8")
@@ -126,11 +128,6 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
         path.chmod(0o644)  # safetensors writes for its owner alone
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def finding_to_json(finding: Finding) -> dict[str, Any]:
-    """The finding as CONTRACT.md writes it."""
-    return {**jsonable(asdict(finding)), "parameters": list(finding.parameters)}
 
 
 def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor]]:
@@ -214,13 +211,4 @@ def _digest(named: Mapping[str, Tensor]) -> str:
         value = local(named[name].detach()).cpu().contiguous()
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{total.hexdigest()}"
-
-
-def file_digest(path: Path) -> str:
-    """`sha256:…` of a file."""
-    with path.open("rb") as file:
-        total = hashlib.sha256()
-        while block := file.read(1 << 20):
-            total.update(block)
     return f"sha256:{total.hexdigest()}"

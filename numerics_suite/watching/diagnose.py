@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Batch, Fact, Finding
-from numerics_suite.diagnosing.causes import POLES, REMEDIES
+from numerics_suite.diagnosing.causes import REMEDIES, cause_of, origin_facts
 from numerics_suite.diagnosing.findings import batch_as_json
 from numerics_suite.diagnosing.remedies import untried
 from numerics_suite.observing.finiteness import nonfinite_count
@@ -81,7 +81,7 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     cause = _cause(alarm, scene, origin, bad)
     facts: dict[str, Fact] = {**alarm.facts, "replay": how}
     if origin is not None:
-        facts |= _facts(origin)
+        facts |= origin_facts(origin)
     if bad:
         facts["parameters not finite now"] = len(bad)
     parameters = (origin.parameters if origin else ()) or scene.initially_bad
@@ -116,18 +116,6 @@ def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[
     return f"{alarm.text}{where}: {cause}"
 
 
-def _facts(origin: Origin) -> dict[str, Fact]:
-    dtype = getattr(torch, origin.dtype)
-    return {
-        "op": origin.op,
-        "dtype": origin.dtype,
-        "largest finite input": origin.largest_input,
-        "largest number of the dtype": float(torch.finfo(dtype).max),
-        "share not finite": origin.nonfinite / max(origin.elements, 1),
-        "pass": "backward" if origin.backward else "forward",
-    }
-
-
 def _batch(calls: Sequence[Call]) -> Mapping[str, Any] | None:
     if not calls:
         return None
@@ -157,16 +145,7 @@ def _cause(alarm: Alarm, scene: Scene, origin: Origin | None, bad: tuple[str, ..
     spoiled = origin.parameters if origin else (bad if not scene.updated else ())
     if alarm.kind == "parameter" or spoiled:
         return "optimizer-underflow" if _eps_is_zero(scene.optimizer) else "divergence"
-    return _cause_of(origin) if origin else "unknown"
-
-
-def _cause_of(origin: Origin) -> str:
-    if origin.masked_row:
-        return "fully-masked-row"
-    pole = origin.op.split(".")[1] if "." in origin.op else origin.op
-    if origin.outside_domain or not origin.has_infinity or pole in POLES:
-        return "invalid-operation"
-    return "overflow"
+    return cause_of(origin) if origin else "unknown"
 
 
 def _of_head(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.numbers import revived
-from numerics_suite.core.records import Finding, Remedy
+from numerics_suite.core.records import Finding
 from numerics_suite.observing.locate import Origin
-from numerics_suite.watching.bundle import BATCHES, JSON_NAME, KIND, SCHEMA_VERSION, file_digest
+from numerics_suite.subjects.files import sha256_of
+from numerics_suite.watching.bundle import BATCHES, JSON_NAME, KIND, SCHEMA_VERSION
 from numerics_suite.watching.diagnose import Scene, run_again
 from numerics_suite.watching.ring import Call
 
@@ -59,7 +61,7 @@ def read_bundle(path: Path) -> Bundle:
         if not file.is_file():
             message = f"--bundle: {path} is torn: {name} is missing"
             raise BadInputError(message)
-        if file_digest(file) != digest:
+        if f"sha256:{sha256_of(file)}" != digest:
             message = f"--bundle: {file} was changed or is torn: its SHA-256 is not the one in {JSON_NAME}"
             raise BadInputError(message)
     try:
@@ -90,17 +92,8 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _finding(written: Mapping[str, Any], path: Path) -> Finding:
-    script = written["reproducer"]
-    return Finding(
-        **{
-            **written,
-            "parameters": tuple(written["parameters"]),
-            "evidence": revived(written["evidence"]),
-            "batch": revived(written["batch"]),
-            "remedies": tuple(Remedy(**remedy) for remedy in written["remedies"]),
-            "reproducer": None if script is None else str(path / script),
-        }
-    )
+    finding = finding_from_json(written)
+    return finding if finding.reproducer is None else replace(finding, reproducer=str(path / finding.reproducer))
 
 
 def _call(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Call | None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.coarser import coarser_ops
 from numerics_suite.observing.kinks import Kinks
-from numerics_suite.observing.roundoff import nan_last, rms
+from numerics_suite.observing.roundoff import rms
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, to_device
+from numerics_suite.running.forward import arithmetic, autocast_dtype, call_model, dtype_of, floating_outputs, to_device
 from numerics_suite.running.rounded import run_rounded
 from numerics_suite.running.true_fp64 import run_true_fp64
 from numerics_suite.running.twins import (
@@ -43,7 +44,7 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     call = differentiated(evidence)
     true_run = run_true_fp64(evidence.model, tensors, gradients=True, call=call)
     trusted(true_run.left_out)
-    autocast = dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
+    autocast = autocast_dtype(evidence.recipe)
     rounded_run = run_rounded(evidence.model, tensors, gradients=True, autocast=autocast, call=call)
     trusted(rounded_run.left_out)
     assert true_run.gradients is not None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.local_error import LocalError, local_errors
-from numerics_suite.observing.roundoff import nan_last, unit_roundoff
+from numerics_suite.observing.roundoff import unit_roundoff
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import dtype_of
+from numerics_suite.running.forward import autocast_dtype, dtype_of
 from numerics_suite.running.twins import is_reference_itself, longest_reduction, without_labels
 from numerics_suite.subjects.families.family import Family
 
@@ -32,7 +33,7 @@ def local(evidence: Evidence) -> Iterable[Measurement]:
     if is_reference_itself(evidence):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
-    autocast = dtype_of(evidence.recipe.autocast) if evidence.recipe.autocast else None
+    autocast = autocast_dtype(evidence.recipe)
     found = local_errors(evidence.model, without_labels(evidence.training_batch.tensors), autocast=autocast)
     judged = [error for error in found if not error.left_out and error.dtype != "float64"]
     if not judged:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.observing.roundoff import gradient_errors, nan_last
+from numerics_suite.observing.roundoff import gradient_errors
 from numerics_suite.running.dropout import WithoutDropout
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import call_model, to_device
