@@ -13,7 +13,6 @@ from numerics_suite.baselines.contracts import ContractChange, contract_changes
 from numerics_suite.baselines.draws import ROUNDOFF, accumulation, two_draws
 from numerics_suite.baselines.growth import Errors, compared, even, gradient_growth
 from numerics_suite.baselines.matching import (
-    AGREED,
     CANCELLED,
     Matching,
     deviation,
@@ -25,6 +24,7 @@ from numerics_suite.baselines.matching import (
 from numerics_suite.baselines.placing import gradient_place, module_place
 from numerics_suite.baselines.training_change import CurveChange, curve_change, lost_curve
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.exact import AGREED
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline

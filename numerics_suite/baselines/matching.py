@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from numerics_suite.baselines.records import GradientRecord, ModuleRecord, Sketch
-
-AGREED: Final = 1e-10
-"""`max|a-b| / rms` of two true fp64 computations of one thing; see DESIGN: measured 1e-14, a wrong model gives 1e-9 and more."""
 
 CANCELLED: Final = 1e-12
 """A gradient this small beside the largest is what is left of terms that cancel: it is held to the largest one's size."""

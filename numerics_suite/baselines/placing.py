@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from numerics_suite.baselines.matching import AGREED, Matching, sketch_deviation
+from numerics_suite.baselines.matching import Matching, sketch_deviation
+from numerics_suite.core.exact import AGREED
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import ModuleRecord, Sketch

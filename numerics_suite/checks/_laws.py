@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
-from numerics_suite.observing.parting import AGREED
 from numerics_suite.running.evidence import Evidence
 
 

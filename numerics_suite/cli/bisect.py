@@ -117,9 +117,9 @@ def _refuse_contradictions(own: Mapping[str, Any], subjects: Sequence[str]) -> N
 
 
 def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
+    from numerics_suite.core.machine import core_count
     from numerics_suite.versions.asked import know
     from numerics_suite.versions.job import for_a_cell
-    from numerics_suite.versions.jobs import core_count
     from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import Plan
 

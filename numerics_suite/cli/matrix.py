@@ -101,8 +101,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
+    from numerics_suite.core.machine import core_count
     from numerics_suite.versions.asked import know_all
-    from numerics_suite.versions.jobs import core_count
     from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import make_plan
     from numerics_suite.versions.wanted import resolve_all

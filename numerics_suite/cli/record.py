@@ -85,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
 def _record(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -> _Written:
     """Measure and save, cell by cell: what is done is kept, whatever comes after."""
     from numerics_suite.baselines.store import check_writable
-    from numerics_suite.reporting.recording import RecordPrinter
+    from numerics_suite.reporting.recording import RecordTerminal
     from numerics_suite.suite.recording import record_cells, recording_session, skipped_cells
 
     session = recording_session(settings)
@@ -95,7 +95,7 @@ def _record(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -
         message = f"nothing to record: {'; '.join(dict.fromkeys(skipped.values()))}"
         raise BadInputError(message)
     check_writable(folder, cells, force=force)
-    printer = RecordPrinter(stream=stream, quiet=settings.quiet)
+    printer = RecordTerminal(stream=stream, quiet=settings.quiet)
     written = _Written(folder, force=force, printer=printer)
     try:
         record_cells(settings, written.take, session)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import relative_error
 from numerics_suite.running.true_fp64 import STREAM_ABOVE_BYTES, run_true_fp64
-
-AGREED = 1e-10
-"""Of the root mean square: what two orders of one float64 sum differ by is 1e-14."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

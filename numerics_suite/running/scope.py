@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
+from numerics_suite.core.machine import available_bytes
 from numerics_suite.core.records import Subject
 from numerics_suite.running.precisions import precision
 from numerics_suite.subjects.memory import estimate_bytes
@@ -19,11 +19,9 @@ def free_bytes(device: str) -> int:
     """Bytes free on the device; for the CPU what the system says can be had without swapping."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    available = available_bytes()
+    if available is not None:
+        return available
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 2**34

@@ -262,6 +262,22 @@ def _file_digest(file: Path) -> str:
     return sha256_of(file)
 
 
+def tree_digest(root: Path, files: Iterable[Path]) -> str:
+    """The SHA-256 over relative names, sizes and bytes of files, in the order of the names: 64 hexadecimal digits.
+
+    Args:
+        root: that the names are relative to.
+        files: below it, or it itself.
+    """
+    total = hashlib.sha256()
+    named = {file.relative_to(root).as_posix(): file for file in files}
+    for name in sorted(named):
+        content = named[name].read_bytes()
+        total.update(f"{name}\0{len(content)}\0".encode())
+        total.update(content)
+    return total.hexdigest()
+
+
 def sha256_of(file: Path) -> str:
     """The SHA-256 of a file's bytes, read in pieces: 64 hexadecimal digits.
 

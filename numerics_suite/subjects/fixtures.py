@@ -5,7 +5,6 @@ Also `fixture:smollm2-glm`, real trained weights built on demand from the option
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.subjects.files import tree_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -114,13 +114,8 @@ def fixture_digest(path: Path) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    digest = hashlib.sha256()
-    for name in sorted(name for name in files if "__pycache__" not in Path(name).parts):
-        content = files[name].read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
+    files = (file for file in path.rglob("*") if file.is_file())
+    return tree_digest(path, (file for file in files if "__pycache__" not in file.relative_to(path).parts))
 
 
 def trusted_fixture(path: Path) -> bool:

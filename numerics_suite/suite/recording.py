@@ -7,8 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
 from numerics_suite.baselines.measure import measure_cell
@@ -18,7 +17,7 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.planning import SuitePlan, applicable_checks
-from numerics_suite.suite.run import worker_count
+from numerics_suite.suite.run import threads_of_each, variables, worker_count
 from numerics_suite.suite.session import SuiteSession, error_line
 
 
@@ -92,7 +91,8 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generato
             yield cell, _measured(session, cell)
         return
     others = set(multiprocessing.active_children())
-    with _threads(workers):
+    own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads_of_each(workers)}
+    with variables(own):
         pool = concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
         )
@@ -114,20 +114,6 @@ def _answer_of(future: concurrent.futures.Future[_Answer]) -> _Answer:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool:
         return _Answer(error="a worker process ended before it had an answer: out of memory, or killed")
-
-
-@contextmanager
-def _threads(workers: int) -> Iterator[None]:
-    """As many threads for each worker as there are cores for it."""
-    name = "OMP_NUM_THREADS"
-    before = os.environ.get(name)
-    if before is None:
-        os.environ[name] = str(max(1, (os.cpu_count() or 1) // workers))
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
 
 
 _OWN: list[SuiteSession] = []

@@ -15,6 +15,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, CheckError
+from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
 from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.running.precisions import precision
@@ -52,7 +53,7 @@ def worker_count(settings: Settings, plan: SuitePlan) -> int:
     """
     if settings.workers != "auto":
         return int(settings.workers)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     if not plan.device.startswith("cpu") or len(plan.cells) < WORTH_WORKERS or cores < 2:
         return 0
     return min(cores, len(plan.cells))
@@ -137,19 +138,41 @@ def _clean_pytest_environment(workers: int, scratch: str) -> Iterator[None]:
         "HYPOTHESIS_STORAGE_DIRECTORY": scratch,
     }
     if workers > 1:
-        changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        changed["OMP_NUM_THREADS"] = threads_of_each(workers)
+    set_hypothesis_home_dir(scratch)  # of this process, which may have read the variable before
+    try:
+        with variables(changed):
+            yield
+    finally:
+        set_hypothesis_home_dir(None)
+
+
+@contextlib.contextmanager
+def variables(changed: Mapping[str, str]) -> Iterator[None]:
+    """This process's variables, which its workers inherit, with these values while it lasts.
+
+    Args:
+        changed: by name.
+    """
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
-    set_hypothesis_home_dir(scratch)  # of this process, which may have read the variable before
     try:
         yield
     finally:
-        set_hypothesis_home_dir(None)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def threads_of_each(workers: int) -> str:
+    """As many threads for each worker as there are cores for it.
+
+    Args:
+        workers: processes, at least one.
+    """
+    return str(max(1, (os.cpu_count() or 1) // workers))
 
 
 def plan_rows(settings: Settings) -> list[PlanRow]:

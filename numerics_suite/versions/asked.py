@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.subjects.files import digest, joint_digest, safetensors_files
+from numerics_suite.subjects.files import digest, joint_digest, safetensors_files, tree_digest
 from numerics_suite.subjects.fixtures import fixture_digest, fixture_path
 from numerics_suite.subjects.hub import parse_hub_id, snapshot
 from numerics_suite.versions.job import source_digest, sources_of
@@ -121,13 +120,8 @@ def digests(settings: Settings, known: Sequence[Known], baseline: Path | None) -
 
 
 def _tree_digest(path: Path) -> str:
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            content = file.read_bytes()
-            total.update(f"{file.relative_to(path).as_posix()}\0{len(content)}\0".encode())
-            total.update(content)
-    return f"sha256:{total.hexdigest()}"
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return f"sha256:{tree_digest(path, files)}"
 
 
 def _digest(path: Path) -> str:

@@ -14,6 +14,7 @@ from numerics_suite.core.versions import Versions
 from numerics_suite.settings.accept import parse_accept
 from numerics_suite.settings.table import BY_NAME
 from numerics_suite.settings.tree import Settings, to_json
+from numerics_suite.subjects.files import tree_digest
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.versions.recipes import Wanted
 
@@ -149,14 +150,5 @@ def _absolute(source: str) -> str:
 def source_digest() -> str:
     """SHA-256 over this package's own files: another harness may judge otherwise, so nothing of it is reused."""
     root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if (
-            path.suffix in {".py", ".json", ".ini"}
-            and "__pycache__" not in path.parts
-            and "_fixtures" not in path.parts
-        ):
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-            digest.update(content)
-    return f"sha256:{digest.hexdigest()}"
+    ours = (path for path in root.rglob("*") if path.suffix in {".py", ".json", ".ini"})
+    return f"sha256:{tree_digest(root, (path for path in ours if not {'__pycache__', '_fixtures'} & set(path.parts)))}"

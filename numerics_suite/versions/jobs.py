@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from numerics_suite.core.atomic import write_atomic
+from numerics_suite.core.machine import available_bytes, core_count
 from numerics_suite.reporting.results import dump
 from numerics_suite.versions.installers import end_running
 from numerics_suite.versions.job import DONE, JOB, LOG, Job
@@ -203,19 +204,6 @@ def default_jobs(weight_bytes: int) -> int:
         weight_bytes: of the largest subject's files.
     """
     need = 1_500_000_000 + 8 * weight_bytes  # torch and a run in fp64 beside the model and its gradients
-    return max(1, min(core_count(), 4, _free_bytes() // need))
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return 4 * 1_500_000_000
+    available = available_bytes()
+    room = 4 * 1_500_000_000 if available is None else available
+    return max(1, min(core_count(), 4, room // need))

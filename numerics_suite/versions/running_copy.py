@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numerics_suite
 from numerics_suite.core.atomic import write_atomic
+from numerics_suite.subjects.files import tree_digest
 from numerics_suite.subjects.fixtures import cache_dir, fixtures_root
 
 PACKAGE = "numerics_suite"
@@ -78,11 +79,8 @@ def _link(link: Path, package: Path) -> bool:
 
 def _copied(folder: Path, package: Path) -> Path:
     """A copy under a name that says what is in it, so that one in use is never changed."""
-    files = sorted(path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes())
-    target = folder.with_name(f"{folder.name}-{digest.hexdigest()[:16]}")
+    files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    target = folder.with_name(f"{folder.name}-{tree_digest(package, files)[:16]}")
     if target.is_dir():
         return target
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))

@@ -25,6 +25,7 @@ for folder in (HERE.parent, HERE.parent.parent):
 
 from mutants.catalogue import MUTANTS, Mutant  # noqa: E402
 from mutants.editing import NoSuchPlaceError  # noqa: E402
+from mutants.table import kept_rows  # noqa: E402
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline
@@ -201,11 +202,7 @@ def main() -> None:
     options = parser.parse_args()
     begun = time.perf_counter()
     if options.from_json:
-        kept = json.loads(options.from_json.read_text(encoding="utf-8"))
-        rows = {
-            name: Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-            for name, row in kept.items()
-        }
+        rows = kept_rows(options.from_json, Row)
     else:
         rows = measured([mutant for mutant in MUTANTS if fnmatchcase(mutant.id, options.only)], options.workers)
     for name, value in totals(rows).items():

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 for folder in (HERE.parent, HERE.parent.parent):
@@ -94,6 +96,15 @@ def measured(mutants: Iterable[Mutant], workers: int) -> dict[str, Row]:
 
 def _judged_by_id(name: str) -> Row:
     return judged(next(mutant for mutant in MUTANTS if mutant.id == name))
+
+
+def kept_rows(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """The rows of an earlier run, by mutant; `kind` is their record."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+        for name, row in kept.items()
+    }
 
 
 def _mark(*, yes: bool) -> str:
@@ -215,16 +226,7 @@ def main() -> None:
     parser.add_argument("--from-json", type=Path, help="write the page from the rows of an earlier run")
     options = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if fnmatch.fnmatchcase(mutant.id, options.only)]
-    if options.from_json:
-        import json
-
-        kept = json.loads(options.from_json.read_text(encoding="utf-8"))
-        rows = {
-            name: Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-            for name, row in kept.items()
-        }
-    else:
-        rows = measured(chosen, options.workers)
+    rows = kept_rows(options.from_json, Row) if options.from_json else measured(chosen, options.workers)
     chosen = [mutant for mutant in chosen if mutant.id in rows]
     for name, value in totals(rows).items():
         print(f"{name}: {value}")  # noqa: T201 - a script
@@ -236,8 +238,6 @@ def main() -> None:
         if missed or unplaced or uncaused or row.errors or row.absent:
             print(f"{mutant.id}: {asdict(row)}")  # noqa: T201 - a script
     if options.json:
-        import json
-
         options.json.write_text(
             json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1), encoding="utf-8"
         )

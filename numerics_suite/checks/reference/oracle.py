@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
@@ -20,9 +21,6 @@ from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import call_model, dtype_of
 from numerics_suite.running.true_fp64 import Fp64Run, run_true_fp64
 from numerics_suite.running.twins import trusted
-
-AGREED = 1e-10
-"""Beyond it, two float64 computations of one formula differ by more than rounding (DESIGN: 1.4e-14 to 2.6e-14)."""
 
 
 @check(needs=("token-ids",))

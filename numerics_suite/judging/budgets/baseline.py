@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numerics_suite.baselines.matching import AGREED
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Budget
 
 TRUE_CURVE = 1e-8

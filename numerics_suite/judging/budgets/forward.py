@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Budget
 
 NOT_FINITE = (
     "A value that is not finite spreads to the loss, to every gradient and, with the first optimizer step, to every "
     "parameter."
 )
-
-EXACT = 1e-10
-"""`max|a-b| / rms` in true fp64; see `reference.py`."""
 
 ROUNDED_LAW = 8.0
 """Error of the transformed run in units of the inherent error of the plain one.
@@ -80,7 +78,7 @@ BUDGETS = (
         Budget(
             check=f"forward.{law}",
             measurement=measurement,
-            limit=EXACT if measurement.startswith("true") else ROUNDED_LAW,
+            limit=AGREED if measurement.startswith("true") else ROUNDED_LAW,
             cause=cause,
             title=title + (" ({value:.2g} in true fp64)" if measurement.startswith("true") else PRECISION_ONLY),
             reason=(EXACT_REASON if measurement.startswith("true") else ROUNDED_REASON),

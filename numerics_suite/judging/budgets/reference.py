@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Budget
-
-EXACT = 1e-10
-"""`max|a-b| / rms` of two float64 computations of one thing.
-
-Measured 4e-15 to 3e-14 over transformers 4.46.3 to 5.24.0; float64's unit roundoff is 1.1e-16, so a model would need sums
-of a million times that to come near, while a mistake of one part in a billion is over it.
-"""
 
 LOCAL = (
     (
@@ -65,7 +59,7 @@ BUDGETS: tuple[Budget, ...] = (
         Budget(
             check="reference.oracle",
             measurement=f"true-{what}",
-            limit=EXACT,
+            limit=AGREED,
             cause="semantic-error" if what != "gradient" else "wrong-gradient",
             title=f"the {what} of the true fp64 run differs from the family's definition ({{value:.2g}}), first in {{module}}",
             reason="With rounding out of the way the model computes something else than its family's definition gives for "
