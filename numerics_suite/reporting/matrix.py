@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from numerics_suite.core.text import listed
@@ -274,6 +274,7 @@ def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
         "duration_s": cell.duration_s,
         "reused": cell.reused,
         "unsupported": dict(cell.unsupported),
+        "rows": [asdict(row) for row in cell.rows],
         "failures": [
             {
                 "check": failure.check,

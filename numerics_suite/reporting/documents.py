@@ -1,0 +1,200 @@
+"""The files that `check`, `matrix`, `compare` and `bisect` write, read back: what every report is made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.findings import finding_from_json
+from numerics_suite.core.numbers import revived
+from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
+from numerics_suite.reporting.results import from_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numerics_suite.core.records import Finding, RunResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run of `check`.
+
+    Attributes:
+        label: tells it from the others of a report: the versions of a matrix's cell, else the file's name.
+        result: all of it.
+        path: of the file, None for a run that was never written.
+    """
+
+    label: str
+    result: RunResult
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One `matrix`.
+
+    Attributes:
+        result: its cells, oldest first.
+        runs: what `check` said in each cell, None where the cell has no results file or that file is gone.
+        path: of the file, None for one that was never written.
+    """
+
+    result: MatrixResult
+    runs: tuple[Run | None, ...]
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonFile:
+    """One `compare`: its content as CONTRACT.md has it, with numbers that are not finite as numbers."""
+
+    content: Mapping[str, Any]
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BisectFile:
+    """One `bisect`: its content as CONTRACT.md has it, and the finding at the first bad version."""
+
+    content: Mapping[str, Any]
+    finding: Finding | None
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """Everything that one report tells of.
+
+    Attributes:
+        notes: lines that a person should see, such as a cell whose results file is gone.
+    """
+
+    runs: tuple[Run, ...] = ()
+    matrices: tuple[Matrix, ...] = ()
+    comparisons: tuple[ComparisonFile, ...] = ()
+    bisections: tuple[BisectFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def every_run(self) -> tuple[Run, ...]:
+        """The runs, then those of the matrices, oldest first."""
+        inside = (run for matrix in self.matrices for run in matrix.runs if run is not None)
+        return (*self.runs, *inside)
+
+
+def read_documents(paths: Sequence[Path]) -> Documents:
+    """Read result files of any command.
+
+    Args:
+        paths: of the files, in the order in which the report tells of them.
+
+    Raises:
+        BadInputError: one cannot be read, or is no results file; the message names it.
+    """
+    runs: list[Run] = []
+    matrices: list[Matrix] = []
+    comparisons: list[ComparisonFile] = []
+    bisections: list[BisectFile] = []
+    notes: list[str] = []
+    for path in paths:
+        content = _read(path)
+        command = content.get("command")
+        try:
+            if command == "matrix":
+                matrices.append(_matrix(content, path, notes))
+            elif command == "compare":
+                comparisons.append(ComparisonFile(content=_comparison(content), path=path))
+            elif command == "bisect":
+                finding = content["finding"]
+                found = None if finding is None else finding_from_json(finding)
+                bisections.append(BisectFile(content=revived(content), finding=found, path=path))
+            else:
+                runs.append(Run(label=path.stem, result=from_json(content), path=path))
+        except (KeyError, TypeError, AttributeError) as error:
+            message = f"{path}: not a results file of this tool: {type(error).__name__}: {error}"
+            raise BadInputError(message) from None
+        except BadInputError as error:
+            message = f"{path}: {error}"
+            raise BadInputError(message) from None
+    return Documents(
+        runs=tuple(runs),
+        matrices=tuple(matrices),
+        comparisons=tuple(comparisons),
+        bisections=tuple(bisections),
+        notes=tuple(notes),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror or error}"
+        raise BadInputError(message) from None
+    except ValueError as error:
+        message = f"{path}: not JSON ({error}); give a file that --json wrote"
+        raise BadInputError(message) from None
+    if not isinstance(content, dict):
+        message = f"{path}: not a results file of this tool; give a file that --json wrote"
+        raise BadInputError(message)
+    return content
+
+
+def _comparison(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    for item in content["subjects"]:
+        _ = item["subject"], item["precision"], item["kind"]
+    found: Mapping[str, Any] = revived(content)
+    return found
+
+
+def _matrix(content: Mapping[str, Any], path: Path, notes: list[str]) -> Matrix:
+    cells = tuple(_cell(cell) for cell in content["cells"])
+    result = MatrixResult(
+        cells=cells,
+        folder=path.parent,
+        duration_s=revived(content.get("duration_s", 0.0)),
+        notes=tuple(content.get("notes", ())),
+    )
+    runs = tuple(_run_of(cell, path, notes) for cell in cells)
+    return Matrix(result=result, runs=runs, path=path)
+
+
+def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> Run | None:
+    if cell.results is None:
+        return None
+    # As it was written, from where the command ran; or beside the matrix's own file, where the folder was moved.
+    candidates = (cell.results, path.parent / cell.results)
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        notes.append(f"{cell.held.text}: {cell.results} is gone, so only its summary in {path.name} is told")
+        return None
+    return Run(label=cell.held.text, result=from_json(_read(found)), path=found)
+
+
+def _cell(content: Mapping[str, Any]) -> MatrixCell:
+    versions = Versions(transformers=content["transformers"], torch=content.get("torch"), python=content.get("python"))
+    results, baseline = content.get("results"), content.get("baseline")
+    failures = tuple(Failure(**failure) for failure in content.get("failures", ()))
+    changes = tuple(
+        Change(**{**change, "details": tuple(change.get("details", ()))}) for change in content.get("changes", ())
+    )
+    return MatrixCell(
+        wanted=versions,
+        held=versions,
+        status=content["status"],
+        verdict=content.get("verdict"),
+        reason=content.get("reason"),
+        results=None if results is None else Path(results),
+        baseline=None if baseline is None else Path(baseline),
+        duration_s=revived(content.get("duration_s", 0.0)),
+        reused=content.get("reused", False),
+        rows=tuple(Ran(**row) for row in content.get("rows", ())),
+        failures=failures,
+        unsupported=content.get("unsupported", {}),
+        changes=changes,
+    )
