@@ -131,6 +131,46 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Numbers in an order: a curve over training steps, or one number for each module.
+
+    It is shown and decides nothing; the measurement beside it does.
+
+    Attributes:
+        name: `loss`, `gradient-norm`, `clipped-norm`, `loss-scale`, `bits`, `error`, `composed`.
+        unit: `nats`, `bits`, `roundoffs`, …
+        along: what `at` counts.
+        at: steps from 1 (the loss has one more, after the last step), or dotted names of modules.
+        values: one for each of `at`; NaN and infinities are kept.
+        groups: of modules, the role of each (`norm`, `rotary`, `linear`, `embedding`, `attention`, `mlp`, `block`,
+            `other`); empty for steps.
+        budgets: for each point the name of the measurement whose budget judges it, empty for a point without; no names
+            at all where nothing judges any point.
+        limits: of these budgets, None for a point that nothing judges; filled in by judging, as long as `budgets`.
+    """
+
+    name: str
+    unit: str
+    along: Literal["step", "module"]
+    at: tuple[int | str, ...]
+    values: tuple[float, ...]
+    groups: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    limits: tuple[float | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what is not one entry for each point.
+
+        Raises:
+            ValueError: naming the series.
+        """
+        told = (self.groups, self.budgets, self.limits)
+        if any(len(part) != len(self.at) for part in (self.values, *(part for part in told if part))):
+            message = f"series {self.name}: {len(self.at)} places and not as many values, groups, budgets or limits"
+            raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """The most that a measurement may be, with the reason.
 
@@ -184,7 +224,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """What one check said of one cell."""
+    """What one check said of one cell; `series` are of the batch that measured worst."""
 
     check: str
     cell: Cell
@@ -193,6 +233,7 @@ class CheckResult:
     reason: str | None = None
     measurements: Mapping[str, float] = field(default_factory=dict)
     finding: Finding | None = None
+    series: tuple[Series, ...] = ()
 
     @property
     def id(self) -> str:

@@ -27,7 +27,7 @@ class CheckSpec:
 
     Attributes:
         id: such as `forward.padding`.
-        function: evidence (and a batch, where `batches`) to measurements.
+        function: evidence (and a batch, where `batches`) to measurements, and series of numbers to be shown beside them.
         scope: how often it is asked.
         batches: Hypothesis draws the batches for it; else it is called once with evidence alone.
         trains: it runs training steps, so a serving precision and a quantised checkpoint skip it.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numerics_suite.core.errors import CheckError
-from numerics_suite.core.records import Budget, Measurement
+from numerics_suite.core.records import Budget, Measurement, Series
 from numerics_suite.judging.budgets import budgets_of
 
 
@@ -57,3 +57,16 @@ def judge(check: str, measurements: Iterable[Measurement], budgets: Mapping[str,
         message = f"{check} measured nothing that a budget judges"
         raise CheckError(message)
     return sorted(breaches, key=lambda breach: -breach.excess)
+
+
+def with_limits(check: str, series: Series, budgets: Mapping[str, Budget] | None = None) -> Series:
+    """The series with the limit of each point.
+
+    Args:
+        check: id of the check.
+        series: as the check yielded it.
+        budgets: by measurement name; the suite's own where None.
+    """
+    table = budgets_of(check) if budgets is None else budgets
+    found = (table.get(name) for name in series.budgets)
+    return replace(series, limits=tuple(None if budget is None else budget.limit for budget in found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict
 from functools import cache
@@ -14,13 +15,18 @@ from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.numbers import jsonable, revived
-from numerics_suite.core.records import Cell, CheckResult, RunResult, SubjectFacts
+from numerics_suite.core.records import Cell, CheckResult, RunResult, Series, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 SCHEMA_VERSION = 1
+_PLAIN = r'(?:"[^"\s\\]*"|null|-?\d[-+.\deE]*)'
+_PLAIN_LIST = re.compile(rf"\[\n *({_PLAIN}(?:,\n *{_PLAIN})*)\n *\]")
+_BREAK = re.compile(r"\n *")
+"""No text in JSON holds a line break, so what these match is between texts, never inside one."""
+
 STATUSES = ("passed", "failed", "accepted", "skipped", "error")
 
 
@@ -73,7 +79,31 @@ def check_to_json(result: CheckResult) -> dict[str, Any]:
         "reason": result.reason,
         "measurements": jsonable(result.measurements),
         "finding": None if result.finding is None else finding_to_json(result.finding),
+        "series": [_series_to_json(series) for series in result.series],
     }
+
+
+def _series_to_json(series: Series) -> dict[str, Any]:
+    """The names of its budgets stay behind: once judged, their limits are what is left to say."""
+    return {
+        "name": series.name,
+        "unit": series.unit,
+        "along": series.along,
+        "at": list(series.at),
+        "values": jsonable(series.values),
+        "groups": list(series.groups),
+        "limits": jsonable(series.limits),
+    }
+
+
+def _series_from_json(content: Mapping[str, Any]) -> Series:
+    return Series(
+        **{name: content[name] for name in ("name", "unit", "along")},
+        at=tuple(content["at"]),
+        values=tuple(revived(content["values"])),
+        groups=tuple(content.get("groups", ())),
+        limits=tuple(revived(content.get("limits", []))),
+    )
 
 
 def from_json(content: Mapping[str, Any]) -> RunResult:
@@ -103,7 +133,7 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
             exit_status=content.get("exit_status", 0),
             rehearsals=tuple(_rehearsal(item) for item in revived(content.get("rehearsal", []))),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         message = f"not a results file of this tool: {type(error).__name__}: {error}"
         raise BadInputError(message) from None
 
@@ -132,12 +162,17 @@ def check_from_json(content: Mapping[str, Any]) -> CheckResult:
         reason=content["reason"],
         measurements=revived(content["measurements"]),
         finding=None if finding is None else finding_from_json(finding),
+        series=tuple(_series_from_json(series) for series in content.get("series", ())),
     )
 
 
 def dump(content: Mapping[str, Any]) -> str:
-    """JSON text, indented, with a last newline; a number that is not finite is a mistake here and is refused."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """JSON text, indented, with a last newline; a number that is not finite is a mistake here and is refused.
+
+    A list of numbers and words (names of modules, roles) is one line: a series is a few lines, not a few thousand.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    return _PLAIN_LIST.sub(lambda found: f"[{_BREAK.sub(' ', found.group(1))}]", text) + "\n"
 
 
 def write_results(path: Path, result: RunResult) -> None:

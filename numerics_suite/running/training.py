@@ -49,6 +49,7 @@ class BadTensor:
         name: of the output, parameter or state.
         others: how many more tensors of that kind were non-finite at that moment.
         gradient_norm: total norm of the gradients at that step, as far as it was reached.
+        loss: that step's.
     """
 
     step: int
@@ -56,6 +57,7 @@ class BadTensor:
     name: str
     others: int
     gradient_norm: float
+    loss: float = float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,7 @@ class Trajectory:
         losses: the loss before each step, and once more after the last, as Python floats.
         gradient_norms: total norm before clipping, unscaled, for each step.
         clipped_norms: total norm after clipping, empty without clipping.
+        clipped_at: the steps of these: one whose gradients overflowed is skipped, not clipped.
         scales: the loss scale after each step, empty without a scaler.
         skipped: steps that the scaler skipped.
         dead: trainable parameters whose gradient was absent (None) or exactly zero at the first step.
@@ -80,6 +83,7 @@ class Trajectory:
     losses: tuple[float, ...]
     gradient_norms: tuple[float, ...]
     clipped_norms: tuple[float, ...] = ()
+    clipped_at: tuple[int, ...] = ()
     scales: tuple[float, ...] = ()
     skipped: int = 0
     dead: tuple[str, ...] = ()
@@ -124,7 +128,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=recipe.loss_scaling, **scale)
         self.losses: list[float] = []
         self.norms: list[float] = []
-        self.clipped: list[float] = []
+        self.clipped: dict[int, float] = {}
+        self.loss = float("nan")
         self.scales: list[float] = []
         self.skipped = 0
         self.dead: tuple[str, ...] = ()
@@ -137,16 +142,20 @@ class Trainer:
         with arithmetic(self.recipe, self.device):
             output = floating_outputs(call_model(self.model, tensors))
         loss = loss_in(output)
+        self.loss = float(loss.detach())
         self._require_finite(step, "logits", {k: v for k, v in output.items() if k != "loss"})
         self._require_finite(step, "loss", {"loss": loss})
-        self.losses.append(float(loss.detach()))
+        self.losses.append(self.loss)
         return loss
 
     def _require_finite(self, step: int, kind: str, tensors: Mapping[str, Tensor]) -> None:
         bad = [name for name, value in tensors.items() if nonfinite_count(value.detach())]
         if bad:
             norm = self.norms[-1] if self.norms else float("nan")
-            raise HaltedError(BadTensor(step=step, kind=kind, name=bad[0], others=len(bad) - 1, gradient_norm=norm))
+            others = len(bad) - 1
+            raise HaltedError(
+                BadTensor(step=step, kind=kind, name=bad[0], others=others, gradient_norm=norm, loss=self.loss)
+            )
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -183,7 +192,7 @@ class Trainer:
             self._require_finite(step, "gradient", gradients)
         if self.plan.max_grad_norm is not None and not overflowed:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.plan.max_grad_norm)
-            self.clipped.append(float(torch.nn.utils.get_total_norm(list(gradients.values()))))
+            self.clipped[step] = float(torch.nn.utils.get_total_norm(list(gradients.values())))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.recipe.loss_scaling:
@@ -227,7 +236,8 @@ def train(model: nn.Module, tensors: Mapping[str, Any], *, recipe: Precision, pl
     return Trajectory(
         losses=tuple(trainer.losses),
         gradient_norms=tuple(trainer.norms),
-        clipped_norms=tuple(trainer.clipped),
+        clipped_norms=tuple(trainer.clipped.values()),
+        clipped_at=tuple(trainer.clipped),
         scales=tuple(trainer.scales),
         skipped=trainer.skipped,
         dead=trainer.dead,

@@ -11,7 +11,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judging.verdicts import Breach, judge
@@ -35,6 +35,7 @@ class Outcome:
         batch: that batch.
         examples: batches asked.
         latest: what the last batch measured.
+        series: of the batch whose measurement of the series' name is worst; of the last one where there is none such.
     """
 
     worst: dict[str, Measurement] = field(default_factory=dict)
@@ -42,15 +43,25 @@ class Outcome:
     batch: Batch | None = None
     examples: int = 0
     latest: list[Measurement] = field(default_factory=list)
+    series: dict[str, Series] = field(default_factory=dict)
 
-    def add(self, measurements: Iterable[Measurement]) -> list[Measurement]:
-        """Keep the worst of each measurement; returns them all as a list."""
-        self.latest = listed = list(measurements)
+    def add(self, told: Iterable[Measurement | Series]) -> list[Measurement]:
+        """Keep the worst of each measurement, and the series that go with it; returns the measurements as a list."""
+        everything = list(told)
+        self.latest = listed = [item for item in everything if isinstance(item, Measurement)]
         for measurement in listed:
             held = self.worst.get(measurement.name)
             if held is None or _worse(measurement, held):
                 self.worst[measurement.name] = measurement
+        for item in everything:
+            if isinstance(item, Series) and self._keeps(item):
+                self.series[item.name] = item
         return listed
+
+    def _keeps(self, series: Series) -> bool:
+        """Whether this batch's measurement is now the worst, so that its series is the one to show."""
+        own = next((measurement for measurement in self.latest if measurement.name == series.name), None)
+        return series.name not in self.series or own is None or self.worst[own.name] is own
 
 
 LESS_IS_WORSE = {"bits"}

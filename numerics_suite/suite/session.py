@@ -27,6 +27,7 @@ from numerics_suite.diagnosing.reproducer import reproducer
 from numerics_suite.diagnosing.trying import Answer, try_remedies
 from numerics_suite.inputs.data import data_batch, read_examples
 from numerics_suite.inputs.vocabulary import InputSpace
+from numerics_suite.judging.verdicts import with_limits
 from numerics_suite.running.evidence import Evidence, Request
 from numerics_suite.running.scope import choose_scope
 from numerics_suite.running.training import Plan
@@ -155,19 +156,22 @@ class SuiteSession:
         spec = get_check(question.check)
         evidence = self.evidence(question.cell)
         outcome = ask(spec, evidence, seed=self.settings.seed, max_examples=self.settings.max_examples)
-        measurements = _numbers(outcome)
+        told = {
+            "measurements": _numbers(outcome),
+            "series": tuple(with_limits(question.check, series) for series in outcome.series.values()),
+        }
         if not outcome.breaches:
-            return result("passed", measurements=measurements)
+            return result("passed", **told)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
         if self.settings.diagnose and self.tries_remedies:
             found = with_confidence(question.check, found, evidence, self._ask_again)
             found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
             found = replace(found, reproducer=self._reproducer(question, found, evidence, outcome.batch))
-        failed = result("failed", measurements=measurements, finding=found)
+        failed = result("failed", finding=found, **told)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed
-        return result("accepted", measurements=measurements, finding=found, reason=accepted.reason)
+        return result("accepted", finding=found, reason=accepted.reason, **told)
 
     def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.observing.headroom import Headroom
 from numerics_suite.observing.headroom import headroom as headroom_by_module
@@ -17,7 +17,7 @@ from numerics_suite.running.forward import arithmetic, call_model, to_device
 
 
 @check(batches=True, seeks="largest-activation")
-def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement | Series]:
     """How many bits lie between the largest activation and the dtype's largest number?
 
     Hypothesis climbs the largest activation. Little headroom informs; only a value that is not finite fails.
@@ -47,6 +47,18 @@ def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         module=broken[0].module if broken else None,
         facts={"first of": len(broken)} if broken else {},
     )
+    yield Series(
+        name="bits",
+        unit="bits",
+        along="module",
+        at=tuple(row.module for row in found),
+        values=tuple(row.bits for row in found),
+        groups=tuple(_role(row.module, evidence) for row in found),
+    )
+
+
+def _role(module: str, evidence: Evidence) -> str:
+    return evidence.family.role_of(type(evidence.model.get_submodule(module)).__name__)
 
 
 def _lowest(found: list[Headroom]) -> dict[str, float | str]:

@@ -6,26 +6,20 @@ from collections.abc import Iterable
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import unit_roundoff
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import autocast_dtype, dtype_of
 from numerics_suite.running.twins import is_reference_itself, longest_reduction, without_labels
-from numerics_suite.subjects.families.family import Family
 
-
-def role_of(class_name: str, family: Family) -> str:
-    """The role whose budget judges a module class: the family's kinds, torch's own layers, else `other`."""
-    kind = family.kind_of(class_name)
-    if kind is not None:
-        return kind
-    return {"Linear": "linear", "Embedding": "embedding"}.get(class_name, "other")
+COMPOSED = "composed"
+"""The measurement of modules that are judged by their kernel ratio, not by roundoffs."""
 
 
 @check(needs=("token-ids",))
-def local(evidence: Evidence) -> Iterable[Measurement]:
+def local(evidence: Evidence) -> Iterable[Measurement | Series]:
     """Does every module, fed what it really got, err by no more than its right program does?
 
     Root mean square error against its own true fp64 output, in unit roundoffs of what it computes in; by role.
@@ -55,6 +49,29 @@ def local(evidence: Evidence) -> Iterable[Measurement]:
                 "largest error in roundoffs": worst.max_roundoffs,
             },
         )
+    yield from _by_module(rows, evidence)
+
+
+def _by_module(rows: list[tuple[LocalError, str, float]], evidence: Evidence) -> Iterable[Series]:
+    """Every module's error, then the kernel ratios of those that are judged by theirs: roundoffs and ratios share no axis."""
+    roles = {error.module: evidence.family.role_of(error.class_name) for error, _, _ in rows}
+    errors = [
+        (error.module, error.rms_roundoffs / _allowance(error, evidence), "")
+        if name == COMPOSED
+        else (error.module, value, name)
+        for error, name, value in rows
+    ]
+    ratios = [(error.module, value, name) for error, name, value in rows if name == COMPOSED]
+    for name, unit, points in (("error", "roundoffs", errors), (COMPOSED, "ratio", ratios)):
+        if points:
+            at, values, budgets = zip(*points, strict=True)
+            groups = tuple(roles[module] for module in at)
+            yield Series(name=name, unit=unit, along="module", at=at, values=values, groups=groups, budgets=budgets)
+
+
+def _allowance(error: LocalError, evidence: Evidence) -> float:
+    """What an error is divided by: kernels accumulate in float32, so there a long sum may err by more."""
+    return longest_reduction(evidence.model) ** 0.5 if error.dtype == "float32" else 1.0
 
 
 def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
@@ -79,11 +96,11 @@ def _value(error: LocalError, evidence: Evidence) -> tuple[str, float]:
     A module of one op by its roundoffs, rms or element by element, whichever is smaller; one of several by its kernel
     ratio. In float32 both in units of the square root of the longest sum, since kernels accumulate in float32.
     """
-    role = role_of(error.class_name, evidence.family)
+    role = evidence.family.role_of(error.class_name)
     composed = error.kernel_ratio == error.kernel_ratio or role in {"attention", "block", "mlp"}
-    allowance = longest_reduction(evidence.model) ** 0.5 if error.dtype == "float32" else 1.0
+    allowance = _allowance(error, evidence)
     if composed:
         ratio = error.kernel_ratio if error.rms_roundoffs else 0.0
-        return "composed", ratio / allowance
+        return COMPOSED, ratio / allowance
     smaller = error.rms_roundoffs if not error.relative_roundoffs <= error.rms_roundoffs else error.relative_roundoffs
     return role, smaller / allowance

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from numerics_suite.checks.train._curves import loss_scales
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
 
@@ -15,7 +16,7 @@ INITIAL_SCALE = 65536.0
 
 
 @check(trains=True, of_broken=True)
-def amp(evidence: Evidence) -> Iterable[Measurement]:
+def amp(evidence: Evidence) -> Iterable[Measurement | Series]:
     """Under autocast, do parameters and gradients keep their dtype and does the loss scale settle?
 
     A scaler that skips a few steps at first is at work. One that is still skipping when its scale has fallen below 1
@@ -42,6 +43,7 @@ def amp(evidence: Evidence) -> Iterable[Measurement]:
         step=len(run.scales),
         facts={"steps": len(run.scales), "skipped": run.skipped, "loss scale": run.scales[-1] if run.scales else 0.0},
     )
+    yield from loss_scales(run)
 
 
 def _halvings(scale: float | None) -> int:

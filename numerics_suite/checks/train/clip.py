@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from numerics_suite.checks.train._curves import clipped_norms, gradient_norms, losses
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.training import Trajectory
@@ -16,7 +17,7 @@ LIMIT = 1.0
 
 
 @check(trains=True)
-def clip(evidence: Evidence) -> Iterable[Measurement]:
+def clip(evidence: Evidence) -> Iterable[Measurement | Series]:
     """Does clipping the total gradient norm hold it at the limit and keep training finite?
 
     Where clipping to 1.0 keeps a run finite that is not finite without, that is said: the gradients explode.
@@ -25,6 +26,7 @@ def clip(evidence: Evidence) -> Iterable[Measurement]:
     limit = asked if asked is not None else LIMIT
     run = evidence.trajectory if asked is not None else evidence.train(evidence.with_plan(max_grad_norm=limit))
     free = evidence.trajectory
+    yield from (*losses(run), *gradient_norms(run), *clipped_norms(run))
     if run.bad is not None and (free.bad is None or run.bad.step <= free.bad.step):
         if free.bad is not None:
             reason = "training is not finite with or without clipping (train.finite)"

@@ -6,15 +6,16 @@ from collections.abc import Iterable
 
 import torch
 
+from numerics_suite.checks.train._curves import gradient_norms, losses
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.forward import dtype_of
 
 
 @check(trains=True)
-def descends(evidence: Evidence) -> Iterable[Measurement]:
+def descends(evidence: Evidence) -> Iterable[Measurement | Series]:
     """Is the loss on the training batch lower after N steps on it?
 
     First-order theory predicts what the first step takes off the loss (learning rate times the gradient's 1-norm for
@@ -46,6 +47,8 @@ def descends(evidence: Evidence) -> Iterable[Measurement]:
         facts=facts,
     )
     yield Measurement(name="fall", value=first - last, unit="nats")
+    yield from losses(run)
+    yield from gradient_norms(run)
 
 
 def _resolution(evidence: Evidence, loss: float) -> float:

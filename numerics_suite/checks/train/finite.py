@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from numerics_suite.core.records import Measurement
+from numerics_suite.checks.train._curves import gradient_norms, losses
+from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.running.evidence import Evidence
 
 
 @check(trains=True, of_broken=True)
-def finite(evidence: Evidence) -> Iterable[Measurement]:
+def finite(evidence: Evidence) -> Iterable[Measurement | Series]:
     """Do loss, logits, gradients, parameters and optimizer state stay finite at every step?"""
     run = evidence.trajectory
     bad = run.bad
@@ -32,3 +33,5 @@ def finite(evidence: Evidence) -> Iterable[Measurement]:
     if run.losses:
         yield Measurement(name="first-loss", value=run.losses[0], unit="nats")
         yield Measurement(name="last-loss", value=run.losses[-1], unit="nats")
+    yield from losses(run)
+    yield from gradient_norms(run)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["norm", "rotary", "attention", "mlp", "block"]
+Role = Literal[Kind, "linear", "embedding", "other"]
 Side = Literal["left", "right"]
 
 
@@ -65,3 +66,12 @@ class Family:
             ("norm", self.norm_classes),
         )
         return next((kind for kind, names in named if names and class_name.endswith(names)), None)
+
+    def role_of(self, class_name: str) -> Role:
+        """The role by which a module class is judged and grouped: its kind, one of torch's own layers, else `other`.
+
+        Args:
+            class_name: `type(module).__name__`.
+        """
+        own: dict[str, Role] = {"Linear": "linear", "Embedding": "embedding"}
+        return self.kind_of(class_name) or own.get(class_name, "other")
