@@ -15,10 +15,11 @@ DEVICE_PATTERN = re.compile(r"(auto|cpu|mps|(cuda|xpu|npu|hpu|mlu|musa)(:\d+)?)"
 
 def accelerator() -> str | None:
     """The kind of the visible accelerator (`cuda`, `mps`, …), None without one."""
-    found = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
-    if found is not None:
-        return str(found.type)
-    return "cuda" if torch.cuda.is_available() else None
+    # Asked in two calls: torch 2.6 names the kind that it was built for, whether or not there is one.
+    if not torch.accelerator.is_available():
+        return None
+    found = torch.accelerator.current_accelerator()
+    return None if found is None else str(found.type)
 
 
 def resolve_device(name: str, required: str | None = None) -> str:
