@@ -9,6 +9,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError, nearest
+from numerics_suite.core.switch import switch_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,13 +24,13 @@ COMMANDS = {
     "bisect": "the first version at which the verdict changes",
     "cache": "environments and built fixtures kept between runs",
     "watch": "run a training script under the watch",
+    "init": "adopt the gate in your repository",
     "fixtures": "list, build or find the shipped tiny checkpoints",
 }
 """Each is a module of `numerics_suite.cli` with `run(arguments) -> int`."""
 
 NOT_BUILT = {
     "report": "HTML, JUnit and GitHub summary from result files",
-    "init": "adopt the gate in your repository",
 }
 """Commands of the contract that a later release brings."""
 
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
         arguments: what follows the program's name; None for the process's own.
     """
     try:
-        status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        with switch_kept():
+            status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except SystemExit as ending:  # argparse's, after --help
         return ending.code if isinstance(ending.code, int) else 0

@@ -76,14 +76,24 @@ def run(arguments: Sequence[str]) -> int:
     folder = settings.baseline or Path(DEFAULT_FOLDER)
     refuse_unwritable(settings.json)
     with for_people(settings) as stream:
-        written = _record(settings, folder, force=force, stream=stream)
+        written = write_baselines(settings, folder, force=force, stream=stream)
     if settings.json:
         write_json(settings.json, written.to_json())
     return written.exit_status
 
 
-def _record(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -> _Written:
-    """Measure and save, cell by cell: what is done is kept, whatever comes after."""
+def write_baselines(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -> Written:
+    """Measure and save, cell by cell: what is done is kept, whatever comes after.
+
+    Args:
+        settings: of the command.
+        folder: of the baselines.
+        force: overwrite cells that are there already.
+        stream: for people.
+
+    Raises:
+        BadInputError: the input cannot be used, or the folder cannot be written.
+    """
     from numerics_suite.baselines.store import check_writable
     from numerics_suite.reporting.recording import RecordTerminal
     from numerics_suite.suite.recording import record_cells, recording_session, skipped_cells
@@ -96,7 +106,7 @@ def _record(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -
         raise BadInputError(message)
     check_writable(folder, cells, force=force)
     printer = RecordTerminal(stream=stream, quiet=settings.quiet)
-    written = _Written(folder, force=force, printer=printer)
+    written = Written(folder, force=force, printer=printer)
     try:
         record_cells(settings, written.take, session)
     finally:
@@ -104,10 +114,11 @@ def _record(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -
     return written
 
 
-class _Written:
+class Written:
     """What has been saved so far, and what could not be measured."""
 
     def __init__(self, folder: Path, *, force: bool, printer: Any) -> None:
+        """Into this folder, told by this printer."""
         self.folder, self.force, self.printer = folder, force, printer
         self.files: list[tuple[dict[str, str], Path]] = []
         self.errors: list[dict[str, str]] = []

@@ -30,6 +30,8 @@ ORDER = (
     "reporting",
     "suite",
     "versions",
+    "adopting",
+    "extending",
     "plugin",
     "cli",
     "__main__",
@@ -39,7 +41,7 @@ ORDER = (
 LEAVES = frozenset({"numerics_suite.observing.finiteness", "numerics_suite.observing.roundoff"})
 """Plain arithmetic on tensors that `running` needs too. They import nothing of the package, so nothing runs in a circle."""
 
-LIGHT = ("core", "settings", "plugin", "cli", "__main__", "numerics_suite")
+LIGHT = ("core", "settings", "extending", "plugin", "cli", "__main__", "numerics_suite")
 """Stages that start without a heavy package: those that `--help` and every pytest run load."""
 
 HEAVY = ("torch", "transformers", "hypothesis", "numpy", "safetensors", "tokenizers", "accelerate", "peft")
@@ -121,7 +123,7 @@ def test_light_stages_import_nothing_heavy_at_start() -> None:
 @pytest.mark.parametrize(
     "program",
     [
-        "import numerics_suite, numerics_suite.plugin, numerics_suite.cli.main",
+        "import numerics_suite, numerics_suite.extending, numerics_suite.plugin, numerics_suite.cli.main",
         "from numerics_suite.cli.main import main; main(['--help'])",
         "from numerics_suite.cli.main import main; main(['check', '--help'])",
     ],
