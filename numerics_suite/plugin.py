@@ -7,6 +7,7 @@ the suite is named on the command line or `collect = true` asks for it.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.registry import GROUPS
+from numerics_suite.core.switch import switch_kept
 from numerics_suite.settings.options import add_pytest_options, from_pytest
 
 if TYPE_CHECKING:
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 SUITE = Path(__file__).resolve().parent / "suite"
 PACKAGE = "numerics_suite.suite"
+OTHERS = "extensions"
+"""Of `test_extensions.py`, where the checks of other packages are asked, whatever their groups are."""
+
 NO_GPU = "-m gpu: no accelerator is visible to torch, so no gpu cell can run (--numerics-allow-no-gpu lets that pass)"
 
 session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
@@ -42,6 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers; with `collect = true` let a bare `pytest` collect the suite too."""
     config.addinivalue_line("markers", "gpu: runs on an accelerator")
     config.addinivalue_line("markers", "slow: takes minutes; not part of a quick run")
+    kept = ExitStack()
+    kept.enter_context(switch_kept())
+    config.add_cleanup(kept.close)
     if _is_bare(config) and not _names_suite(config) and _settings(config).collect:
         config.args.append(str(SUITE))
 
@@ -163,7 +172,7 @@ class Asked:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One parameter per question of the file's group."""
+    """One parameter per question of the file's group; the checks of other packages share one file."""
     if "numerics_question" not in metafunc.fixturenames:
         return
     suite = metafunc.config.stash.get(session_key, None)
@@ -172,7 +181,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     group = metafunc.function.__name__.removeprefix("test_")
     parameters = []
     for question in suite.plan.questions:
-        if question.group != group:
+        if group != (question.group if question.group in GROUPS else OTHERS):
             continue
         marks = [pytest.mark.xdist_group(question.cell.param_id)] if _has_xdist(metafunc.config) else []
         if not question.cell.device.startswith("cpu"):

@@ -1,4 +1,4 @@
-"""What every test needs: no network, one thread per process, quiet tokenizers, an interrupt that arrives."""
+"""What every test needs: no network, one thread per process, quiet tokenizers, no extensions, an interrupt that arrives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What else is installed beside the suite takes no part in its own tests; those of extensions turn them on.
+os.environ["NUMERICS_SUITE_EXTENSIONS"] = "off"
 
 # A run that was begun in the background of a shell ignores SIGINT, and so would every command that a test interrupts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

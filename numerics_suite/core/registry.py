@@ -1,7 +1,8 @@
 """The register of checks: ids from the files' paths, functions on demand.
 
 A check is a function in `numerics_suite/checks/GROUP/NAME.py` decorated with :func:`check`. Its id is its path:
-`checks/load/head_init.py` is `load.head-init`. Ids are listed without importing a check (nor torch).
+`checks/load/head_init.py` is `load.head-init`. Other packages add checks as entry points, whose name is the id. Ids are
+listed without importing a check (nor torch).
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.core.extensions import CHECKS, extensions, load_as
+from numerics_suite.core.records import Budget
 
 Scope = Literal["subject", "precision", "cell"]
 """How often a check is asked: once a subject, once a precision of it, or in every cell."""
 
 GROUPS = ("load", "inputs", "forward", "reference", "train", "baseline")
+"""Our own; the group of an added check is the prefix of the package that adds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,19 @@ class CheckSpec:
     doc: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedCheck:
+    """A check of another package: the value of an entry point of `numerics_suite.checks`.
+
+    Attributes:
+        spec: the check, whose id is the entry point's name.
+        budgets: what its measurements may be, at least one.
+    """
+
+    spec: CheckSpec
+    budgets: tuple[Budget, ...]
+
+
 def check(  # noqa: PLR0913 - the fields of CheckSpec
     *,
     scope: Scope = "cell",
@@ -60,8 +77,9 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
     seeks: str | None = None,
     share: float = 1.0,
     of_broken: bool = False,
+    check_id: str | None = None,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
-    """Turn a function into a check whose id is the path of its file.
+    """Turn a function into a check whose id is the path of its file, or the one that is given.
 
     Args:
         scope: see :class:`CheckSpec`.
@@ -71,12 +89,13 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
         seeks: see :class:`CheckSpec`.
         share: see :class:`CheckSpec`.
         of_broken: see :class:`CheckSpec`.
+        check_id: of a check of another package, such as `acme.logit-range`.
     """
 
     def wrap(function: Callable[..., Any]) -> CheckSpec:
-        group, name = function.__module__.split(".")[-2:]
+        named = check_id or ".".join(function.__module__.split(".")[-2:]).replace("_", "-")
         return CheckSpec(
-            id=f"{group}.{name.replace('_', '-')}",
+            id=named,
             function=function,
             scope=scope,
             batches=batches,
@@ -84,16 +103,16 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
             needs=frozenset(needs),
             seeks=seeks,
             share=share,
-            of_broken=of_broken or group == "load",
-            doc=(function.__doc__ or "").strip().splitlines()[0],
+            of_broken=of_broken or named.startswith("load."),
+            doc=(function.__doc__ or "").strip().partition("\n")[0],
         )
 
     return wrap
 
 
 @cache
-def check_ids() -> tuple[str, ...]:
-    """Ids of every check that is installed, in the order in which they are run; imports none of them."""
+def own_check_ids() -> tuple[str, ...]:
+    """Ids of the checks of this package, in the order in which they are run; imports none of them."""
     folder = Path(__file__).resolve().parent.parent / "checks"
     return tuple(
         f"{group}.{file.stem.replace('_', '-')}"
@@ -102,16 +121,32 @@ def check_ids() -> tuple[str, ...]:
     )
 
 
-@cache
+def check_ids() -> tuple[str, ...]:
+    """Ids of every check that is installed, ours first, in the order in which they are run; imports none of them.
+
+    Raises:
+        BadInputError: another package adds one whose id cannot be used.
+    """
+    return (*own_check_ids(), *extensions(CHECKS, taken=GROUPS))
+
+
 def get_check(check_id: str) -> CheckSpec:
     """The check of that id.
 
     Raises:
-        BadInputError: no such check; the message has the nearest id.
+        BadInputError: no such check; the message has the nearest id. Or one of another package that cannot be used.
     """
-    if check_id not in check_ids():
+    if check_id in own_check_ids():
+        return _own_check(check_id)
+    added = added_check(check_id)
+    if added is None:
         message = f"unknown check '{check_id}'{nearest(check_id, check_ids())}"
         raise BadInputError(message)
+    return added.spec
+
+
+@cache
+def _own_check(check_id: str) -> CheckSpec:
     group, name = check_id.split(".")
     module = importlib.import_module(f"numerics_suite.checks.{group}.{name.replace('-', '_')}")
     specs = [value for value in vars(module).values() if isinstance(value, CheckSpec) and value.id == check_id]
@@ -119,3 +154,20 @@ def get_check(check_id: str) -> CheckSpec:
         message = f"{module.__name__} must hold exactly one check"
         raise AssertionError(message)
     return specs[0]
+
+
+def added_check(check_id: str) -> AddedCheck | None:
+    """The check of that id that another package adds, None where none does.
+
+    Raises:
+        BadInputError: it cannot be loaded, or is not of the entry's name.
+    """
+    extension = extensions(CHECKS, taken=GROUPS).get(check_id)
+    if extension is None:
+        return None
+    added = load_as(extension, AddedCheck)
+    if added.spec.id != check_id:
+        extension.refuse(f"the check's id is '{added.spec.id}', and must be the entry point's name")
+    if not added.spec.doc:
+        extension.refuse("the check's function has no docstring, whose first line is the question")
+    return added

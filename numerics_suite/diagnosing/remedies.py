@@ -1,10 +1,11 @@
-"""What each remedy of the contract means for a user."""
+"""What each remedy means for a user: those of the contract, and those that other packages add."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from numerics_suite.core.records import Remedy
+from numerics_suite.diagnosing.added import added_remedies
 
 DESCRIPTIONS = {
     "newer-version": "install a transformers release without the defect",
@@ -28,6 +29,20 @@ DESCRIPTIONS = {
 }
 
 
+def is_remedy(name: str) -> bool:
+    """Whether a budget may name it: a remedy of the contract, or one that another package adds."""
+    return name in DESCRIPTIONS or name in added_remedies()
+
+
+def description_of(name: str) -> str:
+    """What the user does, in a line.
+
+    Args:
+        name: of a remedy that :func:`is_remedy` knows.
+    """
+    return DESCRIPTIONS[name] if name in DESCRIPTIONS else added_remedies()[name].description
+
+
 def useful_first(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
     """Those that were seen to work, then those that could not be tried, then those that do not help; else as they stood.
 
@@ -40,4 +55,4 @@ def useful_first(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
 
 def untried(names: tuple[str, ...]) -> tuple[Remedy, ...]:
     """The remedies of these names, not tried yet (`verified` is None)."""
-    return tuple(Remedy(name=name, description=DESCRIPTIONS[name]) for name in names)
+    return tuple(Remedy(name=name, description=description_of(name)) for name in names)

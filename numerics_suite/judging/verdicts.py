@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from numerics_suite.core.errors import CheckError
+from numerics_suite.core.extensions import OWN_NAME
 from numerics_suite.core.records import Budget, Measurement, Series
 from numerics_suite.judging.budgets import budgets_of
+from numerics_suite.settings.choices import CAUSES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,16 @@ def within(value: float, limit: float) -> bool:
     return value <= limit
 
 
+def is_cause(cause: str, check: str) -> bool:
+    """Whether a check may give that cause: one of the contract, or one of its own package's.
+
+    Args:
+        cause: of a budget or a measurement.
+        check: id of the check, such as `acme.logit-range`, whose package names its causes `acme.…`.
+    """
+    return cause in CAUSES or (bool(OWN_NAME.fullmatch(cause)) and cause.partition(".")[0] == check.partition(".")[0])
+
+
 def judge(check: str, measurements: Iterable[Measurement], budgets: Mapping[str, Budget] | None = None) -> list[Breach]:
     """The breaches among the measurements, worst first.
 
@@ -41,7 +53,8 @@ def judge(check: str, measurements: Iterable[Measurement], budgets: Mapping[str,
         budgets: by measurement name; the suite's own where None.
 
     Raises:
-        CheckError: no measurement has a budget: nothing was judged, which is not passing.
+        CheckError: no measurement has a budget: nothing was judged, which is not passing. Or it gives a cause that nobody
+            knows.
     """
     table = budgets_of(check) if budgets is None else budgets
     judged = 0
@@ -51,6 +64,11 @@ def judge(check: str, measurements: Iterable[Measurement], budgets: Mapping[str,
         if budget is None:
             continue
         judged += 1
+        if measurement.cause is not None and not is_cause(measurement.cause, check):
+            message = (
+                f"{check} gives the cause '{measurement.cause}', which is neither the suite's nor its own package's"
+            )
+            raise CheckError(message)
         if not within(measurement.value, budget.limit):
             breaches.append(Breach(measurement=measurement, budget=budget))
     if judged == 0:

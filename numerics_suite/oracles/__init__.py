@@ -16,6 +16,7 @@ from numerics_suite.oracles.parts import allowed_roundoffs, roundoffs_apart
 from numerics_suite.oracles.run import ANSWER, OracleRun, Overlay, run_definition
 from numerics_suite.oracles.trace import capture_states, first_difference
 from numerics_suite.oracles.weights import Weights, file_weights, tensor_weights
+from numerics_suite.subjects.families import added_families
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,7 +47,10 @@ _ORACLES: dict[str, type[Oracle]] = {"glm": Glm, "glm4": Glm4, "chatglm": ChatGl
 
 def oracle_for(family: str) -> type[Oracle] | None:
     """The definition of that family, None where there is none (the check is then skipped with that reason)."""
-    return _ORACLES.get(family)
+    if family in _ORACLES:
+        return _ORACLES[family]
+    added = added_families().get(family)
+    return None if added is None else added.oracle
 
 
 def _read(family: str, config: Mapping[str, Any]) -> Oracle:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
-from numerics_suite.judging.budgets import all_budgets
+from numerics_suite.judging.budgets import budgets_of
 from numerics_suite.reporting.findings import block, cells_text, grouped
 from numerics_suite.reporting.lines import WIDTH, Line, wrapped
 from numerics_suite.reporting.numbers import shown
@@ -151,10 +151,9 @@ def _cell(result: CheckResult) -> str:
 
 def _worst(result: CheckResult) -> tuple[float, str | None]:
     """How near its budget the measurement is that is nearest, and its name; a check without budgets has none."""
+    budgets = budgets_of(result.check)
     rated = [
-        (_excess(value, budget.limit), name)
-        for name, value in result.measurements.items()
-        if (budget := all_budgets().get((result.check, name))) is not None
+        (_excess(value, budgets[name].limit), name) for name, value in result.measurements.items() if name in budgets
     ]
     return max(rated, default=(0.0, None), key=lambda pair: pair[0])
 

@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from numerics_suite.core.extensions import extension_versions
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -32,8 +34,19 @@ def package_versions() -> dict[str, str]:
     return packages
 
 
+def describe_run(device: str) -> dict[str, Any]:
+    """The `environment` of a results file, with the packages that add something to the run.
+
+    A baseline does without these: whatever differs between two of its environments may explain other roundings.
+
+    Args:
+        device: where the cells run.
+    """
+    return {**describe_environment(device), "extensions": extension_versions()}
+
+
 def describe_environment(device: str) -> dict[str, Any]:
-    """The `environment` of a results file.
+    """What the numbers of a cell may depend on; a baseline holds it, and a difference in it is told.
 
     Args:
         device: where the cells run.

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.core.extensions import OWN_NAME
 from numerics_suite.settings import parsers
 from numerics_suite.settings.choices import ATTENTIONS, CAUSES, PRECISIONS
 
@@ -178,13 +179,18 @@ def _specifier(value: str) -> str:
     return value
 
 
+def _cause(value: str) -> str:
+    """A cause of ours, or one that another package has named in its own way, as in `acme.coarse-logits`."""
+    return value if OWN_NAME.fullmatch(value) else parsers.one_of("cause", CAUSES)(value)
+
+
 _PARSERS: dict[str, Any] = {
     "check": parsers.check_glob,
     "reason": parsers.text,
     "subject": parsers.text,
     "precision": parsers.one_of("precision", PRECISIONS),
     "attn": parsers.one_of("attention implementation", ATTENTIONS),
-    "cause": parsers.one_of("cause", CAUSES),
+    "cause": _cause,
     "transformers": _specifier,
     "until": _date,
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.switch import switch_off
 from numerics_suite.settings.accept import entry_to_json, parse_accept
 from numerics_suite.settings.sources import find_pyproject, has_table, merge, parse_option, read_pyproject
 from numerics_suite.settings.table import BY_NAME, OPTIONS, Option
@@ -56,7 +57,7 @@ def _add(add: Any, option: Option, flags: tuple[str, ...], help_text: str, dest:
 
 
 def from_command_line(given: Mapping[str, Any], folder: Path | None = None) -> Settings:
-    """The settings of one command.
+    """The settings of one command; extensions that they leave out are off from here on.
 
     Args:
         given: field name to text (or texts), None where the user said nothing.
@@ -66,7 +67,17 @@ def from_command_line(given: Mapping[str, Any], folder: Path | None = None) -> S
         BadInputError: a value cannot be used.
     """
     stated, accept = read_pyproject(find_pyproject(folder or Path.cwd()))
-    return merge([(PYPROJECT, stated), (COMMAND_LINE, _parsed(given, _cli_name))], accept)
+    return _heeded(merge([(PYPROJECT, stated), (COMMAND_LINE, _parsed(given, _cli_name))], accept))
+
+
+def _heeded(settings: Settings) -> Settings:
+    """These settings, with extensions off in this process where they say so.
+
+    What is added is looked up in many places, down to the family of a config; so this is a matter of the process.
+    """
+    if not settings.extensions:
+        switch_off()
+    return settings
 
 
 def _cli_name(option: Option, text: Any) -> str:
@@ -106,7 +117,8 @@ def add_pytest_options(parser: pytest.Parser) -> None:
 def from_pytest(config: pytest.Config) -> Settings:
     """The settings of a pytest run: its `--numerics-…` options over `[tool.numerics-suite]` of pyproject.toml.
 
-    With the arguments of :func:`to_args` it gives back the very settings that these were made from.
+    With the arguments of :func:`to_args` it gives back the very settings that these were made from. Extensions that they
+    leave out are off from here on.
 
     Args:
         config: pytest's.
@@ -122,9 +134,9 @@ def from_pytest(config: pytest.Config) -> Settings:
         origins = _loaded(carried, ORIGINS)
         turned_off = {name: False for name in origins if name in BY_NAME and name not in parsed}
         layers = [(origins.get(name, PYTEST), {name: value}) for name, value in {**turned_off, **parsed}.items()]
-        return merge(layers, accept, origins.get("accept", PYPROJECT))
+        return _heeded(merge(layers, accept, origins.get("accept", PYPROJECT)))
     stated, from_file = read_pyproject(_pyproject_of(config))
-    return merge([(PYPROJECT, stated), (PYTEST, parsed)], accept or from_file, PYTEST if accept else PYPROJECT)
+    return _heeded(merge([(PYPROJECT, stated), (PYTEST, parsed)], accept or from_file, PYTEST if accept else PYPROJECT))
 
 
 def _pyproject_of(config: pytest.Config) -> Path | None:

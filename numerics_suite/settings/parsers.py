@@ -8,7 +8,8 @@ import re
 from typing import TYPE_CHECKING, Literal
 
 from numerics_suite.core.errors import nearest
-from numerics_suite.core.registry import check_ids
+from numerics_suite.core.extensions import CHECKS, installed_names
+from numerics_suite.core.registry import own_check_ids
 from numerics_suite.settings.choices import DEVICES, TRAIN_SCOPES
 
 if TYPE_CHECKING:
@@ -108,14 +109,27 @@ def train_scope(value: str) -> str:
 
 
 def check_glob(value: str) -> str:
-    """A check id or a glob over check ids that matches at least one."""
-    ids = check_ids()
+    """A check id or a glob over check ids that matches at least one, of ours or of any other package that is installed."""
+    ids = own_check_ids()
     if any(fnmatch.fnmatchcase(check, value) for check in ids):
         return value
-    groups = {check.partition(".")[0] for check in ids}
-    hint = f"; did you mean '{value}.*'?" if value in groups else nearest(value, ids)
-    message = f"no check matches '{value}'{hint}"
+    # Asked only where ours do not answer: it takes longer to look them up than to do all else that options need.
+    ids = (*ids, *installed_names(CHECKS))
+    if any(fnmatch.fnmatchcase(check, value) for check in ids):
+        return value
+    message = f"no check matches '{value}'{_meant(value, ids)}"
     raise ValueError(message)
+
+
+def _meant(value: str, ids: tuple[str, ...]) -> str:
+    """What a glob that matches nothing may be a slip of."""
+    groups = {check.partition(".")[0] for check in ids}
+    prefix, dot, _ = value.partition(".")
+    if value in groups:
+        return f"; did you mean '{value}.*'?"
+    if dot and re.fullmatch(r"[a-z][a-z0-9-]*", prefix) and not nearest(prefix, groups):
+        return f"; checks of '{prefix}' come with another package, which is not installed here"
+    return nearest(value, ids)
 
 
 def name(value: str) -> str:

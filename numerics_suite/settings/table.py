@@ -130,6 +130,13 @@ OPTIONS: tuple[Option, ...] = (
         "skip", "all checks but those that match", form="list", default=(), parse=parsers.check_glob, metavar="GLOBS"
     ),
     _option(
+        "extensions",
+        "use what other packages add: checks, families, remedies, reporters (default: on)",
+        form="switch",
+        default=True,
+        parse=parsers.switch,
+    ),
+    _option(
         "trust_remote_code",
         "run the model code that comes with a checkpoint",
         form="flag",

@@ -27,6 +27,7 @@ class Settings:
         names: `--name`, for the first subjects in their order.
         precision: None for what the device runs well.
         checks: globs, empty for all.
+        extensions: what other packages add takes part.
         workers: `auto`, or a number; 0 runs in the process itself.
         json: path of the results file, `-` for standard output.
         accept: findings that do not fail the run.
@@ -45,6 +46,7 @@ class Settings:
     require_device: str | None = None
     checks: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    extensions: bool = True
     trust_remote_code: bool = False
     allow_pickle: bool = False
     steps: int = 5

@@ -101,11 +101,9 @@ def _check_code_is_there(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_model_type(path: Path, model_type: str) -> None:
-    if model_type in FIRST_RELEASES:
-        message = (
-            f"model type {model_type} needs transformers {FIRST_RELEASES[model_type]} or newer, "
-            f"{compat.version()} is installed"
-        )
+    first = FIRST_RELEASES.get(model_type) or family_of({"model_type": model_type}).first_release
+    if first is not None:
+        message = f"model type {model_type} needs transformers {first} or newer, {compat.version()} is installed"
         raise UnsupportedError(message)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # heavy
 

@@ -14,7 +14,7 @@ import pytest
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
 from numerics_suite.reporting.results import check_from_json, write_results
-from numerics_suite.running.environment import describe_environment
+from numerics_suite.running.environment import describe_run
 from numerics_suite.settings.accept import stale
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.suite.held_to import GROUP, left_out
@@ -59,7 +59,7 @@ class Gate:
         self.started = datetime.now(tz=timezone.utc).astimezone()
         self._clock = time.perf_counter()
         if run is not None:
-            run.begin(suite.plan, describe_environment(suite.plan.device))
+            run.begin(suite.plan, describe_run(suite.plan.device))
 
     def select(self, questions: Sequence[Question]) -> None:
         """Expect only what `-k`, `-m` and the like left."""
@@ -100,7 +100,7 @@ class Gate:
             started_at=self.started.isoformat(timespec="seconds"),
             duration_s=round(time.perf_counter() - self._clock, 3),
             verdict=verdict,
-            environment=describe_environment(self.suite.plan.device),
+            environment=describe_run(self.suite.plan.device),
             settings=self._settings_as_used(),
             subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
-from numerics_suite.core.registry import CheckSpec, check_ids, get_check
+from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check, own_check_ids
+from numerics_suite.core.switch import switched_on
 from numerics_suite.inputs.data import check_labels, read_examples
 from numerics_suite.running.devices import default_precisions, lacks, lacks_attention, resolve_device
 from numerics_suite.running.precisions import SERVING_REASON, Precision, precision
@@ -18,6 +19,7 @@ from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.subjects.resolve import resolve_all, unsupported_subject
 from numerics_suite.subjects.tasks import CLASSIFICATION
 from numerics_suite.subjects.tokenizers import tokenizer_folder
+from numerics_suite.suite.extensions import load_extensions
 from numerics_suite.suite.held_to import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ class Question:
 
     @property
     def param_id(self) -> str:
-        """Id of the pytest parameter: `padding-glm4-tiny-bf16-sdpa-cpu`."""
-        return f"{self.check.partition('.')[2]}-{self.cell.param_id}"
+        """Id of the pytest parameter: `padding-glm4-tiny-bf16-sdpa-cpu`; the file has one group, but for other packages' checks."""
+        name = self.check.partition(".")[2] if self.group in GROUPS else self.check
+        return f"{name}-{self.cell.param_id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,7 @@ def _checks(settings: Settings) -> tuple[list[CheckSpec], Baselines | None]:
     baselines = baselines_of(settings) if readers else None
     if readers and baselines is None and not asks_by_name(settings):
         selected = tuple(check for check in selected if check not in readers)
+    load_extensions(selected, NEEDS)
     return [get_check(check) for check in selected], baselines
 
 
@@ -150,7 +154,8 @@ def selected_checks(settings: Settings) -> tuple[str, ...]:
         if (not settings.checks or named(check, settings.checks)) and not named(check, settings.skip)
     )
     if not wanted:
-        message = "--checks and --skip leave no check to run"
+        off = "" if switched_on() else " where extensions are off"
+        message = f"--checks and --skip leave no check to run{off}"
         raise BadInputError(message)
     return wanted
 
@@ -235,7 +240,9 @@ def _reason(spec: CheckSpec, subject: Subject, recipe: Precision) -> str | None:
 
 
 def applicable_checks(subject: Subject, precision_name: str) -> tuple[str, ...]:
-    """Ids of all checks that have something to ask of the subject at that precision, whichever are selected.
+    """Ids of all our checks that have something to ask of the subject at that precision, whichever are selected.
+
+    A baseline holds them as a fact about the subject, so those of other packages, which come and go, are not among them.
 
     Args:
         subject: resolved.
@@ -243,5 +250,7 @@ def applicable_checks(subject: Subject, precision_name: str) -> tuple[str, ...]:
     """
     recipe = precision(precision_name)
     return tuple(
-        check for check in check_ids() if _group(check) != GROUP and _reason(get_check(check), subject, recipe) is None
+        check
+        for check in own_check_ids()
+        if _group(check) != GROUP and _reason(get_check(check), subject, recipe) is None
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
-from numerics_suite.running.environment import describe_environment
+from numerics_suite.running.environment import describe_run
 from numerics_suite.running.precisions import PRECISIONS, precision
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load
@@ -63,7 +63,7 @@ def reopen(settings: Settings, path: Path) -> RunResult:
         started_at=started.isoformat(timespec="seconds"),
         duration_s=round(time.perf_counter() - clock, 3),
         verdict="fail" if any(check.status == "failed" for check in checks) else "pass",
-        environment=describe_environment("cpu"),
+        environment=describe_run("cpu"),
         settings={**to_json(settings), "bundle": str(path)},
         subjects=tuple(subject_facts(subject) for subject in subjects),
         checks=checks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["norm", "rotary", "attention", "mlp", "block"]
 Role = Literal[Kind, "linear", "embedding", "other"]
@@ -17,7 +17,7 @@ class Family:
     Class names are matched as the end of `type(module).__name__`, so the generic family can say `RMSNorm` for all.
 
     Attributes:
-        name: `glm`, `glm4`, `chatglm`, `glm4_moe` or `generic`.
+        name: `glm`, `glm4`, `chatglm`, `glm4_moe`, `generic`, or another package's.
         model_types: values of `model_type` in `config.json` that belong to it.
         first_release: the first transformers release that has it, None for remote code and for `generic`.
         head_names: attribute names of a classification head.
@@ -32,7 +32,7 @@ class Family:
         mlp_classes: class names of its feed-forward part.
         block_classes: class names of its decoder block.
         embedding_suffixes: how the name of the stored input embedding ends.
-        has_oracle: its definition is written in `oracles/`.
+        has_oracle: its definition is written in `oracles/`, or comes with it in :class:`AddedFamily`.
     """
 
     name: str
@@ -75,3 +75,16 @@ class Family:
         """
         own: dict[str, Role] = {"Linear": "linear", "Embedding": "embedding"}
         return self.kind_of(class_name) or own.get(class_name, "other")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedFamily:
+    """A family of another package: the value of an entry point of `numerics_suite.families`.
+
+    Attributes:
+        family: whose name is the entry point's, and whose model types are nobody else's.
+        oracle: a class that fulfils :class:`numerics_suite.oracles.definition.Oracle`, None without a definition.
+    """
+
+    family: Family
+    oracle: type[Any] | None = None

@@ -1,0 +1,81 @@
+"""Remedies that other packages add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from numerics_suite.core.extensions import OWN_NAME, REMEDIES, Extension, extensions, load_as
+from numerics_suite.diagnosing.cures import COST, CURES, Cure
+from numerics_suite.settings.choices import CAUSES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedRemedy:
+    """A remedy of another package: the value of an entry point of `numerics_suite.remedies`.
+
+    Attributes:
+        name: the entry point's.
+        description: what the user does, in a line.
+        cure: yields ways to apply it to a fresh copy, cheapest for the user first; nothing where it does not apply.
+        causes: those for which it is tried, whatever check found them; budgets may name it besides.
+    """
+
+    name: str
+    description: str
+    cure: Cure
+    causes: tuple[str, ...] = ()
+
+
+def added_remedies() -> Mapping[str, AddedRemedy]:
+    """The remedies of other packages, by name.
+
+    Raises:
+        BadInputError: one cannot be loaded, or is for a cause that nobody has.
+    """
+    return _loaded(tuple(extensions(REMEDIES).values()))
+
+
+@cache
+def _loaded(found: tuple[Extension, ...]) -> Mapping[str, AddedRemedy]:
+    remedies = {}
+    for extension in found:
+        added = load_as(extension, AddedRemedy)
+        if added.name != extension.name:
+            extension.refuse(f"the remedy's name is '{added.name}', and must be the entry point's")
+        for cause in added.causes:
+            if cause not in CAUSES and not OWN_NAME.fullmatch(cause):
+                extension.refuse(f"the cause '{cause}' is none of numerics-suite's")
+        remedies[extension.name] = added
+    return remedies
+
+
+def remedies_of(cause: str) -> tuple[str, ...]:
+    """Names of the added remedies that are tried for that cause.
+
+    Args:
+        cause: of a finding.
+    """
+    return tuple(name for name, added in added_remedies().items() if cause in added.causes)
+
+
+def cure_of(name: str) -> Cure | None:
+    """How a remedy is applied to a fresh copy, None where it cannot be.
+
+    Args:
+        name: of ours, or of another package's.
+    """
+    if name in CURES:
+        return CURES[name]
+    added = added_remedies().get(name)
+    return None if added is None else added.cure
+
+
+def cost_of(name: str) -> float:
+    """Where a remedy stands among all, cheapest for the user first; another package's is behind what can be tried here.
+
+    Args:
+        name: of ours, or of another package's.
+    """
+    return COST.index(name) if name in COST else COST.index("reload-weights") - 0.5

@@ -1,0 +1,113 @@
+"""What a package needs that adds checks, families, remedies or reporters of its own.
+
+These names are stable, and nothing else that lies inside the package is. Nothing is imported with this module; each name
+is on first use. docs/extending.md tells how they go together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numerics_suite.core.atomic import write_atomic
+    from numerics_suite.core.errors import BadInputError, NotApplicableError
+    from numerics_suite.core.records import (
+        Batch,
+        Budget,
+        Cell,
+        CheckResult,
+        Finding,
+        Measurement,
+        RunResult,
+        Series,
+        Subject,
+    )
+    from numerics_suite.core.registry import AddedCheck, CheckSpec, check
+    from numerics_suite.diagnosing.added import AddedRemedy
+    from numerics_suite.diagnosing.cures import Attempt
+    from numerics_suite.oracles.config import OracleUnavailable, read_rope
+    from numerics_suite.oracles.definition import Context, Head, Oracle
+    from numerics_suite.oracles.parts import Place, activation, attend, frequencies, rotate
+    from numerics_suite.reporting.documents import Documents, Run
+    from numerics_suite.running.evidence import Evidence
+    from numerics_suite.running.twins import plain_answer, rounded_answer, true_answer
+    from numerics_suite.subjects.families.family import AddedFamily, Family
+    from numerics_suite.subjects.load import Loaded
+
+_HOMES = {
+    "numerics_suite.core.atomic": ("write_atomic",),
+    "numerics_suite.core.errors": ("BadInputError", "NotApplicableError"),
+    "numerics_suite.core.records": (
+        "Batch",
+        "Budget",
+        "Cell",
+        "CheckResult",
+        "Finding",
+        "Measurement",
+        "RunResult",
+        "Series",
+        "Subject",
+    ),
+    "numerics_suite.core.registry": ("AddedCheck", "CheckSpec", "check"),
+    "numerics_suite.diagnosing.added": ("AddedRemedy",),
+    "numerics_suite.diagnosing.cures": ("Attempt",),
+    "numerics_suite.oracles.config": ("OracleUnavailable", "read_rope"),
+    "numerics_suite.oracles.definition": ("Context", "Head", "Oracle"),
+    "numerics_suite.oracles.parts": ("Place", "activation", "attend", "frequencies", "rotate"),
+    "numerics_suite.reporting.documents": ("Documents", "Run"),
+    "numerics_suite.running.evidence": ("Evidence",),
+    "numerics_suite.running.twins": ("plain_answer", "rounded_answer", "true_answer"),
+    "numerics_suite.subjects.families.family": ("AddedFamily", "Family"),
+    "numerics_suite.subjects.load": ("Loaded",),
+}
+"""Where the names are."""
+
+__all__ = [
+    "AddedCheck",
+    "AddedFamily",
+    "AddedRemedy",
+    "Attempt",
+    "BadInputError",
+    "Batch",
+    "Budget",
+    "Cell",
+    "CheckResult",
+    "CheckSpec",
+    "Context",
+    "Documents",
+    "Evidence",
+    "Family",
+    "Finding",
+    "Head",
+    "Loaded",
+    "Measurement",
+    "NotApplicableError",
+    "Oracle",
+    "OracleUnavailable",
+    "Place",
+    "Run",
+    "RunResult",
+    "Series",
+    "Subject",
+    "activation",
+    "attend",
+    "check",
+    "frequencies",
+    "plain_answer",
+    "read_rope",
+    "rotate",
+    "rounded_answer",
+    "true_answer",
+    "write_atomic",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The names, on first use."""
+    import importlib
+
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

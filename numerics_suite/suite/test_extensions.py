@@ -1,0 +1,13 @@
+"""The checks of every cell that other packages add."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from numerics_suite.plugin import Asked
+
+
+def test_extensions(numerics_question: Asked) -> None:
+    """Ask the check; the plugin turns the answer into the item's outcome."""
+    numerics_question.ask()

@@ -1,0 +1,98 @@
+"""A check and a remedy: logits so large that their own dtype cannot tell near ones apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.extending import (
+    AddedCheck,
+    AddedRemedy,
+    Attempt,
+    Batch,
+    Budget,
+    Evidence,
+    Finding,
+    Loaded,
+    Measurement,
+    NotApplicableError,
+    check,
+)
+
+
+@check(check_id="acme.logit-spacing", batches=True, seeks="largest-logit", needs=("token-ids",))
+def logit_spacing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """Is the next number after the largest logit near enough for a softmax to tell two answers apart?
+
+    bfloat16 has 8 bits: after 128 comes 129, so two tokens of which one is 2.7 times as likely have one logit.
+    """
+    logits = evidence.forward(batch)["logits"]
+    if logits.dim() > 2:
+        logits = logits[batch.tensors["attention_mask"].bool()]  # what stands at padding, nobody reads
+    largest = logits.abs().max().item()
+    if not math.isfinite(largest):
+        reason = "logits are not finite, which forward.finite is about"
+        raise NotApplicableError(reason)
+    spacing = torch.finfo(logits.dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
+    facts = {"largest logit": largest, "dtype": str(logits.dtype).removeprefix("torch.")}
+    yield Measurement(name="spacing", value=spacing, unit="nats", module=next(iter(heads(evidence)), None), facts=facts)
+    yield Measurement(name="largest-logit", value=largest, unit="nats")  # without a budget: Hypothesis climbs it
+
+
+def heads(evidence: Evidence) -> list[str]:
+    """Names of the linear layers on top, as the family calls them."""
+    names = {*evidence.family.lm_head_names, *evidence.family.head_names}
+    modules = evidence.model.named_modules()
+    return [name for name, module in modules if name.rpartition(".")[2] in names and isinstance(module, nn.Linear)]
+
+
+LOGIT_SPACING = AddedCheck(
+    spec=logit_spacing,
+    budgets=(
+        Budget(
+            check="acme.logit-spacing",
+            measurement="spacing",
+            limit=0.5,
+            cause="acme.coarse-logits",
+            title="logits of {facts[dtype]} are {value:.3g} apart at the largest, {facts[largest logit]:.4g}",
+            reason="Two logits that are rounded to one are one to every softmax. At a spacing of 0.5 two tokens are alike "
+            "of which one should be 1.6 times as likely; logits of published models stay below 64, where bfloat16 has 0.25.",
+            remedies=("acme.float32-head", "keep-in-fp32"),
+        ),
+    ),
+)
+
+
+class _Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 and leaves its output there; its weights stay as they are."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[…, in]` of any dtype to `[…, out]` float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def float32_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    """The head in float32, on a fresh copy; nothing where the model computes in float32 or has no such head."""
+    names = heads(evidence)
+    if not names or evidence.recipe.computes_in in {"float32", "float64"}:
+        return
+
+    def change(loaded: Loaded) -> Loaded:
+        for name in names:
+            loaded.model.get_submodule(name).__class__ = _Float32Linear
+        return loaded
+
+    yield Attempt(evidence=evidence.variant(change=change), how=f"{', '.join(names)} in float32")
+
+
+FLOAT32_HEAD = AddedRemedy(
+    name="acme.float32-head",
+    description="compute the head in float32 and leave its logits there",
+    cure=float32_head,
+    causes=("overflow",),  # of logits that leave the range of float16; a module within the model it cannot help
+)
