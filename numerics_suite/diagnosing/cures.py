@@ -1,7 +1,8 @@
 """Each remedy of the contract as a change that is made to a fresh copy: evidence under cured conditions.
 
-A cure yields attempts, cheapest for the user first; the first that works is the one that is told. A remedy without an
-entry here cannot be tried on this machine (`reload-weights` needs another copy of the files).
+A cure yields attempts, cheapest for the user first; the first that works is the one that is told. It raises NotApplicableError where
+the reason why it cannot be tried is worth telling. A remedy without an entry here cannot be tried on this machine (`reload-weights`
+needs another copy of the files).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from numerics_suite.core.records import Finding
+from numerics_suite.diagnosing.fixing import fixed_configs
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.precisions import PRECISIONS
 from numerics_suite.running.training import Plan
@@ -29,10 +31,13 @@ class Attempt:
     Attributes:
         evidence: the cell, cured.
         how: what was set, for the effect's text (`lr 1.2e-05`); empty where the remedy's name says it all.
+        meant: the same model whose answers are held to another definition than its own files', None for the same. Such an
+            attempt says what the definition is, so it is verified only where the definition was asked and agrees.
     """
 
     evidence: Evidence
     how: str = ""
+    meant: Evidence | None = None
 
 
 Change = Callable[[Loaded], Loaded]
@@ -199,11 +204,17 @@ def _default_dtypes(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
         yield Attempt(evidence=evidence.variant(), how="ids and masks in int64")
 
 
+def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+    for fixed in fixed_configs(evidence, finding):
+        yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
+
+
 CURES: dict[str, Cure] = {
     "init-head": _init_head,
     "default-input-dtypes": _default_dtypes,
     "set-pad-token": _pad_token,
     "fix-padding": _one_side,
+    "fix-config": _config,
     "clip-grad-norm": _clip,
     "larger-optimizer-eps": _larger_eps,
     "tune-loss-scale": _loss_scale,

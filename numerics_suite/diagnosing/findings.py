@@ -55,8 +55,15 @@ def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None,
         parameters=measured.parameters,
         evidence=facts,
         batch=batch_as_json(batch) if batch is not None else None,
-        remedies=untried(budget.remedies),
+        remedies=untried(_remedies(worst, breaches[1:])),
     )
+
+
+def _remedies(worst: Breach, others: Sequence[Breach]) -> tuple[str, ...]:
+    """The worst breach's, and those of other breaches at its module: what is wrong there may be seen best in another number."""
+    module = worst.measurement.module
+    alike = [other for other in others if module is not None and other.measurement.module == module]
+    return tuple(dict.fromkeys(name for breach in (worst, *alike) for name in breach.budget.remedies))
 
 
 def title(breach: Breach) -> str:

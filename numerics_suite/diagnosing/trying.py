@@ -28,8 +28,8 @@ TRAINS = ("train.finite", "train.descends")
 """Asked where the finding is about training or about the weights that training starts from."""
 
 NOT_HERE = {
-    "reload-weights": "not tried: there is no other copy of the files here",
-    "fix-config": "not tried: the checkpoint's files are left as they are",
+    "reload-weights": "cannot be tried: there is no other copy of the files here and nothing is fetched; "
+    "run the same check on the files once they are fetched again",
     "newer-version": "not tried: --try-versions does, in environments of their own",
     "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
 }
@@ -63,7 +63,9 @@ Ask = Callable[[str, Evidence], Answer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    works: bool
+    """What an attempt showed; `works` is None where what would show it could not be asked."""
+
+    works: bool | None
     effect: str
 
 
@@ -98,6 +100,8 @@ class _Trial:
             return replace(untried, effect=NOT_HERE[name])
         try:
             seen = self._learning_rate() if name == "lower-learning-rate" else self._first_that_works(name)
+        except NotApplicableError as error:
+            return replace(untried, effect=str(error))
         except Exception as error:  # noqa: BLE001 - a cure that cannot be tried never hides the finding
             line = " ".join(str(error).split())
             return replace(untried, effect=f"could not be tried: {type(error).__name__}: {line}"[:200])
@@ -145,7 +149,7 @@ class _Trial:
             return None
 
         def holds(plan: Plan) -> bool:
-            return self._seen(Attempt(evidence=self.evidence.variant(plan=plan))).works
+            return bool(self._seen(Attempt(evidence=self.evidence.variant(plan=plan))).works)
 
         found = learning_rates(self.evidence.request.plan, holds)
         if found is None:
@@ -160,24 +164,37 @@ class _Trial:
         cured = attempt.evidence
         try:
             how = f"{attempt.how}: " if attempt.how else ""
-            own = self._asked(self.check, cured)
-            breaches = () if own is None else own.breaches
-            if self.on_users_side:
-                breaches = [breach for breach in breaches if breach.measurement.name in BY_THE_MODEL]
+            own = self._asked(self.check, attempt)
+            breaches = self._that_count(own, attempt)
             if own is not None and breaches:
                 return _Seen(works=False, effect=how + _still(replace(own, breaches=breaches), cured, self.check))
             for check in SOUND:
-                answer = self._asked(check, cured)
+                answer = self._asked(check, attempt)
                 if answer is not None and answer.breaches:
                     left = title(answer.breaches[0])
                     return _Seen(works=False, effect=f"{how}hides the symptom and leaves the cause: {left}")
             for check in self._companions(cured):
-                answer = self._asked(check, cured)
-                if answer is not None and answer.breaches and not self._was_so_before(check, answer):
+                answer = self._asked(check, attempt)
+                if answer is None and check == DEFINITION and attempt.meant is not None:
+                    effect = f"{how}{self.check} passes, and no definition is at hand to hold the answers to"
+                    return _Seen(works=None, effect=effect)
+                if answer is not None and answer.breaches and not self._excused(check, answer, attempt):
                     return _Seen(works=False, effect=f"{how}{check} fails: {title(answer.breaches[0])}")
-            return _Seen(works=True, effect=how + self._effect(own, cured))
+                if answer is not None and check == DEFINITION and attempt.meant is not None:
+                    held = answer.measurements.get("true-logits", math.nan)
+                    how = f"{how}the answers are {held:.1g} from the definition; "
+            return _Seen(works=True, effect=how + self._effect(own, attempt))
         finally:
             cured.let_go()
+            if attempt.meant is not None:
+                attempt.meant.let_go()
+
+    def _that_count(self, own: Answer | None, attempt: Attempt) -> Sequence[Breach]:
+        """The breaches of the failing check that speak against the attempt."""
+        breaches = () if own is None else own.breaches
+        if not self.on_users_side or attempt.meant is not None:
+            return breaches
+        return [breach for breach in breaches if breach.measurement.name in BY_THE_MODEL]
 
     @property
     def on_users_side(self) -> bool:
@@ -189,29 +206,31 @@ class _Trial:
         about_training = self.check.startswith(("train.", "load."))
         return (*TRAINS, *RIGHT) if about_training and cured.recipe.trains else RIGHT
 
-    def _was_so_before(self, check: str, answer: Answer) -> bool:
+    def _excused(self, check: str, answer: Answer, attempt: Attempt) -> bool:
         """Whether the model differs from its definition exactly as far without the cure: that is another finding's matter.
 
-        A NaN that becomes a number does not count: what it hid is seen only now.
+        A NaN that becomes a number does not count: what it hid is seen only now. Nor does a cure that says what the definition is.
         """
-        if check != DEFINITION:
+        if check != DEFINITION or attempt.meant is not None:
             return False
         if DEFINITION not in self.evidence.memo:
-            self.evidence.memo[DEFINITION] = self._asked(DEFINITION, self.evidence)
+            self.evidence.memo[DEFINITION] = self._asked(DEFINITION, Attempt(evidence=self.evidence))
         before = self.evidence.memo[DEFINITION]
         worst = answer.breaches[0].measurement
         return before is not None and math.isclose(
             before.measurements.get(worst.name, math.nan), worst.value, rel_tol=SAME
         )
 
-    def _asked(self, check: str, cured: Evidence) -> Answer | None:
+    def _asked(self, check: str, attempt: Attempt) -> Answer | None:
+        meant = attempt.meant if check == DEFINITION else None
         try:
-            return self.ask(check, cured)
+            return self.ask(check, meant or attempt.evidence)
         except (NotApplicableError, UnsupportedError):
             return None  # in these conditions there is nothing to ask
 
-    def _effect(self, own: Answer | None, cured: Evidence) -> str:
-        if set(TRAINS) <= set(self._companions(cured)):
+    def _effect(self, own: Answer | None, attempt: Attempt) -> str:
+        cured = attempt.evidence
+        if attempt.meant is None and set(TRAINS) <= set(self._companions(cured)):
             try:
                 return curve(cured.trajectory)
             except NumericsSuiteError:

@@ -93,7 +93,7 @@ class Evidence:
             subject: the resolved subject.
             cell: where it runs.
             request: batch shape, seed, training plan.
-            loader: replaces :func:`numerics_suite.subjects.load.load`, for a cured copy.
+            loader: replaces :func:`numerics_suite.subjects.load.load`, for models that are changed in a test.
         """
         self.subject, self.cell, self.request = subject, cell, request
         self.recipe: Precision = precision(cell.precision)
@@ -101,10 +101,13 @@ class Evidence:
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self.memo: dict[str, Any] = {}
+        self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
+        self._runs: dict[tuple[Any, ...], Trajectory] = {}
 
     def variant(
         self,
         *,
+        subject: Subject | None = None,
         precision_name: str | None = None,
         attn: str | None = None,
         change: Callable[[Loaded], Loaded] | None = None,
@@ -113,7 +116,10 @@ class Evidence:
     ) -> Evidence:
         """Evidence of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
 
+        Training runs are shared with it, so that an experiment and the remedy of its name train once.
+
         Args:
+            subject: the same one in other files.
             precision_name: another precision.
             attn: another attention implementation.
             change: applied to every model as soon as it is loaded.
@@ -121,16 +127,17 @@ class Evidence:
             request: more fields of the request to replace.
         """
         cell = replace(self.cell, precision=precision_name or self.cell.precision, attn=attn or self.cell.attn)
-        inner = self._loader
-        loader = inner if change is None else lambda *args, **keywords: change(inner(*args, **keywords))
         asked = replace(self.request, plan=plan or self.request.plan, **request)
-        return Evidence(self.subject, cell, asked, loader=loader)
+        variant = Evidence(subject or self.subject, cell, asked, loader=self._loader)
+        variant.changes = self.changes if change is None else (*self.changes, change)
+        variant._runs = self._runs
+        return variant
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:
         """A fresh model, in eval mode; dtype and attention are the cell's unless given."""
-        return self._loader(
+        loaded = self._loader(
             self.subject,
             dtype=dtype or self.recipe.parameters,
             attn=attn or self.cell.attn,
@@ -138,6 +145,9 @@ class Evidence:
             seed=seed,
             poison=poison,
         )
+        for change in self.changes:
+            loaded = change(loaded)
+        return loaded
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -337,8 +347,13 @@ class Evidence:
 
     @cached_property
     def trajectory(self) -> Trajectory:
-        """The watched training run of the cell on a copy of its model, on the fixed batch."""
-        return self.train(self.request.plan)
+        """The watched training run of the cell on a copy of its model, on the fixed batch; once under the same conditions."""
+        request = self.request
+        asked = (request.plan, request.seed, request.rows, request.length, self.family.padding_sides)
+        conditions = (self.subject, self.cell, asked, self.changes)
+        if conditions not in self._runs:
+            self._runs[conditions] = self.train(request.plan)
+        return self._runs[conditions]
 
     def train(self, plan: Plan, recipe: Precision | None = None) -> Trajectory:
         """Train a copy of the cell's model on the fixed batch.

@@ -159,6 +159,34 @@ def test_a_module_in_float32_trains_its_copy_and_not_the_original():
     assert Loaded.model[1].weight.grad is None
 
 
+def test_what_cannot_be_tried_is_said_plainly():
+    def spoiled(model):
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+
+    _, remedies, _, _ = told(spoiled, "load.finite")
+    assert remedies["reload-weights"].verified is None
+    assert remedies["reload-weights"].effect.startswith("cannot be tried: there is no other copy of the files here")
+
+
+def test_an_experiment_and_the_remedy_of_its_name_train_once(monkeypatch):
+    from numerics_suite.running import evidence
+
+    ran = []
+    own = evidence.train
+
+    def counted(model, tensors, *, recipe, plan, device):
+        ran.append((recipe.name, plan))
+        return own(model, tensors, recipe=recipe, plan=plan, device=device)
+
+    monkeypatch.setattr(evidence, "train", counted)
+    finding, remedies, _, _ = told(None, "train.finite", precision="pure-fp16")
+    assert finding.evidence["with eps 0.0001"] == "passes"
+    assert remedies["larger-optimizer-eps"].verified is True
+    assert len(ran) == len(set(ran)), "the same copy was trained twice"
+    assert len({plan.eps for _, plan in ran}) > 1
+
+
 def test_without_diagnosis_nothing_is_tried():
     session = MutantSession(settings_of("glm4-tiny", "bf16", "sdpa", diagnose=False, **CLASSIFY), uninitialised)
     session.tries_remedies = True

@@ -1,0 +1,179 @@
+"""`fix-config` applied: a copy of the checkpoint's folder in which config.json alone is another, and what the release builds from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Finding, Subject
+from numerics_suite.diagnosing.rewriting import (
+    OF_ROPE,
+    SYNONYMS,
+    Rewriting,
+    in_words_that_are_read,
+    of_stored_sizes,
+    tied_as_stored,
+)
+from numerics_suite.oracles import file_weights
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.subjects import compat
+from numerics_suite.subjects.files import tensor_headers
+
+CONFIG = "config.json"
+
+ELSEWHERE = {
+    "tokenizer-refused": "not tried: what is refused is tokenizer_config.json; name PreTrainedTokenizerFast there as its "
+    "tokenizer_class, which every release reads beside a tokenizer.json",
+    "merged-edges": "not tried: no key of config.json clamps ids, the model's code does",
+    "out-of-range": "not tried: no key of config.json gives the stored embedding more rows; use the checkpoint's own tokenizer",
+}
+"""By measurement: findings that name this remedy and that another file or the code has to cure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed:
+    """A model built from another config.json.
+
+    Attributes:
+        evidence: the cell on the copy.
+        meant: the same model, whose answers are held to what the user's own file means.
+        how: which keys to write, and what the release then builds.
+    """
+
+    evidence: Evidence
+    meant: Evidence
+    how: str
+
+
+def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
+    """The cell on a copy of its folder with the config rewritten; the copy lasts until the next is asked for.
+
+    Args:
+        evidence: the cell; its files are only read.
+        finding: of `load.*`, `inputs.*` or `reference.oracle`.
+
+    Raises:
+        NotApplicableError: there is nothing to rewrite, with the reason.
+    """
+    subject = evidence.subject
+    measurement = str(finding.evidence.get("measurement", ""))
+    if measurement in ELSEWHERE:
+        raise NotApplicableError(ELSEWHERE[measurement])
+    if subject.path is None:
+        reason = "not tried: a factory's model has no config.json"
+        raise NotApplicableError(reason)
+    rewriting = _rewriting(evidence, finding)
+    with _copied(subject, rewriting.config) as copy:
+        fixed = evidence.variant(subject=copy)
+        meant = evidence.variant(subject=replace(copy, config=rewriting.meaning))
+        how = f"{rewriting}, {_built(evidence, fixed, rewriting)}"
+        yield Fixed(evidence=fixed, meant=meant, how="; ".join((how, *rewriting.left)))
+
+
+def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
+    raw, built = evidence.subject.config, evidence.model.config
+    measurement = finding.evidence.get("measurement")
+    known = compat.known_config_keys(type(built))
+    if measurement == "mismatched":
+        return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
+    if measurement == "wrongly-tied":
+        return _tied(evidence)
+    of_table = measurement == "rotary-excess" or "also rotary-excess" in finding.evidence
+    keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters
+    return in_words_that_are_read(raw, known, keys)
+
+
+def _shapes(subject: Subject) -> Mapping[str, tuple[int, ...]]:
+    return {name: shape for name, (_, shape) in tensor_headers(_folder(subject)).items()}
+
+
+def _folder(subject: Subject) -> Path:
+    return Path(subject.adapter_base or str(subject.path))
+
+
+def _tied(evidence: Evidence) -> Rewriting:
+    """Whether both embeddings are one matrix is seen in the files: the output's is absent there, or the same."""
+    model, folder = evidence.model, _folder(evidence.subject)
+    entry, head = (
+        f"{_name_of(model, embedding)}.weight"
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    )
+    stored = _shapes(evidence.subject)
+    equal = False
+    if entry in stored and stored.get(head) == stored[entry]:
+        weights = file_weights(folder)
+        equal = torch.equal(weights(entry), weights(head))
+    return tied_as_stored(evidence.subject.config, stored, head=head, equal=equal)
+
+
+def _name_of(model: nn.Module, wanted: object) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+@contextmanager
+def _copied(subject: Subject, config: Mapping[str, Any]) -> Iterator[Subject]:
+    """The subject in a folder of its own that links to the same weights and code; gone afterwards.
+
+    Args:
+        subject: with files.
+        config: what its config.json holds there.
+    """
+    source = _folder(subject)
+    with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch:
+        # transformers keeps remote code by the folder's name.
+        folder = Path(scratch) / source.name
+        folder.mkdir()
+        for file in source.rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts and file != source / CONFIG:
+                _link(file.resolve(), folder / file.relative_to(source))
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        if subject.adapter_base:
+            yield replace(subject, adapter_base=str(folder), config=config)
+        else:
+            yield replace(subject, path=folder, config=config)
+
+
+def _link(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.symlink_to(file)
+    except OSError:  # not every file system has links
+        shutil.copy2(file, place)
+
+
+def _built(before: Evidence, after: Evidence, rewriting: Rewriting) -> str:
+    """`transformers 5.24.0 builds rotary base 500000 (was 10000)`: what the new words change, in numbers."""
+    was, now = _values(before), _values(after)
+    names = {name for key in (*rewriting.written, *rewriting.dropped) for name in (key, *_synonyms(key))}
+    names |= {"rotary base", "rotary pairs"}
+    changed = [
+        f"{name} {now[name]} (was {was.get(name)})" for name in sorted(names & now.keys()) if now[name] != was.get(name)
+    ]
+    return f"transformers {compat.version()} builds {', '.join(changed) or 'the same model'}"
+
+
+def _synonyms(key: str) -> tuple[str, ...]:
+    return next((names for names in SYNONYMS if key in names), ())
+
+
+def _values(evidence: Evidence) -> dict[str, Any]:
+    """What the built model has: its config's values, and the rotary base as its own table has it."""
+    config = evidence.model.config
+    values = {key: getattr(config, key, None) for names in (*SYNONYMS, ("tie_word_embeddings",)) for key in names}
+    table = evidence.rotary_table
+    if table is not None and table[1].dim() == 1 and len(table[1]) > 1:
+        pairs = len(table[1])
+        # The k-th frequency is the base to the power of -k / pairs. The power multiplies the roundoff of a float32 by the pairs: five digits are sure.
+        base = float(f"{float(table[1].double()[1]) ** -pairs:.5g}")
+        values |= {"rotary base": int(base) if base.is_integer() else base, "rotary pairs": pairs}
+    return {key: value for key, value in values.items() if value is not None}
