@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from numerics_suite.core.records import Remedy
+    from numerics_suite.core.records import Finding, Remedy
+    from numerics_suite.reporting.documents import BisectFile
     from numerics_suite.reporting.html.problems import Problem
     from numerics_suite.reporting.html.spans import Span
+
+PLAIN_VERSIONS = ("newer-version", "pin-version")
+"""Remedies that say no more than the versions that were tried."""
 
 MOST = 4
 """Pieces of advice of one issue."""
@@ -37,22 +41,40 @@ def advice_on(problems: Sequence[Problem]) -> tuple[Advised, ...]:
     Args:
         problems: the first of them is told.
     """
-    advised = list(_versions(problems[0].spans))
+    versions = list(_versions(problems[0].spans))
+    cures = list(_cures([problem.finding for problem in problems], leave_out=PLAIN_VERSIONS if versions else ()))
+    return _useful([*versions, *cures])
+
+
+def bisected_cures(bisection: BisectFile) -> tuple[Advised, ...]:
+    """What to do about what `bisect` found.
+
+    Args:
+        bisection: its file.
+    """
+    content = bisection.content
+    stay = Advised(text=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True)
+    findings = [] if bisection.finding is None else [bisection.finding]
+    return _useful([stay, *_cures(findings, leave_out=PLAIN_VERSIONS)])
+
+
+def _useful(advised: Sequence[Advised]) -> tuple[Advised, ...]:
+    """Cures that did not help are told only where nothing else is."""
+    useful = [item for item in advised if item.tried is not False]
+    return tuple((useful or list(advised))[:MOST])
+
+
+def _cures(findings: Sequence[Finding], leave_out: Sequence[str]) -> Iterator[Advised]:
     remedies: dict[str, Remedy] = {}
-    for problem in problems:
-        for remedy in problem.finding.remedies:
+    for finding in findings:
+        for remedy in finding.remedies:
             known = remedies.get(remedy.name)
             if known is None or (known.verified is not True and remedy.verified is not None):
                 remedies[remedy.name] = remedy
-    versioned = {"newer-version", "pin-version"} if advised else set()
-    advised += [
-        _cure(remedy)
-        for wanted in (True, None, False)
-        for remedy in remedies.values()
-        if remedy.verified is wanted and remedy.name not in versioned
-    ]
-    useful = [item for item in advised if item.tried is not False]
-    return tuple((useful or advised)[:MOST])
+    for wanted in (True, None, False):
+        for remedy in remedies.values():
+            if remedy.verified is wanted and remedy.name not in leave_out:
+                yield _cure(remedy)
 
 
 def _versions(spans: Sequence[Span]) -> Iterator[Advised]:

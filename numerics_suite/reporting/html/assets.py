@@ -10,7 +10,7 @@ from typing import Final
 
 STATIC: Final = Path(__file__).resolve().parent / "static"
 VENDORED: Final = ("vendor/d3.min.js", "vendor/plot.umd.min.js")
-OWN: Final = ("theme.js", "copy.js", "filter.js", "map.js", "table.js", "plots.js", "main.js")
+OWN: Final = ("theme.js", "copy.js", "filter.js", "grid.js", "map.js", "plots.js", "main.js")
 """One program in several files: they share one scope, and the last one starts it."""
 
 
@@ -21,8 +21,14 @@ def style() -> str:
 
 
 @cache
+def early() -> str:
+    """The program that runs before anything is painted."""
+    return (STATIC / "early.js").read_text(encoding="utf-8")
+
+
+@cache
 def scripts() -> tuple[str, ...]:
-    """The texts of the page's script elements, in the order in which they run: the libraries only where they are needed."""
+    """The programs at the end of the page, in the order in which they run."""
     vendored = [(STATIC / name).read_text(encoding="utf-8") for name in VENDORED]
     own = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in OWN)
     return (*vendored, f'(() => {{\n"use strict";\n{own}\n}})();\n')

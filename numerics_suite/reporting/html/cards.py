@@ -48,6 +48,7 @@ class Card:
         batch: the smallest failing batch.
         cures: what to do.
         cells: rows of version, subject and cells.
+        cell_count: results that have it.
         more: how many rows were left out.
         versions: one line for each span of versions.
         script: text of the reproducer, empty where there is none that can be read.
@@ -71,6 +72,7 @@ class Card:
     batch: str
     cures: tuple[Advised, ...]
     cells: tuple[tuple[str, str, str], ...]
+    cell_count: int
     more: int
     versions: tuple[str, ...]
     script: str
@@ -119,6 +121,7 @@ def _card(at: int, problem: Problem, scripts: Scripts) -> Card:
         batch=batch_text(finding.batch),
         cures=advice_on([problem]),
         cells=tuple(rows[:MOST_ROWS]),
+        cell_count=len(problem.places),
         more=max(len(rows) - MOST_ROWS, 0),
         versions=tuple(_versions(problem)),
         script=text,
@@ -191,10 +194,7 @@ def _order(place: Place) -> tuple[int, int, str]:
 
 def _versions(problem: Problem) -> Iterator[str]:
     for span in problem.spans:
-        before = f"{span.last_good} is good" if span.last_good else "nothing older was tried"
-        after = f"{span.repaired} is good again" if span.repaired else f"{span.newest} is the newest tried"
-        within = f" ({span.within})" if span.within else ""
-        yield f"{span.package} {span.bad}; {before}; {after}{within}"
+        yield "; ".join(f"{label} {text}" for label, text in span.lines())
 
 
 def _command(place: Place) -> str:

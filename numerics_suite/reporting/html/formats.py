@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from numerics_suite.core.numbers import name_of
+from numerics_suite.core.numbers import jsonable, name_of
 from numerics_suite.reporting.numbers import shown
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def slug(text: str) -> str:
     return _UNFIT.sub("-", text.lower()).strip("-")[:60] or "x"
 
 
+def as_json(value: Any) -> str:
+    """JSON for an attribute or a script element: the template escapes what HTML would read."""
+    return json.dumps(jsonable(value), allow_nan=False, separators=(",", ":"))
+
+
 def sign(status: str) -> str:
     """The sign of a status."""
     return SIGNS.get(status, "?")
@@ -83,4 +89,5 @@ FILTERS: Final[dict[str, Callable[..., str]]] = {
     "sentence": sentence,
     "slug": slug,
     "sign": sign,
+    "as_json": as_json,
 }

@@ -42,6 +42,28 @@ class Span:
         """`5.8.0`, or `5.8.0 to 5.8.1`."""
         return self.first_bad if self.first_bad == self.last_bad else f"{self.first_bad} to {self.last_bad}"
 
+    @property
+    def telling(self) -> bool:
+        """Some version lacks the finding, so that those that have it say something."""
+        return self.last_good is not None or self.repaired is not None
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Labels and texts for a person."""
+        within = f" ({self.within})" if self.within else ""
+        if not self.telling:
+            tried = f"all {self.tried} that were tried, up to" if self.tried > 1 else "the only one tried,"
+            yield "bad", f"{tried} {self.package} {self.newest}{within}"
+            return
+        if self.last_good is not None:
+            yield "first bad", f"{self.package} {self.first_bad}{within}"
+            yield "last good", f"{self.package} {self.last_good}"
+        else:
+            yield "bad", f"{self.package} {self.bad}; nothing older was tried{within}"
+        if self.repaired is not None:
+            yield "good again", f"{self.package} {self.repaired}"
+        else:
+            yield "still bad", f"{self.package} {self.newest}, the newest that was tried"
+
 
 def spans_of(found: Sequence[Place], places: Places) -> Iterator[Span]:
     """The spans of one finding, in every sequence of versions of every matrix; the newest first in each.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from numerics_suite.core.text import listed
-from numerics_suite.judging.kinds import FAILING
-from numerics_suite.reporting.html.advice import Advised, advice_on
+from numerics_suite.judging.kinds import FAILING, KINDS
+from numerics_suite.reporting.comparison import MEANS
+from numerics_suite.reporting.html.advice import Advised, advice_on, bisected_cures
 from numerics_suite.reporting.html.formats import STATUSES, many, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents
+    from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents, Run
     from numerics_suite.reporting.html.places import Places
     from numerics_suite.reporting.html.problems import Problem
 
@@ -28,19 +29,27 @@ FIRST = 4
 """Issues of the first screen; the rest is below, as cards."""
 
 
+Facts: TypeAlias = "tuple[tuple[str, str], ...]"
+"""Labels and texts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issue:
     """One thing that went wrong, as the first screen tells it.
 
     Attributes:
         title: one sentence.
-        facts: labels and texts: what, where, in which version.
+        what: labels and texts.
+        versions: labels and texts, empty where versions tell nothing.
+        where: labels and texts.
         cures: what to do, best first.
         anchor: of the card or section with the rest.
     """
 
     title: str
-    facts: tuple[tuple[str, str], ...]
+    what: Facts
+    versions: Facts
+    where: Facts
     cures: tuple[Advised, ...]
     anchor: str
 
@@ -77,7 +86,7 @@ def story_of(documents: Documents, places: Places, problems: Sequence[Problem]) 
         places: every result.
         problems: the cards, in their order.
     """
-    counted = Counter(place.result.status for place in places.all)
+    counted = Counter[str](place.result.status for place in places.all)
     issues = [
         *_of_problems(problems),
         *(issue for item in documents.bisections for issue in _of_bisection(item)),
@@ -132,41 +141,43 @@ def _of_problems(problems: Sequence[Problem]) -> Iterator[Issue]:
         if not problem.accepted:
             bad = tuple((span.package, span.within, span.first_bad) for span in problem.spans)
             issues.setdefault((problem.finding.cause, bad), []).append((at, problem))
-    for members in issues.values():
-        at, lead = members[0]
-        spans = lead.spans
-        versions = f" in {spans[0].package} {spans[0].bad}" if spans and _telling(lead) else ""
+    for numbered in issues.values():
+        at, lead = numbered[0]
+        members = [problem for _, problem in numbered]
+        span = lead.spans[0] if lead.spans and lead.spans[0].telling else None
+        versions = f" in {span.package} {span.bad}" if span is not None else ""
         yield Issue(
             title=f"{sentence(lead.finding.title)}{versions}",
-            facts=tuple(_facts(lead, [problem for _, problem in members])),
-            cures=advice_on([problem for _, problem in members]),
+            what=tuple(_what(lead, members)),
+            versions=tuple(line for span in lead.spans[:2] for line in span.lines()),
+            where=tuple(_where(members)),
+            cures=advice_on(members),
             anchor=f"finding-{at}",
         )
 
 
-def _telling(problem: Problem) -> bool:
-    """Some version lacks it, so the versions that have it say something."""
-    return any(span.last_good is not None or span.repaired is not None for span in problem.spans)
-
-
-def _facts(lead: Problem, members: Sequence[Problem]) -> Iterator[tuple[str, str]]:
+def _what(lead: Problem, members: Sequence[Problem]) -> Iterator[tuple[str, str]]:
     finding = lead.finding
-    place = finding.module or listed(list(finding.parameters), 3)
-    checks = list(dict.fromkeys(problem.check for problem in members))
-    seen = listed(checks, 4)
-    yield "What", f"{finding.cause}{f' in {place}' if place else ''}; seen by {seen}"
+    yield "cause", finding.cause
+    if finding.module:
+        yield "module", finding.module
+    if finding.op or finding.source:
+        yield "op", " at ".join(part for part in (finding.op, finding.source) if part)
+    if finding.step is not None:
+        yield "step", str(finding.step)
+    if finding.parameters:
+        yield ("parameter" if len(finding.parameters) == 1 else "parameters"), listed(finding.parameters, 3)
+    yield "seen by", listed(list(dict.fromkeys(problem.check for problem in members)), 4)
+
+
+def _where(members: Sequence[Problem]) -> Iterator[tuple[str, str]]:
     subjects = list(dict.fromkeys(name for problem in members for name in problem.subjects))
     precisions = list(dict.fromkeys(name for problem in members for name in problem.precisions))
-    yield "Where", f"{listed(subjects, 4)} in {listed(precisions, 6)}"
-    for span in lead.spans[:2]:
-        parts = [f"{span.package} {span.first_bad} is the first bad one"]
-        parts += [f"{span.last_good} before it is good"] if span.last_good else ["nothing older was tried"]
-        parts += (
-            [f"{span.repaired} is good again"] if span.repaired else [f"{span.newest}, the newest tried, still bad"]
-        )
-        if not _telling(lead):
-            parts = [f"every {span.package} that was tried, {many(span.tried, 'version')} up to {span.newest}"]
-        yield "Version", "; ".join(parts) + (f" ({span.within})" if span.within else "")
+    yield ("subject" if len(subjects) == 1 else "subjects"), listed(subjects, 4)
+    yield ("precision" if len(precisions) == 1 else "precisions"), listed(precisions, 6)
+    cells = {place.result.cell for problem in members for place in problem.places}
+    if len(cells) > 1:
+        yield "cells", f"{len(cells):,}"
 
 
 def _of_errors(places: Places) -> Iterator[Issue]:
@@ -175,12 +186,18 @@ def _of_errors(places: Places) -> Iterator[Issue]:
         if place.result.status == "error":
             reasons.setdefault(place.result.reason or "no reason given", []).append(place.result.check)
     for source in places.sources:
-        if source.cell is not None and source.cell.status == "error" and source.run is None:
+        if source.cell is not None and source.cell.status == "error" and not source.results:
             reasons.setdefault(source.cell.reason or "no reason given", []).append(source.label)
     for reason, checks in reasons.items():
         names = listed(list(dict.fromkeys(checks)), 4)
-        facts = (("What", reason), ("Where", f"{many(len(checks), 'result')}: {names}"))
-        yield Issue(title=f"Could not be carried out: {names}", facts=facts, cures=(), anchor="errors")
+        yield Issue(
+            title=f"Could not be carried out: {names}",
+            what=(("reason", reason),),
+            versions=(),
+            where=(("results", f"{len(checks):,}"), ("of", names)),
+            cures=(),
+            anchor="errors",
+        )
 
 
 def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
@@ -188,20 +205,18 @@ def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
     groups: dict[tuple[str, str | None], list[str]] = {}
     for item in comparison.content["subjects"]:
         if item["kind"] in FAILING:
-            groups.setdefault((item["kind"], item.get("module")), []).append(
-                f"{item['subject']} in {item['precision']}"
-            )
+            cell = f"{item['subject']} in {item['precision']}"
+            groups.setdefault((item["kind"], item.get("module")), []).append(cell)
     old, new = comparison.content.get("old", "the old baseline"), comparison.content.get("new", "the new one")
-    for (kind, module), cells in groups.items():
+    for (kind, module), cells in sorted(groups.items(), key=lambda item: KINDS.index(item[0][0])):
         names = listed(list(dict.fromkeys(cells)), 4)
-        facts = (
-            ("What", f"{kind}{f', first in {module}' if module else ''}"),
-            ("Where", names),
-            ("Between", f"{old} and {new}"),
-        )
+        what = [("kind", kind), ("meaning", MEANS[kind])]
+        what += [("starts in", module)] if module else []
         yield Issue(
-            title=f"{names}: {kind}{f' from {module} on' if module else ''}",
-            facts=facts,
+            title=f"{names}: {kind}{f', from {module} on' if module else ''}",
+            what=tuple(what),
+            versions=(("old", str(old)), ("new", str(new))),
+            where=(("cells", f"{len(cells):,}"), ("of", names)),
             cures=(),
             anchor="differences",
         )
@@ -211,10 +226,52 @@ def _of_bisection(bisection: BisectFile) -> Iterator[Issue]:
     content, finding = bisection.content, bisection.finding
     what, bad, good = content.get("what", "version"), content["first_bad"], content["last_good"]
     title = f"{what} {bad} is the first bad version"
+    told: list[tuple[str, str]] = []
     if finding is not None:
-        title += f": {finding.title}"
-    facts = [("Version", f"{good} is good, {bad} is bad")]
-    if finding is not None:
-        facts.append(("What", f"{finding.cause}{f' in {finding.module}' if finding.module else ''}"))
-    cures = [Advised(text=f"stay with {what} {good}, or show it:", command=content.get("show"))]
-    yield Issue(title=title, facts=tuple(facts), cures=tuple(cures), anchor="bisections")
+        title = f"{sentence(finding.title)} from {what} {bad} on"
+        told = [("cause", finding.cause)]
+        told += [("module", finding.module)] if finding.module else []
+    told += [("seen by", str(content["check"]))] if content.get("check") else []
+    versions = [("first bad", f"{what} {bad}"), ("last good", f"{what} {good}")]
+    between = content.get("between") or ()
+    versions += [("cannot be tried", listed([str(version) for version in between], 4))] if between else []
+    yield Issue(
+        title=title,
+        what=tuple(told),
+        versions=tuple(versions),
+        where=(("subject", str(content["subject"])),) if content.get("subject") else (),
+        cures=bisected_cures(bisection),
+        anchor="bisections",
+    )
+
+
+def about(documents: Documents) -> str:
+    """What the report tells of, in one line: commands, versions, devices.
+
+    Args:
+        documents: what the report tells of.
+    """
+    parts = []
+    for matrix in documents.matrices:
+        cells = matrix.result.cells
+        versions = list(dict.fromkeys(cell.held.transformers or "?" for cell in cells))
+        span = versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}" if versions else "none"
+        parts.append(f"matrix of {many(len(cells), 'environment')}, transformers {span}")
+    if len(documents.runs) == 1:
+        parts.append(f"{documents.runs[0].result.command} of {_environment(documents.runs[0])}")
+    elif documents.runs:
+        parts.append(f"{len(documents.runs)} runs of check")
+    parts += [
+        f"compare {item.content.get('old', '')} and {item.content.get('new', '')}" for item in documents.comparisons
+    ]
+    parts += [f"bisect of {item.content.get('what', 'versions')}" for item in documents.bisections]
+    return " · ".join(parts)
+
+
+def _environment(run: Run) -> str:
+    result = run.result
+    packages = result.environment.get("packages", {})
+    versions = [f"{name} {packages[name]}" for name in ("transformers", "torch") if name in packages]
+    subjects = listed([subject.id for subject in result.subjects], 2) or "no subject"
+    device = result.environment.get("device")
+    return ", ".join([subjects, *versions, *([f"on {device}"] if device else []), result.started_at[:10]])

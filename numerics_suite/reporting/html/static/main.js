@@ -1,0 +1,4 @@
+startTheme();
+startCopying();
+startFilter(startMap());
+startPlots();

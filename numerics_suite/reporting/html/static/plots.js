@@ -1,0 +1,210 @@
+// Plots are drawn from their tables, when they come into view: what is drawn is what the table says.
+const SYMBOLS = ["circle", "square", "triangle", "diamond", "wye", "cross", "star"];
+const DASHES = ["", "6 3", "2 2", "8 3 2 3", "1 3", "10 4", "4 1"];
+const colour = (at) => `var(--s${(at % 8) + 1})`;
+
+function readTable(figure) {
+  const table = figure.querySelector("table"), heads = [...table.tHead.rows[0].cells];
+  const names = heads.filter((head) => !head.dataset.kind).map((head) => head.textContent);
+  const columns = heads.filter((head) => head.dataset.kind).map((head) => ({ kind: head.dataset.kind, curve: head.dataset.curve }));
+  const rows = [...table.tBodies[0].rows].map((row) => {
+    const texts = [...row.cells].map((cell) => cell.textContent);
+    return {
+      heads: Object.fromEntries(names.map((name, at) => [name, texts[at]])),
+      values: texts.slice(names.length).map((text) => (text === "" ? null : Number(text))),
+    };
+  });
+  return { curves: [...new Set(columns.filter((column) => column.kind === "value").map((column) => column.curve))], columns, rows };
+}
+
+// One point for each value: where it is, which curve, its limit.
+function pointsOf({ curves, columns, rows }) {
+  const points = [];
+  for (const row of rows) {
+    columns.forEach((column, at) => {
+      if (column.kind !== "value" || row.values[at] === null) return;
+      const limit = columns.findIndex((other) => other.kind === "limit" && (other.curve === column.curve || !other.curve));
+      points.push({ ...row.heads, curve: column.curve, series: curves.indexOf(column.curve), value: row.values[at], limit: limit < 0 ? null : row.values[limit] });
+    });
+  }
+  return points;
+}
+
+const shown = (value) => (Number.isFinite(value) ? String(value) : Number.isNaN(value) ? "NaN" : value > 0 ? "Infinity" : "-Infinity");
+
+// A logarithmic axis where values are positive and apart by more than a factor of 50.
+function scaleOf(values) {
+  const finite = values.filter(Number.isFinite), positive = finite.filter((value) => value > 0);
+  if (!positive.length || positive.length < finite.length) return { type: "linear" };
+  return { type: Math.max(...positive) / Math.min(...positive) > 50 ? "log" : "linear" };
+}
+
+function keys(curves) {
+  const list = make("ul", { class: "keys", "aria-label": "Curves" });
+  curves.forEach((curve, at) => {
+    const drawing = Plot.plot({
+      width: 30, height: 14, margin: 0, axis: null, x: { domain: [0, 2] }, y: { domain: [0, 2] },
+      style: { background: "none", overflow: "visible" },
+      marks: [Plot.line([[0, 1], [2, 1]], { stroke: colour(at), strokeWidth: 2, strokeDasharray: DASHES[at % DASHES.length] }),
+        Plot.dot([[1, 1]], { symbol: SYMBOLS[at % SYMBOLS.length], fill: colour(at), r: 4 })],
+    });
+    drawing.setAttribute("aria-hidden", "true");
+    list.append(make("li", {}, drawing, curve));
+  });
+  return list;
+}
+
+// Lines and dots of every curve, each with its own dash and symbol; what is not finite is a cross at the upper edge.
+function curveMarks(points, x, top, { line = true, r = 3 } = {}) {
+  const finite = points.filter((point) => Number.isFinite(point.value)), bad = points.filter((point) => !Number.isFinite(point.value));
+  const marks = [];
+  for (const series of new Set(points.map((point) => point.series))) {
+    const own = finite.filter((point) => point.series === series);
+    const lines = typeof line === "function" ? line(own) : own;
+    if (line && lines.length > 1) marks.push(Plot.line(lines, { x, y: "value", stroke: colour(series), strokeWidth: 1.8, strokeDasharray: DASHES[series % DASHES.length] }));
+    marks.push(Plot.dot(own.filter((point) => !over(point)), { x, y: "value", fill: colour(series), symbol: SYMBOLS[series % SYMBOLS.length], r }));
+  }
+  marks.push(Plot.dot(finite.filter(over), { x, y: "value", symbol: "times", stroke: "var(--failed)", strokeWidth: 2.5, r: 6 }));
+  marks.push(Plot.dot(bad, { x, y: () => top, symbol: "times", stroke: "var(--failed)", strokeWidth: 2.5, r: 6 }));
+  marks.push(Plot.text(bad, { x, y: () => top, text: (point) => shown(point.value), fill: "var(--failed)", dy: -12, fontWeight: 700 }));
+  return marks;
+}
+const over = (point) => point.limit !== null && !(point.value <= point.limit);
+
+function topOf(points, limits = []) {
+  const finite = [...points.map((point) => point.value), ...limits].filter(Number.isFinite);
+  return finite.length ? Math.max(...finite) : 1;
+}
+
+const base = (width, height) => ({ width, height, marginLeft: 48, marginRight: 14, marginTop: 22, style: { background: "none", color: "var(--soft)", fontSize: "11px" } });
+
+function tip(points, x, top, unit) {
+  return Plot.tip(points, Plot.pointer({
+    x, y: (point) => (Number.isFinite(point.value) ? point.value : top), fill: "var(--surface)", stroke: "var(--line)",
+    title: (point) => [point.module ?? `step ${point.step}`, `${point.curve}: ${shown(point.value)} ${unit || point.unit || ""}`,
+      ...(point.class ? [point.class] : []), ...(point.limit === null ? [] : [`budget ${shown(point.limit)}`])].join("\n"),
+  }));
+}
+
+function drawSteps(figure, table, width) {
+  const points = pointsOf(table).map((point) => ({ ...point, step: Number(point.step) }));
+  const marks = JSON.parse(figure.dataset.marks ?? "[]"), top = topOf(points);
+  const steps = points.map((point) => point.step), first = Math.min(...steps, ...marks.map((mark) => mark[1])), last = Math.max(...steps, ...marks.map((mark) => mark[1]));
+  const moments = [...new Map(marks.map(([curve, step, text]) => [step, { step, text: `step ${step}: ${text.length > 40 ? `${text.slice(0, 39)}…` : text}`, curve }])).values()];
+  return [Plot.plot({
+    ...base(width, 230), ariaLabel: `${figure.dataset.title} over steps; the table below has the numbers`,
+    x: { label: "step", domain: first === last ? [first - 1, last + 1] : [first, last], ticks: Math.min(last - first, 8), tickFormat: (step) => (Number.isInteger(step) ? String(step) : "") },
+    y: { label: figure.dataset.unit, grid: true, nice: true, ...scaleOf(points.map((point) => point.value)) },
+    marks: [
+      Plot.ruleX(moments, { x: "step", stroke: "var(--failed)", strokeWidth: 1.5, strokeDasharray: "4 3" }),
+      Plot.text(moments, { x: "step", text: "text", frameAnchor: "top", textAnchor: (moments[0]?.step ?? 0) - first > (last - first) / 2 ? "end" : "start", dx: (moments[0]?.step ?? 0) - first > (last - first) / 2 ? -5 : 5, dy: 2, fill: "var(--failed)", fontWeight: 700 }),
+      ...curveMarks(points, "step", top),
+      tip(points, "step", top, figure.dataset.unit),
+    ],
+  })];
+}
+
+// Layers as positions: what comes before the first layer, the layers, what comes after the last.
+function layers(points) {
+  const numbers = [...new Set(points.map((point) => point.layer).filter((layer) => layer !== ""))].map(Number).sort((one, other) => one - other);
+  let seen = false;
+  const places = new Map();
+  for (const point of points) {
+    if (point.layer !== "") seen = true;
+    else if (!places.has(point.module)) places.set(point.module, seen ? "out" : "in");
+  }
+  const domain = ["in", ...numbers.map(String), "out"].filter((name) => /\d/.test(name) || [...places.values()].includes(name));
+  return { domain, at: (point) => (point.layer === "" ? places.get(point.module) : point.layer) };
+}
+
+function panel(points, domain, unit, title, width, { limits = [], floor = null } = {}) {
+  const top = topOf(points, limits), every = Math.ceil(domain.length / Math.max(Math.floor(width / 26), 2));
+  const worst = (own) => [...d3.rollup(own, (group) => group.reduce((one, other) => (other.value * floorSign(floor) > one.value * floorSign(floor) ? other : one)), (point) => point.place).values()];
+  const drawing = Plot.plot({
+    ...base(width, 170), ariaLabel: `${title} by layer; the table below has the numbers`,
+    x: { type: "point", domain, label: "layer", padding: 0.4, tickFormat: (name, at) => (at % every === 0 || /\D/.test(name) ? name : "") },
+    y: { label: unit, grid: true, nice: true, zero: true, ticks: 4, ...(top === 0 ? { domain: [0, 1] } : {}), ...(floor === null ? {} : { domain: [Math.min(0, ...points.map((point) => point.value).filter(Number.isFinite)), top] }) },
+    marks: [
+      ...limits.map((limit) => Plot.ruleY([limit], { stroke: "var(--failed)", strokeWidth: 1.5, strokeDasharray: "5 3" })),
+      ...(floor === null ? [] : [Plot.ruleY([floor], { stroke: "var(--failed)", strokeWidth: 1.5, strokeDasharray: "5 3" })]),
+      ...curveMarks(points, "place", top, { line: worst, r: 2.6 }),
+      tip(points, "place", top, unit),
+    ],
+  });
+  return make("div", { class: "panel" }, "", drawing);
+}
+const floorSign = (floor) => (floor === null ? 1 : -1);
+
+function heading(name, rest) {
+  return make("h5", {}, name, make("span", { class: "soft" }, rest));
+}
+
+function drawModules(figure, table, width) {
+  const points = pointsOf(table), { domain, at } = layers(points);
+  for (const point of points) point.place = at(point);
+  const classes = d3.group(points, (point) => point.class);
+  const columns = Math.max(Math.floor((width + 19) / 279), 1), each = Math.floor((width - 19 * (columns - 1)) / columns);
+  const panels = [...classes].map(([name, own]) => {
+    const limits = [...new Set(own.map((point) => point.limit).filter((limit) => limit !== null))];
+    const told = limits.length ? ` · budget ${limits.map(shown).join(", ")}` : " · not judged";
+    const element = panel(own, domain, figure.dataset.unit, name, each, { limits });
+    element.firstChild.replaceWith(heading(name, told));
+    return element;
+  });
+  return [make("div", { class: "panels" }, ...panels)];
+}
+
+// Precisions have other ranges, so each has a panel of its own; 0 bits is where it overflows.
+function drawBits(figure, table, width) {
+  const points = pointsOf(table).map((point) => ({ ...point, limit: null })), { domain, at } = layers(points);
+  for (const point of points) point.place = at(point);
+  const columns = Math.max(Math.floor((width + 19) / 279), 1), each = Math.floor((width - 19 * (columns - 1)) / columns);
+  const panels = [...d3.group(points, (point) => point.curve)].map(([name, own]) => {
+    const element = panel(own, domain, "bits", name, each, { floor: 0 });
+    const least = own.reduce((one, other) => (Number.isNaN(other.value) || other.value < one.value ? other : one));
+    element.firstChild.replaceWith(heading(name, ` · least ${shown(least.value)} at ${least.module}`));
+    return element;
+  });
+  return [make("div", { class: "panels" }, ...panels)];
+}
+
+function drawPairs(figure, table, width) {
+  const points = pointsOf(table), names = [...new Set(points.map((point) => point.module))];
+  const pairs = names.map((module) => ({ module, before: points.find((point) => point.module === module && point.curve === "before")?.value, now: points.find((point) => point.module === module && point.curve === "now")?.value }))
+    .filter((pair) => Number.isFinite(pair.before) && Number.isFinite(pair.now));
+  const longest = Math.max(...names.map((name) => name.length), 6), left = Math.min(longest * 6.4 + 12, width * 0.45), top = topOf(points);
+  return [Plot.plot({
+    ...base(width, 60 + names.length * 20), marginLeft: left, marginTop: 8, ariaLabel: `${figure.dataset.title}; the table below has the numbers`,
+    x: { label: figure.dataset.unit, grid: true, nice: true, zero: true }, y: { domain: names, label: null, tickFormat: (name) => (name.length * 6.4 > left ? `…${name.slice(-Math.floor(left / 6.6))}` : name) },
+    marks: [
+      Plot.arrow(pairs, { x1: "before", x2: "now", y1: "module", y2: "module", stroke: (pair) => (pair.now > pair.before ? "var(--failed)" : "var(--passed)"), strokeWidth: 2, headLength: 7 }),
+      ...["before", "now"].map((curve, series) => Plot.dot(points.filter((point) => point.curve === curve && Number.isFinite(point.value)), { x: "value", y: "module", fill: colour(series), symbol: SYMBOLS[series], r: 4 })),
+      Plot.text(points.filter((point) => !Number.isFinite(point.value)), { x: () => top, y: "module", text: (point) => `× ${point.curve} ${shown(point.value)}`, fill: "var(--failed)", textAnchor: "end", fontWeight: 700 }),
+    ],
+  })];
+}
+
+const DRAW = { steps: drawSteps, modules: drawModules, bits: drawBits, pairs: drawPairs };
+
+function drawFigure(figure) {
+  const place = figure.querySelector(".drawing"), width = Math.floor(place.clientWidth);
+  if (!width || Number(figure.dataset.width) === width) return;
+  figure.dataset.width = width;
+  const table = readTable(figure);
+  const legend = figure.dataset.kind === "bits" ? [] : [keys(table.curves)];
+  place.replaceChildren(...legend, ...DRAW[figure.dataset.kind](figure, table, width));
+}
+
+function startPlots() {
+  const figures = document.querySelectorAll("figure.plot");
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) drawFigure(entry.target);
+  }, { rootMargin: "300px" });
+  for (const figure of figures) seen.observe(figure);
+  let waiting = 0;
+  window.addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => { for (const figure of figures) if (figure.dataset.width) drawFigure(figure); }, 200);
+  });
+  window.addEventListener("beforeprint", () => { for (const figure of figures) drawFigure(figure); });
+}

@@ -1,0 +1,185 @@
+"""What `compare` and `bisect` found: differences of two baselines, and the steps to the first bad version."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.core.text import listed
+from numerics_suite.judging.kinds import KINDS
+from numerics_suite.reporting.comparison import MEANS
+from numerics_suite.reporting.html.curves import Beside, Curve, Figure, over_modules
+from numerics_suite.reporting.html.formats import number
+from numerics_suite.reporting.html.series import layer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numerics_suite.reporting.documents import ComparisonFile
+
+LISTED = (
+    ("also", "all_kinds"),
+    ("contract", "contract"),
+    ("missing", "missing"),
+    ("added", "contract_added"),
+    ("new modules", "new_modules"),
+    ("moved modules", "moved_modules"),
+    ("subject", "subject"),
+    ("versions", "environment"),
+)
+"""Labels and keys of details that hold texts."""
+
+MOST_TEXTS = 30
+"""Texts of one list; the JSON has them all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Equal differences of cells of one subject.
+
+    Attributes:
+        kind: of CONTRACT.md's.
+        cells: which.
+        module: where it starts, empty where that is not known.
+        ratio: error against float64, new over old, empty where it was not measured.
+        meaning: what the kind means.
+        why: what was measured beyond its budget.
+        facts: labels and texts.
+        figure: errors of the modules that moved, None where none did.
+    """
+
+    kind: str
+    cells: str
+    module: str
+    ratio: str
+    meaning: str
+    why: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    figure: Figure | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differences:
+    """One `compare`.
+
+    Attributes:
+        old: the reference.
+        new: the other.
+        counts: cells of each kind, worst first.
+        entries: what is not identical or new, worst first.
+        quiet: identical and new cells, a line each.
+    """
+
+    old: str
+    new: str
+    counts: tuple[tuple[str, int], ...]
+    entries: tuple[Entry, ...]
+    quiet: tuple[tuple[str, str], ...]
+
+
+def differences_of(comparison: ComparisonFile) -> Differences:
+    """One `compare` as the page tells it.
+
+    Args:
+        comparison: its file.
+    """
+    content = comparison.content
+    items: list[Mapping[str, Any]] = list(content["subjects"])
+    counted = Counter(item["kind"] for item in items)
+    order = {kind: at for at, kind in enumerate(KINDS)}
+    kinds = sorted(counted, key=lambda kind: order.get(kind, -1))
+    loud = [item for item in items if item["kind"] not in {"identical", "new"}]
+    groups: dict[tuple[object, ...], list[Mapping[str, Any]]] = {}
+    for item in loud:
+        groups.setdefault(_key(item), []).append(item)
+    entries = sorted(groups.values(), key=lambda group: order.get(group[0]["kind"], -1))
+    quiet = (
+        (kind, _cells([item for item in items if item["kind"] == kind]))
+        for kind in ("new", "identical")
+        if counted[kind]
+    )
+    return Differences(
+        old=str(content.get("old", "the old baseline")),
+        new=str(content.get("new", "the new baseline")),
+        counts=tuple((kind, counted[kind]) for kind in kinds),
+        entries=tuple(_entry(group) for group in entries),
+        quiet=tuple(quiet),
+    )
+
+
+def _details(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    details = item.get("details")
+    return details if isinstance(details, Mapping) else {}
+
+
+def _key(item: Mapping[str, Any]) -> tuple[object, ...]:
+    """Cells of one subject with the same module and the same reasons are one entry."""
+    details = _details(item)
+    names = [str(line).split(" ", 1)[0] for line in details.get("why", ())]
+    texts = [str(details.get(key)) for _, key in LISTED]
+    return item["kind"], item["subject"], item.get("task"), item.get("module"), *names, *texts
+
+
+def _entry(group: Sequence[Mapping[str, Any]]) -> Entry:
+    first = max(group, key=_badness)
+    details = _details(first)
+    ratio = first.get("error_ratio")
+    return Entry(
+        kind=first["kind"],
+        cells=_cells(group),
+        module=first.get("module") or "",
+        ratio="" if ratio is None else number(ratio),
+        meaning=MEANS.get(first["kind"], ""),
+        why=tuple(str(line) for line in details.get("why", ())),
+        facts=tuple(_facts(first, details)),
+        figure=_figure(group),
+    )
+
+
+def _badness(item: Mapping[str, Any]) -> float:
+    ratio = item.get("error_ratio")
+    return ratio if isinstance(ratio, (int, float)) and not math.isnan(ratio) else -1.0
+
+
+def _facts(item: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "error_before" in details:
+        yield "error", f"{number(details['error_before'])} before, {number(details['error_now'])} now"
+    headroom = details.get("headroom_change")
+    if isinstance(headroom, (int, float)) and abs(headroom) >= 0.05:
+        yield "headroom", f"{headroom:+.1f} bits"
+    if details.get("bits_differ"):
+        yield "other bits in", listed([str(part) for part in details["bits_differ"]], MOST_TEXTS)
+    for label, key in LISTED:
+        value = details.get(key)
+        texts = [str(text) for text in value if text != item["kind"]] if isinstance(value, (list, tuple)) else []
+        if texts:
+            yield label, listed(texts, MOST_TEXTS)
+    if details.get("matched"):
+        yield "modules", str(details["matched"])
+
+
+def _figure(group: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Local errors before and now, by module; of the cell with the most modules that moved."""
+    item = max(group, key=lambda member: len(_details(member).get("local_errors", ())))
+    moved = _details(item).get("local_errors", ())
+    if not moved:
+        return None
+    label = "/".join(str(item[name]) for name in ("precision", "attn", "device") if item.get(name))
+    before = Curve(label="before", points={str(row["module"]): float(row["before"]) for row in moved})
+    now = Curve(label="now", points={str(row["module"]): float(row["now"]) for row in moved})
+    told = Beside(heads=("layer",), of={str(row["module"]): (layer_of(str(row["module"])),) for row in moved})
+    title = f"Error of each module that moved, in {label}"
+    return over_modules("pairs", title, "roundoffs", [before, now], told)
+
+
+def _cells(items: Sequence[Mapping[str, Any]]) -> str:
+    """`glm4-tiny (causal-lm) bf16/eager/cpu, bf16/sdpa/cpu; …`."""
+    by_subject: dict[str, list[str]] = {}
+    for item in items:
+        name = f"{item['subject']} ({item['task']})" if item.get("task") else str(item["subject"])
+        parts = [str(item[key]) for key in ("precision", "attn", "device") if item.get(key)]
+        by_subject.setdefault(name, []).append("/".join(parts))
+    return "; ".join(f"{subject} {listed(cells, 12)}" for subject, cells in by_subject.items())
