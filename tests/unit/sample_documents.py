@@ -20,10 +20,10 @@ HOSTILE = (
 """Markup of every format, a mention, a workflow command, line ends, and characters that XML and UTF-8 have no place for."""
 
 
-def hostile_finding(**changes: Any) -> Finding:
+def hostile_finding(title: str = f"title {HOSTILE}", **changes: Any) -> Finding:
     return finding(
         "overflow",
-        f"title {HOSTILE}",
+        title,
         **{
             "module": f"model.{HOSTILE}",
             "op": HOSTILE,
