@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.text import listed
+from numerics_suite.reporting.charts import chart_lines
 from numerics_suite.reporting.lines import WIDTH, Line, printable, wrapped
 from numerics_suite.reporting.numbers import shown
 from numerics_suite.settings.table import BY_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult
 
@@ -25,6 +26,9 @@ NAMED = 4
 
 LONGEST_BATCH = 300
 """Characters of a batch's values that a block shows; the results file has them all."""
+
+CHARTED = {"loss": "losses", "gradient-norm": "gradient norms"}
+"""Facts that a chart of the series tells."""
 
 RERUN_OPTIONS = (
     "task",
@@ -106,21 +110,27 @@ def block(group: Group, *, number: int | None = None, run: RunResult | None = No
         ("cause", finding.cause),
         ("where", _where(finding)),
         ("measured", _measured(finding)),
-        ("evidence", _evidence(finding.evidence)),
-        ("batch", batch_text(finding.batch)),
-        ("why", finding.explanation),
+        ("evidence", _evidence(finding.evidence, charted={series.name for series in result.series})),
     ]
-    for label, text in parts:
-        if text:
-            lines += wrapped(text, width=width, first=f"{indent}{label:<{LABEL}}", style="cyan")
-    for index, remedy in enumerate(finding.remedies):
-        label = "try" if index == 0 else ""
-        lines += wrapped(_remedy(remedy), width=width, first=f"{indent}{label:<{LABEL}}", style="cyan")
+    lines += _labelled(parts, indent, width)
+    lines += chart_lines(result.series, step=finding.step, first=indent, column=LABEL, width=width)
+    lines += _labelled([("batch", batch_text(finding.batch)), ("why", finding.explanation)], indent, width)
+    tries = [("" if index else "try", _remedy(remedy)) for index, remedy in enumerate(finding.remedies)]
+    lines += _labelled(tries, indent, width)
     if finding.reproducer:
-        lines += wrapped(f"python {shlex.quote(finding.reproducer)}", width=width, first=f"{indent}{'script':<{LABEL}}")
+        lines += _labelled([("script", f"python {shlex.quote(finding.reproducer)}")], indent, width)
     if run is not None:
         lines += _command_lines(rerun_words(result, run), width, f"{indent}{'rerun':<{LABEL}}")
     return lines
+
+
+def _labelled(parts: Iterable[tuple[str, str]], indent: str, width: int) -> list[Line]:
+    return [
+        line
+        for label, text in parts
+        if text
+        for line in wrapped(text, width=width, first=f"{indent}{label:<{LABEL}}", style="cyan")
+    ]
 
 
 def cells_text(cells: Sequence[Cell]) -> str:
@@ -158,8 +168,9 @@ def _measured(finding: Finding) -> str:
     return f"{shown(facts['measured'])}{unit}{name}{allowed}"
 
 
-def _evidence(facts: Mapping[str, Any]) -> str:
-    told = {"measured", "allowed", "unit", "measurement"}
+def _evidence(facts: Mapping[str, Any], charted: Collection[str] = ()) -> str:
+    """Facts in a line, without those that stand elsewhere in the block."""
+    told = {"measured", "allowed", "unit", "measurement"} | {CHARTED[name] for name in charted if name in CHARTED}
     return "; ".join(f"{name}: {shown(value)}" for name, value in facts.items() if name not in told)
 
 

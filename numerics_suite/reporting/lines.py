@@ -7,6 +7,17 @@ from dataclasses import dataclass
 
 WIDTH = 80
 
+SIMPLER = str.maketrans(
+    {
+        **dict(zip("▁▂▃▄▅▆▇█░×", "_.,-=+*#.x", strict=True)),
+        "→": "->",
+        "↔": "<->",
+        "…": "...",
+        "–": "-",
+    }
+)
+"""ASCII for the letters that charts and blocks are made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -29,6 +40,22 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in joined)
 
 
+def sayable(text: str, stream: object) -> str:
+    """The text in letters that the stream can say: charts and arrows in ASCII where it has no others.
+
+    Args:
+        text: one line.
+        stream: its `encoding` decides; a stream without one takes everything.
+    """
+    try:
+        text.encode(str(getattr(stream, "encoding", None) or "utf-8"))
+    except UnicodeEncodeError:
+        return text.translate(SIMPLER)
+    except LookupError:
+        pass
+    return text
+
+
 def wrapped(text: str, *, width: int, first: str = "", rest: str | None = None, style: str = "") -> list[Line]:
     """The text in lines of at most `width` columns; a longer word, such as a path, stays whole.
 
@@ -37,7 +64,7 @@ def wrapped(text: str, *, width: int, first: str = "", rest: str | None = None, 
         width: in columns.
         first: what the first line begins with; the style, if any, is the label's.
         rest: what the others begin with, None for as many spaces.
-        style: of `first`, or of everything where `first` is blank.
+        style: of `first`, or of everything where there is no `first`.
     """
     begin = " " * len(first) if rest is None else rest
     parts = textwrap.wrap(
@@ -48,5 +75,5 @@ def wrapped(text: str, *, width: int, first: str = "", rest: str | None = None, 
         break_long_words=False,
         break_on_hyphens=False,
     ) or [first.rstrip()]
-    labelled = len(first) if first.strip() else None
+    labelled = len(first) if first else None
     return [Line(parts[0], style, labelled), *(Line(part, "" if labelled else style) for part in parts[1:])]

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from numerics_suite import __version__
 from numerics_suite.core.text import listed
-from numerics_suite.reporting.lines import WIDTH, Line, wrapped
+from numerics_suite.reporting.lines import WIDTH, Line, sayable, wrapped
 from numerics_suite.reporting.plan import PlanRow, plan_lines
 from numerics_suite.reporting.rehearsal import rehearsal_lines
 from numerics_suite.reporting.streams import abandon
@@ -29,6 +29,16 @@ __all__ = ["PlanRow", "Terminal"]
 
 WIDEST = 100
 """Columns that are used at most; longer lines are hard to read."""
+
+COLOURS = {
+    "red": "color(196)",
+    "green": "color(28)",
+    "yellow": "color(130)",
+    "cyan": "color(30)",
+    "magenta": "color(163)",
+}
+"""Of the 256 colours those that read on white and on black alike: the 16 are whatever a terminal's owner made of them, and
+its yellow or cyan on white is often not there at all."""
 
 QUIET_SECONDS = 10.0
 """Where nobody watches, progress is a line at most this often, and at most one for each tenth of the work."""
@@ -203,6 +213,14 @@ class Terminal:
         if self._error is not None and not isinstance(self._error, BrokenPipeError):
             raise self._error
 
+    def show(self, lines: Sequence[Line]) -> None:
+        """Any lines, in their styles.
+
+        Args:
+            lines: in order.
+        """
+        self._print(lines)
+
     def plan(self, rows: Sequence[PlanRow]) -> None:
         """What `--list` shows.
 
@@ -216,9 +234,9 @@ class Terminal:
             return
         try:
             for line in lines:
-                text = Text(line.text)
+                text = Text(sayable(line.text, self._stream))
                 if line.style:
-                    text.stylize(line.style, 0, line.styled if line.styled is not None else len(line.text))
+                    text.stylize(_coloured(line.style), 0, line.styled if line.styled is not None else len(text))
                 self._console.print(text, soft_wrap=True)
         except OSError as error:
             self._give_up(error)
@@ -227,6 +245,10 @@ class Terminal:
         """Print no more, and let the run go on: its answer is also in the exit status and the results file."""
         self._error = error
         abandon(self._stream)
+
+
+def _coloured(style: str) -> str:
+    return " ".join(COLOURS.get(word, word) for word in style.split())
 
 
 def _tolerate(stream: IO[str]) -> None:

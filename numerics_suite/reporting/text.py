@@ -1,10 +1,12 @@
-"""The findings and the summary as plain text, for pytest's own report."""
+"""The findings and the summary as plain text, for pytest's own report, in letters that standard output can say."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from numerics_suite.reporting.findings import block, grouped
+from numerics_suite.reporting.lines import sayable
 from numerics_suite.reporting.summary import summary
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ def finding_text(result: CheckResult) -> str:
     Args:
         result: one with a finding.
     """
-    return "\n".join(line.text for group in grouped([result]) for line in block(group))
+    return "\n".join(sayable(line.text, sys.__stdout__) for group in grouped([result]) for line in block(group))
 
 
 def summary_lines(run: RunResult) -> list[str]:
@@ -26,4 +28,4 @@ def summary_lines(run: RunResult) -> list[str]:
     Args:
         run: the whole run.
     """
-    return [line.text for line in summary(run)]
+    return [sayable(line.text, sys.__stdout__) for line in summary(run)]

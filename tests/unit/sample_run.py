@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, SubjectFacts
+from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, Series, SubjectFacts
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.settings.tree import to_json
 
@@ -27,6 +27,14 @@ def finding(cause: str, title: str, **fields: Any) -> Finding:
 
 def evidence(name: str, measured: float, allowed: float, unit: str, **facts: Any) -> dict[str, Any]:
     return {"measurement": name, "measured": measured, "allowed": allowed, "unit": unit, **facts}
+
+
+def over_steps(name: str, unit: str, *values: float) -> Series:
+    return Series(name=name, unit=unit, along="step", at=tuple(range(1, len(values) + 1)), values=values)
+
+
+def by_module(name: str, unit: str, values: dict[str, float], **fields: Any) -> Series:
+    return Series(name=name, unit=unit, along="module", at=tuple(values), values=tuple(values.values()), **fields)
 
 
 def failing_checks() -> list[CheckResult]:
@@ -101,8 +109,9 @@ def failing_checks() -> list[CheckResult]:
                 "training is not finite from step 2 on",
                 step=2,
                 parameters=("score.weight",),
-                evidence=evidence("non-finite", math.nan, 0, "tensors", losses="0.69, NaN"),
+                evidence=evidence("non-finite", math.nan, 0, "tensors", losses="0.69, NaN", first="loss loss"),
             ),
+            series=(over_steps("loss", "nats", 0.6931, math.nan), over_steps("gradient-norm", "norm", 8123.5)),
         ),
     ]
 
@@ -115,7 +124,20 @@ def sample_run(**changes: Any) -> RunResult:
         result("load.config", "fp32", measurements={"ignored": 0}),
         *failing_checks(),
         result("forward.headroom", "bf16", measurements={"non-finite": 0, "bits": 120.0}),
-        result("forward.headroom", "fp16", "sdpa", measurements={"non-finite": 0, "bits": 1.4912}),
+        result(
+            "forward.headroom",
+            "fp16",
+            "sdpa",
+            measurements={"non-finite": 0, "bits": 1.4912},
+            series=(
+                by_module(
+                    "bits",
+                    "bits",
+                    {"model.norm": 9.5, "model.layers.3.mlp": 1.4912, "score": math.inf},
+                    groups=("norm", "mlp", "linear"),
+                ),
+            ),
+        ),
         result("forward.padding", "fp16", status="error", reason="out of memory: 3.20 GiB asked, 1048576 bytes free"),
         result(
             "train.clip",

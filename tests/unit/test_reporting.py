@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from rich.color import Color
 from unit.sample_run import SUBJECT, failing_checks, finding, result, sample_run
 
 from numerics_suite.core import atomic
@@ -27,7 +28,7 @@ from numerics_suite.reporting.results import (
     to_json,
     write_results,
 )
-from numerics_suite.reporting.terminal import Terminal
+from numerics_suite.reporting.terminal import COLOURS, Terminal
 from numerics_suite.reporting.text import finding_text, summary_lines
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "summary.txt"
@@ -207,9 +208,22 @@ def test_where_nobody_watches_there_is_no_control_code(monkeypatch):
 def test_colour_on_a_terminal_unless_no_color(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[1;31m" in printed(stream=Screen())
+    assert "\x1b[1;38;5;196m" in printed(stream=Screen())
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "31m" not in printed(stream=Screen()).replace("?[31m", "")
+    assert "38;5;" not in printed(stream=Screen())
+
+
+def luminance(number):
+    """Relative luminance of one of the 256 colours (WCAG 2)."""
+    parts = [part / 255 for part in Color.from_ansi(number).get_truecolor()]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("colour", COLOURS.values())
+def test_every_colour_reads_on_white_and_on_black(colour):
+    own = luminance(int(colour.removeprefix("color(").removesuffix(")")))
+    assert min(1.05 / (own + 0.05), (own + 0.05) / 0.05) > 3.9, "large text needs 3, small text 4.5 (WCAG 2)"
 
 
 def test_what_a_model_says_cannot_steer_the_terminal():
