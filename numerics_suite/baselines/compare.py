@@ -54,6 +54,7 @@ class Difference:
         subject: what differs of its facts: `digest a → b`.
         answers: true fp64.
         loss: true fp64.
+        losses: the true fp64 loss itself, old and new.
         gradients: true fp64, by parameter of the new version.
         module: the first module that differs in true fp64, None where none does or none is at fault.
         modules: how modules were matched.
@@ -76,6 +77,7 @@ class Difference:
     subject: tuple[str, ...]
     answers: tuple[Deviation, ...]
     loss: float
+    losses: tuple[float, float]
     gradients: tuple[Deviation, ...]
     module: str | None
     modules: Matching
@@ -137,6 +139,7 @@ def difference(old: CellBaseline, new: CellBaseline) -> Difference:
         subject=_changes(old.subject, new.subject, ("revision", "digest", "stored_dtype", "parameters", "model_class")),
         answers=answers,
         loss=loss,
+        losses=(old.true_loss, new.true_loss),
         gradients=gradients,
         module=module,
         modules=modules,

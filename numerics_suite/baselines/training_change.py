@@ -23,11 +23,15 @@ class CurveChange:
     Attributes:
         true: deviation of the true fp64 losses and gradient norms, over the largest of the old ones.
         growth: distance from the true fp64 losses in the cell's precision, over what rounding explains.
+        old: losses before each step and after the last, in the cell's precision.
+        new: likewise.
         became_nonfinite: the step, from 1, at which the new curve and not the old one ends to be finite; None for none.
     """
 
     true: float
     growth: float
+    old: tuple[float, ...]
+    new: tuple[float, ...]
     became_nonfinite: int | None
 
 
@@ -46,6 +50,8 @@ def curve_change(old: CellBaseline, new: CellBaseline) -> CurveChange | None:
         if theirs.true_losses
         else 0.0,
         growth=_growth(old, new),
+        old=ours.losses,
+        new=theirs.losses,
         became_nonfinite=_first_nonfinite(ours, theirs),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from numerics_suite.core.errors import BadInputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numerics_suite.judging.kinds import Comparison
 
 EXAMPLES = """\
   numerics-suite compare baselines-old baselines-new
@@ -66,16 +69,30 @@ def run(arguments: Sequence[str]) -> int:
     refuse_unwritable(given.json)
     from numerics_suite.baselines.store import load
     from numerics_suite.judging.kinds import FAILING, compare_baselines
-    from numerics_suite.reporting.comparison import comparison_lines, comparison_to_json
+    from numerics_suite.reporting.comparison import comparison_to_json
 
     old, new = (Path(folder) for folder in given.folders)
     found = compare_baselines(load(old), load(new), pairs)
     if given.json != "-":
-        for line in comparison_lines(found, quiet=given.quiet):
-            say(line.text)
+        _print(found, old=str(old), new=str(new), quiet=given.quiet)
     if given.json:
         write_json(given.json, comparison_to_json(found, old=str(old), new=str(new)))
     return int(any(item.kind in FAILING for item in found))
+
+
+def _print(found: Sequence[Comparison], *, old: str, new: str, quiet: bool) -> None:
+    """In colour where somebody watches; plain lines elsewhere, and no library for colours is loaded."""
+    from numerics_suite.reporting.comparison import comparison_lines
+    from numerics_suite.reporting.lines import sayable
+
+    if sys.stdout.isatty():
+        from numerics_suite.reporting.terminal import Terminal
+
+        terminal = Terminal(stream=sys.stdout)
+        terminal.show(comparison_lines(found, old=old, new=new, quiet=quiet, width=terminal.width))
+        return
+    for line in comparison_lines(found, old=old, new=new, quiet=quiet):
+        say(sayable(line.text, sys.stdout))
 
 
 def _pair(text: str) -> tuple[str, str]:

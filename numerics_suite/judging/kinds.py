@@ -19,9 +19,11 @@ from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.text import listed
+from numerics_suite.judging.changed import Changed, changes
 from numerics_suite.judging.verdicts import Breach, judge
 
 if TYPE_CHECKING:
+    from numerics_suite.baselines.growth import Errors
     from numerics_suite.baselines.records import CellBaseline
     from numerics_suite.baselines.store import Baselines
     from numerics_suite.core.records import Cell
@@ -43,6 +45,7 @@ class Judged:
         error_ratio: error against true fp64, new over old; NaN where it was not measured.
         details: `why` (a line for each breach), numbers, and everything else that a person may ask.
         all_kinds: every kind that applies, worst first.
+        changed: what is another value than it was, for a person to read.
     """
 
     kind: str
@@ -50,6 +53,7 @@ class Judged:
     error_ratio: float
     details: Mapping[str, Any]
     all_kinds: tuple[str, ...]
+    changed: tuple[Changed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +91,13 @@ def judge_difference(found: Difference) -> Judged:
         error_ratio=found.errors.ratio if found.errors is not None else math.nan,
         details=_details(found, kinds, breaches),
         all_kinds=kinds,
+        changed=changes(found, kinds, _moved(found)),
     )
+
+
+def _moved(found: Difference) -> list[Errors]:
+    """Modules whose error is larger or smaller than chance explains."""
+    return [item for item in found.local if not item.excess <= 1 or item.relief > 1]
 
 
 def _breaches(found: Difference) -> dict[str, list[Breach]]:
@@ -167,10 +177,9 @@ def _details(found: Difference, kinds: tuple[str, ...], breaches: Mapping[str, S
     }
     if found.errors is not None:
         details |= {"error_before": found.errors.old, "error_now": found.errors.new}
-    moved = [item for item in found.local if not item.excess <= 1 or item.relief > 1]
     optional: dict[str, Any] = {
         "local_errors": [
-            {"module": item.name, "before": item.old, "now": item.new, "ratio": item.ratio} for item in moved
+            {"module": item.name, "before": item.old, "now": item.new, "ratio": item.ratio} for item in _moved(found)
         ],
         "matched": found.modules.told(),
         "moved_modules": list(found.modules.moved),

@@ -1,4 +1,4 @@
-"""Two folders of baselines as a person reads them, worst first, and as JSON."""
+"""Two folders of baselines as a person reads them, worst first and as a diff, and as JSON."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.judging.kinds import FAILING, KINDS
-from numerics_suite.reporting.lines import WIDTH, Line, wrapped
+from numerics_suite.reporting.charts import side_by_side, told
+from numerics_suite.reporting.lines import WIDTH, Line, printable, wrapped
 from numerics_suite.reporting.numbers import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from numerics_suite.judging.changed import Changed
     from numerics_suite.judging.kinds import Comparison
 
 SCHEMA_VERSION = 1
@@ -40,20 +42,14 @@ STYLES = {
 LABEL = 11
 """Columns of the label in front of each part of a block."""
 
-LISTED = (
-    ("also", "all_kinds"),
-    ("contract", "contract"),
-    ("missing", "missing"),
-    ("added", "contract_added"),
-    ("modules", "matched"),
-    ("new", "new_modules"),
-    ("subject", "subject"),
-    ("versions", "environment"),
-)
-"""Labels and keys of details that hold texts."""
+LISTED = ("all_kinds", "contract", "missing", "contract_added", "matched", "new_modules", "subject", "environment")
+"""Keys of details that hold texts: cells that share them are one block."""
 
-NAMED = 8
-"""Texts of one list that a block shows; the JSON has them all."""
+NAMED = 5
+"""Changes of one group that a block shows; the JSON has them all."""
+
+SIGNS = {"-": "red", "+": "green", " ": ""}
+"""Of a line of the diff: of the old baseline, of the new one, of neither."""
 
 
 def comparison_to_json(found: Sequence[Comparison], *, old: str, new: str) -> dict[str, Any]:
@@ -91,11 +87,17 @@ def _to_json(item: Comparison) -> dict[str, Any]:
     }
 
 
-def comparison_lines(found: Sequence[Comparison], *, quiet: bool = False, width: int = WIDTH) -> list[Line]:
+def comparison_lines(
+    found: Sequence[Comparison], *, old: str, new: str, quiet: bool = False, width: int = WIDTH
+) -> list[Line]:
     """All lines: a block for each cell that matters, one line for those that do not, the verdict.
+
+    A block is a diff: what begins with `-` is the old baseline's, what begins with `+` is the new one's.
 
     Args:
         found: every cell.
+        old: the folder.
+        new: the folder.
         quiet: the heads of the blocks that fail, and the verdict.
         width: in columns.
     """
@@ -107,11 +109,13 @@ def comparison_lines(found: Sequence[Comparison], *, quiet: bool = False, width:
         for group in _alike(members):
             lines += _block(group, quiet=quiet, width=width)
     if not quiet:
+        head = [Line(printable(f"--- {old}"), "red"), Line(printable(f"+++ {new}"), "green"), Line("")]
+        lines = [*head, *lines] if lines else []
         for kind in ("new", "identical"):
             members = [item for item in found if item.kind == kind]
             if members:
                 lines += wrapped(f"{kind}: {_cells(members)}", width=width, rest="  ", style=STYLES[kind])
-    return [*lines, _verdict(found)]
+    return [*lines, *_verdict(found, width)]
 
 
 def _alike(members: Sequence[Comparison]) -> list[list[Comparison]]:
@@ -120,7 +124,7 @@ def _alike(members: Sequence[Comparison]) -> list[list[Comparison]]:
     for item in members:
         details = item.judged.details
         names = [line.split(" ", 1)[0] for line in details.get("why", ())]
-        texts = [str(details.get(key)) for _, key in LISTED]
+        texts = [str(details.get(key)) for key in LISTED]
         key = (item.cell.subject, item.cell.task, item.judged.module, item.against, *names, *texts)
         groups.setdefault(key, []).append(item)
     return list(groups.values())
@@ -134,15 +138,11 @@ def _block(group: Sequence[Comparison], *, quiet: bool, width: int) -> list[Line
     lines = [Line(line.text, STYLES[first.kind]) for line in wrapped(head, width=width, rest="  ")]
     if quiet:
         return lines
-    details = first.judged.details
-    parts = [("why", line) for line in details.get("why", ())]
-    numbers = _numbers(first)
-    if numbers:
-        parts.append(("numbers", numbers))
-    parts += [(label, text) for label, key in LISTED if (text := _text(key, details.get(key), first.kind))]
-    parts.append(("meaning", MEANS[first.kind]))
+    for sign, text in _diff(first.judged.changed):
+        changed = wrapped(text, width=width, first=f"{sign} ", rest=f"{sign}   ")
+        lines += [Line(line.text, SIGNS[sign]) for line in changed]
     last = ""
-    for label, text in parts:
+    for label, text in _told(first):
         shown_label = "" if label == last else label
         lines += wrapped(text, width=width, first=f"  {shown_label:<{LABEL}}", style="cyan")
         last = label
@@ -154,35 +154,54 @@ def _badness(item: Comparison) -> float:
     return ratio if ratio == ratio else -1.0
 
 
-def _text(key: str, value: Any, kind: str) -> str:
-    if not value:
-        return ""
-    if isinstance(value, str):
-        return value.removeprefix("matched by order and shape: ") + " (by order and shape)"
-    texts = [str(item) for item in value if not (key == "all_kinds" and item == kind)]
-    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
-    return "; ".join(texts[:NAMED]) + more
+def _diff(changed: Sequence[Changed]) -> Iterator[tuple[str, str]]:
+    """A sign and a text for each line of the diff; of a long group the first, and how many more there are."""
+    counted = Counter(item.group for item in changed)
+    seen = Counter[str]()
+    for item in changed:
+        seen[item.group] += 1
+        if seen[item.group] <= NAMED:
+            old, new = _sides(item)
+            if item.old is not None:
+                yield "-", f"{item.what}{old}"
+            if item.new is not None:
+                yield "+", f"{item.what}{new}"
+        elif seen[item.group] == counted[item.group]:
+            yield " ", f"and {counted[item.group] - NAMED} more: {item.group}"
 
 
-def _numbers(item: Comparison) -> str:
-    """The numbers of a block: errors, local errors, headroom, bits."""
-    details: Mapping[str, Any] = item.judged.details
-    if "bits_differ" not in details:
+def _sides(item: Changed) -> tuple[str, str]:
+    """The two values as they stand behind the name; curves have one scale."""
+    if isinstance(item.old, tuple) and isinstance(item.new, tuple):
+        before, now = side_by_side(item.old, item.new)
+        return f": {before} {told(item.old)}", f": {now} {told(item.new)}"
+    old, new = (
+        f": {shown(value)} {item.unit}".rstrip() if value not in {None, ""} else "" for value in (item.old, item.new)
+    )
+    times = _times(item)
+    return old, f"{new} ({times} times)" if times else new
+
+
+def _times(item: Changed) -> str:
+    """New over old, of errors."""
+    if item.group != "errors" or not isinstance(item.old, (int, float)) or not isinstance(item.new, (int, float)):
         return ""
-    parts = []
-    if "error_before" in details:
-        before, now, ratio = details["error_before"], details["error_now"], item.judged.error_ratio
-        parts.append(f"error against float64 {shown(before)} → {shown(now)} ({shown(ratio)} times)")
-    parts += [
-        f"{change['module']} {shown(change['before'])} → {shown(change['now'])} roundoffs"
-        for change in details.get("local_errors", ())[:3]
-    ]
-    if details["bits_differ"]:
-        parts.append(f"other bits in {', '.join(details['bits_differ'])}")
-    change = details["headroom_change"]
+    return shown(item.new / item.old) if item.old else ""
+
+
+def _told(item: Comparison) -> list[tuple[str, str]]:
+    """Labels and texts below the diff: the reasons, and what has no old and new value."""
+    details = item.judged.details
+    parts = [("why", str(line)) for line in details.get("why", ())]
+    others = [kind for kind in details.get("all_kinds", ()) if kind != item.kind]
+    if others:
+        parts.append(("also", ", ".join(others)))
+    if details.get("bits_differ"):
+        parts.append(("bits", f"other bits in {', '.join(details['bits_differ'])}"))
+    change = details.get("headroom_change", 0.0)
     if change == change and abs(change) >= 0.05:
-        parts.append(f"headroom {change:+.1f} bits")
-    return "; ".join(parts)
+        parts.append(("headroom", f"{change:+.1f} bits"))
+    return [*parts, ("meaning", MEANS[item.kind])]
 
 
 def _cells(members: Sequence[Comparison]) -> str:
@@ -194,10 +213,9 @@ def _cells(members: Sequence[Comparison]) -> str:
     return "; ".join(f"{subject} {', '.join(cells)}" for subject, cells in by_subject.items())
 
 
-def _verdict(found: Sequence[Comparison]) -> Line:
+def _verdict(found: Sequence[Comparison], width: int) -> list[Line]:
     counted = Counter(item.kind for item in found)
-    told = ", ".join(f"{counted[kind]} {kind}" for kind in KINDS if counted[kind])
+    parts = ", ".join(f"{counted[kind]} {kind}" for kind in KINDS if counted[kind])
     failing = any(item.kind in FAILING for item in found)
-    return Line(
-        f"{'CHANGED' if failing else 'PASS'}: {told} (exit {int(failing)})", "bold red" if failing else "bold green"
-    )
+    text = f"{'CHANGED' if failing else 'PASS'}: {parts} (exit {int(failing)})"
+    return wrapped(text, width=width, rest="  ", style="bold red" if failing else "bold green")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from numerics_suite.cli.main import main
 
 OLD = baseline()
 NORM = "model.layers.1.input_layernorm"
+SNAPSHOT = Path(__file__).parents[1] / "unit" / "snapshots" / "compare.txt"
 KINDS = {"identical", "rounding", "better", "worse", "changed", "contract", "missing", "new"}
 
 
@@ -88,9 +90,75 @@ def test_a_block_says_what_where_how_much_and_what_that_means(capsys, folders):
     folders([OLD], [NEW["worse"]])
     _, out, _ = ended(capsys, "old", "new")
     text = " ".join(out.split())
-    assert text.startswith(f"worse: glm4-tiny (causal-lm) bf16/eager/cpu in {NORM} why local-excess ")
-    assert f"{NORM} 0.61 → 0.9 roundoffs; other bits in logits" in text
+    assert text.startswith(f"--- old +++ new worse: glm4-tiny (causal-lm) bf16/eager/cpu in {NORM} - error of ")
+    assert out.splitlines()[4:6] == [
+        f"- error of {NORM}: 0.61 roundoffs",
+        f"+ error of {NORM}: 0.9 roundoffs (1.475 times)",
+    ]
+    assert "why local-excess 1.2 " in text
+    assert "bits other bits in logits" in text
     assert "meaning The same function, with a larger rounding error" in text
+
+
+def many():
+    """A cell of each kind that has a block."""
+    cells = [baseline(precision=precision) for precision in ("fp32", "bf16", "fp16", "amp-bf16", "amp-fp16", "fp64")]
+    worse = with_bits(with_module(cells[1], NORM, local_error=0.9), logits="other")
+    packages = {**worse.environment["packages"], "transformers": "5.25.0"}
+    stops = replace(worse.curve, losses=(6.26, 6.11, 7.98, math.nan))
+    worse = replace(worse, error=0.0172, environment={**worse.environment, "packages": packages}, curve=stops)
+    contract = {**cells[4].contract, "default_dtype": "float32", "signature": ["input_ids", "labels", "position_ids"]}
+    new = [
+        with_bits(replace(cells[0], error=0.005), logits="other"),
+        worse,
+        renamed(replace(changed(cells[2]), true_loss=6.31), {"model.layers.3": "model.blocks.3"}),
+        replace(cells[3], checks=("forward.finite",)),
+        replace(cells[4], contract=contract),
+        cells[5],
+    ]
+    return cells, new
+
+
+def test_the_diff_reads_as_it_did(capsys, folders):
+    """To change it on purpose: write `out` to the file and read the difference."""
+    folders(*many())
+    status, out, _ = ended(capsys, "old", "new")
+    assert status == 1
+    assert out == SNAPSHOT.read_text(encoding="utf-8")
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_the_old_is_red_and_the_new_is_green_where_somebody_watches(folders, monkeypatch):
+    folders([OLD], [NEW["worse"]])
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for colours in (True, False):
+        if not colours:
+            monkeypatch.setenv("NO_COLOR", "1")
+        screen = Screen()
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert main(["compare", "old", "new"]) == 1
+        red, green, end = ("\x1b[38;5;196m", "\x1b[38;5;28m", "\x1b[0m") if colours else ("", "", "")
+        assert f"{red}- error of {NORM}: 0.61 roundoffs{end}\n" in screen.getvalue()
+        assert f"{green}+ error of {NORM}: 0.9 roundoffs (1.475 times){end}\n" in screen.getvalue()
+
+
+def test_arrows_and_curves_are_ascii_where_the_stream_says_nothing_else(folders, tmp_path):
+    folders(*many())
+    done = subprocess.run(
+        [sys.executable, "-m", "numerics_suite", "compare", "old", "new"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(numerics_suite.__file__).parents[1]), "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "+ training loss: ,,#x 6.26 6.11 7.98 NaN\n" in done.stdout
 
 
 def test_worst_first_alike_ones_together_and_the_rest_in_one_line(capsys, folders):
@@ -104,7 +172,8 @@ def test_worst_first_alike_ones_together_and_the_rest_in_one_line(capsys, folder
     ]
     folders(cells, new)
     status, out, _ = ended(capsys, "old", "new")
-    heads = [line for line in out.splitlines() if line and not line.startswith(" ")]
+    assert out.startswith("--- old\n+++ new\n\n")
+    heads = [line for line in out.splitlines() if line and line[0] not in " -+"]
     assert status == 1
     assert [head.partition(":")[0] for head in heads] == [
         "missing",
@@ -127,10 +196,9 @@ def test_worst_first_alike_ones_together_and_the_rest_in_one_line(capsys, folder
 def test_renamed_modules_are_said(capsys, folders):
     folders([OLD], [renamed(changed(OLD), {"model": "transformer"})])
     _, out, _ = ended(capsys, "old", "new")
-    text = " ".join(out.split())
-    assert f"in {NORM.replace('model', 'transformer')} why" in text
-    assert "modules model.embed_tokens ↔ transformer.embed_tokens" in text
-    assert "(by order and shape)" in text
+    assert f"in {NORM.replace('model', 'transformer')}" in " ".join(out.split())
+    assert "- module: model.embed_tokens\n+ module: transformer.embed_tokens\n" in out
+    assert "  and 45 more: renamed modules, matched by order and shape\n" in out
 
 
 def test_json_on_standard_output_alone(capsys, folders):
