@@ -34,7 +34,8 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
         reason = "no module could be lifted to float64"
         raise NotApplicableError(reason)
     yield _coarser(judged, evidence)
-    rows = [(error, *_value(error, evidence)) for error in judged]
+    longest = longest_reduction(evidence.model)
+    rows = [(error, *_value(error, evidence, longest)) for error in judged]
     for name in dict.fromkeys(name for _, name, _ in rows):
         worst, _, value = max((row for row in rows if row[1] == name), key=lambda row: nan_last(row[2]))
         yield Measurement(
@@ -49,14 +50,14 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
                 "largest error in roundoffs": worst.max_roundoffs,
             },
         )
-    yield from _by_module(rows, evidence)
+    yield from _by_module(rows, evidence, longest)
 
 
-def _by_module(rows: list[tuple[LocalError, str, float]], evidence: Evidence) -> Iterable[Series]:
+def _by_module(rows: list[tuple[LocalError, str, float]], evidence: Evidence, longest: int) -> Iterable[Series]:
     """Every module's error, then the kernel ratios of those that are judged by theirs: roundoffs and ratios share no axis."""
     roles = {error.module: evidence.family.role_of(error.class_name) for error, _, _ in rows}
     errors = [
-        (error.module, error.rms_roundoffs / _allowance(error, evidence), "")
+        (error.module, error.rms_roundoffs / _allowance(error, longest), "")
         if name == COMPOSED
         else (error.module, value, name)
         for error, name, value in rows
@@ -69,9 +70,9 @@ def _by_module(rows: list[tuple[LocalError, str, float]], evidence: Evidence) ->
             yield Series(name=name, unit=unit, along="module", at=at, values=values, groups=groups, budgets=budgets)
 
 
-def _allowance(error: LocalError, evidence: Evidence) -> float:
+def _allowance(error: LocalError, longest: int) -> float:
     """What an error is divided by: kernels accumulate in float32, so there a long sum may err by more."""
-    return longest_reduction(evidence.model) ** 0.5 if error.dtype == "float32" else 1.0
+    return longest**0.5 if error.dtype == "float32" else 1.0
 
 
 def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
@@ -90,7 +91,7 @@ def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
     )
 
 
-def _value(error: LocalError, evidence: Evidence) -> tuple[str, float]:
+def _value(error: LocalError, evidence: Evidence, longest: int) -> tuple[str, float]:
     """Name of the budget's measurement and the number that it judges.
 
     A module of one op by its roundoffs, rms or element by element, whichever is smaller; one of several by its kernel
@@ -98,7 +99,7 @@ def _value(error: LocalError, evidence: Evidence) -> tuple[str, float]:
     """
     role = evidence.family.role_of(error.class_name)
     composed = error.kernel_ratio == error.kernel_ratio or role in {"attention", "block", "mlp"}
-    allowance = _allowance(error, evidence)
+    allowance = _allowance(error, longest)
     if composed:
         ratio = error.kernel_ratio if error.rms_roundoffs else 0.0
         return COMPOSED, ratio / allowance
