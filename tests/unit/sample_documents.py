@@ -142,7 +142,7 @@ def matrix_document(releases: tuple[str, ...] = RELEASES, broken: tuple[str, ...
                 results=Path(f"{release}/results.json"),
                 rows=(Ran(subject=answer.cell.subject, task=answer.cell.task, precision="bf16", passed=1 if bad else 2, failed=int(bad), errors=0, skipped=0),),
                 failures=(failure,) if bad else (),
-                changes=(change,) if release == broken[0] else (),
+                changes=(change,) if release in broken[:1] else (),
             )
         )  # fmt: skip
         runs.append(Run(label=held.text, result=run))
