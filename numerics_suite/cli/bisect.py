@@ -119,10 +119,12 @@ def _refuse_contradictions(own: Mapping[str, Any], subjects: Sequence[str]) -> N
 def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.core.machine import core_count
     from numerics_suite.versions.asked import know
+    from numerics_suite.versions.extensions import without_extensions
     from numerics_suite.versions.job import for_a_cell
     from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import Plan
 
+    settings = without_extensions(settings)
     baseline = baseline_of(settings)
     prepared = for_a_cell(settings)
     what, candidates, note = _candidates(settings.subjects[0], own)
@@ -159,6 +161,7 @@ def _search(  # noqa: PLR0913 - keywords
 
     from numerics_suite.reporting.bisect import BisectTerminal
     from numerics_suite.versions.bisect import Bisection
+    from numerics_suite.versions.extensions import left_out_notes
     from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
     from numerics_suite.versions.matrix import in_environments
 
@@ -181,7 +184,7 @@ def _search(  # noqa: PLR0913 - keywords
         except BaseException:
             processes.stop()
             raise
-    found = replace(found, notes=(note,) if note else ())
+    found = replace(found, notes=(*((note,) if note else ()), *left_out_notes()))
     terminal.story(found)
     return found
 

@@ -103,6 +103,7 @@ def run(arguments: Sequence[str]) -> int:
 def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.core.machine import core_count
     from numerics_suite.versions.asked import know_all
+    from numerics_suite.versions.extensions import without_extensions
     from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import make_plan
     from numerics_suite.versions.wanted import resolve_all
@@ -111,6 +112,7 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
         from numerics_suite.versions.spreading import refuse_without_ray
 
         refuse_without_ray()
+    settings = without_extensions(settings)
     known = know_all(settings)
     baseline = baseline_of(settings)
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))

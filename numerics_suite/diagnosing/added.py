@@ -60,16 +60,9 @@ def remedies_of(cause: str) -> tuple[str, ...]:
     return tuple(name for name, added in added_remedies().items() if cause in added.causes)
 
 
-def cure_of(name: str) -> Cure | None:
-    """How a remedy is applied to a fresh copy, None where it cannot be.
-
-    Args:
-        name: of ours, or of another package's.
-    """
-    if name in CURES:
-        return CURES[name]
-    added = added_remedies().get(name)
-    return None if added is None else added.cure
+def cures() -> Mapping[str, Cure]:
+    """How each remedy that can be tried here is applied to a fresh copy: ours, then those of other packages."""
+    return {**CURES, **{name: added.cure for name, added in added_remedies().items()}}
 
 
 def cost_of(name: str) -> float:

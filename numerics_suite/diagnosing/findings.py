@@ -9,6 +9,7 @@ from torch import Tensor
 
 from numerics_suite.core.records import Batch, Fact, Finding
 from numerics_suite.core.text import listed
+from numerics_suite.diagnosing.added import remedies_of
 from numerics_suite.diagnosing.causes import with_cause
 from numerics_suite.diagnosing.remedies import untried
 from numerics_suite.judging.verdicts import Breach
@@ -34,6 +35,7 @@ def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None,
     """
     worst = with_cause(breaches[0], evidence, batch) if diagnose else breaches[0]
     measured, budget = worst.measurement, worst.budget
+    cause = measured.cause or budget.cause
     facts: dict[str, Fact] = {
         "measurement": measured.name,
         "measured": measured.value,
@@ -45,7 +47,7 @@ def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None,
         facts[f"also {other.measurement.name}"] = other.measurement.value
         facts[f"also {other.measurement.name} allowed"] = other.budget.limit
     return Finding(
-        cause=measured.cause or budget.cause,
+        cause=cause,
         title=title(worst),
         explanation=budget.reason,
         module=measured.module,
@@ -55,7 +57,7 @@ def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None,
         parameters=measured.parameters,
         evidence=facts,
         batch=batch_as_json(batch) if batch is not None else None,
-        remedies=untried(_remedies(worst, breaches[1:])),
+        remedies=untried(tuple(dict.fromkeys((*_remedies(worst, breaches[1:]), *remedies_of(cause))))),
     )
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Finding, Remedy
-from numerics_suite.diagnosing.cures import COST, CURES, Attempt, learning_rates
+from numerics_suite.diagnosing.added import cost_of, cures
+from numerics_suite.diagnosing.cures import Attempt, learning_rates
 from numerics_suite.diagnosing.findings import title
-from numerics_suite.diagnosing.remedies import DESCRIPTIONS, useful_first
+from numerics_suite.diagnosing.remedies import description_of, useful_first
 from numerics_suite.judging.verdicts import Breach
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.running.training import Plan, Trajectory
@@ -79,7 +80,7 @@ def try_remedies(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> 
         ask: asks a check again.
     """
     trial = _Trial(check=check, finding=finding, evidence=evidence, ask=ask)
-    names = sorted((remedy.name for remedy in finding.remedies), key=COST.index)
+    names = sorted((remedy.name for remedy in finding.remedies), key=cost_of)
     tried = [trial.remedy(name) for name in names]
     if not any(remedy.verified for remedy in tried):
         tried = list(trial.pairs(tried))
@@ -95,7 +96,7 @@ class _Trial:
 
     def remedy(self, name: str) -> Remedy:
         """One remedy alone."""
-        untried = Remedy(name=name, description=DESCRIPTIONS[name])
+        untried = Remedy(name=name, description=description_of(name))
         if name in NOT_HERE:
             return replace(untried, effect=NOT_HERE[name])
         try:
@@ -111,7 +112,7 @@ class _Trial:
 
     def pairs(self, tried: Sequence[Remedy]) -> Iterator[Remedy]:
         """The remedies again, the first two that help together marked so."""
-        failed = [remedy.name for remedy in tried if remedy.verified is False and remedy.name in CURES]
+        failed = [remedy.name for remedy in tried if remedy.verified is False and remedy.name in cures()]
         together: dict[str, Remedy] = {}
         for one, other in itertools.combinations(failed[:PAIRED], 2):
             seen = self._both(one, other)
@@ -119,7 +120,7 @@ class _Trial:
                 for name, partner in ((one, other), (other, one)):
                     together[name] = Remedy(
                         name=name,
-                        description=DESCRIPTIONS[name],
+                        description=description_of(name),
                         verified=True,
                         effect=f"with {partner}, not alone: {seen.effect}",
                     )
@@ -129,8 +130,8 @@ class _Trial:
 
     def _both(self, one: str, other: str) -> _Seen | None:
         try:
-            for first in CURES[one](self.evidence, self.finding):
-                for second in CURES[other](first.evidence, self.finding):
+            for first in cures()[one](self.evidence, self.finding):
+                for second in cures()[other](first.evidence, self.finding):
                     return self._seen(second)
         except Exception:  # noqa: BLE001 - as above
             return None
@@ -138,7 +139,7 @@ class _Trial:
 
     def _first_that_works(self, name: str) -> _Seen | None:
         last = None
-        for attempt in CURES[name](self.evidence, self.finding):
+        for attempt in cures()[name](self.evidence, self.finding):
             last = self._seen(attempt)
             if last.works:
                 return last

@@ -129,7 +129,7 @@ def _meant(value: str, ids: tuple[str, ...]) -> str:
         return f"; did you mean '{value}.*'?"
     if dot and re.fullmatch(r"[a-z][a-z0-9-]*", prefix) and not nearest(prefix, groups):
         return f"; checks of '{prefix}' come with another package, which is not installed here"
-    return nearest(value, ids)
+    return nearest(value, ids) or nearest(prefix, groups)
 
 
 def name(value: str) -> str:

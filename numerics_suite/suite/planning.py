@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
 from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check, own_check_ids
-from numerics_suite.core.switch import switched_on
 from numerics_suite.inputs.data import check_labels, read_examples
 from numerics_suite.running.devices import default_precisions, lacks, lacks_attention, resolve_device
 from numerics_suite.running.precisions import SERVING_REASON, Precision, precision
@@ -148,14 +147,18 @@ def selected_checks(settings: Settings) -> tuple[str, ...]:
     def named(check: str, globs: Iterable[str]) -> bool:
         return any(fnmatch.fnmatchcase(check, glob) for glob in globs)
 
+    known = check_ids()
+    for glob in settings.checks:
+        if not any(named(check, (glob,)) for check in known):
+            message = f"--checks {glob}: only checks of other packages match it, and extensions are off"
+            raise BadInputError(message)
     wanted = tuple(
         check
-        for check in check_ids()
+        for check in known
         if (not settings.checks or named(check, settings.checks)) and not named(check, settings.skip)
     )
     if not wanted:
-        off = "" if switched_on() else " where extensions are off"
-        message = f"--checks and --skip leave no check to run{off}"
+        message = "--checks and --skip leave no check to run"
         raise BadInputError(message)
     return wanted
 

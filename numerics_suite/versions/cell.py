@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError
+from numerics_suite.core.switch import switch_off
 from numerics_suite.reporting.results import dump
 from numerics_suite.versions.job import BASELINE, DONE, RESULTS, Job, read_job, sources_of
 
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
         arguments: the path of the job's file.
     """
     end_with_parent()
+    switch_off()  # the same checks in every environment, also in the running one
     path = Path(arguments[0])
     done = {"status": "error", "results": False, "baseline": False, "reason": None, "unsupported": {}, "times": {}}
     try:

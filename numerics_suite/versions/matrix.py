@@ -16,6 +16,7 @@ from numerics_suite.versions.answers import cell_of, minor_of
 from numerics_suite.versions.asked import Known, digests
 from numerics_suite.versions.changes import with_changes
 from numerics_suite.versions.environments import ensure
+from numerics_suite.versions.extensions import left_out_notes
 from numerics_suite.versions.job import Job, for_a_cell
 from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, failed
 from numerics_suite.versions.kept import Kept
@@ -202,7 +203,7 @@ def run_matrix(  # noqa: PLR0913 - keywords
     _refuse_if_all(ordered, plan.known)
     compared, notes = with_changes(ordered, plan.baseline)
     duration = round(time.perf_counter() - begun, 3)
-    return MatrixResult(cells=compared, folder=kept.folder, duration_s=duration, notes=tuple(notes))
+    return MatrixResult(cells=compared, folder=kept.folder, duration_s=duration, notes=(*notes, *left_out_notes()))
 
 
 def _one(plan: Plan, versions: Versions, kept: Kept, execute: Execute, audience: Audience) -> MatrixCell:

@@ -14,10 +14,12 @@ from packaging.version import Version
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, Finding, Remedy, RunResult
+from numerics_suite.core.registry import own_check_ids
 from numerics_suite.diagnosing.remedies import useful_first
 from numerics_suite.settings.tree import COMMAND_LINE, Settings
 from numerics_suite.versions.answers import read_run
 from numerics_suite.versions.asked import know_all
+from numerics_suite.versions.extensions import WHY
 from numerics_suite.versions.index import released
 from numerics_suite.versions.job import for_a_cell
 from numerics_suite.versions.kept import Kept
@@ -44,7 +46,8 @@ def try_versions(
     Raises:
         KeyboardInterrupt: the user stopped.
     """
-    open_ids = [item.id for item in result.checks if _has(item, NEWER) or _has(item, PIN)]
+    ours = frozenset(own_check_ids())
+    open_ids = [item.id for item in result.checks if item.check in ours and (_has(item, NEWER) or _has(item, PIN))]
     if not open_ids:
         return result
     installed = Version(str(result.environment["packages"]["transformers"]))
@@ -129,9 +132,12 @@ def _with_remedies(
 def _told(
     key: str, finding: Finding, cured: Mapping[str, Mapping[str, str]], seen: Mapping[str, Sequence[str]]
 ) -> Iterator[Remedy]:
+    ours = key.partition("/")[0] in own_check_ids()
     for remedy in finding.remedies:
         if remedy.name not in {NEWER, PIN}:
             yield remedy
+        elif not ours:
+            yield replace(remedy, effect=f"not tried: {WHY}")
         elif key in cured[remedy.name]:
             yield replace(remedy, verified=True, effect=f"passes under transformers {cured[remedy.name][key]}")
         elif seen[remedy.name]:

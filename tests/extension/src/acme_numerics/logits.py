@@ -58,8 +58,8 @@ LOGIT_SPACING = AddedCheck(
             limit=0.5,
             cause="acme.coarse-logits",
             title="logits of {facts[dtype]} are {value:.3g} apart at the largest, {facts[largest logit]:.4g}",
-            reason="Two logits that are rounded to one are one to every softmax. At a spacing of 0.5 two tokens are alike "
-            "of which one should be 1.6 times as likely; logits of published models stay below 64, where bfloat16 has 0.25.",
+            reason="What a softmax sees of two logits is their difference, and what is smaller than the spacing may be rounded "
+            "away. A spacing of 0.5 hides a factor of 1.6 between two probabilities; the next one, of 1, hides 2.7.",
             remedies=("acme.float32-head", "keep-in-fp32"),
         ),
     ),
