@@ -87,6 +87,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     settings = _settings(config)
     _share_cores(config)
     from numerics_suite.core.atomic import ensure_writable
+    from numerics_suite.reporting.report import ensure_wanted
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.session import SuiteSession
 
@@ -95,6 +96,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     try:
         if settings.json and settings.json != "-":
             ensure_writable(Path(settings.json), "--numerics-json")
+        ensure_wanted(settings.report, settings.junitxml, "--numerics-")
         suite.plan  # noqa: B018 - made here for its errors
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None

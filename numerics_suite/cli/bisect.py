@@ -13,7 +13,7 @@ from numerics_suite.cli.matrix import (
     jobs_of,
     telling_what_is_kept,
 )
-from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
+from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -91,6 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     _refuse_contradictions(own, given["subjects"])
     settings = from_command_line({**given, "checks": own["check"]})
     refuse_unwritable(settings.json)
+    refuse_undeliverable(settings.report, settings.junitxml)
     return _bisect(settings, own)
 
 
@@ -118,6 +119,9 @@ def _refuse_contradictions(own: Mapping[str, Any], subjects: Sequence[str]) -> N
 
 def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.core.machine import core_count
+    from numerics_suite.core.numbers import revived
+    from numerics_suite.reporting.bisect import bisect_to_json
+    from numerics_suite.reporting.documents import BisectFile, Documents
     from numerics_suite.versions.asked import know
     from numerics_suite.versions.extensions import without_extensions
     from numerics_suite.versions.job import for_a_cell
@@ -138,10 +142,11 @@ def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     kept = Kept(Path(own["out"] or OUT))
     with for_people(settings) as stream:
         found = _search(plan, what, candidates, kept, stream, note=note, jobs=jobs, settings=settings, own=own)
+    content = bisect_to_json(found)
     if settings.json:
-        from numerics_suite.reporting.bisect import bisect_to_json
-
-        write_json(settings.json, bisect_to_json(found))
+        write_json(settings.json, content)
+    documents = Documents(bisections=(BisectFile(content=revived(content), finding=found.finding),))
+    deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
     return 0
 
 

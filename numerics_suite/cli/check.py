@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
+from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
@@ -70,21 +70,13 @@ def run(arguments: Sequence[str]) -> int:
     given = vars(make_parser().parse(arguments))
     bundle, other_versions = given.pop("bundle"), given.pop("try_versions")
     settings = from_command_line(given)
-    _refuse_unwritable(settings)
+    refuse_unwritable(settings.json)
+    refuse_undeliverable(settings.report, settings.junitxml)
     if bundle is not None:
         return _reopen(settings, Path(bundle))
     if settings.list_only:
         return _list(settings)
     return _check(settings, other_versions=other_versions)
-
-
-def _refuse_unwritable(settings: Settings) -> None:
-    """Before hours of work, see that its results will have a place."""
-    refuse_unwritable(settings.json)
-    if settings.junitxml:
-        from numerics_suite.core.atomic import ensure_writable
-
-        ensure_writable(settings.junitxml, "--junitxml")
 
 
 def _list(settings: Settings) -> int:
@@ -101,6 +93,7 @@ def _list(settings: Settings) -> int:
 
 
 def _check(settings: Settings, *, other_versions: bool) -> int:
+    from numerics_suite.reporting.documents import Documents, Run
     from numerics_suite.reporting.results import to_json
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.suite.run import run_check
@@ -119,6 +112,8 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
         terminal.summary(result)
     if settings.json:
         write_json(settings.json, to_json(result))
+    documents = Documents(runs=(Run(label="check", result=result),))
+    deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
     return result.exit_status
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from numerics_suite.cli.output import refuse_unwritable, say, write_json
+from numerics_suite.cli.output import deliver, refuse_undeliverable, refuse_unwritable, say, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError
 
@@ -48,6 +48,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--as", dest="pairs", metavar="OLD=NEW", action="append", default=[], help="pair subjects of different names"
     )
+    parser.add_argument("--report", metavar="DIR", help="write a report here: index.html, and files for CI")
     add_output_options(parser)
     return parser
 
@@ -66,17 +67,24 @@ def run(arguments: Sequence[str]) -> int:
         message = f"compare takes two folders, OLD and NEW; {len(given.folders)} given"
         raise BadInputError(message)
     pairs = [_pair(text) for text in given.pairs]
+    report = Path(given.report) if given.report else None
     refuse_unwritable(given.json)
+    refuse_undeliverable(report)
     from numerics_suite.baselines.store import load
+    from numerics_suite.core.numbers import revived
     from numerics_suite.judging.kinds import FAILING, compare_baselines
     from numerics_suite.reporting.comparison import comparison_to_json
+    from numerics_suite.reporting.documents import ComparisonFile, Documents
 
     old, new = (Path(folder) for folder in given.folders)
     found = compare_baselines(load(old), load(new), pairs)
     if given.json != "-":
         _print(found, old=str(old), new=str(new), quiet=given.quiet)
+    content = comparison_to_json(found, old=str(old), new=str(new))
     if given.json:
-        write_json(given.json, comparison_to_json(found, old=str(old), new=str(new)))
+        write_json(given.json, content)
+    documents = Documents(comparisons=(ComparisonFile(content=revived(content)),))
+    deliver(documents, report, silent=given.quiet or given.json == "-")
     return int(any(item.kind in FAILING for item in found))
 
 

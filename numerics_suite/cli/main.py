@@ -24,15 +24,11 @@ COMMANDS = {
     "bisect": "the first version at which the verdict changes",
     "cache": "environments and built fixtures kept between runs",
     "watch": "run a training script under the watch",
+    "report": "HTML, JUnit, SARIF and Markdown from results files",
     "init": "adopt the gate in your repository",
     "fixtures": "list, build or find the shipped tiny checkpoints",
 }
 """Each is a module of `numerics_suite.cli` with `run(arguments) -> int`."""
-
-NOT_BUILT = {
-    "report": "HTML, JUnit and GitHub summary from result files",
-}
-"""Commands of the contract that a later release brings."""
 
 HELP = """\
 usage: numerics-suite COMMAND [--help] ...
@@ -41,9 +37,6 @@ Catches numerical bugs in GLM-4 checkpoints before they are a NaN loss.
 
 commands:
 {commands}
-
-not built yet:
-{later}
 
 options:
   -h, --help  show this message
@@ -94,19 +87,16 @@ def _dispatch(arguments: list[str]) -> int:
         raise BadInputError(message)
     command, *rest = arguments
     if command in {"-h", "--help", "help"}:
-        sys.stdout.write(HELP.format(commands=_listed(COMMANDS), later=_listed(NOT_BUILT)))
+        sys.stdout.write(HELP.format(commands=_listed(COMMANDS)))
         return 0
     if command == "--version":
         from numerics_suite import __version__
 
         sys.stdout.write(f"numerics-suite {__version__}\n")
         return 0
-    if command in NOT_BUILT:
-        message = f"'{command}' is not built yet; numerics-suite --help lists what this release has"
-        raise BadInputError(message)
     if command not in COMMANDS:
         kind = "option" if command.startswith("-") else "command"
-        hint = nearest(command, (*COMMANDS, *NOT_BUILT, "--help", "--version"))
+        hint = nearest(command, (*COMMANDS, "--help", "--version"))
         message = f"unknown {kind} '{command}'{hint or ' (see numerics-suite --help)'}"
         raise BadInputError(message)
     module = importlib.import_module(f"numerics_suite.cli.{command}")

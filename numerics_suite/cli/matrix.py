@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
+from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -32,14 +32,15 @@ EXAMPLES = """\
   numerics-suite matrix ./my-checkpoint --transformers latest:5 --list
       what would be run
 
-What is done is kept under --out: a run that was stopped goes on where it was.
+What is done is kept under --out: a run that was stopped goes on where it was,
+and numerics-suite report makes a report of that folder at any time.
 
 exit status:
   0 passed, 1 a cell fails, 2 interrupted, 3 a cell errs, 4 bad input,
   5 nothing ran
 """
 
-SHARED = tuple(option.name for option in OPTIONS if option.name not in {"report", "junitxml", "workers", "collect"})
+SHARED = tuple(option.name for option in OPTIONS if option.name not in {"workers", "collect"})
 """Options of `check` that a command with environments has too; it starts its own processes."""
 
 OUT = Path(".numerics/matrix")
@@ -92,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     own = {name: given.pop(name) for name in ("transformers", "torch", "python", "pre", "jobs", "out", "ray")}
     settings = from_command_line(given)
     refuse_unwritable(settings.json)
+    refuse_undeliverable(settings.report, settings.junitxml)
     if not any(own[name] for name in ("transformers", "torch", "python")):
         message = (
             "matrix needs versions: give --transformers SPEC (or --torch, --python), as in --transformers latest:3"
@@ -127,7 +129,17 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
             status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"])
     if settings.json:
         write_json(settings.json, content)
+    if not settings.list_only:
+        _deliver(settings, kept.folder)
     return status
+
+
+def _deliver(settings: Settings, folder: Path) -> None:
+    from numerics_suite.reporting.documents import read_documents
+    from numerics_suite.reporting.matrix import KEPT
+
+    silent = settings.quiet or settings.json == "-"
+    deliver(read_documents([folder / KEPT]), settings.report, settings.junitxml, silent=silent)
 
 
 def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]:
@@ -142,7 +154,9 @@ def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]
 def _run(  # noqa: PLR0913 - keywords
     settings: Settings, plan: Plan, kept: Kept, stream: IO[str], *, jobs: int, ray: str | None
 ) -> tuple[int, dict[str, Any]]:
-    from numerics_suite.reporting.matrix import MatrixTerminal, matrix_to_json
+    from numerics_suite.core.atomic import write_atomic
+    from numerics_suite.reporting.matrix import KEPT, MatrixTerminal, kept_json, matrix_to_json
+    from numerics_suite.reporting.results import dump
     from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
     from numerics_suite.versions.matrix import in_environments, run_matrix
 
@@ -156,6 +170,7 @@ def _run(  # noqa: PLR0913 - keywords
         else:
             processes = Jobs()
             result = run_matrix(plan, kept, in_environments(processes), terminal, jobs=jobs, stop=processes.stop)
+        write_atomic(kept.folder / KEPT, dump(kept_json(result)), "--out")
         terminal.table(result)
     return result.exit_status, matrix_to_json(result)
 

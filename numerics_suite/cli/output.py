@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from numerics_suite.reporting.documents import Documents
     from numerics_suite.settings.tree import Settings
 
 
@@ -94,3 +95,40 @@ def for_people(settings: Settings) -> Iterator[IO[str]]:
             yield sys.stderr
     else:
         yield sys.stdout
+
+
+def refuse_undeliverable(report: Path | None, junitxml: Path | None = None) -> None:
+    """Before hours of work, see that the report will have a place.
+
+    Args:
+        report: `--report`.
+        junitxml: `--junitxml`.
+
+    Raises:
+        BadInputError: it has none.
+    """
+    if report is not None or junitxml is not None:
+        from numerics_suite.reporting.report import ensure_wanted
+
+        ensure_wanted(report, junitxml)
+
+
+def deliver(documents: Documents, report: Path | None, junitxml: Path | None = None, *, silent: bool) -> None:
+    """The report and the JUnit file that were asked for, and in GitHub Actions annotations and the step's summary.
+
+    Args:
+        documents: what is told of.
+        report: `--report`.
+        junitxml: `--junitxml`.
+        silent: standard output is the answer's, or nothing is to be printed that was not asked for.
+
+    Raises:
+        BadInputError: a file cannot be written.
+    """
+    from numerics_suite.reporting.github import tell_github
+    from numerics_suite.reporting.report import HTML, write_wanted
+
+    write_wanted(documents, report, junitxml)
+    if report is not None and not silent:
+        say(f"report: {report / HTML}")
+    tell_github(documents, None if silent else sys.stdout)

@@ -103,7 +103,9 @@ def _pairs(new: Places, old: Places) -> Iterator[tuple[list[Source], list[Source
     by_versions: dict[Key, list[Source]] = {}
     for source in old.sources:
         by_versions.setdefault(_versions(source), []).append(source)
-    told = [source for source in old.sources if source.run is not None or (source.cell is not None and source.cell.rows)]
+    told = [
+        source for source in old.sources if source.run is not None or (source.cell is not None and source.cell.rows)
+    ]
     otherwise = [source for source in old.sources if source.cell is None] or told[-1:]
     groups: dict[tuple[int, ...], tuple[list[Source], list[Source]]] = {}
     for source in new.sources:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from numerics_suite.core.text import listed
@@ -254,6 +255,27 @@ def matrix_to_json(result: MatrixResult) -> dict[str, Any]:
         "notes": list(result.notes),
         "cells": [cell_to_json(cell) for cell in result.cells],
     }
+
+
+KEPT = "matrix.json"
+"""The file of `matrix` in the folder of its cells: from it a report of the whole folder is made."""
+
+
+def kept_json(result: MatrixResult) -> dict[str, Any]:
+    """The file of `matrix` with paths from its own folder, so that the folder may be moved.
+
+    Args:
+        result: of the whole matrix.
+    """
+    cells = tuple(
+        replace(cell, results=_within(cell.results, result.folder), baseline=_within(cell.baseline, result.folder))
+        for cell in result.cells
+    )
+    return matrix_to_json(replace(result, cells=cells))
+
+
+def _within(path: Path | None, folder: Path) -> Path | None:
+    return path.relative_to(folder) if path is not None and path.is_relative_to(folder) else path
 
 
 def cell_to_json(cell: MatrixCell) -> dict[str, Any]:

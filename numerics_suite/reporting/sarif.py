@@ -96,7 +96,7 @@ def sarif_log(documents: Documents, root: Path | None = None, most: int = MOST_R
         "columnKind": "unicodeCodePoints",
         "invocations": [{"executionSuccessful": _carried_out(documents, places), "toolExecutionNotifications": notes}],
         "results": kept,
-        "properties": {"environments": _environments(documents)},
+        "properties": {"environments": _environments(places)},
     }
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
 
@@ -284,11 +284,11 @@ def _carried_out(documents: Documents, places: Places) -> bool:
     return "error" not in {*cells, *verdicts, *answers}
 
 
-def _environments(documents: Documents) -> list[dict[str, str]]:
+def _environments(places: Places) -> list[dict[str, str]]:
     found = []
-    for run in documents.every_run:
-        environment = run.result.environment
-        facts = {"run": run.label, **{name: environment.get(name) for name in ("python", "device")}}
+    for source in places.sources:
+        environment = source.run.result.environment if source.run is not None else {}
+        facts = {"run": source.label or None, **{name: environment.get(name) for name in ("python", "device")}}
         facts |= dict(environment.get("packages", {}))
         found.append({printable(str(key)): printable(str(value)) for key, value in facts.items() if value is not None})
     return found

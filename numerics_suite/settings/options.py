@@ -38,8 +38,7 @@ def add_cli_options(parser: argparse.ArgumentParser, names: tuple[str, ...] | No
             continue
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        help_text = option.help if option.built else "not built yet"
-        _add(groups[option.group].add_argument, option, option.flags, help_text.replace("%", "%%"))
+        _add(groups[option.group].add_argument, option, option.flags, option.help.replace("%", "%%"))
 
 
 def _add(add: Any, option: Option, flags: tuple[str, ...], help_text: str, dest: str | None = None) -> None:
@@ -106,7 +105,7 @@ def add_pytest_options(parser: pytest.Parser) -> None:
     """
     group = parser.getgroup("numerics-suite", "numerical regression harness")
     for option in OPTIONS:
-        help_text = (option.help if option.built else "not built yet").replace("%", "%%")
+        help_text = option.help.replace("%", "%%")
         shown = help_text if option.shown else argparse.SUPPRESS
         _add(group.addoption, option, (option.twin,), shown, dest=_dest(option))
     group.addoption(ACCEPT, action="append", default=None, metavar="JSON", help=argparse.SUPPRESS)

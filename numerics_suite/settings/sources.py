@@ -27,11 +27,8 @@ def parse_option(option: Option, given: Any, where: str) -> Any:
         where: how the user calls it, for the message.
 
     Raises:
-        BadInputError: it cannot be used, or is not built yet.
+        BadInputError: it cannot be used.
     """
-    if not option.built:
-        message = f"{where} is not built yet; leave it out"
-        raise BadInputError(message)
     try:
         if not option.many:
             value = option.parse(given)

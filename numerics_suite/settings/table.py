@@ -31,7 +31,6 @@ class Option:
         key: in `[tool.numerics-suite]`, None where it has no place there.
         metavar: what stands for the value in `--help`.
         group: heading in `--help`.
-        built: False for what the contract promises and a later release brings.
         path: the value is a path, which pyproject.toml gives relative to its own folder.
     """
 
@@ -46,7 +45,6 @@ class Option:
     key: str | None
     metavar: str | None = None
     group: str = "what is run"
-    built: bool = True
     path: bool = False
 
     @property
@@ -223,7 +221,13 @@ OPTIONS: tuple[Option, ...] = (
         parse=parsers.switch,
         group=OUTPUT,
     ),
-    _option("report", "write an HTML report here", metavar="DIR", group=OUTPUT, built=False, path=True),
+    _option(
+        "report",
+        "write a report here: index.html, and junit.xml, results.sarif, summary.md and comment.md for CI",
+        metavar="DIR",
+        group=OUTPUT,
+        path=True,
+    ),
     _option("junitxml", "write a JUnit file", metavar="FILE", group=OUTPUT, shown=False, key=None, path=True),
     _option(
         "json",

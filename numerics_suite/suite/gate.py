@@ -13,6 +13,8 @@ import pytest
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
+from numerics_suite.reporting.documents import Documents, Run
+from numerics_suite.reporting.report import write_wanted
 from numerics_suite.reporting.results import check_from_json, write_results
 from numerics_suite.running.environment import describe_run
 from numerics_suite.settings.accept import stale
@@ -107,12 +109,20 @@ class Gate:
             notes=(*notes, *broken),
             exit_status=status,
         )
-        if self.run is None and self.settings.json and self.settings.json != "-":
+        if self.run is None:
             try:
-                write_results(Path(self.settings.json), self.result)
+                self._write(self.result)
             except (NumericsSuiteError, OSError) as error:
                 raise pytest.UsageError(str(error)) from None
         return status
+
+    def _write(self, result: RunResult) -> None:
+        """Under plain pytest, the files that a command writes itself."""
+        settings = self.settings
+        if settings.json and settings.json != "-":
+            write_results(Path(settings.json), result)
+        documents = Documents(runs=(Run(label=result.command, result=result),))
+        write_wanted(documents, settings.report, settings.junitxml, "--numerics-")
 
     def _in_order(self, *, interrupted: bool) -> list[CheckResult]:
         """Answers in the order of the plan; what was planned and has none is an error, unless the user stopped."""

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
@@ -82,13 +81,7 @@ def run_check(settings: Settings, terminal: Terminal) -> RunResult:
         arguments += ["-n", str(workers), "--dist", "loadgroup"]
     catcher = _Catcher(Run(settings, terminal))
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch, _clean_pytest_environment(workers, scratch):
-        junit = Path(scratch) / "junit.xml"
-        if settings.junitxml:
-            arguments += ["--junitxml", str(junit)]
         status = int(pytest.main(arguments, plugins=[catcher]))
-        # An interrupted run leaves no half of a file.
-        if settings.junitxml and junit.is_file() and status != pytest.ExitCode.INTERRUPTED:
-            write_atomic(settings.junitxml, junit.read_text(encoding="utf-8"), "--junitxml")
     terminal.stop()
     gate = catcher.gate
     if gate is None or gate.result is None:

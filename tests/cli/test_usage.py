@@ -13,7 +13,7 @@ import pytest
 
 import numerics_suite
 from numerics_suite.cli import check
-from numerics_suite.cli.main import COMMANDS, NOT_BUILT, main
+from numerics_suite.cli.main import COMMANDS, main
 from numerics_suite.core.errors import BadInputError, CheckError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(numerics_suite.__file__).parents[1])}
@@ -63,8 +63,7 @@ def test_help_imports_nothing_heavy(arguments):
 def test_help_lists_every_command(capsys):
     status, out, err = ended(capsys, "--help")
     assert (status, err) == (0, "")
-    assert all(f"  {name} " in out for name in (*COMMANDS, *NOT_BUILT))
-    assert out.index("not built yet:") < out.index("  report ")
+    assert all(f"  {name} " in out for name in COMMANDS)
     assert "examples:" in out
 
 
@@ -85,14 +84,13 @@ def test_a_commands_help_has_examples_and_fits(capsys, name):
         (["chek"], "unknown command 'chek'; did you mean 'check'?"),
         (["zzzz"], "unknown command 'zzzz' (see numerics-suite --help)"),
         (["--hlep"], "unknown option '--hlep'; did you mean '--help'?"),
-        *(([name, "x"], f"'{name}' is not built yet; numerics-suite --help lists what this release has") for name in NOT_BUILT),
         (["check", "--precison", "bf16"], "unknown option '--precison'; did you mean '--precision'?"),
         (["check", "--zzzz=1"], "unknown option '--zzzz' (see numerics-suite check --help)"),
         (["check", "--prec", "bf16"], "unknown option '--prec'; did you mean '--precision'?"),
         (["check", "--steps"], "--steps: expected one argument"),
         (["check", "--steps", "no"], "--steps: must be a whole number of at least 1, not 'no'"),
         (["check", "--bundle", "d"], "--bundle: d is no bundle of the watch: bundle.json: No such file or directory"),
-        (["check", "--report", "d"], "--report is not built yet; leave it out"),
+        (["check", "--bundle", "d", "--report", "r"], "--report cannot go with --bundle, which asks one question"),
         (["check", "a", "--seed", "1", "b", "--name", "x", "--name", "y", "--name", "z"],
          "--name: 3 names for 2 subjects; give one per SUBJECT"),
         (["fixtures"], "fixtures: no action given (known: list, build, path)"),

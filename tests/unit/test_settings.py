@@ -201,7 +201,6 @@ KNOWN = "fp64, fp32, tf32, bf16, fp16, amp-bf16, amp-fp16, pure-fp16"
         ({"workers": "many"}, "-n: must be 'auto' or a whole number of at least 0, not 'many'"),
         ({"subjects": ["a"], "names": ["a", "b"]}, "--name: 2 names for 1 subjects; give one per SUBJECT"),
         ({"subjects": ["a"], "names": ["a b"]}, "--name: 'a b' is no name; use letters, digits, '.', '_' and '-'"),
-        ({"report": "d"}, "--report is not built yet; leave it out"),
     ],
 )  # fmt: skip
 def test_words_for_what_the_command_line_cannot_say(given, message):
