@@ -27,11 +27,13 @@ class Advised:
     Attributes:
         text: one sentence.
         tried: True where it was seen to work, False where it was seen not to, None where nobody tried.
+        version: it is another version, which was asked and passed.
         command: to copy, None without.
     """
 
     text: str
     tried: bool | None = None
+    version: bool = False
     command: str | None = None
 
 
@@ -53,7 +55,7 @@ def bisected_cures(bisection: BisectFile) -> tuple[Advised, ...]:
         bisection: its file.
     """
     content = bisection.content
-    stay = Advised(text=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True)
+    stay = Advised(text=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True, version=True)
     findings = [] if bisection.finding is None else [bisection.finding]
     return _useful([stay, *_cures(findings, leave_out=PLAIN_VERSIONS)])
 
@@ -83,9 +85,9 @@ def _versions(spans: Sequence[Span]) -> Iterator[Advised]:
         newer = f"{span.package} {span.repaired} or newer" if span.repaired else ""
         if newer:
             text = f"use {newer}{f', or stay with {older}' if older else ''}"
-            yield Advised(text=f"{text}; leave out {span.bad}", tried=True)
+            yield Advised(text=f"{text}; leave out {span.bad}", tried=True, version=True)
         elif older:
-            yield Advised(text=f"stay with {older}", tried=True)
+            yield Advised(text=f"stay with {older}", tried=True, version=True)
 
 
 def _cure(remedy: Remedy) -> Advised:

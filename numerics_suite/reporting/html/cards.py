@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MOST_ROWS = 40
 """Rows of a card's list of cells; the map has them all."""
 
+MOST_SPANS = 3
+"""Stretches of bad versions that a card tells one by one, the newest first."""
+
 NAMED = 6
 """Parameters that a card names before it says how many more there are."""
 
@@ -193,8 +196,10 @@ def _order(place: Place) -> tuple[int, int, str]:
 
 
 def _versions(problem: Problem) -> Iterator[str]:
-    for span in problem.spans:
+    for span in problem.spans[:MOST_SPANS]:
         yield "; ".join(f"{label} {text}" for label, text in span.lines())
+    if len(problem.spans) > MOST_SPANS:
+        yield f"and {len(problem.spans) - MOST_SPANS} earlier stretches of versions; the map has them all"
 
 
 def _command(place: Place) -> str:

@@ -62,6 +62,12 @@ class Row:
     cells: tuple[str, ...]
     over: tuple[bool, ...]
 
+    @property
+    def text(self) -> str:
+        """One line; a tab or a line break in a name would make two of it."""
+        cells = (f"{cell}!" if over else cell for cell, over in zip(self.cells, self.over, strict=True))
+        return "\t".join((*(" ".join(head.split()) for head in self.heads), *cells))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
@@ -89,6 +95,7 @@ class Figure:
         rows: all of them.
         marks: moments at which something went wrong.
         note: one sentence about it, empty for none.
+        folded: the table is text until somebody opens it: thousands of cells that nobody looks at make a page slow.
     """
 
     kind: str
@@ -99,6 +106,18 @@ class Figure:
     rows: tuple[Row, ...]
     marks: tuple[Mark, ...] = ()
     note: str = ""
+    folded: bool = False
+
+    @property
+    def text(self) -> str:
+        """The table as lines of texts with tabs between; a number beyond its limit ends in `!`."""
+        heads = "\t".join((*self.heads, *(column.label for column in self.columns)))
+        return "\n".join((heads, *(row.text for row in self.rows)))
+
+    @property
+    def columns_data(self) -> list[list[str]]:
+        """Kind and curve of each column, for the program that makes a table of the text."""
+        return [[column.kind, column.curve] for column in self.columns]
 
     @property
     def marks_data(self) -> list[list[str | int]]:
@@ -139,7 +158,9 @@ def over_steps(title: str, unit: str, curves: Sequence[Curve], note: str = "") -
             for step in steps
         ),
         marks=tuple(
-            Mark(curve=curve.label, step=curve.mark, text=curve.marked) for curve in drawn if curve.mark is not None
+            Mark(curve=curve.label, step=curve.mark, text=_moment(curve.mark, curve.marked))
+            for curve in drawn
+            if curve.mark is not None
         ),
         note=note,
     )
@@ -200,6 +221,11 @@ def _module_row(
         cells.append(_text(shared.get(place)))
         over.append(False)
     return Row(heads=(place, *told), cells=tuple(cells), over=tuple(over))
+
+
+def _moment(step: int, marked: str) -> str:
+    """`step 2: not finite`; a text that names the step already stays as it is."""
+    return marked if "step" in marked else f"step {step}: {marked}"
 
 
 def _text(value: float | None) -> str:

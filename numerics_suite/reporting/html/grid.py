@@ -58,12 +58,14 @@ class Grid:
         data: for the program: dimensions of the cells, and for each check columns of statuses, numbers and reasons.
         cells: how many there are.
         results: how many there are.
+        nearest: the passed result that is nearest its budget, empty where no budget judges any.
     """
 
     rows: tuple[CheckRow, ...]
     data: dict[str, Any]
     cells: int
     results: int
+    nearest: str
 
 
 def grid_of(places: Places, problems: Sequence[Problem]) -> Grid:
@@ -96,7 +98,16 @@ def grid_of(places: Places, problems: Sequence[Problem]) -> Grid:
         },
         cells=len(cells),
         results=len(places.all),
+        nearest=_nearest(places, found),
     )
+
+
+def _nearest(places: Places, found: dict[int, Nearest | None]) -> str:
+    """What passed most narrowly."""
+    passed = ((found[id(place.result)], place) for place in places.all if place.result.status == "passed")
+    rated = ((value, place) for value, place in passed if value is not None and value.limit)
+    value, place = max(rated, key=lambda pair: pair[0].share, default=(None, None))
+    return "" if value is None or place is None else f"{place.result.check} {value.text}, {cell_text(place)}"
 
 
 def _dimensions(keys: Sequence[tuple[Any, ...]], *, versions: bool) -> list[dict[str, Any]]:

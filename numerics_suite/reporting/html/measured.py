@@ -68,16 +68,16 @@ def nearest(result: CheckResult) -> Nearest | None:
     Args:
         result: what a check said of a cell.
     """
-    limits = _limits(result.check)
-    rated = [
-        Nearest(name=name, value=value, limit=limits[name])
-        for name, value in result.measurements.items()
-        if name in limits
-    ]
     informs = INFORMS.get(result.check)
     if informs is not None and informs[0] in result.measurements and result.status == "passed":
         return Nearest(name=informs[0], value=result.measurements[informs[0]], limit=None)
-    return max(rated, key=lambda item: item.share, default=None)
+    limits = _limits(result.check)
+    worst, share = None, -math.inf
+    for name, value in result.measurements.items():
+        limit = limits.get(name)
+        if limit is not None and (found := share_of(value, limit)) > share:
+            worst, share = name, found
+    return None if worst is None else Nearest(name=worst, value=result.measurements[worst], limit=limits[worst])
 
 
 @cache

@@ -125,8 +125,8 @@ def _rehearsed(item: Rehearsal) -> Rehearsed:
     chance = "" if item.chance is None else f"A classifier that knows nothing has a loss of {number(item.chance)}."
     figures = (
         over_steps("Loss", "nats", losses, chance),
-        over_steps("Gradient norm", "total norm", norms),
-        over_steps("Loss scale", "factor", scales),
+        over_steps("Gradient norm", "", norms),
+        over_steps("Loss scale", "", scales),
     )
     return Rehearsed(
         title=f"{item.subject} ({item.task})",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from numerics_suite.reporting.html.curves import Beside, Curve, Figure, over_modules, over_steps
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 POINTS = 40_000
 """Numbers that all tables of one kind may hold; subjects beyond it are counted and left out, the worst never."""
+
+TABLES = 4_000
+"""Numbers of one kind that stand in tables from the start; beyond it a table is made when it is opened."""
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -117,10 +120,10 @@ class Chapters:
             if subjects and spent > POINTS:
                 break
             shown += len(places)
+            folded = bool(subjects) and spent > TABLES
             summary = next((text for text, _ in told if text), "")
-            subjects.append(
-                Plotted(subject=subject, task=task, figures=tuple(figure for _, figure in told), summary=summary)
-            )
+            figures = tuple(replace(figure, folded=folded) for _, figure in told)
+            subjects.append(Plotted(subject=subject, task=task, figures=figures, summary=summary))
         return Chapter(
             subjects=tuple(subjects), left_out=self._left_out(len(members) - shown, len(worst) - len(subjects))
         )
@@ -128,11 +131,8 @@ class Chapters:
     def _left_out(self, cells: int, subjects: int) -> str:
         if not cells:
             return ""
-        paths = [source.run.path.name for source in self._places.sources if source.run and source.run.path]
-        names = list(dict.fromkeys(paths))
-        where = f"the results {'file' if len(names) == 1 else 'files'}"
-        if len(names) == 1:
-            where += f" {names[0]}"
+        files = [source.run.path for source in self._places.sources if source.run and source.run.path]
+        where = f"the results file {files[0].name}" if len(files) == 1 else "the results files of these runs"
         dropped = f", and {many(subjects, 'subject')} altogether" if subjects else ""
         return (
             f"Shown is the worst cell of each subject and precision; {many(cells, 'other cell')} "
@@ -195,9 +195,11 @@ class Chapters:
             yield f"Least: {least[1]}", over_modules("bits", "Headroom by layer", "bits", curves, told)
 
     def _curves(self, _subject: str, _task: str, places: list[Place]) -> Iterator[tuple[str, Figure]]:
+        """What failed is drawn beside the same cell in a version where it did not."""
         failed = [place for place in places if place.result.finding is not None]
         first = failed[0].result.finding if failed else None
-        summary = f"{self._label(failed[0])}: {first.title}" if first is not None else "Finite at every step"
+        summary = f"{self._label(failed[0])}: {first.title}" if first is not None else "finite at every step"
+        places = [*places, *(good for place in failed if (good := self._good(place)) is not None)]
         losses = [self._curve(place, "loss") for place in places]
         norms = [self._curve(place, "gradient-norm") for place in places]
         scales = [self._curve(place, "loss-scale") for place in places]
@@ -206,11 +208,25 @@ class Chapters:
         ]
         for figure in (
             over_steps("Loss", "nats", losses),
-            over_steps("Gradient norm", "total norm", [*norms, *clipped]),
-            over_steps("Loss scale", "factor", scales),
+            over_steps("Gradient norm", "", [*norms, *clipped]),
+            over_steps("Loss scale", "", scales),
         ):
             if figure is not None:
                 yield summary, figure
+
+    def _good(self, place: Place) -> Place | None:
+        """The same cell in the nearest version of the same matrix where the check passed, an older one first."""
+        found = [
+            other
+            for other in self._by_check.get(place.result.check, [])
+            if other.result.cell == place.result.cell
+            and other.result.status == "passed"
+            and other.source.matrix is not None
+            and other.source.matrix == place.source.matrix
+        ]
+        at = place.source.at
+        older = [other for other in found if other.source.at < at]
+        return older[-1] if older else next(iter(found), None)
 
     def _beside(self, places: Sequence[Place], check: str) -> Iterator[Place]:
         """What another check said of the same cells in the same runs."""

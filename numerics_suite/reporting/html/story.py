@@ -39,6 +39,7 @@ class Issue:
 
     Attributes:
         title: one sentence.
+        why: what it means, empty where nobody says.
         what: labels and texts.
         versions: labels and texts, empty where versions tell nothing.
         where: labels and texts.
@@ -52,6 +53,7 @@ class Issue:
     where: Facts
     cures: tuple[Advised, ...]
     anchor: str
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +151,10 @@ def _of_problems(problems: Sequence[Problem]) -> Iterator[Issue]:
         yield Issue(
             title=f"{sentence(lead.finding.title)}{versions}",
             what=tuple(_what(lead, members)),
-            versions=tuple(line for span in lead.spans[:2] for line in span.lines()),
+            versions=tuple(line for span in lead.spans[:1] for line in span.lines()),
             where=tuple(_where(members)),
             cures=advice_on(members),
+            why=lead.finding.explanation,
             anchor=f"finding-{at}",
         )
 
@@ -210,7 +213,7 @@ def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
     old, new = comparison.content.get("old", "the old baseline"), comparison.content.get("new", "the new one")
     for (kind, module), cells in sorted(groups.items(), key=lambda item: KINDS.index(item[0][0])):
         names = listed(list(dict.fromkeys(cells)), 4)
-        what = [("kind", kind), ("meaning", MEANS[kind])]
+        what = [("kind", kind)]
         what += [("starts in", module)] if module else []
         yield Issue(
             title=f"{names}: {kind}{f', from {module} on' if module else ''}",
@@ -219,6 +222,7 @@ def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
             where=(("cells", f"{len(cells):,}"), ("of", names)),
             cures=(),
             anchor="differences",
+            why=MEANS[kind],
         )
 
 
@@ -241,6 +245,7 @@ def _of_bisection(bisection: BisectFile) -> Iterator[Issue]:
         versions=tuple(versions),
         where=(("subject", str(content["subject"])),) if content.get("subject") else (),
         cures=bisected_cures(bisection),
+        why=finding.explanation if finding is not None else "",
         anchor="bisections",
     )
 

@@ -118,6 +118,15 @@ class Track:
     changes: tuple[Told, ...]
     reasons: tuple[tuple[str, str], ...]
 
+    @property
+    def changed(self) -> str:
+        """Versions that changed something against the one before, with the kinds: `5.4.0 contract; 5.23.0 rounding`."""
+        kinds: dict[str, dict[str, None]] = {}
+        for told in self.changes:
+            if told.against != BASELINE:
+                kinds.setdefault(told.version, {})[told.kind] = None
+        return "; ".join(f"{version} {' and '.join(found)}" for version, found in kinds.items())
+
 
 def tracks_of(index: int, matrix: Matrix, sources: Sequence[Source]) -> tuple[Track, ...]:
     """The timelines of one matrix.

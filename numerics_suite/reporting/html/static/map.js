@@ -16,7 +16,7 @@ function startMap() {
   const box = document.getElementById("grid"), detail = document.getElementById("detail"), select = document.getElementById("rows");
   const ways = grid.ways();
   select.append(...ways.map((way, at) => make("option", { value: at }, way.name)));
-  const small = (way) => grid.rows(way, grid.all).length <= 60;
+  const small = (way) => grid.rows(way, grid.all).length <= 130;
   select.value = Math.max(ways.findIndex(small), 0);
   if (ways.length < 2) select.closest("label").hidden = true;
   const view = { rows: [], checks: [], status: "", from: 0, to: 0, row: 0, column: 0 };

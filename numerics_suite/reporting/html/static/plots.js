@@ -3,7 +3,23 @@ const SYMBOLS = ["circle", "square", "triangle", "diamond", "wye", "cross", "sta
 const DASHES = ["", "6 3", "2 2", "8 3 2 3", "1 3", "10 4", "4 1"];
 const colour = (at) => `var(--s${(at % 8) + 1})`;
 
+// A table that was left as text becomes one: its first line is the head, a number beyond its limit ends in "!".
+function unfold(figure) {
+  const text = figure.querySelector(".tsv");
+  if (!text) return;
+  const columns = JSON.parse(text.dataset.columns), heads = Number(text.dataset.heads);
+  const [first, ...lines] = text.textContent.split("\n").map((line) => line.split("\t"));
+  const head = first.map((name, at) => make("th", at < heads ? { scope: "col" } : { scope: "col", class: "n", "data-kind": columns[at - heads][0], "data-curve": columns[at - heads][1] }, name));
+  const rows = lines.map((cells) => make("tr", {}, ...cells.map((cell, at) => {
+    if (at === 0) return make("th", { scope: "row" }, cell);
+    return at < heads ? make("td", {}, cell) : make("td", { class: cell.endsWith("!") ? "n over" : "n" }, cell.replace("!", ""));
+  })));
+  const caption = make("caption", {}, figure.querySelector("figcaption").textContent.trim());
+  text.replaceWith(make("table", {}, caption, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)));
+}
+
 function readTable(figure) {
+  unfold(figure);
   const table = figure.querySelector("table"), heads = [...table.tHead.rows[0].cells];
   const names = heads.filter((head) => !head.dataset.kind).map((head) => head.textContent);
   const columns = heads.filter((head) => head.dataset.kind).map((head) => ({ kind: head.dataset.kind, curve: head.dataset.curve }));
@@ -32,11 +48,12 @@ function pointsOf({ curves, columns, rows }) {
 
 const shown = (value) => (Number.isFinite(value) ? String(value) : Number.isNaN(value) ? "NaN" : value > 0 ? "Infinity" : "-Infinity");
 
-// A logarithmic axis where values are positive and apart by more than a factor of 50.
+// A logarithmic axis where values are positive and apart by more than a factor of 50; room around values that are all alike.
 function scaleOf(values) {
-  const finite = values.filter(Number.isFinite), positive = finite.filter((value) => value > 0);
-  if (!positive.length || positive.length < finite.length) return { type: "linear" };
-  return { type: Math.max(...positive) / Math.min(...positive) > 50 ? "log" : "linear" };
+  const finite = values.filter(Number.isFinite), least = Math.min(...finite), most = Math.max(...finite);
+  if (!finite.length) return { domain: [0, 1], ticks: 0 };
+  if (least === most) return { domain: [least - Math.max(Math.abs(least) * 0.1, 1e-9), most + Math.max(Math.abs(most) * 0.1, 1e-9)], ticks: 3 };
+  return { type: least > 0 && most / least > 50 ? "log" : "linear", nice: true };
 }
 
 function keys(curves) {
@@ -90,14 +107,16 @@ function drawSteps(figure, table, width) {
   const points = pointsOf(table).map((point) => ({ ...point, step: Number(point.step) }));
   const marks = JSON.parse(figure.dataset.marks ?? "[]"), top = topOf(points);
   const steps = points.map((point) => point.step), first = Math.min(...steps, ...marks.map((mark) => mark[1])), last = Math.max(...steps, ...marks.map((mark) => mark[1]));
-  const moments = [...new Map(marks.map(([curve, step, text]) => [step, { step, text: `step ${step}: ${text.length > 40 ? `${text.slice(0, 39)}…` : text}`, curve }])).values()];
+  const moments = [...new Map(marks.map(([curve, step, text]) => [step, { step, text: text.length > 44 ? `${text.slice(0, 43)}…` : text, curve }])).values()];
+  const late = (one) => one.step - first > (last - first) / 2;
   return [Plot.plot({
     ...base(width, 230), ariaLabel: `${figure.dataset.title} over steps; the table below has the numbers`,
     x: { label: "step", domain: first === last ? [first - 1, last + 1] : [first, last], ticks: Math.min(last - first, 8), tickFormat: (step) => (Number.isInteger(step) ? String(step) : "") },
-    y: { label: figure.dataset.unit, grid: true, nice: true, ...scaleOf(points.map((point) => point.value)) },
+    y: { label: null, grid: true, ...scaleOf(points.map((point) => point.value)) },
     marks: [
       Plot.ruleX(moments, { x: "step", stroke: "var(--failed)", strokeWidth: 1.5, strokeDasharray: "4 3" }),
-      Plot.text(moments, { x: "step", text: "text", frameAnchor: "top", textAnchor: (moments[0]?.step ?? 0) - first > (last - first) / 2 ? "end" : "start", dx: (moments[0]?.step ?? 0) - first > (last - first) / 2 ? -5 : 5, dy: 2, fill: "var(--failed)", fontWeight: 700 }),
+      Plot.text(moments, { x: "step", text: "text", frameAnchor: "bottom", textAnchor: "start", dx: 5, dy: -6, fill: "var(--failed)", stroke: "var(--surface)", strokeWidth: 4, fontWeight: 700, filter: (one) => !late(one) }),
+      Plot.text(moments, { x: "step", text: "text", frameAnchor: "bottom", textAnchor: "end", dx: -5, dy: -6, fill: "var(--failed)", stroke: "var(--surface)", strokeWidth: 4, fontWeight: 700, filter: late }),
       ...curveMarks(points, "step", top),
       tip(points, "step", top, figure.dataset.unit),
     ],
@@ -123,7 +142,7 @@ function panel(points, domain, unit, title, width, { limits = [], floor = null }
   const drawing = Plot.plot({
     ...base(width, 170), ariaLabel: `${title} by layer; the table below has the numbers`,
     x: { type: "point", domain, label: "layer", padding: 0.4, tickFormat: (name, at) => (at % every === 0 || /\D/.test(name) ? name : "") },
-    y: { label: unit, grid: true, nice: true, zero: true, ticks: 4, ...(top === 0 ? { domain: [0, 1] } : {}), ...(floor === null ? {} : { domain: [Math.min(0, ...points.map((point) => point.value).filter(Number.isFinite)), top] }) },
+    y: { label: null, grid: true, nice: true, zero: true, ticks: 4, ...(top === 0 ? { domain: [0, 1] } : {}), ...(floor === null ? {} : { domain: [Math.min(0, ...points.map((point) => point.value).filter(Number.isFinite)), top] }) },
     marks: [
       ...limits.map((limit) => Plot.ruleY([limit], { stroke: "var(--failed)", strokeWidth: 1.5, strokeDasharray: "5 3" })),
       ...(floor === null ? [] : [Plot.ruleY([floor], { stroke: "var(--failed)", strokeWidth: 1.5, strokeDasharray: "5 3" })]),
@@ -135,6 +154,13 @@ function panel(points, domain, unit, title, width, { limits = [], floor = null }
 }
 const floorSign = (floor) => (floor === null ? 1 : -1);
 
+// As many panels side by side as there is room for; a few are not drawn out over the whole width.
+function columnsOf(count, width) {
+  const columns = Math.max(Math.min(Math.floor((width + 20) / 270), count), 1);
+  const each = Math.min(Math.floor((width - 20 * (columns - 1)) / columns), 560);
+  return { each, style: `grid-template-columns:repeat(${columns},${each}px)` };
+}
+
 function heading(name, rest) {
   return make("h5", {}, name, make("span", { class: "soft" }, rest));
 }
@@ -143,7 +169,7 @@ function drawModules(figure, table, width) {
   const points = pointsOf(table), { domain, at } = layers(points);
   for (const point of points) point.place = at(point);
   const classes = d3.group(points, (point) => point.class);
-  const columns = Math.max(Math.floor((width + 19) / 279), 1), each = Math.floor((width - 19 * (columns - 1)) / columns);
+  const { each, style } = columnsOf(classes.size, width);
   const panels = [...classes].map(([name, own]) => {
     const limits = [...new Set(own.map((point) => point.limit).filter((limit) => limit !== null))];
     const told = limits.length ? ` · budget ${limits.map(shown).join(", ")}` : " · not judged";
@@ -151,21 +177,21 @@ function drawModules(figure, table, width) {
     element.firstChild.replaceWith(heading(name, told));
     return element;
   });
-  return [make("div", { class: "panels" }, ...panels)];
+  return [make("div", { class: "panels", style }, ...panels)];
 }
 
 // Precisions have other ranges, so each has a panel of its own; 0 bits is where it overflows.
 function drawBits(figure, table, width) {
   const points = pointsOf(table).map((point) => ({ ...point, limit: null })), { domain, at } = layers(points);
   for (const point of points) point.place = at(point);
-  const columns = Math.max(Math.floor((width + 19) / 279), 1), each = Math.floor((width - 19 * (columns - 1)) / columns);
-  const panels = [...d3.group(points, (point) => point.curve)].map(([name, own]) => {
+  const curves = d3.group(points, (point) => point.curve), { each, style } = columnsOf(curves.size, width);
+  const panels = [...curves].map(([name, own]) => {
     const element = panel(own, domain, "bits", name, each, { floor: 0 });
     const least = own.reduce((one, other) => (Number.isNaN(other.value) || other.value < one.value ? other : one));
     element.firstChild.replaceWith(heading(name, ` · least ${shown(least.value)} at ${least.module}`));
     return element;
   });
-  return [make("div", { class: "panels" }, ...panels)];
+  return [make("div", { class: "panels", style }, ...panels)];
 }
 
 function drawPairs(figure, table, width) {
