@@ -12,6 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What else is installed beside the suite takes no part in its own tests; those of extensions turn them on.
 os.environ["NUMERICS_SUITE_EXTENSIONS"] = "off"
 
+# Commands under test say what they say to everybody; tests of what they tell GitHub set these themselves.
+for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+    os.environ.pop(name, None)
+
 # A run that was begun in the background of a shell ignores SIGINT, and so would every command that a test interrupts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

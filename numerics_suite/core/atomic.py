@@ -47,14 +47,15 @@ def write_atomic(path: Path, content: str | bytes, option: str = "") -> None:
 
     Args:
         path: of the file; a link is followed, a device or pipe is written directly.
-        content: of the whole file; a text is written in UTF-8.
+        content: of the whole file; a text is written in UTF-8, what that has no place for (half a surrogate pair, as of a
+            file name in another encoding) as its escape, which in JSON is the same letter.
         option: the option that named it, for the message.
 
     Raises:
         BadInputError: it cannot be written; the message names the file.
     """
     target = _target(path)
-    raw = content.encode() if isinstance(content, str) else content
+    raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     try:
         if _is_special(target):
             with target.open("wb") as file:

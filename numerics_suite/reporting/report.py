@@ -34,8 +34,8 @@ def ensure_report(folder: Path, option: str) -> None:
         BadInputError: it cannot be written, or a reporter of another package cannot be used.
     """
     added_reporters()
-    above = next((one for one in (folder, *folder.absolute().parents) if one.exists()), folder)
     try:
+        above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
         if not above.is_dir():
             raise NotADirectoryError(20, "Not a directory" if above != folder else "it is a file")
         with tempfile.TemporaryDirectory(dir=above, prefix=".report-"):
