@@ -111,6 +111,8 @@ class Terminal:
         title = ", ".join([f"numerics-suite {__version__}", f"python {environment.get('python', '?')}", *versions])
         lines = wrapped(title, width=self.width, rest="  ", style="bold")
         lines += self._labelled("device", str(environment.get("device", "?")))
+        added = [f"{name} {version}" for name, version in environment.get("extensions", {}).items()]
+        lines += self._labelled("extensions", ", ".join(added))
         for index, subject in enumerate(subjects):
             lines += self._labelled("subjects" if index == 0 else "", _subject_text(subject))
         for label, names in (("precisions", "precision"), ("attention", "attn")):
