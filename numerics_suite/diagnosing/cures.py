@@ -8,7 +8,7 @@ needs another copy of the files).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,15 +55,25 @@ def initialise_head(loaded: Loaded) -> Loaded:
 
     Source: Glorot & Bengio 2010; the cure that GLM-4's users found for heads that nobody initialised.
     """
+    initialise(loaded.model, loaded.new_head)
+    return loaded
+
+
+def initialise(model: nn.Module, names: Iterable[str]) -> None:
+    """As :func:`initialise_head`, of any parameters, in place.
+
+    Args:
+        model: that has them.
+        names: dotted.
+    """
     with torch.random.fork_rng(enabled=True), torch.no_grad():
         torch.manual_seed(0)
-        for name in loaded.new_head:
-            parameter = loaded.model.get_parameter(name)
+        for name in names:
+            parameter = model.get_parameter(name)
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
             else:
                 nn.init.zeros_(parameter)
-    return loaded
 
 
 def _init_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
@@ -114,20 +124,31 @@ def _keep_in_fp32(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
     """
     if evidence.recipe.computes_in == "float64" or finding.module is None:
         return
-    known = dict(evidence.model.named_modules())
-    name = finding.module
+    for names, how in worth_widening(evidence.model, finding.module):
+        yield Attempt(evidence=evidence.variant(change=in_float32(*names)), how=how)
+
+
+def worth_widening(model: nn.Module, module: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The module, its likes in the other blocks, then those that hold it: names, and the same in words.
+
+    Args:
+        model: that has it.
+        module: dotted.
+    """
+    known = dict(model.named_modules())
+    name = module
     while name:
-        if name in known:
-            yield Attempt(evidence=evidence.variant(change=in_float32(name)), how=f"{name} in float32")
+        # A list of modules is never called itself, so nothing would cast what goes into its members.
+        if name in known and not isinstance(known[name], (nn.ModuleList, nn.ModuleDict)):
+            yield (name,), f"{name} in float32"
             leaf = name.rpartition(".")[2]
-            alike = [
+            alike = tuple(
                 other
-                for other, module in known.items()
-                if type(module) is type(known[name]) and other.rpartition(".")[2] == leaf
-            ]
+                for other, each in known.items()
+                if type(each) is type(known[name]) and other.rpartition(".")[2] == leaf
+            )
             if len(alike) > 1 and not leaf.isdigit():
-                how = f"every {leaf} ({len(alike)}) in float32"
-                yield Attempt(evidence=evidence.variant(change=in_float32(*alike)), how=how)
+                yield alike, f"every {leaf} ({len(alike)}) in float32"
         name = name.rpartition(".")[0]
 
 
@@ -140,13 +161,18 @@ def in_float32(*names: str) -> Change:
 
     def change(loaded: Loaded) -> Loaded:
         for name in names:
-            _hold_in_float32(loaded.model.get_submodule(name))
+            hold_in_float32(loaded.model.get_submodule(name))
         return loaded
 
     return change
 
 
-def _hold_in_float32(module: nn.Module) -> None:
+def hold_in_float32(module: nn.Module) -> None:
+    """As :func:`in_float32`, of one module in place.
+
+    Args:
+        module: of any kind.
+    """
     held = next((parameter.dtype for parameter in module.parameters()), None)
     module.float()
     # A class of its own, not a function set on the instance: that one would run the original's weights in a copy.

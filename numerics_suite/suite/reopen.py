@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
+from numerics_suite.diagnosing.remedies import untried
 from numerics_suite.running.environment import describe_run
 from numerics_suite.running.precisions import PRECISIONS, precision
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite.gate import exit_status, subject_facts
-from numerics_suite.watching.reopening import Bundle, read_bundle, replay
+from numerics_suite.watching.diagnose import Scene
+from numerics_suite.watching.remedying import left_untried, with_remedies_tried
+from numerics_suite.watching.reopening import (
+    Bundle,
+    bad_calls,
+    built_model,
+    holds_all_of,
+    read_bundle,
+    replay,
+    with_stored_parameters,
+)
+from numerics_suite.watching.retracing import trained_origin
+from numerics_suite.watching.retraining import Kept, Start
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from numerics_suite.core.records import Task
+    from numerics_suite.observing.locate import Origin
 
 CHECK = "train.finite"
 """What the watch asks in each step is what this check asks of a few."""
@@ -57,7 +75,7 @@ def reopen(settings: Settings, path: Path) -> RunResult:
         checks = tuple(_replayed(bundle, subject, settings) for subject in subjects)
     else:
         cell = _cell(bundle, bundle.content["model"]["class"], _task(bundle), settings)
-        checks = (_failed(cell, bundle.finding),)
+        checks = (_failed(cell, _tried_again(bundle) if settings.diagnose else bundle.finding),)
     return RunResult(
         command="check",
         started_at=started.isoformat(timespec="seconds"),
@@ -107,27 +125,67 @@ def _precision(bundle: Bundle) -> str:
     return "fp32"
 
 
+def _tried_again(bundle: Bundle) -> Finding:
+    """The bundle's finding; where the bundle alone can make its model, located over all the steps, and with its remedies tried."""
+    try:
+        model = built_model(bundle)
+    except NotApplicableError as error:
+        return left_untried(bundle.finding, str(error))
+    start = bundle.start()
+    found = bundle.finding
+    if start is not None and start.whole and found.op is None and (trained := trained_origin(model, start, math.inf)):
+        found = replace(_placed(found, trained.origin), cause=trained.cause)
+        found = replace(found, evidence={**found.evidence, "replay": trained.how})
+    return _with_remedies(bundle, model, found, () if start is None else (start,))
+
+
+def _with_remedies(bundle: Bundle, model: nn.Module, found: Finding, starts: Sequence[Start]) -> Finding:
+    calls = [call for call in bundle.calls if call.step == bundle.step]
+    scene = Scene(model=model, optimizer=None, calls=calls, starts=starts, scale=bundle.scale, largest_copy=math.inf)
+    return with_remedies_tried(found, scene)
+
+
 def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResult:
-    """The bad step's batches on the subject: its own finding's place where they go wrong, passed where they do not."""
+    """The bad step's batches on the subject: its own finding's place where they go wrong, passed where they do not.
+
+    A factory makes the module that was watched, and what that held is in the bundle.
+    """
     cell = _cell(bundle, subject.id, subject.task, settings)
     started = time.perf_counter()
     loaded = load(subject, dtype=precision(cell.precision).parameters, attn=cell.attn, seed=settings.seed)
-    origin = replay(bundle, loaded.model)
+    stored = bundle.start() if subject.kind == "factory" and holds_all_of(bundle, loaded.model) else None
+    if stored is not None:
+        with_stored_parameters(bundle, loaded.model)
+    trained = trained_origin(loaded.model, stored, math.inf) if stored is not None and stored.whole else None
+    origin = replay(bundle, loaded.model) if trained is None else trained.origin
     seconds = round(time.perf_counter() - started, 3)
-    if origin is None:
+    if origin is None and trained is None:
         return CheckResult(
             check=CHECK, cell=cell, status="passed", duration_s=seconds, measurements={"non-finite": 0.0}
         )
-    facts: dict[str, Any] = {**bundle.finding.evidence, "replay": f"on {subject.id}", "op": origin.op}
-    found = replace(
-        bundle.finding,
+    how = f"on {subject.id}" if trained is None else f"on {subject.id}, {trained.how}"
+    found = _placed(bundle.finding, origin)
+    # On another model each remedy must show itself anew.
+    again = untried(tuple(remedy.name for remedy in found.remedies))
+    found = replace(found, evidence={**found.evidence, "replay": how}, remedies=again)
+    if settings.diagnose:
+        own = Start(words=f"the weights of {subject.id}", kept=Kept(calls=bad_calls(bundle), scale=bundle.scale))
+        found = _with_remedies(bundle, loaded.model, found, (stored or own,))
+    return replace(_failed(cell, found), duration_s=round(time.perf_counter() - started, 3))
+
+
+def _placed(found: Finding, origin: Origin | None) -> Finding:
+    """The finding at another place."""
+    if origin is None:
+        return found
+    return replace(
+        found,
         module=origin.module,
         op=origin.op,
         source=origin.source,
-        parameters=origin.parameters or bundle.finding.parameters,
-        evidence=facts,
+        parameters=origin.parameters or found.parameters,
+        evidence={**found.evidence, "op": origin.op},
     )
-    return replace(_failed(cell, found), duration_s=seconds)
 
 
 def _failed(cell: Cell, finding: Finding) -> CheckResult:

@@ -26,18 +26,16 @@ from numerics_suite.core.records import Finding
 from numerics_suite.running.environment import describe_environment
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.watching.alarms import Alarm, Reading
-from numerics_suite.watching.diagnose import Scene
+from numerics_suite.watching.diagnose import SMALL_BYTES, Scene
 from numerics_suite.watching.norms import local
 from numerics_suite.watching.reproduce import SCRIPT
+from numerics_suite.watching.retraining import Start
 from numerics_suite.watching.ring import Call
 
 KIND = "numerics-suite watch bundle"
 SCHEMA_VERSION = 1
 JSON_NAME, SCRIPT_NAME = "bundle.json", "reproduce.py"
-BATCHES, PARAMETERS = "batches.safetensors", "parameters.safetensors"
-
-SMALL_BYTES = 64 << 20
-"""Without a snapshot the current parameters are written if they are no larger, so that a small model's bundle runs alone."""
+BATCHES, PARAMETERS, OPTIMIZER = "batches.safetensors", "parameters.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +98,13 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
     tensors: dict[str, Tensor] = {}
     calls = [_call_to_json(call, index, tensors) for index, call in enumerate(caught.calls)]
     save_file(tensors, folder / BATCHES)
-    written, parameters = _parameters(scene)
+    written, parameters, start = _parameters(scene)
     if parameters:
         save_file(parameters, folder / PARAMETERS)
+    loop, states = start.kept.loop if start is not None else None, dict[str, Tensor]()
+    stepped = loop.to_json(states) if loop is not None else None
+    if states:
+        save_file(states, folder / OPTIMIZER)
     (folder / SCRIPT_NAME).write_text(SCRIPT, encoding="utf-8")
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -111,11 +113,12 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
         "environment": describe_environment(str(next((p.device for p in scene.model.parameters()), "cpu"))),
         "step": finding.step,
         "finding": {**finding_to_json(finding), "reproducer": SCRIPT_NAME},
-        "replay": _what_can_be_replayed(written),
+        "replay": _what_can_be_replayed(written, start, finding.step or 0),
         "settings": jsonable(caught.settings),
         "model": _model_to_json(scene),
         "parameters_are": written,
         "loss_scale": jsonable(scene.scale),
+        "loop": stepped,
         "digests": {"parameters": _digest(dict(scene.model.named_parameters())), "optimizer": _digest(_state(scene))},
         "calls": calls,
         "warnings": [jsonable(asdict(alarm)) for alarm in caught.warnings],
@@ -130,22 +133,35 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
             os.fsync(file.fileno())
 
 
-def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor]]:
-    """Which parameters are written, in words, and they."""
-    if scene.snapshot:
-        return f"snapshot from before step {scene.snapshot_step}", {
-            name: _stored(local(value)) for name, value in scene.snapshot.items()
-        }
+def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor], Start | None]:
+    """Which parameters are written, in words, they, and the start of a replay that they are for."""
     named = {name: local(p.detach()) for name, p in scene.model.named_parameters()}
-    if scene.updated or not scene.replay or sum(p.numel() * p.element_size() for p in named.values()) > SMALL_BYTES:
-        return None, {}
-    return "those of the bad step", {name: _stored(p) for name, p in named.items()}
+    small = sum(p.numel() * p.element_size() for p in named.values()) <= SMALL_BYTES
+    for start in scene.starts:
+        if start.parameters:
+            words = f"snapshot from before step {scene.snapshot_step}"
+            return words, {name: _stored(value) for name, value in start.parameters.items()}, start
+        if small and start.kept.backward:
+            return "those of the bad step", {name: _stored(p) for name, p in named.items()}, start
+    if scene.snapshot:  # of a model that processes share
+        words = f"snapshot from before step {scene.snapshot_step}"
+        return words, {name: _stored(local(value)) for name, value in scene.snapshot.items()}, None
+    if scene.updated or not scene.replay or not small:
+        return None, {}, None
+    return "those of the bad step", {name: _stored(p) for name, p in named.items()}, None
 
 
-def _what_can_be_replayed(written: str | None) -> str:
-    if written:
-        return f"forward and backward pass, with the parameters in {PARAMETERS} ({written})"
-    return "the forward pass only, with parameters that you give: no snapshot was kept (snapshot_every)"
+def _what_can_be_replayed(written: str | None, start: Start | None, step: int) -> str:
+    if not written:
+        return "the forward pass only, with parameters that you give: no snapshot was kept (snapshot_every)"
+    what = f"with the parameters in {PARAMETERS} ({written})"
+    if start is None or start.kept.loop is None:
+        return f"forward and backward pass, {what}"
+    first = start.first
+    if first == step:
+        return f"step {step}, {what}"
+    gap = "" if start.whole else f"; the steps before {first} had left the ring"
+    return f"steps {first} to {step}, {what}{gap}"
 
 
 def _model_to_json(scene: Scene) -> dict[str, Any]:

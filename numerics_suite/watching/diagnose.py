@@ -20,7 +20,13 @@ from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.running.forward import floating_outputs
 from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.norms import local
+from numerics_suite.watching.retracing import Trained, trained_origin
+from numerics_suite.watching.retraining import Start
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
+from numerics_suite.watching.stepping import eps_is_zero
+
+SMALL_BYTES = 64 << 20
+"""Parameters up to this size are copied where nobody asked for it: within a loop that stops, and into a bundle."""
 
 HEADS = ("score", "classifier", "classifier_head", "lm_head", "qa_outputs")
 """Names under which a new head is made for a task."""
@@ -48,23 +54,27 @@ class Scene:
         model: the plain model, without wrappers.
         optimizer: the plain optimizer, None where no step was taken yet.
         calls: forward passes of the bad step that are still in the ring.
+        starts: places from which the step can be replayed on a copy, the one that shows most first.
         snapshot: parameters kept earlier, on the CPU; empty without one.
         snapshot_step: the step before which it was taken.
         updated: an optimizer step was taken since the bad value arose.
         initially_bad: parameters that were not finite when the watch began.
         scale: the loss scale, 1 without one.
         replay: it may be run again: this process alone holds the whole model, so that no collective waits for another.
+        largest_copy: bytes of parameters of which a copy is made.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     calls: Sequence[Call]
+    starts: Sequence[Start] = ()
     snapshot: Mapping[str, Tensor] = field(default_factory=dict)
     snapshot_step: int = 0
     updated: bool = False
     initially_bad: tuple[str, ...] = ()
     scale: float = 1.0
     replay: bool = True
+    largest_copy: float = SMALL_BYTES
 
 
 def bad_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -77,8 +87,9 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     bad = bad_parameters(scene.model)
     if (name := _bad_input(scene.calls)) is not None and alarm.cause is None and not scene.initially_bad:
         alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
-    origin, how = _replayed(alarm, scene, bad)
-    cause = _cause(alarm, scene, origin, bad)
+    trained = _trained(alarm, scene)
+    origin, how = (trained.origin, trained.how) if trained else _replayed(alarm, scene, bad)
+    cause = _cause(alarm, scene, origin, bad) if trained is None else trained.cause
     facts: dict[str, Fact] = {**alarm.facts, "replay": how}
     if origin is not None:
         facts |= origin_facts(origin)
@@ -144,21 +155,21 @@ def _cause(alarm: Alarm, scene: Scene, origin: Origin | None, bad: tuple[str, ..
         return "uninitialised-parameters" if all(map(_of_head, scene.initially_bad)) else "corrupt-weights"
     spoiled = origin.parameters if origin else (bad if not scene.updated else ())
     if alarm.kind == "parameter" or spoiled:
-        return "optimizer-underflow" if _eps_is_zero(scene.optimizer) else "divergence"
+        return "optimizer-underflow" if eps_is_zero(scene.optimizer) else "divergence"
     return cause_of(origin) if origin else "unknown"
+
+
+def _trained(alarm: Alarm, scene: Scene) -> Trained | None:
+    """The bad step as it comes about from the snapshot on; None where that cannot be had or stays finite."""
+    known = alarm.cause is not None or alarm.kind == "inputs" or bool(scene.initially_bad)
+    start = next((start for start in scene.starts if start.parameters and start.whole), None)
+    if known or start is None or (not scene.updated and start.first == alarm.step):
+        return None
+    return trained_origin(scene.model, start, scene.largest_copy)
 
 
 def _of_head(name: str) -> bool:
     return any(part in HEADS for part in name.split("."))
-
-
-def _eps_is_zero(optimizer: torch.optim.Optimizer | None) -> bool:
-    for group in optimizer.param_groups if optimizer is not None else ():
-        eps = group.get("eps")
-        dtypes = {p.dtype for p in group["params"] if p.is_floating_point()}
-        if isinstance(eps, float) and eps and any(float(torch.tensor(eps, dtype=dtype)) == 0.0 for dtype in dtypes):
-            return True
-    return False
 
 
 def _replayed(alarm: Alarm, scene: Scene, bad: tuple[str, ...]) -> tuple[Origin | None, str]:

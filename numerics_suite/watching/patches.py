@@ -15,6 +15,8 @@ import torch
 from torch.nn.utils import clip_grad
 
 _NO_METHOD = object()
+_UNHEARD: list[object] = []
+"""Not empty while a replay runs, whose gradients are no watch's business."""
 
 
 class _Tap:
@@ -27,6 +29,8 @@ class _Tap:
         self.patched: Any = None
 
     def listeners(self) -> list[Callable[..., Any]]:
+        if _UNHEARD:
+            return []
         return [method for reference in list(self.methods) if (method := reference()) is not None]
 
     def add(self, method: Callable[..., Any]) -> weakref.WeakMethod[Callable[..., Any]]:
@@ -65,6 +69,15 @@ def _before_backward(original: Any, tap: _Tap) -> Any:
     return backward
 
 
+def _before_clip(original: Any, tap: _Tap) -> Any:
+    def _clip_grads_with_norm_(parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+        for listener in tap.listeners():
+            listener(parameters, max_norm)
+        return original(parameters, max_norm, *args, **kwargs)
+
+    return _clip_grads_with_norm_
+
+
 def _around_scaler(original: Any, tap: _Tap) -> Any:
     def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         for listener in tap.listeners():
@@ -80,9 +93,21 @@ def _around_scaler(original: Any, tap: _Tap) -> Any:
 TAPS = {
     # The inner name: `from torch.nn.utils import clip_grad_norm_` made before the watch opened goes through it too.
     "norm": _Tap(clip_grad, "_get_total_norm", _after_norm),
+    "clip": _Tap(clip_grad, "_clip_grads_with_norm_", _before_clip),
     "backward": _Tap(torch.autograd, "backward", _before_backward),
     "scaler": _Tap(torch.amp.GradScaler, "step", _around_scaler),
 }
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within it nobody is told of anything."""
+    mark = object()
+    _UNHEARD.append(mark)
+    try:
+        yield
+    finally:
+        _UNHEARD.remove(mark)
 
 
 @contextmanager
@@ -90,7 +115,7 @@ def listening(place: str, method: Callable[..., Any]) -> Iterator[None]:
     """Within it the bound method is told of each call.
 
     Args:
-        place: `norm` (gradients, order, norm), `backward` (its roots) or `scaler` (scaler, optimizer, before=…).
+        place: `norm` (gradients, order, norm), `clip` (parameters, the largest norm), `backward` (its roots) or `scaler` (scaler, optimizer, before=…).
         method: a bound method, held weakly.
     """
     tap = TAPS[place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
 from numerics_suite.observing.locate import Origin
 from numerics_suite.subjects.files import sha256_of
-from numerics_suite.watching.bundle import BATCHES, JSON_NAME, KIND, SCHEMA_VERSION
+from numerics_suite.subjects.quiet import quiet_transformers
+from numerics_suite.watching.bundle import BATCHES, JSON_NAME, KIND, OPTIMIZER, PARAMETERS, SCHEMA_VERSION
 from numerics_suite.watching.diagnose import Scene, run_again
+from numerics_suite.watching.retraining import Kept, Start
 from numerics_suite.watching.ring import Call
+from numerics_suite.watching.stepping import Loop, loop_from_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +36,41 @@ class Bundle:
         content: of `bundle.json`.
         finding: of the bad value.
         calls: whose inputs the folder holds whole, oldest first.
+        parameters: that the folder holds, by name; empty without any.
+        loop: how the watched loop stepped from these on, None where that was not kept.
     """
 
     path: Path
     content: Mapping[str, Any]
     finding: Finding
     calls: tuple[Call, ...]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    loop: Loop | None = None
 
     @property
     def step(self) -> int:
         """The bad step."""
         return int(self.content["step"])
+
+    @property
+    def scale(self) -> float:
+        """The loss scale, 1 without one."""
+        return float(revived(self.content["loss_scale"]))
+
+    def start(self) -> Start | None:
+        """Where the steps can be taken again from what the folder holds, None where it holds no parameters or no such calls."""
+        first = self.loop.start if self.loop is not None else self.step
+        calls = [_on_cpu(call) for call in self.calls if first <= call.step <= self.step]
+        if not self.parameters or not calls:
+            return None
+        whole = {call.step for call in calls} == set(range(first, self.step + 1))
+        kept = Kept(calls=calls, loop=self.loop, scale=self.scale)
+        return Start(words=f"the {self._words}", kept=kept, parameters=self.parameters, whole=whole)
+
+    @property
+    def _words(self) -> str:
+        written = str(self.content["parameters_are"])
+        return written.replace("those of the bad step", f"parameters of step {self.step}")
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -67,10 +94,22 @@ def read_bundle(path: Path) -> Bundle:
     try:
         tensors = load_file(path / BATCHES)
         calls = tuple(call for written in content["calls"] if (call := _call(written, tensors)) is not None)
-        return Bundle(path=path, content=content, finding=_finding(content["finding"], path), calls=calls)
+        loop = content.get("loop")
+        return Bundle(
+            path=path,
+            content=content,
+            finding=_finding(content["finding"], path),
+            calls=calls,
+            parameters=_tensors(path / PARAMETERS),
+            loop=None if loop is None else loop_from_json(loop, _tensors(path / OPTIMIZER)),
+        )
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
         message = f"--bundle: {path} cannot be read: {type(error).__name__}: {error}"
         raise BadInputError(message) from None
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.is_file() else {}
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -126,6 +165,10 @@ def _unpacked(value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     raise _NotKept
 
 
+def _on_cpu(call: Call) -> Call:
+    return replace(call, rng={"cpu": call.rng["cpu"]})
+
+
 def replay(bundle: Bundle, model: nn.Module) -> Origin | None:
     """Run the bad step's calls on a model, forward and backward; where a value stops being finite, None where all stay finite.
 
@@ -136,13 +179,82 @@ def replay(bundle: Bundle, model: nn.Module) -> Origin | None:
     Raises:
         BadInputError: no call of that step was kept whole.
     """
-    calls = [call for call in bundle.calls if call.step == bundle.step]
+    calls = bad_calls(bundle)
+    model.train(bool(bundle.content["model"]["training"]))
+    return run_again(Scene(model=model, optimizer=None, calls=calls, scale=bundle.scale), {}, backward=True)
+
+
+def bad_calls(bundle: Bundle) -> list[Call]:
+    """The bad step's calls.
+
+    Args:
+        bundle: as read.
+
+    Raises:
+        BadInputError: none was kept whole.
+    """
+    calls = [_on_cpu(call) for call in bundle.calls if call.step == bundle.step]
     if not calls:
         message = f"--bundle: {bundle.path} holds no batch of step {bundle.step} that can be replayed"
         raise BadInputError(message)
-    model.train(bool(bundle.content["model"]["training"]))
-    rng = [
-        Call(step=c.step, args=c.args, kwargs=c.kwargs, rng={"cpu": c.rng["cpu"]}, autocast=c.autocast) for c in calls
-    ]
-    scale = float(revived(bundle.content["loss_scale"]))
-    return run_again(Scene(model=model, optimizer=None, calls=rng, scale=scale), {}, backward=True)
+    return calls
+
+
+def built_model(bundle: Bundle) -> nn.Module:
+    """The watched model, of a class of transformers, with the parameters that the folder holds.
+
+    Args:
+        bundle: as read.
+
+    Raises:
+        NotApplicableError: it is another class, or the folder does not hold every parameter.
+    """
+    import transformers  # heavy
+
+    told = bundle.content["model"]
+    kind: Any = getattr(transformers, str(told["class"]), None)
+    if told["config"] is None or not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        reason = f"not tried: {told['class']} is no class of transformers; give what makes it: check factory:module:function --bundle"
+        raise NotApplicableError(reason)
+    if not bundle.parameters:
+        reason = "not tried: the bundle holds no parameters (snapshot_every); give a checkpoint: check SUBJECT --bundle"
+        raise NotApplicableError(reason)
+    try:
+        with quiet_transformers():
+            config = kind.config_class.from_dict(revived(told["config"]))
+            config._attn_implementation = told["attn"]  # noqa: SLF001 - as from_pretrained sets it
+            model: nn.Module = kind(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        reason = f"not tried: {told['class']} cannot be built from the bundle's config ({type(error).__name__})"
+        raise NotApplicableError(reason) from error
+    if not holds_all_of(bundle, model):
+        reason = f"not tried: the parameters in the bundle are not those of {told['class']} as this release builds it"
+        raise NotApplicableError(reason)
+    return with_stored_parameters(bundle, model)
+
+
+def holds_all_of(bundle: Bundle, model: nn.Module) -> bool:
+    """Whether the folder holds every parameter of the model, in its shape.
+
+    Args:
+        bundle: as read.
+        model: of any class.
+    """
+    stored = bundle.parameters
+    return all(name in stored and stored[name].shape == p.shape for name, p in model.named_parameters())
+
+
+def with_stored_parameters(bundle: Bundle, model: nn.Module) -> nn.Module:
+    """The model, changed: it holds what the folder does, in its dtypes, is trained where the loop trained it, and in its mode.
+
+    Args:
+        bundle: that :func:`holds_all_of`.
+        model: on the CPU.
+    """
+    trained = (
+        {name for each in bundle.loop.optimizers for names in each.names for name in names} if bundle.loop else None
+    )
+    for name, parameter in model.named_parameters():
+        parameter.data = bundle.parameters[name].clone()
+        parameter.requires_grad_(parameter.is_floating_point() and (trained is None or name in trained))
+    return model.train(bool(bundle.content["model"]["training"]))

@@ -48,19 +48,22 @@ def unpacked(value):
     return inner if kind == "value" else None
 
 
-def main():
-    print(f"caught at step {BUNDLE['step']}: {BUNDLE['finding']['title']}")
-    model, stored = build(), HERE / "parameters.safetensors"
-    if stored.is_file() and len(sys.argv) < 2:
-        values = load_file(stored)
-        for name, parameter in model.named_parameters():
-            parameter.data = values[name]
-    elif len(sys.argv) < 2:
-        print("this bundle holds no parameters: python reproduce.py CHECKPOINT", file=sys.stderr)
-        sys.exit(4)
-    model.train(MODEL["training"])
-    bad = []
-    for number, call in enumerate((c for c in BUNDLE["calls"] if c["step"] == BUNDLE["step"]), 1):
+def optimizers(model, loop):
+    named, made = dict(model.named_parameters()), []
+    states = load_file(HERE / "optimizer.safetensors") if (HERE / "optimizer.safetensors").is_file() else {}
+    for each in loop["optimizers"]:
+        plain = [{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} for group in each["groups"]]
+        groups = [{**group, "params": [named[n] for n in names]} for group, names in zip(plain, each["names"])]
+        made.append(getattr(torch.optim, each["kind"])(groups))
+        for name, kept in each["state"].items():
+            made[-1].state[named[name]] = {k: states[v["tensor"]] if "tensor" in v else v["value"] for k, v in kept.items()}
+    return made
+
+
+def passes(model, calls, scale):
+    """Forward and backward; what is not finite, by name."""
+    model.zero_grad()
+    for number, call in enumerate(calls, 1):
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(call["rng"]["cpu"]), dtype=torch.uint8))
         with contextlib.ExitStack() as stack:
             for kind, dtype in call["autocast"].items():
@@ -70,11 +73,56 @@ def main():
         named = dict(output) if hasattr(output, "items") else {"output": output}
         for name, value in named.items():
             if isinstance(value, torch.Tensor) and not torch.isfinite(value).all():
-                bad.append(f"{name} of forward pass {number}")
-        if isinstance(named.get("loss"), torch.Tensor) and not bad:
-            (named["loss"] * float(BUNDLE["loss_scale"])).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    bad += [f"gradient of {name}" for name, grad in gradients.items() if not torch.isfinite(grad).all()]
+                yield f"{name} of forward pass {number}"
+        if isinstance(named.get("loss"), torch.Tensor):
+            (named["loss"] * scale / len(calls)).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            yield f"gradient of {name}"
+
+
+def step(model, made, loop, number, scale):
+    """The optimizers' part of a step, as the loop did it; a GradScaler skips gradients that are not finite."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if scale != 1:
+        torch._foreach_mul_(gradients, 1 / scale)
+        if not all(torch.isfinite(g).all() for g in gradients):
+            return
+    if loop["max_norm"] is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), loop["max_norm"])
+    for index, optimizer in enumerate(made):
+        for place, group in enumerate(optimizer.param_groups):
+            if str(number) in loop["rates"]:
+                kept = loop["rates"][str(number)][index][place]
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+        optimizer.step()
+
+
+def main():
+    print(f"caught at step {BUNDLE['step']}: {BUNDLE['finding']['title']}")
+    model, stored = build(), HERE / "parameters.safetensors"
+    loop = BUNDLE["loop"] if stored.is_file() and len(sys.argv) < 2 else None
+    if stored.is_file() and len(sys.argv) < 2:
+        values = load_file(stored)
+        for name, parameter in model.named_parameters():
+            parameter.data = values[name]
+    elif len(sys.argv) < 2:
+        print("this bundle holds no parameters: python reproduce.py CHECKPOINT", file=sys.stderr)
+        sys.exit(4)
+    model.train(MODEL["training"])
+    made = optimizers(model, loop) if loop else []
+    scale = float(loop["scale"] if loop else BUNDLE["loss_scale"])
+    bad, numbers = [], sorted({call["step"] for call in BUNDLE["calls"]})
+    for number in numbers:
+        if number > BUNDLE["step"] or number < (loop["start"] if loop else BUNDLE["step"]) or bad:
+            continue
+        bad = list(passes(model, [call for call in BUNDLE["calls"] if call["step"] == number], scale))
+        if scale != 1 and number < BUNDLE["step"]:
+            bad = [name for name in bad if not name.startswith("gradient")]  # a GradScaler skips these
+        if loop and not bad:
+            step(model, made, loop, number, scale)
+            spoiled = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+            bad += [f"{name} after step {number}" for name in spoiled]
     print("not finite: " + ", ".join(bad[:4]) if bad else "every value is finite")
     sys.exit(1 if bad else 0)
 

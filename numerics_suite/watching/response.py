@@ -14,6 +14,7 @@ from numerics_suite.core.records import Finding
 from numerics_suite.watching.alarms import Alarm, NumericsError, NumericsWarning, Reading
 from numerics_suite.watching.bundle import SCRIPT_NAME, Caught, write_bundle
 from numerics_suite.watching.diagnose import Scene, finding_of
+from numerics_suite.watching.remedying import left_untried, with_remedies_tried
 
 OnBad = Literal["stop", "warn", "skip"] | Callable[[Finding], Any]
 POLICIES = ("stop", "warn", "skip")
@@ -106,7 +107,7 @@ class Response:
         if alarm.step not in self.bad_steps:
             self.bad_steps.append(alarm.step)
         if self.finding is None:
-            self.finding = finding_of(alarm, scene)
+            self.finding = self._with_remedies(finding_of(alarm, scene), scene)
             self.bundle_path = self._write(scene, caught)
             if self.bundle_path is not None:
                 self.finding = replace(self.finding, reproducer=str(self.bundle_path / SCRIPT_NAME))
@@ -117,6 +118,15 @@ class Response:
         if action in {"warn", "skip"}:
             warnings.warn(line, NumericsWarning, stacklevel=2)
         return line if action == "stop" else None
+
+    def _with_remedies(self, finding: Finding, scene: Scene) -> Finding:
+        """The remedies tried where the loop ends here; one that goes on is not kept waiting."""
+        if self.on_bad != "stop":
+            return left_untried(finding, "not tried while training goes on: numerics-suite check --bundle does")
+        try:
+            return with_remedies_tried(finding, scene)
+        except RuntimeError as error:
+            return left_untried(finding, f"could not be tried: {type(error).__name__}")
 
     def _write(self, scene: Scene, caught: Caught) -> Path | None:
         """The bundle's folder; a disk that is full must not hide what was found."""

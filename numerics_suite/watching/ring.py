@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+Rates = tuple[Mapping[str, Any], ...]
+"""Learning rate, betas, momentum and weight decay of each group of an optimizer."""
+
 CLONED_BYTES = 1 << 20
 """Inputs up to this size are copied, so that a loop that refills its buffers does not change them; larger ones are referred to."""
 
@@ -42,6 +45,7 @@ class Ring:
         """Keep those of that many steps, and at least of the running one."""
         self.steps = max(1, steps)
         self.calls: deque[Call] = deque()
+        self.rates: dict[int, dict[int, Rates]] = {}
 
     def add(self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:
         """Keep a call that is about to be made.
@@ -53,10 +57,20 @@ class Ring:
             device: of the model, whose random state is kept beside the CPU's.
         """
         while self.calls and self.calls[0].step <= step - self.steps:
-            self.calls.popleft()
+            self.rates.pop(self.calls.popleft().step, None)
         kept_args, kept_kwargs = tree_map_only(Tensor, _kept, (args, dict(kwargs)))
         call = Call(step=step, args=kept_args, kwargs=kept_kwargs, rng=rng_states(device), autocast=_autocast(device))
         self.calls.append(call)
+
+    def note(self, step: int, optimizer: int, rates: Rates) -> None:
+        """Keep what an optimizer is about to step by.
+
+        Args:
+            step: optimizer step.
+            optimizer: its place among the watched ones.
+            rates: of each of its groups.
+        """
+        self.rates.setdefault(step, {})[optimizer] = rates
 
     def of_step(self, step: int) -> list[Call]:
         """The calls of one step, first to last."""

@@ -22,11 +22,13 @@ from numerics_suite.watching.diagnose import Scene, bad_parameters
 from numerics_suite.watching.gauges import Gauges, parameters_of
 from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
 from numerics_suite.watching.judge import Judge
+from numerics_suite.watching.keeping import Keeping, Seen
 from numerics_suite.watching.mailbox import Mailbox
 from numerics_suite.watching.norms import is_shard
 from numerics_suite.watching.patches import listening
 from numerics_suite.watching.response import OnBad, Response, checked_policy, early, logged, send, several_processes
 from numerics_suite.watching.ring import Ring
+from numerics_suite.watching.stepping import rates_of
 
 KEPT_READINGS = 256
 UNREPRESENTABLE = "ids that bfloat16 cannot hold"
@@ -83,8 +85,8 @@ class Watch:
         self._response = Response(checked_policy(on_bad), None if bundle is None else Path(bundle))
         self._ring, self._mailbox, self._judge = Ring(self.settings.ring), Mailbox(), Judge()
         self._gauges = Gauges(self.model)
-        self._snapshot: dict[str, Tensor] = {}
-        self._snapshot_step = self._updated_at = self._forwards = 0
+        self._kept = Keeping(self.model)
+        self._updated_at = self._forwards = 0
         self._initially_bad: tuple[str, ...] = ()
         self._stepped: set[int] = set()
         self._hidden: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -120,7 +122,8 @@ class Watch:
         return self
 
     def _taps(self) -> tuple[tuple[str, Any], ...]:
-        return (("norm", self._on_norm), ("backward", self._on_backward), ("scaler", self._on_scaler))
+        heard = (("norm", self._on_norm), ("backward", self._on_backward), ("scaler", self._on_scaler))
+        return (*heard, ("clip", self._kept.on_clip))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,6 +175,8 @@ class Watch:
             self._mailbox.post(self.step, self._gauges.of_gradients(optimizer), scaled=scaled)
         if self._parameters_due:
             self._gauges.before_update(optimizer)
+        if self.settings.snapshot_every:
+            self._ring.note(self.step, self._place_of(optimizer), rates_of(optimizer))
         skipping = self._response.on_bad == "skip"
         # A device two steps behind has a whole step queued: a wait for it then leaves it busy, and bounds how late a bad value is told.
         self._read(wait=skipping, through=self.step - 2)
@@ -215,8 +220,10 @@ class Watch:
         if every and (self.step - 1) % every == 0 and self.finding is None:
             # The copy waits for the device as well, and spoiled parameters must not replace good ones.
             self._read(wait=True)
-            self._snapshot = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-            self._snapshot_step = self.step
+            self._kept.take(self.step, self.optimizers)
+
+    def _place_of(self, optimizer: torch.optim.Optimizer) -> int:
+        return next((place for place, known in enumerate(self.optimizers) if known is optimizer), 0)
 
     def _look_at_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forwards += 1
@@ -289,16 +296,27 @@ class Watch:
 
     def _scene(self, alarm: Alarm) -> Scene:
         scale = getattr(self.scaler, "_scale", None) if self._scaled else None
+        alone = not several_processes() and not any(map(is_shard, self.model.parameters()))
+        updated = self._updated_at >= alarm.step
+        seen = Seen(
+            step=alarm.step,
+            updated=updated,
+            spoiled=not set(bad_parameters(self.model)) <= set(self._initially_bad),
+            scaler=self.scaler if self._scaled else None,
+            readings=self.readings,
+            ring=self._ring,
+        )
         return Scene(
             model=self.model,
             optimizer=self.optimizers[0] if self.optimizers else None,
             calls=self._ring.of_step(alarm.step),
-            snapshot=self._snapshot,
-            snapshot_step=self._snapshot_step,
-            updated=self._updated_at >= alarm.step,
+            starts=self._kept.starts(seen, self.optimizers) if alone else (),
+            snapshot=self._kept.parameters,
+            snapshot_step=self._kept.step,
+            updated=updated,
             initially_bad=self._initially_bad,
             scale=1.0 if scale is None else float(scale),
-            replay=not several_processes() and not any(map(is_shard, self.model.parameters())),
+            replay=alone,
         )
 
     def _caught(self) -> Caught:
@@ -333,8 +351,9 @@ def watch(  # noqa: PLR0913 - the public keywords
         optimizer: of torch or accelerate's wrapper, or several.
         every: look at each so many-th step.
         every_parameters: at the parameters, each so many-th.
-        snapshot_every: keep a copy of the parameters on the CPU each so many steps; 0 keeps none, and then a value that is seen after
-            the optimizer's step can only be sought in the forward pass, as long as the parameters are still finite.
+        snapshot_every: keep a copy of the parameters and of the optimizers' states on the CPU each so many steps; 0 keeps none, and then
+            a value that is seen after the optimizer's step can only be sought in the forward pass, as long as the parameters are still
+            finite. A ring of as many steps lets every step since the snapshot be taken again.
         ring: steps whose batches and random states are kept.
         on_bad: what to do at the first bad value: `stop` raises :class:`NumericsError`, `warn` goes on, `skip` waits for the device
             before each step and keeps the optimizer from the bad ones (outside the bound on the watch's cost; an optimizer that takes a closure

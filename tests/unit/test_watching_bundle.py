@@ -54,6 +54,7 @@ def test_a_bundle_comes_back_as_it_was(tmp_path):
         ".py",
         ".safetensors",
         ".safetensors",
+        ".safetensors",
     ]
 
 

@@ -61,3 +61,17 @@ def train(model, optimizer, steps, *, clip=1.0, before=None, start=1):
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+
+
+class Loud(Decoder):
+    """A loss that is multiplied: of one batch, or of all."""
+
+    def __init__(self, batch, factor=1e18):
+        super().__init__()
+        self.batch, self.factor = batch, factor
+
+    def forward(self, input_ids, labels=None):
+        out = super().forward(input_ids, labels)
+        if self.batch is None or torch.equal(input_ids, self.batch):
+            out["loss"] = out["loss"] * self.factor
+        return out
