@@ -22,6 +22,7 @@ DEFAULT_FOLDER = ".numerics/baselines"
 OPTIONS = (
     *("subjects", "names", "task", "num_labels", "precision", "attn", "device", "require_device"),
     *(
+        "extensions",
         "trust_remote_code",
         "allow_pickle",
         "steps",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.cli.output import refuse_unwritable, say, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.switch import switch_off
 
 if TYPE_CHECKING:
     import argparse
@@ -51,6 +52,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("results", metavar="RESULTS", nargs="*", help="results files, or folders of them")
     parser.add_argument("--out", metavar="DIR", help="folder of the report; files of an earlier report are replaced")
     parser.add_argument("--against", metavar="OLD", help="earlier results: comment.md tells what changed since")
+    parser.add_argument("--no-extensions", action="store_true", help="without the reporters that other packages add")
     add_output_options(parser)
     return parser
 
@@ -67,6 +69,8 @@ def run(arguments: Sequence[str]) -> int:
     given = make_parser().parse(arguments)
     _refuse_nonsense(given)
     refuse_unwritable(given.json)
+    if given.no_extensions:
+        switch_off()
     from numerics_suite.reporting.documents import read_documents
     from numerics_suite.reporting.github import tell_github
     from numerics_suite.reporting.report import ensure_report, verdict_of, write_report

@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.core.switch import switched_on
+from numerics_suite.core.switch import OFF, SWITCH, switched_on
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -30,7 +30,7 @@ OWN_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*\.[a-z0-9]+(-[a-z0-9]+)*")
 PLAIN_NAME = re.compile(r"[a-z][a-z0-9]*([._-][a-z0-9]+)*")
 """Of a family, which is called as the architecture is, and of a reporter, whose name stands in no results."""
 
-CURE = "repair or uninstall it, or leave all extensions out with --no-extensions"
+CURE = f"repair or uninstall it, or leave all extensions out with --no-extensions ({SWITCH}={OFF})"
 
 T = TypeVar("T")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -47,7 +49,8 @@ def write_added(documents: Documents, folder: Path) -> tuple[Path, ...]:
 def _written(extension: Extension, documents: Documents, folder: Path) -> list[Path]:
     reporter = _reporter(extension)
     try:
-        return [Path(path) for path in reporter(documents, folder)]
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no part of the answer
+            return [Path(path) for path in reporter(documents, folder)]
     except BadInputError:
         raise  # a file that cannot be written is told as such
     except Exception as error:  # noqa: BLE001 - whatever another's code does wrong

@@ -109,10 +109,10 @@ def write_wanted(documents: Documents, report: Path | None, junitxml: Path | Non
     Raises:
         BadInputError: one cannot be written.
     """
+    if junitxml is not None:  # first, since it needs no reporter of another package
+        write_atomic(junitxml, junit_xml(documents), f"{prefix}junitxml")
     if report is not None:
         write_report(report, documents, option=f"{prefix}report")
-    if junitxml is not None:
-        write_atomic(junitxml, junit_xml(documents), f"{prefix}junitxml")
 
 
 def verdict_of(documents: Documents) -> str:

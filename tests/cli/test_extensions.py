@@ -86,7 +86,7 @@ def checked(folder, path):
     named = ("--name", "sound", "--name", "coarse", "--name", "llama", "--name", "swapped")
     done = run(
         folder, path, "numerics_suite", "check", *subjects, *named, "--checks", "acme.*,reference.oracle", *CELL,
-        "--json", "out.json",
+        "--json", "out.json", "--report", "report",
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     results = json.loads((folder / "out.json").read_text(encoding="utf-8"))
@@ -135,6 +135,29 @@ def test_the_family_is_chosen_by_model_type_and_its_definition_judges(checked):
     assert swapped["finding"]["module"] == "model.layers.0.mlp"
 
 
+def test_the_reporter_writes_beside_ours(checked, folder, path):
+    rows = (folder / "report" / "checks.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 + 8
+    assert any(row.startswith("check,acme.logit-spacing,coarse,causal-lm,bf16,sdpa,cpu,failed,acme.") for row in rows)
+    again = run(folder, path, "numerics_suite", "report", "out.json", "--out", "again")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == str(Path("again") / "checks.csv")
+    assert len((folder / "again" / "checks.csv").read_text(encoding="utf-8").splitlines()) == len(rows)
+    assert "acme.coarse-logits" in (folder / "again" / "index.html").read_text(encoding="utf-8")
+    off = run(folder, path, "numerics_suite", "report", "out.json", "--out", "off", "--no-extensions")
+    assert off.returncode == 0, off.stderr
+    assert not (folder / "off" / "checks.csv").exists()
+    assert (folder / "off" / "index.html").exists()
+
+
+def test_a_broken_reporter_is_told_before_anything_is_written(checked, folder, tmp_path):
+    write_extension(tmp_path, {"numerics_suite.reporters": {"csv": "nowhere:VALUE"}})
+    done = run(folder, [str(tmp_path)], "numerics_suite", "report", "out.json", "--out", "broken")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
+    assert "entry point 'csv' of numerics_suite.reporters: nowhere:VALUE cannot be loaded" in done.stderr
+    assert not (folder / "broken").exists()
+
+
 def test_an_added_remedy_is_tried_for_a_cause_of_ours(folder, path):
     shutil.copytree(folder / "coarse", folder / "hot")
     weights = load_file(folder / "hot" / "model.safetensors")
@@ -177,7 +200,7 @@ def test_a_broken_extension_is_one_line_and_exit_4_before_anything_runs(tmp_path
     assert done.stderr == (
         f"numerics-suite: error: extension acme-numerics 1.0.0: entry point 'acme.mine' of numerics_suite.{group}: "
         "nowhere:VALUE cannot be loaded: ModuleNotFoundError: No module named 'nowhere'; repair or uninstall it, or "
-        "leave all extensions out with --no-extensions\n"
+        "leave all extensions out with --no-extensions (NUMERICS_SUITE_EXTENSIONS=off)\n"
     )
     assert not (tmp_path / "out.json").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -13,15 +14,16 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from unit.extensions_on_path import EXAMPLE, entry_points_text, example_project, install_example, write_extension
+from unit.extensions_on_path import EXAMPLE, ROOT, entry_points_text, example_project, install_example, write_extension
 from unit.sample_run import finding, result, sample_run
 
+import numerics_suite.extending as public
 from numerics_suite.cli.main import main
 from numerics_suite.core import extensions as core
 from numerics_suite.core import switch
 from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.records import Budget, Measurement, Remedy
-from numerics_suite.core.registry import check_ids, get_check, own_check_ids
+from numerics_suite.core.registry import check, check_ids, get_check, own_check_ids
 from numerics_suite.diagnosing import added as added_remedies
 from numerics_suite.diagnosing.added import cost_of, cures, remedies_of
 from numerics_suite.diagnosing.cures import COST
@@ -41,7 +43,7 @@ from numerics_suite.versions.extensions import left_out_notes, without_extension
 
 CHECKS, FAMILIES, REMEDIES, REPORTERS = core.GROUPS
 WHOSE = "extension acme-numerics 1.0.0: entry point "
-CURE = "; repair or uninstall it, or leave all extensions out with --no-extensions"
+CURE = "; repair or uninstall it, or leave all extensions out with --no-extensions (NUMERICS_SUITE_EXTENSIONS=off)"
 
 
 def forget():
@@ -335,6 +337,12 @@ def test_every_added_reporter_writes(example, tmp_path):
     assert any(",failed,overflow," in line for line in lines)
 
 
+def test_what_a_reporter_prints_is_not_the_answer(site, capsys):
+    add(site, REPORTERS, "csv", "def VALUE(documents, folder):\n    print('done')\n    return []")
+    assert write_added(Documents(), site) == ()
+    assert capsys.readouterr() == ("", "done\n")
+
+
 @pytest.mark.parametrize(
     ("code", "why"),
     [
@@ -430,11 +438,32 @@ def test_the_metadata_that_these_tests_write_is_what_the_example_is_built_with(t
 
 
 def test_the_names_for_authors_are_all_there():
-    import numerics_suite.extending as public
-
     for name in public.__all__:
         assert getattr(public, name).__name__ == name
     used = re.findall(r"from numerics_suite\.(\w+)", "".join(file.read_text("utf-8") for file in EXAMPLE.rglob("*.py")))
     assert set(used) == {"extending"}
     with pytest.raises(AttributeError):
         _ = public.nothing
+
+
+PAGE = ROOT / "docs" / "extending.md"
+
+
+def test_the_page_shows_the_example_as_it_is():
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = re.findall(r'```(\w+) title="([^"]+)"\n(.*?)```', text, re.DOTALL)
+    assert {path for _, path, _ in blocks} == {
+        "tests/extension/pyproject.toml",
+        *(f"tests/extension/src/acme_numerics/{name}.py" for name in ("logits", "llama", "table")),
+    }
+    for _, path, block in blocks:
+        assert block in (ROOT / path).read_text(encoding="utf-8"), f"{path} reads otherwise"
+    assert len(blocks) == text.count("```") // 2 - 1, "all but the commands are from the example"
+
+
+def test_the_page_names_what_there_is():
+    words = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)))
+    assert {word for word in words if word.startswith("numerics_suite.")} == {*core.GROUPS, "numerics_suite.extending"}
+    assert set(NEEDS) <= words
+    assert set(inspect.signature(check).parameters) <= words
+    assert {"AddedCheck", "AddedFamily", "AddedRemedy", "Documents", "Oracle", "Series"} <= words & set(public.__all__)
