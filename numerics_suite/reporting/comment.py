@@ -50,8 +50,8 @@ def comment_markdown(documents: Documents, earlier: Documents | None = None, mos
         f"{MARKER}\n## numerics-suite: {word}",
         _counts(found, problems, new, held=earlier is not None),
         _packages(found),
-        *_findings(new, found),
         *_versions(documents, found, earlier),
+        *_findings(new, found),
         *(block for item in _new_bisections(documents, earlier) for block in bisect_blocks(item, without_folders)),
         *(
             block
@@ -140,7 +140,7 @@ def _versions(documents: Documents, found: Against, earlier: Documents | None) -
             or (known[cell.held].status, known[cell.held].failures, known[cell.held].changes)
             != (cell.status, cell.failures, cell.changes)
         }
-        made = versions_table(matrix, found.places, at, only=changed)
+        made = versions_table(matrix, found.places, at, only=changed, clean=without_folders)
         if made:
             yield made if earlier is None else f"### Versions that changed\n\n{made}"
 

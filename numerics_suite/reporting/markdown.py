@@ -127,7 +127,9 @@ def _details(card: Card, clean: Clean) -> Iterator[str]:
         yield f"- **script** {code('python ' + shlex.quote(clean(card.script_path)))}"
 
 
-def versions_table(matrix: Matrix, places: Places, index: int, only: Container[Versions] | None = None) -> str:
+def versions_table(
+    matrix: Matrix, places: Places, index: int, only: Container[Versions] | None = None, clean: Clean = str
+) -> str:
     """What every version of a matrix says, neighbours that say the same in one row.
 
     Args:
@@ -135,12 +137,13 @@ def versions_table(matrix: Matrix, places: Places, index: int, only: Container[V
         places: every result of the report.
         index: of the matrix in the report.
         only: the versions that are told of; all without it.
+        clean: of every text.
     """
     tables = []
     for package, within, sources in sequences(places.of_matrix(index)):
         cells = [matrix.result.cells[source.at] for source in sources]
         told = [
-            (str(getattr(cell.held, package) or "?"), _said(cell))
+            (str(getattr(cell.held, package) or "?"), _said(cell, clean))
             for cell in cells
             if only is None or cell.held in only
         ]
@@ -156,19 +159,19 @@ def versions_table(matrix: Matrix, places: Places, index: int, only: Container[V
     return "\n\n".join(tables)
 
 
-def _said(cell: MatrixCell) -> tuple[str, str, str]:
+def _said(cell: MatrixCell, clean: Clean) -> tuple[str, str, str]:
     """Status, what did not pass, and what changed, as Markdown."""
     checks = list(dict.fromkeys(failure.check for failure in cell.failures))
     failing = listed([code(check) for check in checks], 4)
-    reason = text(cell.reason) if cell.reason and not checks else ""
+    reason = text(clean(cell.reason)) if cell.reason and not checks else ""
     status = f"**{cell.status}**" if cell.status in {"failed", "error"} else cell.status
     changes: dict[tuple[str, str, str], list[str]] = {}
     for change in cell.changes:
-        key = (change.kind, change.module or (change.details[0] if change.details else ""), change.against)
-        changes.setdefault(key, []).append(f"{change.subject} {change.precision}")
+        detail = f" ({text(clean(change.details[0]))})" if change.details else ""
+        where = f" in {code(clean(change.module))}" if change.module else detail
+        changes.setdefault((change.kind, where, change.against), []).append(f"{change.subject} {change.precision}")
     told = [
-        f"{text(kind)}{f' in {code(where)}' if where else ''} against {text(other)}: "
-        + text(listed(list(dict.fromkeys(cells)), 3))
+        f"{text(kind)} against {text(other)}{where}: {text(clean(listed(list(dict.fromkeys(cells)), 3)))}"
         for (kind, where, other), cells in changes.items()
     ]
     return status, failing or reason, "; ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")

@@ -139,7 +139,7 @@ def test_versions_that_say_the_same_share_a_row():
     told = summary_markdown(Documents(matrices=(matrix_document(),)))
     assert "| `5.9.0 … 5.10.0` | passed |  |  |" in told
     assert (
-        "| `5.8.0` | **failed** | `load.head-init` | contract in `score` against 5.7.0: glm4-tiny-classifier bf16 |"
+        "| `5.8.0` | **failed** | `load.head-init` | contract against 5.7.0 in `score`: glm4-tiny-classifier bf16 |"
         in told
     )
     assert told.count("| `5.") == 5
@@ -360,4 +360,8 @@ def test_no_path_of_the_machine_is_told(tmp_path):
     told = comment_markdown(of_run(run_of(found, subjects=(facts,))))
     assert str(tmp_path) not in told
     assert "numerics-suite check …/checkpoint" in told
+    whole = matrix_document()
+    lost = replace(whole.result.cells[-1], reason=f"it broke (log: {folder}/log.txt)")
+    cells = replace(whole.result, cells=(*whole.result.cells[:-1], lost))
+    assert "it broke (log: …/log.txt)" in comment_markdown(Documents(matrices=(replace(whole, result=cells),)))
     assert str(Path.home()) not in told
