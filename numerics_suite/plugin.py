@@ -87,16 +87,22 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     settings = _settings(config)
     _share_cores(config)
     from numerics_suite.core.atomic import ensure_writable
-    from numerics_suite.reporting.report import ensure_wanted
     from numerics_suite.suite.gate import Gate
-    from numerics_suite.suite.session import SuiteSession
+    from numerics_suite.suite.session import REPRODUCERS, SuiteSession
 
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
-    suite = SuiteSession(settings, deadline=config.getoption("numerics_deadline", None))
+    suite = SuiteSession(
+        settings,
+        deadline=config.getoption("numerics_deadline", None),
+        reproducers=Path(config.getoption("numerics_reproducers", None) or REPRODUCERS),
+    )
     try:
         if settings.json and settings.json != "-":
             ensure_writable(Path(settings.json), "--numerics-json")
-        ensure_wanted(settings.report, settings.junitxml, "--numerics-")
+        if settings.report or settings.junitxml:
+            from numerics_suite.reporting.report import ensure_wanted
+
+            ensure_wanted(settings.report, settings.junitxml, "--numerics-")
         suite.plan  # noqa: B018 - made here for its errors
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None

@@ -111,6 +111,7 @@ def add_pytest_options(parser: pytest.Parser) -> None:
     group.addoption(ACCEPT, action="append", default=None, metavar="JSON", help=argparse.SUPPRESS)
     group.addoption(ORIGINS, action="store", default=None, metavar="JSON", help=argparse.SUPPRESS)
     group.addoption("--numerics-deadline", action="store", type=float, default=None, help=argparse.SUPPRESS)
+    group.addoption("--numerics-reproducers", action="store", default=None, help=argparse.SUPPRESS)
 
 
 def from_pytest(config: pytest.Config) -> Settings:

@@ -58,8 +58,13 @@ def worker_count(settings: Settings, plan: SuitePlan) -> int:
     return min(cores, len(plan.cells))
 
 
-def run_check(settings: Settings, terminal: Terminal) -> RunResult:
+def run_check(settings: Settings, terminal: Terminal, *, reproducers: Path | None = None) -> RunResult:
     """Run the suite as the settings say.
+
+    Args:
+        settings: of the run.
+        terminal: that shows it.
+        reproducers: folder of the scripts that show a finding alone, None for the usual one.
 
     Raises:
         BadInputError: the input cannot be used.
@@ -77,6 +82,8 @@ def run_check(settings: Settings, terminal: Terminal) -> RunResult:
     ]
     if settings.max_time is not None:
         arguments += ["--numerics-deadline", str(time.time() + settings.max_time)]
+    if reproducers is not None:
+        arguments += ["--numerics-reproducers", str(reproducers)]
     if workers:
         arguments += ["-n", str(workers), "--dist", "loadgroup"]
     catcher = _Catcher(Run(settings, terminal))

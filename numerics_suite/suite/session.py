@@ -40,7 +40,7 @@ from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks
 
 TIME_LIMIT = "time limit"
 REPRODUCERS = Path(".numerics/reproducers")
-"""Where the scripts that show a finding alone are written, below the folder that the command runs in."""
+"""Where the scripts that show a finding alone are written unless told otherwise, below the folder that the command runs in."""
 
 
 class SuiteSession:
@@ -50,14 +50,15 @@ class SuiteSession:
         settings: as used.
         tries_remedies: with `--diagnose`, remedies are tried on copies; a table of many defects does without.
         deadline: seconds since the epoch after which no new cell is begun, None without `--max-time`.
+        reproducers: folder of the scripts that show a finding alone.
     """
 
-    def __init__(self, settings: Settings, deadline: float | None = None) -> None:
+    def __init__(self, settings: Settings, deadline: float | None = None, reproducers: Path = REPRODUCERS) -> None:
         """Nothing is resolved until the plan is asked for."""
         self.settings = settings
         self.tries_remedies = True
         self._reproducers: dict[tuple[str, ...], str | None] = {}
-        self.deadline = deadline
+        self.deadline, self.reproducers = deadline, reproducers
         self._evidence: Evidence | None = None
 
     @cached_property
@@ -179,7 +180,7 @@ class SuiteSession:
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
             text = reproducer(question.check, found, evidence, batch)
-            path = REPRODUCERS / f"{question.check}-{cell.subject}-{cell.precision}.py"
+            path = self.reproducers / f"{question.check}-{cell.subject}-{cell.precision}.py"
             try:
                 if text is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)

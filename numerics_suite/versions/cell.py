@@ -81,15 +81,15 @@ def _check(job: Job, done: dict[str, Any], clock: _Clock) -> RunResult | None:
     """Run the suite; None where these versions can build none of the subjects."""
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.subjects import compat
-    from numerics_suite.suite import session
     from numerics_suite.suite.run import run_check
+    from numerics_suite.suite.session import REPRODUCERS
 
     clock.lap("imports")
     # Cells run side by side in the user's folder: a script of one release never takes the place of another's.
-    session.REPRODUCERS = session.REPRODUCERS / f"transformers-{compat.version()}"
+    scripts = REPRODUCERS / f"transformers-{compat.version()}"
     terminal = Terminal(stream=sys.stdout)
     try:
-        result = run_check(job.settings, terminal)
+        result = run_check(job.settings, terminal, reproducers=scripts)
     except BadInputError:
         done["unsupported"] = _unsupported(job)
         if len(done["unsupported"]) == len(sources_of(job.settings)):

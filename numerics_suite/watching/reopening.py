@@ -212,13 +212,14 @@ def built_model(bundle: Bundle) -> nn.Module:
     import transformers  # heavy
 
     told = bundle.content["model"]
-    kind: Any = getattr(transformers, str(told["class"]), None)
-    if told["config"] is None or not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+    found = getattr(transformers, str(told["class"]), None)
+    if told["config"] is None or not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         reason = f"not tried: {told['class']} is no class of transformers; give what makes it: check factory:module:function --bundle"
         raise NotApplicableError(reason)
     if not bundle.parameters:
         reason = "not tried: the bundle holds no parameters (snapshot_every); give a checkpoint: check SUBJECT --bundle"
         raise NotApplicableError(reason)
+    kind: Any = found
     try:
         with quiet_transformers():
             config = kind.config_class.from_dict(revived(told["config"]))

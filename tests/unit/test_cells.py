@@ -330,3 +330,19 @@ def test_checks_leave_the_path_alone(tmp_path):
         env={**os.environ, "PYTHONPATH": str(linked)},
     )
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_scripts_of_one_release_lie_apart_from_anothers_also_where_workers_write_them(tmp_path, monkeypatch):
+    from numerics_suite.subjects import compat
+    from numerics_suite.suite.session import REPRODUCERS
+    from numerics_suite.versions import cell
+
+    monkeypatch.chdir(tmp_path)
+    asked = {"subjects": ["fixture:glm4-tiny"], "precision": "pure-fp16", "attn": "sdpa", "checks": "train.finite"}
+    job = a_job(tmp_path, settings=replace(for_a_cell(from_command_line(asked, tmp_path)), workers=1))
+    for _ in range(2):  # of one process: the second cell's scripts lie where the first one's do
+        result = cell._check(job, {"unsupported": {}}, cell._Clock({}))
+        (check,) = result.checks
+        folder = REPRODUCERS / f"transformers-{compat.version()}"
+        assert check.finding.reproducer == (folder / "train.finite-glm4-tiny-pure-fp16.py").as_posix()
+        assert (tmp_path / check.finding.reproducer).is_file()
