@@ -13,8 +13,6 @@ import pytest
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
-from numerics_suite.reporting.documents import Documents, Run
-from numerics_suite.reporting.report import write_wanted
 from numerics_suite.reporting.results import check_from_json, write_results
 from numerics_suite.running.environment import describe_run
 from numerics_suite.settings.accept import stale
@@ -121,8 +119,13 @@ class Gate:
         settings = self.settings
         if settings.json and settings.json != "-":
             write_results(Path(settings.json), result)
-        documents = Documents(runs=(Run(label=result.command, result=result),))
-        write_wanted(documents, settings.report, settings.junitxml, "--numerics-")
+        if settings.report or settings.junitxml:
+            # Here and not above: a cell of a matrix writes no report, and starts sooner without what reports need.
+            from numerics_suite.reporting.documents import Documents, Run
+            from numerics_suite.reporting.report import write_wanted
+
+            documents = Documents(runs=(Run(label=result.command, result=result),))
+            write_wanted(documents, settings.report, settings.junitxml, "--numerics-")
 
     def _in_order(self, *, interrupted: bool) -> list[CheckResult]:
         """Answers in the order of the plan; what was planned and has none is an error, unless the user stopped."""
