@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.core.extensions import CHECKS, extensions, load_as
-from numerics_suite.core.records import Budget
+
+if TYPE_CHECKING:
+    from numerics_suite.core.records import Budget  # its many records take longer to make than all else here
 
 Scope = Literal["subject", "precision", "cell"]
 """How often a check is asked: once a subject, once a precision of it, or in every cell."""
