@@ -141,7 +141,15 @@ def _tried_again(bundle: Bundle) -> Finding:
 
 def _with_remedies(bundle: Bundle, model: nn.Module, found: Finding, starts: Sequence[Start]) -> Finding:
     calls = [call for call in bundle.calls if call.step == bundle.step]
-    scene = Scene(model=model, optimizer=None, calls=calls, starts=starts, scale=bundle.scale, largest_copy=math.inf)
+    scene = Scene(
+        model=model,
+        optimizer=None,
+        calls=calls,
+        starts=starts,
+        scale=bundle.scale,
+        largest_copy=math.inf,
+        seconds=math.inf,
+    )
     return with_remedies_tried(found, scene)
 
 

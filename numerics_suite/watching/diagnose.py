@@ -28,6 +28,9 @@ from numerics_suite.watching.stepping import eps_is_zero
 SMALL_BYTES = 64 << 20
 """Parameters up to this size are copied where nobody asked for it: within a loop that stops, and into a bundle."""
 
+SECONDS = 60.0
+"""As long as a loop that stops is kept for its remedies."""
+
 HEADS = ("score", "classifier", "classifier_head", "lm_head", "qa_outputs")
 """Names under which a new head is made for a task."""
 
@@ -62,6 +65,7 @@ class Scene:
         scale: the loss scale, 1 without one.
         replay: it may be run again: this process alone holds the whole model, so that no collective waits for another.
         largest_copy: bytes of parameters of which a copy is made.
+        seconds: after which no further remedy is begun.
     """
 
     model: nn.Module
@@ -75,6 +79,7 @@ class Scene:
     scale: float = 1.0
     replay: bool = True
     largest_copy: float = SMALL_BYTES
+    seconds: float = SECONDS
 
 
 def bad_parameters(model: nn.Module) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ not; None where that cannot be had here, with the reason as the effect.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
@@ -94,6 +95,7 @@ class _Trial:
     def __init__(self, *, finding: Finding, scene: Scene) -> None:
         self.finding, self.scene = finding, scene
         self._controls: list[tuple[Start, Run]] | None = None
+        self._until = time.monotonic() + scene.seconds
 
     def remedy(self, untried: Remedy) -> Remedy:
         """One remedy, tried."""
@@ -196,7 +198,14 @@ class _Trial:
     # --- what is seen --------------------------------------------------------------------------------------------------
 
     def _seen(self, start: Start, condition: Condition, how: str) -> _Seen:
-        """The steps under the condition, as many times over as there are to take."""
+        """The steps under the condition, as many times over as there are to take.
+
+        Raises:
+            NotApplicableError: the time is over.
+        """
+        if time.monotonic() >= self._until:
+            reason = f"not tried: the {self.scene.seconds:g} seconds for it were over; numerics-suite check --bundle has no such limit"
+            raise NotApplicableError(reason)
         replay = Replay(self.copy(start), start.kept, condition)
         count = len(replay.calls)
         steps = start.kept.loop is not None and start.kept.backward

@@ -352,6 +352,23 @@ def test_a_large_model_is_not_copied_in_its_loop():
         copied(Decoder(), Start(words="", kept=Kept(calls=())), largest=1000)
 
 
+def test_a_loop_is_kept_for_a_minute_and_no_longer():
+    model = Decoder()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    finding, _ = caught(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    ring = Ring(1)
+    ring.add(1, (), {"input_ids": ids(1), "labels": ids(1)}, torch.device("cpu"))
+    start = Start(words="the parameters of step 1", kept=Kept(calls=ring.calls))
+    asked = replace(finding, remedies=untried(("init-head",)))
+    scene = Scene(model=model, optimizer=None, calls=list(ring.calls), starts=(start,))
+    (remedy,) = with_remedies_tried(asked, scene).remedies
+    assert remedy.verified is True
+    (remedy,) = with_remedies_tried(asked, replace(scene, seconds=0)).remedies
+    assert remedy.verified is None
+    assert "the 0 seconds for it were over" in remedy.effect
+
+
 # --- the bundle --------------------------------------------------------------------------------------------------------
 
 
