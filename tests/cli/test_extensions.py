@@ -16,7 +16,12 @@ from unit.extensions_on_path import install_example, write_extension
 
 import numerics_suite
 from numerics_suite.reporting.results import load_schema
+from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.fixtures import fixture_path
+from numerics_suite.versions.asked import know_all
+from numerics_suite.versions.job import RESULTS, for_a_cell
+from numerics_suite.versions.jobs import Jobs, RunningEnvironment
+from numerics_suite.versions.matrix import Plan
 
 CELL = ("--precision", "bf16", "--attn", "sdpa", "-n", "0")
 INSTALLED = Path(numerics_suite.__file__).parents[1]
@@ -186,6 +191,22 @@ def test_under_pytest_the_check_is_an_item_like_any_other_also_in_workers(folder
     off = run(folder, path, *suite, "--numerics-checks", "load.dtype,acme.*", "--numerics-no-extensions")
     assert off.returncode == 4
     assert "only checks of other packages match it, and extensions are off" in off.stdout + off.stderr
+
+
+def test_in_an_environment_of_another_version_it_takes_no_part_though_it_is_on_the_path(tmp_path, path, monkeypatch):
+    monkeypatch.delenv("NUMERICS_SUITE_EXTENSIONS")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    left_out = (
+        "inputs.*,forward.*,reference.*,train.*,baseline.*,load.c*,load.dtype,load.head-init,load.roundtrip,load.tied"
+    )
+    given = {"subjects": ["fixture:glm4-tiny"], "precision": "bf16", "attn": "sdpa", "skip": left_out}
+    settings = for_a_cell(from_command_line(given, tmp_path))
+    job = Plan(settings=settings, known=know_all(settings), cells=(), cwd=tmp_path, threads=1, record=False).job(None)
+    done = Jobs().run(RunningEnvironment(), job, tmp_path)
+    assert done["status"] == "passed", done
+    results = json.loads((tmp_path / RESULTS).read_text(encoding="utf-8"))
+    assert [check["check"] for check in results["checks"]] == ["load.finite"]
+    assert results["environment"]["extensions"] == {}
 
 
 @pytest.mark.parametrize(
