@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-OWN = f"{Path(__file__).resolve().parent.parent}/"
+OWN = f"{Path(__file__).parent.parent}/"
+"""Not resolved: code names its file by the path that it was imported by, which in an environment of a matrix is a link."""
+
 TORCH = f"{Path(torch.__file__).parent}/"
 OPTIMIZERS = f"{TORCH}optim/"
 ENGINE = "_engine_run_backward"
