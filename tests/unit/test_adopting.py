@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from numerics_suite.core.registry import check_ids
-
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "tox.ini"
-PAGE = ROOT / "docs" / "adopting.md"
+PAGE = ROOT / "docs" / "howto" / "adopt-tox.md"
 
 
 def read(text: str) -> configparser.ConfigParser:
@@ -38,23 +36,6 @@ def test_the_example_and_our_own_matrix_name_the_same_releases():
         return set(re.findall(r"^\s+tf\w+: transformers.*$", path.read_text(encoding="utf-8"), re.MULTILINE))
 
     assert releases(EXAMPLE) == releases(ROOT / "tox.ini")
-
-
-def test_the_page_links_to_files_and_headings_that_exist():
-    text = PAGE.read_text(encoding="utf-8")
-    headings = {
-        line.lstrip("# ").strip().lower().replace(" ", "-") for line in text.splitlines() if line.startswith("#")
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif not target.startswith("http"):
-            assert (PAGE.parent / target).exists(), target
-
-
-def test_the_page_names_checks_that_exist():
-    for check in re.findall(r"baseline\.[a-z]+", PAGE.read_text(encoding="utf-8")):
-        assert check in check_ids()
 
 
 @pytest.mark.slow

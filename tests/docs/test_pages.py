@@ -1,0 +1,179 @@
+"""Every command and file on README and docs, executed in the order in which a reader meets it, and held to what is shown."""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import json
+import os
+import shlex
+import sys
+from contextlib import nullcontext
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import yaml
+from docs.outputs import difference
+from docs.pages import EXIT, LINES, NOT_RUN, ROOT, Block, blocks_of, commands, page_paths
+from docs.prepared import FROM_NOTHING, NAMES, plain_settings, prepare, shortened
+from docs.shell import Done, Shell, preloaded
+
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.settings.sources import read_pyproject
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PAGES = [page for page in page_paths() if not page.endswith(".zh.md")]
+"""test_translations.py holds the others to the same blocks."""
+
+RUN = frozenset({"bash", "python"})
+WRITTEN = frozenset({"toml", "yaml", "json", "jsonl", "ini"})
+
+pytestmark = [pytest.mark.xdist_group("docs"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    with preloaded(tmp_path_factory.mktemp("bin")) as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+def test_a_page_does_what_it_says(page, programs, tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    prepare(page, folder)
+    shell = Shell(folder=folder, programs=programs)
+    done: Done | None = None
+    for block, following in zip_longest(blocks_of(page), blocks_of(page)[1:]):
+        if shows_output(block):
+            assert done is not None, f"{block.place}: an output that belongs to no command: mark why it is not compared"
+            missing = difference(block.text, done.printed)
+            assert missing is None, f"{block.place}: not printed: {missing}\n\nprinted:\n{done.printed}"
+        elif block.language != "text":
+            with plain_settings(folder) if following and shows_output(following) else nullcontext():
+                done = _done(block, shell)
+
+
+def shows_output(block: Block) -> bool:
+    """Whether it is what the block above it prints."""
+    return block.language == "text" and NOT_RUN not in block.marks
+
+
+def _done(block: Block, shell: Shell) -> Done | None:
+    """Run, write or check one block; gives what it printed, None for what prints nothing."""
+    if block.language in WRITTEN:
+        _checked(block, shell.folder)
+    if block.title and not quotes(block) and NOT_RUN not in block.marks:
+        place = shell.folder / block.title
+        place.parent.mkdir(parents=True, exist_ok=True)
+        short = block.title == "pyproject.toml" and block.page not in FROM_NOTHING
+        place.write_text(shortened(block.text) if short else block.text, encoding="utf-8")
+    elif block.language == "bash" and block.runnable():
+        return _held(block, shell.run(block.runnable()))
+    elif block.language == "python" and not block.title and NOT_RUN not in block.marks:
+        (shell.folder / "block.py").write_text(NAMES + block.text, encoding="utf-8")
+        return _held(block, shell.run("python block.py"))
+    return None
+
+
+def _held(block: Block, done: Done) -> Done:
+    assert done.status == block.status, f"{block.place}: exit {done.status}, not {block.status}\n{done.printed}"
+    return done
+
+
+def _checked(block: Block, folder: Path) -> None:
+    """That a file on a page can be read, and that our section in it can be used."""
+    if block.language == "toml":
+        tomllib.loads(block.text)
+        file = folder / "section.toml"
+        file.write_text(block.text, encoding="utf-8")
+        read_pyproject(file)
+        file.unlink()
+    elif block.language == "yaml":
+        yaml.safe_load(block.text)
+    elif block.language == "ini":
+        configparser.ConfigParser(interpolation=None).read_string(block.text)
+    elif block.language == "json":
+        json.loads(block.text)
+    elif block.language == "jsonl":
+        assert all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
+
+
+# --- what is not run says why ------------------------------------------------------------------------------------
+
+ALL = [block for page in PAGES for block in blocks_of(page)]
+
+
+@pytest.mark.parametrize("block", ALL, ids=lambda block: block.place)
+def test_a_block_is_run_or_says_why_not(block):
+    assert block.language in RUN | WRITTEN | {"text"}, (
+        "name its language: bash, python, text, toml, yaml, json, jsonl, ini"
+    )
+    assert set(block.marks) <= {NOT_RUN, EXIT, *(f"{LINES}{text}" for text in block.left_out)}, block.marks
+    for key, reason in block.marks.items():
+        assert len(reason.split()) >= 3 or key == EXIT, f"'{key}' needs a reason"
+    for text in block.left_out:
+        assert text in block.text, f"no line holds {text}: the mark is stale"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_script_that_is_written_is_run_by_a_later_command(page):
+    blocks = blocks_of(page)
+    for number, block in enumerate(blocks):
+        if block.language == "python" and block.title and NOT_RUN not in block.marks and not quotes(block):
+            assert any(
+                Path(block.title).name in later.runnable() for later in blocks[number:] if later.language == "bash"
+            )
+
+
+def quotes(block: Block) -> bool:
+    """Whether it is a part of a file of this repository, which its title names."""
+    return "/" in block.title and (ROOT / block.title).is_file()
+
+
+@pytest.mark.parametrize("block", [block for block in ALL if quotes(block)], ids=lambda block: block.place)
+def test_a_part_of_a_file_is_what_stands_in_the_file(block):
+    def lines(text: str) -> str:
+        return "\n".join(line.strip() for line in text.splitlines())  # a method stands at the margin of its block
+
+    assert lines(block.text) in lines((ROOT / block.title).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_hides_in_an_indent(page):
+    """An indented fence is another thing to GitHub than to the site, and may escape both of them and us."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert not [number for number, line in enumerate(lines, 1) if line.startswith((" ", "\t")) and "```" in line]
+
+
+NOT_EXECUTED = [
+    (block, command)
+    for block in ALL
+    if block.language == "bash"
+    for command in commands(block.text)
+    if block.leaves_out(command) and "numerics-suite" in command
+]
+
+
+@pytest.mark.parametrize(
+    ("block", "command"), NOT_EXECUTED, ids=lambda value: value.place if isinstance(value, Block) else ""
+)
+def test_a_command_that_is_not_run_is_one_that_the_tool_takes(block, command):
+    words = shlex.split(command, comments=True)
+    if words[-1] == "numerics-suite":
+        return  # the name of the package, for an installer
+    name, *arguments = words[words.index("numerics-suite") + 1 :]
+    if name == "watch":
+        script = next(number for number, word in enumerate(arguments) if word.endswith(".py"))
+        arguments = arguments[:script]
+    importlib.import_module(f"numerics_suite.cli.{name}").make_parser().parse(arguments)
+
+
+def test_the_parsing_of_commands_that_are_not_run_can_fail():
+    with pytest.raises(BadInputError, match="unknown option '--precison'"):
+        importlib.import_module("numerics_suite.cli.check").make_parser().parse(["--precison", "bf16"])
