@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numerics_suite
+from numerics_suite.core.errors import BadInputError
 from numerics_suite.judging.budgets import budgets_of
 from numerics_suite.reporting.html.formats import number
 from numerics_suite.reporting.summary import INFORMS
@@ -82,7 +83,11 @@ def nearest(result: CheckResult) -> Nearest | None:
 
 @cache
 def _limits(check: str) -> Mapping[str, float]:
-    return {name: budget.limit for name, budget in budgets_of(check).items()}
+    try:
+        return {name: budget.limit for name, budget in budgets_of(check).items()}
+    except BadInputError:
+        # Another package's check, which cannot be loaded here: its results can be shown all the same.
+        return {}
 
 
 @cache

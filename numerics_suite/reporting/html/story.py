@@ -184,23 +184,28 @@ def _where(members: Sequence[Problem]) -> Iterator[tuple[str, str]]:
 
 
 def _of_errors(places: Places) -> Iterator[Issue]:
-    reasons: dict[str, list[str]] = {}
+    """One issue for each reason, of checks and of whole versions."""
+    checks: dict[str, list[str]] = {}
     for place in places.all:
         if place.result.status == "error":
-            reasons.setdefault(place.result.reason or "no reason given", []).append(place.result.check)
+            checks.setdefault(place.result.reason or "no reason given", []).append(place.result.check)
+    versions: dict[str, list[str]] = {}
     for source in places.sources:
         if source.cell is not None and source.cell.status == "error" and not source.results:
-            reasons.setdefault(source.cell.reason or "no reason given", []).append(source.label)
-    for reason, checks in reasons.items():
-        names = listed(list(dict.fromkeys(checks)), 4)
-        yield Issue(
-            title=f"Could not be carried out: {names}",
-            what=(("reason", reason),),
-            versions=(),
-            where=(("results", f"{len(checks):,}"), ("of", names)),
-            cures=(),
-            anchor="errors",
-        )
+            # Where the log of a version is, differs from version to version; it is told in the section of versions.
+            reason = (source.cell.reason or "no reason given").partition(" (log: ")[0]
+            versions.setdefault(reason, []).append(source.label or source.cell.held.text)
+    for found, noun, anchor in ((versions, "version", "versions"), (checks, "check", "errors")):
+        for reason, names in found.items():
+            told = listed(list(dict.fromkeys(names)), 4)
+            yield Issue(
+                title=f"Could not be carried out: {told}",
+                what=(("reason", reason),),
+                versions=(),
+                where=((noun if len(set(names)) == 1 else f"{noun}s", told),),
+                cures=(),
+                anchor=anchor,
+            )
 
 
 def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:

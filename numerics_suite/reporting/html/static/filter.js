@@ -40,7 +40,11 @@ function startFilter(changed) {
   const reveal = () => {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     if (!target) return;
-    if (target.hidden) { form.reset(); setTimeout(() => target.scrollIntoView()); }
+    if (target.hidden) {
+      form.reset();
+      apply();
+      target.scrollIntoView();
+    }
     for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
     if (target.classList.contains("card")) target.focus({ preventScroll: true });
   };

@@ -61,12 +61,16 @@ function startMap() {
     return cell;
   };
 
+  const tileAt = (row, column) => body.querySelector(`[data-at="${row}:${column}"]`);
   const gap = (rows) => make("tr", { class: "gap", "aria-hidden": "true" }, make("td", { colspan: view.checks.length + 1, style: `height:${rows * ROW}px` }));
 
   const drawRows = () => {
     const whole = view.rows.length <= WHOLE;
     view.from = whole ? 0 : Math.max(0, Math.floor(box.scrollTop / ROW) - MARGIN);
     view.to = whole ? view.rows.length : Math.min(view.rows.length, view.from + Math.ceil(box.clientHeight / ROW) + 2 * MARGIN);
+    // One tile can always be reached with Tab; what was focused stays so when rows come and go around it.
+    const there = view.row >= view.from && view.row < view.to, focused = there && body.contains(document.activeElement);
+    if (!there) view.row = view.from;
     const shown = view.rows.slice(view.from, view.to).map((row, offset) => make("tr", { "aria-rowindex": view.from + offset + 2 },
       make("th", { scope: "row", class: "row-name", title: row.label }, row.label),
       ...view.checks.map((check, column) => drawTile(row, view.from + offset, check, column))));
@@ -74,6 +78,7 @@ function startMap() {
     if (view.from > 0) parts.unshift(gap(view.from));
     if (view.to < view.rows.length) parts.push(gap(view.rows.length - view.to));
     body.replaceChildren(...parts);
+    if (focused) tileAt(view.row, view.column)?.focus({ preventScroll: true });
   };
 
   const draw = () => {
@@ -128,13 +133,13 @@ function startMap() {
   };
 
   const go = (row, column) => {
-    view.row = Math.min(Math.max(row, 0), view.rows.length - 1);
+    const wantedRow = Math.min(Math.max(row, 0), view.rows.length - 1);
     view.column = Math.min(Math.max(column, 0), view.checks.length - 1);
-    if (view.row < view.from || view.row >= view.to) {
-      box.scrollTop = Math.max(0, (view.row - 5) * ROW);
-      drawRows();
-    }
-    const cell = body.querySelector(`[data-at="${view.row}:${view.column}"]`);
+    if (wantedRow < view.from || wantedRow >= view.to) box.scrollTop = Math.max(0, (wantedRow - 5) * ROW);
+    const away = wantedRow < view.from || wantedRow >= view.to;
+    view.row = wantedRow;
+    if (away) drawRows();
+    const cell = tileAt(view.row, view.column);
     cell.focus({ preventScroll: true });
     cell.scrollIntoView({ block: "nearest", inline: "nearest", behavior: "instant" });
   };

@@ -162,7 +162,7 @@ function columnsOf(count, width) {
 }
 
 function heading(name, rest) {
-  return make("h5", {}, name, make("span", { class: "soft" }, rest));
+  return make("p", { class: "panel-name" }, make("b", {}, name), make("span", { class: "soft" }, rest));
 }
 
 function drawModules(figure, table, width) {
@@ -219,6 +219,11 @@ function drawFigure(figure) {
   const table = readTable(figure);
   const legend = figure.dataset.kind === "bits" ? [] : [keys(table.curves)];
   place.replaceChildren(...legend, ...DRAW[figure.dataset.kind](figure, table, width));
+  // One picture with one name to a screen reader; its parts say nothing without their numbers, which are in the table.
+  for (const drawing of place.querySelectorAll("svg[aria-label]")) {
+    drawing.setAttribute("role", "img");
+    for (const part of drawing.querySelectorAll("[aria-label]")) part.removeAttribute("aria-label");
+  }
 }
 
 function startPlots() {
