@@ -74,14 +74,14 @@ function keys(curves) {
 // Lines and dots of every curve, each with its own dash and symbol; what is not finite is a cross at the upper edge.
 function curveMarks(points, x, top, { line = true, r = 3 } = {}) {
   const finite = points.filter((point) => Number.isFinite(point.value)), bad = points.filter((point) => !Number.isFinite(point.value));
-  const marks = [];
+  const marks = [], crowded = finite.filter(over).length > 40;
   for (const series of new Set(points.map((point) => point.series))) {
     const own = finite.filter((point) => point.series === series);
     const lines = typeof line === "function" ? line(own) : own;
     if (line && lines.length > 1) marks.push(Plot.line(lines, { x, y: "value", stroke: colour(series), strokeWidth: 1.8, strokeDasharray: DASHES[series % DASHES.length] }));
     marks.push(Plot.dot(own.filter((point) => !over(point)), { x, y: "value", fill: colour(series), symbol: SYMBOLS[series % SYMBOLS.length], r }));
   }
-  marks.push(Plot.dot(finite.filter(over), { x, y: "value", symbol: "times", stroke: "var(--failed)", strokeWidth: 2.5, r: 6 }));
+  marks.push(Plot.dot(finite.filter(over), { x, y: "value", symbol: "times", stroke: "var(--failed)", strokeWidth: crowded ? 1.5 : 2.5, r: crowded ? 3.5 : 6 }));
   marks.push(Plot.dot(bad, { x, y: () => top, symbol: "times", stroke: "var(--failed)", strokeWidth: 2.5, r: 6 }));
   marks.push(Plot.text(bad, { x, y: () => top, text: (point) => shown(point.value), fill: "var(--failed)", dy: -12, fontWeight: 700 }));
   return marks;
@@ -141,7 +141,7 @@ function panel(points, domain, unit, title, width, { limits = [], floor = null }
   const worst = (own) => [...d3.rollup(own, (group) => group.reduce((one, other) => (other.value * floorSign(floor) > one.value * floorSign(floor) ? other : one)), (point) => point.place).values()];
   const drawing = Plot.plot({
     ...base(width, 170), ariaLabel: `${title} by layer; the table below has the numbers`,
-    x: { type: "point", domain, label: "layer", padding: 0.4, tickFormat: (name, at) => (at % every === 0 || /\D/.test(name) ? name : "") },
+    x: { type: "point", domain, label: "layer", padding: 0.4, ticks: domain.filter((name, at) => /\D/.test(name) || (at % every === 0 && domain.length - at > every / 2)) },
     y: { label: null, grid: true, nice: true, zero: true, ticks: 4, ...(top === 0 ? { domain: [0, 1] } : {}), ...(floor === null ? {} : { domain: [Math.min(0, ...points.map((point) => point.value).filter(Number.isFinite)), top] }) },
     marks: [
       ...limits.map((limit) => Plot.ruleY([limit], { stroke: "var(--failed)", strokeWidth: 1.5, strokeDasharray: "5 3" })),
@@ -237,5 +237,13 @@ function startPlots() {
     clearTimeout(waiting);
     waiting = setTimeout(() => { for (const figure of figures) if (figure.dataset.width) drawFigure(figure); }, 200);
   });
-  window.addEventListener("beforeprint", () => { for (const figure of figures) drawFigure(figure); });
+  // On paper nothing can be opened, so what is folded is printed open; not that of thousands of cells.
+  let opened = [];
+  window.addEventListener("beforeprint", () => {
+    const folded = [...document.querySelectorAll("details:not([open])")];
+    opened = folded.length < 150 ? folded.filter((details) => !details.matches(".numbers")) : [];
+    for (const details of opened) details.open = true;
+    for (const figure of figures) drawFigure(figure);
+  });
+  window.addEventListener("afterprint", () => { for (const details of opened) details.open = false; });
 }
