@@ -207,6 +207,18 @@ def test_light_and_dark(opened: Any) -> None:
         assert page.evaluate(background) == dark
 
 
+def test_a_command_is_copied(opened: Any) -> None:
+    with opened("regression") as page:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.locator("#finding-1 summary", has_text="Reproduce").click()
+        button = page.locator("#finding-1").get_by_role("button", name="Copy: command of finding 1")
+        button.click()
+        playwright.expect(button).to_have_text("Copied")
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied == page.locator("#finding-1 .copyable code").first.text_content()
+        assert copied.startswith("numerics-suite matrix fixture:glm")
+
+
 def test_without_scripts_it_still_reads(opened: Any) -> None:
     with opened("everything", scripts=False) as page:
         assert "Never initialised: score.weight in transformers 5.8.0 to 5.8.1" in page.locator("h1").inner_text()

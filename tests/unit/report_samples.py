@@ -22,7 +22,7 @@ VERSIONS = (
 )  # fmt: skip
 BAD = ("5.8.0", "5.8.1")
 TASK = "sequence-classification"
-HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\u202e&\"'"
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\u202e\ud800&\"'"
 
 
 def modules(layers: int) -> list[tuple[str, str, float]]:

@@ -256,6 +256,41 @@ def test_an_error_without_a_finding_is_told_first() -> None:
     assert "out of memory: 3.20 GiB asked, 1048576 bytes free" in page.text
 
 
+def test_a_failure_without_a_finding_says_why() -> None:
+    note = "accept entry (check=load.tied) matched no finding of this run: remove it"
+    green = report_samples.all_green().runs[0].result
+    page = Page(render(one(replace(green, verdict="fail", exit_status=1, notes=(note,)))))
+    assert "× FAIL" in page.text
+    assert "Every check that ran passed" not in page.text
+    assert f"<h1>A{note[1:]}</h1>" in render(one(replace(green, verdict="fail", exit_status=1, notes=(note,))))
+
+
+def test_versions_of_two_packages_are_two_sequences() -> None:
+    matrix = report_samples.regression().matrices[0]
+    older = [replace(cell, held=replace(cell.held, torch="2.12.0")) for cell in matrix.result.cells[1:5]]
+    cells, runs = (*older[:1], *matrix.result.cells[1:5]), (matrix.runs[1], *matrix.runs[1:5])
+    page = Page(render(Documents(matrices=(Matrix(result=MatrixResult(cells=cells, folder=Path()), runs=runs),))))
+    assert page.count("div", "strip") == 1
+    assert "first bad transformers 5.8.0 (torch 2.13.0, python 3.11)" not in page.text
+    assert "first bad transformers 5.8.0 (torch 2.13.0)" in page.text
+    assert "5.7.0, torch 2.12.0" in page.text
+
+
+def test_a_comparison_alone_says_what_to_do() -> None:
+    page = Page(render(Documents(comparisons=(report_samples.comparison(),))))
+    assert "× FAIL" in page.text
+    assert "Glm4-tiny in bf16: worse" not in page.text
+    assert "glm4-tiny in bf16: worse, from model.layers.1.mlp on" in page.text
+    assert "stay with baselines/5.7.0 until it is clear what that means for your code" in page.text
+
+
+def test_a_bisection_alone_names_the_first_bad_version() -> None:
+    page = Page(render(Documents(bisections=(report_samples.bisection(),))))
+    assert "Never initialised: score.weight from transformers 5.8.0 on" in page.text
+    assert "cannot be tried 5.7.1" in page.text
+    assert "5 of 21 versions" in page.text
+
+
 def test_a_green_run_says_what_it_is_near_and_leaves_out_what_is_empty() -> None:
     page = Page(render(report_samples.all_green()))
     assert "✓ PASS" in page.text

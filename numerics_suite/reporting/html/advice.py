@@ -28,12 +28,14 @@ class Advised:
         text: one sentence.
         tried: True where it was seen to work, False where it was seen not to, None where nobody tried.
         version: it is another version, which was asked and passed.
+        advice: it is no cure that could be tried.
         command: to copy, None without.
     """
 
     text: str
     tried: bool | None = None
     version: bool = False
+    advice: bool = False
     command: str | None = None
 
 

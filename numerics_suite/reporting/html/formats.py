@@ -23,8 +23,8 @@ DIGITS: Final = 5
 """Significant digits in tables from which plots are drawn."""
 
 _UNFIT = re.compile(r"[^a-z0-9]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Characters that no font shows, or that turn the direction of the text around them."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that no font shows, that turn the direction of the text around them, or that no file can hold."""
 
 
 def plain(value: Any) -> str:

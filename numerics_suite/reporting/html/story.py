@@ -126,8 +126,10 @@ def _calm(documents: Documents, counted: Counter[str], verdict: str) -> str:
         return "There is nothing to report"
     if verdict == "incomplete":
         return f"Not everything was carried out: {many(counted['skipped'], 'check')} skipped"
-    if verdict == "error":
-        return "Something could not be carried out"
+    if verdict in {"fail", "error"}:
+        # Without a finding or an error of a check, such as an accepted finding that nothing matched: a note says why.
+        notes = [note for run in documents.every_run for note in run.result.notes]
+        return sentence(notes[0]) if notes else "It did not pass, and no check says why"
     if not counted:
         return "No difference that matters"
     what = many(counted["passed"], "result")
@@ -225,7 +227,7 @@ def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
             what=tuple(what),
             versions=(("old", str(old)), ("new", str(new))),
             where=(("cells", f"{len(cells):,}"), ("of", names)),
-            cures=(),
+            cures=(Advised(text=f"stay with {old} until it is clear what that means for your code", advice=True),),
             anchor="differences",
             why=MEANS[kind],
         )
