@@ -1,35 +1,43 @@
 """A script that shows a finding with torch and transformers alone: written, run, and kept only if it fails as the finding did.
 
-First with a tiny model made from the checkpoint's config, cut down; where that does not show it, with the checkpoint.
+First with a tiny model made from the checkpoint's config, cut down; where that does not show it, with the checkpoint. A
+model that the user's own function makes is made by that function in the script too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import pprint
-import textwrap
+import math
+import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from numerics_suite.core.records import Batch, Finding
+from numerics_suite.diagnosing.scripts import BODIES, SYMPTOM, Body, Scene
+from numerics_suite.diagnosing.scripts.parts import LONGEST, script
+from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.training import OPTIMIZERS
-from numerics_suite.subjects import compat
-from numerics_suite.subjects.families.family import Family
+from numerics_suite.running.scope import USABLE, free_bytes
+from numerics_suite.subjects.memory import estimate_bytes
 from numerics_suite.subjects.poison import poisoned, seeded
 from numerics_suite.subjects.quiet import quiet_transformers
+from numerics_suite.subjects.remote_code import private_modules
 from numerics_suite.subjects.validate import needs_remote_code
 
-SYMPTOM = "REPRODUCED"
-"""How the assertion of every script begins."""
+SMALLER = ((8,), (8, 5), (24, 16), (64,))
+"""Tokens of each row that are tried before the whole batch; a shorter row keeps padding in it."""
 
-LONGEST = 80
-"""Lines of a script, fewer than."""
+ENOUGH_LABELS = 2
+
+PATIENCE = 120.0
+"""Seconds after which no larger batch is tried: a model of billions of parameters is loaded for each."""
 
 CUT = {
     "num_hidden_layers": 1,
@@ -54,15 +62,6 @@ DROPPED = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Scene:
-    """What a script is made of: where the model comes from, and the batch."""
-
-    evidence: Evidence
-    config: Mapping[str, Any] | None
-    tensors: Mapping[str, Tensor]
-
-
 def reproducer(check: str, finding: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
     """The text of a script that fails alone as the check did, None where none could be made.
 
@@ -72,33 +71,138 @@ def reproducer(check: str, finding: Finding, evidence: Evidence, batch: Batch | 
         evidence: the cell.
         batch: the smallest failing one, None where the check took none.
     """
-    body = _BODIES.get((check, str(finding.evidence.get("measurement", ""))))
-    subject = evidence.subject
-    if body is None or subject.path is None or subject.adapter_base or subject.quantized or not evidence.takes_ids:
+    ways = list(_ways(check, finding))
+    if not ways or not _can_be_written(evidence):
         return None
-    for scene in _scenes(check, evidence, batch):
-        text = "\n".join([*_opening(check, finding, scene), *_model(scene), *_batch(scene), *body(scene)]) + "\n"
+    for body, shown in ways:
+        with contextlib.suppress(Exception):  # a finding without a script is a finding still
+            text = _first_that_fails(_scenes(check, shown, evidence, batch, body), body)
+            if text is not None:
+                return text
+    return None
+
+
+def _first_that_fails(scenes: Iterator[Scene], body: Body) -> str | None:
+    begun = time.monotonic()
+    for scene in scenes:
+        if time.monotonic() - begun > PATIENCE:
+            break
+        lines = body.lines(scene)
+        if lines is None or not _fits(scene, body):
+            continue
+        text = script(scene, model=body.model, batch=body.batch, fills=body.fills, body=lines)
         if len(text.splitlines()) < LONGEST and fails(text):
             return text
     return None
 
 
-def _scenes(check: str, evidence: Evidence, batch: Batch | None) -> Iterator[_Scene]:
+def _ways(check: str, finding: Finding) -> Iterator[tuple[Body, Finding]]:
+    """What may show the finding: its own measurement, or where nothing short can, another of the check that is over its budget too.
+
+    A comparison with float64 that came out as NaN is shown by the activations that are NaN, too.
+    """
+    facts = finding.evidence
+    own, measured = str(facts.get("measurement", "")), facts.get("measured")
+    if (check, own) in BODIES:
+        yield BODIES[check, own], finding
+    if check.startswith("reference.") and isinstance(measured, float) and math.isnan(measured):
+        yield BODIES["forward.headroom", "non-finite"], finding
+    beside = [name.removeprefix("also ") for name in facts if name.startswith("also ")]
+    for name in beside:
+        if (check, name) in BODIES:
+            told = {"measurement": name, "allowed": facts[f"also {name} allowed"]}
+            yield BODIES[check, name], replace(finding, evidence={**facts, **told})
+
+
+def _can_be_written(evidence: Evidence) -> bool:
+    """Whether a few lines of torch and transformers load the subject, and run no code that the user did not trust."""
+    subject = evidence.subject
+    if subject.adapter_base or subject.quantized or not evidence.takes_ids:
+        return False
+    own_code = subject.kind != "factory" and needs_remote_code(subject.config)
+    return subject.trust_remote_code or not own_code
+
+
+def _fits(scene: Scene, body: Body) -> bool:
+    """Whether another copy of the model, and its float64 twins, have room beside the one that is loaded."""
+    evidence = scene.evidence
+    if scene.source == "config":
+        return True
+    needed = estimate_bytes(
+        evidence.subject,
+        "float64" if body.twins else evidence.recipe.parameters,
+        training=scene.check.startswith("train.") or scene.check == "reference.gradient",
+        batch=evidence.request.rows,
+        seq=evidence.request.length,
+    )
+    return needed is None or needed * (1.5 if body.twins else 1) <= USABLE * free_bytes(evidence.cell.device)
+
+
+# --- scenes --------------------------------------------------------------------------------------------------------
+
+
+def _scenes(check: str, finding: Finding, evidence: Evidence, batch: Batch | None, body: Body) -> Iterator[Scene]:
     """Smallest first."""
-    whole = dict((batch or evidence.training_batch).tensors)
-    if check.startswith("forward."):
+    batches = list(_batches(check, evidence, batch, body)) if body.batch else [{}]
+    subject = evidence.subject
+    small = None if subject.kind == "factory" or needs_remote_code(subject.config) else cut_down(subject.config)
+    for config in (small, None) if small is not None else (None,):
+        for tensors in batches:
+            held = tensors if config is None else _within(tensors, int(config["vocab_size"]))
+            yield Scene(check=check, finding=finding, evidence=evidence, tensors=held, config=config)
+
+
+def _batches(check: str, evidence: Evidence, batch: Batch | None, body: Body) -> Iterator[dict[str, Tensor]]:
+    """Cuts of the failing batch, then all of it; labels where they are asked for."""
+    given = (batch or evidence.training_batch).tensors
+    whole = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    labelled = check.startswith("train.") or check in {"reference.gradient", "reference.oracle"}
+    if not labelled:
         whole.pop("labels", None)
-    first = {name: value[:1, :8] if value.dim() > 1 else value[:1] for name, value in whole.items()}
-    # The last columns of a row padded on the left are the real ones.
+    for lengths in SMALLER:
+        cut = _cut(whole, lengths, evidence) if len(lengths) >= body.rows else None
+        # The mean over no label is NaN by definition, and shows nothing.
+        if cut is not None and ("labels" not in cut or bool((cut["labels"] != IGNORED).any())):
+            yield cut
+    yield whole
+
+
+def _cut(whole: Mapping[str, Tensor], lengths: tuple[int, ...], evidence: Evidence) -> dict[str, Tensor] | None:
+    """The first real tokens of the first rows, padded on the side where they were; None where that is no cut.
+
+    Args:
+        whole: a batch.
+        lengths: most tokens of each row.
+        evidence: the cell.
+    """
     mask = whole.get("attention_mask")
-    if mask is not None and not bool(mask[0, 0]):
-        first = {name: value[:1, -8:] if value.dim() > 1 else value[:1] for name, value in whole.items()}
-    config = None if needs_remote_code(evidence.subject.config) else cut_down(evidence.subject.config)
-    for tensors in (first, whole):
-        if config is not None:
-            yield _Scene(evidence=evidence, config=config, tensors=_within(tensors, int(config["vocab_size"])))
-    for tensors in (first, whole):
-        yield _Scene(evidence=evidence, config=None, tensors=tensors)
+    if mask is None or mask.dim() != 2 or mask.is_floating_point() or len(mask) < len(lengths):
+        return None
+    left = not bool(mask[:, 0].all())
+    real = [mask[row].nonzero().flatten()[:length] for row, length in enumerate(lengths)]
+    width = max(len(places) for places in real)
+    if not width or (len(lengths) == len(mask) and width == mask.shape[1]):
+        return None
+    cut: dict[str, Tensor] = {}
+    for name, value in whole.items():
+        if value.shape[:2] != mask.shape:
+            cut[name] = value[: len(lengths)] if value.dim() and len(value) == len(mask) else value
+            continue
+        filler = {"input_ids": evidence.space.pad_id, "labels": IGNORED}.get(name, 0)
+        cut[name] = value.new_full((len(lengths), width), filler)
+        for row, places in enumerate(real):
+            at = slice(width - len(places), None) if left else slice(0, len(places))
+            cut[name][row, at] = value[row, places]
+    return _with_labels(cut) if evidence.subject.task == "causal-lm" and "labels" in cut else cut
+
+
+def _with_labels(cut: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a row with a single label queries and keys learn nothing by definition: there all real tokens count."""
+    labels, mask = cut["labels"], cut["attention_mask"].bool()
+    few = ((labels[:, 1:] != IGNORED).sum(dim=1) < ENOUGH_LABELS).unsqueeze(1)
+    first = mask & (mask.cumsum(dim=1) == 1)  # predicted from padding, or from nothing
+    labels = torch.where(few & mask & ~first, cut["input_ids"], labels)
+    return {**cut, "labels": labels}
 
 
 def cut_down(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -128,170 +232,6 @@ def _within(tensors: Mapping[str, Tensor], vocab: int) -> dict[str, Tensor]:
     }
 
 
-# --- the parts of a script -----------------------------------------------------------------------------------------
-
-
-def _opening(check: str, finding: Finding, scene: _Scene) -> list[str]:
-    cell = scene.evidence.cell
-    told = textwrap.wrap(f"{finding.title}.", 116)
-    return [
-        '"""' + told[0].replace('"""', "'''").replace("\\", "/"),
-        *(line.replace("\\", "/") for line in told[1:]),
-        "",
-        f"Found by numerics-suite: {check} in {cell.precision} with {cell.attn} attention on {cell.device}, cause {finding.cause},",
-        f"torch {torch.__version__}, transformers {compat.version()}. Needs these two alone, and fails where the defect is.",
-        '"""',
-        "",
-        *(["import tempfile", ""] if scene.config is not None else []),
-        "import torch",
-        "import transformers",
-        "",
-    ]
-
-
-def _model(scene: _Scene) -> list[str]:
-    evidence = scene.evidence
-    subject, family = evidence.subject, evidence.family
-    auto = f"transformers.{compat.auto_class_name(subject.task)}"
-    options = [f"{compat.dtype_keyword()}=torch.{evidence.recipe.parameters}"]
-    if evidence.cell.attn != "default":
-        options.append(f'attn_implementation="{evidence.cell.attn}"')
-    if subject.task != "causal-lm":
-        options.append(f"num_labels={evidence.num_labels}")
-    if needs_remote_code(subject.config):
-        options.append("trust_remote_code=True")
-    lines = []
-    if scene.config is not None:
-        stored = "AutoModelForCausalLM" if subject.new_head else compat.auto_class_name(subject.task)
-        lines += [
-            "# The checkpoint's config, cut down; weights at random.",
-            f"CONFIG = {pprint.pformat(dict(scene.config), width=110, compact=True)}",
-            "torch.manual_seed(0)",
-            "CHECKPOINT = tempfile.mkdtemp()",
-            f"stored = transformers.{stored}.from_config(transformers.AutoConfig.for_model(**CONFIG))",
-            f"stored.to(torch.{evidence.recipe.parameters}).save_pretrained(CHECKPOINT)",
-        ]
-    else:
-        lines += [f"CHECKPOINT = {str(subject.path)!r}"]
-    return [
-        *lines,
-        "# Memory that nobody writes to is NaN on any machine, not what the allocator happens to hand out.",
-        "torch.use_deterministic_algorithms(True, warn_only=True)",
-        "torch.utils.deterministic.fill_uninitialized_memory = True",
-        f"model = {auto}.from_pretrained(",
-        f"    CHECKPOINT, {', '.join(options)}",
-        ")",
-        "torch.use_deterministic_algorithms(False)",
-        f'model = model.to("{evidence.cell.device}").eval()',
-        *_head(family, evidence),
-        "",
-    ]
-
-
-def _head(family: Family, evidence: Evidence) -> list[str]:
-    """A classifier's pad token, which a checkpoint of a language model may lack."""
-    if evidence.subject.task != "sequence-classification" or family.pooling != "pad-id":
-        return []
-    config: Any = evidence.model.config
-    return [f"model.config.pad_token_id = {evidence.space.pad_id}"] if config.pad_token_id is None else []
-
-
-def _batch(scene: _Scene) -> list[str]:
-    lines = ["batch = {"]
-    for name, value in scene.tensors.items():
-        if isinstance(value, Tensor):
-            text = pprint.pformat(value.tolist(), width=108, compact=True)
-            lines += f"    {name!r}: torch.tensor({text}),".splitlines()
-    return [
-        *lines,
-        "}",
-        f'batch = {{name: value.to("{scene.evidence.cell.device}") for name, value in batch.items()}}',
-        "",
-    ]
-
-
-def _autocast(scene: _Scene) -> str:
-    recipe, kind = scene.evidence.recipe, scene.evidence.cell.device.partition(":")[0]
-    if recipe.autocast is None:
-        return f'torch.autocast("{kind}", enabled=False)'
-    return f'torch.autocast("{kind}", torch.{recipe.autocast})'
-
-
-def _uninitialised(_: _Scene) -> list[str]:
-    return [
-        "bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]",
-        f'assert not bad, f"{SYMPTOM}: never initialised: {{bad}}"',
-        'print("not reproduced: every parameter is initialised")',
-    ]
-
-
-def _forward(scene: _Scene) -> list[str]:
-    return [
-        f"with torch.no_grad(), {_autocast(scene)}:",
-        "    logits = model(**batch).logits",
-        "bad = int((~logits.isfinite()).sum())",
-        f'assert bad == 0, f"{SYMPTOM}: {{bad}} of {{logits.numel()}} logits are NaN or infinite"',
-        'print("not reproduced: the logits are finite")',
-    ]
-
-
-def _training(scene: _Scene) -> list[str]:
-    plan, recipe = scene.evidence.request.plan, scene.evidence.recipe
-    eps = f", eps={plan.eps}" if plan.eps is not None else ""
-    kind = scene.evidence.cell.device.partition(":")[0]
-    clip = (
-        [f"    torch.nn.utils.clip_grad_norm_(model.parameters(), {plan.max_grad_norm})"] if plan.max_grad_norm else []
-    )
-    return [
-        f"optimizer = torch.optim.{OPTIMIZERS[plan.optimizer].__name__}(model.parameters(), lr={plan.lr}{eps})",
-        f'scaler = torch.amp.GradScaler("{kind}", enabled={recipe.loss_scaling})',
-        f"for step in range(1, {plan.steps} + 1):",
-        "    optimizer.zero_grad()",
-        f"    with {_autocast(scene)}:",
-        "        loss = model(**batch).loss",
-        '    print(f"step {step}: loss {loss.item():.4g}")',
-        f'    assert loss.isfinite(), f"{SYMPTOM}: the loss is {{loss.item()}} at step {{step}}"',
-        "    scaler.scale(loss).backward()",
-        "    scaler.unscale_(optimizer)",
-        *clip,
-        "    scaler.step(optimizer)",
-        "    scaler.update()",
-        "    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]",
-        f'    assert not bad, f"{SYMPTOM}: {{len(bad)}} parameters are not finite after step {{step}}, first {{bad[:1]}}"',
-        f"with torch.no_grad(), {_autocast(scene)}:",
-        "    loss = model(**batch).loss",
-        f'assert loss.isfinite(), f"{SYMPTOM}: the loss is {{loss.item()}} after the last step"',
-        'print("not reproduced: training stays finite")',
-    ]
-
-
-def _floating_ids(_: _Scene) -> list[str]:
-    return [
-        "ids = batch['input_ids']",
-        "used = []",
-        "for dtype in (torch.bfloat16, torch.float16, torch.float32):",
-        "    try:",
-        "        with torch.no_grad():",
-        "            model(input_ids=ids.to(dtype))",
-        "        used.append(dtype)",
-        "    except (RuntimeError, TypeError, ValueError, IndexError) as error:",
-        '        print(f"{dtype} ids are refused: {str(error).splitlines()[0]}")',
-        f'assert not used, f"{SYMPTOM}: input_ids of {{used}} are used silently; bfloat16 keeps 8 bits of an id"',
-        'print("not reproduced: floating ids are refused")',
-    ]
-
-
-_BODIES = {
-    ("load.head-init", "uninitialised"): _uninitialised,
-    ("forward.finite", "non-finite"): _forward,
-    ("forward.headroom", "non-finite"): _forward,
-    ("train.finite", "non-finite"): _training,
-    ("train.clip", "saved-by-clipping"): _training,
-    ("inputs.ids-dtype", "floating-accepted"): _floating_ids,
-}
-"""By check and measurement: the lines that run the model and assert."""
-
-
 # --- seeing that it fails ------------------------------------------------------------------------------------------
 
 
@@ -302,16 +242,35 @@ def fails(text: str) -> bool:
         text: of a script.
     """
     said = io.StringIO()
+    names: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(said))
         stack.enter_context(contextlib.redirect_stderr(said))
         stack.enter_context(quiet_transformers())
+        stack.enter_context(private_modules())
         stack.enter_context(seeded(0))
         stack.enter_context(poisoned())  # for its restoring: the script sets the switches itself
+        stack.enter_context(_switches_kept())
         try:
-            exec(compile(text, "<reproducer>", "exec"), {"__name__": "__main__"})  # noqa: S102 - the text was written above
+            exec(compile(text, "<reproducer>", "exec"), names)  # noqa: S102 - the text was written above
         except AssertionError as error:
             return str(error).startswith(SYMPTOM)
         except Exception:  # noqa: BLE001 - another failure is not the finding's
             return False
+        finally:
+            for value in names.values():
+                if isinstance(value, tempfile.TemporaryDirectory):
+                    value.cleanup()
     return False
+
+
+@contextlib.contextmanager
+def _switches_kept() -> Iterator[None]:
+    """Restore torch's default dtype and TF32, and the path of imports."""
+    dtype, tf32, path = torch.get_default_dtype(), torch.backends.cuda.matmul.allow_tf32, sys.path[:]
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        sys.path[:] = path

@@ -1,4 +1,7 @@
-"""Models with the article's defects, for `factory:mutants.article_models:…`."""
+"""Models with the article's defects, for `factory:mutants.article_models:…`; each is `sound` with one change.
+
+Nothing here imports the suite, so a reproducer can call it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mutants.editing import edited, overridden
-from numerics_suite.subjects.fixtures import fixture_path
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 
 
 def _model(name: str = "glm-tiny") -> Any:
@@ -17,7 +21,7 @@ def _model(name: str = "glm-tiny") -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if name.endswith("classifier") else AutoModelForCausalLM
-    model = auto.from_pretrained(Path(fixture_path(name)), attn_implementation="eager")
+    model = auto.from_pretrained(FIXTURES / name, attn_implementation="eager")
     return model.float()
 
 
@@ -25,6 +29,21 @@ def _batch(length: int = 24) -> dict[str, Tensor]:
     """Ids all over the vocabulary, odd ones too, with labels."""
     ids = (torch.arange(2 * length).view(2, length) * 29 + 257) % 739
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def sound() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Nothing is wrong."""
+    return _model(), _batch()
+
+
+def sound_model() -> nn.Module:
+    """Nothing is wrong; no batch comes with it."""
+    return _model()
+
+
+def sound_classifier() -> nn.Module:
+    """Nothing is wrong."""
+    return _model("glm-tiny-classifier")
 
 
 def ids_through_bf16() -> tuple[nn.Module, dict[str, Tensor]]:

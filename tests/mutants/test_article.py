@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,48 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
+from mutants.article_checkpoints import (
+    FIVE,
+    NOBODY_INITIALISES,
+    WEIGHT,
+    changed,
+    spoiled,
+    with_homeless_tensor,
+    with_renamed_trunk,
+    without_weight,
+)
 from mutants.driver import MutantSession, answers, describe, failures, release
 from numerics_suite.core.records import CheckResult, Finding
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.fixtures import fixture_path
 
 CLASSIFIER = "sequence-classification"
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Makes a changed copy of a shipped checkpoint."""
 
-    def make(
-        name: str,
-        *,
-        config: dict[str, Any] | None = None,
-        drop: tuple[str, ...] = (),
-        tensors: Callable[[Tensors], object] | None = None,
-        code: tuple[str, str] | None = None,
-    ) -> Path:
-        # A name of its own: transformers keeps remote code in memory by the folder's name.
-        folder = tmp_path / tmp_path.name
-        shutil.copytree(fixture_path(name), folder)
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8")) | (config or {})
-        (folder / "config.json").write_text(
-            json.dumps({key: value for key, value in written.items() if key not in drop}), encoding="utf-8"
-        )
-        if tensors is not None:
-            held = load_file(folder / "model.safetensors")
-            tensors(held)
-            save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-        if code is not None:
-            source = (folder / "modeling_chatglm.py").read_text(encoding="utf-8")
-            assert source.count(code[0]) == 1
-            (folder / "modeling_chatglm.py").write_text(source.replace(*code), encoding="utf-8")
-        return folder
-
-    return make
+    # A name of its own: transformers keeps remote code in memory by the folder's name.
+    return lambda name, **changes: changed(tmp_path / tmp_path.name, name, **changes)
 
 
 def results_of(
@@ -91,49 +72,34 @@ def factory(name: str) -> str:
 
 # --- weights -----------------------------------------------------------------------------------------------------
 
-WEIGHT = "model.layers.1.mlp.down_proj.weight"
-
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_not_finite(checkpoint: Callable[..., Path], value: float) -> None:
-    def spoil(held: Tensors) -> None:
-        held[WEIGHT][2, 7] = value
-
-    found = finding_of(checkpoint("glm-tiny", tensors=spoil), "load.finite", "corrupt-weights")
+    found = finding_of(checkpoint("glm-tiny", tensors=spoiled(value)), "load.finite", "corrupt-weights")
     assert found.module == "model.layers.1.mlp.down_proj"
     assert found.parameters == (WEIGHT,)
     assert "reload-weights" in [remedy.name for remedy in found.remedies]
 
 
 def test_a_weight_beyond_float16(checkpoint: Callable[..., Path]) -> None:
-    def spoil(held: Tensors) -> None:
-        held[WEIGHT][2, 7] = 1e5
-
-    folder = checkpoint("glm-tiny", tensors=spoil)
+    folder = checkpoint("glm-tiny", tensors=spoiled(1e5))
     assert not failures(results_of(folder, "load.finite", precision="bf16"))
     assert finding_of(folder, "load.finite", "overflow", precision="fp16").parameters == (WEIGHT,)
 
 
 def test_a_tensor_that_is_missing(checkpoint: Callable[..., Path]) -> None:
-    folder = checkpoint("glm-tiny", tensors=lambda held: held.pop(WEIGHT))
+    folder = checkpoint("glm-tiny", tensors=without_weight)
     found = finding_of(folder, "load.complete", "missing-weights")
     assert found.parameters == (WEIGHT,)
 
 
 def test_a_tensor_without_a_place(checkpoint: Callable[..., Path]) -> None:
-    def rename(held: Tensors) -> None:
-        held["model.layers.1.mlp.down.weight"] = held[WEIGHT].clone()
-
-    found = finding_of(checkpoint("glm-tiny", tensors=rename), "load.complete", "lost-weights")
+    found = finding_of(checkpoint("glm-tiny", tensors=with_homeless_tensor), "load.complete", "lost-weights")
     assert found.parameters == ("model.layers.1.mlp.down.weight",)
 
 
 def test_a_revision_whose_trunk_was_renamed(checkpoint: Callable[..., Path]) -> None:
-    def rename(held: Tensors) -> None:
-        for name in [name for name in held if name.startswith("model.")]:
-            held[f"language_model.{name}"] = held.pop(name)
-
-    found = finding_of(checkpoint("glm-tiny", tensors=rename), "load.complete", "missing-weights")
+    found = finding_of(checkpoint("glm-tiny", tensors=with_renamed_trunk), "load.complete", "missing-weights")
     assert (
         "stored under other names (language_model.model.embed_tokens.weight for model.embed_tokens.weight)"
         in found.title
@@ -147,16 +113,10 @@ def test_tied_weights_untied() -> None:
 
 # --- config ------------------------------------------------------------------------------------------------------
 
-ROPE = {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}
-
 
 @pytest.mark.skipif(release() >= (5,), reason="5.x reads its own layout")
 def test_a_5x_layout_opened_by_4x(checkpoint: Callable[..., Path]) -> None:
-    folder = checkpoint(
-        "glm-tiny",
-        config={"rope_parameters": ROPE, "dtype": "bfloat16"},
-        drop=("rope_theta", "partial_rotary_factor", "torch_dtype"),
-    )
+    folder = checkpoint("glm-tiny", **FIVE)
     assert "rope_parameters" in finding_of(folder, "load.config", "ignored-config").parameters
     if release() >= (4, 47):
         finding_of(folder, "reference.oracle", "semantic-error")
@@ -164,11 +124,7 @@ def test_a_5x_layout_opened_by_4x(checkpoint: Callable[..., Path]) -> None:
 
 @pytest.mark.skipif(release() < (5,), reason="4.x ignores this layout, as the test above shows")
 def test_a_5x_layout_opened_by_5x(checkpoint: Callable[..., Path]) -> None:
-    folder = checkpoint(
-        "glm-tiny",
-        config={"rope_parameters": ROPE, "dtype": "bfloat16"},
-        drop=("rope_theta", "partial_rotary_factor", "torch_dtype"),
-    )
+    folder = checkpoint("glm-tiny", **FIVE)
     assert not failures(results_of(folder, "load.config"))
     assert not failures(results_of(folder, "reference.oracle"))
 
@@ -197,7 +153,7 @@ def test_a_head_that_stays_uninitialised(checkpoint: Callable[..., Path], precis
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_init_weights_that_does_nothing(checkpoint: Callable[..., Path], precision: str) -> None:
-    folder = checkpoint("chatglm-tiny", code=('if getattr(module, "legacy_uninitialised", False):', "if True:"))
+    folder = checkpoint("chatglm-tiny", code=NOBODY_INITIALISES)
     found = finding_of(folder, "load.head-init", "uninitialised-parameters", precision=precision, task=CLASSIFIER)
     assert found.module == "classifier_head"
 
@@ -331,10 +287,7 @@ def _command(*arguments: str, cwd: Path) -> tuple[int, dict[str, Any]]:
 
 
 def test_the_command_on_a_nan_weight(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    def spoil(held: Tensors) -> None:
-        held[WEIGHT][2, 7] = float("nan")
-
-    folder = checkpoint("glm-tiny", tensors=spoil)
+    folder = checkpoint("glm-tiny", tensors=spoiled(float("nan")))
     status, results = _command(str(folder), "--precision", "bf16", "--checks", "load.*", cwd=tmp_path)
     assert (status, results["verdict"]) == (1, "fail")
     (row,) = [row for row in results["checks"] if row["status"] == "failed" and row["check"] == "load.finite"]

@@ -1,0 +1,34 @@
+"""What a reproducer is written from: one file for each group of checks, and the parts that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from numerics_suite.diagnosing.scripts.definition import ORACLE
+from numerics_suite.diagnosing.scripts.forward import FORWARD
+from numerics_suite.diagnosing.scripts.inputs import INPUTS
+from numerics_suite.diagnosing.scripts.laws import LAWS
+from numerics_suite.diagnosing.scripts.load import LOAD
+from numerics_suite.diagnosing.scripts.reference import REFERENCE
+from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
+from numerics_suite.diagnosing.scripts.train import TRAIN
+from numerics_suite.diagnosing.scripts.train_twins import TRAIN_TWINS
+
+__all__ = ["BODIES", "SYMPTOM", "WITHOUT", "Body", "Scene"]
+
+BODIES: Mapping[tuple[str, str], Body] = {
+    **LOAD,
+    **INPUTS,
+    **FORWARD,
+    **LAWS,
+    **TRAIN,
+    **TRAIN_TWINS,
+    **REFERENCE,
+    **ORACLE,
+}
+"""By check and measurement: what runs the model and asserts."""
+
+WITHOUT: Mapping[str, str] = {
+    "baseline": "the other side of the comparison is a recorded baseline, which torch and transformers alone cannot read",
+}
+"""Groups of checks that get no script, and why."""

@@ -1,0 +1,71 @@
+"""The finding of one check on one cell, with its reproducer and without remedies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mutants.driver import MutantSession
+
+from numerics_suite.core.records import Batch, Finding
+from numerics_suite.core.registry import get_check
+from numerics_suite.diagnosing.findings import finding
+from numerics_suite.diagnosing.reproducer import reproducer
+from numerics_suite.running.evidence import Evidence
+from numerics_suite.settings.tree import Settings
+from numerics_suite.suite.driver import ask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a check found, where, and the script of it."""
+
+    finding: Finding
+    evidence: Evidence
+    batch: Batch | None
+    script: str | None
+
+
+def shown(
+    source: object,
+    check: str,
+    *,
+    measurement: str = "",
+    precision: str = "fp32",
+    attn: str = "eager",
+    **changes: Any,
+) -> Shown:
+    """Ask the check as the command would, of a subject in which it must fail.
+
+    Args:
+        source: SUBJECT.
+        check: its id.
+        measurement: the breach that the finding is written of; the worst one unless given.
+        precision: of the cell.
+        attn: of the cell.
+        changes: other settings.
+    """
+    settings = Settings(
+        subjects=(str(source),),
+        precision=(precision,),
+        attn=(attn,),
+        checks=(check,),
+        trust_remote_code=True,
+        device="cpu",
+        origins={"precision": "command line"},
+        **changes,
+    )
+    session = MutantSession(settings)
+    (question,) = session.plan.questions
+    assert question.skip is None, question.skip
+    evidence = session.evidence(question.cell)
+    outcome = ask(get_check(check), evidence, seed=settings.seed, max_examples=settings.max_examples)
+    breaches = [item for item in outcome.breaches if measurement in {"", item.measurement.name}]
+    assert breaches, f"{check} passes: {outcome.worst}"
+    found = finding(breaches, evidence, outcome.batch)
+    return Shown(
+        finding=found,
+        evidence=evidence,
+        batch=outcome.batch,
+        script=reproducer(check, found, evidence, outcome.batch),
+    )
