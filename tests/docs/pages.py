@@ -88,8 +88,9 @@ def commands(text: str) -> tuple[str, ...]:
 
 
 def page_paths() -> tuple[str, ...]:
-    """Every page of docs/, in both languages."""
-    return tuple(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/**/*.md")))
+    """Every page that a reader meets: README and docs/, in both languages."""
+    pages = (*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/**/*.md")))
+    return tuple(path.relative_to(ROOT).as_posix() for path in pages)
 
 
 @cache
@@ -97,14 +98,15 @@ def blocks_of(page: str) -> tuple[Block, ...]:
     """The blocks of a page, in order.
 
     Args:
-        page: path from the repository's root.
+        page: path from the repository's root, or a whole one.
     """
     document = Sybil(parsers=[_parse], patterns=["*.md"]).parse(ROOT / page)
     return tuple(example.parsed for example in document.examples())
 
 
 def _parse(document: Document) -> Iterable[Region]:
-    page = Path(document.path).resolve().relative_to(ROOT).as_posix()
+    path = Path(document.path).resolve()
+    page = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     for region in BLOCK(document):
         title = TITLE.search(region.lexemes["rest"])
         block = Block(
