@@ -155,7 +155,7 @@ def test_the_page_is_walked_with_tab(opened: Any) -> None:
 
 def test_rows_of_the_map_can_be_joined(opened: Any) -> None:
     with opened("many_cells") as page:
-        assert page.locator(".map tbody tr").count() == 125
+        assert page.locator(".map").get_attribute("aria-rowcount") == "126"
         page.select_option("#rows", label="every cell")
         assert 20 < page.locator(".map tbody tr").count() < 200
         assert page.locator(".map").get_attribute("aria-rowcount") == "5001"
@@ -165,6 +165,20 @@ def test_rows_of_the_map_can_be_joined(opened: Any) -> None:
         assert page.evaluate("document.activeElement.dataset.at") == "300:0"
         page.evaluate("document.querySelector('#grid').scrollTop = 1e9")
         page.locator("[data-at='4999:0']").wait_for(state="attached")
+
+
+def test_sections_of_a_large_page_are_where_links_lead(opened: Any) -> None:
+    with opened("many_cells") as page:
+        for link, section in (
+            ("Training", "training"),
+            ("Checks", "map"),
+            ("Environment", "environment"),
+            ("Headroom", "headroom"),
+        ):
+            page.get_by_role("link", name=link, exact=True).click()
+            page.wait_for_timeout(300)
+            bottom = page.evaluate("document.documentElement.scrollHeight - window.scrollY - window.innerHeight")
+            assert bottom <= 1 or 0 <= page.locator(f"#{section}").bounding_box()["y"] < 250
 
 
 def test_plots_wait_until_they_are_seen_and_say_what_their_tables_say(opened: Any) -> None:

@@ -279,9 +279,21 @@ def test_versions_of_two_packages_are_two_sequences() -> None:
 def test_a_comparison_alone_says_what_to_do() -> None:
     page = Page(render(Documents(comparisons=(report_samples.comparison(),))))
     assert "× FAIL" in page.text
-    assert "Glm4-tiny in bf16: worse" not in page.text
-    assert "glm4-tiny in bf16: worse, from model.layers.1.mlp on" in page.text
-    assert "stay with baselines/5.7.0 until it is clear what that means for your code" in page.text
+    assert "Glm4-tiny: worse" not in page.text
+    assert "glm4-tiny: worse from model.layers.1.mlp on" in page.text
+    # The folders differ in their last part alone.
+    assert "stay with 5.7.0 until it is clear what that means for your code" in page.text
+
+
+def test_a_comparison_names_versions_where_baselines_know_them() -> None:
+    comparison = report_samples.comparison()
+    subjects = [dict(item) for item in comparison.content["subjects"]]
+    subjects[0]["details"] = {**subjects[0]["details"], "environment": ["transformers 5.7.0 → 5.8.1", "hostname a → b"]}
+    page = Page(
+        render(Documents(comparisons=(replace(comparison, content={**comparison.content, "subjects": subjects}),)))
+    )
+    assert "glm4-tiny: worse from model.layers.1.mlp on, transformers 5.7.0 → 5.8.1" in page.text
+    assert "stay with transformers 5.7.0 until" in page.text
 
 
 def test_a_bisection_alone_names_the_first_bad_version() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ LISTED = (
     ("versions", "environment"),
 )
 """Labels and keys of details that hold texts."""
+
+_CHANGED = re.compile(r"(?P<name>\S+) (?P<before>\S+) → (?P<now>\S+)")
 
 MOST_TEXTS = 30
 """Texts of one list; the JSON has them all."""
@@ -66,8 +69,10 @@ class Differences:
     """One `compare`.
 
     Attributes:
-        old: the reference.
-        new: the other.
+        old: the folder of the reference.
+        new: the folder of the other.
+        short_old: the reference, as short as it can be told.
+        short_new: the other, likewise.
         counts: cells of each kind, worst first.
         entries: what is not identical or new, worst first.
         quiet: identical and new cells, a line each.
@@ -75,9 +80,69 @@ class Differences:
 
     old: str
     new: str
+    short_old: str
+    short_new: str
     counts: tuple[tuple[str, int], ...]
     entries: tuple[Entry, ...]
     quiet: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What was compared with what: versions where the baselines know them, folders else.
+
+    Attributes:
+        old: the reference, as short as it can be told.
+        new: the other.
+        headline: what a headline ends with: `, transformers 5.7.0 → 5.8.1`; empty where only folders are known.
+        lines: labels and texts.
+    """
+
+    old: str
+    new: str
+    headline: str
+    lines: tuple[tuple[str, str], ...]
+
+    @property
+    def about(self) -> str:
+        """`compare of transformers 5.7.0 and transformers 5.8.1`."""
+        return f"compare of {self.old} and {self.new}"
+
+
+def versions_of(comparison: ComparisonFile) -> Moved:
+    """What was compared with what.
+
+    Args:
+        comparison: its file.
+    """
+    content = comparison.content
+    old, new = str(content.get("old", "the old baseline")), str(content.get("new", "the new baseline"))
+    folders = (("old", old), ("new", new))
+    lines = dict.fromkeys(
+        line for item in content["subjects"] for line in _details(item).get("environment", ()) if isinstance(line, str)
+    )
+    packages = [found for line in lines if (found := _CHANGED.fullmatch(line)) is not None]
+    telling = [found for found in packages if found["name"] in {"transformers", "torch"}]
+    if len(telling) != 1:
+        short_old, short_new = _apart(old, new)
+        return Moved(old=short_old, new=short_new, headline="", lines=folders)
+    name, before, now = telling[0].group("name", "before", "now")
+    return Moved(
+        old=f"{name} {before}",
+        new=f"{name} {now}",
+        headline=f", {name} {before} → {now}",
+        lines=(("before", f"{name} {before}"), ("now", f"{name} {now}")),
+    )
+
+
+def _apart(old: str, new: str) -> tuple[str, str]:
+    """Two paths by the parts that tell them apart; whole where that leaves nothing."""
+    first, second = old.split("/"), new.split("/")
+    while first and second and first[0] == second[0]:
+        first, second = first[1:], second[1:]
+    while first and second and first[-1] == second[-1]:
+        first, second = first[:-1], second[:-1]
+    return "/".join(first) or old, "/".join(second) or new
 
 
 def differences_of(comparison: ComparisonFile) -> Differences:
@@ -86,7 +151,7 @@ def differences_of(comparison: ComparisonFile) -> Differences:
     Args:
         comparison: its file.
     """
-    content = comparison.content
+    content, moved = comparison.content, versions_of(comparison)
     items: list[Mapping[str, Any]] = list(content["subjects"])
     counted = Counter(item["kind"] for item in items)
     order = {kind: at for at, kind in enumerate(KINDS)}
@@ -104,6 +169,8 @@ def differences_of(comparison: ComparisonFile) -> Differences:
     return Differences(
         old=str(content.get("old", "the old baseline")),
         new=str(content.get("new", "the new baseline")),
+        short_old=moved.old,
+        short_new=moved.new,
         counts=tuple((kind, counted[kind]) for kind in kinds),
         entries=tuple(_entry(group) for group in entries),
         quiet=tuple(quiet),

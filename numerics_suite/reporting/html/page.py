@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,9 @@ CHAPTERS = (
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 NAME = "index.html"
 
+_BETWEEN = re.compile(r">\s*\n\s*<")
+"""Line breaks between two tags, which a browser would keep as so many pieces of text. No text holds one: its `<` is escaped."""
+
 
 def write_html(folder: Path, documents: Documents) -> Path:
     """Write the report, whole or not at all.
@@ -91,7 +95,9 @@ def render(documents: Documents) -> str:
     Args:
         documents: what the report tells of.
     """
-    return _environment().get_template("page.html.j2").render(_context(documents))
+    page = _environment().get_template("page.html.j2").render(_context(documents))
+    shown, _, programs = page.partition("<!-- programs -->\n")
+    return _BETWEEN.sub("><", shown) + programs
 
 
 @cache

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from numerics_suite.core.text import listed
 from numerics_suite.judging.kinds import FAILING, KINDS
 from numerics_suite.reporting.comparison import MEANS
 from numerics_suite.reporting.html.advice import Advised, advice_on, bisected_cures
+from numerics_suite.reporting.html.differences import versions_of
 from numerics_suite.reporting.html.formats import STATUSES, many, sentence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents, Run
     from numerics_suite.reporting.html.places import Places
@@ -212,22 +213,23 @@ def _of_errors(places: Places) -> Iterator[Issue]:
 
 def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
     """One issue for each kind and module of the differences that fail."""
-    groups: dict[tuple[str, str | None], list[str]] = {}
+    groups: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
     for item in comparison.content["subjects"]:
         if item["kind"] in FAILING:
-            cell = f"{item['subject']} in {item['precision']}"
-            groups.setdefault((item["kind"], item.get("module")), []).append(cell)
-    old, new = comparison.content.get("old", "the old baseline"), comparison.content.get("new", "the new one")
-    for (kind, module), cells in sorted(groups.items(), key=lambda item: KINDS.index(item[0][0])):
-        names = listed(list(dict.fromkeys(cells)), 4)
-        what = [("kind", kind)]
-        what += [("starts in", module)] if module else []
+            groups.setdefault((item["kind"], item.get("module")), []).append(item)
+    moved = versions_of(comparison)
+    for (kind, module), items in sorted(groups.items(), key=lambda item: KINDS.index(item[0][0])):
+        names = listed(list(dict.fromkeys(str(item["subject"]) for item in items)), 4)
+        precisions = listed(list(dict.fromkeys(str(item["precision"]) for item in items)), 6)
+        what = [("kind", kind), *([("starts in", module)] if module else [])]
         yield Issue(
-            title=f"{names}: {kind}{f', from {module} on' if module else ''}",
+            title=f"{names}: {kind}{f' from {module} on' if module else ''}{moved.headline}",
             what=tuple(what),
-            versions=(("old", str(old)), ("new", str(new))),
-            where=(("cells", f"{len(cells):,}"), ("of", names)),
-            cures=(Advised(text=f"stay with {old} until it is clear what that means for your code", advice=True),),
+            versions=moved.lines,
+            where=(("subjects", names), ("precisions", precisions)),
+            cures=(
+                Advised(text=f"stay with {moved.old} until it is clear what that means for your code", advice=True),
+            ),
             anchor="differences",
             why=MEANS[kind],
         )
@@ -273,9 +275,7 @@ def about(documents: Documents) -> str:
         parts.append(f"{documents.runs[0].result.command} of {_environment(documents.runs[0])}")
     elif documents.runs:
         parts.append(f"{len(documents.runs)} runs of check")
-    parts += [
-        f"compare {item.content.get('old', '')} and {item.content.get('new', '')}" for item in documents.comparisons
-    ]
+    parts += [versions_of(item).about for item in documents.comparisons]
     parts += [f"bisect of {item.content.get('what', 'versions')}" for item in documents.bisections]
     return " · ".join(parts)
 

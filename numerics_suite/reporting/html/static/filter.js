@@ -1,6 +1,12 @@
 // One filter for findings and map: text and four choices.
 const FIELDS = ["text", "status", "group", "subject", "precision"];
 
+// Where sections are laid out as they come into view, what is above the target grows while it is scrolled to.
+function settle(target, frames) {
+  target.scrollIntoView({ behavior: "instant" });
+  if (frames) requestAnimationFrame(() => settle(target, frames - 1));
+}
+
 function startFilter(changed) {
   const form = document.getElementById("filter");
   if (!form) return;
@@ -47,6 +53,7 @@ function startFilter(changed) {
     }
     for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
     if (target.classList.contains("card")) target.focus({ preventScroll: true });
+    if (document.body.classList.contains("big")) settle(target, 8);
   };
   window.addEventListener("hashchange", reveal);
   apply();

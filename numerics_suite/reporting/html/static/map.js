@@ -1,5 +1,5 @@
 // The map of checks and cells: one table, of which only the rows in view exist where there are many.
-const ROW = 26, MARGIN = 20, WHOLE = 200, LISTED = 30;
+const ROW = 26, MARGIN = 20, WHOLE = 60, LISTED = 30;
 
 const make = (tag, attributes = {}, ...children) => {
   const element = document.createElement(tag);

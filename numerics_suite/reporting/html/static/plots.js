@@ -198,14 +198,14 @@ function drawPairs(figure, table, width) {
   const points = pointsOf(table), names = [...new Set(points.map((point) => point.module))];
   const pairs = names.map((module) => ({ module, before: points.find((point) => point.module === module && point.curve === "before")?.value, now: points.find((point) => point.module === module && point.curve === "now")?.value }))
     .filter((pair) => Number.isFinite(pair.before) && Number.isFinite(pair.now));
-  const longest = Math.max(...names.map((name) => name.length), 6), left = Math.min(longest * 6.4 + 12, width * 0.45), top = topOf(points);
+  const longest = Math.max(...names.map((name) => name.length), 6), left = Math.min(longest * 6.4 + 12, width * 0.45);
   return [Plot.plot({
-    ...base(width, 60 + names.length * 20), marginLeft: left, marginTop: 8, ariaLabel: `${figure.dataset.title}; the table below has the numbers`,
+    ...base(width, 60 + names.length * 20), marginLeft: left, marginTop: 16, ariaLabel: `${figure.dataset.title}; the table below has the numbers`,
     x: { label: figure.dataset.unit, grid: true, nice: true, zero: true }, y: { domain: names, label: null, tickFormat: (name) => (name.length * 6.4 > left ? `…${name.slice(-Math.floor(left / 6.6))}` : name) },
     marks: [
       Plot.arrow(pairs, { x1: "before", x2: "now", y1: "module", y2: "module", stroke: (pair) => (pair.now > pair.before ? "var(--failed)" : "var(--passed)"), strokeWidth: 2, headLength: 7 }),
       ...["before", "now"].map((curve, series) => Plot.dot(points.filter((point) => point.curve === curve && Number.isFinite(point.value)), { x: "value", y: "module", fill: colour(series), symbol: SYMBOLS[series], r: 4 })),
-      Plot.text(points.filter((point) => !Number.isFinite(point.value)), { x: () => top, y: "module", text: (point) => `× ${point.curve} ${shown(point.value)}`, fill: "var(--failed)", textAnchor: "end", fontWeight: 700 }),
+      Plot.text(points.filter((point) => !Number.isFinite(point.value)), { frameAnchor: "right", y: "module", dy: -9, text: (point) => `× ${point.curve} ${shown(point.value)}`, fill: "var(--failed)", textAnchor: "end", fontWeight: 700 }),
     ],
   })];
 }
