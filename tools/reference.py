@@ -339,7 +339,9 @@ def api() -> str:
     watching = "".join(f"\n::: numerics_suite.{name}\n" for name in sorted(rest, key=lambda name: name != "watch"))
     return (
         "# Python API\n\nEverything that `import numerics_suite` offers. torch is imported when one of these is first used. What "
-        "[extensions](../extending.md) build on is in `numerics_suite.extending`; nothing else is public.\n\n## In a training loop\n" + watching + "\n## In your own tests\n"
+        "[extensions](../extending.md) build on is in `numerics_suite.extending`; nothing else is public.\n\n## In a training loop\n"
+        + watching
+        + "\n## In your own tests\n"
         "\nThe suite's laws and budgets on any `nn.Module`, each as an assertion that says what was measured, where, and what "
         "was allowed.\n" + "".join(f"\n::: numerics_suite.{name}\n" for name in laws)
     )

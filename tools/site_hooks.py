@@ -29,6 +29,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
     "LICENSE": "project/LICENSE",
+    "action.yml": "examples/action.yml",
     **{f"numerics_suite/reporting/{name}": f"reference/{name}" for name in reference.SCHEMAS.values()},
 }
 """Files of the repository outside docs/ that are part of the site, and where they stand in it."""
@@ -95,4 +96,6 @@ def in_site(path: str) -> str:
     Args:
         path: from the repository's root.
     """
+    if (ROOT / path).is_dir():
+        path += "/README.md"  # what GitHub shows of a folder
     return OUTSIDE.get(path, path.removeprefix("docs/"))

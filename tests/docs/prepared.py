@@ -13,6 +13,7 @@ FIXTURES = ROOT / "fixtures"
 
 SMALL = """\
 [tool.numerics-suite]
+subjects = ["./my-checkpoint"]
 precision = ["bf16"]
 attn = ["sdpa"]
 checks = ["load.complete", "train.finite", "baseline.semantics"]

@@ -13,7 +13,7 @@ from docs.pages import ROOT, page_paths
 from numerics_suite.core.registry import GROUPS, check_ids
 from numerics_suite.settings.table import OPTIONS
 
-PAGES = [*page_paths(), *sorted(path.name for path in ROOT.glob("*.md"))]
+PAGES = sorted({*page_paths(), *(path.name for path in ROOT.glob("*.md"))})
 
 GENERATED = re.compile(r"reference/[\w.-]+\.(md|json)$")
 """Pages that tools/reference.py makes when the site is built."""
