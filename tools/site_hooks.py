@@ -34,6 +34,9 @@ OUTSIDE = {
 }
 """Files of the repository outside docs/ that are part of the site, and where they stand in it."""
 
+LANGUAGES = re.compile(r"\[[^\]]+\]\(README(\.zh)?\.md\) · ")
+"""README's link to itself in the other language, for which the site has a switch."""
+
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
 """The target of an inline link to a file, without its anchor."""
 
@@ -85,9 +88,10 @@ def relinked(markdown: str, source: str) -> str:
 
     def moved(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match["path"]))
-        return posixpath.relpath(in_site(target), here or ".")
+        place = in_site(target).replace(".zh.md", ".md")  # which language it is in is the site's affair
+        return posixpath.relpath(place, here or ".")
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(moved, LANGUAGES.sub("", markdown))
 
 
 def in_site(path: str) -> str:
