@@ -235,6 +235,14 @@ def test_scripts_are_named_by_digest_and_nothing_is_fetched() -> None:
     assert {attributes.get("href") for tag, attributes in page.tags if tag == "link"} == {"data:,"}
 
 
+def test_the_libraries_are_there_only_where_something_is_drawn() -> None:
+    assert len(render(report_samples.all_green())) > 500_000
+    text = render(report_samples.regression(with_runs=False))
+    assert len(text) < 120_000
+    programs = [text for attributes, text in Page(text).scripts if "type" not in attributes]
+    assert len(programs) == 2
+
+
 def test_an_empty_report_says_so() -> None:
     page = Page(render(Documents()))
     assert "There is nothing to report" in page.text

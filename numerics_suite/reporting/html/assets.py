@@ -27,9 +27,13 @@ def early() -> str:
 
 
 @cache
-def scripts() -> tuple[str, ...]:
-    """The programs at the end of the page, in the order in which they run."""
-    vendored = [(STATIC / name).read_text(encoding="utf-8") for name in VENDORED]
+def scripts(*, plots: bool) -> tuple[str, ...]:
+    """The programs at the end of the page, in the order in which they run.
+
+    Args:
+        plots: something is drawn, so that the libraries are needed.
+    """
+    vendored = [(STATIC / name).read_text(encoding="utf-8") for name in VENDORED] if plots else []
     own = "\n".join((STATIC / name).read_text(encoding="utf-8") for name in OWN)
     return (*vendored, f'(() => {{\n"use strict";\n{own}\n}})();\n')
 

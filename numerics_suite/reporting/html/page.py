@@ -117,15 +117,12 @@ def _environment() -> Environment:
 def _context(documents: Documents) -> dict[str, Any]:
     places = places_of(documents)
     problems = problems_of(places)
-    texts = scripts()
     chapters = Chapters(places)
     context: dict[str, Any] = {
         "tool_version": __version__,
-        "policy": policy((early(), *texts)),
         # Package data alone is put in as it is; everything of the documents is escaped.
         "style": Markup(style()),  # noqa: S704
         "early": Markup(early()),  # noqa: S704
-        "scripts": [Markup(text) for text in texts],  # noqa: S704
         "story": story_of(documents, places, problems),
         "about": about(documents),
         "notes": list(dict.fromkeys(_notes(documents))),
@@ -149,8 +146,20 @@ def _context(documents: Documents) -> dict[str, Any]:
         "skipped": reasons_of(places, "skipped"),
         "surroundings": surroundings_of(documents, places),
     }
-    context["kinds_seen"] = _kinds(context["timelines"])
-    return context | {"sections": _sections(context)}
+    texts = scripts(plots=_plots(context))
+    return context | {
+        "kinds_seen": _kinds(context["timelines"]),
+        "sections": _sections(context),
+        "policy": policy((early(), *texts)),
+        "scripts": [Markup(text) for text in texts],  # noqa: S704
+    }
+
+
+def _plots(context: dict[str, Any]) -> bool:
+    """Something is drawn."""
+    chapters = any(chapter.subjects for *_, chapter in context["chapters"])
+    rehearsals = any(item.figures for item in context["rehearsals"])
+    return chapters or rehearsals or any(entry.figure for item in context["differences"] for entry in item.entries)
 
 
 def _notes(documents: Documents) -> Iterator[str]:
