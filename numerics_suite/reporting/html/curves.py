@@ -32,11 +32,19 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column of numbers: the values of one curve, or the limits of one or all."""
+    """A column of numbers: the values of one curve, or the limits of one or all.
+
+    Attributes:
+        label: its head.
+        kind: `value` or `limit`.
+        curve: whose, empty for limits that all share.
+        colour: number of the curve's colour and symbol; a curve has the same in all figures of a subject.
+    """
 
     label: str
     kind: str
     curve: str
+    colour: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +123,9 @@ class Figure:
         return "\n".join((heads, *(row.text for row in self.rows)))
 
     @property
-    def columns_data(self) -> list[list[str]]:
-        """Kind and curve of each column, for the program that makes a table of the text."""
-        return [[column.kind, column.curve] for column in self.columns]
+    def columns_data(self) -> list[list[str | int]]:
+        """Kind, curve and colour of each column, for the program that makes a table of the text."""
+        return [[column.kind, column.curve, column.colour] for column in self.columns]
 
     @property
     def marks_data(self) -> list[list[str | int]]:
@@ -136,9 +144,10 @@ def over_steps(title: str, unit: str, curves: Sequence[Curve], note: str = "") -
     Args:
         title: what they show.
         unit: of the values.
-        curves: any number.
+        curves: any number; one without a point keeps its colour for other figures.
         note: one sentence.
     """
+    colours = {curve.label: at for at, curve in enumerate(curves)}
     drawn = [curve for curve in curves if curve.points]
     if not drawn:
         return None
@@ -148,7 +157,9 @@ def over_steps(title: str, unit: str, curves: Sequence[Curve], note: str = "") -
         title=title,
         unit=unit,
         heads=("step",),
-        columns=tuple(Column(label=curve.label, kind="value", curve=curve.label) for curve in drawn),
+        columns=tuple(
+            Column(label=curve.label, kind="value", curve=curve.label, colour=colours[curve.label]) for curve in drawn
+        ),
         rows=tuple(
             Row(
                 heads=(str(step),),
@@ -179,8 +190,8 @@ def over_modules(kind: str, title: str, unit: str, curves: Sequence[Curve], told
     places = list(dict.fromkeys(str(at) for curve in curves for at in curve.points))
     shared = _shared_limits(curves)
     columns: list[Column] = []
-    for curve in curves:
-        columns.append(Column(label=curve.label, kind="value", curve=curve.label))
+    for at, curve in enumerate(curves):
+        columns.append(Column(label=curve.label, kind="value", curve=curve.label, colour=at))
         if curve.limits and shared is None:
             columns.append(Column(label=f"budget of {curve.label}", kind="limit", curve=curve.label))
     if shared:

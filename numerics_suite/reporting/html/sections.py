@@ -116,15 +116,15 @@ def rehearsed(documents: Documents) -> tuple[Rehearsed, ...]:
 
 
 def _rehearsed(item: Rehearsal) -> Rehearsed:
-    losses, norms, scales = [], [], []
+    losses, clipped, norms, scales = [], [], [], []
     for run in item.runs:
         losses.append(_curve(run.precision, run.losses, run.stopped))
-        losses.append(_curve(f"{run.precision}, clipped", run.clipped_losses, run.stopped_clipped))
+        clipped.append(_curve(f"{run.precision}, clipped", run.clipped_losses, run.stopped_clipped))
         norms.append(_curve(run.precision, run.gradient_norms, ""))
         scales.append(_curve(run.precision, run.scales, ""))
     chance = "" if item.chance is None else f"A classifier that knows nothing has a loss of {number(item.chance)}."
     figures = (
-        over_steps("Loss", "nats", losses, chance),
+        over_steps("Loss", "nats", [*losses, *clipped], chance),
         over_steps("Gradient norm", "", norms),
         over_steps("Loss scale", "", scales),
     )

@@ -9,7 +9,7 @@ function unfold(figure) {
   if (!text) return;
   const columns = JSON.parse(text.dataset.columns), heads = Number(text.dataset.heads);
   const [first, ...lines] = text.textContent.split("\n").map((line) => line.split("\t"));
-  const head = first.map((name, at) => make("th", at < heads ? { scope: "col" } : { scope: "col", class: "n", "data-kind": columns[at - heads][0], "data-curve": columns[at - heads][1] }, name));
+  const head = first.map((name, at) => make("th", at < heads ? { scope: "col" } : { scope: "col", class: "n", "data-kind": columns[at - heads][0], "data-curve": columns[at - heads][1], "data-colour": columns[at - heads][2] }, name));
   const rows = lines.map((cells) => make("tr", {}, ...cells.map((cell, at) => {
     if (at === 0) return make("th", { scope: "row" }, cell);
     return at < heads ? make("td", {}, cell) : make("td", { class: cell.endsWith("!") ? "n over" : "n" }, cell.replace("!", ""));
@@ -22,7 +22,7 @@ function readTable(figure) {
   unfold(figure);
   const table = figure.querySelector("table"), heads = [...table.tHead.rows[0].cells];
   const names = heads.filter((head) => !head.dataset.kind).map((head) => head.textContent);
-  const columns = heads.filter((head) => head.dataset.kind).map((head) => ({ kind: head.dataset.kind, curve: head.dataset.curve }));
+  const columns = heads.filter((head) => head.dataset.kind).map((head) => ({ kind: head.dataset.kind, curve: head.dataset.curve, colour: Number(head.dataset.colour) }));
   const rows = [...table.tBodies[0].rows].map((row) => {
     const texts = [...row.cells].map((cell) => cell.textContent);
     return {
@@ -30,17 +30,17 @@ function readTable(figure) {
       values: texts.slice(names.length).map((text) => (text === "" ? null : Number(text))),
     };
   });
-  return { curves: [...new Set(columns.filter((column) => column.kind === "value").map((column) => column.curve))], columns, rows };
+  return { curves: columns.filter((column) => column.kind === "value"), columns, rows };
 }
 
 // One point for each value: where it is, which curve, its limit.
-function pointsOf({ curves, columns, rows }) {
+function pointsOf({ columns, rows }) {
   const points = [];
   for (const row of rows) {
     columns.forEach((column, at) => {
       if (column.kind !== "value" || row.values[at] === null) return;
       const limit = columns.findIndex((other) => other.kind === "limit" && (other.curve === column.curve || !other.curve));
-      points.push({ ...row.heads, curve: column.curve, series: curves.indexOf(column.curve), value: row.values[at], limit: limit < 0 ? null : row.values[limit] });
+      points.push({ ...row.heads, curve: column.curve, series: column.colour, value: row.values[at], limit: limit < 0 ? null : row.values[limit] });
     });
   }
   return points;
@@ -58,7 +58,7 @@ function scaleOf(values) {
 
 function keys(curves) {
   const list = make("ul", { class: "keys", "aria-label": "Curves" });
-  curves.forEach((curve, at) => {
+  curves.forEach(({ curve, colour: at }) => {
     const drawing = Plot.plot({
       width: 30, height: 14, margin: 0, axis: null, x: { domain: [0, 2] }, y: { domain: [0, 2] },
       style: { background: "none", overflow: "visible" },
