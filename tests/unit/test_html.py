@@ -17,12 +17,14 @@ import pytest
 from unit import report_samples
 from unit.sample_run import sample_run
 
+import numerics_suite
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import RunResult
 from numerics_suite.core.versions import MatrixResult
 from numerics_suite.reporting.documents import Documents, Matrix, Run
 from numerics_suite.reporting.html import render, write_html
 from numerics_suite.reporting.html.assets import STATIC
+from numerics_suite.reporting.html.reproducers import MARK
 
 LARGEST = 8_000_000
 """Bytes of a page of 5,000 cells."""
@@ -378,6 +380,11 @@ def test_a_file_that_is_no_reproducer_is_not_shown(tmp_path: Path) -> None:
     page = Page(render(script(tmp_path, "password = 'secret'\n")))
     assert "secret" not in page.text
     assert "reproducers/one.py (not at hand when this page was written)" in page.text
+
+
+def test_what_a_reproducer_says_of_itself_is_what_the_page_looks_for() -> None:
+    folder = Path(numerics_suite.__file__).parent / "diagnosing"
+    assert any(MARK in file.read_text(encoding="utf-8") for file in folder.rglob("*.py"))
 
 
 def test_the_command_asks_the_version_that_failed() -> None:
