@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -276,3 +277,12 @@ def test_a_cut_without_a_label_that_counts_is_not_tried():
     evidence = evidence_of(task="token-classification")
     cuts = list(module._batches("train.finite", evidence, batch, BODIES["train.finite", "non-finite"]))
     assert [tuple(cut["labels"].shape) for cut in cuts] == [(2, 12)]
+
+
+def test_the_page_tells_of_every_check_that_has_a_script():
+    page = Path(__file__).resolve().parents[2] / "docs" / "reproducers.md"
+    if not page.is_file():
+        pytest.skip("docs is not in this checkout")
+    table = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    told = {word for line in table for word in re.findall(r"`([a-z]+\.[a-z-]+)`", line.split("|")[1])}
+    assert told == {check for check, _ in BODIES}

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from numerics_suite.core.exact import AGREED
-from numerics_suite.diagnosing.scripts.parts import uncached
+from numerics_suite.diagnosing.scripts.parts import raw_config, uncached
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
 from numerics_suite.diagnosing.scripts.train_twins import in_float64, loss_error
-from numerics_suite.oracles import OracleUnavailable, exact_inv_freq, oracle_for, rotary_budget
+from numerics_suite.oracles import OracleUnavailable, oracle_for, rotary_budget
 from numerics_suite.oracles.definition import Oracle
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -198,23 +198,33 @@ def _block(scene: Scene, oracle: Oracle) -> list[str] | None:
 
 
 def _rotary(scene: Scene) -> list[str] | None:
-    family, config = scene.evidence.family.name, _config(scene)
+    """The table of frequencies, which the config defines in one line."""
+    family = scene.evidence.family.name
     try:
-        exact, allowed = exact_inv_freq(family, config), rotary_budget(family, config)
+        allowed = rotary_budget(family, _config(scene))
     except OracleUnavailable:
         return None
-    width = 2 * len(exact)
-    theta = float(f"{float(exact[1]) ** (-width / 2):.9g}") if len(exact) > 1 else 1.0
     return [
-        f"# config.json: rotary base {theta:g}, {width} rotated numbers of each head.",
-        f"exact = {theta!r} ** -(torch.arange(0, {width}, 2, dtype=torch.float64) / {width})",
+        f"raw = {'model.config.to_dict()' if scene.source == 'factory' else raw_config(scene)}",
+        *(_CHATGLM_ROPE if family == "chatglm" else _GLM_ROPE),
+        "exact = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)",
         "table = next(buffer for name, buffer in model.named_buffers() if name.endswith('inv_freq'))",
-        f'assert table.shape == exact.shape, f"{SYMPTOM}: {{2 * len(table)}} numbers are rotated, config.json says {width}"',
+        f'assert table.shape == exact.shape, f"{SYMPTOM}: {{2 * len(table)}} numbers are rotated, the config says {{width}}"',
         "roundoff = torch.finfo(torch.float32 if table.dtype == torch.float64 else table.dtype).eps / 2",
         "apart = float(((table.cpu().double() - exact) / exact).abs().max()) / roundoff",
-        f'assert apart <= {allowed!r}, f"{SYMPTOM}: the rotary table is {{apart:.3g}} roundoffs from what config.json defines"',
+        f'assert apart <= {allowed!r}, f"{SYMPTOM}: the rotary table is {{apart:.3g}} roundoffs from what the config defines"',
         'print(f"not reproduced: the rotary table is right to {apart:.2g} roundoffs")',
     ]
+
+
+_GLM_ROPE = (
+    'rope = raw.get("rope_parameters") or {}',
+    'theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))',
+    'head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]',
+    'width = int(head * rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5)))',
+)
+_CHATGLM_ROPE = ('theta, width = 10000.0 * raw.get("rope_ratio", 1.0), raw["kv_channels"] // 2',)
+"""Base of the frequencies and how many numbers of a head are rotated, by the family's own words."""
 
 
 def _answer(scene: Scene) -> list[str] | None:

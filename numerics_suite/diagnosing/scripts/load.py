@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numerics_suite.diagnosing.scripts.parts import indented, loading, ready, trust, under, written
+from numerics_suite.diagnosing.scripts.parts import indented, loading, raw_config, ready, trust, under, written
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.tasks import TASKS, head_tensors
@@ -18,12 +18,6 @@ STORED = (
 )
 
 
-def _raw_config(scene: Scene) -> str:
-    if scene.config is not None:
-        return "CONFIG"
-    return 'json.loads((pathlib.Path(CHECKPOINT) / "config.json").read_text(encoding="utf-8"))'
-
-
 # --- load.config ---------------------------------------------------------------------------------------------------
 
 
@@ -34,7 +28,7 @@ def _ignored(scene: Scene) -> list[str] | None:
         return None
     trusted = "".join(f", {key}={value}" for key, value in trust(scene).items())
     return [
-        f"raw = {_raw_config(scene)}",
+        f"raw = {raw_config(scene)}",
         f"kind = type(transformers.AutoConfig.from_pretrained(CHECKPOINT{trusted}))",
         "",
         "",
@@ -64,7 +58,7 @@ def _ignored(scene: Scene) -> list[str] | None:
 def _differing(scene: Scene) -> list[str] | None:
     keys = list(scene.finding.parameters)
     return [
-        f"raw = {_raw_config(scene)}",
+        f"raw = {raw_config(scene)}",
         'rope = getattr(model.config, "rope_parameters", None) or {}',
         "differing = {}",
         f"for key in {keys!r}:",

@@ -149,6 +149,13 @@ def source_lines(scene: Scene) -> list[str]:
     ]
 
 
+def raw_config(scene: Scene) -> str:
+    """What gives the config as it is written."""
+    if scene.config is not None:
+        return "CONFIG"
+    return 'json.loads((pathlib.Path(CHECKPOINT) / "config.json").read_text(encoding="utf-8"))'
+
+
 def _root_of(module: str) -> str:
     """The folder from which that module is imported."""
     path = Path(str(sys.modules[module].__file__)).resolve()
