@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -84,7 +85,13 @@ def _done(block: Block, shell: Shell) -> Done | None:
         short = block.title == "pyproject.toml" and block.page not in FROM_NOTHING
         place.write_text(shortened(block.text) if short else block.text, encoding="utf-8")
     elif block.language == "bash" and block.runnable():
-        return _held(block, shell.run(block.runnable()))
+        if not block.status:
+            return _held(block, shell.run(block.runnable()))
+        # The status is the last command's; one that fails before it would pass for it.
+        *before, last = commands(block.runnable())
+        for command in before:
+            _held(replace(block, marks={}), shell.run(command))
+        return _held(block, shell.run(last))
     elif block.language == "python" and not block.title and NOT_RUN not in block.marks:
         (shell.folder / "block.py").write_text(NAMES + block.text, encoding="utf-8")
         return _held(block, shell.run("python block.py"))
@@ -122,6 +129,7 @@ def _checked(block: Block, folder: Path) -> None:
     [
         ("```bash\ntrue\nfalse\necho after\n```\n", "exit 1, not 0"),
         ("<!-- exit: 1 -->\n```bash\ntrue\n```\n", "exit 0, not 1"),
+        ("<!-- exit: 1 -->\n```bash\nfalse\nexit 1\n```\n", "exit 1, not 0"),
         ("```bash\necho one two\n```\n\n```text\none three\n```\n", "not printed: one three"),
         ("```text\none\n```\n", "belongs to no command"),
         ("```bash\nnumerics-suite check --precison bf16\n```\n", "exit 4, not 0"),
