@@ -83,7 +83,7 @@ function curveMarks(points, x, top, { line = true, r = 3 } = {}) {
   }
   marks.push(Plot.dot(finite.filter(over), { x, y: "value", symbol: "times", stroke: "var(--failed)", strokeWidth: crowded ? 1.5 : 2.5, r: crowded ? 3.5 : 6 }));
   marks.push(Plot.dot(bad, { x, y: () => top, symbol: "times", stroke: "var(--failed)", strokeWidth: 2.5, r: 6 }));
-  marks.push(Plot.text(bad, { x, y: () => top, text: (point) => shown(point.value), fill: "var(--failed)", dy: -12, fontWeight: 700 }));
+  marks.push(Plot.text(bad, { x, y: () => top, text: (point) => shown(point.value), fill: "var(--failed)", textAnchor: "start", dx: 8, dy: -9, fontWeight: 700 }));
   return marks;
 }
 const over = (point) => point.limit !== null && !(point.value <= point.limit);
