@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from numerics_suite.core.records import CheckResult
 from numerics_suite.reporting.documents import Documents
-from numerics_suite.reporting.html.places import Place, Places, Source, places_of
+from numerics_suite.reporting.telling.places import Place, Places, Source, places_of
 
 Key = tuple[str, ...]
 """Check, subject, task, precision, attention. Not the device: results of two machines are held against each other."""

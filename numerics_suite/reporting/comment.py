@@ -15,16 +15,16 @@ from numerics_suite.judging.kinds import FAILING
 from numerics_suite.reporting.against import Against, Turn, against
 from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents
 from numerics_suite.reporting.findings import cells_text
-from numerics_suite.reporting.html.cards import cards_of
-from numerics_suite.reporting.html.differences import differences_of
-from numerics_suite.reporting.html.formats import many
-from numerics_suite.reporting.html.places import Place
-from numerics_suite.reporting.html.problems import Problem, problems_of
-from numerics_suite.reporting.html.reproducers import Scripts
-from numerics_suite.reporting.html.story import story_of
 from numerics_suite.reporting.markdown import MOST_ROWS, bisect_blocks, comparison_blocks, finding_block, versions_table
 from numerics_suite.reporting.markup import code, joined, table, text, without_folders
 from numerics_suite.reporting.numbers import shown
+from numerics_suite.reporting.telling.cards import cards_of
+from numerics_suite.reporting.telling.differences import differences_of
+from numerics_suite.reporting.telling.formats import many
+from numerics_suite.reporting.telling.places import Place
+from numerics_suite.reporting.telling.problems import Problem, problems_of
+from numerics_suite.reporting.telling.reproducers import Scripts
+from numerics_suite.reporting.telling.story import story_of
 
 MARKER = "<!-- numerics-suite -->"
 """The first line: by it the comment of an earlier run is found."""

@@ -18,15 +18,15 @@ from numerics_suite.core.text import listed
 from numerics_suite.judging.kinds import FAILING
 from numerics_suite.reporting.comparison import MEANS
 from numerics_suite.reporting.documents import Documents
-from numerics_suite.reporting.html.advice import advice_on
-from numerics_suite.reporting.html.formats import many, sentence
-from numerics_suite.reporting.html.places import Places, places_of
-from numerics_suite.reporting.html.problems import Problem, problems_of
-from numerics_suite.reporting.html.sections import reasons_of
 from numerics_suite.reporting.lines import printable
 from numerics_suite.reporting.markdown import summary_markdown
 from numerics_suite.reporting.sources import Place, Sources
 from numerics_suite.reporting.streams import abandon
+from numerics_suite.reporting.telling.advice import advice_on
+from numerics_suite.reporting.telling.formats import many, sentence
+from numerics_suite.reporting.telling.places import Places, places_of
+from numerics_suite.reporting.telling.problems import Problem, problems_of
+from numerics_suite.reporting.telling.sections import reasons_of
 
 MOST = 10
 """Errors of one step that GitHub shows."""

@@ -22,9 +22,9 @@ from numerics_suite.judging.kinds import FAILING
 from numerics_suite.reporting.comparison import MEANS
 from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents
 from numerics_suite.reporting.findings import block, grouped
-from numerics_suite.reporting.html.places import Source, places_of
 from numerics_suite.reporting.numbers import shown
 from numerics_suite.reporting.summary import NOTHING_RAN
+from numerics_suite.reporting.telling.places import Source, places_of
 
 NAME = "numerics-suite"
 

@@ -11,16 +11,16 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
-from numerics_suite.reporting.html.cards import Card, cards_of
-from numerics_suite.reporting.html.differences import Differences, differences_of
-from numerics_suite.reporting.html.formats import many, sentence
-from numerics_suite.reporting.html.places import Places, places_of
-from numerics_suite.reporting.html.problems import problems_of
-from numerics_suite.reporting.html.reproducers import Scripts
-from numerics_suite.reporting.html.sections import reasons_of
-from numerics_suite.reporting.html.spans import sequences
-from numerics_suite.reporting.html.story import Story, about, story_of
 from numerics_suite.reporting.markup import code, fenced, folded, joined, table, text
+from numerics_suite.reporting.telling.cards import Card, cards_of
+from numerics_suite.reporting.telling.differences import Differences, differences_of
+from numerics_suite.reporting.telling.formats import many, sentence
+from numerics_suite.reporting.telling.places import Places, places_of
+from numerics_suite.reporting.telling.problems import problems_of
+from numerics_suite.reporting.telling.reproducers import Scripts
+from numerics_suite.reporting.telling.sections import reasons_of
+from numerics_suite.reporting.telling.spans import sequences
+from numerics_suite.reporting.telling.story import Story, about, story_of
 
 if TYPE_CHECKING:
     from numerics_suite.core.versions import MatrixCell, Versions

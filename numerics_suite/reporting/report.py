@@ -11,12 +11,12 @@ from numerics_suite.reporting.added import added_reporters, write_added
 from numerics_suite.reporting.comment import comment_markdown
 from numerics_suite.reporting.documents import Documents
 from numerics_suite.reporting.html import write_html
-from numerics_suite.reporting.html.places import places_of
-from numerics_suite.reporting.html.problems import problems_of
-from numerics_suite.reporting.html.story import story_of
 from numerics_suite.reporting.junit import junit_xml
 from numerics_suite.reporting.markdown import summary_markdown
 from numerics_suite.reporting.sarif import sarif_text
+from numerics_suite.reporting.telling.places import places_of
+from numerics_suite.reporting.telling.problems import problems_of
+from numerics_suite.reporting.telling.story import story_of
 
 HTML, JUNIT, SARIF, SUMMARY, COMMENT = "index.html", "junit.xml", "results.sarif", "summary.md", "comment.md"
 FILES = (HTML, JUNIT, SARIF, SUMMARY, COMMENT)

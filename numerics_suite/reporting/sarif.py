@@ -24,12 +24,12 @@ from numerics_suite.judging.budgets import budgets_of
 from numerics_suite.judging.kinds import FAILING
 from numerics_suite.reporting.comparison import MEANS
 from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents
-from numerics_suite.reporting.html.advice import advice_on
-from numerics_suite.reporting.html.places import Places, places_of
-from numerics_suite.reporting.html.problems import Problem, part_of, problems_of
 from numerics_suite.reporting.lines import printable
 from numerics_suite.reporting.numbers import shown
 from numerics_suite.reporting.sources import Place, Sources
+from numerics_suite.reporting.telling.advice import advice_on
+from numerics_suite.reporting.telling.places import Places, places_of
+from numerics_suite.reporting.telling.problems import Problem, part_of, problems_of
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 MOST_RESULTS = 25_000

@@ -24,7 +24,7 @@ from numerics_suite.core.versions import MatrixResult
 from numerics_suite.reporting.documents import Documents, Matrix, Run
 from numerics_suite.reporting.html import render, write_html
 from numerics_suite.reporting.html.assets import STATIC
-from numerics_suite.reporting.html.reproducers import MARK
+from numerics_suite.reporting.telling.reproducers import MARK
 
 LARGEST = 8_000_000
 """Bytes of a page of 5,000 cells."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from numerics_suite.reporting.html.advice import Advised, bisected_cures
-from numerics_suite.reporting.html.formats import number, sentence
+from numerics_suite.reporting.telling.advice import Advised, bisected_cures
+from numerics_suite.reporting.telling.formats import number, sentence
 
 if TYPE_CHECKING:
     from numerics_suite.reporting.documents import BisectFile

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.numbers import jsonable
-from numerics_suite.reporting.html.formats import STATUSES, plain
-from numerics_suite.reporting.html.measured import Nearest, nearest, question
-from numerics_suite.reporting.html.problems import group_rank
+from numerics_suite.reporting.telling.formats import STATUSES, plain
+from numerics_suite.reporting.telling.measured import Nearest, nearest, question
+from numerics_suite.reporting.telling.problems import group_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numerics_suite.reporting.html.places import Place, Places
-    from numerics_suite.reporting.html.problems import Problem
+    from numerics_suite.reporting.telling.places import Place, Places
+    from numerics_suite.reporting.telling.problems import Problem
 
 LETTERS = {"passed": "p", "failed": "f", "accepted": "a", "skipped": "s", "error": "e"}
 ABSENT = "."

@@ -15,24 +15,24 @@ from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.reporting.html.assets import early, policy, scripts, style
 from numerics_suite.reporting.html.bisection import bisected
-from numerics_suite.reporting.html.cards import cards_of
-from numerics_suite.reporting.html.differences import differences_of
-from numerics_suite.reporting.html.formats import FILTERS, STATUSES, many
 from numerics_suite.reporting.html.grid import grid_of
-from numerics_suite.reporting.html.places import places_of
-from numerics_suite.reporting.html.problems import group_rank, problems_of
-from numerics_suite.reporting.html.reproducers import Scripts
-from numerics_suite.reporting.html.sections import reasons_of, rehearsed, surroundings_of
-from numerics_suite.reporting.html.series import Chapters
-from numerics_suite.reporting.html.story import about, story_of
 from numerics_suite.reporting.html.timeline import LETTERS, MEANS, tracks_of
+from numerics_suite.reporting.telling.cards import cards_of
+from numerics_suite.reporting.telling.differences import differences_of
+from numerics_suite.reporting.telling.formats import FILTERS, STATUSES, many
+from numerics_suite.reporting.telling.places import places_of
+from numerics_suite.reporting.telling.problems import group_rank, problems_of
+from numerics_suite.reporting.telling.reproducers import Scripts
+from numerics_suite.reporting.telling.sections import reasons_of, rehearsed, surroundings_of
+from numerics_suite.reporting.telling.series import Chapters
+from numerics_suite.reporting.telling.story import about, story_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numerics_suite.reporting.documents import Documents
-    from numerics_suite.reporting.html.places import Places
     from numerics_suite.reporting.html.timeline import Track
+    from numerics_suite.reporting.telling.places import Places
 
 CHAPTERS = (
     (

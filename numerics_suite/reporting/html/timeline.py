@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
 from numerics_suite.judging.kinds import KINDS
-from numerics_suite.reporting.html.formats import slug
-from numerics_suite.reporting.html.spans import sequences
+from numerics_suite.reporting.telling.formats import slug
+from numerics_suite.reporting.telling.spans import sequences
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numerics_suite.core.versions import Change, MatrixCell
     from numerics_suite.reporting.documents import Matrix
-    from numerics_suite.reporting.html.places import Source
+    from numerics_suite.reporting.telling.places import Source
 
 BASELINE = "baseline"
 QUIET = ("identical", "")

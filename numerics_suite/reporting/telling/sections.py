@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.text import listed
-from numerics_suite.reporting.html.curves import Curve, Figure, over_steps
-from numerics_suite.reporting.html.formats import STATUSES, number
+from numerics_suite.reporting.telling.curves import Curve, Figure, over_steps
+from numerics_suite.reporting.telling.formats import STATUSES, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
     from numerics_suite.reporting.documents import Documents
-    from numerics_suite.reporting.html.places import Place, Places, Source
+    from numerics_suite.reporting.telling.places import Place, Places, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

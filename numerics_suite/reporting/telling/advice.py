@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from numerics_suite.core.records import Finding, Remedy
     from numerics_suite.reporting.documents import BisectFile
-    from numerics_suite.reporting.html.problems import Problem
-    from numerics_suite.reporting.html.spans import Span
+    from numerics_suite.reporting.telling.problems import Problem
+    from numerics_suite.reporting.telling.spans import Span
 
 PLAIN_VERSIONS = ("newer-version", "pin-version")
 """Remedies that say no more than the versions that were tried."""

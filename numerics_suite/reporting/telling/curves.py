@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from numerics_suite.reporting.html.formats import exact
+from numerics_suite.reporting.telling.formats import exact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from numerics_suite.reporting.html.places import Place, Places, Source
+    from numerics_suite.reporting.telling.places import Place, Places, Source
 
 PACKAGES = ("transformers", "torch", "python")
 

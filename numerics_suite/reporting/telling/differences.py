@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.core.text import listed
 from numerics_suite.judging.kinds import KINDS
 from numerics_suite.reporting.comparison import MEANS
-from numerics_suite.reporting.html.curves import Beside, Curve, Figure, over_modules
-from numerics_suite.reporting.html.formats import number
-from numerics_suite.reporting.html.series import layer_of
+from numerics_suite.reporting.telling.curves import Beside, Curve, Figure, over_modules
+from numerics_suite.reporting.telling.formats import number
+from numerics_suite.reporting.telling.series import layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

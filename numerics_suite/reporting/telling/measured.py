@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numerics_suite
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.judging.budgets import budgets_of
-from numerics_suite.reporting.html.formats import number
 from numerics_suite.reporting.summary import INFORMS
+from numerics_suite.reporting.telling.formats import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from numerics_suite.core.text import listed
 from numerics_suite.judging.kinds import FAILING, KINDS
 from numerics_suite.reporting.comparison import MEANS
-from numerics_suite.reporting.html.advice import Advised, advice_on, bisected_cures
-from numerics_suite.reporting.html.differences import versions_of
-from numerics_suite.reporting.html.formats import STATUSES, many, sentence
+from numerics_suite.reporting.telling.advice import Advised, advice_on, bisected_cures
+from numerics_suite.reporting.telling.differences import versions_of
+from numerics_suite.reporting.telling.formats import STATUSES, many, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents, Run
-    from numerics_suite.reporting.html.places import Places
-    from numerics_suite.reporting.html.problems import Problem
+    from numerics_suite.reporting.telling.places import Places
+    from numerics_suite.reporting.telling.problems import Problem
 
 NOTHING_RAN = 5
 """The exit status for which no check ran, or not all that were asked for."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numerics_suite.reporting.html.places import Place
-    from numerics_suite.reporting.html.problems import Problem
+    from numerics_suite.reporting.telling.places import Place
+    from numerics_suite.reporting.telling.problems import Problem
 
 LARGEST = 32_768
 """Bytes of one script; those that the tool writes have fewer than 80 lines."""

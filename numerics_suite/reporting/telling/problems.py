@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.registry import GROUPS
-from numerics_suite.reporting.html.spans import Span, spans_of
+from numerics_suite.reporting.telling.spans import Span, spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numerics_suite.core.records import CheckResult, Finding
-    from numerics_suite.reporting.html.places import Place, Places
+    from numerics_suite.reporting.telling.places import Place, Places
 
 _DIGITS = re.compile(r"\d+")
 

@@ -7,15 +7,15 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from numerics_suite.reporting.html.curves import Beside, Curve, Figure, over_modules, over_steps
-from numerics_suite.reporting.html.formats import many, number
-from numerics_suite.reporting.html.measured import share_of
+from numerics_suite.reporting.telling.curves import Beside, Curve, Figure, over_modules, over_steps
+from numerics_suite.reporting.telling.formats import many, number
+from numerics_suite.reporting.telling.measured import share_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from numerics_suite.core.records import Series
-    from numerics_suite.reporting.html.places import Place, Places
+    from numerics_suite.reporting.telling.places import Place, Places
 
 POINTS = 40_000
 """Numbers that all tables of one kind may hold; subjects beyond it are counted and left out, the worst never."""

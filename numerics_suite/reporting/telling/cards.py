@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
 from numerics_suite.reporting.findings import batch_text, cells_text, rerun_words
-from numerics_suite.reporting.html.advice import Advised, advice_on
-from numerics_suite.reporting.html.formats import many, number
-from numerics_suite.reporting.html.reproducers import script_text
+from numerics_suite.reporting.telling.advice import Advised, advice_on
+from numerics_suite.reporting.telling.formats import many, number
+from numerics_suite.reporting.telling.reproducers import script_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numerics_suite.core.records import Cell, Finding
-    from numerics_suite.reporting.html.places import Place
-    from numerics_suite.reporting.html.problems import Problem
-    from numerics_suite.reporting.html.reproducers import Scripts
+    from numerics_suite.reporting.telling.places import Place
+    from numerics_suite.reporting.telling.problems import Problem
+    from numerics_suite.reporting.telling.reproducers import Scripts
 
 MOST_ROWS = 40
 """Rows of a card's list of cells; the map has them all."""
