@@ -8,7 +8,10 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-SAMPLES = ("regression", "all_green", "hostile", "everything", "many_cells")
+pytestmark = pytest.mark.xdist_group("browser")  # one Chromium, and each sample is written once
+
+SLOW = pytest.mark.slow(reason="a page of 5,000 cells is drawn from top to bottom")
+SAMPLES = ("regression", "all_green", "hostile", "everything", pytest.param("many_cells", marks=SLOW))
 DRAWN = "document.querySelectorAll('.drawing svg').length"
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
@@ -247,11 +250,11 @@ def test_without_scripts_it_still_reads(opened: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "dark", "width"),
     [
-        ("regression", False, 1280),
-        ("regression", True, 360),
         ("everything", True, 1280),
-        ("everything", False, 360),
-        ("all_green", False, 1280),
+        ("regression", False, 360),
+        pytest.param("regression", True, 360, marks=pytest.mark.slow),
+        pytest.param("everything", False, 360, marks=pytest.mark.slow),
+        pytest.param("all_green", False, 1280, marks=pytest.mark.slow),
     ],
 )
 def test_axe_finds_nothing(opened: Any, name: str, dark: bool, width: int) -> None:
