@@ -7,6 +7,7 @@ from typing import Any
 
 from mutants.driver import MutantSession
 
+from numerics_suite.core.errors import BadInputError, NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Finding
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.findings import finding
@@ -14,6 +15,10 @@ from numerics_suite.diagnosing.reproducer import reproducer
 from numerics_suite.running.evidence import Evidence
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask
+
+
+class UnseenError(Exception):
+    """The check did not fail."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,9 @@ def shown(
         precision: of the cell.
         attn: of the cell.
         changes: other settings.
+
+    Raises:
+        UnseenError: the check does not fail there.
     """
     settings = Settings(
         subjects=(str(source),),
@@ -56,12 +64,21 @@ def shown(
         **changes,
     )
     session = MutantSession(settings)
-    (question,) = session.plan.questions
-    assert question.skip is None, question.skip
+    try:
+        (question,) = session.plan.questions
+    except BadInputError as error:
+        raise UnseenError(str(error)) from error
+    if question.skip is not None:
+        raise UnseenError(question.skip)
     evidence = session.evidence(question.cell)
-    outcome = ask(get_check(check), evidence, seed=settings.seed, max_examples=settings.max_examples)
+    try:
+        outcome = ask(get_check(check), evidence, seed=settings.seed, max_examples=settings.max_examples)
+    except (NotApplicableError, UnsupportedError) as error:
+        raise UnseenError(str(error)) from error
     breaches = [item for item in outcome.breaches if measurement in {"", item.measurement.name}]
-    assert breaches, f"{check} passes: {outcome.worst}"
+    if not breaches:
+        message = f"{check} passes: {outcome.worst}"
+        raise UnseenError(message)
     found = finding(breaches, evidence, outcome.batch)
     return Shown(
         finding=found,

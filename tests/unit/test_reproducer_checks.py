@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from mutants.article_checkpoints import WEIGHT, Tensors, changed
-from mutants.catalogue import MUTANTS
-from unit.script_of import shown
+from mutants.catalogue import MUTANTS, ORACLE, Mutant
+from unit.script_of import UnseenError, shown
 from unit.script_process import ScriptProcess, script_process
 
 from numerics_suite.diagnosing.reproducer import fails
@@ -268,6 +268,40 @@ def test_a_script_of_each_measurement(row: Row, tmp_path: Path, alone: ScriptPro
 def test_a_module_against_its_definition(mutant: str, tmp_path: Path, alone: ScriptProcess) -> None:
     row = Row(check="reference.oracle", measurement="true-logits", mutant=mutant)
     both_ways(row, tmp_path, alone)
+
+
+MISPLACED = {
+    *("post-norm-before-attention", "last-norm-missing", "last-norm-twice"),
+    *("blocks-in-other-order", "block-skipped", "pooled-mean"),
+}
+"""Mutants of which only `reference.oracle` knows, in which each module is right and is in the wrong place."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mutant", [mutant for mutant in MUTANTS if not mutant.equivalent], ids=lambda mutant: mutant.id
+)
+def test_a_script_of_each_mutant(mutant: Mutant, tmp_path: Path, alone: ScriptProcess) -> None:
+    seen = 0
+    for check in mutant.expected_checks:
+        row = Row(check=check, measurement="", mutant=mutant.id, cell={"seq_len": 64, "batch_size": 4})
+        source = row.source(tmp_path)
+        try:
+            found = shown(source, check, **row.settings())
+        except UnseenError:
+            continue
+        seen += 1
+        if found.script is None:
+            assert check == ORACLE
+            assert mutant.id in MISPLACED
+            continue
+        assert alone.run(found.script).reproduced
+        ran = alone.run(row.without(found.script, source))
+        assert ran.not_reproduced, f"{ran.said}\n{found.script}"
+    if not seen:
+        pytest.skip(
+            "made by a function, which has no files to differ from, it is no defect; or this release has no such line"
+        )
 
 
 def no_clipping(parameters: Any, limit: float) -> None:
