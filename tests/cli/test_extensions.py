@@ -43,6 +43,9 @@ def make():
 """
 
 
+pytestmark = pytest.mark.xdist_group("extensions")  # what the module's fixtures install and run is shared
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the commands run: with a checkpoint whose logits are 64 times too large, and a tiny Llama."""
