@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from numerics_suite.core.registry import AddedCheck, CheckSpec, check
     from numerics_suite.diagnosing.added import AddedRemedy
     from numerics_suite.diagnosing.cures import Attempt
+    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.references import plain_answer, rounded_answer, true_answer
     from numerics_suite.oracles.config import OracleUnavailable, read_rope
     from numerics_suite.oracles.definition import Context, Head, Oracle
     from numerics_suite.oracles.parts import Place, activation, attend, frequencies, rotate
     from numerics_suite.reporting.documents import Documents, Run
-    from numerics_suite.running.evidence import Evidence
-    from numerics_suite.running.twins import plain_answer, rounded_answer, true_answer
     from numerics_suite.subjects.families.family import AddedFamily, Family
     from numerics_suite.subjects.load import Loaded
 
@@ -55,8 +55,8 @@ _HOMES = {
     "numerics_suite.oracles.definition": ("Context", "Head", "Oracle"),
     "numerics_suite.oracles.parts": ("Place", "activation", "attend", "frequencies", "rotate"),
     "numerics_suite.reporting.documents": ("Documents", "Run"),
-    "numerics_suite.running.evidence": ("Evidence",),
-    "numerics_suite.running.twins": ("plain_answer", "rounded_answer", "true_answer"),
+    "numerics_suite.engine.evidence": ("Evidence",),
+    "numerics_suite.engine.references": ("plain_answer", "rounded_answer", "true_answer"),
     "numerics_suite.subjects.families.family": ("AddedFamily", "Family"),
     "numerics_suite.subjects.load": ("Loaded",),
 }

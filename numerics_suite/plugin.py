@@ -141,7 +141,7 @@ def _wants_gpu_only(config: pytest.Config) -> bool:
 def _refuse_gpu_run_without_gpu(config: pytest.Config, *, allowed: bool) -> None:
     if allowed or not _wants_gpu_only(config):
         return
-    from numerics_suite.running.devices import accelerator
+    from numerics_suite.devices.device import accelerator
 
     if accelerator() is None:
         pytest.exit(NO_GPU, returncode=int(pytest.ExitCode.NO_TESTS_COLLECTED))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.batches import real_tokens
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
 
 SCALE: Final = 65536.0
 """Torch's first loss scale, a power of two: it moves no bit of a gradient that does not overflow or underflow."""

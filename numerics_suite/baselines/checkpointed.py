@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from numerics_suite.running.dropout import WithoutDropout
-from numerics_suite.running.true_fp64 import STREAM_ABOVE_BYTES
+from numerics_suite.engine.dropout import WithoutDropout
+from numerics_suite.engine.true_fp64 import STREAM_ABOVE_BYTES
 
 Caller: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], object]
 

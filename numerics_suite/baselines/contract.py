@@ -14,9 +14,9 @@ from numerics_suite.baselines.batches import tensors_of, training_of
 from numerics_suite.baselines.curve import LARGE
 from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.trace import real_rows
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import dtype_of, floating_outputs, main_output
 from numerics_suite.observing.roundoff import rms, unit_roundoff
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import dtype_of, floating_outputs, main_output
 from numerics_suite.subjects.load import default_dtype
 
 SAME_ROUNDOFFS: Final = 64

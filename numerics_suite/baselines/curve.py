@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from numerics_suite.baselines.checkpointed import checkpointed
 from numerics_suite.baselines.records import Curve
 from numerics_suite.baselines.trace import Trace, trace_call
-from numerics_suite.running import _lifting
-from numerics_suite.running.blocks import freeze_to_scope
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.precisions import SERVING_REASON
-from numerics_suite.running.training import Plan, make_optimizer, train
-from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import no_reference
+from numerics_suite.devices.precisions import SERVING_REASON
+from numerics_suite.engine import lifting
+from numerics_suite.engine.blocks import freeze_to_scope
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import no_reference
+from numerics_suite.engine.training_loop import Plan, make_optimizer, train
+from numerics_suite.engine.true_fp64 import run_true_fp64
 
 LARGE: Final = 10**9
 """Parameters above which the head and the last block alone are trained."""
@@ -92,8 +92,8 @@ def trainable(evidence: Evidence, scope: str, dtype: torch.dtype | None = None) 
         dtype: of the trained parameters, None as they are.
     """
     with (
-        _lifting.preserved(evidence.model),
-        _lifting.replaced_parameters(evidence.model, _alias) as parameters,
+        lifting.preserved(evidence.model),
+        lifting.replaced_parameters(evidence.model, _alias) as parameters,
     ):
         freeze_to_scope(evidence.model, scope, evidence.family)
         for parameter in parameters.values():

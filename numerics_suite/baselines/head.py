@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.sketch import uniform
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 
 @contextmanager

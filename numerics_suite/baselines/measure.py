@@ -23,13 +23,13 @@ from numerics_suite.baselines.precision import Seen, errors, gradient_errors, mo
 from numerics_suite.baselines.records import CellBaseline, Curve, ModuleRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher
 from numerics_suite.baselines.trace import Trace, answer_records, trace
+from numerics_suite.engine import lifting
+from numerics_suite.engine.environment import describe_environment, describe_machine
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import dtype_of
+from numerics_suite.engine.references import no_reference
 from numerics_suite.observing.local_error import LocalError
 from numerics_suite.observing.roundoff import unit_roundoff
-from numerics_suite.running import _lifting
-from numerics_suite.running.environment import describe_environment, describe_machine
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import dtype_of
-from numerics_suite.running.twins import no_reference
 from numerics_suite.subjects.quiet import quiet_transformers
 
 NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent")
@@ -60,7 +60,7 @@ def _measure(evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: 
     left_out: dict[str, str] = {}
     error, inherent, count = math.nan, math.nan, 0
     # Releases from 5.2 on leave hooks in a model that was asked for its hidden states.
-    with _lifting.preserved(evidence.model), head_by_formula(evidence):
+    with lifting.preserved(evidence.model), head_by_formula(evidence):
         found = _true_runs(evidence, used)
         seen = run_cell(evidence, used, found, left_out)
         local = module_errors(evidence, used, left_out)

@@ -25,13 +25,13 @@ from numerics_suite.baselines.trace import (
     real_rows,
     trace_call,
 )
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import autocast_dtype, call_model
+from numerics_suite.engine.references import is_reference_itself, routed_reason, routes
+from numerics_suite.engine.rounded_reference import run_rounded
 from numerics_suite.observing.headroom import Headroom, headroom
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import CANCELLED, rms
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import autocast_dtype, call_model
-from numerics_suite.running.rounded import run_rounded
-from numerics_suite.running.twins import is_reference_itself, routed_reason, routes
 
 REFERENCE = "fp64 is the reference itself"
 TOO_LARGE = "above a billion parameters"

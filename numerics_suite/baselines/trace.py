@@ -18,12 +18,12 @@ from numerics_suite.baselines.checkpointed import Caller, checkpointed
 from numerics_suite.baselines.decoding import decoded
 from numerics_suite.baselines.records import AnswerRecord, GradientRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher, condensed, nothing, sketch
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import arithmetic, call_model, floating_outputs, main_output, to_device
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import rms
 from numerics_suite.observing.tokens import token_rows
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, main_output, to_device
-from numerics_suite.running.true_fp64 import run_true_fp64
 
 DECODES_BELOW: Final = 10**9
 """Parameters up to which decoding is asked in true fp64, which reads the whole model once a piece."""
@@ -71,7 +71,7 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
     Args:
         evidence: of the cell.
         batches: stored.
-        stream: see :func:`numerics_suite.running.true_fp64.run_true_fp64`.
+        stream: see :func:`numerics_suite.engine.true_fp64.run_true_fp64`.
     """
     answers: dict[str, Tensor] = {}
     modules: dict[str, ModuleTrace] = {}

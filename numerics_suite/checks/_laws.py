@@ -8,7 +8,7 @@ from torch import nn
 
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 
 def law_measurements(

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
+from numerics_suite.engine.blocks import freeze_to_scope
+from numerics_suite.engine.forward import arithmetic, call_model, dtype_of, floating_outputs, loss_in, to_device
+from numerics_suite.engine.training_loop import BadTensor, HaltedError, Plan, Trainer, make_optimizer
 from numerics_suite.judging.verdicts import Breach
 from numerics_suite.observing.domain import name_of
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
-from numerics_suite.running.blocks import freeze_to_scope
-from numerics_suite.running.forward import arithmetic, call_model, dtype_of, floating_outputs, loss_in, to_device
-from numerics_suite.running.training import BadTensor, HaltedError, Plan, Trainer, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numerics_suite.core.records import Batch, Fact
-    from numerics_suite.running.evidence import Evidence
+    from numerics_suite.engine.evidence import Evidence
 
 LOCATED = {
     ("forward.finite", "non-finite"),

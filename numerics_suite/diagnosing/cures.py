@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from numerics_suite.core.records import Finding
+from numerics_suite.devices.precisions import PRECISIONS
 from numerics_suite.diagnosing.fixing import fixed_configs
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.precisions import PRECISIONS
-from numerics_suite.running.training import Plan
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.training_loop import Plan
 from numerics_suite.subjects.load import Loaded
 
 

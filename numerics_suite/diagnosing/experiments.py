@@ -14,8 +14,8 @@ from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.core.records import Fact, Finding
 from numerics_suite.diagnosing.cures import SAFE_EPS, initialise_head
 from numerics_suite.diagnosing.trying import Answer, Ask
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.observing.finiteness import nan_count
-from numerics_suite.running.evidence import Evidence
 
 Outcome = Literal["passes", "fails"]
 FP32, FP64 = "in fp32", "in fp64"

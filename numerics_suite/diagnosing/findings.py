@@ -15,7 +15,7 @@ from numerics_suite.diagnosing.remedies import untried
 from numerics_suite.judging.verdicts import Breach
 
 if TYPE_CHECKING:
-    from numerics_suite.running.evidence import Evidence
+    from numerics_suite.engine.evidence import Evidence
 
 NAMED = 4
 """Parameters that a title names before it says how many more there are."""

@@ -24,8 +24,8 @@ from numerics_suite.diagnosing.rewriting import (
     of_stored_sizes,
     tied_as_stored,
 )
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.oracles import file_weights
-from numerics_suite.running.evidence import Evidence
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.files import tensor_headers
 

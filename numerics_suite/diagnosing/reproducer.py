@@ -22,9 +22,9 @@ from torch import Tensor
 from numerics_suite.core.records import Batch, Finding
 from numerics_suite.diagnosing.scripts import BODIES, SYMPTOM, Body, Scene
 from numerics_suite.diagnosing.scripts.parts import LONGEST, script
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.scope import USABLE, free_bytes
 from numerics_suite.inputs.strategies import IGNORED
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.scope import USABLE, free_bytes
 from numerics_suite.subjects.memory import estimate_bytes
 from numerics_suite.subjects.poison import poisoned, seeded
 from numerics_suite.subjects.quiet import quiet_transformers

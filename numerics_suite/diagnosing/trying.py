@@ -18,9 +18,9 @@ from numerics_suite.diagnosing.added import cost_of, cures
 from numerics_suite.diagnosing.cures import Attempt, learning_rates
 from numerics_suite.diagnosing.findings import title
 from numerics_suite.diagnosing.remedies import description_of, useful_first
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.training_loop import Plan, Trajectory
 from numerics_suite.judging.verdicts import Breach
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.training import Plan, Trajectory
 
 SOUND = ("load.finite", "load.head-init")
 """Asked of every cured copy: a remedy under which one still fails hides the symptom and leaves the cause."""

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Budget
+from numerics_suite.engine.forward import call_model, floating_outputs, main_output
+from numerics_suite.engine.references import longest_reduction
+from numerics_suite.engine.rounded_reference import run_rounded
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.judging.budgets import all_budgets
 from numerics_suite.judging.verdicts import within
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.roundoff import relative_error, rms
-from numerics_suite.running.forward import call_model, floating_outputs, main_output
-from numerics_suite.running.rounded import run_rounded
-from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import longest_reduction
 
 __all__ = [
     "assert_batch_invariant",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.engine import lifting
 from numerics_suite.observing.tokens import at_real
-from numerics_suite.running import _lifting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,20 +59,20 @@ def headroom(
     worst: dict[str, Headroom] = {}
 
     def look(module: nn.Module, args: object, output: object) -> None:  # noqa: ARG001 - the signature of a hook
-        for tensor in _lifting.floating_outputs(output).values():
+        for tensor in lifting.floating_outputs(output).values():
             found = _headroom(names[id(module)], at_real(real, tensor))
             before = worst.get(found.module)
             if before is None or math.isnan(found.bits) or found.bits < before.bits:
                 worst[found.module] = found
 
     with ExitStack() as stack:
-        stack.enter_context(_lifting.preserved(model))
+        stack.enter_context(lifting.preserved(model))
         for module in model.modules():
             module.training = False
             module.register_forward_hook(look)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_lifting.autocast_on(model, autocast))
-        (call or _lifting.default_call)(model, batch)
+        stack.enter_context(lifting.autocast_on(model, autocast))
+        (call or lifting.default_call)(model, batch)
     return list(worst.values())
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from numerics_suite.engine import lifting
+from numerics_suite.engine.lifting import WIDER, floating_outputs, widen
+from numerics_suite.engine.rounded_reference import RoundOnce
+from numerics_suite.engine.true_fp64 import LiftToFp64, float64_surroundings
 from numerics_suite.observing.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
 from numerics_suite.observing.tokens import at_real
-from numerics_suite.running import _lifting
-from numerics_suite.running._lifting import WIDER, floating_outputs, widen
-from numerics_suite.running.rounded import RoundOnce
-from numerics_suite.running.true_fp64 import LiftToFp64, float64_surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -82,11 +82,11 @@ def local_errors(
         In the order in which the modules first returned.
     """
     with ExitStack() as stack:
-        stack.enter_context(_lifting.preserved(model))
+        stack.enter_context(lifting.preserved(model))
         for module in model.modules():
             module.training = False
         if call is None:
-            stack.enter_context(_lifting.without_cache(model))
+            stack.enter_context(lifting.without_cache(model))
         names = {id(module): name for name, module in model.named_modules()}
         observer = _Observer(names, _real_positions(batch))
         for module in _measured(model):
@@ -95,9 +95,9 @@ def local_errors(
             )
             stack.enter_context(_handle(module.register_forward_hook(observer.after)))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_lifting.autocast_on(model, autocast))
+        stack.enter_context(lifting.autocast_on(model, autocast))
         stack.enter_context(observer)
-        (call or _lifting.default_call)(model, batch)
+        (call or lifting.default_call)(model, batch)
     return list(observer.worst.values())
 
 
@@ -146,7 +146,7 @@ class _Open:
             self.coarsest = dtype
 
 
-class _Observer(_lifting.LeanMode):
+class _Observer(lifting.LeanMode):
     """Runs each module in fp64 before it runs in its precision; as a dispatch mode it sees the dtypes in between."""
 
     def __init__(self, names: Mapping[int, str], real: Tensor | None) -> None:
@@ -159,7 +159,7 @@ class _Observer(_lifting.LeanMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.open and not self.busy:
-            for tensor in _lifting.tensors_in(result):
+            for tensor in lifting.tensors_in(result):
                 if tensor.dtype in WIDER:
                     self.open[-1].saw(tensor.dtype)
         return result

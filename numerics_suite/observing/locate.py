@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from numerics_suite.engine.true_fp64 import LiftToFp64
 from numerics_suite.observing.domain import has_masked_row, is_outside_domain, means_infinity
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.where import Stack, current_node, module_stack
-from numerics_suite.running.true_fp64 import LiftToFp64
 
 QUIET = {"aten.detach.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 """Ops that compute nothing: what they return was made elsewhere or is still to be written."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from numerics_suite.core.exact import AGREED
+from numerics_suite.engine.true_fp64 import STREAM_ABOVE_BYTES, run_true_fp64
 from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import relative_error
-from numerics_suite.running.true_fp64 import STREAM_ABOVE_BYTES, run_true_fp64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

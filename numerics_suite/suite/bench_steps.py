@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from numerics_suite.core.records import Cell
-from numerics_suite.running.evidence import Evidence, Request
-from numerics_suite.running.forward import arithmetic, call_model
-from numerics_suite.running.precisions import PRECISIONS
-from numerics_suite.running.training import Plan, Trainer
+from numerics_suite.devices.precisions import PRECISIONS
+from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.forward import arithmetic, call_model
+from numerics_suite.engine.training_loop import Plan, Trainer
 from numerics_suite.subjects.resolve import resolve_all
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.running.devices import accelerator
+from numerics_suite.devices.device import accelerator
 from numerics_suite.watching.session import Watch, WatchSettings
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, Phase, given
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
+from numerics_suite.engine.evidence import Evidence, batch_key
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judging.verdicts import Breach, judge
-from numerics_suite.running.evidence import Evidence, batch_key
 
 SHRINKS = 60
 """Batches tried to make a failing one smaller: rows and lengths are a few choices each, and every try runs the model."""

@@ -13,8 +13,8 @@ import pytest
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
+from numerics_suite.engine.environment import describe_run
 from numerics_suite.reporting.results import check_from_json, write_results
-from numerics_suite.running.environment import describe_run
 from numerics_suite.settings.accept import stale
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.suite.held_to import GROUP, left_out

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
 from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check, own_check_ids
+from numerics_suite.devices.device import default_precisions, lacks, lacks_attention, resolve_device
+from numerics_suite.devices.precisions import SERVING_REASON, Precision, precision
 from numerics_suite.inputs.data import check_labels, read_examples
-from numerics_suite.running.devices import default_precisions, lacks, lacks_attention, resolve_device
-from numerics_suite.running.precisions import SERVING_REASON, Precision, precision
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.subjects.resolve import resolve_all, unsupported_subject

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
+from numerics_suite.devices.precisions import PRECISIONS, precision
 from numerics_suite.diagnosing.remedies import untried
-from numerics_suite.running.environment import describe_run
-from numerics_suite.running.precisions import PRECISIONS, precision
+from numerics_suite.engine.environment import describe_run
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load
 from numerics_suite.subjects.resolve import resolve_all

@@ -16,8 +16,8 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
+from numerics_suite.devices.precisions import precision
 from numerics_suite.reporting.terminal import PlanRow, Terminal
-from numerics_suite.running.precisions import precision
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import estimate_bytes

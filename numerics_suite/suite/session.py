@@ -25,12 +25,12 @@ from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
 from numerics_suite.diagnosing.reproducer import reproducer
 from numerics_suite.diagnosing.trying import Answer, try_remedies
+from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.scope import choose_scope
+from numerics_suite.engine.training_loop import Plan
 from numerics_suite.inputs.data import data_batch, read_examples
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judging.verdicts import with_limits
-from numerics_suite.running.evidence import Evidence, Request
-from numerics_suite.running.scope import choose_scope
-from numerics_suite.running.training import Plan
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
@@ -232,6 +232,6 @@ def error_line(error: Exception) -> str:
 
 
 def _free() -> str:
-    from numerics_suite.running.scope import free_bytes
+    from numerics_suite.engine.scope import free_bytes
 
     return f"{free_bytes('cuda' if torch.cuda.is_available() else 'cpu')} bytes"

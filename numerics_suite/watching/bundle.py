@@ -23,7 +23,7 @@ from torch import Tensor
 from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.records import Finding
-from numerics_suite.running.environment import describe_environment
+from numerics_suite.engine.environment import describe_environment
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.watching.alarms import Alarm, Reading
 from numerics_suite.watching.diagnose import SMALL_BYTES, Scene

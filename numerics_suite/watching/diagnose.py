@@ -15,9 +15,9 @@ from numerics_suite.core.records import Batch, Fact, Finding
 from numerics_suite.diagnosing.causes import REMEDIES, cause_of, origin_facts
 from numerics_suite.diagnosing.findings import batch_as_json
 from numerics_suite.diagnosing.remedies import untried
+from numerics_suite.engine.forward import floating_outputs
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
-from numerics_suite.running.forward import floating_outputs
 from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.norms import local
 from numerics_suite.watching.retracing import Trained, trained_origin

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.running.forward import floating_outputs, main_output
+from numerics_suite.engine.forward import floating_outputs, main_output
 from numerics_suite.watching.norms import floating, largest, local, samples, total_norm, update_ratio
 
 Figures = list[tuple[str, Tensor]]

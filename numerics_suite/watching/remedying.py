@@ -29,7 +29,7 @@ from numerics_suite.diagnosing.cures import (
 )
 from numerics_suite.diagnosing.remedies import useful_first
 from numerics_suite.diagnosing.trying import NOT_HERE
-from numerics_suite.running.training import Plan
+from numerics_suite.engine.training_loop import Plan
 from numerics_suite.subjects import compat
 from numerics_suite.watching.diagnose import Scene
 from numerics_suite.watching.inputs import token_ids

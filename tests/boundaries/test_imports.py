@@ -17,9 +17,10 @@ import numerics_suite
 ORDER = (
     "core",
     "settings",
+    "devices",
     "subjects",
     "inputs",
-    "running",
+    "engine",
     "oracles",
     "observing",
     "baselines",
@@ -39,7 +40,7 @@ ORDER = (
 """The stages, earliest first."""
 
 LEAVES = frozenset({"numerics_suite.observing.finiteness", "numerics_suite.observing.roundoff"})
-"""Plain arithmetic on tensors that `running` needs too. They import nothing of the package, so nothing runs in a circle."""
+"""Plain arithmetic on tensors that `engine` needs too. They import nothing of the package, so nothing runs in a circle."""
 
 LIGHT = ("core", "settings", "extending", "plugin", "cli", "__main__", "numerics_suite")
 """Stages that start without a heavy package: those that `--help` and every pytest run load."""
@@ -79,11 +80,9 @@ def test_the_leaves_import_nothing_of_the_package() -> None:
 
 def test_a_backward_import_is_seen() -> None:
     text = "from numerics_suite.core import errors\ndef late():\n    from numerics_suite.suite.gate import Gate\n"
-    wrong = source_tree.SourceFile(
-        path="wrong.py", module="numerics_suite.running.wrong", lines=3, tree=ast.parse(text)
-    )
+    wrong = source_tree.SourceFile(path="wrong.py", module="numerics_suite.engine.wrong", lines=3, tree=ast.parse(text))
     assert backward_imports((wrong,)) == [
-        "wrong.py:3: numerics_suite.running.wrong imports numerics_suite.suite.gate",
+        "wrong.py:3: numerics_suite.engine.wrong imports numerics_suite.suite.gate",
     ]
 
 

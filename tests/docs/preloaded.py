@@ -26,7 +26,7 @@ PRELOADED = (
     "transformers.models.glm.modeling_glm",
     "hypothesis",
     "pytest",
-    "numerics_suite.running.evidence",
+    "numerics_suite.engine.evidence",
     "numerics_suite.judging.assertions",
     "numerics_suite.reporting.terminal",
     "numerics_suite.watching.session",

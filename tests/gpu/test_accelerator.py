@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from numerics_suite.cli.main import main
-from numerics_suite.running.devices import accelerator, default_precisions, lacks
-from numerics_suite.running.precisions import PRECISIONS
+from numerics_suite.devices.device import accelerator, default_precisions, lacks
+from numerics_suite.devices.precisions import PRECISIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(accelerator() is None, reason="no accelerator is visible to torch")]
 

@@ -12,7 +12,7 @@ from mutants.catalogue.record import ORACLE, Mutant
 from mutants.editing import Patch
 from numerics_suite.core.records import Cell, CheckResult
 from numerics_suite.core.registry import check_ids
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded, load
 from numerics_suite.suite.planning import Question

@@ -175,7 +175,7 @@ def named_by_anomaly(session: Any) -> Named:
     """What `torch.autograd.detect_anomaly` says of one step, with the loss scale where the precision has one."""
     import torch
 
-    from numerics_suite.running.forward import arithmetic, call_model
+    from numerics_suite.engine.forward import arithmetic, call_model
 
     evidence, tensors, model = _training_inputs(session)
     scale = 65536.0 if evidence.recipe.loss_scaling else 1.0
@@ -207,7 +207,7 @@ def named_by_debug(session: Any) -> Named:
     """What transformers' `DebugUnderflowOverflow` says of one step: the module of the last frame that it prints."""
     from transformers.debug_utils import DebugUnderflowOverflow
 
-    from numerics_suite.running.forward import arithmetic, call_model
+    from numerics_suite.engine.forward import arithmetic, call_model
 
     evidence, tensors, model = _training_inputs(session)
     printed = io.StringIO()

@@ -12,7 +12,7 @@ from numerics_suite.core.records import Batch, Finding
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.findings import finding
 from numerics_suite.diagnosing.reproducer import reproducer
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask
 

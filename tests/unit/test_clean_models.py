@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from numerics_suite.engine.dropout import WithoutDropout
+from numerics_suite.engine.forward import call_model, floating_outputs
 from numerics_suite.observing.kinks import Kinks
 from numerics_suite.observing.local_error import local_errors
 from numerics_suite.observing.roundoff import gradient_errors
-from numerics_suite.running.dropout import WithoutDropout
-from numerics_suite.running.forward import call_model, floating_outputs
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
 from numerics_suite.suite.session import SuiteSession

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.running.devices import accelerator, resolve_device
+from numerics_suite.devices.device import accelerator, resolve_device
 
 
 def refused() -> NoReturn:

@@ -19,8 +19,8 @@ from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.sketch import PROJECTIONS, Sketcher, condensed, sketch, uniform
 from numerics_suite.baselines.trace import trace
 from numerics_suite.core.errors import BadInputError, NotApplicableError
-from numerics_suite.running.evidence import Evidence, Request
-from numerics_suite.running.training import Plan
+from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.training_loop import Plan
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import load
 from numerics_suite.suite.planning import applicable_checks, make_plan

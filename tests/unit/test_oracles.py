@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.oracles import (
     ANSWER,
     OracleUnavailable,
@@ -35,7 +36,6 @@ from numerics_suite.oracles.glm import Glm
 from numerics_suite.oracles.glm4 import Glm4
 from numerics_suite.oracles.run import CHUNK_ROWS
 from numerics_suite.oracles.trace import agree
-from numerics_suite.running.true_fp64 import run_true_fp64
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,7 +13,7 @@ from numerics_suite.core.records import Finding, Remedy
 from numerics_suite.diagnosing.cures import COST, CURES, in_float32, learning_rates
 from numerics_suite.diagnosing.remedies import DESCRIPTIONS
 from numerics_suite.diagnosing.trying import NOT_HERE, try_remedies
-from numerics_suite.running.training import Plan
+from numerics_suite.engine.training_loop import Plan
 from numerics_suite.suite.planning import Question
 
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_tried_is_said_plainly():
 
 
 def test_an_experiment_and_the_remedy_of_its_name_train_once(monkeypatch):
-    from numerics_suite.running import evidence
+    from numerics_suite.engine import evidence
 
     ran = []
     own = evidence.train

@@ -13,7 +13,7 @@ from _pytest.config.argparsing import Parser
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Cell, CheckResult, Finding
-from numerics_suite.running.precisions import PRECISIONS as RECIPES
+from numerics_suite.devices.precisions import PRECISIONS as RECIPES
 from numerics_suite.settings import choices
 from numerics_suite.settings.accept import AcceptEntry, matches, stale
 from numerics_suite.settings.options import add_pytest_options, from_command_line, from_pytest, to_args

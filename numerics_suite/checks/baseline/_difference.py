@@ -10,7 +10,7 @@ from numerics_suite.baselines.compare import Difference, difference
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.running.evidence import Evidence, Request
+from numerics_suite.engine.evidence import Evidence, Request
 
 MEMO = "baseline.difference"
 

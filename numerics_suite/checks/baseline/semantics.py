@@ -8,7 +8,7 @@ from numerics_suite.baselines.measurements import semantic_measurements
 from numerics_suite.checks.baseline._difference import difference_of
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 
 @check(of_broken=True)

@@ -10,10 +10,8 @@ from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.observing.parting import Side, first_parting
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import (
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import (
     caller,
     compare_law,
     plain_answer,
@@ -22,6 +20,8 @@ from numerics_suite.running.twins import (
     trusted,
     without_labels,
 )
+from numerics_suite.engine.true_fp64 import run_true_fp64
+from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.subjects.load import Loaded
 
 

@@ -9,9 +9,16 @@ from torch import Tensor
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import (
+    caller,
+    compare_law,
+    plain_answer,
+    rounded_answer,
+    true_answer,
+    without_labels,
+)
 from numerics_suite.observing.parting import Side, first_parting
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.twins import caller, compare_law, plain_answer, rounded_answer, true_answer, without_labels
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))

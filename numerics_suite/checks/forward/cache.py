@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import call_model, to_device
+from numerics_suite.engine.references import caller, compare_law, rounded_answer, true_answer, trusted, without_labels
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observing.parting import Side, first_parting
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import call_model, to_device
-from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import caller, compare_law, rounded_answer, true_answer, trusted, without_labels
 
 
 @check(batches=True, share=0.4, needs=("causal", "token-ids"))

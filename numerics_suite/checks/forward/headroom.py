@@ -9,11 +9,11 @@ from torch import nn
 
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import check
+from numerics_suite.engine.blocks import decoder_blocks
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import arithmetic, call_model, to_device
 from numerics_suite.observing.headroom import Headroom
 from numerics_suite.observing.headroom import headroom as headroom_by_module
-from numerics_suite.running.blocks import decoder_blocks
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import arithmetic, call_model, to_device
 
 
 @check(batches=True, seeks="largest-activation")

@@ -11,10 +11,17 @@ from numerics_suite.checks._laws import is_rotary, law_measurements, skipped_law
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import (
+    caller,
+    compare_law,
+    plain_answer,
+    rounded_answer,
+    true_answer,
+    without_labels,
+)
 from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.observing.roundoff import relative_error
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.twins import caller, compare_law, plain_answer, rounded_answer, true_answer, without_labels
 
 EXTRA = 3
 """Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 
 @check(batches=True, needs=("head", "token-ids"))

@@ -8,9 +8,9 @@ import torch
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import floating_outputs, main_output
 from numerics_suite.observing.comparing import differing_elements
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import floating_outputs, main_output
 
 INTEGERS = (torch.int32, torch.int16, torch.uint8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

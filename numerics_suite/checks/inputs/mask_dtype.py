@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import floating_outputs, main_output
 from numerics_suite.inputs.strategies import MASK_DTYPES
 from numerics_suite.observing.comparing import differing_elements
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import floating_outputs, main_output
 
 
 @check(batches=True, share=0.4, needs=("token-ids",))

@@ -11,7 +11,7 @@ import torch
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
 
 TEXTS = (

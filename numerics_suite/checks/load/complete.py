@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.oracles import OracleUnavailable, oracle_for, rotary_budget, rotary_roundoffs
-from numerics_suite.running.evidence import Evidence
 from numerics_suite.subjects.compat import known_config_keys
 
 DEFINING = frozenset(

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
-from numerics_suite.running.evidence import Evidence
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 
 

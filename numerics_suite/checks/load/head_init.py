@@ -10,7 +10,7 @@ from torch import nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 
 @check(scope="precision")

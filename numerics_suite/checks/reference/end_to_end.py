@@ -9,10 +9,8 @@ from typing import Any
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.inputs.strategies import training_batch
-from numerics_suite.observing.roundoff import rms
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.twins import (
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import (
     is_reference_itself,
     longest_reduction,
     plain_answer,
@@ -22,6 +20,8 @@ from numerics_suite.running.twins import (
     routes,
     true_answer,
 )
+from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.observing.roundoff import rms
 
 ENOUGH = 1000
 """Numbers that a ratio of errors is taken over, at least."""

@@ -13,20 +13,20 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.observing.coarser import coarser_ops
-from numerics_suite.observing.kinks import Kinks
-from numerics_suite.observing.roundoff import rms
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import arithmetic, autocast_dtype, call_model, dtype_of, floating_outputs, to_device
-from numerics_suite.running.rounded import run_rounded
-from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import (
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import arithmetic, autocast_dtype, call_model, dtype_of, floating_outputs, to_device
+from numerics_suite.engine.references import (
     is_reference_itself,
     rounding_allowance,
     routed_reason,
     routes,
     trusted,
 )
+from numerics_suite.engine.rounded_reference import run_rounded
+from numerics_suite.engine.true_fp64 import run_true_fp64
+from numerics_suite.observing.coarser import coarser_ops
+from numerics_suite.observing.kinks import Kinks
+from numerics_suite.observing.roundoff import rms
 
 
 @check(trains=True, needs=("token-ids",))

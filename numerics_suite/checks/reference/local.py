@@ -8,11 +8,11 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import autocast_dtype, dtype_of
+from numerics_suite.engine.references import is_reference_itself, longest_reduction, without_labels
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import unit_roundoff
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import autocast_dtype, dtype_of
-from numerics_suite.running.twins import is_reference_itself, longest_reduction, without_labels
 
 COMPOSED = "composed"
 """The measurement of modules that are judged by their kernel ratio, not by roundoffs."""

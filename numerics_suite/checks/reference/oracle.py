@@ -12,15 +12,15 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import call_model, dtype_of
+from numerics_suite.engine.references import trusted
+from numerics_suite.engine.true_fp64 import Fp64Run, run_true_fp64
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 from numerics_suite.oracles import file_weights, oracle_for, rotary_budget, rotary_roundoffs, run_oracle, tensor_weights
 from numerics_suite.oracles.run import ANSWER, OracleRun
 from numerics_suite.oracles.trace import capture_states, first_difference
 from numerics_suite.oracles.weights import Weights
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import call_model, dtype_of
-from numerics_suite.running.true_fp64 import Fp64Run, run_true_fp64
-from numerics_suite.running.twins import trusted
 
 
 @check(needs=("token-ids",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from numerics_suite.core.records import Series
-from numerics_suite.running.training import Trajectory
+from numerics_suite.engine.training_loop import Trajectory
 
 
 def losses(run: Trajectory) -> Iterator[Series]:

@@ -12,11 +12,11 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import trusted
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.true_fp64 import run_true_fp64
-from numerics_suite.running.twins import trusted
 
 
 @check(trains=True, needs=("token-ids",))

@@ -9,7 +9,7 @@ from numerics_suite.checks.train._curves import loss_scales
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 INITIAL_SCALE = 65536.0
 """What torch's GradScaler begins with."""

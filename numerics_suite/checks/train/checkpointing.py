@@ -12,12 +12,12 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.dropout import WithoutDropout
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.forward import call_model, to_device
+from numerics_suite.engine.references import trusted
+from numerics_suite.engine.true_fp64 import Fp64Run, run_true_fp64
 from numerics_suite.observing.roundoff import gradient_errors
-from numerics_suite.running.dropout import WithoutDropout
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.forward import call_model, to_device
-from numerics_suite.running.true_fp64 import Fp64Run, run_true_fp64
-from numerics_suite.running.twins import trusted
 
 
 @check(trains=True, needs=("token-ids",))

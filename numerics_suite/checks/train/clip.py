@@ -9,8 +9,8 @@ from numerics_suite.checks.train._curves import clipped_norms, gradient_norms, l
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
-from numerics_suite.running.training import Trajectory
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.training_loop import Trajectory
 
 LIMIT = 1.0
 """The norm that GLM-4's fine-tuning recipes clip to."""

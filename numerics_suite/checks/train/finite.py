@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from numerics_suite.checks.train._curves import gradient_norms, losses
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 
 @check(trains=True, of_broken=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 
 @check(trains=True)
@@ -45,8 +45,8 @@ def _unused(evidence: Evidence, name: str) -> bool:
 
 def _alive_in_fp32(evidence: Evidence, dead: tuple[str, ...]) -> bool:
     """Whether the same parameters do get a gradient in fp32, so that it was lost to float16's range."""
-    from numerics_suite.running.precisions import PRECISIONS
-    from numerics_suite.running.training import train
+    from numerics_suite.devices.precisions import PRECISIONS
+    from numerics_suite.engine.training_loop import train
 
     model = evidence.load(seed=evidence.request.seed, dtype="float32").model
     run = train(

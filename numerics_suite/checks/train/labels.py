@@ -10,9 +10,9 @@ from torch import Tensor
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.observing.comparing import differing_elements
-from numerics_suite.running.evidence import Evidence
 
 
 @check(batches=True, trains=True, needs=("token-ids",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numerics_suite.diagnosing.scripts.parts import uncached, under
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
-from numerics_suite.running.twins import is_reference_itself, longest_reduction, rounding_allowance
+from numerics_suite.engine.references import is_reference_itself, longest_reduction, rounding_allowance
 
 # --- one module ----------------------------------------------------------------------------------------------------
 

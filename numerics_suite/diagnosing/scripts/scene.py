@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from numerics_suite.core.records import Finding
-from numerics_suite.running.evidence import Evidence
+from numerics_suite.engine.evidence import Evidence
 
 SYMPTOM = "REPRODUCED"
 """How the assertion of every script begins."""

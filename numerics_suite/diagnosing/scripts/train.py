@@ -6,7 +6,7 @@ from numerics_suite.checks.train.amp import INITIAL_SCALE
 from numerics_suite.checks.train.clip import LIMIT
 from numerics_suite.diagnosing.scripts.parts import backward, indented, uncached, under, written
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
-from numerics_suite.running.training import OPTIMIZERS
+from numerics_suite.engine.training_loop import OPTIMIZERS
 
 MOST_NAMES = 30
 """Trained parameters that a script names one by one, where the scope leaves others untrained."""

@@ -8,7 +8,7 @@ import torch
 
 from numerics_suite.core.machine import available_bytes
 from numerics_suite.core.records import Subject
-from numerics_suite.running.precisions import precision
+from numerics_suite.devices.precisions import precision
 from numerics_suite.subjects.memory import estimate_bytes
 
 USABLE = 0.8

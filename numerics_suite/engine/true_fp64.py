@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.running import _lifting, _streaming
-from numerics_suite.running._lifting import WIDER, Kind, plan_of, widen
+from numerics_suite.engine import lifting, weight_stream
+from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +49,7 @@ class Fp64Run:
     left_out: tuple[str, ...]
 
 
-class LiftToFp64(_lifting.LeanMode):
+class LiftToFp64(lifting.LeanMode):
     """The dispatch mode: every op in float64.
 
     Args:
@@ -83,11 +83,11 @@ class LiftToFp64(_lifting.LeanMode):
         if plan.written:
             if kind is Kind.RANDOM:
                 return func(*args, **kwargs)
-            if lower := _lifting.writes_lower(plan, args, kwargs):
+            if lower := lifting.writes_lower(plan, args, kwargs):
                 return self._write_through(func, plan, args, kwargs, lower)
         return self._compute(func, plan, args, kwargs)
 
-    def _compute(self, func: Any, plan: _lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, func: Any, plan: lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs:
             kwargs = {name: widen(argument) for name, argument in kwargs.items()}
         if plan.gathers:
@@ -105,7 +105,7 @@ class LiftToFp64(_lifting.LeanMode):
             if result.dtype in WIDER:
                 self.leave_out(func)
                 return widen(result)
-        elif any(tensor.dtype in WIDER for tensor in _lifting.tensors_in(result)):
+        elif any(tensor.dtype in WIDER for tensor in lifting.tensors_in(result)):
             self.leave_out(func)
             return type(result)(widen(item) for item in result)
         if plan.kind is Kind.FOREIGN:
@@ -114,14 +114,14 @@ class LiftToFp64(_lifting.LeanMode):
 
     def _find_lost_gradients(self, func: Any, args: Any) -> None:
         """Note a parameter that is used outside the module that owns it: streaming does not see its gradient."""
-        for tensor in _lifting.tensors_in(args):
+        for tensor in lifting.tensors_in(args):
             if not tensor.requires_grad and tensor.untyped_storage().data_ptr() in self.trained:
                 self.leave_out(f"gradient through {func} of a parameter used outside its module")
 
     def _write_through(
         self,
         func: Any,
-        plan: _lifting.Plan,
+        plan: lifting.Plan,
         args: Any,
         kwargs: dict[str, Any],
         lower: list[Tensor],
@@ -130,7 +130,7 @@ class LiftToFp64(_lifting.LeanMode):
             message = f"{func} would change a parameter of the model; run it with stream=False"
             raise RuntimeError(message)
         self.leave_out(func)
-        return _lifting.write_through(func, plan, args, kwargs)
+        return lifting.write_through(func, plan, args, kwargs)
 
     def _in_lower_float(self, func: Any, args: list[Any], kwargs: dict[str, Any], error: Exception) -> Any:
         """Run an op that has no float64 kernel in the widest float it has, and say so; `error` if it has none."""
@@ -181,7 +181,7 @@ class Fp64Session:
     """A model that computes in float64 for the while; what `true_fp64` yields."""
 
     def __init__(
-        self, mode: LiftToFp64, leaves: Mapping[str, nn.Parameter], sink: _streaming.GradientSink | None
+        self, mode: LiftToFp64, leaves: Mapping[str, nn.Parameter], sink: weight_stream.GradientSink | None
     ) -> None:
         """Hold what `true_fp64` set up."""
         self._mode = mode
@@ -221,11 +221,11 @@ def true_fp64(
         stack.enter_context(float64_surroundings(model))
         if stream:
             mode = LiftToFp64(names, _storages(model, trained_only=False), _storages(model, trained_only=True))
-            sink = stack.enter_context(_streaming.recomputed_blocks(model, on_gradient))
+            sink = stack.enter_context(weight_stream.recomputed_blocks(model, on_gradient))
             stack.enter_context(mode)
             yield Fp64Session(mode, {}, sink)
         else:
-            leaves = stack.enter_context(_lifting.replaced_parameters(model, _wide_leaf))
+            leaves = stack.enter_context(lifting.replaced_parameters(model, _wide_leaf))
             mode = stack.enter_context(LiftToFp64(names))
             yield Fp64Session(mode, leaves, None)
 
@@ -237,7 +237,7 @@ def float64_surroundings(module: nn.Module) -> Iterator[None]:
     That is float64 buffers and default dtype, autocast off, attention and experts that have float64 kernels.
     """
     default = torch.get_default_dtype()
-    with _lifting.preserved(module), _lifting.plain_kernels(module):
+    with lifting.preserved(module), lifting.plain_kernels(module):
         _widen_buffers(module)
         torch.set_default_dtype(torch.float64)
         try:
@@ -295,8 +295,8 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
         for module in model.modules():
             module.training = False
         with torch.set_grad_enabled(gradients):
-            output = (call or _lifting.default_call)(model, {name: widen(value) for name, value in batch.items()})
+            output = (call or lifting.default_call)(model, {name: widen(value) for name, value in batch.items()})
             if gradients:
-                _lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
-        outputs = {name: widen(tensor.detach()) for name, tensor in _lifting.floating_outputs(output).items()}
+                lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
+        outputs = {name: widen(tensor.detach()) for name, tensor in lifting.floating_outputs(output).items()}
         return Fp64Run(outputs=outputs, gradients=session.gradients() if gradients else None, left_out=session.left_out)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.engine.evidence import Evidence, batch_key
+from numerics_suite.engine.forward import autocast_dtype, call_model, dtype_of, to_device
+from numerics_suite.engine.rounded_reference import run_rounded
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observing.roundoff import relative_error, rms
-from numerics_suite.running.evidence import Evidence, batch_key
-from numerics_suite.running.forward import autocast_dtype, call_model, dtype_of, to_device
-from numerics_suite.running.rounded import run_rounded
-from numerics_suite.running.true_fp64 import run_true_fp64
 
 KEPT_BYTES = 2**28
 """Bytes of twin answers kept per cell, so that laws which start from the same batch share its reference."""

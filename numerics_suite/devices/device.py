@@ -8,7 +8,7 @@ import re
 import torch
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.running.precisions import Precision
+from numerics_suite.devices.precisions import Precision
 
 DEVICE_PATTERN = re.compile(r"(auto|cpu|mps|(cuda|xpu|npu|hpu|mlu|musa)(:\d+)?)")
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.devices.precisions import Precision
+from numerics_suite.engine.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
 from numerics_suite.observing.finiteness import nonfinite_count
-from numerics_suite.running.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
-from numerics_suite.running.precisions import Precision
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 

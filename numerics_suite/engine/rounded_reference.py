@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.running import _lifting
-from numerics_suite.running._lifting import WIDER, Kind, plan_of, widen
+from numerics_suite.engine import lifting
+from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class RoundedRun:
     left_out: tuple[str, ...]
 
 
-class RoundOnce(_lifting.LeanMode):
+class RoundOnce(lifting.LeanMode):
     """The dispatch mode: every op in float64, rounded once."""
 
     _dtypes: Final[dict[Any, tuple[torch.dtype | None, ...]]] = {}
@@ -63,17 +63,17 @@ class RoundOnce(_lifting.LeanMode):
             self.leave_out(func)
             return func(*args, **kwargs)
         if plan.written:
-            if _lifting.writes_lower(plan, args, kwargs):
-                return _lifting.write_through(func, plan, args, kwargs)
+            if lifting.writes_lower(plan, args, kwargs):
+                return lifting.write_through(func, plan, args, kwargs)
             return func(*args, **kwargs)
         return self._compute(func, plan, args, kwargs)
 
-    def _compute(self, func: Any, plan: _lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, func: Any, plan: lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
         key = (func, tuple(map(_signature, args)), tuple((name, _signature(value)) for name, value in kwargs.items()))
         dtypes = self._dtypes.get(key)
         if dtypes is None:
             as_is = func(*args, **kwargs)
-            dtypes = tuple(tensor.dtype for tensor in _lifting.tensors_in(as_is))
+            dtypes = tuple(tensor.dtype for tensor in lifting.tensors_in(as_is))
             self._dtypes[key] = dtypes
             if not any(dtype in WIDER for dtype in dtypes):
                 return as_is
@@ -132,19 +132,19 @@ def run_rounded(
     """
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
-        stack.enter_context(_lifting.preserved(model))
-        leaves = stack.enter_context(_lifting.replaced_parameters(model, _leaf))
+        stack.enter_context(lifting.preserved(model))
+        leaves = stack.enter_context(lifting.replaced_parameters(model, _leaf))
         for module in model.modules():
             module.training = False
         mode = stack.enter_context(RoundOnce(names))
         with torch.set_grad_enabled(gradients):
-            with _lifting.autocast_on(model, autocast):
-                output = (call or _lifting.default_call)(model, batch)
+            with lifting.autocast_on(model, autocast):
+                output = (call or lifting.default_call)(model, batch)
             if gradients:
-                _lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
+                lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
         found = {name: leaf.grad.double() for name, leaf in leaves.items() if leaf.grad is not None}
         return RoundedRun(
-            outputs={name: widen(tensor.detach()) for name, tensor in _lifting.floating_outputs(output).items()},
+            outputs={name: widen(tensor.detach()) for name, tensor in lifting.floating_outputs(output).items()},
             gradients=found if gradients else None,
             left_out=tuple(mode.left_out),
         )

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Cell, Subject
+from numerics_suite.devices.precisions import Precision, precision
+from numerics_suite.engine.blocks import freeze_to_scope
+from numerics_suite.engine.forward import arithmetic, call_model, floating_outputs, takes_token_ids, to_device
+from numerics_suite.engine.training_loop import Plan, Trajectory, train
 from numerics_suite.inputs.strategies import IGNORED, training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
-from numerics_suite.running.blocks import freeze_to_scope
-from numerics_suite.running.forward import arithmetic, call_model, floating_outputs, takes_token_ids, to_device
-from numerics_suite.running.precisions import Precision, precision
-from numerics_suite.running.training import Plan, Trajectory, train
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.running.precisions import Precision
-from numerics_suite.running.true_fp64 import LiftToFp64
+from numerics_suite.devices.precisions import Precision
+from numerics_suite.engine.true_fp64 import LiftToFp64
 
 
 def dtype_of(name: str) -> torch.dtype:
