@@ -11,8 +11,8 @@ from torch import Tensor
 
 from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.sketch import hashed
+from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import dtype_of
 from numerics_suite.inputs.strategies import IGNORED, pad_rows
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.subjects.load import IDS

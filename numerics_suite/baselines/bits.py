@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.batches import real_tokens
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
+from numerics_suite.engine.outputs import floating_outputs, loss_in
+from numerics_suite.engine.runner import backward_pass, forward_pass
+from numerics_suite.observing.roundoff import wide
 
 SCALE: Final = 65536.0
 """Torch's first loss scale, a power of two: it moves no bit of a gradient that does not overflow or underflow."""
@@ -64,18 +67,18 @@ def loss_and_gradients(
         loss = _loss(evidence, model, tensors)
     found = {"loss": [loss, *_rotated_losses(evidence, model, tensors)]}
     if gradients:
-        with backward_arithmetic(evidence.recipe):
+        with backward_pass(evidence.condition):
             (loss * scale).backward()  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                on_gradient(name, parameter.grad.double() / scale)
+                on_gradient(name, wide(parameter.grad) / scale)
         found["gradients"] = [p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
         model.zero_grad(set_to_none=True)
     return found
 
 
 def _loss(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
-    with arithmetic(evidence.recipe, evidence.cell.device):
+    with forward_pass(evidence.condition):
         return loss_in(floating_outputs(call_model(model, tensors)))
 
 

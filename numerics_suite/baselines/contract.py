@@ -14,8 +14,10 @@ from numerics_suite.baselines.batches import tensors_of, training_of
 from numerics_suite.baselines.curve import LARGE
 from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.trace import real_rows
+from numerics_suite.devices.condition import dtype_of
+from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import dtype_of, floating_outputs, main_output
+from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.observing.roundoff import rms, unit_roundoff
 from numerics_suite.subjects.load import default_dtype
 
@@ -156,7 +158,8 @@ def _effective(evidence: Evidence, tensors: Mapping[str, Any], known: set[str]) 
             try:
                 if took(evidence.run(given, **{name: value})):
                     found.add(name)
-            except Exception:  # noqa: BLE001, S112 - refused in whatever way
+            except Exception as error:  # noqa: BLE001 - refused in whatever way
+                reraise_if_fatal(error)
                 continue
     return found
 
@@ -204,7 +207,8 @@ def _answer(evidence: Evidence, given: Mapping[str, Any]) -> Tensor:
 def _verdict(evidence: Evidence, given: Mapping[str, Any], want: Tensor) -> str:
     try:
         got = _answer(evidence, given)
-    except Exception:  # noqa: BLE001 - refused in whatever way
+    except Exception as error:  # noqa: BLE001 - refused in whatever way
+        reraise_if_fatal(error)
         return "refused"
     if got.shape != want.shape:
         return "other"

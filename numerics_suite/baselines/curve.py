@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from numerics_suite.baselines.checkpointed import checkpointed
 from numerics_suite.baselines.records import Curve
 from numerics_suite.baselines.trace import Trace, trace_call
+from numerics_suite.devices import random_state
 from numerics_suite.devices.precisions import SERVING_REASON
 from numerics_suite.engine import lifting
 from numerics_suite.engine.blocks import freeze_to_scope
@@ -61,9 +62,8 @@ def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace)
         return Curve(scope=scope, reason=reason)
     plan = replace(evidence.request.plan, scope=scope)
     dtype = torch.float64 if evidence.recipe.parameters == "float64" else None
-    with trainable(evidence, scope, dtype) as model, torch.random.fork_rng(enabled=True):
-        torch.manual_seed(evidence.request.seed)
-        seen = train(model, tensors, recipe=evidence.recipe, plan=plan, device=evidence.cell.device)
+    with trainable(evidence, scope, dtype) as model, random_state.torch_seeded(evidence.request.seed):
+        seen = train(model, tensors, condition=evidence.condition, plan=plan)
     true_losses, true_norms, left_out = _true_curve(evidence, tensors, plan)
     if left_out:
         reason = no_reference(left_out)

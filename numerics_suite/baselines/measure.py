@@ -23,10 +23,11 @@ from numerics_suite.baselines.precision import Seen, errors, gradient_errors, mo
 from numerics_suite.baselines.records import CellBaseline, Curve, ModuleRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher
 from numerics_suite.baselines.trace import Trace, answer_records, trace
+from numerics_suite.devices.condition import dtype_of
+from numerics_suite.devices.kinds import kind_of
 from numerics_suite.engine import lifting
 from numerics_suite.engine.environment import describe_environment, describe_machine
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import dtype_of
 from numerics_suite.engine.references import no_reference
 from numerics_suite.observing.local_error import LocalError
 from numerics_suite.observing.roundoff import unit_roundoff
@@ -108,7 +109,7 @@ def _record(
         numbers = (curve.losses, curve.norms, curve.true_losses, curve.true_norms)
         digests["curve"] = bits.digest(torch.tensor(part, dtype=torch.float64) for part in numbers)
     return CellBaseline(
-        cell=replace(evidence.cell, device=evidence.cell.device.partition(":")[0]),
+        cell=replace(evidence.cell, device=kind_of(evidence.cell.device)),
         subject=_subject_facts(evidence),
         environment={**describe_environment(evidence.cell.device), "machine": describe_machine(evidence.cell.device)},
         recipe=_recipe(evidence, curve),

@@ -25,10 +25,10 @@ from numerics_suite.baselines.trace import (
     real_rows,
     trace_call,
 )
+from numerics_suite.devices.memory import reraise_if_fatal
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import autocast_dtype, call_model
 from numerics_suite.engine.references import is_reference_itself, routed_reason, routes
-from numerics_suite.engine.rounded_reference import run_rounded
 from numerics_suite.observing.headroom import Headroom, headroom
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import CANCELLED, rms
@@ -81,9 +81,10 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
         try:
             tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
             got = decoded(evidence.run, tensors)
-            answers[DECODED] = got.double().cpu()
+            answers[DECODED] = got.cpu().double()
             raw["decoding"] = [got, *([found.answers[DECODED]] if DECODED in found.answers else [])]
         except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
+            reraise_if_fatal(error)
             left_out["bits.decoding"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     digests = {name: bits.digest(parts) for name, parts in raw.items()}
     return Seen(answers=answers, bits=digests, least=least, gradients=gradients)
@@ -94,11 +95,11 @@ def _forward(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, 
     call = trace_call(evidence, loss=False)
 
     def run(model: nn.Module, given: Mapping[str, Any]) -> object:
-        outputs.update({"answer": evidence.apply(lambda: call(model, given))})  # type: ignore[arg-type, return-value]
+        outputs.update(evidence.runner.apply(lambda: call(model, given)))  # type: ignore[call-overload]
         return ()
 
     room = headroom(evidence.model, tensors, call=run, real=real_tokens(tensors))
-    return outputs["answer"], room  # type: ignore[return-value]
+    return outputs, room
 
 
 def _lesser(least: Headroom | None, rooms: Sequence[Headroom]) -> Headroom | None:
@@ -181,12 +182,7 @@ def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, 
     rounded: dict[str, Tensor] = {}
     for batch in () if reason else batches:
         tensors = tensors_of(batch, evidence)
-        run = run_rounded(
-            evidence.model,
-            evidence.inputs_in(tensors),
-            autocast=autocast_dtype(evidence.recipe),
-            call=trace_call(evidence, loss=False),
-        )
+        run = evidence.runner.rounded(evidence.inputs_in(tensors), call=trace_call(evidence, loss=False))
         if run.left_out:
             reason = f"no rounded run: {', '.join(run.left_out[:3])}"
             break
@@ -205,7 +201,7 @@ def _decoded_rounded(evidence: Evidence, batches: Sequence[StoredBatch]) -> dict
     def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
         return {DECODED: decoded(lambda piece, **words: call_model(model, piece, **words), given)}
 
-    run = run_rounded(evidence.model, tensors, autocast=autocast_dtype(evidence.recipe), call=call)
+    run = evidence.runner.rounded(tensors, call=call)
     return {} if run.left_out else {DECODED: run.outputs[DECODED].double().cpu()}
 
 
@@ -244,7 +240,7 @@ def module_errors(
         left_out["local_error"] = REFERENCE
         return {}
     tensors = evidence.inputs_in(tensors_of(training_of(batches), evidence))
-    found = local_errors(
-        evidence.model, tensors, autocast=autocast_dtype(evidence.recipe), call=trace_call(evidence, loss=False)
-    )
+    autocast, call = evidence.condition.autocast, trace_call(evidence, loss=False)
+    with evidence.condition.arithmetic():
+        found = local_errors(evidence.model, tensors, autocast=autocast, call=call)
     return {error.module: error for error in found if not error.left_out}

@@ -18,8 +18,11 @@ from numerics_suite.baselines.checkpointed import Caller, checkpointed
 from numerics_suite.baselines.decoding import decoded
 from numerics_suite.baselines.records import AnswerRecord, GradientRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher, condensed, nothing, sketch
+from numerics_suite.devices.memory import reraise_if_fatal
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import arithmetic, call_model, floating_outputs, main_output, to_device
+from numerics_suite.engine.outputs import floating_outputs, main_output
+from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import rms
@@ -169,7 +172,8 @@ def _decoded(
     }
     try:
         run = run_true_fp64(evidence.model, tensors, stream=stream, call=call)
-    except Exception:  # noqa: BLE001 - told by the bits of decoding, which meet it too
+    except Exception as error:  # noqa: BLE001 - told by the bits of decoding, which meet it too
+        reraise_if_fatal(error)
         modules.clear()
         modules.update(before)
         return {}, ()
@@ -182,7 +186,7 @@ def _why_no_gradients(evidence: Evidence, tensors: Mapping[str, Any]) -> str:
         return "a quantised checkpoint is not trained"
     if not any(parameter.requires_grad for parameter in evidence.model.parameters()):
         return "no parameter of this model requires a gradient"
-    with torch.enable_grad(), arithmetic(evidence.recipe, evidence.cell.device):
+    with torch.enable_grad(), forward_pass(evidence.condition):
         output = trace_call(evidence, loss=True)(evidence.model, tensors)
     assert isinstance(output, dict)
     return "" if output["loss"].requires_grad else "the loss has no gradient"
@@ -219,7 +223,7 @@ def trace_call(evidence: Evidence, *, loss: bool) -> Caller:
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
         extra = {"output_hidden_states": True} if pooled else {}
-        output = call_model(model, to_device(tensors, evidence.cell.device), **extra)
+        output = call_model(model, tensors, **extra)
         found = floating_outputs(output)
         name, answer = main_output(found)
         answers: dict[str, Any] = {name: answer}
@@ -241,7 +245,7 @@ def named_answers(batch: StoredBatch, tensors: Mapping[str, Any], outputs: Mappi
         outputs: of :func:`trace_call`.
     """
     real = real_tokens(tensors)
-    return {f"{batch.name}.{n}": _rows(v, real).double().cpu() for n, v in outputs.items() if n != "loss"}
+    return {f"{batch.name}.{n}": _rows(v, real).cpu().double() for n, v in outputs.items() if n != "loss"}
 
 
 def real_rows(tensors: Mapping[str, Any], value: Tensor) -> Tensor:

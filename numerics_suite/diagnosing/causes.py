@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
+from numerics_suite.devices import random_state
+from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.blocks import freeze_to_scope
-from numerics_suite.engine.forward import arithmetic, call_model, dtype_of, floating_outputs, loss_in, to_device
+from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.outputs import floating_outputs, loss_in
+from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Plan, Trainer, make_optimizer
 from numerics_suite.judging.verdicts import Breach
 from numerics_suite.observing.domain import name_of
@@ -132,13 +136,13 @@ def replay_step(evidence: Evidence, plan: Plan, bad: BadTensor | None) -> Origin
     freeze_to_scope(model, plan.scope, evidence.family)
     if evidence.recipe.parameters == "float64":
         model.double()
-    tensors = to_device(evidence.training_batch.tensors, evidence.cell.device)
-    trainer = Trainer(model, evidence.recipe, plan, evidence.cell.device)
+    tensors = evidence.training_batch.tensors
+    trainer = Trainer(model, evidence.condition, plan)
     step = bad.step if bad is not None else 1
 
     def last() -> object:
         if bad is not None and bad.kind in {"logits", "loss"}:
-            with arithmetic(evidence.recipe, evidence.cell.device):
+            with forward_pass(evidence.condition):
                 outputs = floating_outputs(call_model(model, tensors))
             return outputs if "loss" in outputs else loss_in(outputs)
         with contextlib.suppress(HaltedError):
@@ -146,8 +150,7 @@ def replay_step(evidence: Evidence, plan: Plan, bad: BadTensor | None) -> Origin
         kept = dict(trainer.parameters)
         return trainer.optimizer.state, kept, [p.grad for p in kept.values()]
 
-    with torch.random.fork_rng(enabled=True):
-        torch.manual_seed(evidence.request.seed)
+    with random_state.torch_seeded(evidence.request.seed):
         try:
             for number in range(1, step):
                 trainer.step(tensors, number)

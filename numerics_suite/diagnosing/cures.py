@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from numerics_suite.core.records import Finding
+from numerics_suite.devices import random_state
+from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.devices.precisions import PRECISIONS
 from numerics_suite.diagnosing.fixing import fixed_configs
+from numerics_suite.engine.calls import input_device
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.training_loop import Plan
 from numerics_suite.subjects.load import Loaded
@@ -66,8 +69,7 @@ def initialise(model: nn.Module, names: Iterable[str]) -> None:
         model: that has them.
         names: dotted.
     """
-    with torch.random.fork_rng(enabled=True), torch.no_grad():
-        torch.manual_seed(0)
+    with random_state.torch_seeded(0), torch.no_grad():
         for name in names:
             parameter = model.get_parameter(name)
             if parameter.dim() > 1:
@@ -180,15 +182,11 @@ def hold_in_float32(module: nn.Module) -> None:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         came_in = next((leaf.dtype for leaf in _floats((args, kwargs))), held)
-        with torch.autocast(_device_of(self), enabled=False):
+        with autocast_off(input_device(self)):
             output = kind.forward(self, *_cast(args, torch.float32), **_cast(kwargs, torch.float32))
         return output if came_in is None else _cast(output, came_in)
 
     module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
-
-
-def _device_of(module: nn.Module) -> str:
-    return next((parameter.device.type for parameter in module.parameters()), "cpu")
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from numerics_suite.core.records import Batch, Finding
+from numerics_suite.devices import arithmetic
+from numerics_suite.devices.memory import free_bytes
+from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosing.scripts import BODIES, SYMPTOM, Body, Scene
 from numerics_suite.diagnosing.scripts.parts import LONGEST, script
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.scope import USABLE, free_bytes
+from numerics_suite.engine.scope import USABLE
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.subjects.memory import estimate_bytes
-from numerics_suite.subjects.poison import poisoned, seeded
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import private_modules
 from numerics_suite.subjects.validate import needs_remote_code
@@ -249,8 +251,8 @@ def fails(text: str) -> bool:
         stack.enter_context(quiet_transformers())
         stack.enter_context(private_modules())
         stack.enter_context(seeded(0))
-        stack.enter_context(poisoned())  # for its restoring: the script sets the switches itself
-        stack.enter_context(_switches_kept())
+        stack.enter_context(arithmetic.kept())
+        stack.enter_context(_import_path_kept())
         try:
             exec(compile(text, "<reproducer>", "exec"), names)  # noqa: S102 - the text was written above
         except AssertionError as error:
@@ -265,12 +267,10 @@ def fails(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _switches_kept() -> Iterator[None]:
-    """Restore torch's default dtype and TF32, and the path of imports."""
-    dtype, tf32, path = torch.get_default_dtype(), torch.backends.cuda.matmul.allow_tf32, sys.path[:]
+def _import_path_kept() -> Iterator[None]:
+    """Restore the path of imports."""
+    path = sys.path[:]
     try:
         yield
     finally:
-        torch.set_default_dtype(dtype)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
         sys.path[:] = path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from numerics_suite.core.extensions import extension_versions
+from numerics_suite.devices.device import describe_device, processor_of
 
 PACKAGES = (
     "torch",
@@ -54,18 +55,9 @@ def describe_environment(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device_name(device),
+        "device": describe_device(device),
         "packages": package_versions(),
     }
-
-
-def device_name(device: str) -> str:
-    """The device, with the model of an accelerator."""
-    if device.startswith("cuda"):
-        import torch
-
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return device
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -76,12 +68,11 @@ def describe_machine(device: str) -> dict[str, Any]:
     """
     import torch
 
-    kind = device.partition(":")[0]
     return {
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name(device) if kind == "cuda" else "" if kind == "cpu" else kind,
+        "accelerator": processor_of(device),
     }
 
 

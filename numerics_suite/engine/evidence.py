@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Cell, Subject
+from numerics_suite.devices import random_state
+from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine.blocks import freeze_to_scope
-from numerics_suite.engine.forward import arithmetic, call_model, floating_outputs, takes_token_ids, to_device
+from numerics_suite.engine.calls import takes_token_ids
+from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trajectory, train
 from numerics_suite.inputs.strategies import IGNORED, training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
@@ -33,8 +37,8 @@ from numerics_suite.subjects.load import Loaded, load
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline
 
-KEPT_FORWARDS = 48
-"""Forward results kept per cell: the checks of a group draw the same batches, so most of them are asked again."""
+KEPT_BYTES = 2**28
+"""Bytes of forward results kept per cell: the checks of a group draw the same batches, so most of them are asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +300,16 @@ class Evidence:
 
     # --- runs ------------------------------------------------------------------------------------------------------
 
+    @property
+    def condition(self) -> Condition:
+        """Under which the cell runs."""
+        return Condition(precision=self.recipe, device=self.cell.device)
+
+    @cached_property
+    def runner(self) -> Runner:
+        """Runs the cell's model under the cell's condition."""
+        return Runner(self.model, self.condition)
+
     def run(self, tensors: Mapping[str, Any], model: nn.Module | None = None, **keywords: Any) -> Any:
         """One forward pass without gradients under the cell's recipe; the raw output.
 
@@ -304,13 +318,8 @@ class Evidence:
             model: another model than the cell's.
             keywords: more keywords of the call.
         """
-        with torch.no_grad(), arithmetic(self.recipe, self.cell.device):
-            return call_model(model or self.model, to_device(tensors, self.cell.device), **keywords)
-
-    def apply(self, function: Callable[[], Tensor]) -> Tensor:
-        """Call a function without gradients under the cell's recipe."""
-        with torch.no_grad(), arithmetic(self.recipe, self.cell.device):
-            return function()
+        runner = self.runner if model is None else Runner(model, self.condition)
+        return runner.forward(tensors, **keywords)
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
@@ -341,9 +350,12 @@ class Evidence:
             self._forwards.move_to_end(key)
         else:
             self._forwards[key] = floating_outputs(self.run(tensors))
-            if len(self._forwards) > KEPT_FORWARDS:
+            while len(self._forwards) > 1 and self._kept_bytes() > KEPT_BYTES:
                 self._forwards.popitem(last=False)
         return self._forwards[key]
+
+    def _kept_bytes(self) -> int:
+        return sum(tensor.nbytes for outputs in self._forwards.values() for tensor in outputs.values())
 
     @cached_property
     def trajectory(self) -> Trajectory:
@@ -369,10 +381,9 @@ class Evidence:
             raise NotApplicableError(reason)
         if self.recipe.parameters == "float64":
             model.double()  # what the class keeps in float32 cannot take a float64 gradient; widening rounds nothing
-        tensors = to_device(self.training_batch.tensors, self.cell.device)
-        with torch.random.fork_rng(enabled=True):
-            torch.manual_seed(self.request.seed)
-            return train(model, tensors, recipe=recipe or self.recipe, plan=plan, device=self.cell.device)
+        condition = self.condition if recipe is None else replace(self.condition, precision=recipe)
+        with random_state.torch_seeded(self.request.seed):
+            return train(model, self.training_batch.tensors, condition=condition, plan=plan)
 
     def with_plan(self, **changes: Any) -> Plan:
         """The request's plan with some fields changed."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from numerics_suite.devices.arithmetic import autocast_off
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -282,9 +284,7 @@ def replaced_parameters(
 def plain_kernels(model: nn.Module) -> Iterator[None]:
     """Ask for attention and experts that have float64 kernels, autocast off and no compiled code, for the while."""
     with ExitStack() as stack:
-        for device in {parameter.device.type for parameter in model.parameters()} | {"cpu"}:
-            if torch.amp.is_autocast_available(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(autocast_off(*{parameter.device.type for parameter in model.parameters()}))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for config in {
@@ -306,11 +306,6 @@ def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def default_call(model: nn.Module, batch: Mapping[str, Any]) -> object:
-    """Call `model` with the batch as keyword arguments."""
-    return model(**batch)
 
 
 def floating_outputs(output: object, prefix: str = "") -> dict[str, Tensor]:
@@ -351,26 +346,3 @@ def loss_of(output: object) -> Tensor:
         message = "gradients need a scalar loss: give the batch labels, or a call that returns the loss"
         raise ValueError(message)
     return loss
-
-
-@contextmanager
-def autocast_on(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast to `dtype` on the device of the model; None leaves autocast as it is."""
-    if dtype is None:
-        yield
-        return
-    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    with torch.autocast(device, dtype=dtype):
-        yield
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Ask the model, through its configurations, to keep no keys and values for the while."""
-    with ExitStack() as stack:
-        for config in {
-            id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
-        }.values():
-            if getattr(config, "use_cache", False):
-                stack.enter_context(_attribute(config, "use_cache", value=False))
-        yield

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.devices.condition import dtype_of
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence, batch_key
-from numerics_suite.engine.forward import autocast_dtype, call_model, dtype_of, to_device
-from numerics_suite.engine.rounded_reference import run_rounded
-from numerics_suite.engine.true_fp64 import run_true_fp64
+from numerics_suite.engine.runner import Caller
 from numerics_suite.observing.roundoff import relative_error, rms
 
 KEPT_BYTES = 2**28
@@ -52,13 +52,13 @@ def answer_of(output: Any, *, by_token: bool) -> Tensor:
     return logits
 
 
-def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Callable[[nn.Module, Mapping[str, Any]], Any]:
+def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Caller:
     """Calls a model so that :func:`answer_of` finds its answer."""
     pooled = by_token and evidence.subject.task == "sequence-classification"
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
         extra = {"output_hidden_states": True} if pooled else {}
-        output = call_model(model, to_device(tensors, evidence.cell.device), **extra, **keywords)
+        output = call_model(model, tensors, **extra, **keywords)
         return {"answer": answer_of(output, by_token=by_token)}
 
     return call
@@ -73,7 +73,7 @@ def true_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: boo
     given = without_labels(tensors)
 
     def make() -> Tensor:
-        run = run_true_fp64(evidence.model, given, call=caller(evidence, by_token=by_token))
+        run = evidence.runner.true_fp64(given, call=caller(evidence, by_token=by_token))
         trusted(run.left_out)
         return run.outputs["answer"].cpu()
 
@@ -102,10 +102,9 @@ def no_reference(left_out: Sequence[str]) -> str:
 def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once."""
     given = without_labels(tensors)
-    autocast = autocast_dtype(evidence.recipe)
 
     def make() -> Tensor:
-        run = run_rounded(evidence.model, given, autocast=autocast, call=caller(evidence, by_token=by_token))
+        run = evidence.runner.rounded(given, call=caller(evidence, by_token=by_token))
         trusted(run.left_out)
         return run.outputs["answer"].cpu()
 
@@ -118,8 +117,8 @@ def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bo
 
     def make() -> Tensor:
         call = caller(evidence, by_token=by_token)
-        answer = evidence.apply(lambda: call(evidence.model, given)["answer"])
-        return answer.double().cpu()
+        answer: Tensor = evidence.runner.apply(lambda: call(evidence.model, given)["answer"])
+        return answer.cpu().double()
 
     return _kept(evidence, f"plain {by_token}", given, make)
 

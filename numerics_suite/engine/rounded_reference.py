@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.engine import lifting
+from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 
 if TYPE_CHECKING:
@@ -116,20 +118,21 @@ def run_rounded(
     *,
     gradients: bool = False,
     autocast: torch.dtype | None = None,
-    call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+    call: Callable[[nn.Module, Mapping[str, Any]], object] = call_model,
 ) -> RoundedRun:
     """Run `model` once with every op rounded once, in evaluation mode; the model is left as it was.
 
     Args:
-        model: Any module, in the precision under test.
+        model: Any module, in the precision under test; a copy of it on the CPU where its device has no float64.
         batch: Tensors for the call.
         gradients: Whether to differentiate the loss. No loss scaling is applied.
         autocast: Lower dtype of an autocast section around the call.
-        call: Calls the model; default `model(**batch)`. It may switch to `model.train()`.
+        call: Calls the model. It may switch to `model.train()`.
 
     Raises:
         ValueError: Gradients are asked for and the output has no scalar loss.
     """
+    model = where_float64_is(model)
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(lifting.preserved(model))
@@ -138,8 +141,8 @@ def run_rounded(
             module.training = False
         mode = stack.enter_context(RoundOnce(names))
         with torch.set_grad_enabled(gradients):
-            with lifting.autocast_on(model, autocast):
-                output = (call or lifting.default_call)(model, batch)
+            with autocast_section(input_device(model), autocast):
+                output = call(model, batch)
             if gradients:
                 lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
         found = {name: leaf.grad.double() for name, leaf in leaves.items() if leaf.grad is not None}

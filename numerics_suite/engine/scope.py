@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-import torch
-
-from numerics_suite.core.machine import available_bytes
 from numerics_suite.core.records import Subject
+from numerics_suite.devices.memory import free_bytes
 from numerics_suite.devices.precisions import precision
 from numerics_suite.subjects.memory import estimate_bytes
 
 USABLE = 0.8
 """Share of the free memory that training may plan with; the rest is for workspaces and other programs."""
-
-
-def free_bytes(device: str) -> int:
-    """Bytes free on the device; for the CPU what the system says can be had without swapping."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = available_bytes()
-    if available is not None:
-        return available
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 2**34
 
 
 def choose_scope(subject: Subject, precision_name: str, device: str, *, rows: int, length: int) -> str:

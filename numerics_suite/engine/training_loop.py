@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.devices.precisions import Precision
-from numerics_suite.engine.forward import arithmetic, backward_arithmetic, call_model, floating_outputs, loss_in
+from numerics_suite.devices.arithmetic import grad_scaler
+from numerics_suite.devices.condition import Condition
+from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.outputs import floating_outputs, loss_in
+from numerics_suite.engine.runner import backward_pass, forward_pass
 from numerics_suite.observing.finiteness import nonfinite_count
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -119,13 +122,13 @@ def make_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.opti
 class Trainer:
     """The state of one watched training run."""
 
-    def __init__(self, model: nn.Module, recipe: Precision, plan: Plan, device: str) -> None:
+    def __init__(self, model: nn.Module, condition: Condition, plan: Plan) -> None:
         """Set the optimizer and, for loss-scaled recipes, a GradScaler with torch's defaults."""
-        self.model, self.recipe, self.plan, self.device = model, recipe, plan, device
+        self.model, self.condition, self.plan = model, condition, plan
+        self.recipe = condition.precision
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(plan, self.parameters.values())
-        scale: dict[str, Any] = {} if plan.init_scale is None else {"init_scale": plan.init_scale}
-        self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=recipe.loss_scaling, **scale)
+        self.scaler = grad_scaler(condition.device, enabled=self.recipe.loss_scaling, init_scale=plan.init_scale)
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.clipped: dict[int, float] = {}
@@ -139,7 +142,7 @@ class Trainer:
 
     def forward(self, tensors: Mapping[str, Any], step: int) -> Tensor:
         """The loss, once it and the logits are known to be finite."""
-        with arithmetic(self.recipe, self.device):
+        with forward_pass(self.condition):
             output = floating_outputs(call_model(self.model, tensors))
         loss = loss_in(output)
         self.loss = float(loss.detach())
@@ -178,7 +181,7 @@ class Trainer:
         """One optimizer step, checked after each of its parts."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(tensors, step)
-        with backward_arithmetic(self.recipe):
+        with backward_pass(self.condition):
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         gradients = self._gradients()
@@ -209,7 +212,7 @@ class Trainer:
         }
 
 
-def train(model: nn.Module, tensors: Mapping[str, Any], *, recipe: Precision, plan: Plan, device: str) -> Trajectory:
+def train(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: Plan) -> Trajectory:
     """Train the model in place for `plan.steps` steps on one batch and say what happened.
 
     The model is left as the last step left it; hand in a copy. Dropout is on only where the model was in training
@@ -218,11 +221,10 @@ def train(model: nn.Module, tensors: Mapping[str, Any], *, recipe: Precision, pl
     Args:
         model: with `requires_grad` set on what is trained.
         tensors: the batch with its labels.
-        recipe: the precision.
+        condition: precision and device.
         plan: steps, optimizer, learning rate, clipping.
-        device: where the model is.
     """
-    trainer = Trainer(model, recipe, plan, device)
+    trainer = Trainer(model, condition, plan)
     before = {name: p.dtype for name, p in trainer.parameters.items()}
     bad: BadTensor | None = None
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.engine import lifting, weight_stream
+from numerics_suite.engine.calls import call_model, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 
 if TYPE_CHECKING:
@@ -273,29 +274,30 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
     *,
     gradients: bool = False,
     stream: bool | None = None,
-    call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+    call: Callable[[nn.Module, Mapping[str, Any]], object] = call_model,
     on_gradient: Callable[[str, Tensor], None] | None = None,
 ) -> Fp64Run:
     """Run `model` once in float64, as `true_fp64` does, in evaluation mode.
 
     Args:
-        model: Any module.
+        model: Any module; a copy of it on the CPU runs where its device has no float64.
         batch: Tensors for the call; floating ones are upcast.
         gradients: Whether to differentiate the loss (the output "loss", or a scalar output).
         stream: See `true_fp64`; None streams a model whose float64 copy is above `STREAM_ABOVE_BYTES`.
-        call: Calls the model; default `model(**batch)`. It may switch to `model.train()`.
+        call: Calls the model. It may switch to `model.train()`.
         on_gradient: See `true_fp64`; gradients given to it are not in the result.
 
     Raises:
         ValueError: Gradients are asked for and the output has no scalar loss.
     """
+    model = where_float64_is(model)
     if stream is None:
         stream = sum(8 * parameter.numel() for parameter in model.parameters()) > STREAM_ABOVE_BYTES
     with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
         for module in model.modules():
             module.training = False
         with torch.set_grad_enabled(gradients):
-            output = (call or lifting.default_call)(model, {name: widen(value) for name, value in batch.items()})
+            output = call(model, {name: widen(value) for name, value in batch.items()})
             if gradients:
                 lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
         outputs = {name: widen(tensor.detach()) for name, tensor in lifting.floating_outputs(output).items()}

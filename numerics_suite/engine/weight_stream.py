@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from numerics_suite.devices import random_state
 from numerics_suite.engine.lifting import replaced_parameters
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class GradientSink:
     """
 
     def __init__(self, on_gradient: Callable[[str, Tensor], None] | None) -> None:
+        """Nothing is there yet."""
         self.gradients: dict[str, Tensor] = {}
         self._on_gradient = on_gradient
         self._awaited: Counter[str] = Counter()
@@ -193,7 +195,7 @@ def _same_random(state: Any) -> Iterator[None]:
         with nullcontext():
             yield
         return
-    with torch.random.fork_rng(devices=state[1]):
+    with random_state.kept():
         torch.set_rng_state(state[0])
         set_device_states(state[1], state[2])
         yield

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Budget
-from numerics_suite.engine.forward import call_model, floating_outputs, main_output
+from numerics_suite.devices.condition import Condition
+from numerics_suite.devices.precisions import Precision
+from numerics_suite.engine.calls import call_model, input_device
+from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.engine.references import longest_reduction
 from numerics_suite.engine.rounded_reference import run_rounded
+from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.judging.budgets import all_budgets
 from numerics_suite.judging.verdicts import within
 from numerics_suite.observing.finiteness import nonfinite_count
-from numerics_suite.observing.roundoff import relative_error, rms
+from numerics_suite.observing.roundoff import relative_error, rms, unit_roundoff, wide
 
 __all__ = [
     "assert_batch_invariant",
@@ -84,7 +88,7 @@ def assert_matches_reference(model: nn.Module, batch: Batch, *, autocast: torch.
     true, rounded = run_true_fp64(model, batch), run_rounded(model, batch, autocast=autocast)
     _trusted(true.left_out)
     name, reference = main_output(true.outputs)
-    own = main_output(_plain(model, batch, autocast))[1].double()
+    own = wide(main_output(_plain(model, batch, autocast))[1]).to(reference.device)
     reference, own, twin = (_real(value, batch) for value in (reference, own, rounded.outputs[name]))
     inherent = rms(twin - reference)
     budget = all_budgets()[("reference.end-to-end", "excess")]
@@ -200,7 +204,7 @@ def assert_causal(model: nn.Module, batch: Batch, *, vocab_size: int) -> None:
 
 
 def _true_answer(model: nn.Module, batch: Batch) -> Tensor:
-    run = run_true_fp64(model, {name: value for name, value in batch.items() if name != "labels"}, call=call_model)
+    run = run_true_fp64(model, {name: value for name, value in batch.items() if name != "labels"})
     _trusted(run.left_out)
     return main_output(run.outputs)[1]
 
@@ -222,31 +226,28 @@ def _in_eval(model: nn.Module, run: Callable[[], Any]) -> Any:
             module.training = training
 
 
-def _autocast(model: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+def _runner(model: nn.Module, autocast: torch.dtype | None) -> Runner:
+    """Runs the model as it is, in the coarsest float of its parameters."""
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    held, section = (
+        str(dtype).removeprefix("torch.") for dtype in (max(floats, key=unit_roundoff, default=torch.float32), autocast)
+    )
+    recipe = Precision(name="as it is", parameters=held, autocast=None if autocast is None else section)  # type: ignore[arg-type]
+    return Runner(model, Condition(precision=recipe, device=str(input_device(model))))
 
 
 def _plain(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> dict[str, Tensor]:
-    def run() -> dict[str, Tensor]:
-        with torch.no_grad(), _autocast(model, autocast):
-            return floating_outputs(call_model(model, batch))
-
-    result: dict[str, Tensor] = _in_eval(model, run)
+    result: dict[str, Tensor] = _in_eval(model, lambda: floating_outputs(_runner(model, autocast).forward(batch)))
     return result
 
 
 def _own_gradients(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> dict[str, Tensor]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def call(called: nn.Module, tensors: Batch) -> dict[str, Tensor]:
+        outputs = floating_outputs(call_model(called, tensors))
+        return {"loss": outputs.get("loss", next(iter(outputs.values())))}
 
-    def run() -> Any:
-        with _autocast(model, autocast):
-            outputs = floating_outputs(call_model(model, batch))
-        loss = outputs.get("loss", next(iter(outputs.values())))
-        return torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-
-    found = _in_eval(model, run)
-    return {name: g.detach().double() for name, g in zip(named, found, strict=True) if g is not None}
+    found: dict[str, Tensor] = _in_eval(model, lambda: _runner(model, autocast).gradients(batch, call))
+    return {name: wide(gradient) for name, gradient in found.items()}
 
 
 def _real(value: Tensor, batch: Batch) -> Tensor:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.engine import lifting
+from numerics_suite.engine.calls import call_model, input_device
 from numerics_suite.observing.tokens import at_real
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def headroom(
     batch: Mapping[str, Tensor],
     *,
     autocast: torch.dtype | None = None,
-    call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+    call: Callable[[nn.Module, Mapping[str, Any]], object] = call_model,
     real: Tensor | None = None,
 ) -> list[Headroom]:
     """Measure the headroom of every module in one run of `model` in evaluation mode, without gradients.
@@ -48,7 +50,7 @@ def headroom(
         model: Any module, in the precision under test.
         batch: Tensors for the call.
         autocast: Lower dtype of an autocast section around the call.
-        call: Calls the model; default `model(**batch)`.
+        call: Calls the model.
         real: `[batch, sequence]` bool: padding is left out of what has token dimensions. None leaves out nothing.
 
     Returns:
@@ -71,8 +73,8 @@ def headroom(
             module.training = False
             module.register_forward_hook(look)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(lifting.autocast_on(model, autocast))
-        (call or lifting.default_call)(model, batch)
+        stack.enter_context(autocast_section(input_device(model), autocast))
+        call(model, batch)
     return list(worst.values())
 
 

@@ -7,7 +7,6 @@ contain the list of blocks are not measured: their error is that of the whole mo
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from numerics_suite.devices.arithmetic import autocast as autocast_section
+from numerics_suite.devices.arithmetic import casts_on
 from numerics_suite.engine import lifting
-from numerics_suite.engine.lifting import WIDER, floating_outputs, widen
-from numerics_suite.engine.rounded_reference import RoundOnce
-from numerics_suite.engine.true_fp64 import LiftToFp64, float64_surroundings
+from numerics_suite.engine.calls import call_model, input_device
+from numerics_suite.engine.lifting import WIDER, floating_outputs
+from numerics_suite.engine.submodule import run_module_in_fp64, run_module_rounded
 from numerics_suite.observing.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
 from numerics_suite.observing.tokens import at_real
 
@@ -64,7 +65,7 @@ def local_errors(
     batch: Mapping[str, Tensor],
     *,
     autocast: torch.dtype | None = None,
-    call: Callable[[nn.Module, Mapping[str, Any]], object] | None = None,
+    call: Callable[[nn.Module, Mapping[str, Any]], object] = call_model,
 ) -> list[LocalError]:
     """Measure every module's own error in one run of `model` in evaluation mode, without gradients.
 
@@ -76,7 +77,7 @@ def local_errors(
         model: Any module, in the precision under test.
         batch: Tensors for the call.
         autocast: Lower dtype of an autocast section around the call.
-        call: Calls the model; default `model(**batch)`, with the cache of keys and values off.
+        call: Calls the model.
 
     Returns:
         In the order in which the modules first returned.
@@ -85,8 +86,6 @@ def local_errors(
         stack.enter_context(lifting.preserved(model))
         for module in model.modules():
             module.training = False
-        if call is None:
-            stack.enter_context(lifting.without_cache(model))
         names = {id(module): name for name, module in model.named_modules()}
         observer = _Observer(names, _real_positions(batch))
         for module in _measured(model):
@@ -95,9 +94,9 @@ def local_errors(
             )
             stack.enter_context(_handle(module.register_forward_hook(observer.after)))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(lifting.autocast_on(model, autocast))
+        stack.enter_context(autocast_section(input_device(model), autocast))
         stack.enter_context(observer)
-        (call or lifting.default_call)(model, batch)
+        call(model, batch)
     return list(observer.worst.values())
 
 
@@ -169,20 +168,10 @@ class _Observer(lifting.LeanMode):
             return
         self.busy = True
         try:
-            mode = LiftToFp64(self.names, frozenset(p.untyped_storage().data_ptr() for p in module.parameters()))
-            with _disable_current_modes(), float64_surroundings(module):
-                wide_args, wide_kwargs = _own(args), _own(kwargs)
-                with mode:
-                    output = module(*wide_args, **wide_kwargs)
-            self.open.append(
-                _Open(
-                    self.names[id(module)],
-                    type(module).__name__,
-                    _judged(module, output),
-                    tuple(mode.left_out),
-                    self._rounded(module, args, kwargs),
-                )
-            )
+            output, left_out = run_module_in_fp64(module, args, kwargs, self.names)
+            name, class_name = self.names[id(module)], type(module).__name__
+            rounded = self._rounded(module, args, kwargs)
+            self.open.append(_Open(name, class_name, _judged(module, output), left_out, rounded))
         finally:
             self.busy = False
 
@@ -191,13 +180,10 @@ class _Observer(lifting.LeanMode):
 
         A linear layer under autocast is three: both its factors are rounded, and a sum that cancels magnifies that.
         """
-        cast = isinstance(module, nn.Linear) and torch.is_autocast_enabled(module.weight.device.type)
+        cast = isinstance(module, nn.Linear) and casts_on(module.weight.device)
         if next(module.children(), None) is None and not cast:
             return {}
-        with _disable_current_modes():
-            own_args, own_kwargs = _own(args, wide=False), _own(kwargs, wide=False)
-            with RoundOnce(self.names):
-                return _judged(module, module(*own_args, **own_kwargs))
+        return _judged(module, run_module_rounded(module, args, kwargs, self.names))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
         if self.busy:
@@ -238,7 +224,8 @@ def _error(started: _Open, got: Tensor | None, want: Tensor, rounded: Tensor | N
     if got is None or got.shape != want.shape:
         typical = largest = math.inf
     else:
-        got, want = at_real(real, got), at_real(real, want)
+        # Where the device has no float64, what should be was computed on the CPU.
+        got, want = at_real(real, got.to(want.device)), at_real(real, want)
         typical = rms_error_in_roundoffs(got, want, started.coarsest)
         relative = _relative_roundoffs(got, want, started.coarsest)
         scale = rms(want) * unit_roundoff(started.coarsest)
@@ -281,19 +268,3 @@ def _kernel_ratio(got: Tensor, want: Tensor, rounded: Tensor, dtype: torch.dtype
     by_median = float(own.median()) / max(float(inherent.median()), one_rounding * typical, 5e-324)
     # NaN must stay: a comparison with it is never within a budget.
     return by_rms if not by_median <= by_rms else by_median
-
-
-def _own(value: Any, *, wide: bool = True) -> Any:
-    """Copy a module's argument for a twin run: tensors anew (upcast), containers too, a cache apart from the real one."""
-    if isinstance(value, Tensor):
-        upcast = widen(value) if wide else value
-        return value.clone() if upcast is value else upcast
-    if isinstance(value, torch.dtype):
-        return widen(value) if wide else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_own(item, wide=wide) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_own(item, wide=wide) for item in value)
-    if type(value) is dict:
-        return {name: _own(item, wide=wide) for name, item in value.items()}
-    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value

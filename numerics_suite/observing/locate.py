@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.true_fp64 import LiftToFp64
 from numerics_suite.observing.domain import has_masked_row, is_outside_domain, means_infinity
 from numerics_suite.observing.finiteness import nonfinite_count
@@ -219,7 +220,8 @@ def _finite_in_fp64(call: _Call, output: Tensor, *, meant: bool) -> bool | None:
     try:
         with torch.no_grad(), LiftToFp64({}):
             again = call.func(*args, **kwargs)
-    except Exception:  # noqa: BLE001 - an op without a float64 kernel says nothing
+    except Exception as error:  # noqa: BLE001 - an op without a float64 kernel says nothing
+        reraise_if_fatal(error)
         return None
     bad = torch.isnan(output) | (output == float("inf")) if meant else ~torch.isfinite(output)
     for leaf in tree_leaves(again):

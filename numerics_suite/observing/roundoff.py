@@ -24,15 +24,27 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def wide(values: Tensor) -> Tensor:
+    """The values in float64, complex128 of complex ones: on their own device where it holds such numbers, else on the CPU.
+
+    MPS has no float64 and raises TypeError.
+    """
+    dtype = torch.complex128 if values.is_complex() else torch.float64
+    try:
+        return values.detach().to(dtype)
+    except TypeError:
+        return values.detach().cpu().to(dtype)
+
+
 def rms(values: Tensor) -> float:
     """Return the root mean square over all elements, in float64; NaN with a NaN, 0.0 for an empty tensor."""
     if values.numel() == 0:
         return 0.0
-    wide = values.detach().abs().double()
-    largest = wide.max().item()
+    sizes = wide(values.abs())
+    largest = sizes.max().item()
     if largest == 0.0 or not math.isfinite(largest):
         return float(largest)
-    return float((wide / largest).square().mean().sqrt().item() * largest)
+    return float((sizes / largest).square().mean().sqrt().item() * largest)
 
 
 def largest_difference(got: Tensor, want: Tensor) -> float:
@@ -91,7 +103,7 @@ def rms_error_in_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> flo
 
 
 def _difference(got: Tensor, want: Tensor) -> Tensor:
-    wide_got, wide_want = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (got, want))
+    wide_got, wide_want = wide(got), wide(want)
     difference = (wide_got - wide_want).abs()
     return torch.where(wide_got == wide_want, torch.zeros_like(difference), difference)
 

@@ -7,7 +7,6 @@ PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "amp-bf16", "amp-fp16", "p
 ATTENTIONS = ("default", "eager", "sdpa", "flash_attention_2", "flex_attention")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 TRAIN_SCOPES = ("auto", "full", "head", "last:K", "lora")
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa")
 CAUSES = (
     "uninitialised-parameters",
     "bad-initialisation",

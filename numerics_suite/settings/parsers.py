@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from numerics_suite.core.errors import nearest
 from numerics_suite.core.extensions import CHECKS, installed_names
 from numerics_suite.core.registry import own_check_ids
-from numerics_suite.settings.choices import DEVICES, TRAIN_SCOPES
+from numerics_suite.settings.choices import TRAIN_SCOPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,15 +84,13 @@ def workers(value: str) -> int | Literal["auto"]:
 
 
 def device(value: str) -> str:
-    """`auto`, `cpu`, `cuda`, `cuda:1`, …; whether it is there is asked later, by the run."""
-    kind, colon, index = value.partition(":")
-    if kind not in DEVICES:
-        message = f"unknown device '{value}'{nearest(kind, DEVICES)} (known: {', '.join(DEVICES)})"
-        raise ValueError(message)
-    if colon and (kind in {"auto", "cpu", "mps"} or not index.isdecimal()):
-        message = f"'{value}' is no device; write an index as in cuda:0"
-        raise ValueError(message)
-    return value
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `cuda:0,cuda:1`, …; which there are is torch's to say, when the run begins."""
+    parts = [part.strip() for part in value.split(",")]
+    for part in parts:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*(:\d+)?", part) or re.fullmatch(r"(auto|cpu):\d+", part):
+            message = f"'{value}' is no device; write auto, cpu, a kind such as cuda, or an index as in cuda:0"
+            raise ValueError(message)
+    return ",".join(parts)
 
 
 def train_scope(value: str) -> str:

@@ -111,7 +111,11 @@ OPTIONS: tuple[Option, ...] = (
         metavar="LIST",
     ),
     _option(
-        "device", "auto, cpu, cuda[:N], mps, … (default: auto)", default="auto", parse=parsers.device, metavar="DEVICE"
+        "device",
+        "auto, cpu, cuda[:N], mps, … or any kind that torch sees; cuda:0,cuda:1 spreads a model (default: auto)",
+        default="auto",
+        parse=parsers.device,
+        metavar="DEVICE",
     ),
     _option(
         "require_device", "end with exit 4 where this kind of device is missing", parse=parsers.device, metavar="KIND"

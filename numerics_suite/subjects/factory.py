@@ -55,6 +55,8 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
     """
     from torch import nn
 
+    from numerics_suite.devices.memory import reraise_if_fatal
+
     factory = find_factory(source)
     # Only where it is in use already: a plain module needs no transformers.
     quiet = quiet_transformers() if "transformers" in sys.modules else contextlib.nullcontext()
@@ -62,6 +64,7 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
         with quiet:
             made = factory()
     except Exception as error:  # noqa: BLE001  # the user's function may raise anything
+        reraise_if_fatal(error)
         message = f"{source} raised {_text(error)}"
         raise BadInputError(message) from None
     module, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)

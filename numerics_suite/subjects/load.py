@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Subject
+from numerics_suite.devices.arithmetic import deterministic_algorithms
+from numerics_suite.devices.kinds import parts_of
+from numerics_suite.devices.memory import reraise_if_fatal
+from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.files import pickle_files, safetensors_files, tensor_headers
-from numerics_suite.subjects.poison import poisoned, seeded
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
 from numerics_suite.subjects.tasks import CLASSIFICATION, TASKS, head_tensors, task_of_class
@@ -91,7 +94,8 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
             switches.enter_context(private_modules())
         switches.enter_context(_default_dtype_kept())
         switches.enter_context(seeded(seed))
-        switches.enter_context(poisoned(enabled=poison))
+        if poison:
+            switches.enter_context(deterministic_algorithms(fill=True))
         loaded = _build(subject, dtype=dtype, attn=attn, device=device)
     loaded.model.eval()
     if dtype == "float64":
@@ -121,7 +125,7 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
         if subject.adapter_base:
             model, info = _with_adapter(subject, model, info)
         if not subject.quantized:
-            model.to(device)  # moves, and converts nothing
+            place(model, device)
     own_code = validate.needs_remote_code(subject.config)
     return Loaded(
         model=model,
@@ -142,12 +146,11 @@ def _failures(subject: Subject, attn: str) -> Iterator[None]:
     """Give every failure of a load one line: an implementation that is lacking is a skip, the rest an error."""
     try:
         yield
-    except (NumericsSuiteError, torch.OutOfMemoryError, MemoryError):
+    except NumericsSuiteError:
         raise
     except Exception as error:
+        reraise_if_fatal(error)
         text = f"{type(error).__name__}: {compat.first_line(error)}"
-        if isinstance(error, RuntimeError) and "allocate memory" in text:
-            raise
         if attn != "default" and isinstance(error, (ImportError, ValueError)) and _is_about_attention(text):
             message = f"{subject.model_class} cannot use {attn} attention: {compat.first_line(error)}"
             raise UnsupportedError(message) from error
@@ -275,7 +278,7 @@ def _from_factory(subject: Subject, *, dtype: str, attn: str, device: str) -> Lo
     convert(model, getattr(torch, dtype))
     if compat.is_language_model(model) and attn != "default":
         compat.set_attention(model, attn)
-    model.to(device)
+    place(model, device)
     return Loaded(
         model=model,
         batch=None if batch is None else _converted_batch(batch, getattr(torch, dtype)),
@@ -308,6 +311,41 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in model.named_buffers():
         if name in saved and buffer.is_floating_point() and "inv_freq" not in name:
             buffer.data = buffer.data.to(dtype)
+
+
+def place(model: nn.Module, device: str) -> None:
+    """Move the model to its device, in place, which converts nothing; over several devices block by block.
+
+    Args:
+        model: on the CPU.
+        device: one, or several with commas, which accelerate fills evenly.
+
+    Raises:
+        UnsupportedError: several devices and no accelerate.
+    """
+    parts = parts_of(device)
+    if len(parts) == 1:
+        model.to(device)
+        return
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError:
+        reason = "a model is spread over several devices by accelerate: pip install 'numerics-suite[accelerate]'"
+        raise UnsupportedError(reason) from None
+    # An equal share for each, plus room for the one block that may lie on the border.
+    blocks = getattr(model, "_no_split_modules", None)
+    largest = max(
+        (
+            sum(p.nbytes for p in block.parameters())
+            for name, block in model.named_modules()
+            if type(block).__name__ in (blocks or ())
+        ),
+        default=0,
+    )
+    share = sum(p.nbytes for p in model.parameters()) // len(parts) + largest
+    room: dict[Any, Any] = dict.fromkeys(parts[:-1], share) | {parts[-1]: 2**60}
+    spread = infer_auto_device_map(model, max_memory=room, no_split_module_classes=list(blocks or ()))
+    dispatch_model(model, spread, main_device=parts[0], force_hooks=True)
 
 
 def _kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:

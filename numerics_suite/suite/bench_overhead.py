@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from numerics_suite.core.records import CheckResult
-from numerics_suite.engine.forward import loss_in
+from numerics_suite.engine.outputs import loss_in
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.suite.session import SuiteSession

@@ -12,8 +12,9 @@ import torch
 
 from numerics_suite.core.records import Cell
 from numerics_suite.devices.precisions import PRECISIONS
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence, Request
-from numerics_suite.engine.forward import arithmetic, call_model
+from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.training_loop import Plan, Trainer
 from numerics_suite.subjects.resolve import resolve_all
 
@@ -57,7 +58,7 @@ def _bare_step(evidence: Evidence) -> Callable[[], object]:
 
     def step() -> object:
         optimizer.zero_grad(set_to_none=True)
-        with arithmetic(evidence.recipe, "cpu"):
+        with forward_pass(evidence.condition):
             loss = call_model(model, tensors).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -69,7 +70,7 @@ def _bare_step(evidence: Evidence) -> Callable[[], object]:
 
 def _watched_step(evidence: Evidence) -> Callable[[], object]:
     """The step as `train.*` takes it: every loss, gradient, parameter and optimizer state is asked for non-finite values."""
-    trainer = Trainer(evidence.copy_model(), evidence.recipe, Plan(), "cpu")
+    trainer = Trainer(evidence.copy_model(), evidence.condition, Plan())
     tensors = evidence.training_batch.tensors
 
     def step() -> object:

@@ -24,18 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.devices.device import accelerator
+from numerics_suite.devices.host_copy import synchronize
+from numerics_suite.devices.kinds import CPU
 from numerics_suite.watching.session import Watch, WatchSettings
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = int(os.environ.get("NUMERICS_BENCH_ROUNDS", "30"))
-DEVICE = "cuda" if accelerator() == "cuda" else "cpu"
-MOST_RATIO = 1.01 if DEVICE == "cuda" else 1.02
+DEVICE = accelerator() or CPU
+MOST_RATIO = 1.02 if DEVICE == CPU else 1.01
 EVERY_PARAMETERS = WatchSettings().every_parameters
 NEVER = 10**9
-CLOCKS = {"clock": time.perf_counter, **({} if DEVICE == "cuda" else {"work": time.process_time})}
-HELD = "clock" if DEVICE == "cuda" else "work"
+CLOCKS = {"clock": time.perf_counter, **({"work": time.process_time} if DEVICE == CPU else {})}
+HELD = "work" if DEVICE == CPU else "clock"
 HIDDEN, LAYERS, VOCABULARY, ROWS, COLUMNS = 512, 8, 32_000, 4, 128
 
 
@@ -59,10 +61,10 @@ class Bench:
     def time(self, name: str, number: int, way: Callable[[], AbstractContextManager[object]], *, clip: bool) -> None:
         """Take a step in a way; what it costs to enter and leave the way is not counted."""
         with way():
-            _synchronize()
+            synchronize(DEVICE)
             begun = {clock: now() for clock, now in CLOCKS.items()}
             self.step(clip=clip)
-            _synchronize()
+            synchronize(DEVICE)
             for clock, now in CLOCKS.items():
                 self.seconds.setdefault((clock, name), {})[number] = now() - begun[clock]
 
@@ -70,11 +72,6 @@ class Bench:
         """Median over the rounds of a way's seconds over another's of the same round."""
         mine, other = self.seconds[(clock, name)], self.seconds[(clock, to)]
         return statistics.median(mine[number] / other[number] for number in mine if number in other)
-
-
-def _synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def make_bench() -> Bench:

@@ -141,4 +141,4 @@ def _measured(session: SuiteSession, cell: Cell) -> _Answer:
     except NumericsSuiteError as error:
         return _Answer(error=" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001 - one cell's failure never hides the others
-        return _Answer(error=error_line(error))
+        return _Answer(error=error_line(error, cell.device))

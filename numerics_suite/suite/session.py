@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import re
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,13 +10,13 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
 from numerics_suite.core.registry import get_check
+from numerics_suite.devices import memory
+from numerics_suite.devices.kinds import CPU
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
 from numerics_suite.diagnosing.reproducer import reproducer
@@ -70,9 +66,10 @@ class SuiteSession:
         """The evidence of the cell; the previous cell's is let go first."""
         if self._evidence is None or self._evidence.cell != cell:
             if self._evidence is not None:
+                previous = self._evidence.cell.device
                 self._evidence.let_go()
                 self._evidence = None
-                _give_back_memory()
+                memory.release(previous)
             subject = self.plan.subjects[cell.subject]
             self._evidence = Evidence(subject, cell, self._request(subject, cell))
         return self._evidence
@@ -147,7 +144,7 @@ class SuiteSession:
         except NumericsSuiteError as error:
             return result("error", reason=str(error)), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
-            return result("error", reason=error_line(error)), traceback.format_exc()
+            return result("error", reason=error_line(error, question.cell.device)), traceback.format_exc()
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
@@ -203,35 +200,22 @@ class SuiteSession:
         return matches(entry, failed, transformers.__version__, today)  # type: ignore[arg-type]
 
 
-def _give_back_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps what a cell's answers lay between, 35 MB a cell."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _numbers(outcome: Outcome) -> dict[str, float]:
     numbers = {name: measurement.value for name, measurement in outcome.worst.items()}
     numbers["examples"] = outcome.examples
     return numbers
 
 
-def error_line(error: Exception) -> str:
+def error_line(error: Exception, device: str = CPU) -> str:
     """One line for an unexpected error; out of memory gives the bytes asked for and free.
 
     Args:
         error: what was raised.
+        device: of the cell.
     """
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        asked = re.search(r"allocate (\d+(?:\.\d+)?\s*\w+)", text)
-        return f"out of memory: {asked.group(1) if asked else 'unknown'} asked, {_free()} free"
+    if memory.is_out_of_memory(error):
+        return memory.out_of_memory_text(error, device)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text}{where}"
-
-
-def _free() -> str:
-    from numerics_suite.engine.scope import free_bytes
-
-    return f"{free_bytes('cuda' if torch.cuda.is_available() else 'cpu')} bytes"

@@ -120,7 +120,8 @@ class Cluster:
         """
         import ray
 
-        gpus = 1 if job.settings.device.startswith("cuda") else 0
+        device = job.settings.device
+        gpus = 0 if device.startswith(("cpu", "auto")) else 1 + device.count(",")
         task = self._task.options(num_cpus=job.threads, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)
         reference = task.remote(replace(job, wanted=_exact(job)))
         tell("running")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Batch, Fact, Finding
+from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.diagnosing.causes import REMEDIES, cause_of, origin_facts
 from numerics_suite.diagnosing.findings import batch_as_json
 from numerics_suite.diagnosing.remedies import untried
-from numerics_suite.engine.forward import floating_outputs
+from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.watching.alarms import Alarm
@@ -248,6 +249,6 @@ def _backward(model: nn.Module, call: Call, scale: float) -> None:
         loss = floating_outputs(model(*call.args, **call.kwargs)).get("loss")
         if loss is None:
             return  # the loop computes its loss elsewhere
-        with torch.autocast(loss.device.type, enabled=False):
+        with autocast_off(loss.device):
             trained = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss * scale, trained, allow_unused=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.engine.forward import floating_outputs, main_output
+from numerics_suite.devices.arithmetic import autocast_dtypes
+from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.watching.norms import floating, largest, local, samples, total_norm, update_ratio
 
 Figures = list[tuple[str, Tensor]]
@@ -49,9 +50,9 @@ class Gauges:
             return [], limit
         if name != "loss" and logits.is_floating_point() and local(logits).numel():
             figures.append(("logits", largest(logits)))
-            kind = logits.device.type
-            dtypes = [logits.dtype, *([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])]
-            limit = min(limit, *(torch.finfo(dtype).max for dtype in (*dtypes, *([torch.float16] if scaled else []))))
+            section = autocast_dtypes(logits.device).get(logits.device.type, logits.dtype)
+            dtypes = [logits.dtype, section, *([torch.float16] if scaled else [])]
+            limit = min(limit, *(torch.finfo(dtype).max for dtype in dtypes))
         loss = found.get("loss")
         if loss is not None and loss.numel():
             self._loss_seen = True

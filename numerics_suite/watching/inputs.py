@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine.forward import takes_token_ids
+from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.watching.norms import local
 
 ID_NAMES = ("input_ids", "position_ids", "token_type_ids")

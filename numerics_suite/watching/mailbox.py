@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numerics_suite.devices.device import has_float64
+from numerics_suite.devices.host_copy import copy_to_host
 from numerics_suite.watching.alarms import Reading
 
 
@@ -18,19 +20,24 @@ class _Letter:
     """One copy under way."""
 
     step: int
-    names: tuple[str, ...]
-    host: Tensor
-    event: Any
+    copies: tuple[tuple[tuple[str, ...], Tensor, Any], ...]
+    """Names, values on the host, and the event after which they may be read: one for each device."""
     scaled: bool
     limit: float
 
     def arrived(self) -> bool:
-        return self.event is None or bool(self.event.query())
+        return all(event is None or bool(event.query()) for _, _, event in self.copies)
+
+    def wait(self) -> None:
+        for _, _, event in self.copies:
+            if event is not None:
+                event.synchronize()
 
     def open(self) -> Reading:
         values: dict[str, tuple[float, ...]] = {}
-        for name, value in zip(self.names, self.host.tolist(), strict=True):
-            values[name] = (*values.get(name, ()), value)
+        for names, host, _ in self.copies:
+            for name, value in zip(names, host.tolist(), strict=True):
+                values[name] = (*values.get(name, ()), value)
         return Reading(step=self.step, values=values, scaled=self.scaled, limit=self.limit)
 
 
@@ -54,15 +61,16 @@ class Mailbox:
         """
         if not figures:
             return
-        device = figures[0][1].device
-        # Exact for every float that a device may hand over; mps has no float64.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        with torch.no_grad():
-            parts = [value.detach().reshape(()).to(device, wide, non_blocking=True) for _, value in figures]
-            packed = torch.stack(parts)
-        host, event = _send(packed)
-        names = tuple(name for name, _ in figures)
-        self._letters.append(_Letter(step=step, names=names, host=host, event=event, scaled=scaled, limit=limit))
+        sent = []
+        # One copy from each device: a value of another one would have to be waited for before it could be packed.
+        for device in dict.fromkeys(value.device for _, value in figures):
+            own = [(name, value) for name, value in figures if value.device == device]
+            # float64 is exact for every float that a device may hand over; one without it hands over no wider float.
+            wide = torch.float64 if has_float64(device) else torch.float32
+            with torch.no_grad():
+                packed = torch.stack([value.detach().reshape(()).to(wide) for _, value in own])
+            sent.append((tuple(name for name, _ in own), *copy_to_host(packed)))
+        self._letters.append(_Letter(step=step, copies=tuple(sent), scaled=scaled, limit=limit))
 
     def ready(self, *, wait: bool = False, through: int = 0) -> Iterator[Reading]:
         """The readings that have arrived, oldest first.
@@ -76,20 +84,6 @@ class Mailbox:
             if not first.arrived():
                 if not wait and first.step > through:
                     return
-                first.event.synchronize()
+                first.wait()
             self._letters.popleft()
             yield first.open()
-
-
-def _send(packed: Tensor) -> tuple[Tensor, Any]:
-    """The tensor on the host and the event that says when it is whole (None: it is)."""
-    if packed.device.type == "cpu":
-        return packed, None
-    if packed.device.type != "cuda":
-        # Without pinned memory a copy to the host waits by itself.
-        return packed.cpu(), None
-    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-    host.copy_(packed, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(packed.device))
-    return host, event

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from numerics_suite.devices.kinds import CPU
+
 SAMPLED = 1024
 """Elements per parameter in the update-to-weight ratio: its standard error is 3 % even for one parameter alone."""
 
@@ -51,10 +53,11 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def total(norms: Sequence[Tensor]) -> Tensor | None:
-    """The norm of all, from the norms of each; on the first one's device. None of none."""
+    """The norm of all, from the norms of each; on an accelerator where there is one among them. None of none."""
     if not norms:
         return None
-    device = norms[0].device
+    # To a device a copy may run late, since what reads it there runs later still; one to the host would be read too early.
+    device = next((norm.device for norm in norms if norm.device.type != CPU), norms[0].device)
     every: Tensor = torch.stack([norm.float().to(device, non_blocking=True) for norm in norms])
     length: Tensor = torch.linalg.vector_norm(every)
     return length

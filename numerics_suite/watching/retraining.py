@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.engine.forward import floating_outputs
+from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.watching.judge import LOST_SCALE
 from numerics_suite.watching.norms import total_norm

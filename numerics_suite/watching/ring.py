@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from numerics_suite.devices import random_state
+from numerics_suite.devices.arithmetic import autocast_as, autocast_dtypes
+
 Rates = tuple[Mapping[str, Any], ...]
 """Learning rate, betas, momentum and weight decay of each group of an optimizer."""
 
@@ -59,7 +62,13 @@ class Ring:
         while self.calls and self.calls[0].step <= step - self.steps:
             self.rates.pop(self.calls.popleft().step, None)
         kept_args, kept_kwargs = tree_map_only(Tensor, _kept, (args, dict(kwargs)))
-        call = Call(step=step, args=kept_args, kwargs=kept_kwargs, rng=rng_states(device), autocast=_autocast(device))
+        call = Call(
+            step=step,
+            args=kept_args,
+            kwargs=kept_kwargs,
+            rng=random_state.states_of([device]),
+            autocast=autocast_dtypes(device),
+        )
         self.calls.append(call)
 
     def note(self, step: int, optimizer: int, rates: Rates) -> None:
@@ -82,39 +91,12 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.numel() * tensor.element_size() <= CLONED_BYTES else tensor
 
 
-def rng_states(device: torch.device) -> dict[str, Tensor]:
-    """The random states that a forward pass on the device may draw from; reading them waits for nothing."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[str(device)] = torch.cuda.get_rng_state(device)
-    return states
-
-
-@contextlib.contextmanager
-def random_states(states: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it the generators are at these states; afterwards where they were."""
-    cuda = [torch.device(name) for name in states if name != "cpu"]
-    with torch.random.fork_rng(devices=cuda):
-        for name, state in states.items():
-            if name == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.cuda.set_rng_state(state, name)
-        yield
-
-
-def _autocast(device: torch.device) -> dict[str, torch.dtype]:
-    kinds = dict.fromkeys((device.type, "cpu"))
-    return {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-
-
 @contextlib.contextmanager
 def as_called(call: Call) -> Iterator[None]:
     """The random states and the autocast sections of the call; restored after."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(random_states(call.rng))
-        for kind, dtype in call.autocast.items():
-            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        stack.enter_context(random_state.at(call.rng))
+        stack.enter_context(autocast_as(call.autocast))
         yield
 
 

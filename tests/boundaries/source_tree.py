@@ -26,7 +26,7 @@ class SourceFile:
 
     @property
     def stage(self) -> str:
-        """`engine` of `numerics_suite.engine.forward`; the package's own name for its `__init__`."""
+        """`engine` of `numerics_suite.engine.runner`; the package's own name for its `__init__`."""
         return self.module.split(".")[1] if "." in self.module else self.module
 
 

@@ -175,7 +175,8 @@ def named_by_anomaly(session: Any) -> Named:
     """What `torch.autograd.detect_anomaly` says of one step, with the loss scale where the precision has one."""
     import torch
 
-    from numerics_suite.engine.forward import arithmetic, call_model
+    from numerics_suite.engine.calls import call_model
+    from numerics_suite.engine.runner import forward_pass
 
     evidence, tensors, model = _training_inputs(session)
     scale = 65536.0 if evidence.recipe.loss_scaling else 1.0
@@ -183,7 +184,7 @@ def named_by_anomaly(session: Any) -> Named:
         warnings.simplefilter("always")
         try:
             with torch.autograd.detect_anomaly():
-                with arithmetic(evidence.recipe, "cpu"):
+                with forward_pass(evidence.condition):
                     loss = call_model(model, tensors).loss
                 (loss * scale).backward()
         except RuntimeError as error:
@@ -207,7 +208,8 @@ def named_by_debug(session: Any) -> Named:
     """What transformers' `DebugUnderflowOverflow` says of one step: the module of the last frame that it prints."""
     from transformers.debug_utils import DebugUnderflowOverflow
 
-    from numerics_suite.engine.forward import arithmetic, call_model
+    from numerics_suite.engine.calls import call_model
+    from numerics_suite.engine.runner import forward_pass
 
     evidence, tensors, model = _training_inputs(session)
     printed = io.StringIO()
@@ -215,7 +217,7 @@ def named_by_debug(session: Any) -> Named:
         warnings.simplefilter("ignore")
         try:
             watcher = DebugUnderflowOverflow(model)
-            with arithmetic(evidence.recipe, "cpu"):
+            with forward_pass(evidence.condition):
                 call_model(model, tensors).loss.backward()
         except ValueError as error:
             if "inf/nan detected" not in str(error):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.dropout import WithoutDropout
-from numerics_suite.engine.forward import call_model, floating_outputs
+from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observing.kinks import Kinks
 from numerics_suite.observing.local_error import local_errors
 from numerics_suite.observing.roundoff import gradient_errors

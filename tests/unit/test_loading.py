@@ -15,11 +15,12 @@ import torch
 from torch.utils import deterministic
 
 from numerics_suite.core.errors import CheckError, UnsupportedError
+from numerics_suite.devices.arithmetic import deterministic_algorithms
+from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.compat import known_config_keys
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.subjects.load import convert, load, quiet_transformers
-from numerics_suite.subjects.poison import poisoned, seeded
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
 from numerics_suite.subjects.resolve import resolve
 from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
@@ -189,13 +190,11 @@ def switches():
 
 def test_poison_fills_and_is_lifted_also_on_error():
     before = switches()
-    with poisoned():
+    with deterministic_algorithms(fill=True):
         assert torch.empty(5).isnan().all()
-    with pytest.raises(KeyError), poisoned():
+    with pytest.raises(KeyError), deterministic_algorithms(fill=True):
         fail(switches() == (True, True, True))
     assert switches() == before
-    with poisoned(enabled=False):
-        assert switches() == before
 
 
 def test_seeds_repeat_and_leave_no_trace():

@@ -195,9 +195,10 @@ KNOWN = "fp64, fp32, tf32, bf16, fp16, amp-bf16, amp-fp16, pure-fp16"
          "(known: auto, full, head, last:K, lora)")),
         ({"checks": "forward.finit"}, "--checks: no check matches 'forward.finit'; did you mean 'forward.finite'?"),
         ({"skip": "train"}, "--skip: no check matches 'train'; did you mean 'train.*'?"),
-        ({"device": "cdua"}, ("--device: unknown device 'cdua'; did you mean 'cuda'? "
-         "(known: auto, cpu, cuda, mps, xpu, npu, hpu, mlu, musa)")),
-        ({"device": "cuda:x"}, "--device: 'cuda:x' is no device; write an index as in cuda:0"),
+        ({"device": "cuda:x"},
+         "--device: 'cuda:x' is no device; write auto, cpu, a kind such as cuda, or an index as in cuda:0"),
+        ({"device": "cuda:0,cpu:1"},
+         "--device: 'cuda:0,cpu:1' is no device; write auto, cpu, a kind such as cuda, or an index as in cuda:0"),
         ({"workers": "many"}, "-n: must be 'auto' or a whole number of at least 0, not 'many'"),
         ({"subjects": ["a"], "names": ["a", "b"]}, "--name: 2 names for 1 subjects; give one per SUBJECT"),
         ({"subjects": ["a"], "names": ["a b"]}, "--name: 'a b' is no name; use letters, digits, '.', '_' and '-'"),

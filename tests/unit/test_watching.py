@@ -39,7 +39,7 @@ class LateEvent:
 @pytest.fixture
 def late(monkeypatch):
     """Figures arrive as a busy device's do: not before the next step."""
-    monkeypatch.setattr(mailbox, "_send", lambda packed: (packed.clone(), LateEvent()))
+    monkeypatch.setattr(mailbox, "copy_to_host", lambda packed: (packed.clone(), LateEvent()))
 
 
 def pair(seed=0, lr=1e-3, **kwargs):

@@ -20,7 +20,7 @@ from numerics_suite.engine.references import (
     trusted,
     without_labels,
 )
-from numerics_suite.engine.true_fp64 import run_true_fp64
+from numerics_suite.engine.runner import Runner
 from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.subjects.load import Loaded
 
@@ -33,7 +33,7 @@ def attention(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         return
     other = _other(evidence)
     given, real = without_labels(batch.tensors), batch.tensors["attention_mask"].bool()
-    run = run_true_fp64(other.model, given, call=caller(evidence, by_token=True))
+    run = Runner(other.model, evidence.condition).true_fp64(given, call=caller(evidence, by_token=True))
     trusted(run.left_out)
 
     def tokens(answer: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import call_model, to_device
 from numerics_suite.engine.references import caller, compare_law, rounded_answer, true_answer, trusted, without_labels
-from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observing.parting import Side, first_parting
 
 
@@ -34,15 +33,15 @@ def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     # The last two tokens one by one; and the sequence in two chunks.
     for cuts in ([max(width - 2, 1), width - 1], [width // 2]):
         pieces = sorted({cut for cut in cuts if 0 < cut < width})
-        decode = decoder(evidence, pieces)
-        run = run_true_fp64(evidence.model, without_labels(batch.tensors), call=decode)
+        decode = decoder(pieces)
+        run = evidence.runner.true_fp64(without_labels(batch.tensors), call=decode)
         trusted(run.left_out)
-        plain = evidence.apply(lambda d=decode: d(evidence.model, without_labels(batch.tensors))["answer"])  # type: ignore[misc]
+        plain = evidence.runner.apply(lambda d=decode: d(evidence.model, without_labels(batch.tensors))["answer"])  # type: ignore[misc]
         found = compare_law(
             evidence,
             true=true_answer(evidence, batch.tensors)[real],
             true_other=run.outputs["answer"].cpu()[real],
-            other=plain.double().cpu()[real],
+            other=plain.cpu().double()[real],
             base=lambda: rounded_answer(evidence, batch.tensors)[real],
         )
         whole, cut = (
@@ -52,12 +51,11 @@ def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         yield from law_measurements(*found, place=lambda one=whole, other=cut: first_parting(one, other))  # type: ignore[misc]
 
 
-def decoder(evidence: Evidence, cuts: list[int]) -> Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]:
+def decoder(cuts: list[int]) -> Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]:
     """Calls the model on the sequence cut at these columns, handing its cache from piece to piece."""
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-        given = to_device(tensors, evidence.cell.device)
-        ids, mask = given["input_ids"], given["attention_mask"]
+        ids, mask = tensors["input_ids"], tensors["attention_mask"]
         edges = [0, *cuts, ids.shape[1]]
         cached, logits = None, []
         for start, stop in itertools.pairwise(edges):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import floating_outputs
+from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observing.comparing import differing_elements
 from numerics_suite.observing.repeating import unsteady_module
 

@@ -10,8 +10,9 @@ from torch import nn
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.blocks import decoder_blocks
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import arithmetic, call_model, to_device
+from numerics_suite.engine.runner import forward_pass
 from numerics_suite.observing.headroom import Headroom
 from numerics_suite.observing.headroom import headroom as headroom_by_module
 
@@ -25,8 +26,8 @@ def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement | Series]
     tensors = evidence.inputs_of(batch)
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> object:
-        with arithmetic(evidence.recipe, evidence.cell.device):
-            return call_model(model, to_device(given, evidence.cell.device))
+        with forward_pass(evidence.condition):
+            return call_model(model, given)
 
     found = headroom_by_module(evidence.model, tensors, call=call)
     if not found:

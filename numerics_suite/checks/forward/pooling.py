@@ -67,6 +67,5 @@ def _logits_and_states(evidence: Evidence, batch: Batch, head: nn.Module) -> tup
     states = output.hidden_states[-1]
     if states.shape[0] != batch.tensors["input_ids"].shape[0]:
         states = states.transpose(0, 1)  # 2024's chatglm keeps [sequence, batch, hidden]
-    with torch.no_grad():
-        every = evidence.apply(lambda: head(states.to(next(head.parameters()).dtype)))
+    every = evidence.runner.submodule(head, states.to(next(head.parameters()).dtype))
     return output.logits.float().cpu(), every.float().cpu()

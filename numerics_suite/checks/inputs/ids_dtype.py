@@ -8,8 +8,9 @@ import torch
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import floating_outputs, main_output
+from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.observing.comparing import differing_elements
 
 INTEGERS = (torch.int32, torch.int16, torch.uint8)
@@ -28,7 +29,8 @@ def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
             continue
         try:
             got = _output(evidence, {**base, "input_ids": base["input_ids"].to(dtype)})
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            reraise_if_fatal(error)
             continue  # refused, which is right for floating ids and allowed for a narrow integer
         if dtype.is_floating_point:
             used.append(str(dtype).removeprefix("torch."))

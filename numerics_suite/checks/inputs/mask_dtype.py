@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import floating_outputs, main_output
+from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.inputs.strategies import MASK_DTYPES
 from numerics_suite.observing.comparing import differing_elements
 
@@ -26,7 +27,8 @@ def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         tensors["attention_mask"] = mask.to(dtype)
         try:
             got = main_output(floating_outputs(evidence.run(tensors)))[1]
-        except (RuntimeError, TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError) as error:
+            reraise_if_fatal(error)
             continue
         real = mask.bool() if wanted.dim() == 3 else None
         count = differing_elements(got[real], wanted[real]) if real is not None else differing_elements(got, wanted)

@@ -8,8 +8,8 @@ import torch
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import dtype_of
 
 
 @check(scope="precision")

@@ -13,8 +13,9 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.devices.condition import dtype_of
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import arithmetic, autocast_dtype, call_model, dtype_of, floating_outputs, to_device
 from numerics_suite.engine.references import (
     is_reference_itself,
     rounding_allowance,
@@ -22,11 +23,10 @@ from numerics_suite.engine.references import (
     routes,
     trusted,
 )
-from numerics_suite.engine.rounded_reference import run_rounded
-from numerics_suite.engine.true_fp64 import run_true_fp64
+from numerics_suite.engine.runner import Caller
 from numerics_suite.observing.coarser import coarser_ops
 from numerics_suite.observing.kinks import Kinks
-from numerics_suite.observing.roundoff import rms
+from numerics_suite.observing.roundoff import rms, wide
 
 
 @check(trains=True, needs=("token-ids",))
@@ -42,10 +42,9 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
         raise NotApplicableError(routed_reason())
     tensors = evidence.training_batch.tensors
     call = differentiated(evidence)
-    true_run = run_true_fp64(evidence.model, tensors, gradients=True, call=call)
+    true_run = evidence.runner.true_fp64(tensors, gradients=True, call=call)
     trusted(true_run.left_out)
-    autocast = autocast_dtype(evidence.recipe)
-    rounded_run = run_rounded(evidence.model, tensors, gradients=True, autocast=autocast, call=call)
+    rounded_run = evidence.runner.rounded(tensors, gradients=True, call=call)
     trusted(rounded_run.left_out)
     assert true_run.gradients is not None
     assert rounded_run.gradients is not None
@@ -94,7 +93,7 @@ def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
     )
 
 
-def differentiated(evidence: Evidence) -> Callable[[nn.Module, Mapping[str, Any]], Any]:
+def differentiated(evidence: Evidence) -> Caller:
     """Calls a model so that its output's `loss` is what the check differentiates.
 
     The loss, for a model with an answer per token. A classifier's loss would hand a few numbers down (rows × labels):
@@ -105,11 +104,11 @@ def differentiated(evidence: Evidence) -> Callable[[nn.Module, Mapping[str, Any]
     """
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
-        given = to_device(tensors, evidence.cell.device)
         if evidence.subject.task != "sequence-classification":
-            return call_model(model, given)
-        output = call_model(model, given, output_hidden_states=True)
-        states = output["hidden_states"][-1] * given["attention_mask"].unsqueeze(-1)
+            return call_model(model, tensors)
+        output = call_model(model, tensors, output_hidden_states=True)
+        states = output["hidden_states"][-1]
+        states = states * tensors["attention_mask"].to(states.device).unsqueeze(-1)
         return {"loss": _alternating(output["logits"]) + _alternating(states)}
 
     return call
@@ -124,13 +123,8 @@ def _alternating(values: Tensor) -> Tensor:
 
 def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of one backward pass in the cell's precision, float64, by parameter name."""
-    model = evidence.model
-    with arithmetic(evidence.recipe, evidence.cell.device):
-        outputs = floating_outputs(differentiated(evidence)(model, tensors))
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    parameters = [model.get_parameter(name) for name in names]
-    found = torch.autograd.grad(outputs["loss"], parameters, allow_unused=True)
-    return {name: g.detach().double() for name, g in zip(names, found, strict=True) if g is not None}
+    found = evidence.runner.gradients(tensors, differentiated(evidence))
+    return {name: wide(gradient) for name, gradient in found.items()}
 
 
 def _ratios(

@@ -8,8 +8,8 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
+from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import autocast_dtype, dtype_of
 from numerics_suite.engine.references import is_reference_itself, longest_reduction, without_labels
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import unit_roundoff
@@ -27,8 +27,9 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
     if is_reference_itself(evidence):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
-    autocast = autocast_dtype(evidence.recipe)
-    found = local_errors(evidence.model, without_labels(evidence.training_batch.tensors), autocast=autocast)
+    tensors = without_labels(evidence.training_batch.tensors)
+    with evidence.condition.arithmetic():
+        found = local_errors(evidence.model, tensors, autocast=evidence.condition.autocast)
     judged = [error for error in found if not error.left_out and error.dtype != "float64"]
     if not judged:
         reason = "no module could be lifted to float64"

@@ -12,10 +12,11 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.devices.condition import dtype_of
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import call_model, dtype_of
 from numerics_suite.engine.references import trusted
-from numerics_suite.engine.true_fp64 import Fp64Run, run_true_fp64
+from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 from numerics_suite.oracles import file_weights, oracle_for, rotary_budget, rotary_roundoffs, run_oracle, tensor_weights
 from numerics_suite.oracles.run import ANSWER, OracleRun
@@ -48,7 +49,7 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
     weights = _weights(evidence)
     batch = evidence.training_batch.tensors
     wanted = _definition(evidence, batch, weights, table, gradients=True)
-    found = run_true_fp64(evidence.model, batch, gradients=True)
+    found = evidence.runner.true_fp64(batch, gradients=True)
     trusted(found.left_out)
     logits = relative_error(*_compared(found, wanted, batch))
     loss = relative_error(found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
@@ -82,7 +83,7 @@ def _config(evidence: Evidence) -> Mapping[str, Any]:
 def _weights(evidence: Evidence) -> Weights:
     path = evidence.subject.path
     if path is None or evidence.subject.adapter_base:
-        return tensor_weights(evidence.model.state_dict())
+        return tensor_weights({name: value.cpu() for name, value in evidence.model.state_dict().items()})
     return file_weights(path, rounded_to=dtype_of(evidence.recipe.parameters))
 
 
@@ -96,7 +97,7 @@ def _definition(  # noqa: PLR0913 - what the oracle needs
     trace: bool = False,
 ) -> OracleRun:
     model = evidence.model
-    head = {name: model.get_parameter(name).detach() for name in evidence.loaded.new_head}
+    head = {name: model.get_parameter(name).detach().cpu() for name in evidence.loaded.new_head}
     return run_oracle(
         evidence.family.name,
         _labelled(_config(evidence), evidence),
@@ -162,7 +163,7 @@ def _first_apart(  # noqa: PLR0913, PLR0917 - both runs and what they were made 
         return output
 
     with torch.no_grad():
-        run_true_fp64(evidence.model, batch, call=call)
+        evidence.runner.true_fp64(batch, call=call)
     apart = first_difference(states, wanted.states, mask=batch["attention_mask"])
     if apart == ANSWER:  # every module is right, and the answer is not what the last of them gave: a wrong pooled row
         return next((name for name in reversed(wanted.states) if name != ANSWER), None)

@@ -14,7 +14,6 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
-from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 
@@ -30,7 +29,7 @@ def accumulation(evidence: Evidence) -> Iterable[Measurement]:
     if rows < 2:
         reason = "one row cannot be cut into micro-batches (--batch-size 1)"
         raise NotApplicableError(reason)
-    full = run_true_fp64(evidence.model, tensors, gradients=True)
+    full = evidence.runner.true_fp64(tensors, gradients=True)
     trusted(full.left_out)
     assert full.gradients is not None
     total = counted(tensors["labels"], evidence.subject.task)
@@ -41,7 +40,7 @@ def accumulation(evidence: Evidence) -> Iterable[Measurement]:
         share = counted(part["labels"], evidence.subject.task) / total
         if share == 0:
             continue
-        run = run_true_fp64(evidence.model, part, gradients=True)
+        run = evidence.runner.true_fp64(part, gradients=True)
         assert run.gradients is not None
         loss += share * float(run.outputs["loss"])
         for name, value in run.gradients.items():

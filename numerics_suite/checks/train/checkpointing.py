@@ -12,9 +12,9 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.dropout import WithoutDropout
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import call_model, to_device
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.true_fp64 import Fp64Run, run_true_fp64
 from numerics_suite.observing.roundoff import gradient_errors
@@ -30,14 +30,14 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
     tensors = evidence.training_batch.tensors
-    plain = run_true_fp64(evidence.model, tensors, gradients=True, stream=False, call=_training_call(evidence))
+    plain = run_true_fp64(evidence.model, tensors, gradients=True, stream=False, call=_training_call())
     trusted(plain.left_out)
     yield _by_mode(evidence, tensors, plain)
     model = evidence.copy_model()
     # The recomputation runs within the backward pass, beyond the call that turns dropout off.
     options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), WithoutDropout())}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-    again = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call(evidence))
+    again = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call())
     trusted(again.left_out)
     assert plain.gradients is not None
     assert again.gradients is not None
@@ -79,12 +79,12 @@ def _by_mode(evidence: Evidence, tensors: Mapping[str, Tensor], training: Fp64Ru
     )
 
 
-def _training_call(evidence: Evidence) -> Any:
+def _training_call() -> Any:
     """Calls the model in training mode, where checkpointing is on, with every dropout off."""
 
     def call(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
         model.train()
         with WithoutDropout():
-            return call_model(model, to_device(tensors, evidence.cell.device))
+            return call_model(model, tensors)
 
     return call

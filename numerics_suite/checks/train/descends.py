@@ -10,8 +10,8 @@ from numerics_suite.checks.train._curves import gradient_norms, losses
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
+from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.forward import dtype_of
 
 
 @check(trains=True)

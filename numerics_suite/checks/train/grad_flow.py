@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
@@ -52,8 +53,7 @@ def _alive_in_fp32(evidence: Evidence, dead: tuple[str, ...]) -> bool:
     run = train(
         model,
         evidence.training_batch.tensors,
-        recipe=PRECISIONS["fp32"],
+        condition=replace(evidence.condition, precision=PRECISIONS["fp32"]),
         plan=evidence.with_plan(steps=1),
-        device=evidence.cell.device,
     )
     return not set(dead) & set(run.dead)
