@@ -34,6 +34,9 @@ OTHERS = "extensions"
 
 NO_GPU = "-m gpu: no accelerator is visible to torch, so no gpu cell can run (--numerics-allow-no-gpu lets that pass)"
 
+GAVE_UP = 70
+"""Status of a worker that ends on purpose. The controller reads none: it sees the connection end."""
+
 session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
 gate_key: pytest.StashKey[Gate] = pytest.StashKey()
 result_key: pytest.StashKey[CheckResult] = pytest.StashKey()
@@ -231,6 +234,17 @@ def _question(item: pytest.Item) -> Question | None:
     return value if isinstance(value, Question) else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """End a worker whose device was lost, before another cell begins: the remaining cells run in a new one."""
+    suite = item.config.stash.get(session_key, None)
+    if suite is None or suite.lost is None or not hasattr(item.config, "workerinput"):
+        return
+    question = _question(item)
+    if question is not None and question.cell != suite.lost[0]:
+        os._exit(GAVE_UP)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Send the result along with pytest's own report, in a form that travels between processes."""
@@ -240,6 +254,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         from numerics_suite.reporting.results import check_to_json
 
         report.numerics_result = check_to_json(result)  # type: ignore[attr-defined]
+        report.numerics_gives_up = item.config.stash[session_key].lost is not None  # type: ignore[attr-defined]
     return report
 
 

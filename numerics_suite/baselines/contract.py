@@ -18,7 +18,7 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs, main_output
-from numerics_suite.observing.roundoff import rms, unit_roundoff
+from numerics_suite.observing.roundoff import rms, unit_roundoff, wide
 from numerics_suite.subjects.load import default_dtype
 
 SAME_ROUNDOFFS: Final = 64
@@ -214,7 +214,7 @@ def _verdict(evidence: Evidence, given: Mapping[str, Any], want: Tensor) -> str:
         return "other"
     if torch.equal(got.isnan(), want.isnan()) and bool((got[~got.isnan()] == want[~want.isnan()]).all()):
         return "same"
-    near = rms(got.double() - want.double()) <= SAME_ROUNDOFFS * unit_roundoff(
-        dtype_of(evidence.recipe.computes_in)
-    ) * rms(want)
+    near = rms(wide(got) - wide(want)) <= SAME_ROUNDOFFS * unit_roundoff(dtype_of(evidence.recipe.computes_in)) * rms(
+        want
+    )
     return "same" if near else "other"

@@ -18,6 +18,7 @@ from numerics_suite.devices import random_state
 from numerics_suite.devices.precisions import SERVING_REASON
 from numerics_suite.engine import lifting
 from numerics_suite.engine.blocks import freeze_to_scope
+from numerics_suite.engine.calls import where_float64_is
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import no_reference
 from numerics_suite.engine.training_loop import Plan, make_optimizer, train
@@ -83,23 +84,27 @@ def _filled(numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 
 @contextmanager
-def trainable(evidence: Evidence, scope: str, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+def trainable(
+    evidence: Evidence, scope: str, dtype: torch.dtype | None = None, model: nn.Module | None = None
+) -> Iterator[nn.Module]:
     """The cell's model with trained parameters of its own; what the scope leaves out is shared, and nothing is changed.
 
     Args:
         evidence: of the cell.
         scope: of :func:`scope_of`.
         dtype: of the trained parameters, None as they are.
+        model: a copy of the cell's model in its place.
     """
+    model = evidence.model if model is None else model
     with (
-        lifting.preserved(evidence.model),
-        lifting.replaced_parameters(evidence.model, _alias) as parameters,
+        lifting.preserved(model),
+        lifting.replaced_parameters(model, _alias) as parameters,
     ):
-        freeze_to_scope(evidence.model, scope, evidence.family)
+        freeze_to_scope(model, scope, evidence.family)
         for parameter in parameters.values():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
-        yield evidence.model
+        yield model
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -115,7 +120,7 @@ def _true_curve(
     """
     losses, norms = [], []
     left_out: tuple[str, ...] = ()
-    with trainable(evidence, plan.scope, torch.float64) as model:
+    with trainable(evidence, plan.scope, torch.float64, where_float64_is(evidence.model)) as model:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(plan, trained.values())
         for _ in range(plan.steps):

@@ -64,7 +64,7 @@ def head_statistics(evidence: Evidence) -> dict[str, dict[str, Any]]:
     unwritten = set(evidence.unwritten)
     found = {}
     for name in evidence.loaded.new_head:
-        values = evidence.model.get_parameter(name).detach().double()
+        values = evidence.model.get_parameter(name).detach().cpu().double()
         written = name not in unwritten
         spread = float(values.std(correction=0)) if written else math.nan
         found[name] = {

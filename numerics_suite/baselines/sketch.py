@@ -110,7 +110,7 @@ class Sketcher:
         flat = values.reshape(values.shape[0], -1)
         step = max(1, _BLOCK // max(flat.shape[1], 1))
         for start in range(0, flat.shape[0], step):
-            self._add(flat[start : start + step].double().cpu())
+            self._add(flat[start : start + step].cpu().double())
 
     def _add(self, flat: Tensor) -> None:
         if not flat.numel():

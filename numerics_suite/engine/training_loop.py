@@ -15,6 +15,7 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
 from numerics_suite.observing.finiteness import nonfinite_count
+from numerics_suite.observing.roundoff import wide
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -172,9 +173,9 @@ class Trainer:
             for name, g in gradients.items()
             if g.dtype != self.parameters[name].dtype
         }
-        total = sum(float(g.detach().double().abs().sum()) for g in gradients.values())
+        total = sum(float(wide(g).abs().sum()) for g in gradients.values())
         # Adam's first step is lr in the direction of each gradient's sign; SGD's is lr times the gradient.
-        squares = sum(float(g.detach().double().square().sum()) for g in gradients.values())
+        squares = sum(float(wide(g).square().sum()) for g in gradients.values())
         self.predicted = self.plan.lr * (squares if self.plan.optimizer == "sgd" else total)
 
     def step(self, tensors: Mapping[str, Any], step: int) -> None:

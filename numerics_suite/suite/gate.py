@@ -55,6 +55,7 @@ class Gate:
         self.expected: dict[str, Question] = {_id(question): question for question in suite.plan.questions}
         self.answers: dict[str, CheckResult] = {}
         self.failed_items = 0
+        self._giving_up: set[object] = set()
         self.result: RunResult | None = None
         self.started = datetime.now(tz=timezone.utc).astimezone()
         self._clock = time.perf_counter()
@@ -73,9 +74,17 @@ class Gate:
             return
         result = check_from_json(written)
         self.answers[result.id] = result
+        if getattr(report, "numerics_gives_up", False):
+            self._giving_up.add(getattr(report, "node", None))
         self.failed_items += int(report.failed)
         if self.run is not None:
             self.run.progress(len(self.answers), len(self.expected), result)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
+        """The item at which a worker ended because its device was lost has not begun: it runs again in a new worker."""
+        if getattr(report, "node", None) in self._giving_up:
+            report.outcome = "skipped"
 
     def finish(self, pytest_status: int, *, others_failed: bool) -> int:
         """Put the run together and give the exit status.

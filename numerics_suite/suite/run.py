@@ -16,6 +16,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
+from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
@@ -48,12 +49,15 @@ class Run:
 def worker_count(settings: Settings, plan: SuitePlan) -> int:
     """Worker processes; 0 runs in this one.
 
-    Cells of one accelerator share it, so they run in one process unless the user says otherwise.
+    Cells of one accelerator share it, so one process runs them unless the user says otherwise: a worker, which a new one
+    replaces where the device fails for good.
     """
     if settings.workers != "auto":
         return int(settings.workers)
     cores = core_count()
-    if not plan.device.startswith("cpu") or len(plan.cells) < WORTH_WORKERS or cores < 2:
+    if kind_of(plan.device) != CPU:
+        return 1 if len(plan.cells) > 1 else 0
+    if len(plan.cells) < WORTH_WORKERS or cores < 2:
         return 0
     return min(cores, len(plan.cells))
 

@@ -47,6 +47,7 @@ class SuiteSession:
         tries_remedies: with `--diagnose`, remedies are tried on copies; a table of many defects does without.
         deadline: seconds since the epoch after which no new cell is begun, None without `--max-time`.
         reproducers: folder of the scripts that show a finding alone.
+        lost: the cell in which the device failed for good, and how; no cell can run in this process after it.
     """
 
     def __init__(self, settings: Settings, deadline: float | None = None, reproducers: Path = REPRODUCERS) -> None:
@@ -56,6 +57,7 @@ class SuiteSession:
         self._reproducers: dict[tuple[str, ...], str | None] = {}
         self.deadline, self.reproducers = deadline, reproducers
         self._evidence: Evidence | None = None
+        self.lost: tuple[Cell, str] | None = None
 
     @cached_property
     def plan(self) -> SuitePlan:
@@ -133,10 +135,11 @@ class SuiteSession:
                 **fields,  # type: ignore[arg-type]
             )
 
-        if question.skip is not None:
-            return result("skipped", reason=question.skip), ""
-        if self._out_of_time(question.cell):
-            return result("skipped", reason=TIME_LIMIT), ""
+        skip = question.skip or (TIME_LIMIT if self._out_of_time(question.cell) else None)
+        if skip is not None:
+            return result("skipped", reason=skip), ""
+        if self.lost is not None:
+            return result("error", reason=f"not run: {self.lost[1]}"), ""
         try:
             return self._judged(question, result), ""
         except (NotApplicableError, UnsupportedError) as error:
@@ -144,7 +147,10 @@ class SuiteSession:
         except NumericsSuiteError as error:
             return result("error", reason=str(error)), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
-            return result("error", reason=error_line(error, question.cell.device)), traceback.format_exc()
+            reason = error_line(error, question.cell.device)
+            if memory.is_device_lost(error):
+                self.lost = question.cell, f"the device was lost in {question.check}/{question.cell.id}: {reason}"
+            return result("error", reason=reason), traceback.format_exc()
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell

@@ -49,5 +49,5 @@ def rounding_bits(ids: Tensor) -> float:
     left = unrepresentable(ids)
     if left is None or int(left):
         return 0.0
-    distinct = torch.unique(local(ids.detach()).double()).tolist()
+    distinct = torch.unique(local(ids.detach()).cpu().double()).tolist()
     return math.fsum(math.floor(math.log2(value)) - 7 for value in distinct if value >= 256)

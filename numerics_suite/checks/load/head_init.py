@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.observing.roundoff import rms
 
 
 @check(scope="precision")
@@ -39,7 +39,7 @@ def _gain(model: nn.Module, names: tuple[str, ...]) -> Measurement:
         if weight.dim() < 2:
             continue
         fan_in, _ = nn.init._calculate_fan_in_and_fan_out(weight)  # noqa: SLF001 - torch's own rule of fan-in
-        gain = float(torch.sqrt(weight.double().square().mean())) * math.sqrt(fan_in)
+        gain = rms(weight) * math.sqrt(fan_in)
         if not gain <= worst:
             worst, where = gain, name
     return Measurement(

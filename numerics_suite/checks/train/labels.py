@@ -13,6 +13,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.observing.roundoff import wide
 
 
 @check(batches=True, trains=True, needs=("token-ids",))
@@ -33,7 +34,7 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         return
     yield Measurement(
         name="logits-changed",
-        value=differing_elements(with_labels["logits"].double(), without["logits"].double()),
+        value=differing_elements(wide(with_labels["logits"]), wide(without["logits"])),
         unit="elements",
         facts={"labels": "the logits differ between a call with labels and one without"},
     )
@@ -44,8 +45,8 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         return
     roundoff = torch.finfo(got.dtype).eps / 2
     # Rounding moves a cross entropy by what it moves the largest logit and the loss by.
-    size = float(wanted.abs()) + float(without["logits"].double().abs().max())
-    error = abs(float(got.double()) - float(wanted))
+    size = float(wanted.abs()) + float(without["logits"].abs().max())
+    error = abs(float(got) - float(wanted))
     yield Measurement(
         name="loss-error",
         value=error / (roundoff * size),
@@ -63,7 +64,7 @@ def defined_loss(logits: Tensor, targets: Tensor, task: str, num_labels: int) ->
         task: language modelling predicts the next token, so its labels are shifted by one.
         num_labels: 1 means regression by mean squared error.
     """
-    scores, wanted = logits.detach().double().cpu(), targets.cpu()
+    scores, wanted = logits.detach().cpu().double(), targets.cpu()
     if task == "sequence-classification" and num_labels == 1:
         return (scores.squeeze(-1) - wanted.double()).square().mean()
     if task == "causal-lm":
