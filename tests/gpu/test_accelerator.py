@@ -25,11 +25,30 @@ def checked(tmp_path, *arguments):
     return status, json.loads(out.read_text())
 
 
+def answers(results):
+    """Status by what a question is on any device, and the reason of what did not pass."""
+    return {
+        (check["check"], check["subject"], check["precision"], check["attn"]): (check["status"], check["reason"])
+        for check in results["checks"]
+    }
+
+
 def test_the_fixtures_are_clean_in_every_default_precision(tmp_path, device):
     status, results = checked(tmp_path, "--require-device", device)
     assert status == 0, [check["id"] for check in results["checks"] if check["status"] in {"failed", "error"}]
     assert {check["precision"] for check in results["checks"]} == set(default_precisions(device))
     assert all(check["device"].startswith(device) for check in results["checks"])
+
+
+def test_nothing_is_skipped_here_that_runs_on_the_cpu(tmp_path, device):
+    """The same cells on both: every check that passes on the CPU passes here."""
+    names = ",".join(name for name in default_precisions(device) if not lacks(PRECISIONS[name], "cpu"))
+    cells = ("fixture:glm4-tiny", "fixture:glm4-tiny-classifier", "--precision", names)
+    _, here = checked(tmp_path, *cells, "--device", device)
+    _, there = checked(tmp_path, *cells, "--device", "cpu")
+    found = answers(here)
+    differing = {key: (found[key], answer) for key, answer in answers(there).items() if found[key][0] != answer[0]}
+    assert not differing
 
 
 def test_tf32_is_far_outside_what_float32_makes_unavoidable(tmp_path, device):
@@ -42,6 +61,18 @@ def test_tf32_is_far_outside_what_float32_makes_unavoidable(tmp_path, device):
         _, results = checked(tmp_path, *arguments)
         ratios[name] = results["checks"][0]["measurements"]["kernel-ratio"]
     assert ratios["tf32"] > 100 * ratios["fp32"]
+
+
+def test_tf32_that_the_user_has_switched_on_leaves_fp32_alone(tmp_path, device):
+    if lacks(PRECISIONS["tf32"], device):
+        pytest.skip(lacks(PRECISIONS["tf32"], device))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        status, _ = checked(tmp_path, "fixture:glm4-tiny", "--precision", "fp32", "--checks", "reference.*")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert status == 0
 
 
 def test_the_cpu_can_be_asked_for_beside_an_accelerator(tmp_path):
