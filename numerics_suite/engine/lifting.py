@@ -131,7 +131,8 @@ def _work_out(func: Any) -> Plan:  # noqa: PLR0911 - one return per kind
     schema = func._schema  # noqa: SLF001 - the only way to the schema of an overload
     packet = schema.name.split("::")[1]
     name = packet.removesuffix("_") if schema.is_mutable else packet
-    if torch.Tag.inplace_view in func.tags:
+    if schema.name == "prim::device" or torch.Tag.inplace_view in func.tags:
+        # A tensor subclass is asked for its device by an op that has no registered kernel; no number is in it.
         return Plan(kind=Kind.VIEW)
     seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name
     if schema.is_mutable:
@@ -219,6 +220,18 @@ def writes_lower(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     targets = [args[place] for place in plan.written if place < len(args)]
     targets += [kwargs[name] for name in plan.written_names if name in kwargs]
     return [tensor for target in targets for tensor in tensors_in(target) if tensor.dtype in WIDER]
+
+
+def raise_out_of_memory(error: BaseException) -> None:
+    """Raise `error` again if it says that memory ran out: that is never "this op has no float64 kernel".
+
+    An accelerator raises `torch.OutOfMemoryError`, a RuntimeError; the CPU's allocator a plain RuntimeError; a library
+    of CUDA that gets no workspace names its status.
+    """
+    text = str(error).lower()
+    words = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in words):
+        raise error
 
 
 def module_running(names: Mapping[int, str]) -> str:

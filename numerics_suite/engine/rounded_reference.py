@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine import lifting
+from numerics_suite.engine import flex_rule, fused_ops, lifting
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
+from numerics_suite.engine.true_fp64 import LiftToFp64
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_AS_IS: Final = frozenset({Kind.VIEW, Kind.EXACT, Kind.RANDOM})
+_AS_IS: Final = frozenset({Kind.VIEW, Kind.EXACT, Kind.RANDOM, Kind.FOREIGN})
 _COPY: Final = torch.ops.aten.copy_.default
 
 
@@ -54,14 +55,16 @@ class RoundOnce(lifting.LeanMode):
         kwargs = kwargs or {}
         plan = plan_of(func)
         kind = plan.kind
+        if (fused := fused_ops.formula_for(self, func, args, kwargs)) is not None:
+            formula, given = fused
+            return fused_ops.rounded(formula.compute(given), formula.dtypes(given))
+        if kind is Kind.FOREIGN:
+            self.leave_out(func)
         if kind in _AS_IS or func is _COPY:
             return func(*args, **kwargs)
         if kind is Kind.COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs)
-        if kind is Kind.FOREIGN:
-            self.leave_out(func)
-            return func(*args, **kwargs)
         if plan.written:
             if lifting.writes_lower(plan, args, kwargs):
                 return lifting.write_through(func, plan, args, kwargs)
@@ -84,7 +87,8 @@ class RoundOnce(lifting.LeanMode):
             wide[plan.narrow_flag] = False
         try:
             result = func(*wide, **{name: widen(argument) for name, argument in kwargs.items()})
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
+            lifting.raise_out_of_memory(error)
             result = func(*args, **kwargs)
             self.leave_out(func)
         return _rounded(result, iter(dtypes))
@@ -152,3 +156,6 @@ def run_rounded(
 
 def _leaf(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+
+
+flex_rule.register(RoundOnce, lambda mode: LiftToFp64(mode.names), rounds=True)
