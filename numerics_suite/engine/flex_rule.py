@@ -67,7 +67,9 @@ class _Flex:
     def seen(self, rows: slice) -> Tensor:
         """Return where a query sees a key, `[batch, heads, rows, keys]`."""
         mask_mod = _over_indices(self.mask_mod, (), (None,) * len(self.mask_buffers))
-        return mask_mod(*self.indices(rows), *self.mask_buffers)
+        seen = mask_mod(*self.indices(rows), *self.mask_buffers)
+        assert isinstance(seen, Tensor)
+        return seen
 
     def scores(self, raw: Tensor, rows: slice) -> Tensor:
         """S of some queries, -inf at keys that they do not see."""
@@ -89,7 +91,8 @@ class _Flex:
         """Return dQ, dK, dV and, for each of `score_buffers`, its gradient or None."""
         attention = self.attention
         key, value = torch.zeros_like(attention.key), torch.zeros_like(attention.value)
-        query, captured = [], [None] * len(self.score_buffers)
+        query: list[Tensor] = []
+        captured: list[Tensor | None] = [None] * len(self.score_buffers)
         for rows in attention.rows():
             raw, back = self.raw(rows), given.grad_out[:, :, rows]
             weights = probabilities(self.scores(raw, rows), given.lse[:, :, rows])
@@ -134,7 +137,7 @@ def _over_indices(
     return function
 
 
-def _flex_of(  # noqa: PLR0913 - the arguments of the operator
+def _flex_of(  # noqa: PLR0913, PLR0917 - the arguments of the operator
     query: Tensor, key: Tensor, value: Tensor, mods: tuple[Any, Any], scale: float, buffers: tuple[Any, Any]
 ) -> _Flex:
     batch = query.shape[0]  # one set of keys may serve the whole batch
@@ -233,7 +236,7 @@ def _saved(out: Tensor, logsumexp: Tensor, grad_out: Tensor | None, grad_logsume
 def _run(mode: LeanMode, lifted: LeanMode, compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     """Run the formula under `lifted`; what that could not lift, `mode` notes."""
     # Lets a function index a tensor by the positions that it is mapped over: `bias[batch, query]`.
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # noqa: PLC0415 - heavy
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     with lifted, TransformGetItemToIndex():
         results = compute()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from numerics_suite.engine import flash_registry
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -293,19 +295,15 @@ def replaced_parameters(
 
 @contextmanager
 def plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Ask for attention and experts that have float64 kernels, autocast off and no compiled code, for the while."""
+    """Ask for attention that a mode can see and experts that have float64 kernels, autocast off, for the while."""
     with ExitStack() as stack:
         for device in {parameter.device.type for parameter in model.parameters()} | {"cpu"}:
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(flash_registry.visible_attention(model))
         for config in {
             id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
         }.values():
-            attention = getattr(config, "_attn_implementation", None)
-            if attention not in (None, "eager", "sdpa"):
-                stack.enter_context(_attribute(config, "_attn_implementation_internal", "sdpa"))
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 stack.enter_context(_attribute(config, "_experts_implementation_internal", "eager"))
         yield

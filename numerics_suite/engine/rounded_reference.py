@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine import flex_rule, fused_ops, lifting
+from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 from numerics_suite.engine.true_fp64 import LiftToFp64
 
@@ -137,6 +137,7 @@ def run_rounded(
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(lifting.preserved(model))
+        stack.enter_context(flash_registry.visible_attention(model))
         leaves = stack.enter_context(lifting.replaced_parameters(model, _leaf))
         for module in model.modules():
             module.training = False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from numerics_suite.engine import lifting
+from numerics_suite.engine import flash_registry, lifting
 from numerics_suite.engine.lifting import WIDER, floating_outputs, widen
 from numerics_suite.engine.rounded_reference import RoundOnce
 from numerics_suite.engine.true_fp64 import LiftToFp64, float64_surroundings
@@ -196,7 +196,7 @@ class _Observer(lifting.LeanMode):
             return {}
         with _disable_current_modes():
             own_args, own_kwargs = _own(args, wide=False), _own(kwargs, wide=False)
-            with RoundOnce(self.names):
+            with flash_registry.visible_attention(module), RoundOnce(self.names):
                 return _judged(module, module(*own_args, **own_kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
