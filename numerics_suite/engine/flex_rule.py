@@ -243,3 +243,21 @@ def _run(mode: LeanMode, lifted: LeanMode, compute: Callable[[], tuple[Any, ...]
     mode.left_out.update(lifted.left_out)
     assert all(tensor.dtype is torch.float64 for tensor in tensors_in(results))
     return results
+
+
+def watched_by(mode: type[Any], note: Callable[[Any], None] = lambda _: None) -> None:
+    """Register for a mode that only watches what flex attention is without a compiler: ops that the mode then sees.
+
+    Args:
+        mode: The dispatch mode.
+        note: Is given the mode when the operator runs.
+    """
+    for operator in (flex_attention, flex_attention_backward):
+        plain = operator.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]  # noqa: SLF001 - torch's own
+
+        def watch(mode: Any, *args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:
+            note(mode)
+            with mode:
+                return plain(*args, **kwargs)
+
+        operator.py_impl(mode)(watch)

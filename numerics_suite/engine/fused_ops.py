@@ -6,6 +6,7 @@ in it would be in the reference too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from numerics_suite.engine import attention_ops
+from numerics_suite.observing.roundoff import unit_roundoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -147,3 +149,20 @@ FORMULAS: Final[dict[Any, Formula]] = {
     getattr(_ATEN, name).default: formula for name, formula in _BY_NAME.items() if hasattr(_ATEN, name)
 }
 """Op overload → what it computes. An older torch without an op has no entry for it."""
+
+
+def excess_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Any]) -> float:
+    """Return how far a kernel's first result is from its formula, in units of one rounding of it.
+
+    NaN for a call that the formula does not hold for.
+    """
+    formula, given = FORMULAS[func], bind(func, args, kwargs)
+    if formula.refusal(given):
+        return math.nan
+    want, dtype = formula.compute(given)[0], given[formula.like[0]].dtype
+    once = want.to(dtype).double()
+    scale = max(float((once - want).norm()), 12**-0.5 * unit_roundoff(dtype) * float(want.norm()))
+    error = float((results[0].double() - want).norm())
+    if error != error:
+        return math.inf if scale == scale else math.nan  # noqa: PLR0124 - NaN
+    return error / scale if scale else math.inf if error else 0.0
