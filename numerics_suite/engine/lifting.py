@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from numerics_suite.devices.arithmetic import autocast_off
+from numerics_suite.engine import flash_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -133,7 +134,8 @@ def _work_out(func: Any) -> Plan:  # noqa: PLR0911 - one return per kind
     schema = func._schema  # noqa: SLF001 - the only way to the schema of an overload
     packet = schema.name.split("::")[1]
     name = packet.removesuffix("_") if schema.is_mutable else packet
-    if torch.Tag.inplace_view in func.tags:
+    if schema.name == "prim::device" or torch.Tag.inplace_view in func.tags:
+        # A tensor subclass is asked for its device by an op that has no registered kernel; no number is in it.
         return Plan(kind=Kind.VIEW)
     seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name
     if schema.is_mutable:
@@ -223,6 +225,18 @@ def writes_lower(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     return [tensor for target in targets for tensor in tensors_in(target) if tensor.dtype in WIDER]
 
 
+def raise_out_of_memory(error: BaseException) -> None:
+    """Raise `error` again if it says that memory ran out: that is never "this op has no float64 kernel".
+
+    An accelerator raises `torch.OutOfMemoryError`, a RuntimeError; the CPU's allocator a plain RuntimeError; a library
+    of CUDA that gets no workspace names its status.
+    """
+    text = str(error).lower()
+    words = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in words):
+        raise error
+
+
 def module_running(names: Mapping[int, str]) -> str:
     """Return the name of the innermost module of `names` (by id) on the Python stack, "backward" without one."""
     frame = sys._getframe(1)  # noqa: SLF001 - walking the stack costs nothing until something is left out
@@ -282,17 +296,13 @@ def replaced_parameters(
 
 @contextmanager
 def plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Ask for attention and experts that have float64 kernels, autocast off and no compiled code, for the while."""
+    """Ask for attention that a mode can see and experts that have float64 kernels, autocast off, for the while."""
     with ExitStack() as stack:
         stack.enter_context(autocast_off(*{parameter.device.type for parameter in model.parameters()}))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(flash_registry.visible_attention(model))
         for config in {
             id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
         }.values():
-            attention = getattr(config, "_attn_implementation", None)
-            if attention not in (None, "eager", "sdpa"):
-                stack.enter_context(_attribute(config, "_attn_implementation_internal", "sdpa"))
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 stack.enter_context(_attribute(config, "_experts_implementation_internal", "eager"))
         yield

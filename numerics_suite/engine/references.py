@@ -90,22 +90,28 @@ def trusted(left_out: tuple[str, ...]) -> None:
         raise NotApplicableError(no_reference(left_out))
 
 
-def no_reference(left_out: Sequence[str]) -> str:
-    """Why there is no true fp64 run.
+def no_reference(left_out: Sequence[str], *, kind: str = "float64") -> str:
+    """Why there is no true fp64 run, or no rounded one.
 
     Args:
         left_out: "module: op" of what could not be lifted.
+        kind: which reference: "float64" or "rounded".
     """
-    return f"no float64 reference: {', '.join(left_out[:3])} cannot be computed in float64"
+    return f"no {kind} reference: {', '.join(left_out[:3])} cannot be computed in float64"
 
 
 def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
-    """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once."""
+    """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once.
+
+    Raises:
+        NotApplicableError: an op could not be computed in float64; the reason names it.
+    """
     given = without_labels(tensors)
 
     def make() -> Tensor:
         run = evidence.runner.rounded(given, call=caller(evidence, by_token=by_token))
-        trusted(run.left_out)
+        if run.left_out:
+            raise NotApplicableError(no_reference(run.left_out, kind="rounded"))
         return run.outputs["answer"].cpu()
 
     return _kept(evidence, f"rounded {by_token}", given, make)
@@ -166,8 +172,11 @@ def rounding_allowance(evidence: Evidence, tokens: int = 0) -> float:
 
 def compare_law(
     evidence: Evidence, *, true: Tensor, true_other: Tensor, other: Tensor, base: Callable[[], Tensor]
-) -> tuple[float, float]:
+) -> tuple[float, float, str]:
     """Judge a law twice: in true fp64, and in the cell's precision.
+
+    The first half is judged even where there is no rounded run, or no inherent error to compare with: then the second
+    half asks only that no value is lost in the precision.
 
     Args:
         evidence: the cell.
@@ -179,12 +188,17 @@ def compare_law(
     Returns:
         `max|a - b| / rms` in true fp64, and the error of the transformed run in units of the inherent error. By the
         triangle inequality a law that holds in true fp64 can fail in p only through a transformed run that is itself
-        too far from the true one, so that is what is measured.
+        too far from the true one, so that is what is measured. The third is why there is no rounded run, naming the op;
+        "" where the error was measured.
     """
     exact = relative_error(true_other, true)
+    # The law in true fp64 says all; a value that is lost in p only must still be seen.
+    lost = 0.0 if bool(other.isfinite().all()) or not bool(true.isfinite().all()) else math.nan
     if is_reference_itself(evidence) or routes(evidence.model):
-        # The law in true fp64 says all; a value that is lost in p only must still be seen.
-        return exact, 0.0 if bool(other.isfinite().all()) or not bool(true.isfinite().all()) else math.nan
-    inherent = rms(base() - true)
+        return exact, lost, ""
+    try:
+        inherent = rms(base() - true)
+    except NotApplicableError as error:
+        return exact, lost, str(error)
     floor = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2 * rms(true)
-    return exact, rms(other - true) / (max(inherent, floor) * rounding_allowance(evidence))
+    return exact, rms(other - true) / (max(inherent, floor) * rounding_allowance(evidence)), ""

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.devices.arithmetic import autocast as autocast_section
-from numerics_suite.engine import lifting
+from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
+from numerics_suite.engine.true_fp64 import LiftToFp64
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_AS_IS: Final = frozenset({Kind.VIEW, Kind.EXACT, Kind.RANDOM})
+_AS_IS: Final = frozenset({Kind.VIEW, Kind.EXACT, Kind.RANDOM, Kind.FOREIGN})
 _COPY: Final = torch.ops.aten.copy_.default
 
 
@@ -56,14 +57,16 @@ class RoundOnce(lifting.LeanMode):
         kwargs = kwargs or {}
         plan = plan_of(func)
         kind = plan.kind
+        if (fused := fused_ops.formula_for(self, func, args, kwargs)) is not None:
+            formula, given = fused
+            return fused_ops.rounded(formula.compute(given), formula.dtypes(given))
+        if kind is Kind.FOREIGN:
+            self.leave_out(func)
         if kind in _AS_IS or func is _COPY:
             return func(*args, **kwargs)
         if kind is Kind.COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs)
-        if kind is Kind.FOREIGN:
-            self.leave_out(func)
-            return func(*args, **kwargs)
         if plan.written:
             if lifting.writes_lower(plan, args, kwargs):
                 return lifting.write_through(func, plan, args, kwargs)
@@ -86,7 +89,8 @@ class RoundOnce(lifting.LeanMode):
             wide[plan.narrow_flag] = False
         try:
             result = func(*wide, **{name: widen(argument) for name, argument in kwargs.items()})
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
+            lifting.raise_out_of_memory(error)
             result = func(*args, **kwargs)
             self.leave_out(func)
         return _rounded(result, iter(dtypes))
@@ -136,6 +140,7 @@ def run_rounded(
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(lifting.preserved(model))
+        stack.enter_context(flash_registry.visible_attention(model))
         leaves = stack.enter_context(lifting.replaced_parameters(model, _leaf))
         for module in model.modules():
             module.training = False
@@ -155,3 +160,6 @@ def run_rounded(
 
 def _leaf(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+
+
+flex_rule.register(RoundOnce, lambda mode: LiftToFp64(mode.names), rounds=True)

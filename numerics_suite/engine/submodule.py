@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from numerics_suite.engine import flash_registry
 from numerics_suite.engine.calls import input_device, where_float64_is
 from numerics_suite.engine.lifting import widen
 from numerics_suite.engine.rounded_reference import RoundOnce
@@ -43,7 +44,7 @@ def run_module_rounded(module: nn.Module, args: Any, kwargs: Any, names: Mapping
     device = None if twin is module else input_device(twin)
     with _disable_current_modes():
         own_args, own_kwargs = _own(args, device, wide=False), _own(kwargs, device, wide=False)
-        with RoundOnce(names):
+        with flash_registry.visible_attention(twin), RoundOnce(names):
             return twin(*own_args, **own_kwargs)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine import lifting, weight_stream
+from numerics_suite.engine import flex_rule, fused_ops, lifting, weight_stream
 from numerics_suite.engine.calls import call_model, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 
@@ -74,6 +74,9 @@ class LiftToFp64(lifting.LeanMode):
         kind = plan.kind
         if self.trained and torch.is_grad_enabled():
             self._find_lost_gradients(func, args)
+        if (fused := fused_ops.formula_for(self, func, args, kwargs)) is not None:
+            formula, given = fused
+            return formula.compute(given)
         if kind is Kind.VIEW:
             if func is _ATEN.view.dtype and (args[0].is_floating_point() or args[1].is_floating_point):
                 self.leave_out(func)
@@ -101,6 +104,7 @@ class LiftToFp64(lifting.LeanMode):
         try:
             result = func(*wide, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
+            lifting.raise_out_of_memory(error)
             result = self._in_lower_float(func, wide, kwargs, error)
         if isinstance(result, Tensor):
             if result.dtype in WIDER:
@@ -140,7 +144,8 @@ class LiftToFp64(lifting.LeanMode):
                 result = func(
                     *(_narrow(item, dtype) for item in args), **{n: _narrow(v, dtype) for n, v in kwargs.items()}
                 )
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, NotImplementedError) as refused:
+                lifting.raise_out_of_memory(refused)
                 continue
             self.leave_out(func)
             return type(result)(map(widen, result)) if isinstance(result, list | tuple) else widen(result)
@@ -302,3 +307,6 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
                 lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
         outputs = {name: widen(tensor.detach()) for name, tensor in lifting.floating_outputs(output).items()}
         return Fp64Run(outputs=outputs, gradients=session.gradients() if gradients else None, left_out=session.left_out)
+
+
+flex_rule.register(LiftToFp64, lambda mode: mode, rounds=False)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from numerics_suite.engine import flex_rule
 from numerics_suite.observing.roundoff import unit_roundoff
 from numerics_suite.observing.where import Stack, module_stack
 
@@ -34,6 +35,9 @@ class _CoarserOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _coarser(self, value: object) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point() and unit_roundoff(value.dtype) > self.allowed
+
+
+flex_rule.watched_by(_CoarserOps)
 
 
 def coarser_ops(model: nn.Module, run: Callable[[], object], asked: torch.dtype) -> dict[str, int]:

@@ -7,6 +7,8 @@ from typing import Any, Final
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from numerics_suite.engine import flex_rule
+
 _ATEN: Final = torch.ops.aten
 JUMPING: Final = frozenset(
     {
@@ -38,3 +40,6 @@ class Kinks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run `func` as it is."""
         self.found = self.found or func in JUMPING
         return func(*args, **(kwargs or {}))
+
+
+flex_rule.watched_by(Kinks)

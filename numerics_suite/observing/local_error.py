@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.devices.arithmetic import casts_on
-from numerics_suite.engine import lifting
+from numerics_suite.engine import flex_rule, fused_ops, lifting
 from numerics_suite.engine.calls import call_model, input_device
-from numerics_suite.engine.lifting import WIDER, floating_outputs
+from numerics_suite.engine.lifting import WIDER, Kind, floating_outputs, plan_of
 from numerics_suite.engine.submodule import run_module_in_fp64, run_module_rounded
 from numerics_suite.observing.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
 from numerics_suite.observing.tokens import at_real
@@ -47,6 +47,8 @@ class LocalError:
             that of medians; for a module with submodules or a linear layer under autocast, NaN for another. How a softmax
             or a cancelling sum spreads rounding depends on the weights; this does not.
         count: Numbers that the errors are taken over.
+        fused_op: The fused op, or one that is not PyTorch's own, that ran in it; "" without one.
+        fused_excess: The error of that op on its own against its formula, in units of one rounding; NaN without one.
     """
 
     module: str
@@ -58,6 +60,8 @@ class LocalError:
     relative_roundoffs: float = math.nan
     kernel_ratio: float = math.nan
     count: int = 0
+    fused_op: str = ""
+    fused_excess: float = math.nan
 
 
 def local_errors(
@@ -139,6 +143,13 @@ class _Open:
     left_out: tuple[str, ...]
     rounded: dict[str, Tensor]
     coarsest: torch.dtype = torch.float64
+    fused_op: str = ""
+    fused_excess: float = math.nan
+
+    def ran(self, fused_op: str, excess: float) -> None:
+        """Keep the fused op that is furthest from its formula."""
+        if fused_op and (not self.fused_op or excess > self.fused_excess or self.fused_excess != self.fused_excess):
+            self.fused_op, self.fused_excess = fused_op, excess
 
     def saw(self, dtype: torch.dtype) -> None:
         if dtype.is_floating_point and unit_roundoff(dtype) > unit_roundoff(self.coarsest):
@@ -156,8 +167,13 @@ class _Observer(lifting.LeanMode):
         self.busy = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if self.open and not self.busy:
+            if func in fused_ops.FORMULAS:
+                self.open[-1].ran(_name(func), fused_ops.excess_of(func, args, kwargs, result))
+            elif plan_of(func).kind is Kind.FOREIGN:
+                self.open[-1].ran(_name(func), math.nan)
             for tensor in lifting.tensors_in(result):
                 if tensor.dtype in WIDER:
                     self.open[-1].saw(tensor.dtype)
@@ -200,6 +216,7 @@ class _Observer(lifting.LeanMode):
             started.saw(tensor.dtype)
         if self.open:
             self.open[-1].saw(started.coarsest)
+            self.open[-1].ran(started.fused_op, started.fused_excess)
         for name, want in started.want.items():
             self._keep(_error(started, got.get(name), want, started.rounded.get(name), self.real))
 
@@ -207,6 +224,13 @@ class _Observer(lifting.LeanMode):
         before = self.worst.get(error.module)
         if before is None or not error.rms_roundoffs <= before.rms_roundoffs:
             self.worst[error.module] = error
+
+
+def _name(func: Any) -> str:
+    return str(func).removesuffix(".default")
+
+
+flex_rule.watched_by(_Observer, lambda observer: observer.open and observer.open[-1].ran("flex_attention", math.nan))
 
 
 def _judged(module: nn.Module, output: object) -> dict[str, Tensor]:
@@ -243,6 +267,8 @@ def _error(started: _Open, got: Tensor | None, want: Tensor, rounded: Tensor | N
         relative_roundoffs=relative,
         kernel_ratio=ratio,
         count=want.numel(),
+        fused_op=started.fused_op,
+        fused_excess=started.fused_excess,
     )
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from numerics_suite.devices.memory import reraise_if_fatal
+from numerics_suite.engine import flex_rule
 from numerics_suite.engine.true_fp64 import LiftToFp64
 from numerics_suite.observing.domain import has_masked_row, is_outside_domain, means_infinity
 from numerics_suite.observing.finiteness import nonfinite_count
@@ -182,6 +183,9 @@ class OriginFinder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.found[min(traced)]
         made = [origin for index, origin in enumerate(self.found) if index not in self.constants]
         return next(iter(made or self.found), None)
+
+
+flex_rule.watched_by(OriginFinder)
 
 
 def _is_floating(leaf: object) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from accelerator.checking import DEVICE, check
 
 SUBJECTS = ("fixture:glm4-tiny", "fixture:glm4-tiny-classifier")

@@ -37,7 +37,7 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         yield from skipped_law()
         return
     real = batch.tensors["attention_mask"].bool()
-    worst, worst_side = (0.0, 0.0), ""
+    worst, worst_side = (0.0, 0.0, ""), ""
     for side in _sides(evidence, batch):
         more = padded(batch, side, evidence.space.pad_id)
         where = more["attention_mask"].bool()

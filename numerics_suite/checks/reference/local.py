@@ -44,14 +44,29 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
             value=value,
             unit="roundoffs" if worst.kernel_ratio != worst.kernel_ratio else "ratio",
             module=worst.module,
+            op=_op_at_fault(worst),
             facts={
                 "class": worst.class_name,
                 "computes in": worst.dtype,
                 "error in roundoffs (rms)": worst.rms_roundoffs,
                 "largest error in roundoffs": worst.max_roundoffs,
+                **_fused(worst),
             },
         )
     yield from _by_module(rows, evidence, longest)
+
+
+def _fused(error: LocalError) -> dict[str, str | float]:
+    """The fused op that ran in the module, and by how much it is off on its own."""
+    if not error.fused_op:
+        return {}
+    own = {} if error.fused_excess != error.fused_excess else {"error of the fused op in roundings": error.fused_excess}
+    return {"fused op": error.fused_op, **own}
+
+
+def _op_at_fault(error: LocalError) -> str | None:
+    """The fused op, where its own error explains the module's: at least half as large, each by its own measure."""
+    return error.fused_op if error.fused_excess >= error.kernel_ratio / 2 else None
 
 
 def _by_module(rows: list[tuple[LocalError, str, float]], evidence: Evidence, longest: int) -> Iterable[Series]:
