@@ -117,7 +117,7 @@ def tensors_of(batch: StoredBatch, evidence: Evidence) -> dict[str, Any]:
         tensor = torch.from_numpy(np.array(array))
         if tensor.is_floating_point() and name not in IDS:
             tensor = tensor.to(dtype)
-        given[name] = tensor.to(evidence.cell.device)
+        given[name] = tensor.to(evidence.condition.main_device)
     return given
 
 

@@ -98,7 +98,7 @@ def _batches(evidence: Evidence) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if importlib.util.find_spec("accelerate") is not None:
         from accelerate.utils import convert_outputs_to_fp32, send_to_device
 
-        yield "accelerate", send_to_device(collated, evidence.cell.device)
+        yield "accelerate", send_to_device(collated, evidence.condition.main_device)
         yield "accelerate's fp32 conversion", convert_outputs_to_fp32(lambda: dict(collated))()
 
 

@@ -28,7 +28,7 @@ def _floating_ids(scene: Scene) -> list[str] | None:
 def _narrow_ids(scene: Scene) -> list[str] | None:
     limit = min(127, scene.evidence.vocab_size)
     return [
-        f'ids = (torch.arange(1, 9) % {limit}).unsqueeze(0).to("{scene.evidence.cell.device}")',
+        f'ids = (torch.arange(1, 9) % {limit}).unsqueeze(0).to("{scene.evidence.condition.main_device}")',
         "",
         "",
         "def answer(ids):",
@@ -66,7 +66,7 @@ def _merged_ids(scene: Scene) -> list[str] | None:
         "",
         "",
         "def embedded(token):",
-        f'    ids = torch.full((1, 2), token, device="{scene.evidence.cell.device}")',
+        f'    ids = torch.full((1, 2), token, device="{scene.evidence.condition.main_device}")',
         *indented(under(scene, "model(input_ids=ids, attention_mask=torch.ones_like(ids))")),
         "    return states[-1]",
         "",

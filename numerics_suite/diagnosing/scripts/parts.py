@@ -234,7 +234,7 @@ def _model(scene: Scene, *, fills: bool) -> list[str]:
 
 def ready(scene: Scene, name: str = "model") -> str:
     """The line that brings a model to the cell's device, in eval mode."""
-    device = scene.evidence.cell.device
+    device = scene.evidence.condition.main_device
     return f"{name}.eval()" if device == "cpu" else f'{name}.to("{device}").eval()'
 
 
@@ -270,7 +270,7 @@ def batch_lines(scene: Scene) -> list[str]:
     lines.append("}")
     if copied:
         lines.append("batch['labels'] = batch['input_ids'].clone()")
-    device = scene.evidence.cell.device
+    device = scene.evidence.condition.main_device
     if device != "cpu":
         lines.append(f'batch = {{name: value.to("{device}") for name, value in batch.items()}}')
     return lines

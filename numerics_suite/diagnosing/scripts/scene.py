@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from numerics_suite.core.records import Finding
+from numerics_suite.devices.kinds import kind_of
 from numerics_suite.engine.evidence import Evidence
 
 SYMPTOM = "REPRODUCED"
@@ -53,7 +54,7 @@ class Scene:
     @property
     def device_kind(self) -> str:
         """`cpu`, `cuda`, …: what autocast and the loss scaler are asked for."""
-        return self.evidence.cell.device.partition(":")[0]
+        return kind_of(self.evidence.cell.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

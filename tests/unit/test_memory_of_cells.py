@@ -1,0 +1,52 @@
+"""A cell's model is gone before the next one is loaded, and kept answers are bounded in bytes."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from numerics_suite.cli.main import main
+from numerics_suite.engine import evidence as module
+from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.load import Loaded
+from numerics_suite.suite.session import SuiteSession
+
+FOUR_CELLS = ("fixture:glm4-tiny", "--precision", "fp32,bf16", "--attn", "eager,sdpa", "--max-examples", "1")
+
+
+def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the other attention's twin and a copy that is saved and loaded again stand beside a cell's own model."""
+    models: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load = module.load
+
+    def counted(*args: Any, **kwargs: Any) -> Loaded:
+        alive.append(sum(model() is not None for model in models))
+        loaded = load(*args, **kwargs)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(module, "load", counted)
+    assert main(["check", *FOUR_CELLS, "--steps", "1", "-n", "0", "--quiet"]) == 0
+    assert alive.count(0) == 4
+    assert max(alive) == 1
+
+
+def test_answers_kept_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SuiteSession(
+        Settings(subjects=("fixture:glm4-tiny",), precision=("fp32",), attn=("eager",), device="cpu")
+    )
+    evidence = session.evidence(session.plan.cells[0])
+    batch = evidence.training_batch
+    size = sum(value.nbytes for value in evidence.forward(batch).values())
+    monkeypatch.setattr(module, "KEPT_BYTES", 3 * size)
+    for shift in range(6):
+        ids = (batch.tensors["input_ids"] + shift) % evidence.vocab_size
+        evidence.forward(type(batch)(tensors={**batch.tensors, "input_ids": ids}, drawn="shifted"))
+    kept = [value for outputs in evidence._forwards.values() for value in outputs.values()]
+    assert len(evidence._forwards) == 3
+    assert sum(value.nbytes for value in kept) <= 3 * size
+    assert all(isinstance(value, torch.Tensor) for value in kept)
