@@ -150,7 +150,10 @@ def run_rounded(
                 output = call(model, batch)
             if gradients:
                 lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
-        found = {name: leaf.grad.double() for name, leaf in leaves.items() if leaf.grad is not None}
+        found: dict[str, Tensor] = {}
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                found[name], leaf.grad = leaf.grad.double(), None  # never two copies of all gradients at once
         return RoundedRun(
             outputs={name: widen(tensor.detach()) for name, tensor in lifting.floating_outputs(output).items()},
             gradients=found if gradients else None,

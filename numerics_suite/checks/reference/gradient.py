@@ -122,9 +122,8 @@ def _alternating(values: Tensor) -> Tensor:
 
 
 def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of one backward pass in the cell's precision, float64, by parameter name."""
-    found = evidence.runner.gradients(tensors, differentiated(evidence))
-    return {name: wide(gradient) for name, gradient in found.items()}
+    """The gradients of one backward pass in the cell's precision, by parameter name."""
+    return evidence.runner.gradients(tensors, differentiated(evidence))
 
 
 def _ratios(
@@ -138,7 +137,7 @@ def _ratios(
             continue
         inherent = rms(rounded[name] - wanted)
         floor = roundoff * rms(wanted)
-        error = rms(own[name] - wanted)
+        error = rms(wide(own[name]).to(wanted.device) - wanted)
         scale = max(inherent, floor)
         ratios[name] = error / scale if scale else (0.0 if error == 0 else float("inf"))
     return ratios

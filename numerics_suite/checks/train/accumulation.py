@@ -29,28 +29,36 @@ def accumulation(evidence: Evidence) -> Iterable[Measurement]:
     if rows < 2:
         reason = "one row cannot be cut into micro-batches (--batch-size 1)"
         raise NotApplicableError(reason)
-    full = evidence.runner.true_fp64(tensors, gradients=True)
-    trusted(full.left_out)
-    assert full.gradients is not None
     total = counted(tensors["labels"], evidence.subject.task)
-    loss, sums = 0.0, {name: torch.zeros_like(value) for name, value in full.gradients.items()}
-    # Unequal on purpose: one row, then the rest.
+    loss, sums = 0.0, dict[str, Tensor]()
+    # Unequal on purpose: one row, then the rest. Each run's gradients are dropped before the next run makes its own.
     for start, stop in ((0, 1), (1, rows)):
         part = {name: value[start:stop] for name, value in tensors.items()}
         share = counted(part["labels"], evidence.subject.task) / total
-        if share == 0:
-            continue
-        run = evidence.runner.true_fp64(part, gradients=True)
-        assert run.gradients is not None
-        loss += share * float(run.outputs["loss"])
-        for name, value in run.gradients.items():
-            sums[name] += share * value
+        if share:
+            loss += share * _add_gradients(evidence, part, share, sums)
+    full = evidence.runner.true_fp64(tensors, gradients=True)
+    trusted(full.left_out)
+    assert full.gradients is not None
+    sums = {name: sums.get(name, torch.zeros_like(value)) for name, value in full.gradients.items()}
     yield Measurement(
         name="true-loss",
         value=relative_error(torch.tensor(loss, dtype=torch.float64), full.outputs["loss"].cpu()),
         unit="ratio",
     )
     yield _worst(sums, full.gradients)
+
+
+def _add_gradients(evidence: Evidence, part: dict[str, Tensor], share: float, sums: dict[str, Tensor]) -> float:
+    """Add the share of a micro-batch's gradients to `sums`; returns its loss."""
+    run = evidence.runner.true_fp64(part, gradients=True)
+    trusted(run.left_out)
+    for name, value in (run.gradients or {}).items():
+        if name in sums:
+            sums[name].add_(value, alpha=share)
+        else:
+            sums[name] = value.mul_(share)
+    return float(run.outputs["loss"])
 
 
 def counted(labels: Tensor, task: str) -> int:
