@@ -38,7 +38,7 @@ def _is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     )
 
 
-def scaled_dot_product_attention(
+def scaled_dot_product_attention(  # noqa: PLR0917 - PyTorch's signature
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -113,7 +113,7 @@ def _noisy(result: Tensor) -> Tensor:
     return (result * (1 + switches.fused_noise * noise)).to(result.dtype)
 
 
-def forward_on_host(
+def forward_on_host(  # noqa: PLR0917 - PyTorch's signature
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -147,7 +147,7 @@ def forward_on_host(
     )
 
 
-def backward_on_host(
+def backward_on_host(  # noqa: PLR0917 - PyTorch's signature
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,

@@ -24,7 +24,7 @@ LOWER_PRECISION = """
     conv_transpose3d.input convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm
     bmm chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell
     rnn_relu_cell _scaled_dot_product_flash_attention scaled_dot_product_attention
-""".split()
+""".split()  # noqa: SIM905 - a list would take a line per name
 FLOAT32 = """
     acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor
     pow.Scalar softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm.dim nuclear_norm
@@ -34,14 +34,14 @@ FLOAT32 = """
     upsample_nearest1d _upsample_nearest_exact1d upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d
     _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d
     upsample_bicubic2d _upsample_bicubic2d_aa
-""".split()
+""".split()  # noqa: SIM905 - a list would take a line per name
 FLOAT32_OUTPUT = """
     prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm
     linalg_matrix_norm.str_ord sum sum.dim_IntList
-""".split()
+""".split()  # noqa: SIM905 - a list would take a line per name
 PROMOTE = """
-    addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add cat stack
-""".split()
+    addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add
+""".split()  # noqa: SIM905 - a list would take a line per name
 
 _cache: dict[int, tuple[Any, Tensor]] = {}
 
@@ -78,7 +78,7 @@ def _cast_tensor(value: Tensor, dtype: torch.dtype) -> Tensor:
     if not cached:
         return value.to(dtype)
     entry = _cache.get(id(value))
-    if entry is not None and entry[0]() is value and entry[1].requires_grad == torch.is_grad_enabled():
+    if entry is not None and entry[0]() is value:
         return entry[1]
     lower = value.to(dtype)
     _cache[id(value)] = (weakref.ref(value), lower)
@@ -174,8 +174,7 @@ def register(library: torch.library.Library, everything: torch.library.Library) 
         (PROMOTE, _promoting),
     ):
         for name in names:
-            if name.partition(".")[0] in dir(torch._C._VariableFunctions) or hasattr(aten, name.partition(".")[0]):
-                library.impl(name, make(name), _KEY)
+            library.impl(name, make(name), _KEY)
     library.impl("norm.Scalar", _norm("norm.Scalar", "norm.ScalarOpt_dtype"), _KEY)
     library.impl("norm.ScalarOpt_dim", _norm("norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype"), _KEY)
     library.impl("binary_cross_entropy", _banned, _KEY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from numerics_standin.memory import NAME, accounts
+from numerics_standin.memory import accounts
 from numerics_standin.random_state import (
     Generator,
     default_generators,

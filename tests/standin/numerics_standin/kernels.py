@@ -8,7 +8,7 @@ tensors, resizing and the ops that a host waits for.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from numerics_standin import random_state, streams
 from numerics_standin.memory import NAME, reserve, to_device, to_host
 from numerics_standin.switches import check_alive, raise_lost, switches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 aten = torch.ops.aten
 _KEY = "PrivateUse1"
@@ -48,30 +51,18 @@ _WAITS = {
 class _Call:
     """One call of an op: finds the device of its arguments and brings them to the host."""
 
-    __slots__ = ("index", "owners", "plan")
+    __slots__ = ("arguments", "index", "owners", "plan")
 
-    def __init__(self, plan: _Plan) -> None:
+    def __init__(self, plan: _Plan, *arguments: Any) -> None:
         self.plan = plan
+        self.arguments = arguments
         self.index = -1
         self.owners: dict[int, Tensor] = {}
 
     def host(self, value: Any, indices: bool = False) -> Any:
         """Return `value` with its tensors brought to the host; `indices`: it may hold CPU index tensors."""
         if isinstance(value, Tensor):
-            index = value.get_device()
-            if index < 0:
-                if indices and value.dtype in _INDEX_DTYPES:
-                    return value
-                if value.dim() or not self.plan.cpu_scalars or value.device.type != "cpu":
-                    raise_mixed(self.index, value.device)
-                return value
-            if index != self.index:
-                if self.index >= 0:
-                    raise_mixed(self.index, value.device)
-                self.index = index
-            host = to_host(value)
-            self.owners[id(host)] = value
-            return host
+            return self._host_tensor(value, indices)
         kind = type(value)
         if kind is list or kind is tuple:
             if value and type(value[0]) is int:
@@ -82,6 +73,34 @@ class _Call:
                 self.index = streams.device_index(value)
             return _CPU_DEVICE
         return value
+
+    def _host_tensor(self, tensor: Tensor, indices: bool) -> Tensor:
+        index = tensor.get_device()
+        if index < 0:
+            scalar = self.plan.cpu_scalars and tensor.dim() == 0 and tensor.device.type == "cpu"
+            if not scalar and not (indices and tensor.dtype in _INDEX_DTYPES):
+                self.refuse(tensor)
+            return tensor
+        if index != self.index:
+            if self.index >= 0:
+                self.refuse(tensor)
+            self.index = index
+        host = to_host(tensor)
+        self.owners[id(host)] = tensor
+        return host
+
+    def refuse(self, tensor: Tensor) -> None:
+        """Refuse a tensor of another device, in CUDA's words."""
+        devices = [other.get_device() for other in _tensors(self.arguments)]
+        index = self.index if self.index >= 0 else next((other for other in devices if other >= 0), 0)
+        if self.plan.index_place >= 0 and tensor is self.arguments[0][0]:
+            message = f"indices should be either on cpu or on the same device as the indexed tensor ({tensor.device})"
+            raise RuntimeError(message)
+        message = (
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{NAME}:{index} and {tensor.device}!"
+        )
+        raise RuntimeError(message)
 
     def device(self, result: Any) -> Any:
         """Return an op's result with its tensors labelled as the device's."""
@@ -95,13 +114,12 @@ class _Call:
 _INDEX_DTYPES = {torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
-def raise_mixed(index: int, other: torch.device) -> None:
-    """Refuse tensors of two devices, in CUDA's words."""
-    message = (
-        "Expected all tensors to be on the same device, but found at least two devices, "
-        f"{NAME}:{max(index, 0)} and {other}!"
-    )
-    raise RuntimeError(message)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 class _Plan:
@@ -133,7 +151,7 @@ _PLANS: dict[Any, _Plan] = {}
 def _run(plan: _Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if switches.lost or switches.kernels_left >= 0:
         check_alive()
-    call = _Call(plan)
+    call = _Call(plan, args, kwargs)
     place = plan.index_place
     if place < 0:
         host_args = [call.host(argument) for argument in args]
@@ -151,7 +169,7 @@ def _run(plan: _Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _check_written(call: _Call, target: Any) -> None:
     for tensor in target if isinstance(target, (list, tuple)) else [target]:
         if isinstance(tensor, Tensor) and tensor.get_device() < 0 <= call.index:
-            raise_mixed(call.index, tensor.device)
+            call.refuse(tensor)
 
 
 def _compute(plan: _Plan, call: _Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -180,7 +198,7 @@ def _give_generator(plan: _Plan, index: int, args: list[Any], kwargs: dict[str, 
     given = args[place] if positional else kwargs.get("generator")
     if given is None:
         given = random_state.default_generators[index]
-    elif not isinstance(given, random_state.Generator):
+    elif not random_state.belongs_to(given, index):
         message = f"Expected a '{NAME}' device type for generator but found '{given.device.type}'"
         raise RuntimeError(message)
     if positional:
@@ -251,7 +269,7 @@ def on_host(op: Any, function: Any, *, index_first: bool = False) -> Any:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         check_alive()
-        call = _Call(plan)
+        call = _Call(plan, args, kwargs)
         args = [call.host(argument) for argument in args]
         kwargs = {name: call.host(argument) for name, argument in kwargs.items()}
         if index_first:
@@ -301,11 +319,7 @@ def _to_copy(
     index = source.get_device()
     options = {"dtype": dtype, "layout": layout, "memory_format": memory_format}
     if device is None or device.type == NAME:
-        target = (
-            index
-            if device is None or device.index is None and streams.current_device() == index
-            else (streams.device_index(device))
-        )
+        target = index if device is None else streams.device_index(device)
         with _below_autograd(_BELOW):
             return to_device(aten._to_copy.default(to_host(source), **options), target)
     if device.type != "cpu":
@@ -381,7 +395,21 @@ def _resize_(tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:
 
 
 def _is_pinned(tensor: Tensor, device: Any = None) -> bool:
-    return False
+    return hasattr(tensor.untyped_storage(), "standin_pinned")
+
+
+def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
+    if tensor.get_device() >= 0:
+        message = f"cannot pin '{tensor.type()}' only dense CPU tensors can be pinned"
+        raise RuntimeError(message)
+    with _below_autograd(_BELOW):
+        pinned = tensor.clone()
+    pinned.untyped_storage().standin_pinned = True
+    return pinned
+
+
+def _record_stream(tensor: Tensor, stream: Any) -> None:
+    """Do nothing: memory is in use as long as a tensor lives."""
 
 
 _METADATA = {
@@ -401,9 +429,13 @@ def register(library: torch.library.Library, fallbacks: torch.library.Library) -
         "aten::_copy_from_and_resize": _copy_from,
         "aten::resize_": _resize_,
         "aten::is_pinned": _is_pinned,
+        "aten::_pin_memory": _pin_memory,
+        "aten::record_stream": _record_stream,
     }
     for name, kernel in own.items():
         library.impl(name, kernel, _KEY)
+    for name in ("aten::is_pinned", "aten::_pin_memory"):
+        library.impl(name, own[name], "CPU")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("aten::") and name not in own:
             kernel = _metadata_only(name) if name in _METADATA else _generic(name) if _computes(name) else None

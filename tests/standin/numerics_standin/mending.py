@@ -35,21 +35,21 @@ def _storages() -> None:
 
 
 def _accelerator() -> None:
-    """Let torch.accelerator know the current index, which PyTorch's Python guard says is 0."""
-    from numerics_standin import device_module
+    """Let torch.accelerator know the current index and streams, of which PyTorch's Python guard has one each.
 
-    accelerator = torch.accelerator
-    accelerator.current_device_index = streams.current_device
-    accelerator.current_device_idx = streams.current_device
-    accelerator.set_device_index = streams.set_device
-    accelerator.set_device_idx = streams.set_device
-    accelerator.synchronize = streams.synchronize
-    accelerator.current_stream = streams.current_stream
-    accelerator.set_stream = streams.set_stream
-    accelerator.empty_cache = device_module.empty_cache
-    accelerator.memory_allocated = device_module.memory_allocated
-    accelerator.memory_reserved = device_module.memory_reserved
-    accelerator.max_memory_allocated = device_module.max_memory_allocated
-    accelerator.max_memory_reserved = device_module.max_memory_reserved
-    accelerator.memory_stats = device_module.memory_stats
-    accelerator.reset_peak_memory_stats = device_module.reset_peak_memory_stats
+    Its memory figures are left as they are: they fail for every Python backend, and programs have to know.
+    """
+
+    def exchange(index: int) -> int:
+        before = streams.current_device()
+        if index >= 0:
+            streams.set_device(index)
+        return before
+
+    torch._C._accelerator_getDeviceIndex = streams.current_device
+    torch._C._accelerator_setDeviceIndex = streams.set_device
+    torch._C._accelerator_exchangeDevice = exchange
+    torch._C._accelerator_maybeExchangeDevice = exchange
+    torch._C._accelerator_getStream = streams.current_stream
+    torch._C._accelerator_setStream = streams.set_stream
+    torch._C._accelerator_synchronizeDevice = streams.synchronize

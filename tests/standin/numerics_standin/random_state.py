@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -15,27 +16,44 @@ _DEFAULT_SEED = 67280421310721  # what torch's own generators start with
 _CpuGenerator = torch.Generator
 
 
-class Generator(_CpuGenerator):
-    """`torch.Generator` for every device: PyTorch's Python backends cannot make one of their own in C++.
-
-    A generator of the stand-in is a CPU generator that says it belongs to the device; the device's kernels, which run
-    on the CPU, draw from it.
-    """
-
-    def __new__(cls, device: object = "cpu") -> torch.Generator:
-        """Make a generator for `device`."""
-        kind = torch.device(device) if not isinstance(device, int) else torch.device(NAME, device)
-        if kind.type != NAME:
-            return _CpuGenerator(device=kind)
-        generator = super().__new__(cls, device="cpu")
-        generator.standin_device = torch.device(NAME, device_index(kind))
-        generator.manual_seed(_DEFAULT_SEED)
-        return generator
+class DeviceGenerator(_CpuGenerator):
+    """A generator of the device: a CPU generator, since the kernels run there, that says what it belongs to."""
 
     @property
     def device(self) -> torch.device:
         """The device whose kernels may draw from it."""
-        return getattr(self, "standin_device", torch.device("cpu"))
+        return self.standin_device
+
+
+class _AnyGenerator(type(_CpuGenerator)):
+    """Makes `isinstance(generator, torch.Generator)` hold for generators of every device."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _CpuGenerator)
+
+
+class Generator(_CpuGenerator, metaclass=_AnyGenerator):
+    """Takes the place of `torch.Generator`: PyTorch cannot ask a Python backend for a generator."""
+
+    def __new__(cls, device: object = "cpu") -> torch.Generator:
+        """Make a generator for `device`."""
+        device = torch.device(device)
+        if device.type != NAME:
+            return _CpuGenerator(device=device)
+        generator = DeviceGenerator(device="cpu")
+        generator.standin_device = torch.device(NAME, device_index(device))
+        generator.manual_seed(_DEFAULT_SEED)
+        _of_device[generator._cdata] = generator
+        return generator
+
+
+_of_device: weakref.WeakValueDictionary[int, DeviceGenerator] = weakref.WeakValueDictionary()
+
+
+def belongs_to(generator: torch.Generator, index: int) -> bool:
+    """Whether a kernel of `index` may draw from it. A kernel is given another Python object for the same generator."""
+    owner = _of_device.get(generator._cdata)
+    return owner is not None and owner.standin_device.index == index
 
 
 default_generators = tuple(Generator(torch.device(NAME, index)) for index in range(DEVICE_COUNT))

@@ -19,7 +19,7 @@ def register() -> None:
 
     torch.utils.generate_methods_for_privateuse1_backend()
     torch._register_device_module("standin", device_module)
-    torch._C._acc.register_python_privateuseone_hook(device_guard.Hooks())
+    torch._C._acc.register_python_privateuseone_hook(device_guard.make_hooks())
     torch._C._acc.register_python_privateuseone_device_guard(device_guard.make_device_guard())
     library = torch.library.Library("aten", "IMPL")
     everything = torch.library.Library("_", "IMPL")

@@ -22,6 +22,8 @@ from numerics_standin.switches import DEVICE_COUNT, check_alive, switches
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import Self
+
 _ids = itertools.count()
 _streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
@@ -83,7 +85,7 @@ class Stream:
         """Complete the work that `stream` has now before later work of this stream."""
         self.wait_event(stream.record_event())
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         """Make it the current stream of its device, and its device the current one."""
         self._before = (current_device(), current_stream(self.device))
         set_stream(self)
@@ -221,6 +223,18 @@ def synchronize(device: object = None) -> None:
     for queue in list(_streams):
         if queue.device.index == index:
             queue.complete()
+
+
+def complete_all() -> None:
+    """Complete all work of every stream: what a `torch.Event`, whose position C++ does not keep, waits for."""
+    for queue in list(_streams):
+        queue.complete()
+
+
+def query_all() -> bool:
+    """Whether no stream has work; see `Stream.query`."""
+    done = [queue.query() for queue in list(_streams)]  # each one makes progress, also after one that says no
+    return all(done)
 
 
 _default.extend(Stream(index) for index in range(DEVICE_COUNT))
