@@ -99,6 +99,10 @@ for_tests = True
 """This device only stands in for one. A program that picks the accelerator it finds passes over a module with this."""
 
 
+_initialized = True
+"""Checkpointing keeps the device's random state only if this says that there is one."""
+
+
 def is_available() -> bool:
     """Whether it can be used."""
     return True

@@ -452,13 +452,14 @@ def _computes(name: str) -> bool:
     if _has_kernel(name, "CompositeImplicitAutograd"):
         return False
     composite = _has_kernel(name, "CompositeExplicitAutograd")
-    if not (composite or _has_kernel(name, "CPU") or _has_kernel(name, "CompositeExplicitAutogradNonFunctional")):
+    functional = _has_kernel(name, "CompositeExplicitAutogradNonFunctional")
+    if not (composite or functional or _has_kernel(name, "CPU")):
         return False
     schema = torch._C._get_schema(*_schema_key(name))
     packet = schema.name.partition("::")[2]
     if any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns):
         return not composite  # views: PyTorch's own, made of as_strided
-    if composite and packet.endswith(("_copy", "_scatter", "as_strided_")):
+    if (composite or functional) and packet.endswith(("_copy", "_scatter")):
         return False  # they take offsets into the storage, which the host's tensors have not
     if composite and any(a.name == "device" for a in schema.arguments):
         return False  # they may be asked for another device; made of empty
