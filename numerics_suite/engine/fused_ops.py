@@ -164,5 +164,5 @@ def excess_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results
     scale = max(float((once - want).norm()), 12**-0.5 * unit_roundoff(dtype) * float(want.norm()))
     error = float((results[0].double() - want).norm())
     if error != error:
-        return math.inf if scale == scale else math.nan  # noqa: PLR0124 - NaN
+        return math.inf if scale == scale else math.nan
     return error / scale if scale else math.inf if error else 0.0
