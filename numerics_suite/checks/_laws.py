@@ -10,6 +10,9 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.engine.evidence import Evidence
 
+TRUE_ONLY = "judged in true fp64 only"
+"""The fact that holds why a law was not judged in the cell's own precision."""
+
 
 def law_measurements(
     exact: float, rounded: float, unrounded: str = "", *, place: Callable[[], str | None] | None = None
@@ -25,7 +28,7 @@ def law_measurements(
     """
     module = place() if place is not None and not exact <= AGREED else None
     yield Measurement(name="true", value=exact, unit="ratio", module=module)
-    facts = {"judged in true fp64 only": unrounded} if unrounded else {}
+    facts = {TRUE_ONLY: unrounded} if unrounded else {}
     yield Measurement(name="rounded", value=rounded, unit="ratio", module=module, facts=facts)
 
 

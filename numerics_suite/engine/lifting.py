@@ -117,7 +117,7 @@ _EXACT: Final = _GATHERS | frozenset(
     """.split()  # noqa: SIM905 - a list would take a line per name
 )
 _TRUSTED_NAMESPACES: Final = frozenset(
-    {"aten", "prim", "prims", "c10d", "_c10d_functional", "_c10d_functional_autograd"}
+    {"aten", "prim", "prims", "c10d", "_c10d_functional", "_c10d_functional_autograd", "flex_lib"}
 )
 _PLANS: Final[dict[Any, Plan]] = {}
 

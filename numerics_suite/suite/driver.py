@@ -51,7 +51,7 @@ class Outcome:
         self.latest = listed = [item for item in everything if isinstance(item, Measurement)]
         for measurement in listed:
             held = self.worst.get(measurement.name)
-            if held is None or _worse(measurement, held):
+            if held is None or _worse(measurement, held) or _says_more(measurement, held):
                 self.worst[measurement.name] = measurement
         for item in everything:
             if isinstance(item, Series) and self._keeps(item):
@@ -74,6 +74,11 @@ def _worse(new: Measurement, held: Measurement) -> bool:
     if new.unit in LESS_IS_WORSE:
         return not new.value >= held.value
     return not new.value <= held.value
+
+
+def _says_more(new: Measurement, held: Measurement) -> bool:
+    """Whether it is as bad and has facts where the other has none: a batch that a law is not asked of has none."""
+    return new.value == held.value and bool(new.facts) and not held.facts
 
 
 def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> Outcome:

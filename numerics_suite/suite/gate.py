@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime, timezone
@@ -163,6 +164,8 @@ class Gate:
         limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
         if limited:
             notes.append(f"--max-time: {limited} checks were not begun")
+        halves = Counter(result.reason for result in results if result.status == "passed" and result.reason)
+        notes += [f"{count} {'law' if count == 1 else 'laws'} {reason}" for reason, count in halves.items()]
         today = datetime.now(tz=timezone.utc).date()
         informing, missing = self._left_out()
         broken = [*stale(self.settings.accept, results, today, transformers.__version__), *missing]

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from numerics_suite.baselines.records import CellBaseline
+from numerics_suite.checks._laws import TRUE_ONLY
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
@@ -165,7 +166,7 @@ class SuiteSession:
             "series": tuple(with_limits(question.check, series) for series in outcome.series.values()),
         }
         if not outcome.breaches:
-            return result("passed", **told)
+            return result("passed", reason=_half_judged(outcome), **told)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
         if self.settings.diagnose and self.tries_remedies:
             found = with_confidence(question.check, found, evidence, self._ask_again)
@@ -210,6 +211,13 @@ def _numbers(outcome: Outcome) -> dict[str, float]:
     numbers = {name: measurement.value for name, measurement in outcome.worst.items()}
     numbers["examples"] = outcome.examples
     return numbers
+
+
+def _half_judged(outcome: Outcome) -> str | None:
+    """Why a law was judged in true fp64 only, naming the op; None where it was judged in the precision too."""
+    reasons = (measurement.facts.get(TRUE_ONLY) for measurement in outcome.worst.values())
+    reason = next((reason for reason in reasons if reason), None)
+    return None if reason is None else f"{TRUE_ONLY}: {reason}"
 
 
 def error_line(error: Exception, device: str = CPU) -> str:

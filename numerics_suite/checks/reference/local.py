@@ -45,6 +45,7 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
             unit="roundoffs" if worst.kernel_ratio != worst.kernel_ratio else "ratio",
             module=worst.module,
             op=_op_at_fault(worst),
+            cause="kernel-accuracy" if _op_at_fault(worst) else None,
             facts={
                 "class": worst.class_name,
                 "computes in": worst.dtype,
