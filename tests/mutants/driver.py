@@ -87,14 +87,16 @@ class MutantSession(SuiteSession):
         return loaded
 
 
-def settings_of(fixture: str, precision: str, attn: str, checks: Iterable[str] = (), **changes: Any) -> Settings:
+def settings_of(
+    fixture: str, precision: str, attn: str, checks: Iterable[str] = (), *, device: str = "cpu", **changes: Any
+) -> Settings:
     """The command line's defaults for one cell of a shipped checkpoint."""
     return Settings(
         subjects=(f"fixture:{fixture}",),
         precision=(precision,),
         attn=(attn,),
         checks=tuple(checks),
-        device="cpu",
+        device=device,
         origins={"precision": "command line"},
         **changes,
     )
