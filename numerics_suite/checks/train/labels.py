@@ -13,7 +13,8 @@ from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.observing.comparing import differing_elements
-from numerics_suite.observing.roundoff import wide
+from numerics_suite.observing.loss_dtype import log_softmax_dtype
+from numerics_suite.observing.roundoff import unit_roundoff, wide
 
 
 @check(batches=True, trains=True, needs=("token-ids",))
@@ -43,7 +44,7 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if torch.isnan(wanted):
         yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
         return
-    roundoff = torch.finfo(got.dtype).eps / 2
+    roundoff = max(unit_roundoff(got.dtype), _log_softmax_roundoff(evidence, batch))
     # Rounding moves a cross entropy by what it moves the largest logit and the loss by.
     size = float(wanted.abs()) + float(without["logits"].abs().max())
     error = abs(float(got) - float(wanted))
@@ -53,6 +54,13 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         unit="roundoffs",
         facts={"loss": float(got), "cross entropy over the labels that count": float(wanted)},
     )
+
+
+def _log_softmax_roundoff(evidence: Evidence, batch: Batch) -> float:
+    """The unit roundoff of the log-probabilities, which may be coarser than the loss; the same for every batch of a cell."""
+    if "log-softmax" not in evidence.memo:
+        evidence.memo["log-softmax"] = log_softmax_dtype(lambda: evidence.run(batch.tensors))
+    return unit_roundoff(evidence.memo["log-softmax"])
 
 
 def defined_loss(logits: Tensor, targets: Tensor, task: str, num_labels: int) -> Tensor:
