@@ -21,7 +21,7 @@ from numerics_suite.devices.precisions import precision
 from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
-from numerics_suite.subjects.memory import estimate_bytes
+from numerics_suite.subjects.memory import cell_bytes
 from numerics_suite.suite.gate import Gate
 from numerics_suite.suite.planning import SuitePlan, make_plan
 
@@ -186,12 +186,13 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
         recipe = precision(cell.precision)
-        size = estimate_bytes(
+        size = cell_bytes(
             plan.subjects[cell.subject],
             recipe.parameters,
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
             batch=settings.batch_size,
             seq=settings.seq_len,
+            examples=settings.max_examples,
         )
         skipped = {question.skip for question in asked if question.skip}
         note = next(iter(skipped)) if asked and all(question.skip for question in asked) else ""
