@@ -79,8 +79,8 @@ def test_an_unsynchronized_read_is_stale():
     "wait",
     [
         lambda: torch.standin.current_stream().synchronize(),
-        lambda: torch.standin.synchronize(),
-        lambda: torch.accelerator.synchronize(),
+        torch.standin.synchronize,
+        torch.accelerator.synchronize,
         lambda: torch.ones(1, device="standin").item(),
         lambda: torch.ones(1, device="standin").cpu(),
     ],
