@@ -37,7 +37,7 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_in
 _NO_CPU_SCALARS = {
     *("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "embedding", "index_select", "gather", "scatter", "scatter_"),
     *("scatter_add", "scatter_add_", "index_add", "index_add_", "native_layer_norm", "convolution", "take"),
-    *("nll_loss_forward", "cat", "stack", "embedding_dense_backward", "index_copy", "index_copy_", "index_fill_"),
+    *("nll_loss_forward", "cat", "stack", "embedding_dense_backward", "index_copy", "index_copy_"),
 }
 """Ops of CUDA that refuse even 0-d CPU tensors: not element-wise ones."""
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -193,8 +194,16 @@ def test_gradients_on_the_second_index():
 def test_modules_move_and_convert():
     model = nn.Linear(3, 3)
     weight = model.weight
+    seen = weakref.ref(weight)
+    weight.note = "stays"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     model(torch.ones(3)).sum().backward()
     model.to("standin")
+    assert seen() is weight
+    assert weight.note == "stays"
+    before = weight.tolist()
+    optimizer.step()
+    assert model.weight.tolist() != before
     assert model.weight is weight
     assert model.weight.grad.device == torch.device("standin:0")
     assert type(model.weight) is nn.Parameter
@@ -204,7 +213,7 @@ def test_modules_move_and_convert():
     assert model.cpu().weight.device.type == "cpu"
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        assert model.to("standin").weight.device == torch.device("standin:0")
+        assert nn.Linear(3, 3).to("standin").weight.device == torch.device("standin:0")
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
