@@ -175,6 +175,8 @@ def _check_written(call: _Call, target: Any) -> None:
 def _compute(plan: _Plan, call: _Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if call.index < 0:
         call.index = streams.current_device()
+    if call.index > 0:
+        streams.follow_autograd(call.index)
     if plan.waits:
         streams.current_stream(call.index).complete()
     if plan.generator >= 0:

@@ -17,6 +17,7 @@ def mend() -> None:
     torch.Generator = Generator
     _storages()
     _modules()
+    _data()
     _new_tensor()
     _accelerator()
 
@@ -58,14 +59,41 @@ def _move(parameter: nn.Parameter, fn: Any) -> None:
     """Give the Python object of a parameter what `fn` makes of it, if that is on another device."""
     with torch.no_grad():
         moved = fn(parameter)
-        if {moved.device.type, parameter.device.type} != {"cpu", NAME}:
+        if _crosses(parameter, moved):
+            grad = parameter.grad
+            _exchange(parameter, moved)
+            if grad is not None:
+                parameter.grad = fn(grad).requires_grad_(grad.requires_grad)
+
+
+def _crosses(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return {one.device.type, other.device.type} == {"cpu", NAME}
+
+
+def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Put what `other` is into the Python object `tensor`, which keeps attributes, class and weak references."""
+    tensor.grad = None
+    inside = other.detach().requires_grad_(tensor.requires_grad)
+    torch._C._swap_tensor_impl(tensor, inside)
+
+
+def _data() -> None:
+    """Let `tensor.data = …` cross between CPU and device, as it may between CPU and CUDA; a gradient goes along."""
+    plain = torch._C.TensorBase.data
+
+    def get(self: torch.Tensor) -> torch.Tensor:
+        return plain.__get__(self)
+
+    def put(self: torch.Tensor, value: torch.Tensor) -> None:
+        if not _crosses(self, value):
+            plain.__set__(self, value)
             return
-        grad, parameter.grad = parameter.grad, None
-        moved = nn.Parameter(moved, parameter.requires_grad)
-        # The objects' insides change places; attributes, class, weak references and hooks on modules stay.
-        torch._C._swap_tensor_impl(parameter, moved)
+        grad = self.grad
+        _exchange(self, value)
         if grad is not None:
-            parameter.grad = fn(grad).requires_grad_(grad.requires_grad)
+            self.grad = grad.to(value.device)
+
+    torch.Tensor.data = property(get, put)
 
 
 def _new_tensor() -> None:
