@@ -1,6 +1,6 @@
 """The device's kernels: the CPU's, run on the memory of the device tensors.
 
-Most ops need nothing of their own: `_register_generic` gives each op of PyTorch that computes one kernel that checks
+Most ops need nothing of their own: `_generic` gives each op of PyTorch that computes one kernel that checks
 the devices of its arguments as CUDA does, runs the CPU's kernel and labels the results. Views and changes of shape are
 PyTorch's own C++ for CPU tensors, which looks at sizes and strides only. What is left is written out below: copies, new
 tensors, resizing and the ops that a host waits for.
