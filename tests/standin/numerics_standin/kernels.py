@@ -1,6 +1,6 @@
 """The device's kernels: the CPU's, run on the memory of the device tensors.
 
-Most ops need nothing of their own: `_register_generic` gives each op of PyTorch that computes one kernel that checks
+Most ops need nothing of their own: `_generic` gives each op of PyTorch that computes one kernel that checks
 the devices of its arguments as CUDA does, runs the CPU's kernel and labels the results. Views and changes of shape are
 PyTorch's own C++ for CPU tensors, which looks at sizes and strides only. What is left is written out below: copies, new
 tensors, resizing and the ops that a host waits for.
@@ -37,7 +37,7 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_in
 _NO_CPU_SCALARS = {
     *("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "embedding", "index_select", "gather", "scatter", "scatter_"),
     *("scatter_add", "scatter_add_", "index_add", "index_add_", "native_layer_norm", "convolution", "take"),
-    *("nll_loss_forward", "cat", "stack", "embedding_dense_backward", "index_copy", "index_copy_", "index_fill_"),
+    *("nll_loss_forward", "cat", "stack", "embedding_dense_backward", "index_copy", "index_copy_"),
 }
 """Ops of CUDA that refuse even 0-d CPU tensors: not element-wise ones."""
 
@@ -175,6 +175,8 @@ def _check_written(call: _Call, target: Any) -> None:
 def _compute(plan: _Plan, call: _Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if call.index < 0:
         call.index = streams.current_device()
+    if call.index > 0:
+        streams.follow_autograd(call.index)
     if plan.waits:
         streams.current_stream(call.index).complete()
     if plan.generator >= 0:

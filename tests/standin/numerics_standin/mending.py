@@ -17,6 +17,7 @@ def mend() -> None:
     torch.Generator = Generator
     _storages()
     _modules()
+    _data()
     _new_tensor()
     _accelerator()
 
@@ -41,33 +42,58 @@ def _modules() -> None:
     """Let a module that moves between CPU and device keep its parameters, as one that moves to CUDA does.
 
     PyTorch's C++ knows the backends whose tensors may take the place of the CPU's under `parameter.data = …`, and
-    PrivateUse1 is not one of them: each parameter would be replaced by a new object, and tied ones torn apart. PyTorch
-    has another way, for all modules at once (`set_swap_module_params_on_conversion`); here it serves these moves only.
+    PrivateUse1 is not one of them: each parameter would be replaced by a new object, and tied ones torn apart.
     """
     apply = nn.Module._apply
-    future = torch.__future__
 
     def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        before = future.get_swap_module_params_on_conversion()
-        if not before:
-            future.set_swap_module_params_on_conversion(_crosses(self, fn))
-        try:
-            return apply(self, fn, recurse)
-        finally:
-            future.set_swap_module_params_on_conversion(before)
+        for parameter in self._parameters.values():
+            if parameter is not None and parameter.device.type in {"cpu", NAME}:
+                _move(parameter, fn)
+        return apply(self, fn, recurse)  # which finds the parameters moved, and moves the buffers
 
     nn.Module._apply = _apply
 
 
-def _crosses(module: nn.Module, fn: Any) -> bool:
-    """Whether `fn` moves the module's own parameters between another device and this one."""
-    parameter = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
-    if parameter is None or parameter.device.type == "meta":
-        return False
-    kinds = {parameter.device.type}
+def _move(parameter: nn.Parameter, fn: Any) -> None:
+    """Give the Python object of a parameter what `fn` makes of it, if that is on another device."""
     with torch.no_grad():
-        kinds.add(fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).device.type)
-    return NAME in kinds and len(kinds) == 2
+        moved = fn(parameter)
+        if _crosses(parameter, moved):
+            grad = parameter.grad
+            _exchange(parameter, moved)
+            if grad is not None:
+                parameter.grad = fn(grad).requires_grad_(grad.requires_grad)
+
+
+def _crosses(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return {one.device.type, other.device.type} == {"cpu", NAME}
+
+
+def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Put what `other` is into the Python object `tensor`, which keeps attributes, class and weak references."""
+    tensor.grad = None
+    inside = other.detach().requires_grad_(tensor.requires_grad)
+    torch._C._swap_tensor_impl(tensor, inside)
+
+
+def _data() -> None:
+    """Let `tensor.data = …` cross between CPU and device, as it may between CPU and CUDA; a gradient goes along."""
+    plain = torch._C.TensorBase.data
+
+    def get(self: torch.Tensor) -> torch.Tensor:
+        return plain.__get__(self)
+
+    def put(self: torch.Tensor, value: torch.Tensor) -> None:
+        if not _crosses(self, value):
+            plain.__set__(self, value)
+            return
+        grad = self.grad
+        _exchange(self, value)
+        if grad is not None:
+            self.grad = grad.to(value.device)
+
+    torch.Tensor.data = property(get, put)
 
 
 def _new_tensor() -> None:

@@ -184,6 +184,13 @@ def current_device() -> int:
     return getattr(_state, "index", 0)
 
 
+def follow_autograd(index: int) -> None:
+    """Make `index` current in a thread of autograd's, which PyTorch starts for one device and CUDA's guard sets to it."""
+    if not hasattr(_state, "index"):
+        started_in_cpp = isinstance(threading.current_thread(), threading._DummyThread)
+        _state.index = index if started_in_cpp else 0
+
+
 def set_device(device: object) -> None:
     """Make `device` the current one."""
     _state.index = device_index(device)

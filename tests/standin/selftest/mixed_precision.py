@@ -20,6 +20,15 @@ def test_autocast_is_available():
     assert not torch.is_autocast_enabled("standin")
 
 
+def test_the_lists_are_those_of_cuda():
+    def with_kernel(key):
+        names = torch._C._dispatch_get_all_op_names()
+        return {name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)}
+
+    own = {"aten::cudnn_convolution", "aten::cudnn_convolution_transpose"}
+    assert with_kernel("AutocastPrivateUse1") == with_kernel("AutocastCUDA") - own
+
+
 @pytest.mark.parametrize("dtype", LOWER)
 def test_products_are_in_the_lower_precision(dtype):
     linear = nn.Linear(4, 4).to("standin")
@@ -65,6 +74,18 @@ def test_sums_and_exponentials_are_in_float32(dtype):
             nn.functional.binary_cross_entropy(x.sigmoid(), x)
     assert {result.dtype for result in results} == {torch.float32}
     assert x.softmax(-1).dtype is dtype
+
+
+def test_cross_entropy_rounds_its_log_softmax_as_on_cuda():
+    # PyTorch's cross entropy names the dtype of its log-softmax, so that CUDA's lists leave it in the logits' own; only
+    # the mean over the labels is in float32. The CPU's lists have the whole loss in float32.
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).half().to("standin")
+    labels = torch.tensor([1, 2, 3, 4], device="standin")
+    with torch.autocast("standin", dtype=torch.float16):
+        loss = nn.functional.cross_entropy(logits, labels)
+    rounded = nn.functional.nll_loss(logits.log_softmax(-1).float(), labels)
+    assert loss.dtype is torch.float32
+    assert torch.equal(loss, rounded)
 
 
 def test_mixed_arguments_promote():

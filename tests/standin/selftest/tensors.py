@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -190,11 +191,38 @@ def test_gradients_on_the_second_index():
     assert first.grad.tolist() == torch.full((4, 4), 2.0).tolist()
 
 
+def test_the_current_index_in_a_backward_pass():
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            indices.append(torch.ones(1, device="standin").device.index)
+            return grad * 2
+
+    indices = []
+    for index in (1, 0, 1):
+        x = torch.ones(2, device=f"standin:{index}", requires_grad=True)
+        Noting.apply(x).square().sum().backward()
+    assert indices == [1, 0, 1]
+    assert torch.standin.current_device() == 0
+
+
 def test_modules_move_and_convert():
     model = nn.Linear(3, 3)
     weight = model.weight
+    seen = weakref.ref(weight)
+    weight.note = "stays"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     model(torch.ones(3)).sum().backward()
     model.to("standin")
+    assert seen() is weight
+    assert weight.note == "stays"
+    before = weight.tolist()
+    optimizer.step()
+    assert model.weight.tolist() != before
     assert model.weight is weight
     assert model.weight.grad.device == torch.device("standin:0")
     assert type(model.weight) is nn.Parameter
@@ -204,9 +232,25 @@ def test_modules_move_and_convert():
     assert model.cpu().weight.device.type == "cpu"
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        assert model.to("standin").weight.device == torch.device("standin:0")
+        assert nn.Linear(3, 3).to("standin").weight.device == torch.device("standin:0")
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_data_moves_between_devices():
+    weight = nn.Parameter(torch.ones(2))
+    (weight * 3).sum().backward()
+    value = torch.zeros(2, device=DEVICE)
+    weight.data = value
+    assert type(weight) is nn.Parameter
+    assert weight.requires_grad
+    assert weight.data_ptr() == value.data_ptr()
+    assert weight.grad.device == value.device
+    weight.data = weight.data.cpu()
+    assert weight.device.type == "cpu"
+    assert not value.requires_grad
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        weight.data = torch.ones(2, device="meta")
 
 
 def test_copies_and_pickles():
