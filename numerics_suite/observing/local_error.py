@@ -100,6 +100,7 @@ def local_errors(
             stack.enter_context(_handle(module.register_forward_hook(observer.after)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(lifting.autocast_on(model, autocast))
+        stack.enter_context(flash_registry.uncompiled_flex_attention(model))
         stack.enter_context(observer)
         (call or lifting.default_call)(model, batch)
     return list(observer.worst.values())
