@@ -30,13 +30,23 @@ _UNKNOWN: Final = ("softcap", "s_aux", "block_table", "k_cache", "v_cache")
 @contextmanager
 def visible_attention(model: nn.Module) -> Iterator[None]:
     """Show a dispatch mode whatever attention `model` is configured for: no compiled code, no hidden kernel."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    # transformers compiles flex attention at its first call, so torch._dynamo may not be there yet.
-    compiles = any(getattr(config, "_attn_implementation", None) == "flex_attention" for config in configs)
     with ExitStack() as stack:
-        if compiles or "torch._dynamo" in sys.modules:
+        stack.enter_context(uncompiled_flex_attention(model))
+        if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(flash_attention_by_formula(model))
+        yield
+
+
+@contextmanager
+def uncompiled_flex_attention(model: nn.Module) -> Iterator[None]:
+    """Run flex attention without a compiler, which cannot trace it under a dispatch mode; other models as they are."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    # transformers compiles it at its first call, so torch._dynamo may not be there yet.
+    if any(getattr(config, "_attn_implementation", None) == "flex_attention" for config in configs):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
         yield
 
 

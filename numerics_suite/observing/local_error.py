@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.devices.arithmetic import casts_on
-from numerics_suite.engine import flex_rule, fused_ops, lifting
+from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
 from numerics_suite.engine.calls import call_model, input_device
 from numerics_suite.engine.lifting import WIDER, Kind, floating_outputs, plan_of
 from numerics_suite.engine.submodule import run_module_in_fp64, run_module_rounded
@@ -99,6 +99,7 @@ def local_errors(
             stack.enter_context(_handle(module.register_forward_hook(observer.after)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(autocast_section(input_device(model), autocast))
+        stack.enter_context(flash_registry.uncompiled_flex_attention(model))
         stack.enter_context(observer)
         call(model, batch)
     return list(observer.worst.values())

@@ -141,6 +141,14 @@ def test_what_flash_attention_2_asks_beyond_the_formula_is_named(asked, said):
         registered_attention(nn.Module(), query.bfloat16(), query.bfloat16(), query.bfloat16(), None, **asked)
 
 
+@BY_FUNCTION
+@pytest.mark.filterwarnings("ignore")
+def test_local_errors_of_flex_attention_name_it():
+    errors = [error for error in local_errors(tiny("flex_attention"), batch()) if error.module.endswith("self_attn")]
+    assert [error.fused_op for error in errors] == ["flex_attention"] * 2
+    assert all(error.left_out == () and 0.6 < error.kernel_ratio < 1.5 for error in errors)
+
+
 @pytest.mark.parametrize("mode", [LiftToFp64, RoundOnce])
 def test_the_rules_of_flex_attention_forward_and_backward(mode):
     """A score that is capped, biased and scaled by head, a mask, grouped heads, and a gradient through the sum."""
