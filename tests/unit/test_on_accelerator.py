@@ -6,11 +6,13 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerator.checking import DEVICE, STANDIN, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +152,51 @@ def test_a_check_that_is_skipped_on_the_device_only_is_seen(tool):
     there = dict(zip(keys, ("passed", "passed", "skipped"), strict=True))
     assert tool.parts.skipped_here(here, there) == [keys[1]]
     assert tool.parts.skipped_here({}, {keys[0]: "failed"}) == [keys[0]]
+
+
+def test_nothing_is_begun_when_the_time_is_over(tool, tmp_path, monkeypatch):
+    file = tmp_path / "figures.json"
+    outcomes(tool, monkeypatch)
+    assert tool.script.main([*SMALL, "--minutes", "0", "--json", str(file)]) == 1
+    assert {(one.verdict, one.reason) for one in tool.page.read_parts(file).values()} == {("not met", tool.parts.LATE)}
+    setup = tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path, deadline=time.monotonic() + 90)
+    assert not setup.is_over
+    assert setup.max_time == ("--max-time", "90")
+
+
+def test_cells_that_were_left_out_are_a_problem(tool):
+    assert tool.parts.problems({"exit_status": 5, "checks": []}) == [tool.parts.LATE]
+    assert not tool.parts.problems({"exit_status": 0, "checks": []})
+
+
+def test_flash_attention_runs_in_16_bits_where_it_can(tool, tmp_path, monkeypatch):
+    setup = tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path)
+    assert [grid[3] for grid in tool.parts.grids(setup, ("fp32", "bf16"))] == ["sdpa"]
+    monkeypatch.setattr(tool.parts, "has_flash", lambda device: True)
+    grids = tool.parts.grids(setup, ("fp32", "bf16", "amp-fp16", "fp64"))
+    assert [grid[1::2] for grid in grids] == [
+        ("fp32,bf16,amp-fp16,fp64", "sdpa"),
+        ("bf16,amp-fp16", "flash_attention_2"),
+    ]
+
+
+def test_tf32_is_asked_for_and_switched_on(tool, tmp_path, monkeypatch):
+    """What an NVIDIA GPU would answer; the switch is as it was afterwards."""
+    asked = []
+
+    def checked(setup, subjects, *arguments, **_):
+        precision = arguments[arguments.index("--precision") + 1]
+        asked.append((precision, torch.get_float32_matmul_precision()))
+        return {"checks": [answer("failed", 4000.0) if precision == "tf32" else answer("passed", 2.7)]}
+
+    monkeypatch.setattr(tool.parts, "lacks", lambda recipe, device: None)
+    monkeypatch.setattr(tool.parts, "checked", checked)
+    before = torch.get_float32_matmul_precision()
+    found = tool.parts.tf32(tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path))
+    assert found.verdict == "met"
+    assert asked == [("fp32", before), ("tf32", before), ("fp32", "medium")]
+    assert torch.get_float32_matmul_precision() == before
+    assert [row[2] for row in found.rows] == [2.7, 4000.0, 2.7]
 
 
 def answer(status, ratio, cause="kernel-accuracy"):
