@@ -249,19 +249,26 @@ def _current_folder(folder: Path) -> Iterator[None]:
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
-def commanded(*arguments: str) -> None:
-    """Run a command of numerics-suite in this process; findings are an answer, errors are not.
+def commanded(out: Path, *arguments: str) -> Results:
+    """The answer of a command of numerics-suite, run in this process; findings are an answer, bad input is none.
+
+    Args:
+        out: where it writes the answer.
+        arguments: the command and its own.
 
     Raises:
         CheckError: it gave no answer.
     """
+    out.unlink(missing_ok=True)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = main(arguments)
-    if status not in {0, 1, 3, 5}:
+        status = main([*arguments, "--no-extensions", "--quiet", "--json", str(out)])
+    if not out.exists():
         last = (said.getvalue().strip().splitlines() or ["no message"])[-1]
         message = f"numerics-suite {arguments[0]} ended with {status}: {last}"
         raise CheckError(message)
+    answer: Results = revived(json.loads(out.read_text(encoding="utf-8")))
+    return answer
 
 
 def checked(
@@ -279,20 +286,13 @@ def checked(
     Raises:
         CheckError: there is none.
     """
-    out = setup.folder / "results.json"
-    out.unlink(missing_ok=True)
-    commanded(
+    return commanded(
+        setup.folder / "results.json",
         "check",
         *(f"fixture:{name}" for name in subjects),
         *("--device", device or setup.device, "-n", workers or setup.sizes.workers),
-        *("--no-extensions", "--no-diagnose", "--quiet", "--json", str(out), *setup.max_time),
-        *arguments,
+        *("--no-diagnose", *setup.max_time, *arguments),
     )
-    if not out.exists():
-        message = "numerics-suite check wrote no results"
-        raise CheckError(message)
-    results: Results = revived(json.loads(out.read_text(encoding="utf-8")))
-    return results
 
 
 def statuses(results: Results) -> dict[Key, str]:
@@ -601,14 +601,16 @@ def baseline(setup: Setup) -> Outcome:
     grid = ("--precision", ",".join(names), "--attn", setup.sizes.attentions[-1])
     with tempfile.TemporaryDirectory(dir=setup.folder) as scratch:
         recorded, moved = Path(scratch) / "cpu", Path(scratch) / "device"
-        commanded(
+        answer = commanded(
+            Path(scratch) / "recorded.json",
             *("record", *(f"fixture:{name}" for name in setup.sizes.pair), *grid, "--device", CPU, "--steps", "2"),
-            *("--baseline", str(recorded), "-n", setup.sizes.cpu_workers, "--no-extensions", "--quiet"),
+            *("--baseline", str(recorded), "-n", setup.sizes.cpu_workers),
         )
         move_baselines(recorded, moved, setup.device)
         options = ("--checks", "baseline.*", "--baseline", str(moved))
         results = checked(setup, setup.sizes.pair, *grid, *options)
-    late = [LATE] if is_incomplete(results) else []
+    before = [f"on the CPU: {entry['error']}" for entry in answer["errors"]]
+    before += [LATE] if is_incomplete(results) else []
     cells: dict[tuple[str, str, str], dict[str, Results]] = defaultdict(dict)
     for check in results["checks"]:
         cells[check["subject"], check["precision"], check["attn"]][check["check"]] = check
@@ -616,7 +618,7 @@ def baseline(setup: Setup) -> Outcome:
         (*key, *_figures(found), ", ".join(kinds_of(found.values())) or "none of them") for key, found in cells.items()
     )
     wrong = [line for key, found in cells.items() for line in baseline_problems("/".join(key), found)]
-    verdict, reason = judged(late + wrong, f"{len(cells)} cells, none of them changed")
+    verdict, reason = judged(before + wrong, f"{len(cells)} cells, none of them changed")
     columns = ("subject", "precision", "attention", *(name for names in FIGURES.values() for name in names))
     return Outcome(verdict=verdict, reason=reason, columns=(*columns, "changed, worse or contract"), rows=rows)
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from accelerator.checking import DEVICE, STANDIN, environment
 
+from numerics_suite.core.errors import CheckError
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--device", "cpu", "--small")
 NAMES = ("clean", "ratios", "tf32", "mutants", "baseline", "watch")
@@ -72,6 +74,7 @@ def outcomes(tool, monkeypatch, **verdicts):
         for name in NAMES
     }
     monkeypatch.setattr(tool.parts, "PARTS", described)
+    monkeypatch.setattr(tool.parts, "release", lambda device: None)  # nothing was loaded, and collecting takes a while
 
 
 # --- parts that are measured -------------------------------------------------------------------------------------------
@@ -215,6 +218,27 @@ def test_tf32_must_fail_and_float32_must_not(tool):
         (answer("failed", 2.7), caught, clean),
     ):
         assert len(list(tool.parts.tf32_problems("sdpa", own, rounded, switched))) == 1
+
+
+def test_a_mutant_that_is_missed_is_a_problem_and_one_without_a_place_is_replaced(tool, tmp_path, monkeypatch):
+    found = iter([("load.finite", "said"), (None, None), (None, "forward.cache: passed"), ("load.dtype", "said")])
+    monkeypatch.setattr(tool.parts, "caught_by", lambda mutant, device: next(found))
+    outcome = tool.parts.mutants(tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path))
+    first, _, missed, last = tool.parts.mutants_of("cpu")[:4]
+    assert [row[::2] for row in outcome.rows] == [
+        (first.id, "load.finite"),
+        (missed.id, None),
+        (last.id, "load.dtype"),
+    ]
+    assert (outcome.verdict, outcome.reason) == ("not met", f"{missed.id}: forward.cache: passed")
+
+
+def test_a_command_without_an_answer_says_why(tool, tmp_path):
+    setup = tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path)
+    with pytest.raises(
+        CheckError, match="numerics-suite check ended with 4: numerics-suite: error: --attn flash_attention_2"
+    ):
+        tool.parts.checked(setup, ("glm4-tiny",), "--attn", "flash_attention_2")
 
 
 def semantics(status, value):
