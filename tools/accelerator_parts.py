@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import statistics
 import sys
@@ -52,6 +53,7 @@ Results: TypeAlias = dict[str, Any]
 Key: TypeAlias = tuple[str, str, str, str]
 """Check, subject, precision and attention: what a question is on any device."""
 
+LATE = "time ran out before everything was begun; --minutes gives more"
 MOST_TOLD = 3
 """Ids that a reason lists before it counts the rest."""
 
@@ -119,11 +121,25 @@ class Setup:
         device: as resolved.
         sizes: of the run.
         folder: for files that nobody keeps; the current folder while parts run.
+        deadline: of `time.monotonic`, for all parts together: after it no cell, mutant or part is begun.
     """
 
     device: str
     sizes: Sizes
     folder: Path
+    deadline: float = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is."""
+        return time.monotonic() > self.deadline
+
+    @property
+    def max_time(self) -> tuple[str, ...]:
+        """The option of `check` that gives it what is left of the time."""
+        if math.isinf(self.deadline):
+            return ()
+        return "--max-time", str(max(1, round(self.deadline - time.monotonic())))
 
     @property
     def is_accelerator(self) -> bool:
@@ -199,7 +215,8 @@ def measured(name: str, setup: Setup) -> Part:
     begun = time.perf_counter()
     with _current_folder(setup.folder):
         try:
-            outcome = PARTS[name].measure(setup)
+            late = Outcome(verdict="not met", reason=LATE)
+            outcome = late if setup.is_over else PARTS[name].measure(setup)
         except Exception as error:  # noqa: BLE001 - one part's failure never hides the others
             line = (str(error).strip().splitlines() or [""])[0]
             outcome = Outcome(verdict="not met", reason=f"{type(error).__name__}: {line}")
@@ -232,19 +249,26 @@ def _current_folder(folder: Path) -> Iterator[None]:
 # --- the commands ------------------------------------------------------------------------------------------------------
 
 
-def commanded(*arguments: str) -> None:
-    """Run a command of numerics-suite in this process; findings are an answer, errors are not.
+def commanded(out: Path, *arguments: str) -> Results:
+    """The answer of a command of numerics-suite, run in this process; findings are an answer, bad input is none.
+
+    Args:
+        out: where it writes the answer.
+        arguments: the command and its own.
 
     Raises:
         CheckError: it gave no answer.
     """
+    out.unlink(missing_ok=True)
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = main(arguments)
-    if status not in {0, 1, 3, 5}:
+        status = main([*arguments, "--no-extensions", "--quiet", "--json", str(out)])
+    if not out.exists():
         last = (said.getvalue().strip().splitlines() or ["no message"])[-1]
         message = f"numerics-suite {arguments[0]} ended with {status}: {last}"
         raise CheckError(message)
+    answer: Results = revived(json.loads(out.read_text(encoding="utf-8")))
+    return answer
 
 
 def checked(
@@ -262,20 +286,13 @@ def checked(
     Raises:
         CheckError: there is none.
     """
-    out = setup.folder / "results.json"
-    out.unlink(missing_ok=True)
-    commanded(
+    return commanded(
+        setup.folder / "results.json",
         "check",
         *(f"fixture:{name}" for name in subjects),
         *("--device", device or setup.device, "-n", workers or setup.sizes.workers),
-        *("--no-extensions", "--no-diagnose", "--quiet", "--json", str(out)),
-        *arguments,
+        *("--no-diagnose", *setup.max_time, *arguments),
     )
-    if not out.exists():
-        message = "numerics-suite check wrote no results"
-        raise CheckError(message)
-    results: Results = revived(json.loads(out.read_text(encoding="utf-8")))
-    return results
 
 
 def statuses(results: Results) -> dict[Key, str]:
@@ -288,12 +305,17 @@ def statuses(results: Results) -> dict[Key, str]:
 
 def problems(results: Results) -> list[str]:
     """One line for each finding and error, and one where time ran out."""
-    late = ["time ran out before every cell had begun"] if results["exit_status"] == 5 else []
+    late = [LATE] if is_incomplete(results) else []
     return late + [
         f"{check['id']}: {check['reason'] or check['finding']['title']}"
         for check in results["checks"]
         if check["status"] in {"failed", "error"}
     ]
+
+
+def is_incomplete(results: Results) -> bool:
+    """Whether cells were left out for lack of time."""
+    return bool(results["exit_status"] == 5)
 
 
 def listed(lines: Sequence[str]) -> str:
@@ -330,13 +352,13 @@ def clean(setup: Setup) -> Outcome:
     here: dict[Key, str] = {}
     wrong: list[str] = []
     for grid in grids(setup, setup.precisions()):
-        results = checked(setup, setup.sizes.fixtures, *grid, *FEW, "--max-time", "100")
+        results = checked(setup, setup.sizes.fixtures, *grid, *FEW)
         here |= statuses(results)
         wrong += problems(results)
     lost: list[Key] = []
     if kind_of(setup.device) != CPU:
         names = [name for name in setup.precisions() if not lacks(PRECISIONS[name], CPU)]
-        grid = ("--precision", ",".join(names), "--attn", ",".join(setup.sizes.attentions), "--max-time", "40")
+        grid = ("--precision", ",".join(names), "--attn", ",".join(setup.sizes.attentions))
         there = checked(setup, setup.sizes.fixtures, *grid, *FEW, workers=setup.sizes.cpu_workers, device=CPU)
         wrong += [f"on the CPU: {line}" for line in problems(there)]
         lost = skipped_here(here, statuses(there))
@@ -374,7 +396,7 @@ def ratios(setup: Setup) -> Outcome:
     values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     wrong: list[str] = []
     for grid in grids(setup, setup.precisions(references=False)):
-        options = ("--checks", ",".join(RATIO_CHECKS), "--max-examples", "1", "--max-time", "45")
+        options = ("--checks", ",".join(RATIO_CHECKS), "--max-examples", "1")
         results = checked(setup, setup.sizes.fixtures, *grid, *options)
         wrong += problems(results)
         for check in results["checks"]:
@@ -475,9 +497,6 @@ UNSTEADY = frozenset({"sum-without-an-order-bf16"})
 BATCHES = 6
 """Batches that Hypothesis draws for each check, as for docs/mutants.md; the command draws 10."""
 
-MUTANT_SECONDS = 55
-"""After this no other mutant is begun."""
-
 
 def mutants(setup: Setup) -> Outcome:
     """Defects of every area that the expected checks must catch on the device too."""
@@ -485,7 +504,6 @@ def mutants(setup: Setup) -> Outcome:
     from numerics_suite.subjects.quiet import quiet_transformers
     from numerics_suite.suite import driver
 
-    begun = time.perf_counter()
     shrinks, driver.SHRINKS = driver.SHRINKS, 0  # whether a batch fails is asked, not which is the smallest that does
     rows: list[tuple[Value, ...]] = []
     wrong: list[str] = []
@@ -493,8 +511,8 @@ def mutants(setup: Setup) -> Outcome:
         for mutant in mutants_of(setup.device):
             if len(rows) >= setup.sizes.mutants:
                 break
-            if time.perf_counter() - begun > MUTANT_SECONDS:
-                wrong.append(f"{len(rows)} of {setup.sizes.mutants} mutants in {MUTANT_SECONDS} s")
+            if setup.is_over:
+                wrong.append(LATE)
                 break
             start = time.perf_counter()
             with quiet_transformers():
@@ -583,14 +601,16 @@ def baseline(setup: Setup) -> Outcome:
     grid = ("--precision", ",".join(names), "--attn", setup.sizes.attentions[-1])
     with tempfile.TemporaryDirectory(dir=setup.folder) as scratch:
         recorded, moved = Path(scratch) / "cpu", Path(scratch) / "device"
-        commanded(
+        answer = commanded(
+            Path(scratch) / "recorded.json",
             *("record", *(f"fixture:{name}" for name in setup.sizes.pair), *grid, "--device", CPU, "--steps", "2"),
-            *("--baseline", str(recorded), "-n", setup.sizes.cpu_workers, "--no-extensions", "--quiet"),
+            *("--baseline", str(recorded), "-n", setup.sizes.cpu_workers),
         )
         move_baselines(recorded, moved, setup.device)
-        options = ("--checks", "baseline.*", "--baseline", str(moved), "--max-time", "30")
+        options = ("--checks", "baseline.*", "--baseline", str(moved))
         results = checked(setup, setup.sizes.pair, *grid, *options)
-    late = ["time ran out before every cell had begun"] if results["exit_status"] == 5 else []
+    before = [f"on the CPU: {entry['error']}" for entry in answer["errors"]]
+    before += [LATE] if is_incomplete(results) else []
     cells: dict[tuple[str, str, str], dict[str, Results]] = defaultdict(dict)
     for check in results["checks"]:
         cells[check["subject"], check["precision"], check["attn"]][check["check"]] = check
@@ -598,7 +618,7 @@ def baseline(setup: Setup) -> Outcome:
         (*key, *_figures(found), ", ".join(kinds_of(found.values())) or "none of them") for key, found in cells.items()
     )
     wrong = [line for key, found in cells.items() for line in baseline_problems("/".join(key), found)]
-    verdict, reason = judged(late + wrong, f"{len(cells)} cells, none of them changed")
+    verdict, reason = judged(before + wrong, f"{len(cells)} cells, none of them changed")
     columns = ("subject", "precision", "attention", *(name for names in FIGURES.values() for name in names))
     return Outcome(verdict=verdict, reason=reason, columns=(*columns, "changed, worse or contract"), rows=rows)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -38,6 +39,7 @@ def parser() -> Parser:
     made.add_argument("--device", help="auto, cpu, cuda, … (default: auto, which needs an accelerator)")
     made.add_argument("--part", action="append", default=[], metavar="NAME", help=f"of {', '.join(PARTS)}; repeatable")
     made.add_argument("--small", action="store_true", help="one fixture, 3 mutants, a tiny watched model")
+    made.add_argument("--minutes", type=float, default=6, metavar="N", help="for all parts together (default: 6)")
     made.add_argument("--json", type=Path, metavar="FILE", help="put the parts into this file; its other parts stay")
     made.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: the page from this file")
     made.add_argument("--write", type=Path, metavar="PAGE", help="write the figures into this page")
@@ -86,7 +88,9 @@ def _measure(given: argparse.Namespace) -> int:
     device = _device(given.device or "auto")
     ran: dict[str, Part] = {}
     with tempfile.TemporaryDirectory(prefix="on-accelerator-") as folder:
-        setup = Setup(device=device, sizes=SMALL if given.small else whole_sizes(), folder=Path(folder))
+        sizes = SMALL if given.small else whole_sizes()
+        deadline = time.monotonic() + 60 * given.minutes
+        setup = Setup(device=device, sizes=sizes, folder=Path(folder), deadline=deadline)
         for name in [name for name in PARTS if name in (given.part or PARTS)]:
             print(f"{name}: ", end="", file=sys.stderr, flush=True)
             ran[name] = measured(name, setup)

@@ -6,12 +6,16 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerator.checking import DEVICE, STANDIN, environment
+
+from numerics_suite.core.errors import CheckError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--device", "cpu", "--small")
@@ -70,6 +74,7 @@ def outcomes(tool, monkeypatch, **verdicts):
         for name in NAMES
     }
     monkeypatch.setattr(tool.parts, "PARTS", described)
+    monkeypatch.setattr(tool.parts, "release", lambda device: None)  # nothing was loaded, and collecting takes a while
 
 
 # --- parts that are measured -------------------------------------------------------------------------------------------
@@ -152,6 +157,51 @@ def test_a_check_that_is_skipped_on_the_device_only_is_seen(tool):
     assert tool.parts.skipped_here({}, {keys[0]: "failed"}) == [keys[0]]
 
 
+def test_nothing_is_begun_when_the_time_is_over(tool, tmp_path, monkeypatch):
+    file = tmp_path / "figures.json"
+    outcomes(tool, monkeypatch)
+    assert tool.script.main([*SMALL, "--minutes", "0", "--json", str(file)]) == 1
+    assert {(one.verdict, one.reason) for one in tool.page.read_parts(file).values()} == {("not met", tool.parts.LATE)}
+    setup = tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path, deadline=time.monotonic() + 90)
+    assert not setup.is_over
+    assert setup.max_time == ("--max-time", "90")
+
+
+def test_cells_that_were_left_out_are_a_problem(tool):
+    assert tool.parts.problems({"exit_status": 5, "checks": []}) == [tool.parts.LATE]
+    assert not tool.parts.problems({"exit_status": 0, "checks": []})
+
+
+def test_flash_attention_runs_in_16_bits_where_it_can(tool, tmp_path, monkeypatch):
+    setup = tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path)
+    assert [grid[3] for grid in tool.parts.grids(setup, ("fp32", "bf16"))] == ["sdpa"]
+    monkeypatch.setattr(tool.parts, "has_flash", lambda device: True)
+    grids = tool.parts.grids(setup, ("fp32", "bf16", "amp-fp16", "fp64"))
+    assert [grid[1::2] for grid in grids] == [
+        ("fp32,bf16,amp-fp16,fp64", "sdpa"),
+        ("bf16,amp-fp16", "flash_attention_2"),
+    ]
+
+
+def test_tf32_is_asked_for_and_switched_on(tool, tmp_path, monkeypatch):
+    """What an NVIDIA GPU would answer; the switch is as it was afterwards."""
+    asked = []
+
+    def checked(setup, subjects, *arguments, **_):
+        precision = arguments[arguments.index("--precision") + 1]
+        asked.append((precision, torch.get_float32_matmul_precision()))
+        return {"checks": [answer("failed", 4000.0) if precision == "tf32" else answer("passed", 2.7)]}
+
+    monkeypatch.setattr(tool.parts, "lacks", lambda recipe, device: None)
+    monkeypatch.setattr(tool.parts, "checked", checked)
+    before = torch.get_float32_matmul_precision()
+    found = tool.parts.tf32(tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path))
+    assert found.verdict == "met"
+    assert asked == [("fp32", before), ("tf32", before), ("fp32", "medium")]
+    assert torch.get_float32_matmul_precision() == before
+    assert [row[2] for row in found.rows] == [2.7, 4000.0, 2.7]
+
+
 def answer(status, ratio, cause="kernel-accuracy"):
     finding = {"cause": cause} if status == "failed" else None
     return {"status": status, "finding": finding, "measurements": {"kernel-ratio": ratio}}
@@ -168,6 +218,27 @@ def test_tf32_must_fail_and_float32_must_not(tool):
         (answer("failed", 2.7), caught, clean),
     ):
         assert len(list(tool.parts.tf32_problems("sdpa", own, rounded, switched))) == 1
+
+
+def test_a_mutant_that_is_missed_is_a_problem_and_one_without_a_place_is_replaced(tool, tmp_path, monkeypatch):
+    found = iter([("load.finite", "said"), (None, None), (None, "forward.cache: passed"), ("load.dtype", "said")])
+    monkeypatch.setattr(tool.parts, "caught_by", lambda mutant, device: next(found))
+    outcome = tool.parts.mutants(tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path))
+    first, _, missed, last = tool.parts.mutants_of("cpu")[:4]
+    assert [row[::2] for row in outcome.rows] == [
+        (first.id, "load.finite"),
+        (missed.id, None),
+        (last.id, "load.dtype"),
+    ]
+    assert (outcome.verdict, outcome.reason) == ("not met", f"{missed.id}: forward.cache: passed")
+
+
+def test_a_command_without_an_answer_says_why(tool, tmp_path):
+    setup = tool.parts.Setup(device="cpu", sizes=tool.parts.SMALL, folder=tmp_path)
+    with pytest.raises(
+        CheckError, match="numerics-suite check ended with 4: numerics-suite: error: --attn flash_attention_2"
+    ):
+        tool.parts.checked(setup, ("glm4-tiny",), "--attn", "flash_attention_2")
 
 
 def semantics(status, value):
