@@ -205,6 +205,17 @@ def _has_xdist(config: pytest.Config) -> bool:
     return config.pluginmanager.hasplugin("xdist")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup` a cell is a group."""
+    suite = config.stash.get(session_key, None)
+    if suite is None or config.getoption("dist") != "loadgroup":
+        return None
+    from numerics_suite.suite.scheduling import CellScheduling
+
+    return CellScheduling(config, log, suite.plan)
+
+
 @pytest.fixture
 def numerics_question(request: pytest.FixtureRequest) -> Asked:
     """The question of this item."""

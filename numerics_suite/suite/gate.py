@@ -82,10 +82,18 @@ class Gate:
             self.run.progress(len(self.answers), len(self.expected), result)
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_handlecrashitem(self, report: pytest.TestReport) -> None:
-        """The item at which a worker ended because its device was lost has not begun: it runs again in a new worker."""
-        if getattr(report, "node", None) in self._giving_up:
-            report.outcome = "skipped"
+    def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport, sched: Any) -> None:
+        """A worker has ended: the remaining cells run in a new one.
+
+        Where it ended because its device was lost, it had not begun the test that xdist takes it to have died in. Where it
+        died, that test's cell is not run again: what it has no answer for is an error. So neither is a failure of its own.
+        """
+        give_up = getattr(sched, "give_up", None)
+        if give_up is None:
+            return
+        if getattr(report, "node", None) not in self._giving_up:
+            give_up(crashitem)
+        report.outcome = "skipped"
 
     def finish(self, pytest_status: int, *, others_failed: bool) -> int:
         """Put the run together and give the exit status.
