@@ -24,6 +24,7 @@ from numerics_suite.baselines.records import CellBaseline, Curve, ModuleRecord, 
 from numerics_suite.baselines.sketch import Sketcher
 from numerics_suite.baselines.trace import Trace, answer_records, trace
 from numerics_suite.engine import lifting
+from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment, describe_machine
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.forward import dtype_of
@@ -106,7 +107,7 @@ def _record(
     digests = dict(seen.bits)
     if not curve.reason:
         numbers = (curve.losses, curve.norms, curve.true_losses, curve.true_norms)
-        digests["curve"] = bits.digest(torch.tensor(part, dtype=torch.float64) for part in numbers)
+        digests["curve"] = tensor_digest(torch.tensor(part, dtype=torch.float64) for part in numbers)
     return CellBaseline(
         cell=replace(evidence.cell, device=evidence.cell.device.partition(":")[0]),
         subject=_subject_facts(evidence),

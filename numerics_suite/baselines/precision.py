@@ -25,6 +25,7 @@ from numerics_suite.baselines.trace import (
     real_rows,
     trace_call,
 )
+from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.forward import autocast_dtype, call_model
 from numerics_suite.engine.references import is_reference_itself, routed_reason, routes
@@ -85,7 +86,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
             raw["decoding"] = [got, *([found.answers[DECODED]] if DECODED in found.answers else [])]
         except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
             left_out["bits.decoding"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    digests = {name: bits.digest(parts) for name, parts in raw.items()}
+    digests = {name: tensor_digest(parts) for name, parts in raw.items()}
     return Seen(answers=answers, bits=digests, least=least, gradients=gradients)
 
 

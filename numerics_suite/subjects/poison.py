@@ -1,4 +1,4 @@
-"""What was never written, and what was drawn at random? Two switches around building a model."""
+"""What was never written, and what was drawn at random? Switches around building a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils import deterministic
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _FILL = "fill_uninitialized_memory"
 """A property of the module's class, which no type checker sees."""
@@ -37,6 +39,17 @@ def poisoned(*, enabled: bool = True) -> Iterator[None]:
     finally:
         setattr(deterministic, _FILL, fill)
         torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+
+
+class Zeroed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Fill uninitialised memory with zeros: freed memory that was poisoned comes back, and would pass for a NaN that was written."""
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the op; what it returns unwritten is written."""
+        made = func(*args, **(kwargs or {}))
+        return made.zero_() if func.overloadpacket.__name__.startswith(("empty", "new_empty")) else made
 
 
 @contextmanager

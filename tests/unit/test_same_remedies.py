@@ -97,7 +97,10 @@ def name_of(defect: Defect) -> str:
 
 @pytest.mark.parametrize(
     "defect",
-    [pytest.param(each, id=name_of(each), marks=[pytest.mark.slow] if place >= 6 else []) for place, each in enumerate(TABLE)],
+    [
+        pytest.param(each, id=name_of(each), marks=[pytest.mark.slow] if place >= 6 else [])
+        for place, each in enumerate(TABLE)
+    ],
 )
 def test_check_watch_and_bundle_agree(defect, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ from numerics_suite import NumericsError, NumericsWarning, watch
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.watching import bundle as bundles
-from numerics_suite.watching.reopening import read_bundle, replay
+from numerics_suite.watching.bundle_reader import read_bundle, replay
 
 
 def pair():

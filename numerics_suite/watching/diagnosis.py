@@ -11,28 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Finding
-from numerics_suite.diagnosing.causes import REMEDIES, cause_of, origin_facts
 from numerics_suite.diagnosing.findings import batch_as_json
-from numerics_suite.diagnosing.remedies import untried
+from numerics_suite.diagnosing.remedy_register import remedies_of, untried
+from numerics_suite.diagnosing.root_causes import REMEDIES, cause_of, cause_of_run, eps_underflows, origin_facts
 from numerics_suite.engine.forward import floating_outputs
-from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
+from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
-from numerics_suite.watching.norms import local
-from numerics_suite.watching.retracing import Trained, trained_origin
-from numerics_suite.watching.retraining import Start
+from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, undisturbed
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
-from numerics_suite.watching.stepping import eps_is_zero
 
 SMALL_BYTES = 64 << 20
 """Parameters up to this size are copied where nobody asked for it: within a loop that stops, and into a bundle."""
 
 SECONDS = 60.0
 """As long as a loop that stops is kept for its remedies."""
-
-HEADS = ("score", "classifier", "classifier_head", "lm_head", "qa_outputs")
-"""Names under which a new head is made for a task."""
 
 EXPLANATIONS = {
     "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: nobody wrote them.",
@@ -81,10 +76,10 @@ class Scene:
     largest_copy: float = SMALL_BYTES
     seconds: float = SECONDS
 
-
-def bad_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters with an element that is not finite."""
-    return tuple(name for name, p in model.named_parameters() if nonfinite_count(local(p.detach())))
+    def caught(self, start: Start) -> CaughtStep:
+        """The steps from there on, as something that can be run again."""
+        uninitialised = self.initially_bad if is_head(self.initially_bad) else ()
+        return CaughtStep(self.model, start, uninitialised=uninitialised, largest=self.largest_copy)
 
 
 def finding_of(alarm: Alarm, scene: Scene) -> Finding:
@@ -92,9 +87,12 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     bad = bad_parameters(scene.model)
     if (name := _bad_input(scene.calls)) is not None and alarm.cause is None and not scene.initially_bad:
         alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
-    trained = _trained(alarm, scene)
-    origin, how = (trained.origin, trained.how) if trained else _replayed(alarm, scene, bad)
-    cause = _cause(alarm, scene, origin, bad) if trained is None else trained.cause
+    trained = None if _is_known(alarm, scene) else trained_again(scene, alarm.step)
+    if trained is not None:
+        origin, how, cause = trained
+    else:
+        origin, how = _replayed(alarm, scene, bad)
+        cause = _cause(alarm, scene, origin, bad)
     facts: dict[str, Fact] = {**alarm.facts, "replay": how}
     if origin is not None:
         facts |= origin_facts(origin)
@@ -114,7 +112,7 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
         parameters=parameters,
         evidence=facts,
         batch=_batch(scene.calls),
-        remedies=untried(REMEDIES.get(cause, ("default-input-dtypes",) if cause == "wrong-input-dtype" else ())),
+        remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
 
 
@@ -157,24 +155,38 @@ def _cause(alarm: Alarm, scene: Scene, origin: Origin | None, bad: tuple[str, ..
     if alarm.cause is not None:
         return alarm.cause
     if scene.initially_bad:
-        return "uninitialised-parameters" if all(map(_of_head, scene.initially_bad)) else "corrupt-weights"
+        return "uninitialised-parameters" if is_head(scene.initially_bad) else "corrupt-weights"
     spoiled = origin.parameters if origin else (bad if not scene.updated else ())
     if alarm.kind == "parameter" or spoiled:
-        return "optimizer-underflow" if eps_is_zero(scene.optimizer) else "divergence"
+        return "optimizer-underflow" if eps_underflows(filter(None, [scene.optimizer])) else "divergence"
     return cause_of(origin) if origin else "unknown"
 
 
-def _trained(alarm: Alarm, scene: Scene) -> Trained | None:
-    """The bad step as it comes about from the snapshot on; None where that cannot be had or stays finite."""
-    known = alarm.cause is not None or alarm.kind == "inputs" or bool(scene.initially_bad)
+def _is_known(alarm: Alarm, scene: Scene) -> bool:
+    return alarm.cause is not None or alarm.kind == "inputs" or bool(scene.initially_bad)
+
+
+def trained_again(scene: Scene, step: int) -> tuple[Origin | None, str, str] | None:
+    """Place, what was run and cause of the bad step as it comes about from a snapshot on; None where it cannot, or stays finite.
+
+    Args:
+        scene: with a start from parameters that were kept.
+        step: the bad one.
+    """
     start = next((start for start in scene.starts if start.parameters and start.whole), None)
-    if known or start is None or (not scene.updated and start.first == alarm.step):
+    if start is None or start.loop is None or (not scene.updated and start.first == step):
         return None
-    return trained_origin(scene.model, start, scene.largest_copy)
-
-
-def _of_head(name: str) -> bool:
-    return any(part in HEADS for part in name.split("."))
+    try:
+        with undisturbed():
+            caught = scene.caught(start)
+            bad = caught.train(caught.once).bad
+            if bad is None:
+                return None
+            origin, cause = cause_of_run(caught, caught.once, bad)
+    except (NotApplicableError, RuntimeError, ValueError, TypeError, KeyError, IndexError):
+        return None  # a replay that ends in an error has shown what it could
+    on = f", trained on to step {bad.step}" if bad.step > start.first else ""
+    return origin, f"with {start.words}{on}", cause or "unknown"
 
 
 def _replayed(alarm: Alarm, scene: Scene, bad: tuple[str, ...]) -> tuple[Origin | None, str]:
