@@ -23,6 +23,7 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.training_loop import Plan
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.load import IDS, Loaded
+from numerics_suite.subjects.poison import seeded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +67,7 @@ def initialised(names: Iterable[str]) -> Change:
     chosen = tuple(names)
 
     def change(loaded: Loaded) -> Loaded:
-        with torch.random.fork_rng(enabled=True), torch.no_grad():
-            torch.manual_seed(0)
+        with seeded(0), torch.no_grad():
             for parameter in map(loaded.model.get_parameter, chosen):
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)

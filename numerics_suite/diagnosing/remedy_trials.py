@@ -47,6 +47,9 @@ LOWER_RATE = "lower-learning-rate"
 SAME = 1e-3
 """Relative difference of two distances from the definition that are one: both are taken in true fp64 of rounded weights."""
 
+NO_RUN = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
+"""What a model raises that cannot be run on a batch; such a replay has shown what it could."""
+
 PAIRED = 3
 """Remedies from which pairs are made where none helps alone: the cheapest ones, so at most three pairs."""
 
@@ -79,6 +82,19 @@ def ask_once(check: str, evidence: Evidence) -> Answer:
         raise NotApplicableError(reason)
     measured = [item for item in spec.function(evidence) if isinstance(item, Measurement)]
     return Answer(breaches=judge(check, measured), measurements={each.name: each.value for each in measured})
+
+
+def breaks(check: str, evidence: Evidence) -> bool:
+    """Whether the check fails there; False where it does not apply, or where the model cannot take the batch at all.
+
+    Args:
+        check: id.
+        evidence: as it is.
+    """
+    try:
+        return bool(ask_once(check, evidence).breaches)
+    except (NumericsSuiteError, *NO_RUN):
+        return False
 
 
 class TimeOverError(NumericsSuiteError):

@@ -20,6 +20,7 @@ from numerics_suite.judging.verdicts import Breach
 from numerics_suite.observing.domain import name_of
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
+from numerics_suite.subjects.poison import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -134,8 +135,7 @@ def cause_of_run(evidence: Evidence, plan: Plan, bad: BadTensor | None) -> tuple
     """
     try:
         trainer = evidence.trainer(plan)
-        with torch.random.fork_rng(enabled=True):
-            torch.manual_seed(evidence.request.seed)
+        with seeded(evidence.request.seed):
             origin = _origin_in(trainer, evidence.first_step if bad is None else bad.step, bad)
     except (RuntimeError, NotApplicableError, HaltedError):
         return None, None

@@ -34,7 +34,7 @@ from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
-from numerics_suite.subjects.poison import Zeroed
+from numerics_suite.subjects.poison import Zeroed, seeded
 from numerics_suite.subjects.tasks import is_head
 
 if TYPE_CHECKING:
@@ -372,8 +372,7 @@ class Evidence:
             plan: steps, optimizer, learning rate, clipping.
             recipe: another precision recipe than the cell's.
         """
-        with torch.random.fork_rng(enabled=True):
-            torch.manual_seed(self.request.seed)
+        with seeded(self.request.seed):
             return self.trainer(plan, recipe).run()
 
     def trainer(self, plan: Plan, recipe: Precision | None = None) -> Trainer:

@@ -12,7 +12,7 @@ from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
 from numerics_suite.devices.precisions import precision
 from numerics_suite.diagnosing.remedy_register import remedies_of, untried
-from numerics_suite.diagnosing.remedy_trials import ask_once
+from numerics_suite.diagnosing.remedy_trials import breaks
 from numerics_suite.diagnosing.root_causes import REMEDIES
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.settings.tree import Settings, to_json
@@ -162,7 +162,7 @@ def _on(subject: Subject, bundle: Bundle, scene: Scene) -> Finding | None:
     if found.cause in CHECKS:  # neither the batch's dtype nor a loss scale is a matter of where a value begins
         trained = None
         where = run_again(scene, {}, backward=True)
-        if where is None and not ask_once(CHECKS[found.cause], scene.caught(scene.starts[0])).breaches:
+        if where is None and not breaks(CHECKS[found.cause], scene.caught(scene.starts[0])):
             return None
     elif trained is None and (where := run_again(scene, {}, backward=True)) is None:
         return None

@@ -23,6 +23,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Cell, Subject
 from numerics_suite.devices.precisions import PRECISIONS, Precision
 from numerics_suite.diagnosing.remedies import InputChange
+from numerics_suite.diagnosing.remedy_trials import NO_RUN
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.forward import dtype_of, floating_outputs, takes_token_ids
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Plan, Trainer, Trajectory
@@ -155,7 +156,7 @@ class CaughtStep(Evidence):
             return 1.0
         read, trainer = loop.norms.get(self.first_step, math.nan), self.trainer(self.once)
         # A step that ends in an error has no norm to be compared; what runs next says so.
-        with contextlib.suppress(HaltedError, RuntimeError, ValueError, TypeError, IndexError):
+        with contextlib.suppress(HaltedError, *NO_RUN):
             trainer.step(self.first_step)
         norm = trainer.norms[0] if trainer.norms else math.nan
         sound = math.isfinite(read) and math.isfinite(norm) and read > 0 and norm > 0

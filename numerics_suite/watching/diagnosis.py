@@ -15,6 +15,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Finding
 from numerics_suite.diagnosing.findings import batch_as_json
 from numerics_suite.diagnosing.remedy_register import remedies_of, untried
+from numerics_suite.diagnosing.remedy_trials import NO_RUN
 from numerics_suite.diagnosing.root_causes import REMEDIES, cause_of, cause_of_run, eps_underflows, origin_facts
 from numerics_suite.engine.forward import floating_outputs
 from numerics_suite.observing.locate import Origin, find_origin
@@ -183,8 +184,8 @@ def trained_again(scene: Scene, step: int) -> tuple[Origin | None, str, str] | N
             if bad is None:
                 return None
             origin, cause = cause_of_run(caught, caught.once, bad)
-    except (NotApplicableError, RuntimeError, ValueError, TypeError, KeyError, IndexError):
-        return None  # a replay that ends in an error has shown what it could
+    except (NotApplicableError, *NO_RUN):
+        return None
     on = f", trained on to step {bad.step}" if bad.step > start.first else ""
     return origin, f"with {start.words}{on}", cause or "unknown"
 
@@ -234,7 +235,7 @@ def run_again(scene: Scene, values: Mapping[str, Tensor], *, backward: bool) -> 
 
 def _tolerant(run: Callable[[nn.Module, Call, float], None], model: nn.Module, call: Call, scale: float) -> None:
     """A replay that ends in an error has shown what it could."""
-    with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
+    with contextlib.suppress(*NO_RUN):
         run(model, call, scale)
 
 

@@ -9,7 +9,15 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding, Remedy
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.remedy_register import useful_first
-from numerics_suite.diagnosing.remedy_trials import NOT_HERE, Answer, TimeOverError, ask_once, try_remedies
+from numerics_suite.diagnosing.remedy_trials import (
+    NO_RUN,
+    NOT_HERE,
+    Answer,
+    TimeOverError,
+    ask_once,
+    breaks,
+    try_remedies,
+)
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.watching.caught_step import CaughtStep, undisturbed
 from numerics_suite.watching.diagnosis import Scene
@@ -48,9 +56,14 @@ def with_remedies_tried(finding: Finding, scene: Scene) -> Finding:
             first = replays.begin("")
         except NotApplicableError as error:
             return left_untried(finding, str(error))
-        found = with_confidence(check, asked, first, ask)
+        except NO_RUN as error:
+            return left_untried(
+                finding, f"could not be tried: {type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            )
         beside = ("train.finite", "train.descends") if first.start.loop is not None else ("train.finite",)
-        tried = try_remedies(check, found, first, ask, beside=beside, begin=replays.begin)
+        tried = try_remedies(check, asked, first, ask, beside=beside, begin=replays.begin)
+        # The experiment comes last: where time is short, what to do matters more than how sure the cause is.
+        found = with_confidence(check, asked, first, ask)
     return replace(found, remedies=useful_first((*known, *tried)))
 
 
@@ -69,7 +82,7 @@ class _Replays:
     def _goes_bad(self, caught: CaughtStep) -> bool | None:
         """Whether a step was taken before, so that what acts on steps can be tried; None where nothing goes bad."""
         if self.check != "train.finite":
-            return True if ask_once(self.check, caught).breaches else None
+            return True if breaks(self.check, caught) else None
         bad = caught.train(caught.once).bad
         if bad is None or bad.step > max(self.step, caught.first_step):
             return None

@@ -1,4 +1,4 @@
-"""Ten defects that `check`, a watched loop and a reopened bundle all can see; each factory gives a module and its batch."""
+"""Defects that `check`, a watched loop and a reopened bundle all can see; each factory gives a module and its batch."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ TABLE = (
         factory="floating_ids", cause="wrong-input-dtype", check="inputs.pipeline", remedies=("default-input-dtypes",)
     ),
     Defect(factory="root_of_zero", cause="invalid-operation"),
+    Defect(factory="broken_sdpa", cause="invalid-operation", remedies=("eager-attention",)),
     Defect(
         factory="exponential_scores",
         cause="overflow",
@@ -241,3 +242,22 @@ class Root(Layer):
 
 def root_of_zero():
     return Model(Root), batch()
+
+
+def broken_sdpa():
+    """A language model of transformers whose attention is 0/0 where it is computed with sdpa."""
+    from transformers import AutoModelForCausalLM
+
+    from numerics_suite.subjects.fixtures import fixture_path
+
+    model = AutoModelForCausalLM.from_pretrained(fixture_path("glm-tiny"), attn_implementation="sdpa")
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_hook(_zero_by_zero)
+    tensors = {name: value % model.config.vocab_size for name, value in batch().items()}
+    return model, {**tensors, "attention_mask": torch.ones_like(tensors["input_ids"])}
+
+
+def _zero_by_zero(module, _args, output):
+    zero = output[0] * 0
+    return (output[0] + zero / zero, *output[1:]) if module.config._attn_implementation == "sdpa" else output

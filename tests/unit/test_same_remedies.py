@@ -22,6 +22,7 @@ from numerics_suite.suite.session import SuiteSession
 
 STEPS = 6
 STEPS_KEPT = 30
+"""A snapshot from before the first step, and every batch since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ def by_check(defect: Defect) -> Finding:
     return result.finding
 
 
-def by_watch(defect: Defect, folder) -> Finding:
+def by_watch(defect: Defect, folder, kept=STEPS_KEPT) -> Finding:
     """A plain loop over the factory's batch, in the recipe of the precision; memory that nobody writes to holds NaN."""
     recipe = precision(defect.precision)
     with poisoned():
@@ -73,7 +74,7 @@ def by_watch(defect: Defect, folder) -> Finding:
     lower = getattr(torch, recipe.autocast or "bfloat16")
     with warnings.catch_warnings(), pytest.raises(NumericsError) as error:  # noqa: PT012 - a whole loop is what raises
         warnings.simplefilter("ignore")
-        with watch(model, optimizer, snapshot_every=STEPS_KEPT, ring=STEPS_KEPT, bundle=folder):
+        with watch(model, optimizer, snapshot_every=kept, ring=STEPS_KEPT, bundle=folder):
             for _ in range(STEPS_KEPT):
                 with torch.autocast("cpu", dtype=lower, enabled=recipe.autocast is not None):
                     loss = model(**batch)["loss"]
@@ -110,3 +111,20 @@ def test_check_watch_and_bundle_agree(defect, tmp_path, monkeypatch):
     assert (checked.cause, checked.verified) == (defect.cause, defect.remedies)
     assert watched == checked
     assert reopened == checked
+
+
+def test_enough_defects_are_compared():
+    assert len({each.cause for each in TABLE}) >= 7
+    assert len(TABLE) >= 10
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [each for each in TABLE if each.factory in {"uninitialised_head", "loud_activation", "masked_row", "root_of_zero"}],
+    ids=name_of,
+)
+def test_what_goes_bad_within_the_first_step_needs_no_snapshot(defect, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    watched = told(by_watch(defect, tmp_path / "b", kept=0))
+    assert (watched.cause, watched.verified) == (defect.cause, defect.remedies)
+    assert told(by_bundle(defect, tmp_path / "b")) == watched
