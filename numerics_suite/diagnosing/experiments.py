@@ -14,7 +14,9 @@ from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.core.records import Fact, Finding
 from numerics_suite.diagnosing.remedies import SAFE_EPS, initialised_head
 from numerics_suite.diagnosing.remedy_trials import Answer, Ask
+from numerics_suite.diagnosing.root_causes import SLOWER
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.training_loop import Plan
 from numerics_suite.observing.finiteness import nan_count
 from numerics_suite.subjects.poison import Zeroed
 
@@ -41,16 +43,12 @@ def _at(name: str) -> Callable[[Evidence], Evidence | None]:
     return lambda evidence: None if evidence.cell.precision == name else evidence.variant(precision_name=name)
 
 
-def _slower(evidence: Evidence) -> Evidence | None:
-    return evidence.variant(plan=evidence.with_plan(lr=evidence.request.plan.lr / 100))
+def _with_plan(change: Callable[[Plan], Plan]) -> Callable[[Evidence], Evidence]:
+    return lambda evidence: evidence.variant(plan=change(evidence.request.plan))
 
 
-def _with_eps(evidence: Evidence) -> Evidence | None:
-    return evidence.variant(plan=evidence.with_plan(eps=SAFE_EPS))
-
-
-def _one_row(evidence: Evidence) -> Evidence | None:
-    return evidence.variant(rows=1)
+_slower = _with_plan(lambda plan: replace(plan, lr=plan.lr / SLOWER))
+_with_eps = _with_plan(lambda plan: replace(plan, eps=SAFE_EPS))
 
 
 SEMANTIC = Experiment(name=FP64, expected="fails", copy=_at("fp64"))
@@ -66,7 +64,9 @@ DECISIVE: dict[str, tuple[Experiment, ...]] = {
     "underflow": (WIDER,),
     "low-precision-section": (WIDER,),
     "invalid-operation": (replace(WIDER, expected="fails"),),
-    "fully-masked-row": (Experiment(name="one row at a time", expected="passes", copy=_one_row),),
+    "fully-masked-row": (
+        Experiment(name="one row at a time", expected="passes", copy=lambda evidence: evidence.variant(rows=1)),
+    ),
     "optimizer-underflow": (Experiment(name=f"with eps {SAFE_EPS:g}", expected="passes", copy=_with_eps), WIDER),
     "loss-scaling": (WIDER,),
     "divergence": (Experiment(name="at a hundredth of the learning rate", expected="passes", copy=_slower),),

@@ -55,10 +55,11 @@ REMEDIES = {
     "underflow": ("keep-in-fp32", "use-amp-bf16", "newer-version"),
     "loss-scaling": ("tune-loss-scale", "disable-amp", "use-amp-bf16"),
     "wrong-input-dtype": ("default-input-dtypes",),
+    "out-of-range-input": (),
 }
 
 
-def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:  # noqa: PLR0911 - one for each way to know
     """The breach with cause, module, op and source as a replay shows them; unchanged where no replay applies.
 
     Args:
@@ -71,6 +72,9 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
         return breach
     if key not in LOCATED:
         return _with_cause_of_nan(breach, evidence, batch)
+    given = batch or (evidence.training_batch if key[0].startswith("train.") else None)
+    if given is not None and not evidence.broken and (name := bad_input(given.tensors)) is not None:
+        return _named(breach, "out-of-range-input", facts={"input that is not finite": name})
     if not key[0].startswith("train."):
         origin = _replay_forward(evidence, batch)
         return (
@@ -89,6 +93,19 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
         # Where the gradient breaks is told beside it; what the user sees, and can turn, is the scale that never recovers.
         return _at(breach, origin, breach.budget.cause, known={"the gradient breaks by": cause})
     return _at(breach, origin, cause)
+
+
+def bad_input(tensors: Mapping[str, object]) -> str | None:
+    """Name of the first input that holds NaN or +inf; a mask's -inf is meant.
+
+    Args:
+        tensors: what a model is called with.
+    """
+    for name, value in tensors.items():
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if floating and bool((value.isnan() | (value == float("inf"))).any()):  # type: ignore[attr-defined]
+            return name
+    return None
 
 
 def _with_cause_of_nan(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:

@@ -18,12 +18,11 @@ from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
-from numerics_suite.observing.locate import Origin
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.watching.bundle import BATCHES, JSON_NAME, KIND, OPTIMIZER, PARAMETERS, SCHEMA_VERSION
 from numerics_suite.watching.caught_step import Start, bad_parameters
-from numerics_suite.watching.diagnosis import Scene, run_again
+from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.optimizer_states import Loop, loop_from_json
 from numerics_suite.watching.ring import Call
 
@@ -195,16 +194,6 @@ def scene_of(bundle: Bundle, model: nn.Module, starts: Sequence[Start]) -> Scene
         largest_copy=math.inf,
         seconds=math.inf,
     )
-
-
-def replay(bundle: Bundle, model: nn.Module) -> Origin | None:
-    """Run the bad step's calls on a model, forward and backward; where a value stops being finite, None where all stay finite.
-
-    Args:
-        bundle: as read.
-        model: as :func:`scene_of` takes it.
-    """
-    return run_again(scene_of(bundle, model, ()), {}, backward=True)
 
 
 def bad_calls(bundle: Bundle) -> list[Call]:

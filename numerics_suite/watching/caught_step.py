@@ -364,5 +364,7 @@ def undisturbed() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         kinds = {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}
         for kind in sorted(kinds):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            # Autocast forgets the weights that it has cast when its outermost section ends, and this is the outermost one: with its
+            # cache on, every step of a replay would run with the weights of the first.
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         yield

@@ -16,12 +16,19 @@ from numerics_suite.core.records import Batch, Fact, Finding
 from numerics_suite.diagnosing.findings import batch_as_json
 from numerics_suite.diagnosing.remedy_register import remedies_of, untried
 from numerics_suite.diagnosing.remedy_trials import NO_RUN
-from numerics_suite.diagnosing.root_causes import REMEDIES, cause_of, cause_of_run, eps_underflows, origin_facts
+from numerics_suite.diagnosing.root_causes import (
+    REMEDIES,
+    bad_input,
+    cause_of,
+    cause_of_run,
+    eps_underflows,
+    origin_facts,
+)
 from numerics_suite.engine.forward import floating_outputs
 from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
-from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, undisturbed
+from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
 
 SMALL_BYTES = 64 << 20
@@ -86,7 +93,9 @@ class Scene:
 def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     """The finding of a bad value: replayed, located, its cause named."""
     bad = bad_parameters(scene.model)
-    if (name := _bad_input(scene.calls)) is not None and alarm.cause is None and not scene.initially_bad:
+    inputs = [named_inputs(scene.model, call) for call in scene.calls]
+    name = next((name for given in inputs if (name := bad_input(given)) is not None), None)
+    if name is not None and alarm.cause is None and not scene.initially_bad:
         alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
     trained = None if _is_known(alarm, scene) else trained_again(scene, alarm.step)
     if trained is not None:
@@ -112,7 +121,7 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
         step=alarm.step,
         parameters=parameters,
         evidence=facts,
-        batch=_batch(scene.calls),
+        batch=_batch(alarm.step, inputs),
         remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
 
@@ -131,25 +140,9 @@ def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[
     return f"{alarm.text}{where}: {cause}"
 
 
-def _batch(calls: Sequence[Call]) -> Mapping[str, Any] | None:
-    if not calls:
-        return None
-    last = calls[-1]
-    inputs = {**{f"arg{index}": value for index, value in enumerate(last.args)}, **last.kwargs}
-    return batch_as_json(Batch(tensors=inputs, drawn=f"forward pass {len(calls)} of step {last.step}"))
-
-
-def _bad_input(calls: Sequence[Call]) -> str | None:
-    """Name of the first input that holds NaN or +inf; a mask's -inf is meant."""
-    for call in calls:
-        for name, value in {**{f"arg{index}": item for index, item in enumerate(call.args)}, **call.kwargs}.items():
-            if (
-                isinstance(value, Tensor)
-                and value.is_floating_point()
-                and bool((value.isnan() | (value == float("inf"))).any())
-            ):
-                return name
-    return None
+def _batch(step: int, inputs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    drawn = f"forward pass {len(inputs)} of step {step}"
+    return batch_as_json(Batch(tensors=inputs[-1], drawn=drawn)) if inputs else None
 
 
 def _cause(alarm: Alarm, scene: Scene, origin: Origin | None, bad: tuple[str, ...]) -> str:

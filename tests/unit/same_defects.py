@@ -74,6 +74,7 @@ TABLE = (
         factory="floating_ids", cause="wrong-input-dtype", check="inputs.pipeline", remedies=("default-input-dtypes",)
     ),
     Defect(factory="root_of_zero", cause="invalid-operation"),
+    Defect(factory="nan_in_the_batch", cause="out-of-range-input"),
     Defect(factory="broken_sdpa", cause="invalid-operation", remedies=("eager-attention",)),
     Defect(
         factory="exponential_scores",
@@ -242,6 +243,25 @@ class Root(Layer):
 
 def root_of_zero():
     return Model(Root), batch()
+
+
+class Regression(nn.Module):
+    """One layer on features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, features):
+        output = self.layer(features)
+        return {"logits": output, "loss": output.square().mean()}
+
+
+def nan_in_the_batch():
+    features = torch.ones(3, 4)
+    features[1, 2] = float("nan")
+    return Regression(), {"features": features}
 
 
 def broken_sdpa():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -128,3 +129,11 @@ def test_what_goes_bad_within_the_first_step_needs_no_snapshot(defect, tmp_path,
     watched = told(by_watch(defect, tmp_path / "b", kept=0))
     assert (watched.cause, watched.verified) == (defect.cause, defect.remedies)
     assert told(by_bundle(defect, tmp_path / "b")) == watched
+
+
+def test_a_replay_under_autocast_trains(tmp_path):
+    """Autocast keeps the weights that it has cast until its outermost section ends: a replay must not run on those of its first step."""
+    defect = next(each for each in TABLE if each.factory == "loud_activation")
+    remedies = {remedy.name: remedy for remedy in by_watch(defect, tmp_path / "b").remedies}
+    first, last = (float(part) for part in re.findall(r"loss ([\d.]+) → ([\d.]+)", remedies["use-amp-bf16"].effect)[0])
+    assert last < first - 0.01
