@@ -100,7 +100,7 @@ class CaughtStep(Evidence):
         subject = Subject(id=name, source=name, kind="factory", task="module", family="generic", model_class=name)
         device = str(next((p.device for p in source.parameters()), "cpu"))
         home = Cell(subject=name, precision=own.name, attn=compat.attention_of(source), device=device, task="module")
-        super().__init__(subject, cell or home, request or Request(plan=_plan(start)), loader=self._copied)
+        super().__init__(subject, cell or home, request or Request(plan=_plan(start)))
         self.as_caught = self.cell.precision == own.name
         self.recipe = own if self.as_caught else self.recipe
         self.first_step, self.origin = start.first, start.words
@@ -117,11 +117,12 @@ class CaughtStep(Evidence):
         like.factor = self.factor
         return like
 
-    def _copied(self, _: Subject, **_conditions: Any) -> Loaded:
+    def load(self, **_conditions: Any) -> Loaded:
+        """A copy of the watched model as it was at the start, in the copy's own dtype, changed."""
         model = copied(self.source, self.start, self.largest)
         if not self.as_caught:
             convert(model, dtype_of(self.recipe.parameters))
-        return Loaded(
+        loaded = Loaded(
             model=model,
             batch=named_inputs(model, self.start.calls[-1]),
             missing=(),
@@ -132,6 +133,9 @@ class CaughtStep(Evidence):
             attn=compat.attention_of(model),
             dtype=self.recipe.parameters,
         )
+        for change in self.changes:
+            loaded = change(loaded)
+        return loaded
 
     @cached_property
     def unwritten(self) -> tuple[str, ...]:
@@ -173,16 +177,21 @@ class _KeptSteps(Trainer):
     def __init__(self, caught: CaughtStep, plan: Plan) -> None:
         """Rebuild the optimizers, if there is a loop to step."""
         model, self.start, self.share = caught.copy_model(), caught.start, caught.factor
-        self.calls: dict[int, list[Call]] = {}
+        calls: dict[int, list[Call]] = {}
         for call in caught.start.calls:
-            changed = _changed(model, call, caught)
-            self.calls.setdefault(call.step, []).append(changed)
+            calls.setdefault(call.step, []).append(_changed(model, call, caught))
+        self.calls = calls
         loop = caught.start.loop
         optimizers = [] if loop is None else [each.rebuilt(model) for each in loop.optimizers]
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             if plan.eps is not None and "eps" in group:
                 group["eps"] = plan.eps
-        super().__init__(model, caught.recipe, plan, caught.cell.device, self._forwards, optimizers)
+
+        def forwards(step: int) -> list[Any]:
+            # Of the model alone: through `self` the copy would wait for the collector to let its memory go.
+            return [functools.partial(_outputs, model, call) for call in calls[step]]
+
+        super().__init__(model, caught.recipe, plan, caught.cell.device, forwards, optimizers)
         if loop is None:
             self.share *= self.start.scale if caught.as_caught else 1.0
         elif self.scaler.is_enabled():
@@ -192,13 +201,6 @@ class _KeptSteps(Trainer):
         """The kept steps, over and over."""
         steps = list(self.calls)
         return [steps[index % len(steps)] for index in range(self.plan.steps)]
-
-    def _forwards(self, step: int) -> list[Any]:
-        return [functools.partial(self._run, call) for call in self.calls[step]]
-
-    def _run(self, call: Call) -> Mapping[str, Tensor]:
-        with as_called(call):
-            return floating_outputs(self.model(*call.args, **call.kwargs))
 
     def loss_of(self, outputs: Mapping[str, Tensor]) -> Tensor | None:
         """The model's own loss; a loop that computes it elsewhere leaves the forward pass."""
@@ -249,12 +251,17 @@ class _KeptSteps(Trainer):
     @torch.no_grad()
     def _losses_at_start(self) -> Iterator[float]:
         for calls in self.calls.values():
-            losses = [float(self._run(call)["loss"]) for call in calls if "loss" in self._run(call)]
+            losses = [float(each["loss"]) for each in (_outputs(self.model, call) for call in calls) if "loss" in each]
             if losses:
                 yield math.fsum(losses) / len(losses)
 
     def finish(self) -> None:
         """The last pass over the batches says what the loss became."""
+
+
+def _outputs(model: nn.Module, call: Call) -> Mapping[str, Tensor]:
+    with as_called(call):
+        return floating_outputs(model(*call.args, **call.kwargs))
 
 
 def _plan(start: Start) -> Plan:
