@@ -284,7 +284,10 @@ def _default_dtypes(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
         raise NotApplicableError(reason)
     if floating:
         whole = InputChange(of=lambda tensors: {n: v.long() if n in floating else v for n, v in tensors.items()})
-        yield Attempt(evidence=evidence.variant(change=whole), how="ids in int64")
+        yield Attempt(
+            evidence=evidence.variant(change=whole),
+            how="ids and masks in int64" if MASK in floating else "ids in int64",
+        )
     elif evidence.takes_ids:
         yield Attempt(evidence=evidence.variant(), how="ids and masks in int64")
 

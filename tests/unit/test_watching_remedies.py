@@ -193,7 +193,7 @@ def test_without_a_snapshot_the_steps_own_passes_are_tried_and_what_acts_before_
         for name, value in (("up.weight", 100.0), ("norm.weight", 6000.0), ("norm.bias", 30000.0)):
             model.layers[1].get_parameter(name).fill_(value)
         model.layers[1].down.weight.mul_(1e-6)
-    finding, remedies = caught(model, torch.optim.SGD(model.parameters(), lr=1e-4))
+    finding, remedies = caught(model, torch.optim.SGD(model.parameters(), lr=1e-20))
     assert finding.cause == "overflow"
     assert remedies["use-amp-bf16"].verified is True
     assert remedies["clip-grad-norm"].verified is False, "there is no step before the first"
