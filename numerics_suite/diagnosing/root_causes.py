@@ -59,7 +59,7 @@ REMEDIES = {
 }
 
 
-def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:  # noqa: PLR0911 - one for each way to know
+def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
     """The breach with cause, module, op and source as a replay shows them; unchanged where no replay applies.
 
     Args:
@@ -72,9 +72,17 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
         return breach
     if key not in LOCATED:
         return _with_cause_of_nan(breach, evidence, batch)
-    given = batch or (evidence.training_batch if key[0].startswith("train.") else None)
-    if given is not None and not evidence.broken and (name := bad_input(given.tensors)) is not None:
-        return _named(breach, "out-of-range-input", facts={"input that is not finite": name})
+    return _with_bad_input(breach, evidence, batch) or _with_place(breach, evidence, batch)
+
+
+def _with_bad_input(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach | None:
+    given = batch or (evidence.training_batch if breach.budget.check.startswith("train.") else None)
+    name = None if given is None or evidence.broken else bad_input(given.tensors)
+    return None if name is None else _named(breach, "out-of-range-input", facts={"input that is not finite": name})
+
+
+def _with_place(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+    key = (breach.budget.check, breach.measurement.name)
     if not key[0].startswith("train."):
         origin = _replay_forward(evidence, batch)
         return (

@@ -303,10 +303,11 @@ def precision_name(dtype: str, autocast: str | None) -> str:
         dtype: such as `float32`.
         autocast: the same, None for none.
     """
-    for recipe in reversed(PRECISIONS.values()):
-        if (recipe.parameters, recipe.autocast) == (dtype, autocast) and recipe.trains and not recipe.tf32:
-            return recipe.name
-    return "fp32"
+    trained = [recipe for recipe in PRECISIONS.values() if recipe.trains and not recipe.tf32]
+    exact = [recipe.name for recipe in trained if (recipe.parameters, recipe.autocast) == (dtype, autocast)]
+    # Parameters in half precision under autocast are no recipe: the section is what another precision would take away.
+    alike = [recipe.name for recipe in trained if autocast is not None and recipe.autocast == autocast]
+    return next(iter((*exact, *alike)), "fp32")
 
 
 def named_inputs(model: nn.Module, call: Call) -> dict[str, Any]:
