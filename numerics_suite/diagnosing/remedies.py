@@ -314,34 +314,29 @@ CURES: dict[str, Cure] = {
 }
 """By remedy, in the order of what they cost the user: a line of code, a setting, speed, memory."""
 
-COST = (
-    *("init-head", "default-input-dtypes", "set-pad-token", "fix-padding", "fix-config", "clip-grad-norm"),
-    *("larger-optimizer-eps", "tune-loss-scale", "lower-learning-rate", "eager-attention", "sdpa-attention"),
-    *("use-amp-bf16", "keep-in-fp32", "disable-amp", "reload-weights", "newer-version", "pin-version"),
-)
-"""Every remedy of the contract, cheapest for the user first."""
-
 DESCRIPTIONS = {
-    "newer-version": "install a transformers release without the defect",
-    "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
     "init-head": "initialise the head by hand: xavier_uniform_ for its weight, zeros for its bias",
+    "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
+    "set-pad-token": "set pad_token_id in config.json to the tokenizer's pad id",
+    "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
+    "fix-config": "write the key in the layout that the installed release reads",
     "clip-grad-norm": "clip the total gradient norm to 1.0 (torch.nn.utils.clip_grad_norm_, --max-grad-norm 1.0)",
+    "larger-optimizer-eps": "give the optimizer an eps that its dtype can hold (AdamW(eps=1e-4) in float16), or keep float32 parameters",
     "tune-loss-scale": "start the GradScaler at a scale that this model's gradients fit (init_scale, growth_interval)",
-    "disable-amp": "train without autocast, in fp32",
-    "use-amp-bf16": "use bfloat16, whose range is float32's (amp-bf16)",
-    "keep-in-fp32": "keep this module in float32 and cast its result",
+    "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
     "eager-attention": 'load with attn_implementation="eager"',
     "sdpa-attention": 'load with attn_implementation="sdpa"',
-    "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
-    "larger-optimizer-eps": "give the optimizer an eps that its dtype can hold (AdamW(eps=1e-4) in float16), "
-    "or keep float32 parameters",
+    "use-amp-bf16": "use bfloat16, whose range is float32's (amp-bf16)",
+    "keep-in-fp32": "keep this module in float32 and cast its result",
+    "disable-amp": "train without autocast, in fp32",
     "reload-weights": "fetch the checkpoint again and compare its SHA-256",
-    "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
-    "set-pad-token": "set pad_token_id in config.json to the tokenizer's pad id",
-    "fix-config": "write the key in the layout that the installed release reads",
+    "newer-version": "install a transformers release without the defect",
     "pin-version": "pin transformers to the last release without the defect until it is repaired",
 }
-"""What each means for a user."""
+"""What each remedy of the contract means for a user, cheapest first: a line of code, a setting, speed, memory, other files."""
+
+COST = tuple(DESCRIPTIONS)
+"""Every remedy of the contract, cheapest for the user first."""
 
 DECADES = 4
 BISECTIONS = 3

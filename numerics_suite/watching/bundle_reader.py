@@ -178,15 +178,12 @@ def scene_of(bundle: Bundle, model: nn.Module, starts: Sequence[Start]) -> Scene
         bundle: as read.
         model: on the CPU; put in the mode, training or evaluation, that the watched one was in.
         starts: from which its steps can be taken.
-
-    Raises:
-        BadInputError: no call of the bad step was kept whole.
     """
     model.train(bool(bundle.content["model"]["training"]))
     return Scene(
         model=model,
         optimizer=None,
-        calls=bad_calls(bundle),
+        calls=_calls_of_bad_step(bundle),
         starts=starts,
         updated=True,  # whether the value arose in the step or in its update, the steps themselves say
         initially_bad=bad_parameters(model),
@@ -194,6 +191,10 @@ def scene_of(bundle: Bundle, model: nn.Module, starts: Sequence[Start]) -> Scene
         largest_copy=math.inf,
         seconds=math.inf,
     )
+
+
+def _calls_of_bad_step(bundle: Bundle) -> list[Call]:
+    return [_on_cpu(call) for call in bundle.calls if call.step == bundle.step]
 
 
 def bad_calls(bundle: Bundle) -> list[Call]:
@@ -205,7 +206,7 @@ def bad_calls(bundle: Bundle) -> list[Call]:
     Raises:
         BadInputError: none was kept whole.
     """
-    calls = [_on_cpu(call) for call in bundle.calls if call.step == bundle.step]
+    calls = _calls_of_bad_step(bundle)
     if not calls:
         message = f"--bundle: {bundle.path} holds no batch of step {bundle.step} that can be replayed"
         raise BadInputError(message)

@@ -17,6 +17,10 @@ RATES = ("lr", "betas", "momentum", "weight_decay")
 """What a scheduler may change from step to step."""
 
 
+PLAIN, BY_STEP = ("start", "max_norm", "scaled", "scale", "growth_interval", "began"), ("rates", "norms")
+"""Fields of a :class:`Loop` that a bundle holds as they are, and those that it holds by step."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerState:
     """One optimizer as it was before a step.
@@ -152,15 +156,9 @@ class Loop:
             names = [list(group) for group in each.names]
             optimizers.append({"kind": each.kind, "groups": jsonable(each.groups), "names": names, "state": state})
         return {
-            "start": self.start,
+            **{name: jsonable(getattr(self, name)) for name in PLAIN},
+            **{name: {str(step): jsonable(each) for step, each in getattr(self, name).items()} for name in BY_STEP},
             "optimizers": optimizers,
-            "rates": {str(step): jsonable(rates) for step, rates in self.rates.items()},
-            "max_norm": jsonable(self.max_norm),
-            "scaled": self.scaled,
-            "scale": jsonable(self.scale),
-            "growth_interval": self.growth_interval,
-            "norms": {str(step): jsonable(norm) for step, norm in self.norms.items()},
-            "began": jsonable(self.began),
         }
 
 
@@ -172,15 +170,10 @@ def loop_from_json(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         tensors: what it was given, filled.
     """
     return Loop(
-        start=int(written["start"]),
+        **{name: revived(written[name]) for name in PLAIN},
         optimizers=tuple(_state_from_json(each, tensors) for each in written["optimizers"]),
         rates={int(step): [_tuples(groups) for groups in rates] for step, rates in written["rates"].items()},
-        max_norm=revived(written["max_norm"]),
-        scaled=bool(written["scaled"]),
-        scale=float(revived(written["scale"])),
-        growth_interval=int(written["growth_interval"]),
         norms={int(step): float(revived(norm)) for step, norm in written["norms"].items()},
-        began=float(revived(written["began"])),
     )
 
 

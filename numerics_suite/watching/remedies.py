@@ -12,6 +12,7 @@ from numerics_suite.diagnosing.remedy_register import useful_first
 from numerics_suite.diagnosing.remedy_trials import (
     NO_RUN,
     NOT_HERE,
+    TRAINS,
     Answer,
     TimeOverError,
     ask_once,
@@ -60,8 +61,7 @@ def with_remedies_tried(finding: Finding, scene: Scene) -> Finding:
             return left_untried(
                 finding, f"could not be tried: {type(error).__name__}: {' '.join(str(error).split())}"[:200]
             )
-        beside = ("train.finite", "train.descends") if first.start.loop is not None else ("train.finite",)
-        tried = try_remedies(check, asked, first, ask, beside=beside, begin=replays.begin)
+        tried = try_remedies(check, asked, first, ask, beside=TRAINS, begin=replays.begin)
         # The experiment comes last: where time is short, what to do matters more than how sure the cause is.
         found = with_confidence(check, asked, first, ask)
     return replace(found, remedies=useful_first((*known, *tried)))
