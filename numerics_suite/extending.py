@@ -23,8 +23,8 @@ if TYPE_CHECKING:
         Subject,
     )
     from numerics_suite.core.registry import AddedCheck, CheckSpec, check
-    from numerics_suite.diagnosing.added import AddedRemedy
-    from numerics_suite.diagnosing.cures import Attempt
+    from numerics_suite.diagnosing.remedies import Attempt
+    from numerics_suite.diagnosing.remedy_register import AddedRemedy
     from numerics_suite.engine.evidence import Evidence
     from numerics_suite.engine.references import plain_answer, rounded_answer, true_answer
     from numerics_suite.oracles.config import OracleUnavailable, read_rope
@@ -49,8 +49,8 @@ _HOMES = {
         "Subject",
     ),
     "numerics_suite.core.registry": ("AddedCheck", "CheckSpec", "check"),
-    "numerics_suite.diagnosing.added": ("AddedRemedy",),
-    "numerics_suite.diagnosing.cures": ("Attempt",),
+    "numerics_suite.diagnosing.remedy_register": ("AddedRemedy",),
+    "numerics_suite.diagnosing.remedies": ("Attempt",),
     "numerics_suite.oracles.config": ("OracleUnavailable", "read_rope"),
     "numerics_suite.oracles.definition": ("Context", "Head", "Oracle"),
     "numerics_suite.oracles.parts": ("Place", "activation", "attend", "frequencies", "rotate"),

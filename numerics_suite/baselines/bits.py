@@ -7,7 +7,7 @@ to 5.24.0 agree to the bit in float64 but for two places; in bfloat16 one of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -22,20 +22,6 @@ from numerics_suite.observing.roundoff import wide
 
 SCALE: Final = 65536.0
 """Torch's first loss scale, a power of two: it moves no bit of a gradient that does not overflow or underflow."""
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Of the tensors' dtypes, shapes and bytes, in their order.
-
-    Args:
-        tensors: of any dtype, on any device.
-    """
-    found = hashlib.sha256()
-    for tensor in tensors:
-        held = tensor.detach().cpu().contiguous()
-        found.update(f"{held.dtype}{tuple(held.shape)}".encode())
-        found.update(held.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def digest_of_digests(bits: Mapping[str, str]) -> str:

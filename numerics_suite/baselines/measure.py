@@ -26,6 +26,7 @@ from numerics_suite.baselines.trace import Trace, answer_records, trace
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.kinds import kind_of
 from numerics_suite.engine import lifting
+from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment, describe_machine
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import no_reference
@@ -107,7 +108,7 @@ def _record(
     digests = dict(seen.bits)
     if not curve.reason:
         numbers = (curve.losses, curve.norms, curve.true_losses, curve.true_norms)
-        digests["curve"] = bits.digest(torch.tensor(part, dtype=torch.float64) for part in numbers)
+        digests["curve"] = tensor_digest(torch.tensor(part, dtype=torch.float64) for part in numbers)
     return CellBaseline(
         cell=replace(evidence.cell, device=kind_of(evidence.cell.device)),
         subject=_subject_facts(evidence),

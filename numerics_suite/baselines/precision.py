@@ -27,6 +27,7 @@ from numerics_suite.baselines.trace import (
 )
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import is_reference_itself, routed_reason, routes
 from numerics_suite.observing.headroom import Headroom, headroom
@@ -86,7 +87,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
         except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
             reraise_if_fatal(error)
             left_out["bits.decoding"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    digests = {name: bits.digest(parts) for name, parts in raw.items()}
+    digests = {name: tensor_digest(parts) for name, parts in raw.items()}
     return Seen(answers=answers, bits=digests, least=least, gradients=gradients)
 
 

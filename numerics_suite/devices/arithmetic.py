@@ -163,12 +163,17 @@ def autocast(device: str | torch.device, dtype: torch.dtype | None) -> Iterator[
 
 
 @contextlib.contextmanager
-def autocast_off(*devices: str | torch.device) -> Iterator[None]:
-    """No autocast on these kinds of devices and on the CPU."""
+def autocast_off(*devices: str | torch.device, keeps_casts: bool = True) -> Iterator[None]:
+    """No autocast on these kinds of devices and on the CPU.
+
+    Args:
+        devices: of any of which the kind counts.
+        keeps_casts: sections within keep the weights that they have cast until this one ends.
+    """
     with contextlib.ExitStack() as stack:
         for kind in sorted({CPU, *(kind_of(device) for device in devices)}):
             if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=keeps_casts))
         yield
 
 

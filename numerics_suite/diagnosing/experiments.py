@@ -12,10 +12,13 @@ from typing import Literal
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.core.records import Fact, Finding
-from numerics_suite.diagnosing.cures import SAFE_EPS, initialise_head
-from numerics_suite.diagnosing.trying import Answer, Ask
+from numerics_suite.diagnosing.remedies import SAFE_EPS, initialised_head
+from numerics_suite.diagnosing.remedy_trials import Answer, Ask
+from numerics_suite.diagnosing.root_causes import SLOWER
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.training_loop import Plan
 from numerics_suite.observing.finiteness import nan_count
+from numerics_suite.subjects.zeroed_memory import Zeroed
 
 Outcome = Literal["passes", "fails"]
 FP32, FP64 = "in fp32", "in fp64"
@@ -40,20 +43,12 @@ def _at(name: str) -> Callable[[Evidence], Evidence | None]:
     return lambda evidence: None if evidence.cell.precision == name else evidence.variant(precision_name=name)
 
 
-def _initialised(evidence: Evidence) -> Evidence | None:
-    return evidence.variant(change=initialise_head) if evidence.loaded.new_head else None
+def _with_plan(change: Callable[[Plan], Plan]) -> Callable[[Evidence], Evidence]:
+    return lambda evidence: evidence.variant(plan=change(evidence.request.plan))
 
 
-def _slower(evidence: Evidence) -> Evidence | None:
-    return evidence.variant(plan=evidence.with_plan(lr=evidence.request.plan.lr / 100))
-
-
-def _with_eps(evidence: Evidence) -> Evidence | None:
-    return evidence.variant(plan=evidence.with_plan(eps=SAFE_EPS))
-
-
-def _one_row(evidence: Evidence) -> Evidence | None:
-    return evidence.variant(rows=1)
+_slower = _with_plan(lambda plan: replace(plan, lr=plan.lr / SLOWER))
+_with_eps = _with_plan(lambda plan: replace(plan, eps=SAFE_EPS))
 
 
 SEMANTIC = Experiment(name=FP64, expected="fails", copy=_at("fp64"))
@@ -63,13 +58,15 @@ WIDER = Experiment(name=FP32, expected="passes", copy=_at("fp32"))
 """What a wider format repairs is a matter of range or rounding."""
 
 DECISIVE: dict[str, tuple[Experiment, ...]] = {
-    "bad-initialisation": (Experiment(name="with the head initialised", expected="passes", copy=_initialised),),
+    "bad-initialisation": (Experiment(name="with the head initialised", expected="passes", copy=initialised_head),),
     "corrupt-weights": (replace(WIDER, expected="fails"),),
     "overflow": (WIDER,),
     "underflow": (WIDER,),
     "low-precision-section": (WIDER,),
     "invalid-operation": (replace(WIDER, expected="fails"),),
-    "fully-masked-row": (Experiment(name="one row at a time", expected="passes", copy=_one_row),),
+    "fully-masked-row": (
+        Experiment(name="one row at a time", expected="passes", copy=lambda evidence: evidence.variant(rows=1)),
+    ),
     "optimizer-underflow": (Experiment(name=f"with eps {SAFE_EPS:g}", expected="passes", copy=_with_eps), WIDER),
     "loss-scaling": (WIDER,),
     "divergence": (Experiment(name="at a hundredth of the learning rate", expected="passes", copy=_slower),),
@@ -131,7 +128,8 @@ def _outcome(check: str, experiment: Experiment, evidence: Evidence, ask: Ask) -
 
 def _depends_on_memory(finding: Finding, evidence: Evidence) -> bool:
     """Without poison the parameter holds something else: what is in it was there before it was made."""
-    plain = evidence.load(seed=evidence.request.seed).model
+    with Zeroed():  # type: ignore[no-untyped-call]
+        plain = evidence.load(seed=evidence.request.seed).model
     names = [name for name in finding.parameters if name in dict(plain.named_parameters())]
     return any(not nan_count(plain.get_parameter(name).detach()) for name in names)
 

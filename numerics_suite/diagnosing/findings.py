@@ -9,9 +9,8 @@ from torch import Tensor
 
 from numerics_suite.core.records import Batch, Fact, Finding
 from numerics_suite.core.text import listed
-from numerics_suite.diagnosing.added import remedies_of
-from numerics_suite.diagnosing.causes import with_cause
-from numerics_suite.diagnosing.remedies import untried
+from numerics_suite.diagnosing.remedy_register import remedies_of, untried
+from numerics_suite.diagnosing.root_causes import with_cause
 from numerics_suite.judging.verdicts import Breach
 
 if TYPE_CHECKING:

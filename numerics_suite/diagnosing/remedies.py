@@ -1,58 +1,345 @@
-"""What each remedy means for a user: those of the contract, and those that other packages add."""
+"""Each remedy of the contract, written once: evidence under cured conditions, of a cell, a factory or a step that the watch caught.
+
+A cure yields attempts, cheapest for the user first; the first that works is the one that is told. It raises NotApplicableError where
+the reason why it cannot be tried is worth telling. A remedy without an entry here cannot be tried on this machine (`reload-weights`
+needs another copy of the files).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from numerics_suite.core.records import Remedy
-from numerics_suite.diagnosing.added import added_remedies
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Finding
+from numerics_suite.devices.random_state import seeded
+from numerics_suite.diagnosing.fixing import fixed_configs
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.float32_modules import hold_in_float32
+from numerics_suite.engine.training_loop import Plan
+from numerics_suite.subjects import compat
+from numerics_suite.subjects.load import IDS, Loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One way to apply a remedy.
+
+    Attributes:
+        evidence: the cell, cured.
+        how: what was set, for the effect's text (`lr 1.2e-05`); empty where the remedy's name says it all.
+        meant: the same model whose answers are held to another definition than its own files', None for the same. Such an
+            attempt says what the definition is, so it is verified only where the definition was asked and agrees.
+    """
+
+    evidence: Evidence
+    how: str = ""
+    meant: Evidence | None = None
+
+
+Change = Callable[[Loaded], Loaded]
+Cure = Callable[[Evidence, Finding], Iterator[Attempt]]
+
+SCALES = (2.0**12, 2.0**8, 2.0**4, 1.0, 2.0**20, 2.0**24)
+"""Loss scales tried beside torch's 65,536: lower ones where gradients overflow, then higher ones where they vanish."""
+
+MASK = "attention_mask"
+EXACT_IN_HALF = 256
+"""Whole numbers up to this are the same in bfloat16."""
+
+SAFE_EPS = 1e-4
+"""An eps that float16 holds (its smallest normal number is 6e-5) and whose square root of v it still outweighs."""
+
+
+def initialised(names: Iterable[str]) -> Change:
+    """Xavier-uniform weights and zero biases for these parameters.
+
+    Source: Glorot & Bengio 2010; the cure that GLM-4's users found for heads that nobody initialised.
+
+    Args:
+        names: dotted.
+    """
+    chosen = tuple(names)
+
+    def change(loaded: Loaded) -> Loaded:
+        with seeded(0), torch.no_grad():
+            for parameter in map(loaded.model.get_parameter, chosen):
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.zeros_(parameter)
+        return loaded
+
+    return change
+
+
+def initialised_head(evidence: Evidence) -> Evidence | None:
+    """The cell with its new head initialised, None without one; of a factory's module, what is uninitialised counts as that."""
+    names = evidence.loaded.new_head or (evidence.unwritten if evidence.subject.path is None else ())
+    return evidence.variant(change=initialised(names)) if names else None
+
+
+def _init_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if (written := initialised_head(evidence)) is not None:
+        yield Attempt(evidence=written)
+
+
+def _clip(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    norm = evidence.request.plan.max_grad_norm
+    if norm is not None and norm <= 1.0:
+        reason = f"does not apply: the loop clips the gradient norm to {norm:g} already"
+        raise NotApplicableError(reason)
+    yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(max_grad_norm=1.0)))
+
+
+def _larger_eps(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if evidence.request.plan.optimizer != "sgd":
+        yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(eps=SAFE_EPS)), how=f"eps {SAFE_EPS:g}")
+
+
+def _loss_scale(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if evidence.recipe.loss_scaling:
+        for scale in SCALES:
+            yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(init_scale=scale)), how=f"scale {scale:g}")
+
+
+def _amp_bf16(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    """Where less than float32 is at work: bfloat16 has float32's range, and no more than that."""
+    narrow = {evidence.recipe.parameters, evidence.recipe.computes_in} & {"float16", "bfloat16"}
+    if narrow and evidence.cell.precision != "amp-bf16":
+        yield Attempt(evidence=evidence.variant(precision_name="amp-bf16"), how="in amp-bf16")
+
+
+def _without_amp(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if evidence.recipe.autocast is not None:
+        yield Attempt(evidence=evidence.variant(precision_name="fp32"), how="in fp32")
+
+
+def _attention(name: str) -> Cure:
+    def cure(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+        if not compat.is_language_model(evidence.model) or name == evidence.loaded.attn:
+            return
+        if evidence.subject.task != "module":
+            yield Attempt(evidence=evidence.variant(attn=name))
+            return
+
+        def change(loaded: Loaded) -> Loaded:
+            compat.set_attention(loaded.model, name)
+            return loaded
+
+        yield Attempt(evidence=evidence.variant(change=change))
+
+    return cure
+
+
+def _keep_in_fp32(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+    """The module of the finding, its likes in the other blocks, then those that hold it.
+
+    A value that leaves the range in one block mostly does in the next, and one that a module hands on is out of range
+    one level up.
+    """
+    if evidence.recipe.computes_in == "float64" or finding.module is None:
+        return
+    for names, how in worth_widening(evidence.model, finding.module):
+        yield Attempt(evidence=evidence.variant(change=in_float32(*names)), how=how)
+
+
+def worth_widening(model: nn.Module, module: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The module, its likes in the other blocks, then those that hold it: names, and the same in words.
+
+    Args:
+        model: that has it.
+        module: dotted.
+    """
+    known = dict(model.named_modules())
+    name = module
+    while name:
+        # A list of modules is never called itself, so nothing would cast what goes into its members.
+        if name in known and not isinstance(known[name], (nn.ModuleList, nn.ModuleDict)):
+            yield (name,), f"{name} in float32"
+            leaf = name.rpartition(".")[2]
+            alike = tuple(
+                other
+                for other, each in known.items()
+                if type(each) is type(known[name]) and other.rpartition(".")[2] == leaf
+            )
+            if len(alike) > 1 and not leaf.isdigit():
+                yield alike, f"every {leaf} ({len(alike)}) in float32"
+        name = name.rpartition(".")[0]
+
+
+def in_float32(*names: str) -> Change:
+    """Hold modules in float32, autocast off within them; their outputs go back to the dtype that came in.
+
+    Args:
+        names: dotted.
+    """
+
+    def change(loaded: Loaded) -> Loaded:
+        for name in names:
+            hold_in_float32(loaded.model.get_submodule(name))
+        return loaded
+
+    return change
+
+
+def _pad_token(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    if not evidence.takes_ids or getattr(evidence.model.config, "pad_token_id", None) is not None:
+        return
+    pad = evidence.space.pad_id
+
+    def change(loaded: Loaded) -> Loaded:
+        loaded.model.config.pad_token_id = pad  # type: ignore[union-attr]
+        return loaded
+
+    yield Attempt(evidence=evidence.variant(change=change), how=f"pad_token_id {pad}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputChange:
+    """A change of what a module is called with: of a factory's own batch, and of every call that the watch kept.
+
+    Attributes:
+        of: makes other tensors of those by name.
+    """
+
+    of: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+    def __call__(self, loaded: Loaded) -> Loaded:
+        """As a change of what is loaded."""
+        return loaded if loaded.batch is None else replace(loaded, batch=self.of(loaded.batch))
+
+
+def _one_side(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    """Every row with its padding on one side: behind the tokens no query is left without a key."""
+    own = evidence.loaded.batch
+    if own is None and len(evidence.family.padding_sides) > 1:
+        for side in evidence.family.padding_sides:
+            variant = evidence.variant()
+            variant.family = replace(evidence.family, padding_sides=(side,))
+            yield Attempt(evidence=variant, how=f"padding on the {side} only")
+        return
+    mask = None if own is None else own.get(MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    for side in ("right", "left"):
+        moved = InputChange(of=lambda tensors, side=side: _padded(tensors, side))  # type: ignore[misc]
+        yield Attempt(evidence=evidence.variant(change=moved), how=f"padding on the {side} only")
+
+
+def _padded(tensors: Mapping[str, Any], side: str) -> dict[str, Any]:
+    mask = tensors.get(MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return dict(tensors)
+    order = torch.argsort((mask == 0).int() if side == "right" else (mask != 0).int(), dim=1, stable=True)
+
+    def moved(value: object) -> object:
+        return value.gather(1, order) if isinstance(value, Tensor) and value.shape == mask.shape else value
+
+    return {name: moved(value) for name, value in tensors.items()}
+
+
+def _default_dtypes(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    """The suite's own batches are int64, so what is asked of them is the cure; a batch that came with the model is cast back."""
+    own = evidence.loaded.batch or {}
+    floating = {n: v for n, v in own.items() if n in IDS and isinstance(v, Tensor) and v.is_floating_point()}
+    if any(v.dtype in {torch.bfloat16, torch.float16} and bool((v > EXACT_IN_HALF).any()) for v in floating.values()):
+        reason = "cannot be tried: the ids were rounded before they came here, and which were meant is lost"
+        raise NotApplicableError(reason)
+    if floating:
+        whole = InputChange(of=lambda tensors: {n: v.long() if n in floating else v for n, v in tensors.items()})
+        yield Attempt(
+            evidence=evidence.variant(change=whole),
+            how="ids and masks in int64" if MASK in floating else "ids in int64",
+        )
+    elif evidence.takes_ids:
+        yield Attempt(evidence=evidence.variant(), how="ids and masks in int64")
+
+
+def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+    for fixed in fixed_configs(evidence, finding):
+        yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
+
+
+CURES: dict[str, Cure] = {
+    "init-head": _init_head,
+    "default-input-dtypes": _default_dtypes,
+    "set-pad-token": _pad_token,
+    "fix-padding": _one_side,
+    "fix-config": _config,
+    "clip-grad-norm": _clip,
+    "larger-optimizer-eps": _larger_eps,
+    "tune-loss-scale": _loss_scale,
+    "eager-attention": _attention("eager"),
+    "sdpa-attention": _attention("sdpa"),
+    "use-amp-bf16": _amp_bf16,
+    "keep-in-fp32": _keep_in_fp32,
+    "disable-amp": _without_amp,
+}
+"""By remedy, in the order of what they cost the user: a line of code, a setting, speed, memory."""
 
 DESCRIPTIONS = {
-    "newer-version": "install a transformers release without the defect",
-    "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
     "init-head": "initialise the head by hand: xavier_uniform_ for its weight, zeros for its bias",
+    "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
+    "set-pad-token": "set pad_token_id in config.json to the tokenizer's pad id",
+    "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
+    "fix-config": "write the key in the layout that the installed release reads",
     "clip-grad-norm": "clip the total gradient norm to 1.0 (torch.nn.utils.clip_grad_norm_, --max-grad-norm 1.0)",
+    "larger-optimizer-eps": "give the optimizer an eps that its dtype can hold (AdamW(eps=1e-4) in float16), or keep float32 parameters",
     "tune-loss-scale": "start the GradScaler at a scale that this model's gradients fit (init_scale, growth_interval)",
-    "disable-amp": "train without autocast, in fp32",
-    "use-amp-bf16": "use bfloat16, whose range is float32's (amp-bf16)",
-    "keep-in-fp32": "keep this module in float32 and cast its result",
+    "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
     "eager-attention": 'load with attn_implementation="eager"',
     "sdpa-attention": 'load with attn_implementation="sdpa"',
-    "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
-    "larger-optimizer-eps": "give the optimizer an eps that its dtype can hold (AdamW(eps=1e-4) in float16), "
-    "or keep float32 parameters",
+    "use-amp-bf16": "use bfloat16, whose range is float32's (amp-bf16)",
+    "keep-in-fp32": "keep this module in float32 and cast its result",
+    "disable-amp": "train without autocast, in fp32",
     "reload-weights": "fetch the checkpoint again and compare its SHA-256",
-    "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
-    "set-pad-token": "set pad_token_id in config.json to the tokenizer's pad id",
-    "fix-config": "write the key in the layout that the installed release reads",
+    "newer-version": "install a transformers release without the defect",
     "pin-version": "pin transformers to the last release without the defect until it is repaired",
 }
+"""What each remedy of the contract means for a user, cheapest first: a line of code, a setting, speed, memory, other files."""
+
+COST = tuple(DESCRIPTIONS)
+"""Every remedy of the contract, cheapest for the user first."""
+
+DECADES = 4
+BISECTIONS = 3
 
 
-def is_remedy(name: str) -> bool:
-    """Whether a budget may name it: a remedy of the contract, or one that another package adds."""
-    return name in DESCRIPTIONS or name in added_remedies()
-
-
-def description_of(name: str) -> str:
-    """What the user does, in a line.
-
-    Args:
-        name: of a remedy that :func:`is_remedy` knows.
-    """
-    return DESCRIPTIONS[name] if name in DESCRIPTIONS else added_remedies()[name].description
-
-
-def useful_first(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
-    """Those that were seen to work, then those that could not be tried, then those that do not help; else as they stood.
+def learning_rates(plan: Plan, holds: Callable[[Plan], bool]) -> float | None:
+    """The largest stable learning rate at or below the plan's, to within a factor of 1.4; None without one.
 
     Args:
-        remedies: of one finding.
+        plan: as asked.
+        holds: trains with a plan and says whether that is stable.
     """
-    rank = {True: 0, None: 1, False: 2}
-    return tuple(sorted(remedies, key=lambda remedy: rank[remedy.verified]))
+    good, bad = None, plan.lr
+    for decade in range(1, DECADES + 1):
+        lr = plan.lr / 10**decade
+        if holds(replace(plan, lr=lr)):
+            good = lr
+            break
+        bad = lr
+    if good is None:
+        return None
+    return between_rates(plan, good, bad, holds)
 
 
-def untried(names: tuple[str, ...]) -> tuple[Remedy, ...]:
-    """The remedies of these names, not tried yet (`verified` is None)."""
-    return tuple(Remedy(name=name, description=description_of(name)) for name in names)
+def between_rates(plan: Plan, good: float, bad: float, holds: Callable[[Plan], bool]) -> float:
+    """The largest learning rate that holds, by bisection of the logarithm.
+
+    Args:
+        plan: of everything else.
+        good: a rate that holds.
+        bad: one that does not, a decade away at most.
+        holds: trains with a plan and says whether that is stable.
+    """
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(good * bad)
+        good, bad = (middle, bad) if holds(replace(plan, lr=middle)) else (good, middle)
+    return good

@@ -1,7 +1,11 @@
 """Evidence: one cell's model and everything that checks ask of it, each computed once.
 
 A check receives an :class:`Evidence` and asks it for forward passes, fresh copies and the training run. The suite
-builds one per cell and keeps it while that cell's checks run; a doctor can build one over a cured copy.
+builds one per cell and keeps it while that cell's checks run.
+
+It is what the design calls a *runnable*: :meth:`Evidence.variant` is the same thing under another condition or with a change
+made to it, so experiments and remedies are written once, for a cell, a user's factory and a step that the watch caught
+(`watching/caught_step.py`) alike.
 """
 
 from __future__ import annotations
@@ -24,15 +28,18 @@ from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
+from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.runner import Runner
-from numerics_suite.engine.training_loop import Plan, Trajectory, train
+from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
 from numerics_suite.inputs.strategies import IGNORED, training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
+from numerics_suite.subjects.zeroed_memory import Zeroed
+from numerics_suite.subjects.tasks import is_head
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline
@@ -66,15 +73,8 @@ class Request:
 
 def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:
     """A hashable key of the batch's contents."""
-    parts: list[tuple[Any, ...]] = []
-    for name in sorted(tensors):
-        value = tensors[name]
-        if isinstance(value, Tensor):
-            raw = value.detach().cpu().contiguous().view(torch.uint8) if value.numel() and value.dim() else value.cpu()
-            parts.append((name, str(value.dtype), tuple(value.shape), raw.numpy().tobytes()))
-        else:
-            parts.append((name, repr(value)))
-    return tuple(parts)
+    held = sorted(tensors.items())
+    return tuple((name, tensor_digest([each]) if isinstance(each, Tensor) else repr(each)) for name, each in held)
 
 
 class Evidence:
@@ -86,7 +86,12 @@ class Evidence:
         recipe: the precision recipe.
         request: batch shape, seed, training plan.
         family: what is known of the architecture.
+        first_step: the number of the first step of its training runs.
+        origin: where these begin, in words; empty for the model as loaded.
     """
+
+    first_step = 1
+    origin = ""
 
     def __init__(
         self, subject: Subject, cell: Cell, request: Request, loader: Callable[..., Loaded] | None = None
@@ -106,7 +111,7 @@ class Evidence:
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self.memo: dict[str, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
-        self._runs: dict[tuple[Any, ...], Trajectory] = {}
+        self.runs: dict[tuple[Any, ...], Trajectory] = {}
 
     def variant(
         self,
@@ -132,10 +137,13 @@ class Evidence:
         """
         cell = replace(self.cell, precision=precision_name or self.cell.precision, attn=attn or self.cell.attn)
         asked = replace(self.request, plan=plan or self.request.plan, **request)
-        variant = Evidence(subject or self.subject, cell, asked, loader=self._loader)
+        variant = self._like(subject or self.subject, cell, asked)
         variant.changes = self.changes if change is None else (*self.changes, change)
-        variant._runs = self._runs
+        variant.runs = self.runs
         return variant
+
+    def _like(self, subject: Subject, cell: Cell, request: Request) -> Evidence:
+        return Evidence(subject, cell, request, loader=self._loader)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -163,16 +171,18 @@ class Evidence:
 
     @cached_property
     def unwritten(self) -> tuple[str, ...]:
-        """Names of the parameters that nobody initialised: NaN under poison, and neither stored nor meant so.
+        """Names of the parameters that are uninitialised: NaN under poison, and neither stored nor meant so.
 
-        What a factory itself writes as NaN is NaN without poison too.
+        A NaN that a factory's code itself writes is NaN over memory of zeros too; such a head alone counts as uninitialised, as in
+        a training loop, where no more than its values can be seen.
         """
         bad = {name for name, p in self.model.named_parameters() if nan_count(p.detach())}
         if self.subject.path is not None:
             return tuple(sorted(bad & (set(self.loaded.new_head) | set(self.loaded.missing))))
-        if not bad:
-            return ()
-        plain = self.load(seed=self.request.seed).model
+        if not bad or is_head(bad):
+            return tuple(sorted(bad))
+        with Zeroed():  # type: ignore[no-untyped-call]
+            plain = self.load(seed=self.request.seed).model
         return tuple(sorted(name for name in bad if not nan_count(plain.get_parameter(name).detach())))
 
     @cached_property
@@ -363,9 +373,9 @@ class Evidence:
         request = self.request
         asked = (request.plan, request.seed, request.rows, request.length, self.family.padding_sides)
         conditions = (self.subject, self.cell, asked, self.changes)
-        if conditions not in self._runs:
-            self._runs[conditions] = self.train(request.plan)
-        return self._runs[conditions]
+        if conditions not in self.runs:
+            self.runs[conditions] = self.train(request.plan)
+        return self.runs[conditions]
 
     def train(self, plan: Plan, recipe: Precision | None = None) -> Trajectory:
         """Train a copy of the cell's model on the fixed batch.
@@ -374,6 +384,11 @@ class Evidence:
             plan: steps, optimizer, learning rate, clipping.
             recipe: another precision recipe than the cell's.
         """
+        with random_state.seeded(self.request.seed):
+            return self.trainer(plan, recipe).run()
+
+    def trainer(self, plan: Plan, recipe: Precision | None = None) -> Trainer:
+        """A run over the fixed batch that is still to be made, on a copy of the cell's model; as :meth:`train`."""
         model = self.copy_model()
         freeze_to_scope(model, plan.scope, self.family)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -382,8 +397,7 @@ class Evidence:
         if self.recipe.parameters == "float64":
             model.double()  # what the class keeps in float32 cannot take a float64 gradient; widening rounds nothing
         condition = self.condition if recipe is None else replace(self.condition, precision=recipe)
-        with random_state.torch_seeded(self.request.seed):
-            return train(model, self.training_batch.tensors, condition=condition, plan=plan)
+        return trainer_of(model, self.training_batch.tensors, condition=condition, plan=plan)
 
     def with_plan(self, **changes: Any) -> Plan:
         """The request's plan with some fields changed."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.devices.condition import Condition
 from numerics_suite.engine.calls import call_model, call_with
 from numerics_suite.engine.outputs import floating_outputs
@@ -42,6 +43,23 @@ def backward_pass(condition: Condition) -> Iterator[None]:
 
 def _lifted(condition: Condition) -> contextlib.AbstractContextManager[object]:
     return LiftToFp64({}) if condition.precision.computes_in == "float64" else contextlib.nullcontext()
+
+
+def dropped_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], scale: float) -> None:
+    """A forward and a backward pass whose gradients go nowhere: those that a loop has accumulated stay.
+
+    Args:
+        model: whose output has a `loss`; without one only the forward pass runs.
+        args: positional arguments of the call.
+        kwargs: those by name.
+        scale: of the loss.
+    """
+    with torch.enable_grad():
+        loss = floating_outputs(call_with(model, args, kwargs)).get("loss")
+        if loss is not None:
+            with autocast_off(loss.device):
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                torch.autograd.grad(loss * scale, trained, allow_unused=True)
 
 
 @dataclass(frozen=True, slots=True)

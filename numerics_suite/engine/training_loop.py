@@ -1,8 +1,13 @@
-"""N optimizer steps on a fixed batch, watched: every loss, logit, gradient, parameter and optimizer state."""
+"""The one training loop: optimizer steps whose every loss, logit, gradient, parameter and optimizer state is looked at.
+
+The suite, the rehearsal and the remedies step on one fixed batch; a step that the watch caught is taken again with the loop's own
+batches and optimizers. Both are a :class:`Trainer`, which is told where its forward passes and its optimizers come from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +21,9 @@ from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.roundoff import wide
+
+Forward = Callable[[], Mapping[str, Tensor]]
+"""One forward pass of a step, with gradients: its floating outputs by name."""
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -121,19 +129,36 @@ def make_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.opti
 
 
 class Trainer:
-    """The state of one watched training run."""
+    """The state of one watched training run.
 
-    def __init__(self, model: nn.Module, condition: Condition, plan: Plan) -> None:
-        """Set the optimizer and, for loss-scaled recipes, a GradScaler with torch's defaults."""
-        self.model, self.condition, self.plan = model, condition, plan
-        self.recipe = condition.precision
+    Attributes:
+        model: trained in place.
+        condition: its loss scaling and backward arithmetic.
+        plan: clipping, and how many steps.
+        parameters: those that are trained, by name.
+        optimizers: all step in each step.
+        scaler: disabled where the recipe has no loss scaling.
+        forwards: the forward passes of a step, by its number.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - what a loop consists of
+        self,
+        model: nn.Module,
+        condition: Condition,
+        plan: Plan,
+        forwards: Callable[[int], Sequence[Forward]],
+        optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    ) -> None:
+        """Set the plan's optimizer unless others are given and, for loss-scaled recipes, a GradScaler with torch's defaults."""
+        self.model, self.condition, self.plan, self.forwards = model, condition, plan, forwards
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(plan, self.parameters.values())
-        self.scaler = grad_scaler(condition.device, enabled=self.recipe.loss_scaling, init_scale=plan.init_scale)
+        self.optimizers = [make_optimizer(plan, self.parameters.values())] if optimizers is None else optimizers
+        scaled = condition.precision.loss_scaling
+        self.scaler = grad_scaler(condition.device, enabled=scaled, init_scale=plan.init_scale)
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.clipped: dict[int, float] = {}
-        self.loss = float("nan")
+        self.loss, self.taken = float("nan"), 0
         self.scales: list[float] = []
         self.skipped = 0
         self.dead: tuple[str, ...] = ()
@@ -141,18 +166,29 @@ class Trainer:
         self.gradient_dtypes: dict[str, str] = {}
         self.predicted = float("nan")
 
-    def forward(self, tensors: Mapping[str, Any], step: int) -> Tensor:
-        """The loss, once it and the logits are known to be finite."""
-        with forward_pass(self.condition):
-            output = floating_outputs(call_model(self.model, tensors))
-        loss = loss_in(output)
-        self.loss = float(loss.detach())
-        self._require_finite(step, "logits", {k: v for k, v in output.items() if k != "loss"})
-        self._require_finite(step, "loss", {"loss": loss})
-        self.losses.append(self.loss)
+    def numbers(self) -> Sequence[int]:
+        """The steps that are taken, in order."""
+        return range(1, self.plan.steps + 1)
+
+    def loss_of(self, outputs: Mapping[str, Tensor]) -> Tensor | None:
+        """What is differentiated of a forward pass, None for nothing."""
+        return loss_in(outputs)
+
+    def forward(self, run: Forward, step: int) -> Tensor | None:
+        """The loss of one forward pass, once it and the logits are known to be finite."""
+        output = run()
+        loss = self.loss_of(output)
+        self.loss = float("nan") if loss is None else float(loss.detach())
+        self.require_finite(step, "logits", {k: v for k, v in output.items() if k != "loss"})
+        self.require_finite(step, "loss", {} if loss is None else {"loss": loss})
         return loss
 
-    def _require_finite(self, step: int, kind: str, tensors: Mapping[str, Tensor]) -> None:
+    def require_finite(self, step: int, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        """End the run at a tensor that is not finite.
+
+        Raises:
+            HaltedError: one is not.
+        """
         bad = [name for name, value in tensors.items() if nonfinite_count(value.detach())]
         if bad:
             norm = self.norms[-1] if self.norms else float("nan")
@@ -161,7 +197,8 @@ class Trainer:
                 BadTensor(step=step, kind=kind, name=bad[0], others=others, gradient_norm=norm, loss=self.loss)
             )
 
-    def _gradients(self) -> dict[str, Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that are there, by parameter."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def _note_first_gradients(self, gradients: Mapping[str, Tensor]) -> None:
@@ -178,43 +215,106 @@ class Trainer:
         squares = sum(float(wide(g).square().sum()) for g in gradients.values())
         self.predicted = self.plan.lr * (squares if self.plan.optimizer == "sgd" else total)
 
-    def step(self, tensors: Mapping[str, Any], step: int) -> None:
-        """One optimizer step, checked after each of its parts."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.forward(tensors, step)
-        with backward_pass(self.condition):
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(self.optimizer)
-        gradients = self._gradients()
+    def step(self, step: int) -> None:
+        """One optimizer step, checked after each of its parts.
+
+        Args:
+            step: its number.
+
+        Raises:
+            HaltedError: a tensor is not finite.
+        """
+        self.model.zero_grad(set_to_none=True)
+        self.taken += 1
+        losses = [loss for run in self.forwards(step) if (loss := self._differentiated(run, step)) is not None]
+        if not losses:
+            return
+        self.losses.append(math.fsum(losses) / len(losses))
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        gradients = self.gradients()
         self.norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values())))) if gradients else None
         overflowed = any(nonfinite_count(g) for g in gradients.values())
-        if not overflowed and not self.dead and step == 1 + self.skipped:
+        if not overflowed and not self.dead and self.taken == 1 + self.skipped:
             self._note_first_gradients(gradients)
-        if self.recipe.loss_scaling and overflowed:
+        if self.scaler.is_enabled() and overflowed:
             self.skipped += 1  # the scaler's business: it skips this step and halves the scale
         else:
-            self._require_finite(step, "gradient", gradients)
-        if self.plan.max_grad_norm is not None and not overflowed:
+            self.require_finite(step, "gradient", gradients)
+        if self.plan.max_grad_norm is not None and not overflowed and self.optimizers:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.plan.max_grad_norm)
             self.clipped[step] = float(torch.nn.utils.get_total_norm(list(gradients.values())))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.recipe.loss_scaling:
+        self.update(step)
+        if self.scaler.is_enabled():
             self.scales.append(float(self.scaler.get_scale()))
-        self._require_finite(step, "parameter", self.parameters)
-        self._require_finite(step, "optimizer state", self._optimizer_state())
+        self.require_finite(step, "parameter", self.parameters)
+        self.require_finite(step, "optimizer state", self._optimizer_state())
+
+    def _differentiated(self, run: Forward, step: int) -> float | None:
+        loss = self.forward(run, step)
+        if loss is None:
+            return None
+        share = self.share_of(step)
+        with backward_pass(self.condition):
+            self.scaler.scale(loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def share_of(self, step: int) -> float:  # noqa: ARG002 - for loops that accumulate
+        """What each loss of the step is multiplied by before it goes backward."""
+        return 1.0
+
+    def update(self, step: int) -> None:  # noqa: ARG002 - for loops whose rates change from step to step
+        """The optimizers' part of a step."""
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         return {
             f"{name}.{key}": value
             for name, p in self.parameters.items()
-            for key, value in self.optimizer.state.get(p, {}).items()
+            for optimizer in self.optimizers
+            for key, value in optimizer.state.get(p, {}).items()
             if isinstance(value, Tensor) and value.is_floating_point()
         }
 
+    def finish(self) -> None:
+        """Note the loss after the last step."""
+        step = self.plan.steps + 1
+        losses = [loss for run in self.forwards(step) if (loss := self.forward(run, step)) is not None]
+        self.losses += [float(loss) for loss in losses]
 
-def train(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: Plan) -> Trajectory:
-    """Train the model in place for `plan.steps` steps on one batch and say what happened.
+    def run(self) -> Trajectory:
+        """Every step, up to the first tensor that is not finite, and what happened."""
+        before = {name: p.dtype for name, p in self.parameters.items()}
+        bad: BadTensor | None = None
+        try:
+            for step in self.numbers():
+                self.step(step)
+            with torch.no_grad():
+                self.finish()
+        except HaltedError as halted:
+            bad = halted.bad
+        self.model.zero_grad(set_to_none=True)
+        return Trajectory(
+            losses=tuple(self.losses),
+            gradient_norms=tuple(self.norms),
+            clipped_norms=tuple(self.clipped.values()),
+            clipped_at=tuple(self.clipped),
+            scales=tuple(self.scales),
+            skipped=self.skipped,
+            dead=self.dead,
+            absent=self.absent,
+            gradient_dtypes=self.gradient_dtypes,
+            parameter_drift=tuple(name for name, p in self.parameters.items() if p.dtype != before[name]),
+            bad=bad,
+            predicted_decrease=self.predicted,
+            trained=tuple(self.parameters),
+        )
+
+
+def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: Plan) -> Trainer:
+    """A run over one fixed batch.
 
     The model is left as the last step left it; hand in a copy. Dropout is on only where the model was in training
     mode, so a caller who wants a reproducible curve hands it in eval mode.
@@ -225,29 +325,14 @@ def train(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition,
         condition: precision and device.
         plan: steps, optimizer, learning rate, clipping.
     """
-    trainer = Trainer(model, condition, plan)
-    before = {name: p.dtype for name, p in trainer.parameters.items()}
-    bad: BadTensor | None = None
-    try:
-        for step in range(1, plan.steps + 1):
-            trainer.step(tensors, step)
-        with torch.no_grad():
-            trainer.forward(tensors, plan.steps + 1)
-    except HaltedError as halted:
-        bad = halted.bad
-    trainer.optimizer.zero_grad(set_to_none=True)
-    return Trajectory(
-        losses=tuple(trainer.losses),
-        gradient_norms=tuple(trainer.norms),
-        clipped_norms=tuple(trainer.clipped.values()),
-        clipped_at=tuple(trainer.clipped),
-        scales=tuple(trainer.scales),
-        skipped=trainer.skipped,
-        dead=trainer.dead,
-        absent=trainer.absent,
-        gradient_dtypes=trainer.gradient_dtypes,
-        parameter_drift=tuple(name for name, p in trainer.parameters.items() if p.dtype != before[name]),
-        bad=bad,
-        predicted_decrease=trainer.predicted,
-        trained=tuple(trainer.parameters),
-    )
+
+    def forward() -> Mapping[str, Tensor]:
+        with forward_pass(condition):
+            return floating_outputs(call_model(model, tensors))
+
+    return Trainer(model, condition, plan, lambda _step: (forward,))
+
+
+def train(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: Plan) -> Trajectory:
+    """Train the model in place for `plan.steps` steps on one batch and say what happened: see :func:`trainer_of`."""
+    return trainer_of(model, tensors, condition=condition, plan=plan).run()

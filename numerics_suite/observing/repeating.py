@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.observing.calls import watched_calls
 
-Digests = list[tuple[str, bytes, bytes]]
+Digests = list[tuple[str, str, str]]
 
 
 def unsteady_module(model: nn.Module, run: Callable[[], object], *, runs: int = 16) -> str | None:
@@ -36,7 +35,7 @@ def _digests(model: nn.Module, run: Callable[[], object]) -> Digests:
     """Name, digest of the inputs and digest of the outputs, in the order in which modules return."""
     found: Digests = []
 
-    def note(name: str, given: bytes, output: Any) -> None:
+    def note(name: str, given: str, output: Any) -> None:
         found.append((name, given, _digest(output)))
 
     with watched_calls(model, _digest, note):
@@ -44,9 +43,6 @@ def _digests(model: nn.Module, run: Callable[[], object]) -> Digests:
     return found
 
 
-def _digest(value: Any) -> bytes:
-    digest = hashlib.sha256()
-    for leaf in tree_leaves(value if not hasattr(value, "to_tuple") else value.to_tuple()):
-        if isinstance(leaf, Tensor) and leaf.numel():
-            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
+def _digest(value: Any) -> str:
+    leaves = tree_leaves(value if not hasattr(value, "to_tuple") else value.to_tuple())
+    return tensor_digest(leaf for leaf in leaves if isinstance(leaf, Tensor))

@@ -24,6 +24,15 @@ _BODY_PARTS = ("pooler", "pre_classifier")
 """Modules that some encoders build anew together with a classification head."""
 
 
+HEADS = frozenset({"score", "classifier", "classifier_head", "lm_head", "qa_outputs"})
+"""Names under which a new head is made for a task."""
+
+
+def is_head(parameters: Iterable[str]) -> bool:
+    """Whether all of these parameters belong to a head, by their names."""
+    return all(HEADS & set(name.split(".")) for name in parameters)
+
+
 def task_of_class(name: str) -> Task | None:
     """The task of a class by its name, None where the name tells none."""
     return next((task for suffix, task in _SUFFIXES if name.endswith(suffix)), None)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,30 +10,29 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
-from numerics_suite.devices.precisions import PRECISIONS, precision
-from numerics_suite.diagnosing.remedies import untried
+from numerics_suite.devices.precisions import precision
+from numerics_suite.diagnosing.remedy_register import remedies_of, untried
+from numerics_suite.diagnosing.remedy_trials import breaks
+from numerics_suite.diagnosing.root_causes import REMEDIES
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite.gate import exit_status, subject_facts
-from numerics_suite.watching.diagnose import Scene
-from numerics_suite.watching.remedying import left_untried, with_remedies_tried
-from numerics_suite.watching.reopening import (
+from numerics_suite.watching.bundle_reader import (
     Bundle,
     bad_calls,
     built_model,
     holds_all_of,
     read_bundle,
-    replay,
+    scene_of,
     with_stored_parameters,
 )
-from numerics_suite.watching.retracing import trained_origin
-from numerics_suite.watching.retraining import Kept, Start
+from numerics_suite.watching.caught_step import Start, precision_name
+from numerics_suite.watching.diagnosis import Scene, run_again, trained_again
+from numerics_suite.watching.remedies import CHECKS, left_untried, with_remedies_tried
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from numerics_suite.core.records import Task
     from numerics_suite.observing.locate import Origin
 
@@ -116,13 +113,9 @@ def _cell(bundle: Bundle, subject: str, task: Task, settings: Settings) -> Cell:
 
 def _precision(bundle: Bundle) -> str:
     """The recipe that the watched model was trained by: its dtype and its autocast sections."""
-    dtype = bundle.content["model"]["dtype"]
     autocast = next((dtype for call in bundle.calls for dtype in call.autocast.values()), None)
     lower = None if autocast is None else str(autocast).removeprefix("torch.")
-    for recipe in reversed(PRECISIONS.values()):
-        if (recipe.parameters, recipe.autocast) == (dtype, lower) and recipe.trains and not recipe.tf32:
-            return recipe.name
-    return "fp32"
+    return precision_name(str(bundle.content["model"]["dtype"]), lower)
 
 
 def _tried_again(bundle: Bundle) -> Finding:
@@ -132,54 +125,59 @@ def _tried_again(bundle: Bundle) -> Finding:
     except NotApplicableError as error:
         return left_untried(bundle.finding, str(error))
     start = bundle.start()
+    scene = scene_of(bundle, model, () if start is None else (start,))
     found = bundle.finding
-    if start is not None and start.whole and found.op is None and (trained := trained_origin(model, start, math.inf)):
-        found = replace(_placed(found, trained.origin), cause=trained.cause)
-        found = replace(found, evidence={**found.evidence, "replay": trained.how})
-    return _with_remedies(bundle, model, found, () if start is None else (start,))
-
-
-def _with_remedies(bundle: Bundle, model: nn.Module, found: Finding, starts: Sequence[Start]) -> Finding:
-    calls = [call for call in bundle.calls if call.step == bundle.step]
-    scene = Scene(
-        model=model,
-        optimizer=None,
-        calls=calls,
-        starts=starts,
-        scale=bundle.scale,
-        largest_copy=math.inf,
-        seconds=math.inf,
-    )
+    if found.op is None and (trained := trained_again(scene, bundle.step)) is not None:
+        found = _found_again(found, *trained)
     return with_remedies_tried(found, scene)
 
 
 def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResult:
-    """The bad step's batches on the subject: its own finding's place where they go wrong, passed where they do not.
+    """The bad step's batches on the subject: its own finding where they go wrong, passed where they do not.
 
     A factory makes the module that was watched, and what that held is in the bundle.
     """
     cell = _cell(bundle, subject.id, subject.task, settings)
     started = time.perf_counter()
     loaded = load(subject, dtype=precision(cell.precision).parameters, attn=cell.attn, seed=settings.seed)
-    stored = bundle.start() if subject.kind == "factory" and holds_all_of(bundle, loaded.model) else None
-    if stored is not None:
+    start = bundle.start() if subject.kind == "factory" and holds_all_of(bundle, loaded.model) else None
+    if start is not None:
         with_stored_parameters(bundle, loaded.model)
-    trained = trained_origin(loaded.model, stored, math.inf) if stored is not None and stored.whole else None
-    origin = replay(bundle, loaded.model) if trained is None else trained.origin
+    own = Start(words=f"the weights of {subject.id}", calls=bad_calls(bundle), scale=bundle.scale)
+    scene = scene_of(bundle, loaded.model, (start or own,))
+    found = _on(subject, bundle, scene)
+    if found is not None and settings.diagnose:
+        found = with_remedies_tried(found, scene)
     seconds = round(time.perf_counter() - started, 3)
-    if origin is None and trained is None:
+    if found is None:
         return CheckResult(
             check=CHECK, cell=cell, status="passed", duration_s=seconds, measurements={"non-finite": 0.0}
         )
-    how = f"on {subject.id}" if trained is None else f"on {subject.id}, {trained.how}"
-    found = _placed(bundle.finding, origin)
-    # On another model each remedy must show itself anew.
-    again = untried(tuple(remedy.name for remedy in found.remedies))
-    found = replace(found, evidence={**found.evidence, "replay": how}, remedies=again)
-    if settings.diagnose:
-        own = Start(words=f"the weights of {subject.id}", kept=Kept(calls=bad_calls(bundle), scale=bundle.scale))
-        found = _with_remedies(bundle, loaded.model, found, (stored or own,))
-    return replace(_failed(cell, found), duration_s=round(time.perf_counter() - started, 3))
+    return replace(_failed(cell, found), duration_s=seconds)
+
+
+def _on(subject: Subject, bundle: Bundle, scene: Scene) -> Finding | None:
+    """The finding on another model, its remedies still to be tried: each must show itself anew."""
+    found, trained = bundle.finding, trained_again(scene, bundle.step)
+    if found.cause in CHECKS:  # neither the batch's dtype nor a loss scale is a matter of where a value begins
+        trained = None
+        where = run_again(scene, {}, backward=True)
+        if where is None and not breaks(CHECKS[found.cause], scene.caught(scene.starts[0])):
+            return None
+    elif trained is None and (where := run_again(scene, {}, backward=True)) is None:
+        return None
+    origin, how, cause = trained or (where, "", found.cause)
+    found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
+    return replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies)))
+
+
+def _found_again(found: Finding, origin: Origin | None, how: str, cause: str) -> Finding:
+    """The finding as it comes about again, with the remedies of its cause."""
+    if cause == "unknown":
+        cause = found.cause
+    if cause != found.cause:
+        found = replace(found, cause=cause, remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))))
+    return replace(_placed(found, origin), evidence={**_placed(found, origin).evidence, "replay": how})
 
 
 def _placed(found: Finding, origin: Origin | None) -> Finding:

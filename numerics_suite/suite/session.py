@@ -20,8 +20,8 @@ from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
+from numerics_suite.diagnosing.remedy_trials import Answer, try_remedies
 from numerics_suite.diagnosing.reproducer import reproducer
-from numerics_suite.diagnosing.trying import Answer, try_remedies
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan

@@ -15,7 +15,7 @@ from packaging.version import Version
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, Finding, Remedy, RunResult
 from numerics_suite.core.registry import own_check_ids
-from numerics_suite.diagnosing.remedies import useful_first
+from numerics_suite.diagnosing.remedy_register import useful_first
 from numerics_suite.settings.tree import COMMAND_LINE, Settings
 from numerics_suite.versions.answers import read_run
 from numerics_suite.versions.asked import know_all

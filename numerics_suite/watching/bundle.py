@@ -5,7 +5,6 @@ No pickle: JSON and safetensors. The folder appears whole or not at all, and nev
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,20 +15,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.records import Finding
+from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.watching.alarms import Alarm, Reading
-from numerics_suite.watching.diagnose import SMALL_BYTES, Scene
+from numerics_suite.watching.caught_step import Start
+from numerics_suite.watching.diagnosis import SMALL_BYTES, Scene
 from numerics_suite.watching.norms import local
-from numerics_suite.watching.reproduce import SCRIPT
-from numerics_suite.watching.retraining import Start
+from numerics_suite.watching.reproducer_script import SCRIPT
 from numerics_suite.watching.ring import Call
 
 KIND = "numerics-suite watch bundle"
@@ -101,7 +100,7 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
     written, parameters, start = _parameters(scene)
     if parameters:
         save_file(parameters, folder / PARAMETERS)
-    loop, states = start.kept.loop if start is not None else None, dict[str, Tensor]()
+    loop, states = start.loop if start is not None else None, dict[str, Tensor]()
     stepped = loop.to_json(states) if loop is not None else None
     if states:
         save_file(states, folder / OPTIMIZER)
@@ -141,7 +140,7 @@ def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor], Start | No
         if start.parameters:
             words = f"snapshot from before step {scene.snapshot_step}"
             return words, {name: _stored(value) for name, value in start.parameters.items()}, start
-        if small and start.kept.backward:
+        if small and start.backward:
             return "those of the bad step", {name: _stored(p) for name, p in named.items()}, start
     if scene.snapshot:  # of a model that processes share
         words = f"snapshot from before step {scene.snapshot_step}"
@@ -155,7 +154,7 @@ def _what_can_be_replayed(written: str | None, start: Start | None, step: int) -
     if not written:
         return "the forward pass only, with parameters that you give: no snapshot was kept (snapshot_every)"
     what = f"with the parameters in {PARAMETERS} ({written})"
-    if start is None or start.kept.loop is None:
+    if start is None or start.loop is None:
         return f"forward and backward pass, {what}"
     first = start.first
     if first == step:
@@ -221,10 +220,5 @@ def _state(scene: Scene) -> dict[str, Tensor]:
 
 
 def _digest(named: Mapping[str, Tensor]) -> str:
-    """`sha256:…` over names, dtypes, shapes and bits."""
-    total = hashlib.sha256()
-    for name in sorted(named):
-        value = local(named[name].detach()).cpu().contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{total.hexdigest()}"
+    """`sha256:…` over dtypes, shapes and bits, in the order of the names."""
+    return f"sha256:{tensor_digest(local(named[name].detach()) for name in sorted(named))}"

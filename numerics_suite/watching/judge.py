@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from numerics_suite.checks.train.amp import LOST_SCALE
 from numerics_suite.watching.alarms import Alarm, Reading
 
 HEADROOM_BITS = 3.0
@@ -34,9 +35,6 @@ that an element is larger than 256, or is not finite at any scale.
 HALVINGS_LATER = 3
 """The most after a step that fitted: growth by 2 each 2,000 steps explains one, the noise of a batch two more; the fourth in a row says that
 the gradient grew eightfold over one that just fitted."""
-
-LOST_SCALE = 1.0
-"""Below a scale of 1 the scaler makes gradients smaller than they are: they overflow unscaled, or are not finite at all."""
 
 NORM_WINDOW = 128
 NORM_WARM_UP = 32

@@ -13,8 +13,8 @@ import torch
 from numerics_suite.core.records import Finding
 from numerics_suite.watching.alarms import Alarm, NumericsError, NumericsWarning, Reading
 from numerics_suite.watching.bundle import SCRIPT_NAME, Caught, write_bundle
-from numerics_suite.watching.diagnose import Scene, finding_of
-from numerics_suite.watching.remedying import left_untried, with_remedies_tried
+from numerics_suite.watching.diagnosis import Scene, finding_of
+from numerics_suite.watching.remedies import left_untried, with_remedies_tried
 
 OnBad = Literal["stop", "warn", "skip"] | Callable[[Finding], Any]
 POLICIES = ("stop", "warn", "skip")

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from numerics_suite.devices import random_state
 from numerics_suite.devices.arithmetic import autocast_as, autocast_dtypes
+from numerics_suite.devices.kinds import CPU, kind_of
 
 Rates = tuple[Mapping[str, Any], ...]
 """Learning rate, betas, momentum and weight decay of each group of an optimizer."""
@@ -92,12 +93,26 @@ def _kept(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def as_called(call: Call) -> Iterator[None]:
-    """The random states and the autocast sections of the call; restored after."""
+def as_called(call: Call, device: torch.device) -> Iterator[None]:
+    """The random states and the autocast sections of the call; restored after.
+
+    Args:
+        call: that was kept.
+        device: of the model that runs now, to which the sections move. Random states belong to a kind of device, whose
+            generator alone draws the same numbers from them.
+    """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(random_state.at(call.rng))
-        stack.enter_context(autocast_as(call.autocast))
+        moved = {name: str(device) for name in call.rng if kind_of(name) == device.type and kind_of(name) != CPU}
+        stack.enter_context(random_state.at(call.rng, moved))
+        stack.enter_context(autocast_as(_moved_sections(call.autocast, device.type)))
         yield
+
+
+def _moved_sections(sections: Mapping[str, torch.dtype], kind: str) -> dict[str, torch.dtype]:
+    """The sections for a model on that kind of device: the accelerator's that was there before the CPU's."""
+    accelerators = [dtype for name, dtype in sections.items() if name != CPU]
+    dtype = next(iter([*(sections[name] for name in [kind] if name in sections), *accelerators, *sections.values()]), None)
+    return {} if dtype is None else {kind: dtype}
 
 
 @contextlib.contextmanager

@@ -18,17 +18,18 @@ from numerics_suite.core.records import Finding
 from numerics_suite.watching.alarms import Alarm, NumericsError, Reading
 from numerics_suite.watching.attaching import around_forward, around_step, plain_model, plain_optimizer
 from numerics_suite.watching.bundle import Caught
-from numerics_suite.watching.diagnose import Scene, bad_parameters
+from numerics_suite.watching.caught_step import bad_parameters
+from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.gauges import Gauges, parameters_of
 from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
 from numerics_suite.watching.judge import Judge
-from numerics_suite.watching.keeping import Keeping, Seen
 from numerics_suite.watching.mailbox import Mailbox
 from numerics_suite.watching.norms import is_shard
+from numerics_suite.watching.optimizer_states import rates_of
 from numerics_suite.watching.patches import listening
 from numerics_suite.watching.response import OnBad, Response, checked_policy, early, logged, send, several_processes
 from numerics_suite.watching.ring import Ring
-from numerics_suite.watching.stepping import rates_of
+from numerics_suite.watching.snapshots import Seen, Snapshots
 
 KEPT_READINGS = 256
 UNREPRESENTABLE = "ids that bfloat16 cannot hold"
@@ -85,7 +86,7 @@ class Watch:
         self._response = Response(checked_policy(on_bad), None if bundle is None else Path(bundle))
         self._ring, self._mailbox, self._judge = Ring(self.settings.ring), Mailbox(), Judge()
         self._gauges = Gauges(self.model)
-        self._kept = Keeping(self.model)
+        self._kept = Snapshots(self.model)
         self._updated_at = self._forwards = 0
         self._initially_bad: tuple[str, ...] = ()
         self._stepped: set[int] = set()

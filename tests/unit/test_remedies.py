@@ -10,10 +10,9 @@ from mutants.driver import MutantSession, settings_of
 from torch import nn
 
 from numerics_suite.core.records import Finding, Remedy
-from numerics_suite.diagnosing.cures import COST, CURES, in_float32, learning_rates
-from numerics_suite.diagnosing.remedies import DESCRIPTIONS
-from numerics_suite.diagnosing.trying import NOT_HERE, try_remedies
-from numerics_suite.engine.training_loop import Plan
+from numerics_suite.diagnosing.remedies import COST, CURES, DESCRIPTIONS, in_float32, learning_rates
+from numerics_suite.diagnosing.remedy_trials import NOT_HERE, try_remedies
+from numerics_suite.engine.training_loop import Plan, Trainer
 from numerics_suite.suite.planning import Question
 
 
@@ -170,16 +169,14 @@ def test_what_cannot_be_tried_is_said_plainly():
 
 
 def test_an_experiment_and_the_remedy_of_its_name_train_once(monkeypatch):
-    from numerics_suite.engine import evidence
-
     ran = []
-    own = evidence.train
+    own = Trainer.run
 
-    def counted(model, tensors, *, recipe, plan, device):
-        ran.append((recipe.name, plan))
-        return own(model, tensors, recipe=recipe, plan=plan, device=device)
+    def counted(trainer):
+        ran.append((trainer.recipe.name, trainer.plan))
+        return own(trainer)
 
-    monkeypatch.setattr(evidence, "train", counted)
+    monkeypatch.setattr(Trainer, "run", counted)
     finding, remedies, _, _ = told(None, "train.finite", precision="pure-fp16")
     assert finding.evidence["with eps 0.0001"] == "passes"
     assert remedies["larger-optimizer-eps"].verified is True

@@ -17,7 +17,12 @@ from numerics_suite import NumericsError, NumericsWarning, watch
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.watching import bundle as bundles
-from numerics_suite.watching.reopening import read_bundle, replay
+from numerics_suite.watching.bundle_reader import read_bundle, scene_of
+from numerics_suite.watching.diagnosis import run_again
+
+
+def replay(bundle, model):
+    return run_again(scene_of(bundle, model, ()), {}, backward=True)
 
 
 def pair():

@@ -17,16 +17,16 @@ from unit.watched_models import Decoder, Loud, ids, train
 
 from numerics_suite import NumericsError, watch
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.diagnosing.remedies import untried
+from numerics_suite.diagnosing.remedy_register import untried
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.suite.reopen import reopen
-from numerics_suite.watching.diagnose import Scene
-from numerics_suite.watching.remedying import with_remedies_tried
-from numerics_suite.watching.reopening import read_bundle
-from numerics_suite.watching.retraining import Kept, Start, copied, factor_of
+from numerics_suite.watching.bundle_reader import read_bundle
+from numerics_suite.watching.caught_step import CaughtStep, Start, copied
+from numerics_suite.watching.diagnosis import Scene
+from numerics_suite.watching.optimizer_states import Loop, loop_from_json, state_of
+from numerics_suite.watching.remedies import with_remedies_tried
 from numerics_suite.watching.ring import Ring
-from numerics_suite.watching.stepping import Loop, loop_from_json, stepping_of
 
 
 def caught(model, optimizer, *, steps=12, clip=None, before=None, **kwargs):
@@ -88,7 +88,7 @@ def test_a_learning_rate_is_cured_by_a_lower_one_and_clipping_is_said_to_hide():
     assert float(lower.effect.split()[1]) < 30
     assert "(was 3e+02) is the largest that holds: finite; loss 7." in lower.effect
     assert remedies["clip-grad-norm"].verified is False
-    assert remedies["clip-grad-norm"].effect.startswith("finite, and hides the symptom only: loss 7.")
+    assert remedies["clip-grad-norm"].effect.startswith("train.descends fails: the loss rises")
     assert finding.remedies[0] == lower
 
 
@@ -175,7 +175,7 @@ def test_what_a_loop_multiplies_its_losses_by_is_read_off_its_gradient_norm(tmp_
                 optimizer.step()
                 optimizer.zero_grad()
     start = read_bundle(tmp_path / "b").start()
-    assert factor_of(copied(model, start, float("inf")), start.kept) == pytest.approx(2, rel=1e-4)
+    assert CaughtStep(model, start).factor == pytest.approx(2, rel=1e-4)
 
 
 # --- without one -------------------------------------------------------------------------------------------------------
@@ -193,11 +193,13 @@ def test_without_a_snapshot_the_steps_own_passes_are_tried_and_what_acts_before_
         for name, value in (("up.weight", 100.0), ("norm.weight", 6000.0), ("norm.bias", 30000.0)):
             model.layers[1].get_parameter(name).fill_(value)
         model.layers[1].down.weight.mul_(1e-6)
-    finding, remedies = caught(model, torch.optim.SGD(model.parameters(), lr=1e-4))
+    finding, remedies = caught(model, torch.optim.SGD(model.parameters(), lr=1e-20))
     assert finding.cause == "overflow"
     assert remedies["use-amp-bf16"].verified is True
+    assert remedies["clip-grad-norm"].verified is False, "there is no step before the first"
+    _, remedies = caught(*diverging(60.0))
     assert remedies["clip-grad-norm"].verified is None
-    assert "it acts on the steps before step 1, and no snapshot" in remedies["clip-grad-norm"].effect
+    assert "it acts on the steps before step 4, and no snapshot" in remedies["clip-grad-norm"].effect
 
 
 def test_a_head_that_nobody_wrote_is_initialised_and_trains():
@@ -242,7 +244,7 @@ def test_what_goes_wrong_only_once_verifies_nothing():
     asked = replace(finding, remedies=untried(("lower-learning-rate", "use-amp-bf16", "keep-in-fp32")))
     ring = Ring(1)
     ring.add(3, (), {"input_ids": ids(3), "labels": ids(3)}, torch.device("cpu"))
-    start = Start(words="the parameters of step 3", kept=Kept(calls=ring.calls))
+    start = Start(words="the parameters of step 3", calls=ring.calls)
     scene = Scene(model=model, optimizer=None, calls=list(ring.calls), starts=(start,))
     tried = with_remedies_tried(asked, scene).remedies
     assert {remedy.verified for remedy in tried} == {None}
@@ -257,7 +259,7 @@ def test_gradients_beyond_float16_are_cured_by_a_wider_format_and_by_no_scale():
     finding, remedies = scaled_loop(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
     assert finding.cause == "loss-scaling"
     assert remedies["tune-loss-scale"].verified is False
-    assert "the GradScaler skips all of 6 steps" in remedies["tune-loss-scale"].effect
+    assert "the loss scaler skips every step" in remedies["tune-loss-scale"].effect
     assert remedies["disable-amp"].verified is True
     assert remedies["use-amp-bf16"].verified is True
 
@@ -315,7 +317,7 @@ def test_padding_before_the_tokens_is_cured_by_padding_behind_them():
     remedies = {remedy.name: remedy for remedy in error.value.finding.remedies}
     assert error.value.finding.cause == "fully-masked-row"
     assert remedies["fix-padding"].verified is True
-    assert remedies["fix-padding"].effect.startswith("padding on the right: finite; loss ")
+    assert remedies["fix-padding"].effect.startswith("padding on the right only: finite; loss ")
     assert remedies["eager-attention"].verified is None
 
 
@@ -349,7 +351,7 @@ def test_a_loop_that_goes_on_is_not_kept_waiting():
 
 def test_a_large_model_is_not_copied_in_its_loop():
     with pytest.raises(NotApplicableError, match="numerics-suite check --bundle does"):
-        copied(Decoder(), Start(words="", kept=Kept(calls=())), largest=1000)
+        copied(Decoder(), Start(words="", calls=()), largest=1000)
 
 
 def test_a_loop_is_kept_for_a_minute_and_no_longer():
@@ -359,9 +361,10 @@ def test_a_loop_is_kept_for_a_minute_and_no_longer():
     finding, _ = caught(model, torch.optim.SGD(model.parameters(), lr=0.1))
     ring = Ring(1)
     ring.add(1, (), {"input_ids": ids(1), "labels": ids(1)}, torch.device("cpu"))
-    start = Start(words="the parameters of step 1", kept=Kept(calls=ring.calls))
+    start = Start(words="the parameters of step 1", calls=ring.calls)
     asked = replace(finding, remedies=untried(("init-head",)))
-    scene = Scene(model=model, optimizer=None, calls=list(ring.calls), starts=(start,))
+    bad = ("lm_head.weight",)
+    scene = Scene(model=model, optimizer=None, calls=list(ring.calls), starts=(start,), initially_bad=bad)
     (remedy,) = with_remedies_tried(asked, scene).remedies
     assert remedy.verified is True
     (remedy,) = with_remedies_tried(asked, replace(scene, seconds=0)).remedies
@@ -457,7 +460,7 @@ def test_a_loop_comes_back_from_json():
     model = Decoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.9))
     train(model, optimizer, 2)
-    stepping = stepping_of(model, optimizer)
+    stepping = state_of(model, optimizer)
     loop = Loop(start=3, optimizers=(stepping,), rates={3: [({"lr": 0.1, "betas": (0.8, 0.9)},)]}, norms={3: 1.5})
     tensors = {}
     back = loop_from_json(json.loads(json.dumps(loop.to_json(tensors))), tensors)
@@ -476,5 +479,5 @@ def test_an_optimizer_of_somebody_elses_is_not_stepped_again():
         pass
 
     model = Decoder()
-    assert stepping_of(model, Own(model.parameters(), lr=1.0)) is None
-    assert stepping_of(Decoder(1), torch.optim.SGD(model.parameters(), lr=1.0)) is None
+    assert state_of(model, Own(model.parameters(), lr=1.0)) is None
+    assert state_of(Decoder(1), torch.optim.SGD(model.parameters(), lr=1.0)) is None

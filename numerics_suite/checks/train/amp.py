@@ -14,6 +14,9 @@ from numerics_suite.engine.evidence import Evidence
 INITIAL_SCALE = 65536.0
 """What torch's GradScaler begins with."""
 
+LOST_SCALE = 1.0
+"""Below a scale of 1 the scaler makes gradients smaller than they are: they overflow unscaled, or are not finite at all."""
+
 
 @check(trains=True, of_broken=True)
 def amp(evidence: Evidence) -> Iterable[Measurement | Series]:
@@ -35,7 +38,8 @@ def amp(evidence: Evidence) -> Iterable[Measurement | Series]:
         return
     if run.skipped == len(run.gradient_norms):
         run = evidence.train(evidence.with_plan(steps=_halvings(evidence.request.plan.init_scale)))
-    stuck = run.skipped == len(run.gradient_norms)
+    # A longer run may fit again at a scale below 1, where the small gradients are lost.
+    stuck = run.skipped == len(run.gradient_norms) or min(run.scales) < LOST_SCALE
     yield Measurement(
         name="skipped-forever",
         value=int(stuck),

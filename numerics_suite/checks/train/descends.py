@@ -26,17 +26,17 @@ def descends(evidence: Evidence) -> Iterable[Measurement | Series]:
     if run.bad is not None:
         reason = "training met a non-finite value (train.finite)"
         raise NotApplicableError(reason)
+    effective = len(run.gradient_norms) - run.skipped
+    if effective == 0:
+        reason = "the loss scaler skipped every step (train.amp)" if run.skipped else "no step was taken"
+        raise NotApplicableError(reason)
     first, last = run.losses[0], run.losses[-1]
     resolution = _resolution(evidence, first)
-    effective = len(run.gradient_norms) - run.skipped
     facts: dict[str, float | str] = {
         "losses": ", ".join(f"{loss:.5g}" for loss in run.losses),
         "predicted fall of the first step": run.predicted_decrease,
         "smallest change the precision resolves": resolution,
     }
-    if effective == 0:
-        reason = "the loss scaler skipped every step (train.amp)"
-        raise NotApplicableError(reason)
     asked = run.predicted_decrease > resolution
     rise = (last - min(first, *run.losses)) if last > first else last - first
     yield Measurement(

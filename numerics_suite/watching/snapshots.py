@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.watching.alarms import Reading
-from numerics_suite.watching.retraining import Kept, Start
+from numerics_suite.watching.caught_step import Start
+from numerics_suite.watching.norms import local
+from numerics_suite.watching.optimizer_states import Loop, OptimizerState, state_of
 from numerics_suite.watching.ring import Call, Ring
-from numerics_suite.watching.stepping import Loop, Stepping, stepping_of
 
 GROWTH_INTERVAL = 2000
 """Of torch's GradScaler."""
@@ -45,7 +46,7 @@ class Seen:
     ring: Ring
 
 
-class Keeping:
+class Snapshots:
     """The last snapshot of one model and its optimizers, and how the loop clips.
 
     Attributes:
@@ -60,7 +61,7 @@ class Keeping:
         self.parameters: dict[str, Tensor] = {}
         self.step = 0
         self.max_norm: float | None = None
-        self._optimizers: tuple[Stepping, ...] | None = None
+        self._optimizers: tuple[OptimizerState, ...] | None = None
         self._own = frozenset(map(id, model.parameters()))
 
     def on_clip(self, parameters: Any, max_norm: Any) -> None:
@@ -77,9 +78,9 @@ class Keeping:
             optimizers: of the loop.
         """
         copies = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-        if self.parameters and any(nonfinite_count(_plain(value)) for value in copies.values()):
+        if self.parameters and any(nonfinite_count(local(value)) for value in copies.values()):
             return
-        self.parameters, self.step, self._optimizers = copies, step, _steppings(self.model, optimizers)
+        self.parameters, self.step, self._optimizers = copies, step, _states(self.model, optimizers)
 
     def starts(self, seen: Seen, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Start, ...]:
         """Where the bad step can be replayed from, the one that shows most first.
@@ -94,36 +95,41 @@ class Keeping:
             whole = {call.step for call in calls} == set(range(self.step, seen.step + 1))
             gap = "" if whole else f" and the steps from {calls[0].step} on"
             words = f"the snapshot from before step {self.step}{gap}"
-            kept = self._of(seen, calls, self._optimizers)
-            starts.append(Start(words=words, kept=kept, parameters=self.parameters, whole=whole))
+            kept = _start(words, calls, seen, self._loop(seen, calls[0].step, self._optimizers))
+            starts.append(replace(kept, parameters=self.parameters, whole=whole))
         own = seen.ring.of_step(seen.step)
         if own and not seen.updated:
-            kept = self._of(seen, own, _steppings(self.model, optimizers))
-            starts.append(Start(words=f"the parameters of step {seen.step}", kept=kept))
+            loop = self._loop(seen, seen.step, _states(self.model, optimizers))
+            starts.append(_start(f"the parameters of step {seen.step}", own, seen, loop))
         elif own and not starts and not seen.spoiled:
-            words = "the current parameters, a step later"
-            starts.append(Start(words=words, kept=Kept(calls=own, backward=False)))
+            starts.append(Start(words="the current parameters, a step later", calls=own, backward=False))
         return tuple(sorted(starts, key=lambda start: not start.whole))
 
-    def _of(self, seen: Seen, calls: Sequence[Call], optimizers: tuple[Stepping, ...] | None) -> Kept:
-        scaled = seen.scaler is not None
-        scales = _by_step(seen.readings, "loss scale")
-        scale = scales.get(calls[0].step, float(seen.scaler.get_scale()) if scaled else 1.0)
+    def _loop(self, seen: Seen, first: int, optimizers: tuple[OptimizerState, ...] | None) -> Loop | None:
         if not optimizers:
-            return Kept(calls=calls, scale=scale)
+            return None
+        scaled = seen.scaler is not None
         rates = {step: [noted[place] for place in sorted(noted)] for step, noted in seen.ring.rates.items()}
-        loop = Loop(
-            start=calls[0].step,
+        return Loop(
+            start=first,
             optimizers=optimizers,
             rates={step: each for step, each in rates.items() if len(each) == len(optimizers)},
             max_norm=self.max_norm,
             scaled=scaled,
-            scale=scale,
+            scale=_scale(seen, first),
             growth_interval=seen.scaler.get_growth_interval() if scaled else GROWTH_INTERVAL,
-            began=_began(seen.readings, calls[0].step),
+            began=_began(seen.readings, first),
             norms=_by_step([reading for reading in seen.readings if not reading.scaled], "gradient norm"),
         )
-        return Kept(calls=calls, loop=loop, scale=scale)
+
+
+def _start(words: str, calls: Sequence[Call], seen: Seen, loop: Loop | None) -> Start:
+    return Start(words=words, calls=calls, loop=loop, scale=_scale(seen, calls[0].step))
+
+
+def _scale(seen: Seen, step: int) -> float:
+    now = 1.0 if seen.scaler is None else float(seen.scaler.get_scale())
+    return _by_step(seen.readings, "loss scale").get(step, now)
 
 
 def _began(readings: Sequence[Reading], start: int) -> float:
@@ -131,8 +137,8 @@ def _began(readings: Sequence[Reading], start: int) -> float:
     return max(losses[: min(FIRST_LOSSES, -(-len(losses) // 2))], default=math.nan)
 
 
-def _steppings(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Stepping, ...] | None:
-    found = [stepping_of(model, optimizer) for optimizer in optimizers]
+def _states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[OptimizerState, ...] | None:
+    found = [state_of(model, optimizer) for optimizer in optimizers]
     return tuple(each for each in found if each is not None) if all(each is not None for each in found) else None
 
 
@@ -142,7 +148,3 @@ def _by_step(readings: Sequence[Reading], name: str) -> Mapping[int, float]:
         for reading in readings
         if name in reading.values and math.isfinite(reading.values[name][0])
     }
-
-
-def _plain(value: Tensor) -> Tensor:
-    return getattr(value, "_local_tensor", value)

@@ -17,8 +17,12 @@ RATES = ("lr", "betas", "momentum", "weight_decay")
 """What a scheduler may change from step to step."""
 
 
+PLAIN, BY_STEP = ("start", "max_norm", "scaled", "scale", "growth_interval", "began"), ("rates", "norms")
+"""Fields of a :class:`Loop` that a bundle holds as they are, and those that it holds by step."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stepping:
+class OptimizerState:
     """One optimizer as it was before a step.
 
     Attributes:
@@ -53,7 +57,7 @@ class Stepping:
         return optimizer
 
 
-def stepping_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Stepping | None:
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState | None:
     """The optimizer as it is now, copied; None where it is not torch's own or steps what is not this model's.
 
     Args:
@@ -70,7 +74,7 @@ def stepping_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Stepping 
         for p in held
         if p in optimizer.state
     }
-    return Stepping(
+    return OptimizerState(
         kind=kind.__name__,
         groups=tuple(_options(group) for group in optimizer.param_groups),
         names=tuple(tuple(names[id(p)] for p in group["params"]) for group in optimizer.param_groups),
@@ -84,16 +88,6 @@ def rates_of(optimizer: torch.optim.Optimizer) -> tuple[Mapping[str, Any], ...]:
         {key: group[key] for key in RATES if key in group and not isinstance(group[key], Tensor)}
         for group in optimizer.param_groups
     )
-
-
-def eps_is_zero(optimizer: torch.optim.Optimizer | None) -> bool:
-    """Whether its eps is 0 in the dtype of a parameter, so that it divides by the root of an average that may be 0."""
-    for group in optimizer.param_groups if optimizer is not None else ():
-        eps = group.get("eps")
-        dtypes = {p.dtype for p in group["params"] if p.is_floating_point()}
-        if isinstance(eps, float) and eps and any(float(torch.tensor(eps, dtype=dtype)) == 0.0 for dtype in dtypes):
-            return True
-    return False
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +127,7 @@ class Loop:
     """
 
     start: int
-    optimizers: tuple[Stepping, ...]
+    optimizers: tuple[OptimizerState, ...]
     rates: Mapping[int, Sequence[Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
     max_norm: float | None = None
     scaled: bool = False
@@ -162,15 +156,9 @@ class Loop:
             names = [list(group) for group in each.names]
             optimizers.append({"kind": each.kind, "groups": jsonable(each.groups), "names": names, "state": state})
         return {
-            "start": self.start,
+            **{name: jsonable(getattr(self, name)) for name in PLAIN},
+            **{name: {str(step): jsonable(each) for step, each in getattr(self, name).items()} for name in BY_STEP},
             "optimizers": optimizers,
-            "rates": {str(step): jsonable(rates) for step, rates in self.rates.items()},
-            "max_norm": jsonable(self.max_norm),
-            "scaled": self.scaled,
-            "scale": jsonable(self.scale),
-            "growth_interval": self.growth_interval,
-            "norms": {str(step): jsonable(norm) for step, norm in self.norms.items()},
-            "began": jsonable(self.began),
         }
 
 
@@ -182,19 +170,14 @@ def loop_from_json(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         tensors: what it was given, filled.
     """
     return Loop(
-        start=int(written["start"]),
-        optimizers=tuple(_stepping_from_json(each, tensors) for each in written["optimizers"]),
+        **{name: revived(written[name]) for name in PLAIN},
+        optimizers=tuple(_state_from_json(each, tensors) for each in written["optimizers"]),
         rates={int(step): [_tuples(groups) for groups in rates] for step, rates in written["rates"].items()},
-        max_norm=revived(written["max_norm"]),
-        scaled=bool(written["scaled"]),
-        scale=float(revived(written["scale"])),
-        growth_interval=int(written["growth_interval"]),
         norms={int(step): float(revived(norm)) for step, norm in written["norms"].items()},
-        began=float(revived(written["began"])),
     )
 
 
-def _stepping_from_json(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stepping:
+def _state_from_json(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> OptimizerState:
     kind = str(written["kind"])
     found = getattr(torch.optim, kind, None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
@@ -205,7 +188,7 @@ def _stepping_from_json(written: Mapping[str, Any], tensors: Mapping[str, Tensor
         for name, values in written["state"].items()
     }
     names = tuple(tuple(group) for group in written["names"])
-    return Stepping(kind=kind, groups=tuple(_tuples(written["groups"])), names=names, state=state)
+    return OptimizerState(kind=kind, groups=tuple(_tuples(written["groups"])), names=names, state=state)
 
 
 def _packed(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:

@@ -11,29 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Finding
-from numerics_suite.devices.arithmetic import autocast_off
-from numerics_suite.diagnosing.causes import REMEDIES, cause_of, origin_facts
 from numerics_suite.diagnosing.findings import batch_as_json
-from numerics_suite.diagnosing.remedies import untried
-from numerics_suite.engine.outputs import floating_outputs
-from numerics_suite.observing.finiteness import nonfinite_count
+from numerics_suite.diagnosing.remedy_register import remedies_of, untried
+from numerics_suite.diagnosing.remedy_trials import NO_RUN
+from numerics_suite.diagnosing.root_causes import (
+    REMEDIES,
+    bad_input,
+    cause_of,
+    cause_of_run,
+    eps_underflows,
+    origin_facts,
+)
+from numerics_suite.engine.calls import call_with, input_device
+from numerics_suite.engine.runner import dropped_gradients
 from numerics_suite.observing.locate import Origin, find_origin
+from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
-from numerics_suite.watching.norms import local
-from numerics_suite.watching.retracing import Trained, trained_origin
-from numerics_suite.watching.retraining import Start
+from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
-from numerics_suite.watching.stepping import eps_is_zero
 
 SMALL_BYTES = 64 << 20
 """Parameters up to this size are copied where nobody asked for it: within a loop that stops, and into a bundle."""
 
 SECONDS = 60.0
 """As long as a loop that stops is kept for its remedies."""
-
-HEADS = ("score", "classifier", "classifier_head", "lm_head", "qa_outputs")
-"""Names under which a new head is made for a task."""
 
 EXPLANATIONS = {
     "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: nobody wrote them.",
@@ -82,20 +85,25 @@ class Scene:
     largest_copy: float = SMALL_BYTES
     seconds: float = SECONDS
 
-
-def bad_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters with an element that is not finite."""
-    return tuple(name for name, p in model.named_parameters() if nonfinite_count(local(p.detach())))
+    def caught(self, start: Start) -> CaughtStep:
+        """The steps from there on, as something that can be run again."""
+        uninitialised = self.initially_bad if is_head(self.initially_bad) else ()
+        return CaughtStep(self.model, start, uninitialised=uninitialised, largest=self.largest_copy)
 
 
 def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     """The finding of a bad value: replayed, located, its cause named."""
     bad = bad_parameters(scene.model)
-    if (name := _bad_input(scene.calls)) is not None and alarm.cause is None and not scene.initially_bad:
+    inputs = [named_inputs(scene.model, call) for call in scene.calls]
+    name = next((name for given in inputs if (name := bad_input(given)) is not None), None)
+    if name is not None and alarm.cause is None and not scene.initially_bad:
         alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
-    trained = _trained(alarm, scene)
-    origin, how = (trained.origin, trained.how) if trained else _replayed(alarm, scene, bad)
-    cause = _cause(alarm, scene, origin, bad) if trained is None else trained.cause
+    trained = None if _is_known(alarm, scene) else trained_again(scene, alarm.step)
+    if trained is not None:
+        origin, how, cause = trained
+    else:
+        origin, how = _replayed(alarm, scene, bad)
+        cause = _cause(alarm, scene, origin, bad)
     facts: dict[str, Fact] = {**alarm.facts, "replay": how}
     if origin is not None:
         facts |= origin_facts(origin)
@@ -114,8 +122,8 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
         step=alarm.step,
         parameters=parameters,
         evidence=facts,
-        batch=_batch(scene.calls),
-        remedies=untried(REMEDIES.get(cause, ("default-input-dtypes",) if cause == "wrong-input-dtype" else ())),
+        batch=_batch(alarm.step, inputs),
+        remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
 
 
@@ -133,49 +141,47 @@ def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[
     return f"{alarm.text}{where}: {cause}"
 
 
-def _batch(calls: Sequence[Call]) -> Mapping[str, Any] | None:
-    if not calls:
-        return None
-    last = calls[-1]
-    inputs = {**{f"arg{index}": value for index, value in enumerate(last.args)}, **last.kwargs}
-    return batch_as_json(Batch(tensors=inputs, drawn=f"forward pass {len(calls)} of step {last.step}"))
-
-
-def _bad_input(calls: Sequence[Call]) -> str | None:
-    """Name of the first input that holds NaN or +inf; a mask's -inf is meant."""
-    for call in calls:
-        for name, value in {**{f"arg{index}": item for index, item in enumerate(call.args)}, **call.kwargs}.items():
-            if (
-                isinstance(value, Tensor)
-                and value.is_floating_point()
-                and bool((value.isnan() | (value == float("inf"))).any())
-            ):
-                return name
-    return None
+def _batch(step: int, inputs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    drawn = f"forward pass {len(inputs)} of step {step}"
+    return batch_as_json(Batch(tensors=inputs[-1], drawn=drawn)) if inputs else None
 
 
 def _cause(alarm: Alarm, scene: Scene, origin: Origin | None, bad: tuple[str, ...]) -> str:
     if alarm.cause is not None:
         return alarm.cause
     if scene.initially_bad:
-        return "uninitialised-parameters" if all(map(_of_head, scene.initially_bad)) else "corrupt-weights"
+        return "uninitialised-parameters" if is_head(scene.initially_bad) else "corrupt-weights"
     spoiled = origin.parameters if origin else (bad if not scene.updated else ())
     if alarm.kind == "parameter" or spoiled:
-        return "optimizer-underflow" if eps_is_zero(scene.optimizer) else "divergence"
+        return "optimizer-underflow" if eps_underflows(filter(None, [scene.optimizer])) else "divergence"
     return cause_of(origin) if origin else "unknown"
 
 
-def _trained(alarm: Alarm, scene: Scene) -> Trained | None:
-    """The bad step as it comes about from the snapshot on; None where that cannot be had or stays finite."""
-    known = alarm.cause is not None or alarm.kind == "inputs" or bool(scene.initially_bad)
+def _is_known(alarm: Alarm, scene: Scene) -> bool:
+    return alarm.cause is not None or alarm.kind == "inputs" or bool(scene.initially_bad)
+
+
+def trained_again(scene: Scene, step: int) -> tuple[Origin | None, str, str] | None:
+    """Place, what was run and cause of the bad step as it comes about from a snapshot on; None where it cannot, or stays finite.
+
+    Args:
+        scene: with a start from parameters that were kept.
+        step: the bad one.
+    """
     start = next((start for start in scene.starts if start.parameters and start.whole), None)
-    if known or start is None or (not scene.updated and start.first == alarm.step):
+    if start is None or start.loop is None or (not scene.updated and start.first == step):
         return None
-    return trained_origin(scene.model, start, scene.largest_copy)
-
-
-def _of_head(name: str) -> bool:
-    return any(part in HEADS for part in name.split("."))
+    try:
+        with undisturbed():
+            caught = scene.caught(start)
+            bad = caught.train(caught.once).bad
+            if bad is None:
+                return None
+            origin, cause = cause_of_run(caught, caught.once, bad)
+    except (NotApplicableError, *NO_RUN):
+        return None
+    on = f", trained on to step {bad.step}" if bad.step > start.first else ""
+    return origin, f"with {start.words}{on}", cause or "unknown"
 
 
 def _replayed(alarm: Alarm, scene: Scene, bad: tuple[str, ...]) -> tuple[Origin | None, str]:
@@ -214,7 +220,7 @@ def run_again(scene: Scene, values: Mapping[str, Tensor], *, backward: bool) -> 
         stack.enter_context(uncompiled(model))
         for run in (_forward, *((_backward,) if backward else ())):
             for call in scene.calls:
-                with as_called(call):
+                with as_called(call, input_device(model)):
                     origin = find_origin(model, functools.partial(_tolerant, run, model, call, scene.scale))
                 if origin is not None:
                     return origin
@@ -223,7 +229,7 @@ def run_again(scene: Scene, values: Mapping[str, Tensor], *, backward: bool) -> 
 
 def _tolerant(run: Callable[[nn.Module, Call, float], None], model: nn.Module, call: Call, scale: float) -> None:
     """A replay that ends in an error has shown what it could."""
-    with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
+    with contextlib.suppress(*NO_RUN):
         run(model, call, scale)
 
 
@@ -240,15 +246,9 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 def _forward(model: nn.Module, call: Call, _scale: float) -> None:
     with torch.no_grad():
-        model(*call.args, **call.kwargs)
+        call_with(model, call.args, call.kwargs)
 
 
 def _backward(model: nn.Module, call: Call, scale: float) -> None:
     """Gradients that go nowhere: those that the loop has accumulated stay."""
-    with torch.enable_grad():
-        loss = floating_outputs(model(*call.args, **call.kwargs)).get("loss")
-        if loss is None:
-            return  # the loop computes its loss elsewhere
-        with autocast_off(loss.device):
-            trained = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss * scale, trained, allow_unused=True)
+    dropped_gradients(model, call.args, call.kwargs, scale)

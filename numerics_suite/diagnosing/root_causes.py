@@ -1,4 +1,4 @@
-"""Which cause a value that is not finite has: told from where it first appears.
+"""Which cause a value that is not finite has, from where it first appears: for a cell and for a step that the watch caught.
 
 The decisive fact of each cause: a parameter that is not finite itself (nobody wrote it, or the file is damaged) ·
 a softmax over a row with no finite score (fully masked) · an infinity from finite inputs (overflow: the dtype's range
@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
-from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.blocks import freeze_to_scope
-from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.outputs import floating_outputs, loss_in
-from numerics_suite.engine.runner import forward_pass
-from numerics_suite.engine.training_loop import BadTensor, HaltedError, Plan, Trainer, make_optimizer
+from numerics_suite.devices.random_state import seeded
+from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.training_loop import BadTensor, HaltedError, Plan, Trainer
 from numerics_suite.judging.verdicts import Breach
 from numerics_suite.observing.domain import name_of
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.locate import Origin, find_origin
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numerics_suite.core.records import Batch, Fact
     from numerics_suite.engine.evidence import Evidence
@@ -58,6 +55,8 @@ REMEDIES = {
     "divergence": ("clip-grad-norm", "lower-learning-rate"),
     "underflow": ("keep-in-fp32", "use-amp-bf16", "newer-version"),
     "loss-scaling": ("tune-loss-scale", "disable-amp", "use-amp-bf16"),
+    "wrong-input-dtype": ("default-input-dtypes",),
+    "out-of-range-input": (),
 }
 
 
@@ -74,6 +73,17 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
         return breach
     if key not in LOCATED:
         return _with_cause_of_nan(breach, evidence, batch)
+    return _with_bad_input(breach, evidence, batch) or _with_place(breach, evidence, batch)
+
+
+def _with_bad_input(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach | None:
+    given = batch or (evidence.training_batch if breach.budget.check.startswith("train.") else None)
+    name = None if given is None or evidence.broken else bad_input(given.tensors)
+    return None if name is None else _named(breach, "out-of-range-input", facts={"input that is not finite": name})
+
+
+def _with_place(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+    key = (breach.budget.check, breach.measurement.name)
     if not key[0].startswith("train."):
         origin = _replay_forward(evidence, batch)
         return (
@@ -82,15 +92,29 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
             else _at(breach, origin, _forward_cause(origin, evidence, batch))
         )
     plan, bad = _failing_run(breach, evidence)
-    origin = replay_step(evidence, plan, bad)
+    origin, cause = cause_of_run(evidence, plan, bad)
+    if cause is None:
+        late = bad is not None and bad.step > evidence.first_step
+        cause = "divergence" if late else breach.budget.cause
     if origin is None:
-        late = bad is not None and bad.step > 1
-        return _named(breach, "divergence" if late else breach.budget.cause)
-    cause = _training_cause(origin, evidence, plan, bad)
+        return _named(breach, cause)
     if key[0] == "train.amp" and cause not in {"uninitialised-parameters", "corrupt-weights"}:
         # Where the gradient breaks is told beside it; what the user sees, and can turn, is the scale that never recovers.
         return _at(breach, origin, breach.budget.cause, known={"the gradient breaks by": cause})
     return _at(breach, origin, cause)
+
+
+def bad_input(tensors: Mapping[str, object]) -> str | None:
+    """Name of the first input that holds NaN or +inf; a mask's -inf is meant.
+
+    Args:
+        tensors: what a model is called with.
+    """
+    for name, value in tensors.items():
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if floating and bool((value.isnan() | (value == float("inf"))).any()):  # type: ignore[attr-defined]
+            return name
+    return None
 
 
 def _with_cause_of_nan(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
@@ -102,9 +126,10 @@ def _with_cause_of_nan(breach: Breach, evidence: Evidence, batch: Batch | None) 
     origin = _replay_forward(evidence, batch)
     if origin is not None:
         return _at(breach, origin, _forward_cause(origin, evidence, batch))
-    plan = evidence.request.plan
-    origin = replay_step(evidence, plan, None) if evidence.recipe.trains else None
-    return breach if origin is None else _at(breach, origin, _training_cause(origin, evidence, plan, None))
+    if not evidence.recipe.trains:
+        return breach
+    origin, cause = cause_of_run(evidence, evidence.request.plan, None)
+    return breach if origin is None or cause is None else _at(breach, origin, cause)
 
 
 def _replay_forward(evidence: Evidence, batch: Batch | None) -> Origin | None:
@@ -124,39 +149,65 @@ def _failing_run(breach: Breach, evidence: Evidence) -> tuple[Plan, BadTensor | 
     return plan, evidence.trajectory.bad
 
 
-def replay_step(evidence: Evidence, plan: Plan, bad: BadTensor | None) -> Origin | None:
-    """The origin within the failing step of a training run: the steps before it are repeated, unwatched.
+def cause_of_run(evidence: Evidence, plan: Plan, bad: BadTensor | None) -> tuple[Origin | None, str | None]:
+    """Where a value stops being finite in a training run and why; None for what the run does not show.
+
+    The steps before the failing one are repeated unwatched, on a copy.
 
     Args:
-        evidence: the cell; a copy of its model is trained.
+        evidence: a cell, or a step that the watch caught.
         plan: of the run that failed.
         bad: the first tensor that was not finite, None for whatever the first step leaves.
     """
-    model = evidence.copy_model()
-    freeze_to_scope(model, plan.scope, evidence.family)
-    if evidence.recipe.parameters == "float64":
-        model.double()
-    tensors = evidence.training_batch.tensors
-    trainer = Trainer(model, evidence.condition, plan)
-    step = bad.step if bad is not None else 1
+    try:
+        trainer = evidence.trainer(plan)
+        with seeded(evidence.request.seed):
+            origin = _origin_in(trainer, evidence.first_step if bad is None else bad.step, bad)
+    except (RuntimeError, NotApplicableError, HaltedError):
+        return None, None
+    if origin is not None and origin.parameters:
+        return origin, parameter_cause(origin.parameters, evidence)
+    in_optimizer = bad is not None and bad.kind in {"parameter", "optimizer state"}
+    in_optimizer = in_optimizer or (origin is not None and origin.written is not None)
+    if in_optimizer and _divides_by_eps(origin) and eps_underflows(trainer.optimizers):
+        return origin, "optimizer-underflow"
+    moved = bad is not None and (bad.step > evidence.first_step or in_optimizer)
+    masked = origin is not None and origin.masked_row
+    if moved and not masked and _slower_is_finite(evidence, plan):
+        return origin, "divergence"  # the model was well until its own steps moved it, and smaller ones do not
+    return origin, None if origin is None else cause_of(origin)
 
+
+def _origin_in(trainer: Trainer, step: int, bad: BadTensor | None) -> Origin | None:
     def last() -> object:
         if bad is not None and bad.kind in {"logits", "loss"}:
-            with forward_pass(evidence.condition):
-                outputs = floating_outputs(call_model(model, tensors))
-            return outputs if "loss" in outputs else loss_in(outputs)
+            outputs = [run() for run in trainer.forwards(step)]
+            return outputs, [trainer.loss_of(output) for output in outputs]
         with contextlib.suppress(HaltedError):
-            trainer.step(tensors, step)
+            trainer.step(step)
         kept = dict(trainer.parameters)
-        return trainer.optimizer.state, kept, [p.grad for p in kept.values()]
+        return [each.state for each in trainer.optimizers], kept, [p.grad for p in kept.values()]
 
-    with random_state.torch_seeded(evidence.request.seed):
-        try:
-            for number in range(1, step):
-                trainer.step(tensors, number)
-            return find_origin(model, last)
-        except (RuntimeError, NotApplicableError, HaltedError):
-            return None
+    for number in trainer.numbers():
+        if number == step:
+            break
+        trainer.step(number)
+    return find_origin(trainer.model, last)
+
+
+def _divides_by_eps(origin: Origin | None) -> bool:
+    """Whether the op may be the optimizer's division; a fused kernel shows no division of its own."""
+    return origin is None or origin.outside_domain or "fused" in origin.op
+
+
+def parameter_cause(parameters: Iterable[str], evidence: Evidence) -> str:
+    """The cause of parameters that are not finite themselves.
+
+    Args:
+        parameters: names.
+        evidence: knows which of them nothing has initialised.
+    """
+    return "uninitialised-parameters" if set(parameters) & set(evidence.unwritten) else "corrupt-weights"
 
 
 def cause_of(origin: Origin) -> str:
@@ -179,8 +230,8 @@ def cause_of(origin: Origin) -> str:
 
 def _forward_cause(origin: Origin, evidence: Evidence, batch: Batch | None) -> str:
     cause = cause_of(origin)
-    if set(origin.parameters) & set(evidence.unwritten):
-        return "uninitialised-parameters"
+    if origin.parameters:
+        return parameter_cause(origin.parameters, evidence)
     if (
         origin.outside_domain
         and cause == "invalid-operation"
@@ -205,18 +256,6 @@ def _finite_in_fp32(evidence: Evidence, batch: Batch) -> bool:
     return not any(nonfinite_count(value) for value in outputs.values())
 
 
-def _training_cause(origin: Origin, evidence: Evidence, plan: Plan, bad: BadTensor | None) -> str:
-    if origin.parameters:
-        return "uninitialised-parameters" if set(origin.parameters) & set(evidence.unwritten) else "corrupt-weights"
-    in_optimizer = origin.written is not None or (bad is not None and bad.kind in {"parameter", "optimizer state"})
-    if in_optimizer and origin.outside_domain and _eps_underflows(origin, plan):
-        return "optimizer-underflow"
-    moved = bad is not None and (bad.step > 1 or in_optimizer)
-    if moved and not origin.masked_row and _slower_is_finite(evidence, plan):
-        return "divergence"  # the model was well until its own steps moved it, and smaller ones do not
-    return cause_of(origin)
-
-
 def _slower_is_finite(evidence: Evidence, plan: Plan) -> bool:
     rates = (plan.lr / SLOWER, *((USUAL,) if plan.lr / SLOWER > USUAL else ()))
     try:
@@ -225,12 +264,18 @@ def _slower_is_finite(evidence: Evidence, plan: Plan) -> bool:
         return False
 
 
-def _eps_underflows(origin: Origin, plan: Plan) -> bool:
-    """Whether the optimizer's eps is 0 in the parameter's dtype, so that it divides by the root of an average that may be 0."""
-    if plan.optimizer == "sgd":
-        return False
-    eps = make_optimizer(plan, [torch.nn.Parameter(torch.zeros(1))]).defaults["eps"]
-    return float(torch.tensor(eps, dtype=dtype_of(origin.dtype))) == 0.0
+def eps_underflows(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """Whether an eps is 0 in the dtype of a parameter, so that the optimizer divides by the root of an average that may be 0.
+
+    Args:
+        optimizers: of a training loop.
+    """
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        eps = group.get("eps")
+        dtypes = {p.dtype for p in group["params"] if p.is_floating_point()}
+        if isinstance(eps, float) and eps and any(float(torch.tensor(eps, dtype=dtype)) == 0.0 for dtype in dtypes):
+            return True
+    return False
 
 
 def origin_facts(origin: Origin) -> dict[str, Fact]:

@@ -1,13 +1,14 @@
-"""Remedies that other packages add."""
+"""Every remedy that can be named: those of the contract, and those that other packages add."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from numerics_suite.core.extensions import OWN_NAME, REMEDIES, Extension, extensions, load_as
-from numerics_suite.diagnosing.cures import COST, CURES, Cure
+from numerics_suite.core.records import Remedy
+from numerics_suite.diagnosing.remedies import COST, CURES, DESCRIPTIONS, Cure
 from numerics_suite.settings.choices import CAUSES
 
 
@@ -72,3 +73,32 @@ def cost_of(name: str) -> float:
         name: of ours, or of another package's.
     """
     return COST.index(name) if name in COST else COST.index("reload-weights") - 0.5
+
+
+def is_remedy(name: str) -> bool:
+    """Whether a budget may name it: a remedy of the contract, or one that another package adds."""
+    return name in DESCRIPTIONS or name in added_remedies()
+
+
+def description_of(name: str) -> str:
+    """What the user does, in a line.
+
+    Args:
+        name: of a remedy that :func:`is_remedy` knows.
+    """
+    return DESCRIPTIONS[name] if name in DESCRIPTIONS else added_remedies()[name].description
+
+
+def useful_first(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
+    """Those that were seen to work, then those that could not be tried, then those that do not help; else as they stood.
+
+    Args:
+        remedies: of one finding.
+    """
+    rank = {True: 0, None: 1, False: 2}
+    return tuple(sorted(remedies, key=lambda remedy: rank[remedy.verified]))
+
+
+def untried(names: tuple[str, ...]) -> tuple[Remedy, ...]:
+    """The remedies of these names, not tried yet (`verified` is None)."""
+    return tuple(Remedy(name=name, description=description_of(name)) for name in names)

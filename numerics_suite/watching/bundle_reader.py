@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,13 @@ from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
-from numerics_suite.observing.locate import Origin
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.watching.bundle import BATCHES, JSON_NAME, KIND, OPTIMIZER, PARAMETERS, SCHEMA_VERSION
-from numerics_suite.watching.diagnose import Scene, run_again
-from numerics_suite.watching.retraining import Kept, Start
+from numerics_suite.watching.caught_step import Start, bad_parameters
+from numerics_suite.watching.diagnosis import Scene
+from numerics_suite.watching.optimizer_states import Loop, loop_from_json
 from numerics_suite.watching.ring import Call
-from numerics_suite.watching.stepping import Loop, loop_from_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +64,10 @@ class Bundle:
         if not self.parameters or not calls:
             return None
         whole = {call.step for call in calls} == set(range(first, self.step + 1))
-        kept = Kept(calls=calls, loop=self.loop, scale=self.scale)
-        return Start(words=f"the {self._words}", kept=kept, parameters=self.parameters, whole=whole)
+        words = f"the {self._words}"
+        return Start(
+            words=words, calls=calls, loop=self.loop, scale=self.scale, parameters=self.parameters, whole=whole
+        )
 
     @property
     def _words(self) -> str:
@@ -169,19 +171,30 @@ def _on_cpu(call: Call) -> Call:
     return replace(call, rng={"cpu": call.rng["cpu"]})
 
 
-def replay(bundle: Bundle, model: nn.Module) -> Origin | None:
-    """Run the bad step's calls on a model, forward and backward; where a value stops being finite, None where all stay finite.
+def scene_of(bundle: Bundle, model: nn.Module, starts: Sequence[Start]) -> Scene:
+    """What the watch had at hand, as far as the folder has it.
 
     Args:
         bundle: as read.
         model: on the CPU; put in the mode, training or evaluation, that the watched one was in.
-
-    Raises:
-        BadInputError: no call of that step was kept whole.
+        starts: from which its steps can be taken.
     """
-    calls = bad_calls(bundle)
     model.train(bool(bundle.content["model"]["training"]))
-    return run_again(Scene(model=model, optimizer=None, calls=calls, scale=bundle.scale), {}, backward=True)
+    return Scene(
+        model=model,
+        optimizer=None,
+        calls=_calls_of_bad_step(bundle),
+        starts=starts,
+        updated=True,  # whether the value arose in the step or in its update, the steps themselves say
+        initially_bad=bad_parameters(model),
+        scale=bundle.scale,
+        largest_copy=math.inf,
+        seconds=math.inf,
+    )
+
+
+def _calls_of_bad_step(bundle: Bundle) -> list[Call]:
+    return [_on_cpu(call) for call in bundle.calls if call.step == bundle.step]
 
 
 def bad_calls(bundle: Bundle) -> list[Call]:
@@ -193,7 +206,7 @@ def bad_calls(bundle: Bundle) -> list[Call]:
     Raises:
         BadInputError: none was kept whole.
     """
-    calls = [_on_cpu(call) for call in bundle.calls if call.step == bundle.step]
+    calls = _calls_of_bad_step(bundle)
     if not calls:
         message = f"--bundle: {bundle.path} holds no batch of step {bundle.step} that can be replayed"
         raise BadInputError(message)

@@ -1,8 +1,8 @@
-"""Trying remedies: each is applied to a fresh copy, the failing check is asked again, and what was seen is told.
+"""Trying remedies: each is applied to a fresh copy, the failing check runs again, and the effect says what was seen.
 
 `verified` is True where the check passes on the cured copy, together with what shows that nothing was merely hidden: the
-weights are sound, the answers repeat and are those of the family's definition, and a cell that can train trains. It is False where that was tried and is not so, None where it
-could not be tried here.
+weights are sound, the answers repeat and are those of the family's definition, and a cell that can train trains. What fails for
+another reason, as it did without the remedy, does not count. It is False where that was tried and is not so, None where it could not be tried here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
-from numerics_suite.core.records import Finding, Remedy
-from numerics_suite.diagnosing.added import cost_of, cures
-from numerics_suite.diagnosing.cures import Attempt, learning_rates
+from numerics_suite.core.records import Finding, Measurement, Remedy
+from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.findings import title
-from numerics_suite.diagnosing.remedies import description_of, useful_first
+from numerics_suite.diagnosing.remedies import Attempt, learning_rates
+from numerics_suite.diagnosing.remedy_register import cost_of, cures, description_of, useful_first
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.training_loop import Plan, Trajectory
-from numerics_suite.judging.verdicts import Breach
+from numerics_suite.judging.verdicts import Breach, judge
 
 SOUND = ("load.finite", "load.head-init")
 """Asked of every cured copy: a remedy under which one still fails hides the symptom and leaves the cause."""
@@ -43,8 +43,12 @@ BY_THE_MODEL = frozenset({"merged-ids", "merged-edges", "out-of-range"})
 """Measurements of `inputs.*` that are taken on inputs as they should be. The others call the model as it should not be
 called, by design; where the cure is to call it otherwise they say nothing of the cured call."""
 
+LOWER_RATE = "lower-learning-rate"
 SAME = 1e-3
 """Relative difference of two distances from the definition that are one: both are taken in true fp64 of rounded weights."""
+
+NO_RUN = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
+"""What a model raises that cannot be run on a batch; such a replay has shown what it could."""
 
 PAIRED = 3
 """Remedies from which pairs are made where none helps alone: the cheapest ones, so at most three pairs."""
@@ -59,7 +63,42 @@ class Answer:
 
 
 Ask = Callable[[str, Evidence], Answer]
-"""Asks a check, by id, of other evidence with the batches of this run; NotApplicableError where it has nothing to ask."""
+"""Runs a check, by id, on other evidence with the batches of this run; NotApplicableError where it does not apply."""
+
+
+def ask_once(check: str, evidence: Evidence) -> Answer:
+    """Run a check that draws no batches.
+
+    Args:
+        check: id.
+        evidence: as it is.
+
+    Raises:
+        NotApplicableError: the check does not apply.
+    """
+    spec = get_check(check)
+    if not spec.of_broken and evidence.broken:
+        reason = f"weights are not finite: {evidence.broken[0]} (load.finite, load.head-init)"
+        raise NotApplicableError(reason)
+    measured = [item for item in spec.function(evidence) if isinstance(item, Measurement)]
+    return Answer(breaches=judge(check, measured), measurements={each.name: each.value for each in measured})
+
+
+def breaks(check: str, evidence: Evidence) -> bool:
+    """Whether the check fails there; False where it does not apply, or where the model cannot take the batch at all.
+
+    Args:
+        check: id.
+        evidence: as it is.
+    """
+    try:
+        return bool(ask_once(check, evidence).breaches)
+    except (NumericsSuiteError, *NO_RUN):
+        return False
+
+
+class TimeOverError(NumericsSuiteError):
+    """Nothing more may be tried: a training loop waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +109,27 @@ class _Seen:
     effect: str
 
 
-def try_remedies(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> tuple[Remedy, ...]:
+def try_remedies(  # noqa: PLR0913 - two are for what is no cell
+    check: str,
+    finding: Finding,
+    evidence: Evidence,
+    ask: Ask,
+    *,
+    beside: Sequence[str] | None = None,
+    begin: Callable[[str], Evidence] | None = None,
+) -> tuple[Remedy, ...]:
     """The finding's remedies, tried; those that work first, each kind in the order of what they cost the user.
 
     Args:
         check: id of the check that failed.
         finding: of that check.
         evidence: the cell; nothing of it is changed.
-        ask: asks a check again.
+        ask: runs a check again.
+        beside: checks that a cured copy must pass too, None for those of a cell.
+        begin: what a remedy of that name is tried on, where not every one can act on the same; NotApplicableError with the reason
+            where there is nothing.
     """
-    trial = _Trial(check=check, finding=finding, evidence=evidence, ask=ask)
+    trial = _Trial(check=check, finding=finding, evidence=evidence, ask=ask, beside=beside, begin=begin)
     names = sorted((remedy.name for remedy in finding.remedies), key=cost_of)
     tried = [trial.remedy(name) for name in names]
     if not any(remedy.verified for remedy in tried):
@@ -93,6 +143,11 @@ class _Trial:
     finding: Finding
     evidence: Evidence
     ask: Ask
+    beside: Sequence[str] | None = None
+    begin: Callable[[str], Evidence] | None = None
+
+    def _begin(self, name: str) -> Evidence:
+        return self.evidence if self.begin is None else self.begin(name)
 
     def remedy(self, name: str) -> Remedy:
         """One remedy alone."""
@@ -100,8 +155,8 @@ class _Trial:
         if name in NOT_HERE:
             return replace(untried, effect=NOT_HERE[name])
         try:
-            seen = self._learning_rate() if name == "lower-learning-rate" else self._first_that_works(name)
-        except NotApplicableError as error:
+            seen = self._learning_rate() if name == LOWER_RATE else self._first_that_works(name)
+        except (NotApplicableError, UnsupportedError, TimeOverError) as error:
             return replace(untried, effect=str(error))
         except Exception as error:  # noqa: BLE001 - a cure that cannot be tried never hides the finding
             line = " ".join(str(error).split())
@@ -130,7 +185,7 @@ class _Trial:
 
     def _both(self, one: str, other: str) -> _Seen | None:
         try:
-            for first in cures()[one](self.evidence, self.finding):
+            for first in cures()[one](self._begin(one), self.finding):
                 for second in cures()[other](first.evidence, self.finding):
                     return self._seen(second)
         except Exception:  # noqa: BLE001 - as above
@@ -139,36 +194,39 @@ class _Trial:
 
     def _first_that_works(self, name: str) -> _Seen | None:
         last = None
-        for attempt in cures()[name](self.evidence, self.finding):
+        for attempt in cures()[name](self._begin(name), self.finding):
             last = self._seen(attempt)
             if last.works:
                 return last
         return last
 
     def _learning_rate(self) -> _Seen | None:
-        if not self.evidence.recipe.trains:
+        evidence = self._begin(LOWER_RATE)
+        lr = evidence.request.plan.lr
+        if not evidence.recipe.trains or not lr > 0:
             return None
 
-        def holds(plan: Plan) -> bool:
-            return bool(self._seen(Attempt(evidence=self.evidence.variant(plan=plan))).works)
+        def seen(plan: Plan) -> _Seen:
+            return self._seen(Attempt(evidence=evidence.variant(plan=plan)))
 
-        found = learning_rates(self.evidence.request.plan, holds)
+        found = learning_rates(evidence.request.plan, lambda plan: bool(seen(plan).works))
         if found is None:
-            lowest = self.evidence.request.plan.lr
-            return _Seen(works=False, effect=f"no learning rate down to {lowest / 1e4:.1g} helps")
-        plan = self.evidence.with_plan(lr=found)
-        seen = self._seen(Attempt(evidence=self.evidence.variant(plan=plan)))
-        return replace(seen, effect=f"lr {found:.2g} is the largest that holds: {seen.effect}")
+            return _Seen(works=False, effect=f"no learning rate from {lr:.2g} down to {lr / 1e4:.1g} helps")
+        held = seen(evidence.with_plan(lr=found))
+        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that holds: {held.effect}")
 
     def _seen(self, attempt: Attempt) -> _Seen:
         """The failing check on the cured copy, then what shows that the cause is gone."""
         cured = attempt.evidence
         try:
             how = f"{attempt.how}: " if attempt.how else ""
+            where = f", with {cured.origin}" if cured.origin else ""
             own = self._asked(self.check, attempt)
             breaches = self._that_count(own, attempt)
             if own is not None and breaches:
-                return _Seen(works=False, effect=how + _still(replace(own, breaches=breaches), cured, self.check))
+                return _Seen(
+                    works=False, effect=how + _still(replace(own, breaches=breaches), cured, self.check) + where
+                )
             for check in SOUND:
                 answer = self._asked(check, attempt)
                 if answer is not None and answer.breaches:
@@ -180,7 +238,7 @@ class _Trial:
                     effect = f"{how}{self.check} passes, and no definition is at hand to hold the answers to"
                     return _Seen(works=None, effect=effect)
                 if answer is not None and answer.breaches and not self._excused(check, answer, attempt):
-                    return _Seen(works=False, effect=f"{how}{check} fails: {title(answer.breaches[0])}")
+                    return _Seen(works=False, effect=f"{how}{check} fails: {title(answer.breaches[0])}{where}")
                 if answer is not None and check == DEFINITION and attempt.meant is not None:
                     held = answer.measurements.get("true-logits", math.nan)
                     how = f"{how}the answers are {held:.1g} from the definition; "
@@ -203,7 +261,9 @@ class _Trial:
         return self.check.startswith("inputs.")
 
     def _companions(self, cured: Evidence) -> tuple[str, ...]:
-        """Checks that must hold beside the one that failed."""
+        """Checks that must pass beside the one that failed."""
+        if self.beside is not None:
+            return tuple(self.beside)
         about_training = self.check.startswith(("train.", "load."))
         return (*TRAINS, *RIGHT) if about_training and cured.recipe.trains else RIGHT
 
@@ -231,9 +291,9 @@ class _Trial:
 
     def _effect(self, own: Answer | None, attempt: Attempt) -> str:
         cured = attempt.evidence
-        if attempt.meant is None and set(TRAINS) <= set(self._companions(cured)):
+        if attempt.meant is None and TRAINS[0] in self._companions(cured):
             try:
-                return curve(cured.trajectory)
+                return curve(cured.trajectory) + (f", with {cured.origin}" if cured.origin else "")
             except NumericsSuiteError:
                 pass
         name = str(self.finding.evidence.get("measurement", ""))
@@ -248,9 +308,9 @@ def curve(run: Trajectory) -> str:
     """`finite; loss 1.79 → 0.48 in 5 steps`, or where it stopped being finite."""
     if run.bad is not None:
         return f"{run.bad.kind} {run.bad.name} is not finite at step {run.bad.step}"
-    if not run.losses:
+    if len(run.losses) < 2:
         return "finite"
-    return f"finite; loss {run.losses[0]:.3g} → {run.losses[-1]:.3g} in {len(run.losses) - 1} steps"
+    return f"finite; loss {run.losses[0]:.3g} → {run.losses[-1]:.3g} in {len(run.gradient_norms)} steps"
 
 
 def _still(answer: Answer, cured: Evidence, check: str) -> str:

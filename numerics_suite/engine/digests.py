@@ -1,0 +1,23 @@
+"""One digest of tensors: baselines, bundles, batches and repeated runs are compared by it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def tensor_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the tensors' dtypes, shapes and bytes, in their order.
+
+    Args:
+        tensors: of any dtype, on any device.
+    """
+    found = hashlib.sha256()
+    for tensor in tensors:
+        held = tensor.detach().cpu().contiguous()
+        found.update(f"{held.dtype}{tuple(held.shape)}".encode())
+        found.update(held.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
