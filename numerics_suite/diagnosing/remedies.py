@@ -248,17 +248,17 @@ def _default_dtypes(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
     """The suite's own batches are int64, so what is asked of them is the cure; a batch that came with the model is cast back."""
     own = evidence.loaded.batch or {}
     floating = {n: v for n, v in own.items() if n in IDS and isinstance(v, Tensor) and v.is_floating_point()}
-    if any(v.dtype in {torch.bfloat16, torch.float16} and bool((v > EXACT_IN_HALF).any()) for v in floating.values()):
-        reason = "cannot be tried: the ids were rounded before they came here, and which were meant is lost"
-        raise NotApplicableError(reason)
-    if floating:
+    half = (torch.bfloat16, torch.float16)
+    lost = any(v.dtype in half and bool((v > EXACT_IN_HALF).any()) for v in floating.values())
+    if floating and not lost:
         whole = InputChange(of=lambda tensors: {n: v.long() if n in floating else v for n, v in tensors.items()})
-        yield Attempt(
-            evidence=evidence.variant(change=whole),
-            how="ids and masks in int64" if MASK in floating else "ids in int64",
-        )
+        how = "ids and masks in int64" if MASK in floating else "ids in int64"
+        yield Attempt(evidence=evidence.variant(change=whole), how=how)
     elif evidence.takes_ids:
         yield Attempt(evidence=evidence.variant(), how="ids and masks in int64")
+    elif lost:
+        reason = "cannot be tried: the ids were rounded before they came here, and which were meant is lost"
+        raise NotApplicableError(reason)
 
 
 def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:

@@ -99,6 +99,11 @@ TAPS = {
 }
 
 
+def is_unheard() -> bool:
+    """Whether a replay runs."""
+    return bool(_UNHEARD)
+
+
 @contextmanager
 def unheard() -> Iterator[None]:
     """Within it nobody is told of anything."""

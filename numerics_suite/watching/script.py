@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from numerics_suite.watching.attaching import plain_model
+from numerics_suite.watching.patches import is_unheard
 from numerics_suite.watching.session import Watch, WatchSettings
 
 
@@ -54,7 +55,7 @@ class Finder:
             yield
 
     def _on_call(self, module: nn.Module) -> None:
-        if not torch.is_grad_enabled() or any(watch.called is module for watch in self.watches):
+        if is_unheard() or not torch.is_grad_enabled() or any(watch.called is module for watch in self.watches):
             return
         inner = plain_model(module)
         if any(p.requires_grad for p in inner.parameters()):
@@ -62,7 +63,7 @@ class Finder:
             self.watches.append(self._stack.enter_context(watch))
 
     def _on_step(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        if id(optimizer) in self._bound:
+        if is_unheard() or id(optimizer) in self._bound:
             return
         self._bound.add(id(optimizer))
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

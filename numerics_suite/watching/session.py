@@ -148,6 +148,8 @@ class Watch:
         inner = plain_optimizer(optimizer)
         if all(inner is not known for known in self.optimizers):
             self.optimizers.append(inner)
+            if self._updated_at < self.step:
+                self._kept.also(self.step, self.optimizers)
             self._stack.enter_context(around_step(inner, self.before_step, self.after_step))
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

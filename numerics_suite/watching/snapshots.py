@@ -82,6 +82,16 @@ class Snapshots:
             return
         self.parameters, self.step, self._optimizers = copies, step, _states(self.model, optimizers)
 
+    def also(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Add optimizers that became known only after the snapshot was taken; none of them has stepped since.
+
+        Args:
+            step: the step that runs.
+            optimizers: of the loop, all of them.
+        """
+        if self.parameters and self.step == step:
+            self._optimizers = _states(self.model, optimizers)
+
     def starts(self, seen: Seen, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Start, ...]:
         """Where the bad step can be replayed from, the one that shows most first.
 

@@ -372,6 +372,31 @@ def test_a_loop_is_kept_for_a_minute_and_no_longer():
     assert "the 0 seconds for it were over" in remedy.effect
 
 
+def test_a_script_whose_optimizer_is_found_at_its_first_step_is_replayed(tmp_path):
+    """The snapshot of step 1 is taken before the optimizer is known, and replays open no watch of their own."""
+    from numerics_suite.watching.script import Finder, run_script
+    from numerics_suite.watching.session import WatchSettings
+
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from unit.watched_models import Decoder, train\n"
+        "model = Decoder()\n"
+        "train(model, torch.optim.SGD(model.parameters(), lr=300.0), 12, clip=None)\n",
+        encoding="utf-8",
+    )
+    finder = Finder(WatchSettings(snapshot_every=4), on_bad="stop", bundle=None)
+    with warnings.catch_warnings(), pytest.raises(NumericsError) as error:
+        warnings.simplefilter("ignore")
+        run_script(script, (), finder)
+    assert len(finder.watches) == 1
+    assert error.value.finding.cause == "divergence"
+    assert (error.value.finding.remedies[0].name, error.value.finding.remedies[0].verified) == (
+        "lower-learning-rate",
+        True,
+    )
+
+
 # --- the bundle --------------------------------------------------------------------------------------------------------
 
 
