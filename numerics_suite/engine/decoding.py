@@ -61,7 +61,7 @@ def without_cache(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Ten
     ids, mask = given["input_ids"], given["attention_mask"]
     step = compat.prepared_step(model, ids, mask, start=0, use_cache=False)
     if step is None:
-        positions = {"position_ids": _counted(mask)} if takes_positions(model) else {}
+        positions = {"position_ids": counted_positions(mask)} if takes_positions(model) else {}
         step = {"input_ids": ids, "attention_mask": mask, **positions}
     return {"answer": call_model(model, {}, **step)["logits"]}
 
@@ -81,7 +81,7 @@ def _step(
     elif positions != "generate":
         step.pop("position_ids", None)
     if positions == "counted":
-        step["position_ids"] = _counted(mask)[:, start:]
+        step["position_ids"] = counted_positions(mask)[:, start:]
     return {key: value for key, value in step.items() if value is not None}
 
 
@@ -92,7 +92,7 @@ def _one_row_a_token(logits: Tensor, *, rows: int, tokens: int) -> Tensor:
     return logits.new_full((rows, tokens, int(logits.shape[-1])), float("nan"))
 
 
-def _counted(mask: Tensor) -> Tensor:
+def counted_positions(mask: Tensor) -> Tensor:
     """The place of each real token among the real ones of its row; 0 for padding."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
