@@ -81,7 +81,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
     if evidence.subject.task == "causal-lm" and evidence.takes_ids:
         try:
             tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
-            got = decoded(evidence.run, tensors)
+            got = decoded(evidence.run, tensors, evidence.model)
             answers[DECODED] = got.cpu().double()
             raw["decoding"] = [got, *([found.answers[DECODED]] if DECODED in found.answers else [])]
         except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
@@ -200,7 +200,7 @@ def _decoded_rounded(evidence: Evidence, batches: Sequence[StoredBatch]) -> dict
     tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {DECODED: decoded(lambda piece, **words: call_model(model, piece, **words), given)}
+        return {DECODED: decoded(lambda piece, **words: call_model(model, piece, **words), given, model)}
 
     run = evidence.runner.rounded(tensors, call=call)
     return {} if run.left_out else {DECODED: run.outputs[DECODED].double().cpu()}

@@ -165,7 +165,7 @@ def _decoded(
             own = {**part, "attention_mask": part["attention_mask"][:, -width:]}
             return _watched(lambda inner, _: call_model(inner, part, **words), own, modules)(model, part)
 
-        return {DECODING: decoded(piece, given)}
+        return {DECODING: decoded(piece, given, model)}
 
     before = {
         name: replace(states, given=copy(states.given), gave=copy(states.gave)) for name, states in modules.items()

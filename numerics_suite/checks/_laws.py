@@ -15,7 +15,12 @@ TRUE_ONLY = "judged in true fp64 only"
 
 
 def law_measurements(
-    exact: float, rounded: float, unrounded: str = "", *, place: Callable[[], str | None] | None = None
+    exact: float,
+    rounded: float,
+    unrounded: str = "",
+    *,
+    place: Callable[[], str | None] | None = None,
+    cause: str | None = None,
 ) -> Iterable[Measurement]:
     """`true` (`max|a-b|/rms` in true fp64) and `rounded` (error in p in units of the inherent error).
 
@@ -25,9 +30,10 @@ def law_measurements(
         unrounded: why the second says only whether a value was lost: there is no rounded run, since this op has no
             float64 form.
         place: finds the module in which the two true fp64 runs part; asked only where they do.
+        cause: of the first, where it is another than the law's own.
     """
     module = place() if place is not None and not exact <= AGREED else None
-    yield Measurement(name="true", value=exact, unit="ratio", module=module)
+    yield Measurement(name="true", value=exact, unit="ratio", module=module, cause=cause)
     facts = {TRUE_ONLY: unrounded} if unrounded else {}
     yield Measurement(name="rounded", value=rounded, unit="ratio", module=module, facts=facts)
 

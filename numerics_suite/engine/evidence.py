@@ -38,8 +38,8 @@ from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
-from numerics_suite.subjects.zeroed_memory import Zeroed
 from numerics_suite.subjects.tasks import is_head
+from numerics_suite.subjects.zeroed_memory import Zeroed
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline

@@ -141,7 +141,7 @@ class Trainer:
         forwards: the forward passes of a step, by its number.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what a loop consists of
+    def __init__(
         self,
         model: nn.Module,
         condition: Condition,

@@ -11,12 +11,13 @@ What is kept from the program as stored: the parameters, the buffers, and consta
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from numerics_suite.engine import flex_rule, fused_ops, lifting, weight_stream
 from numerics_suite.engine.calls import call_model, where_float64_is
@@ -243,13 +244,33 @@ def float64_surroundings(module: nn.Module) -> Iterator[None]:
     That is float64 buffers and default dtype, autocast off, attention and experts that have float64 kernels.
     """
     default = torch.get_default_dtype()
-    with lifting.preserved(module), lifting.plain_kernels(module):
+    with lifting.preserved(module), lifting.plain_kernels(module), _convolutions(module):
         _widen_buffers(module)
         torch.set_default_dtype(torch.float64)
         try:
             yield
         finally:
             torch.set_default_dtype(default)
+
+
+class _WideConvolutions(TorchFunctionMode):
+    """Upcasts what a convolution is given, above the dispatch mode.
+
+    PyTorch compares the dtypes of a convolution's input, weight and bias before it dispatches: parameters that stay as
+    stored until an op takes them would be refused there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, a convolution on upcast arguments."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").startswith("conv"):
+            return func(*map(widen, args), **{name: widen(value) for name, value in kwargs.items()})
+        return func(*args, **kwargs)
+
+
+def _convolutions(module: nn.Module) -> AbstractContextManager[object]:
+    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())  # noqa: SLF001 - the base of all
+    return _WideConvolutions() if convolves else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _storages(model: nn.Module, *, trained_only: bool) -> frozenset[int]:

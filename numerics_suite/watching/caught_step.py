@@ -28,8 +28,8 @@ from numerics_suite.devices.kinds import kind_of
 from numerics_suite.devices.precisions import PRECISIONS, Precision
 from numerics_suite.diagnosing.remedies import InputChange
 from numerics_suite.diagnosing.remedy_trials import NO_RUN
-from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.calls import call_with, input_device, takes_token_ids
+from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Plan, Trainer, Trajectory
 from numerics_suite.observing.finiteness import nonfinite_count

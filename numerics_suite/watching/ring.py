@@ -111,7 +111,9 @@ def as_called(call: Call, device: torch.device) -> Iterator[None]:
 def _moved_sections(sections: Mapping[str, torch.dtype], kind: str) -> dict[str, torch.dtype]:
     """The sections for a model on that kind of device: the accelerator's that was there before the CPU's."""
     accelerators = [dtype for name, dtype in sections.items() if name != CPU]
-    dtype = next(iter([*(sections[name] for name in [kind] if name in sections), *accelerators, *sections.values()]), None)
+    dtype = next(
+        iter([*(sections[name] for name in [kind] if name in sections), *accelerators, *sections.values()]), None
+    )
     return {} if dtype is None else {kind: dtype}
 
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observing.headroom import headroom
 from numerics_suite.observing.local_error import first_over, local_errors
 
@@ -207,3 +208,22 @@ def test_headroom_shows_nan_past_later_numbers():
     records = {record.module: record for record in headroom(Twice(), {"value": torch.tensor([1.0, float("nan")])})}
     assert math.isnan(records["same"].bits)
     assert math.isnan(records[""].largest)
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)])
+def test_a_convolution_is_measured(convolution):
+    """Its dtypes are compared above dispatch: weights that stay as stored until they are used are refused there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(convolution, nn.GELU())
+    shape = (2, 8, 5) if isinstance(convolution, nn.Conv1d) else (2, 8, 5, 5)
+    found = local_errors(model, {"input": torch.randn(shape)})
+    assert [error.module for error in found] == ["0", "1", ""]
+    assert all(error.rms_roundoffs < 4 and not error.left_out for error in found)
+
+
+def test_a_convolution_is_streamed():
+    torch.manual_seed(0)
+    model = nn.Conv1d(8, 8, 3).bfloat16()
+    given = {"input": torch.randn(2, 8, 5)}
+    whole, streamed = (run_true_fp64(model, given, stream=stream).outputs["output"] for stream in (False, True))
+    assert torch.equal(whole, streamed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from numerics_suite.subjects.poison import poisoned
 from unit import same_defects
 from unit.same_defects import TABLE, Defect
 
@@ -17,7 +18,6 @@ from numerics_suite.devices.precisions import precision
 from numerics_suite.engine.training_loop import OPTIMIZERS
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import convert
-from numerics_suite.subjects.poison import poisoned
 from numerics_suite.suite.reopen import reopen
 from numerics_suite.suite.session import SuiteSession
 

@@ -2,67 +2,179 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from numerics_suite.checks._laws import law_measurements, skipped_law
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.calls import call_model
+from numerics_suite.engine import decoding
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import caller, compare_law, rounded_answer, true_answer, trusted, without_labels
+from numerics_suite.engine.router_loss import without_router_loss
 from numerics_suite.observing.parting import Side, first_parting
+from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.subjects.compat import is_stateful
+
+HOLE = 3
+"""Columns of padding between a prompt and what is decoded after it, beyond those that the batch has."""
+
+BEYOND = 3
+"""Tokens decoded past a sliding window: one at its edge, one just past it, and a step of several."""
+
+WINDOWS = ("sliding_window", "attention_window_size")
+"""Keys of a config that say how many tokens back a token sees."""
+
+LARGEST_ROW = 4
+"""A row that reaches past a sliding window is asked where it has no more tokens than this many batches."""
 
 
 @check(batches=True, share=0.4, needs=("causal", "token-ids"))
 def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
-    """Is decoding with the cache, token by token and in chunks, the full forward pass?
+    """Is decoding with the cache the full forward pass without one?
 
-    The mask grows with the sequence, and no `position_ids` are given, as `generate` may be called.
+    Token by token as `generate` does, through what the class prepares for it; several tokens in one step and without
+    `position_ids`, as a loop of the user's own may call it; after a prompt that was padded on the right; and past a
+    sliding window. The mask grows with the sequence.
     """
+    if not evidence.family.causal:
+        reason = "an encoder: its tokens see both sides"
+        raise NotApplicableError(reason)
     width = int(batch.tensors["input_ids"].shape[1])
     if width < 2 or not batch.law_abiding:
         yield from skipped_law()
         return
+    # The router's loss takes a mask as long as the ids, which no step of decoding has.
+    with without_router_loss(evidence.model):
+        yield from _in_steps(evidence, batch, sorted({max(width - 2, 1), width - 1}), "generate")
+        # A state that is rolled on token by token is never given several: the class itself says so.
+        single = is_stateful(evidence.model)
+        yield from _in_steps(evidence, batch, [width - 1 if single else width // 2], "none")
+        yield from _after_right_padding(evidence, batch)
+        yield from _past_window(evidence, batch)
+
+
+def _in_steps(
+    evidence: Evidence, batch: Batch, cuts: Sequence[int], positions: decoding.Positions
+) -> Iterable[Measurement]:
+    """The batch decoded in pieces, beside its full forward pass."""
     # A query that sees padding only has no answer by definition; those columns are left out.
-    real = batch.tensors["attention_mask"].bool()
-    # The last two tokens one by one; and the sequence in two chunks.
-    for cuts in ([max(width - 2, 1), width - 1], [width // 2]):
-        pieces = sorted({cut for cut in cuts if 0 < cut < width})
-        decode = decoder(pieces)
-        run = evidence.runner.true_fp64(without_labels(batch.tensors), call=decode)
-        trusted(run.left_out)
-        plain = evidence.runner.apply(lambda d=decode: d(evidence.model, without_labels(batch.tensors))["answer"])  # type: ignore[misc]
-        found = compare_law(
-            evidence,
-            true=true_answer(evidence, batch.tensors)[real],
-            true_other=run.outputs["answer"].cpu()[real],
-            other=plain.cpu().double()[real],
-            base=lambda: rounded_answer(evidence, batch.tensors)[real],
-        )
-        whole, cut = (
-            Side(model=evidence.model, tensors=without_labels(batch.tensors), call=call, pick=lambda state: state[real])
-            for call in (caller(evidence, by_token=True), decode)
-        )
-        yield from law_measurements(*found, place=lambda one=whole, other=cut: first_parting(one, other))  # type: ignore[misc]
+    tensors = without_labels(batch.tensors)
+    real = tensors["attention_mask"].bool()
+    decode = decoding.with_cache(cuts, positions=positions)
+    plain = evidence.runner.apply(lambda: decode(evidence.model, tensors)["answer"])
+    true, stepped = true_answer(evidence, tensors)[real], _true(evidence, tensors, decode)[real]
+    whole, base = caller(evidence, by_token=True), lambda: rounded_answer(evidence, tensors)[real]
+    if positions == "generate" and not relative_error(stepped, true) <= AGREED:
+        # `generate` may count otherwise than the model itself (RoBERTa's own positions begin after its pad id): with and
+        # without the cache are then compared under the positions of `generate`.
+        counted = _true(evidence, tensors, decoding.without_cache)[real]
+        if relative_error(stepped, counted) <= AGREED:
+            true, whole, base = counted, decoding.without_cache, lambda: _rounded(evidence, tensors)[real]
+    found = compare_law(evidence, true=true, true_other=stepped, other=plain.cpu().double()[real], base=base)
+    one, other = (
+        Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
+        for call in (whole, decode)
+    )
+    cause = _cause(evidence, tensors, cuts, found[0])
+    yield from law_measurements(*found, place=lambda: first_parting(one, other), cause=cause)
 
 
-def decoder(cuts: list[int]) -> Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]:
-    """Calls the model on the sequence cut at these columns, handing its cache from piece to piece."""
+def _rounded(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
+    run = evidence.runner.rounded(tensors, call=decoding.without_cache)
+    trusted(run.left_out)
+    return run.outputs["answer"].cpu()
 
-    def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-        ids, mask = tensors["input_ids"], tensors["attention_mask"]
-        edges = [0, *cuts, ids.shape[1]]
-        cached, logits = None, []
-        for start, stop in itertools.pairwise(edges):
-            piece = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
-            output = call_model(model, piece, use_cache=True, past_key_values=cached)
-            cached = output.past_key_values
-            logits.append(output.logits)
-        return {"answer": torch.cat(logits, dim=1)}
 
-    return call
+def _true(evidence: Evidence, tensors: Mapping[str, Any], call: decoding.Call) -> Tensor:
+    run = evidence.runner.true_fp64(tensors, call=call)
+    trusted(run.left_out)
+    return run.outputs["answer"].cpu()
+
+
+def _cause(evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], exact: float) -> str | None:
+    """`wrong-positions` where the law holds as soon as each token is told its place; else the law's own cause."""
+    if exact <= AGREED or not decoding.takes_positions(evidence.model):
+        return None
+    real = tensors["attention_mask"].bool()
+    told = _true(evidence, tensors, decoding.with_cache(cuts, positions="counted"))[real]
+    whole = _true(evidence, tensors, decoding.without_cache)[real]
+    return "wrong-positions" if relative_error(told, whole) <= AGREED else None
+
+
+def _after_right_padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """The last token of every row decoded after a prompt that was padded on the right, in true fp64.
+
+    The other side is the same layout in one call without a cache: what a convolution or a window makes of the padding in
+    between is the model's own affair, and the same on both sides.
+    """
+    tensors = _with_hole(batch, evidence.space.pad_id)
+    if tensors is None:
+        return
+    real = tensors["attention_mask"].bool()
+    cuts = [int(real.shape[1]) - 1]
+    decode = decoding.with_cache(cuts)
+    exact = relative_error(
+        _true(evidence, tensors, decode)[real], _true(evidence, tensors, decoding.without_cache)[real]
+    )
+    whole, cut = (
+        Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
+        for call in (decoding.without_cache, decode)
+    )
+    module = None if exact <= AGREED else first_parting(whole, cut)
+    cause = _cause(evidence, tensors, cuts, exact)
+    yield Measurement(name="true", value=exact, unit="ratio", module=module, cause=cause)
+
+
+def _with_hole(batch: Batch, pad: int) -> dict[str, Tensor] | None:
+    """The batch with the last real token of every row behind the padding; None for one that is padded on the left."""
+    ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
+    lengths = mask.sum(dim=1)
+    if not bool(mask[:, 0].all()) or bool((lengths < 2).any()):
+        return None
+    rows = torch.arange(ids.shape[0])
+    filler = torch.full((ids.shape[0], HOLE), pad, dtype=ids.dtype)
+    prompt, seen = torch.cat([ids, filler], dim=1), torch.cat([mask, torch.zeros_like(filler, dtype=mask.dtype)], dim=1)
+    prompt[rows, lengths - 1], seen[rows, lengths - 1] = pad, 0
+    return {
+        "input_ids": torch.cat([prompt, ids[rows, lengths - 1][:, None]], dim=1),
+        "attention_mask": torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1),
+    }
+
+
+def _past_window(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """The first row, repeated until it reaches past the sliding window, in true fp64; nothing where the batch does so itself."""
+    window, width = window_of(evidence), int(batch.tensors["input_ids"].shape[1])
+    most = LARGEST_ROW * evidence.request.rows * evidence.request.length
+    if window is None or not width < window + BEYOND <= min(evidence.longest, most):
+        return
+    row = batch.tensors["input_ids"][0][batch.tensors["attention_mask"][0].bool()]
+    ids = row.repeat(-(-(window + BEYOND) // len(row)))[None, : window + BEYOND]
+    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    steps = range(window - 1, window + BEYOND) if is_stateful(evidence.model) else (window - 1, window)
+    cuts = list(steps)
+    decode = decoding.with_cache(cuts)
+    exact = relative_error(_true(evidence, tensors, decode), true_answer(evidence, tensors))
+    yield Measurement(
+        name="true",
+        value=exact,
+        unit="ratio",
+        cause=_cause(evidence, tensors, cuts, exact),
+        facts={"a row past the sliding window": f"{window + BEYOND} tokens, window {window}"},
+    )
+
+
+def window_of(evidence: Evidence) -> int | None:
+    """How many tokens back a token sees in the layers with a sliding window, None without such layers."""
+    config = evidence.model.config
+    for owner in (config, getattr(config, "text_config", None)):
+        sizes = [getattr(owner, key, None) for key in WINDOWS]
+        for size in sizes:
+            if isinstance(size, int) and size > 1 and getattr(owner, "use_sliding_window", True) is not False:
+                return size
+    return None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from numerics_suite.checks._laws import is_rotary, law_measurements, skipped_law
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.decoding import counted_positions, takes_positions
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import (
     caller,
@@ -26,6 +29,9 @@ from numerics_suite.observing.roundoff import relative_error
 EXTRA = 3
 """Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""
 
+POSITION_TABLE = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|pos_emb\w*|wpe)$")
+"""How modules are called that hold a vector for each position; a rotary embedding is called otherwise."""
+
 
 @check(batches=True, share=0.5, needs=("token-ids",))
 def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
@@ -36,26 +42,58 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if not batch.law_abiding:
         yield from skipped_law()
         return
-    real = batch.tensors["attention_mask"].bool()
-    worst, worst_side = (0.0, 0.0, ""), ""
-    for side in _sides(evidence, batch):
-        more = padded(batch, side, evidence.space.pad_id)
-        where = more["attention_mask"].bool()
+    worst, worst_pair = (0.0, 0.0, ""), None
+    for plain, more in _pairs(evidence, batch):
+        real, where = plain["attention_mask"].bool(), more["attention_mask"].bool()
         found = compare_law(
             evidence,
-            true=_tokens(true_answer(evidence, batch.tensors), real),
+            true=_tokens(true_answer(evidence, plain), real),
             true_other=_tokens(true_answer(evidence, more), where),
             other=_tokens(plain_answer(evidence, more), where),
-            base=lambda: _tokens(rounded_answer(evidence, batch.tensors), real),
+            base=lambda plain=plain, real=real: _tokens(rounded_answer(evidence, plain), real),  # type: ignore[misc]
         )
-        if worst_side == "" or nan_last(found[0]) > nan_last(worst[0]):
-            worst, worst_side = found, side
-    yield from law_measurements(*worst, place=lambda: _place(evidence, batch, worst_side))
+        if worst_pair is None or nan_last(found[0]) > nan_last(worst[0]):
+            worst, worst_pair = found, (plain, more)
+    yield from law_measurements(*worst, place=lambda: None if worst_pair is None else _place(evidence, *worst_pair))
     if evidence.subject.task == "sequence-classification":
         yield from _pooled(evidence, batch)
 
 
-def _place(evidence: Evidence, batch: Batch, side: str) -> str | None:
+def _pairs(evidence: Evidence, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The batch and the same with more padding, for each side: with `position_ids` where the model counts columns."""
+    plain = without_labels(batch.tensors)
+    pairs = []
+    for side in _sides(evidence, batch):
+        more = padded(batch, side, evidence.space.pad_id)
+        counts = side == "left" and _counts_columns(evidence, plain, more)
+        pairs.append((_with_positions(plain), _with_positions(more)) if counts else (plain, more))
+    return pairs
+
+
+def _counts_columns(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]) -> bool:
+    """Whether the model gives each column its own position vector, and padding on the left moves every token by that.
+
+    Then there is nothing to ask without `position_ids`, which `generate` gives. With rotary positions a shift of all
+    tokens changes nothing, so there a difference is a finding, whatever `position_ids` would do.
+    """
+    if not absolute_positions(evidence.model) or not takes_positions(evidence.model):
+        return False
+    base, other = (
+        _tokens(true_answer(evidence, tensors), tensors["attention_mask"].bool()) for tensors in (plain, more)
+    )
+    return not relative_error(other, base) <= AGREED
+
+
+def _with_positions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, "position_ids": counted_positions(tensors["attention_mask"])}
+
+
+def absolute_positions(model: nn.Module) -> bool:
+    """Whether the model adds a vector for each position, learned or a sinusoid, to its input."""
+    return any(POSITION_TABLE.search(name) for name, _ in model.named_modules())
+
+
+def _place(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]) -> str | None:
     """The module in which the padded run parts from the plain one."""
 
     def run(tensors: dict[str, Tensor]) -> Side:
@@ -63,7 +101,6 @@ def _place(evidence: Evidence, batch: Batch, side: str) -> str | None:
         call = caller(evidence, by_token=True)
         return Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
 
-    plain, more = without_labels(batch.tensors), padded(batch, side, evidence.space.pad_id)
     return first_parting(run(plain), run(more), passed_over=is_rotary(evidence))
 
 
@@ -91,10 +128,12 @@ def _tokens(answer: Tensor, real: Tensor) -> Tensor:
 
 def _pooled(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """The pooled logits under more padding, in true fp64."""
-    base = true_answer(evidence, batch.tensors, by_token=False)
     errors = [
-        relative_error(true_answer(evidence, padded(batch, side, evidence.space.pad_id), by_token=False), base)
-        for side in _sides(evidence, batch)
+        relative_error(
+            true_answer(evidence, more, by_token=False),
+            true_answer(evidence, plain, by_token=False),
+        )
+        for plain, more in _pairs(evidence, batch)
     ]
     worst = next((error for error in errors if error != error), max(errors, default=0.0))
     yield Measurement(name="true-pooled", value=worst, unit="ratio")

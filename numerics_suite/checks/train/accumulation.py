@@ -14,6 +14,7 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
+from numerics_suite.engine.router_loss import without_router_loss
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 
@@ -22,8 +23,14 @@ from numerics_suite.observing.roundoff import gradient_errors, relative_error
 def accumulation(evidence: Evidence) -> Iterable[Measurement]:
     """Do micro-batches of unequal token counts, weighted by what they count, give the full batch's loss and gradient?
 
-    In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's.
+    In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. The
+    loss that balances a mixture's experts is no mean over labels, and is left out.
     """
+    with without_router_loss(evidence.model):
+        yield from _measured(evidence)
+
+
+def _measured(evidence: Evidence) -> Iterable[Measurement]:
     tensors = evidence.training_batch.tensors
     rows = int(tensors["input_ids"].shape[0])
     if rows < 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
 from numerics_suite.inputs.strategies import IGNORED
 from numerics_suite.observing.comparing import differing_elements
 from numerics_suite.observing.loss_dtype import log_softmax_dtype
@@ -22,7 +23,8 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Is the loss the cross entropy over the labels that count, and are absent labels no loss?
 
     Held against a few lines in float64 on the model's own logits. A batch without a label that counts has NaN as its
-    loss by torch's definition, and is no finding.
+    loss by torch's definition, and is no finding. The loss that balances a mixture's experts is part of the loss by
+    design: the model is asked without it.
     """
     if "labels" not in batch.tensors:
         reason = "the batch has no labels"
@@ -39,7 +41,7 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         unit="elements",
         facts={"labels": "the logits differ between a call with labels and one without"},
     )
-    got = with_labels["loss"]
+    got = _cross_entropy(evidence, batch, with_labels)
     wanted = defined_loss(without["logits"], batch.tensors["labels"], evidence.subject.task, evidence.num_labels)
     if torch.isnan(wanted):
         yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
@@ -61,6 +63,14 @@ def _log_softmax_roundoff(evidence: Evidence, batch: Batch) -> float:
     if "log-softmax" not in evidence.memo:
         evidence.memo["log-softmax"] = log_softmax_dtype(lambda: evidence.run(batch.tensors))
     return unit_roundoff(evidence.memo["log-softmax"])
+
+
+def _cross_entropy(evidence: Evidence, batch: Batch, with_labels: Mapping[str, Tensor]) -> Tensor:
+    """The loss that the model returns, without the loss of its router."""
+    if not adds_router_loss(evidence.model):
+        return with_labels["loss"]
+    with evidence.tampered() as model, without_router_loss(model):
+        return evidence.forward(batch, labels=True)["loss"]
 
 
 def defined_loss(logits: Tensor, targets: Tensor, task: str, num_labels: int) -> Tensor:
