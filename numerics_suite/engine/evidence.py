@@ -25,6 +25,7 @@ from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trajectory, train
 from numerics_suite.inputs.strategies import IGNORED, training_batch
@@ -323,11 +324,8 @@ class Evidence:
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
-        """Name and values of the model's own rotary frequencies, None without any."""
-        for name, buffer in self.model.named_buffers():
-            if name.endswith("inv_freq") and "original" not in name:
-                return name, buffer.detach().cpu()
-        return None
+        """Name and values of the model's own rotary frequencies when they are first asked for, None without any."""
+        return rotary_table(self.model)
 
     def inputs_of(self, batch: Batch) -> dict[str, Any]:
         """What a forward pass is given of a batch."""
