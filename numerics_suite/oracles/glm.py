@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from numerics_suite.oracles.definition import Context
     from numerics_suite.oracles.parts import Place
 
+_MAX_POSITIONS = 131_072
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Glm:
@@ -52,7 +54,7 @@ class Glm:
     pad_token_id: int | None = 151329  # <|endoftext|> of the published tokenizer
     rope_theta: float = 10_000.0  # from 5.0 `default_theta` of every config
     partial_rotary_factor: float = 0.5  # a key of its own from 4.47; before it, half of each head was fixed
-    max_position_embeddings: int = 131_072
+    max_position_embeddings: int = _MAX_POSITIONS
     scaling: Scaling | None = None  # of the rotary embedding
 
     @classmethod
@@ -61,7 +63,7 @@ class Glm:
         refuse_what_is_not_defined(config)
         known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         theta, fraction = read_base(config, theta=10_000.0, fraction=0.5)
-        scaling = read_scaling(config, known.get("max_position_embeddings", cls.max_position_embeddings))
+        scaling = read_scaling(config, known.get("max_position_embeddings", _MAX_POSITIONS))
         return cls(**known | {"rope_theta": theta, "partial_rotary_factor": fraction, "scaling": scaling})
 
     @property

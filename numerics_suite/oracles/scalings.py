@@ -232,6 +232,7 @@ def _blend(plain: Tensor, factor: float, share: Tensor, error: Tensor, scale: fl
 
 # --- the config's words --------------------------------------------------------------------------------------------
 
+
 def read_scaling(config: Mapping[str, Any], max_positions: int) -> Scaling | None:
     """How the config scales the rotary embedding, from the 4.x or the 5.x layout; None for the plain one.
 
@@ -269,7 +270,8 @@ def _dynamic(section: Mapping[str, Any], _: int, max_positions: int) -> DynamicN
 def _yarn(section: Mapping[str, Any], original: int, max_positions: int) -> Yarn:
     # The key is the factor. Up to 4.55 transformers took the ratio of the two lengths where both were given, which 5.x
     # does for a null only: transformers#38224.
-    factor = section["factor"] if section["factor"] is not None else max_positions / original
+    given = section["factor"]
+    factor = max_positions / original if given is None else float(given)
     return Yarn(
         factor=factor,
         original=original,
@@ -302,7 +304,8 @@ def _llama3(section: Mapping[str, Any], original: int, _: int) -> Llama3:
 
 
 def _longrope(section: Mapping[str, Any], original: int, max_positions: int) -> LongRope:
-    factor = section.get("factor") if section.get("factor") is not None else max_positions / original
+    given = section.get("factor")
+    factor = max_positions / original if given is None else float(given)
     attention = section.get("attention_factor")
     if attention is None:
         # `sqrt(1 + ln s / ln L)`: the model code of Phi-3 (Microsoft, 2024).

@@ -19,8 +19,8 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table, table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
-from numerics_suite.observing.roundoff import gradient_errors, relative_error
 from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.observing.roundoff import gradient_errors, relative_error
 from numerics_suite.oracles import (
     exact_rotary,
     file_weights,
@@ -33,7 +33,6 @@ from numerics_suite.oracles import (
 from numerics_suite.oracles.run import ANSWER, OracleRun
 from numerics_suite.oracles.trace import TURN, capture_states, first_difference, turn_scale
 from numerics_suite.oracles.weights import Weights
-
 
 LONGEST_BATCH = 1024
 """Tokens of the batch on the other side of a length that changes the rotary table: attention's float64 scores grow with the
@@ -74,10 +73,12 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
     training = evidence.training_batch.tensors
     other = _length_beyond_boundary(evidence, _length(training))
     wrong_table = yield from _tables(evidence, [_length(training), *([] if other is None else [other])])
-    yield from _against_definition(evidence, weights, _run(evidence, training, gradients=True), wrong_table)
+    yield from _against_definition(evidence, weights, _run(evidence, training, gradients=True), wrong_table=wrong_table)
     if other is not None and min(3, evidence.longest) <= other <= LONGEST_BATCH:
         batch = training_batch(evidence.space, rows=1, length=other, seed=evidence.request.seed).tensors
-        yield from _against_definition(evidence, weights, _run(evidence, batch, gradients=False), wrong_table)
+        yield from _against_definition(
+            evidence, weights, _run(evidence, batch, gradients=False), wrong_table=wrong_table
+        )
 
 
 def _length(batch: Mapping[str, Tensor]) -> int:
@@ -137,9 +138,7 @@ def _run(evidence: Evidence, batch: Mapping[str, Tensor], *, gradients: bool) ->
     return _Run(batch=batch, length=_length(batch), found=found, rotary=path, table=table, turn=turn)
 
 
-def _against_definition(
-    evidence: Evidence, weights: Weights, run: _Run, wrong_table: bool
-) -> Iterable[Measurement]:
+def _against_definition(evidence: Evidence, weights: Weights, run: _Run, *, wrong_table: bool) -> Iterable[Measurement]:
     wanted = _definition(evidence, run, weights, gradients=run.found.gradients is not None)
     logits = relative_error(*_compared(run.found, wanted, run.batch))
     loss = relative_error(run.found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
