@@ -25,7 +25,7 @@ from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.outputs import floating_outputs
-from numerics_suite.engine.rotary import rotary_table
+from numerics_suite.engine.rotary import longest_of_one_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trajectory, train
 from numerics_suite.inputs.strategies import IGNORED, training_batch
@@ -240,9 +240,10 @@ class Evidence:
 
     @cached_property
     def longest(self) -> int:
-        """Most tokens of a row that the config allows."""
+        """Most tokens of a row that the config allows, with one rotary table for all lengths."""
         config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
+        limits.append(longest_of_one_table(config))
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from numerics_suite.engine.lifting import preserved
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from numerics_suite.engine.runner import Runner
@@ -20,6 +22,19 @@ def rotary_table(model: nn.Module) -> tuple[str, Tensor] | None:
         if name.endswith("inv_freq") and "original" not in name:
             return name, buffer.detach().cpu().clone()
     return None
+
+
+def longest_of_one_table(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence that LongRoPE turns with its short factors; None for a config without it.
+
+    One token more changes the frequencies of every position before it, in the cache too: what holds of rows, padding and
+    decoding holds on one side of this length. (NTK-aware `dynamic` scaling changes at `max_position_embeddings`.)
+    """
+    section = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if section.get("rope_type", section.get("type")) != "longrope":
+        return None
+    length = config.get("original_max_position_embeddings") or section.get("original_max_position_embeddings")
+    return length if isinstance(length, int) else None
 
 
 def table_at_length(runner: Runner, length: int) -> Tensor | None:

@@ -187,9 +187,7 @@ def from_transformers(family: str, config: dict[str, Any], length: int | None) -
 @pytest.mark.skipif(release() < (5, 0), reason="the definition is the newest release's meaning")
 @pytest.mark.parametrize("name", SECTIONS)
 @pytest.mark.parametrize("layout", [layout4, layout5])
-def test_transformers_computes_the_same_up_to_the_budget(
-    name: str, layout: Callable[[str], dict[str, Any]]
-) -> None:
+def test_transformers_computes_the_same_up_to_the_budget(name: str, layout: Callable[[str], dict[str, Any]]) -> None:
     for head_dim in (16, 128):
         for theta in (500.0, 10_000.0, 5e6):
             config = layout(name) | {"head_dim": head_dim}
