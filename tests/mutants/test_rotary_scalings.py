@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from mutants.article_checkpoints import changed
 from mutants.catalogue import ORACLE
 from mutants.driver import MutantSession, answers, describe

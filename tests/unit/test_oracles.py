@@ -119,7 +119,7 @@ class Comparison:
     oracle: OracleRun
 
 
-def compare(  # noqa: PLR0913, PLR0917 - the parts of one comparison
+def compare(  # noqa: PLR0917 - the parts of one comparison
     family: str,
     model: Any,
     config: Mapping[str, Any],

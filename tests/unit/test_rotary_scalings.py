@@ -12,6 +12,10 @@ import transformers
 from mpmath import mp, mpf
 from unit.test_oracles import CONFIG, build, compare, make_batch, stored
 
+from numerics_suite.devices.condition import Condition
+from numerics_suite.devices.precisions import precision
+from numerics_suite.engine.rotary import longest_of_one_table, table_at_length
+from numerics_suite.engine.runner import Runner
 from numerics_suite.oracles import (
     OracleUnavailable,
     exact_inv_freq,
@@ -20,6 +24,7 @@ from numerics_suite.oracles import (
     rotary_budget,
     rotary_roundoffs,
 )
+from numerics_suite.oracles.trace import first_difference, turn_scale
 from numerics_suite.subjects.compat import release
 
 if TYPE_CHECKING:
@@ -176,7 +181,7 @@ def test_numbers_worked_out_by_hand() -> None:
 
 def from_transformers(family: str, config: dict[str, Any], length: int | None) -> tuple[torch.Tensor, float]:
     """What the installed release computes, in float32."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415 - not in every release
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     built = getattr(transformers, {"glm": "GlmConfig", "glm4": "Glm4Config"}[family])(**config)
     kind = (config.get("rope_scaling") or config.get("rope_parameters"))["rope_type"]
@@ -193,7 +198,7 @@ def test_transformers_computes_the_same_up_to_the_budget(name: str, layout: Call
             config = layout(name) | {"head_dim": head_dim}
             if head_dim == 128 and "longrope" in name:
                 continue
-            place = config["rope_parameters"] if "rope_parameters" in config else config
+            place = config.get("rope_parameters", config)
             place["rope_theta"] = theta
             for length in LENGTHS:
                 # The module hands the length over as a tensor.
@@ -262,3 +267,49 @@ def test_the_scale_reaches_the_rotated_half_only() -> None:
     result = compare("glm4", model, config, stored(model), make_batch(), rotary="model.rotary_emb")
     assert (result.first, result.logits) == ("model.rotary_emb", False)
     assert math.isclose(exact_rotary("glm4", config).scale, 0.1 * math.log(4) + 1)
+
+
+# --- What the check is made of. ---
+
+
+def test_the_table_of_a_length_is_read_without_a_trace_in_the_model() -> None:
+    model, config = build("glm4", num_hidden_layers=1, **layout4("dynamic"))
+    runner = Runner(model, Condition(precision=precision("fp32"), device="cpu"))
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    for length in (16, 40, 200):
+        table = table_at_length(runner, length)
+        assert table is not None
+        assert rotary_roundoffs("glm4", config, table, length) <= rotary_budget("glm4", config, length)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert model.model.rotary_emb.max_seq_len_cached == 32
+    assert table_at_length(Runner(torch.nn.Linear(1, 1), runner.condition), 16) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({}, None),
+        ({"rope_scaling": YARN}, None),
+        ({"rope_scaling": LONGROPE}, 32),
+        ({"rope_parameters": LONGROPE}, 32),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 64}, 64),
+        ({"rope_scaling": {"type": "longrope"}}, None),
+    ],
+)
+def test_batches_stay_on_one_side_of_longrope_s_boundary(config: dict[str, Any], longest: int | None) -> None:
+    assert longest_of_one_table(config) == longest
+
+
+def test_cosines_and_sines_are_compared_in_every_known_layout() -> None:
+    angles = torch.rand(1, 5, 3, dtype=torch.float64)
+    own = {"rotary:turn": torch.polar(torch.ones_like(angles), angles)}
+    double = [torch.cat((angles, angles), dim=-1), angles.repeat_interleave(2, dim=-1)]
+    for layout in (angles, *double, angles[:, None], angles.expand(2, -1, -1)):
+        given = layout[:, 0] if layout.dim() == 4 else layout
+        turns = torch.polar(torch.ones_like(given), given)
+        assert first_difference({"rotary:turn": turns}, own) is None
+        assert first_difference({"rotary:turn": turns.conj()}, own) == "rotary"
+        assert first_difference({"rotary:turn": 1.05 * turns}, own) == "rotary"
+        assert turn_scale(1.5 * turns) == pytest.approx((1.5, 1.5))
+    unknown = torch.polar(torch.ones(1, 5, 6), torch.rand(1, 5, 6)).to(torch.complex128)
+    assert first_difference({"rotary:turn": unknown}, own) is None
