@@ -88,7 +88,8 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
         return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
     if measurement == "wrongly-tied":
         return _tied(evidence)
-    of_table = measurement == "rotary-excess" or "also rotary-excess" in finding.evidence
+    of_rotary = ("rotary-excess", "rotary-scale")
+    of_table = measurement in of_rotary or any(f"also {name}" in finding.evidence for name in of_rotary)
     keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters
     return in_words_that_are_read(raw, known, keys)
 

@@ -30,6 +30,7 @@ from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.rotary import longest_of_one_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
 from numerics_suite.inputs.strategies import IGNORED, training_batch
@@ -249,9 +250,10 @@ class Evidence:
 
     @cached_property
     def longest(self) -> int:
-        """Most tokens of a row that the config allows."""
+        """Most tokens of a row that the config allows, with one rotary table for all lengths."""
         config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
+        limits.append(longest_of_one_table(config))
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
     @property
@@ -333,11 +335,8 @@ class Evidence:
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
-        """Name and values of the model's own rotary frequencies, None without any."""
-        for name, buffer in self.model.named_buffers():
-            if name.endswith("inv_freq") and "original" not in name:
-                return name, buffer.detach().cpu()
-        return None
+        """Name and values of the model's own rotary frequencies when they are first asked for, None without any."""
+        return rotary_table(self.model)
 
     def inputs_of(self, batch: Batch) -> dict[str, Any]:
         """What a forward pass is given of a batch."""

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.oracles.chatglm import ChatGlm
 from numerics_suite.oracles.config import OracleUnavailable
+from numerics_suite.oracles.definition import rotary_boundary_of, rotary_of
 from numerics_suite.oracles.glm import Glm
 from numerics_suite.oracles.glm4 import Glm4
-from numerics_suite.oracles.parts import allowed_roundoffs, roundoffs_apart
+from numerics_suite.oracles.parts import RotaryTable, roundoffs_apart
 from numerics_suite.oracles.run import ANSWER, OracleRun, Overlay, run_definition
 from numerics_suite.oracles.trace import capture_states, first_difference
 from numerics_suite.oracles.weights import Weights, file_weights, tensor_weights
@@ -30,12 +31,15 @@ __all__ = [
     "ANSWER",
     "OracleRun",
     "OracleUnavailable",
+    "RotaryTable",
     "Weights",
     "capture_states",
     "exact_inv_freq",
+    "exact_rotary",
     "file_weights",
     "first_difference",
     "oracle_for",
+    "rotary_boundary",
     "rotary_budget",
     "rotary_roundoffs",
     "run_oracle",
@@ -61,39 +65,52 @@ def _read(family: str, config: Mapping[str, Any]) -> Oracle:
     return oracle.from_config(config)
 
 
-def exact_inv_freq(family: str, config: Mapping[str, Any]) -> Tensor:
-    """The rotary frequencies that the config means, unrounded.
+def exact_rotary(family: str, config: Mapping[str, Any], length: int | None = None) -> RotaryTable:
+    """The rotary frequencies and the scale of cosines and sines that the config means, unrounded.
 
     Args:
         family: `glm`, `glm4` or `chatglm`.
         config: the raw `config.json`, in the 4.x or the 5.x layout.
-
-    Returns:
-        `[rotary dimension / 2]` float64, radians per position.
+        length: of the sequence, on which some scalings depend: the greatest position plus 1. None means a short one.
 
     Raises:
         OracleUnavailable: another family, or a config that its definition does not cover.
     """
-    return _read(family, config).inv_freq()
+    return rotary_of(_read(family, config), length)
 
 
-def rotary_budget(family: str, config: Mapping[str, Any]) -> float:
-    """The most that :func:`rotary_roundoffs` of a right table may be: 2 for a rotary dimension of a power of two."""
-    return allowed_roundoffs(exact_inv_freq(family, config))
+def exact_inv_freq(family: str, config: Mapping[str, Any], length: int | None = None) -> Tensor:
+    """The frequencies of :func:`exact_rotary`, `[rotary dimension / 2]` float64, radians per position."""
+    return exact_rotary(family, config, length).inv_freq
 
 
-def rotary_roundoffs(family: str, config: Mapping[str, Any], inv_freq: Tensor) -> float:
+def rotary_boundary(family: str, config: Mapping[str, Any]) -> int | None:
+    """The longest sequence that has the rotary table of short ones; None where the length changes nothing.
+
+    Raises:
+        OracleUnavailable: another family, or a config that its definition does not cover.
+    """
+    return rotary_boundary_of(_read(family, config))
+
+
+def rotary_budget(family: str, config: Mapping[str, Any], length: int | None = None) -> float:
+    """The most that :func:`rotary_roundoffs` of a right table may be: 2 for a plain one of a power of two pairs."""
+    return exact_rotary(family, config, length).allowed
+
+
+def rotary_roundoffs(family: str, config: Mapping[str, Any], inv_freq: Tensor, length: int | None = None) -> float:
     """How far a model's rotary table is from :func:`exact_inv_freq`, in unit roundoffs of its dtype.
 
     Args:
         family: `glm`, `glm4` or `chatglm`.
         config: the raw `config.json`.
         inv_freq: the model's table as it holds it, `[pairs]`.
+        length: of the sequence that it is used for; None for a short one.
 
     Returns:
         Infinite for a table of another length.
     """
-    return roundoffs_apart(inv_freq, exact_inv_freq(family, config))
+    return roundoffs_apart(inv_freq, exact_inv_freq(family, config, length))
 
 
 def run_oracle(  # noqa: PLR0913 - one question with its options
@@ -104,6 +121,7 @@ def run_oracle(  # noqa: PLR0913 - one question with its options
     *,
     task: Task,
     inv_freq: Tensor | None = None,
+    rotary: str | None = None,
     head: Mapping[str, Tensor] | None = None,
     gradients: bool = False,
     on_gradient: Callable[[str, Tensor], None] | None = None,
@@ -120,6 +138,7 @@ def run_oracle(  # noqa: PLR0913 - one question with its options
         task: which head is on top.
         inv_freq: the model's own rotary frequencies, which are rounded when a model is built. The exact ones are used
             if None, and if its :func:`rotary_roundoffs` are over :func:`rotary_budget`, so that a wrong table shows.
+        rotary: module path of the model's rotary embedding; with `trace` its cosines and sines are kept under `PATH:turn`.
         head: tensors of a new head that the files lack, by name, such as `{"score.weight": …}`.
         gradients: also the gradient of the loss for every weight that the definition reads; needs labels.
         on_gradient: takes each gradient as soon as it is complete; else `OracleRun.gradients` holds them all.
@@ -135,6 +154,7 @@ def run_oracle(  # noqa: PLR0913 - one question with its options
         batch,
         task=task,
         inv_freq=inv_freq,
+        rotary=rotary,
         gradients=gradients,
         on_gradient=on_gradient,
         trace=trace,

@@ -35,26 +35,54 @@ def refuse_what_is_not_defined(config: Mapping[str, Any]) -> None:
         raise OracleUnavailable(message)
 
 
-def read_rope(config: Mapping[str, Any], *, theta: float, fraction: float) -> tuple[float, float]:
-    """Base of the rotary frequencies and the rotated fraction of a head, from the 5.x or else the 4.x layout.
+def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `config.json` says of the rotary embedding in a section of its own; empty where it has none.
 
-    transformers 5 writes both into `rope_parameters`; 4.x has them at the top, and scaling in `rope_scaling`.
+    transformers 5 has `rope_parameters`, which a `rope_scaling` of the 4.x layout replaces where a file has both.
+    """
+    section: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return section
+
+
+def rope_kind(config: Mapping[str, Any]) -> str:
+    """The rotary type, `default` for the plain one; `type` is what files before 4.45 call it.
+
+    Raises:
+        OracleUnavailable: a section for each type of layer, which no GLM-4 has.
+    """
+    section = rope_section(config)
+    kind = section.get("rope_type", section.get("type")) or "default"
+    if any(isinstance(value, dict) for value in section.values()):
+        message = f"the oracle does not cover the rotary type '{kind}' in a section for each type of layer"
+        raise OracleUnavailable(message)
+    return str(kind)
+
+
+def read_rope(config: Mapping[str, Any], *, theta: float, fraction: float) -> tuple[float, float]:
+    """Base of the plain rotary frequencies and the rotated fraction of a head, for a definition without scaling.
 
     Args:
-        config: the raw `config.json`.
+        config: the raw `config.json`, in the 4.x or the 5.x layout.
         theta: the family's default base.
         fraction: the family's default fraction.
 
     Raises:
         OracleUnavailable: a rotary type other than the plain one.
     """
-    layout5: Mapping[str, Any] = config.get("rope_parameters") or {}
-    for section in (layout5, config.get("rope_scaling") or {}):
-        kind = section.get("rope_type", section.get("type", "default"))
-        if kind != "default" or any(isinstance(value, dict) for value in section.values()):
-            message = f"the oracle does not cover the rotary type '{kind}'"
-            raise OracleUnavailable(message)
-    return (
-        float(layout5.get("rope_theta", config.get("rope_theta", theta))),
-        float(layout5.get("partial_rotary_factor", config.get("partial_rotary_factor", fraction))),
-    )
+    if (kind := rope_kind(config)) != "default":
+        message = f"the oracle does not cover the rotary type '{kind}'"
+        raise OracleUnavailable(message)
+    return read_base(config, theta=theta, fraction=fraction)
+
+
+def read_base(config: Mapping[str, Any], *, theta: float, fraction: float) -> tuple[float, float]:
+    """Base of the rotary frequencies before any scaling and the rotated fraction of a head, as :func:`read_rope`.
+
+    transformers 5 writes both into its section; 4.x has them at the top. A null says nothing.
+    """
+
+    def value(key: str, default: float) -> float:
+        said = (place[key] for place in (rope_section(config), config) if place.get(key) is not None)
+        return float(next(said, default))
+
+    return value("rope_theta", theta), value("partial_rotary_factor", fraction)

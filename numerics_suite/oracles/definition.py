@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from numerics_suite.oracles.parts import RotaryTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +21,7 @@ class Context:
     """What every block of one forward pass shares.
 
     Attributes:
-        turn: `exp(i · position · frequency)`, `[B or 1, T, 1, pairs]` complex128.
+        turn: `scale · exp(i · position · frequency)`, `[B or 1, T, 1, pairs]` complex128.
         visible: `[B, T, T]` bool, which key each query sees.
     """
 
@@ -100,3 +102,27 @@ class Oracle(Protocol):
     def pooled_column(self, input_ids: Tensor) -> Tensor:
         """Which column a sequence classifier reads in each row, `[B]` int64."""
         ...
+
+
+@runtime_checkable
+class Scaled(Protocol):
+    """A definition whose rotary embedding a config can scale; one without this has the plain frequencies."""
+
+    def rotary(self, length: int | None = None) -> RotaryTable:
+        """Frequencies and attention factor of a sequence of that length, None for a short one."""
+        ...
+
+    @property
+    def rotary_boundary(self) -> int | None:
+        """The longest sequence that has the table of short ones; None where the length changes nothing."""
+        ...
+
+
+def rotary_of(oracle: Oracle, length: int | None = None) -> RotaryTable:
+    """What the definition's rotary embedding computes with in a sequence of that length, None for a short one."""
+    return oracle.rotary(length) if isinstance(oracle, Scaled) else RotaryTable.plain(oracle.inv_freq())
+
+
+def rotary_boundary_of(oracle: Oracle) -> int | None:
+    """See :attr:`Scaled.rotary_boundary`."""
+    return oracle.rotary_boundary if isinstance(oracle, Scaled) else None

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from numerics_suite.oracles.config import OracleUnavailable, read_rope, refuse_what_is_not_defined
+from numerics_suite.oracles.config import OracleUnavailable, read_base, refuse_what_is_not_defined
 from numerics_suite.oracles.definition import Head
-from numerics_suite.oracles.parts import activation, attend, frequencies, rotate
+from numerics_suite.oracles.parts import RotaryTable, activation, attend, frequencies, rotate
+from numerics_suite.oracles.scalings import Scaling, read_scaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from numerics_suite.core.records import Task
     from numerics_suite.oracles.definition import Context
     from numerics_suite.oracles.parts import Place
+
+_MAX_POSITIONS = 131_072
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +54,17 @@ class Glm:
     pad_token_id: int | None = 151329  # <|endoftext|> of the published tokenizer
     rope_theta: float = 10_000.0  # from 5.0 `default_theta` of every config
     partial_rotary_factor: float = 0.5  # a key of its own from 4.47; before it, half of each head was fixed
+    max_position_embeddings: int = _MAX_POSITIONS
+    scaling: Scaling | None = None  # of the rotary embedding
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """The definition with this `config.json`'s values, in the 4.x or the 5.x layout."""
         refuse_what_is_not_defined(config)
         known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        rope_theta, fraction = read_rope(config, theta=10_000.0, fraction=0.5)
-        return cls(**known | {"rope_theta": rope_theta, "partial_rotary_factor": fraction})
+        theta, fraction = read_base(config, theta=10_000.0, fraction=0.5)
+        scaling = read_scaling(config, known.get("max_position_embeddings", _MAX_POSITIONS))
+        return cls(**known | {"rope_theta": theta, "partial_rotary_factor": fraction, "scaling": scaling})
 
     @property
     def depth(self) -> int:
@@ -81,8 +87,20 @@ class Glm:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def inv_freq(self) -> Tensor:
-        """The exact rotary frequencies."""
-        return frequencies(self.rope_theta, int(self.head_width * self.partial_rotary_factor))
+        """The exact rotary frequencies of a short sequence."""
+        return self.rotary().inv_freq
+
+    def rotary(self, length: int | None = None) -> RotaryTable:
+        """The exact frequencies of a sequence of that length, and what its cosines and sines are multiplied by."""
+        width = int(self.head_width * self.partial_rotary_factor)
+        if self.scaling is None:
+            return RotaryTable.plain(frequencies(self.rope_theta, width))
+        return self.scaling.table(self.rope_theta, width, length)
+
+    @property
+    def rotary_boundary(self) -> int | None:
+        """The longest sequence that has the table of short ones; None where the length changes nothing."""
+        return None if self.scaling is None else self.scaling.boundary
 
     def positions(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         """Columns are positions, padded or not; rotary attention only reads their differences."""

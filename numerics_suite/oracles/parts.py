@@ -61,6 +61,26 @@ def allowed_roundoffs(exact: Tensor) -> float:
     return 2.0 if pairs & (pairs - 1) == 0 else 2.0 - math.log(exact[-1].item())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RotaryTable:
+    """What a rotary embedding computes with, unrounded.
+
+    Attributes:
+        inv_freq: `[pairs]` float64, radians per position.
+        scale: what cosines and sines are multiplied by. Of a head that is rotated in part, the rest is not scaled.
+        allowed: how far a right program's table may be from `inv_freq`, in unit roundoffs of its dtype.
+    """
+
+    inv_freq: Tensor
+    scale: float = 1.0
+    allowed: float
+
+    @classmethod
+    def plain(cls, inv_freq: Tensor) -> RotaryTable:
+        """The table of frequencies that are a power of a base."""
+        return cls(inv_freq=inv_freq, allowed=allowed_roundoffs(inv_freq))
+
+
 def roundoffs_apart(table: Tensor, exact: Tensor) -> float:
     """How far a model's rotary table is from the exact one at the worst entry, in unit roundoffs of its dtype.
 
@@ -83,7 +103,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 
     Args:
         x: `[B, T, heads, head_dim]`.
-        turn: `exp(i · position · frequency)`, `[B or 1, T, 1, pairs]` complex.
+        turn: `scale · exp(i · position · frequency)`, `[B or 1, T, 1, pairs]` complex.
     """
     width = 2 * turn.shape[-1]
     pairs = torch.view_as_complex(torch.unflatten(x[..., :width], -1, (-1, 2)).contiguous())

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional
 
 from numerics_suite.oracles.config import OracleUnavailable
-from numerics_suite.oracles.definition import Context, Head
+from numerics_suite.oracles.definition import Context, Head, rotary_of
 from numerics_suite.oracles.loss import loss_of
-from numerics_suite.oracles.parts import Place, allowed_roundoffs, roundoffs_apart, visible_keys
+from numerics_suite.oracles.parts import Place, RotaryTable, roundoffs_apart, visible_keys
+from numerics_suite.oracles.trace import TURN
 from numerics_suite.oracles.weights import tensor_weights
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def run_definition(  # noqa: PLR0913 - the arguments of `run_oracle`
     *,
     task: Task,
     inv_freq: Tensor | None,
+    rotary: str | None,
     gradients: bool,
     on_gradient: Callable[[str, Tensor], None] | None,
     trace: bool,
@@ -101,6 +103,8 @@ def run_definition(  # noqa: PLR0913 - the arguments of `run_oracle`
     batch = {name: tensor.detach().cpu() for name, tensor in batch.items()}
     states: dict[str, Tensor] = {}
     passes = _Passes(oracle=oracle, batch=batch, task=task, inv_freq=inv_freq, states=states if trace else None)
+    if rotary is not None:
+        passes.note(f"{rotary}{TURN}", passes.context.turn.squeeze(2))
     with torch.no_grad():
         inputs = passes.forward(weights, keep=gradients)
         logits = torch.cat([part(inputs[-1], weights) for part in passes.head_parts(weights)], dim=-1)
@@ -141,16 +145,16 @@ class _Passes:
             raise OracleUnavailable(message)
         positions = self.batch.get("position_ids")
         positions = self.oracle.positions(ids, mask) if positions is None else positions
-        angles = positions.to(torch.float64)[..., None, None] * self._rates()
-        turn = torch.polar(torch.ones_like(angles), angles)
+        table = rotary_of(self.oracle, int(positions.max()) + 1)
+        angles = positions.to(torch.float64)[..., None, None] * self._rates(table)
+        turn = torch.polar(torch.full_like(angles, table.scale), angles)
         self.context = Context(turn=turn, visible=visible_keys(mask, *ids.shape))
 
-    def _rates(self) -> Tensor:
+    def _rates(self, exact: RotaryTable) -> Tensor:
         """The model's own rotary table where it is the exact one rounded; else the exact one, so that it shows."""
-        exact = self.oracle.inv_freq()
-        if self.inv_freq is None or not roundoffs_apart(self.inv_freq, exact) <= allowed_roundoffs(exact):
-            return exact
-        return self.inv_freq.detach().to(exact)
+        if self.inv_freq is None or not roundoffs_apart(self.inv_freq, exact.inv_freq) <= exact.allowed:
+            return exact.inv_freq
+        return self.inv_freq.detach().to(exact.inv_freq)
 
     def note(self, name: str, value: Tensor) -> Tensor:
         """Keep a copy of `value` under that name where a trace was asked for, and hand it on."""

@@ -126,10 +126,16 @@ def compare(  # noqa: PLR0917 - the parts of one comparison
     weights: Weights,
     batch: dict[str, Tensor],
     task: Task = "causal-lm",
+    *,
+    rounded_table: bool = True,
+    rotary: str | None = None,
 ) -> Comparison:
     """Hold a model to its definition; `gradients` names the weights whose gradients differ or are missing."""
     table = next(value for name, value in model.named_buffers() if name.endswith("inv_freq") and "original" not in name)
-    oracle = run_oracle(family, config, weights, batch, task=task, inv_freq=table, gradients=True, trace=True)
+    own = table if rounded_table else None  # the exact one where the run computes it anew, without rounding
+    oracle = run_oracle(
+        family, config, weights, batch, task=task, inv_freq=own, rotary=rotary, gradients=True, trace=True
+    )
     with capture_states(model, oracle.states) as states:
         run = run_true_fp64(model, batch, gradients=True)
     assert run.left_out == ()
@@ -466,8 +472,9 @@ def test_both_config_layouts_and_the_written_defaults_say_the_same() -> None:
 @pytest.mark.parametrize(
     ("keys", "word"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 4, 4]}}, "mrope"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 4.0}}, "proportional"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, "each type of layer"),
         ({"sliding_window": 4096}, "sliding"),
         ({"layer_types": ["sliding_attention"]}, "sliding"),
         ({"quantization_config": {"bits": 4}}, "quantised"),

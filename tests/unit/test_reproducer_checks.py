@@ -211,6 +211,7 @@ def of_references() -> Iterator[Row]:
     yield Row(check=gradient, measurement="median-excess", model="product_kernel_coarse", cell=bf16)
     yield Row(check=gradient, measurement="lost", model="gradient_lost_in_16_bits", cell=bf16)
     yield Row(check=oracle, measurement="rotary-excess", mutant="rope-whole-head")
+    yield Row(check=oracle, measurement="rotary-scale", mutant="rope-attention-factor")
     yield Row(check=oracle, measurement="true-loss", mutant="loss-label-smoothing")
     yield Row(check=oracle, measurement="true-gradient", mutant="gradient-of-classifier-body-detached")
     yield Row(check=oracle, measurement="true-logits", mutant="norm-eps-last")
@@ -231,9 +232,9 @@ PATCHED = {("train.clip", "excess"), ("train.clip", "non-finite")}
 
 MODULES = (
     *("norm-gain-missing", "mlp-gate-and-up-swapped", "attention-scale-missing", "attention-scale-missing-chatglm"),
-    *("post-norm-of-mlp-missing", "rope-half-split", "mask-padding-shifted"),
+    *("post-norm-of-mlp-missing", "rope-half-split", "mask-padding-shifted", "rope-backwards"),
 )
-"""Mutants whose finding names a norm, a gated unit, attention, a block."""
+"""Mutants whose finding names a norm, a gated unit, attention, a block, the rotary embedding."""
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +17,47 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
+from numerics_suite.engine.rotary import rotary_table, table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
+from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
-from numerics_suite.oracles import file_weights, oracle_for, rotary_budget, rotary_roundoffs, run_oracle, tensor_weights
+from numerics_suite.oracles import (
+    exact_rotary,
+    file_weights,
+    oracle_for,
+    rotary_boundary,
+    rotary_roundoffs,
+    run_oracle,
+    tensor_weights,
+)
 from numerics_suite.oracles.run import ANSWER, OracleRun
-from numerics_suite.oracles.trace import capture_states, first_difference
+from numerics_suite.oracles.trace import TURN, capture_states, first_difference, turn_scale
 from numerics_suite.oracles.weights import Weights
+
+LONGEST_BATCH = 1024
+"""Tokens of the batch on the other side of a length that changes the rotary table: attention's float64 scores grow with the
+square. Beyond it only the table is judged, whose length costs nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """The model's true fp64 run of one batch.
+
+    Attributes:
+        batch: what it was given.
+        length: greatest position plus 1.
+        found: what it gave.
+        rotary: module path of the rotary embedding, None where there is none.
+        table: the frequencies that this run had, float64.
+        turn: cosines and sines as complex numbers; None in a layout that is not known.
+    """
+
+    batch: Mapping[str, Tensor]
+    length: int
+    found: Fp64Run
+    rotary: str | None
+    table: Tensor | None
+    turn: Tensor | None
 
 
 @check(needs=("token-ids",))
@@ -33,31 +69,87 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
     if oracle_for(evidence.family.name) is None:
         reason = f"no definition of the family '{evidence.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
-    table = evidence.rotary_table
-    wrong_table = None
-    if table is not None:
-        roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table[1])
+    weights = _weights(evidence)
+    training = evidence.training_batch.tensors
+    other = _length_beyond_boundary(evidence, _length(training))
+    wrong_table = yield from _tables(evidence, [_length(training), *([] if other is None else [other])])
+    yield from _against_definition(evidence, weights, _run(evidence, training, gradients=True), wrong_table=wrong_table)
+    if other is not None and min(3, evidence.longest) <= other <= LONGEST_BATCH:
+        batch = training_batch(evidence.space, rows=1, length=other, seed=evidence.request.seed).tensors
+        yield from _against_definition(
+            evidence, weights, _run(evidence, batch, gradients=False), wrong_table=wrong_table
+        )
+
+
+def _length(batch: Mapping[str, Tensor]) -> int:
+    """How long the rotary embedding takes the batch to be."""
+    positions = batch.get("position_ids")
+    return int(batch["input_ids"].shape[1] if positions is None else positions.max() + 1)
+
+
+def _length_beyond_boundary(evidence: Evidence, length: int) -> int | None:
+    """A length with another rotary table than `length`; None where one table serves all."""
+    boundary = rotary_boundary(evidence.family.name, _config(evidence))
+    if boundary is None:
+        return None
+    # A quarter longer, so that a base that grows with the length has grown by more than rounding.
+    return boundary + max(1, boundary // 4) if length <= boundary else boundary
+
+
+def _tables(evidence: Evidence, lengths: Sequence[int]) -> Generator[Measurement, None, bool]:
+    """Measure the rotary table of each length; returns whether one is wrong."""
+    wrong = False
+    held = evidence.rotary_table
+    for length in lengths if held is not None else ():
+        assert held is not None
+        table = held[1] if len(lengths) == 1 else table_at_length(evidence.runner, length)
+        assert table is not None
+        exact = exact_rotary(evidence.family.name, _config(evidence), length)
+        roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table, length)
         yield Measurement(
             name="rotary-excess",
-            value=roundoffs / rotary_budget(evidence.family.name, _config(evidence)),
+            value=roundoffs / exact.allowed,
             unit="ratio",
-            module=table[0].rpartition(".")[0],
-            facts={"roundoffs from the exact table": roundoffs},
+            module=held[0].rpartition(".")[0],
+            facts={"roundoffs from the exact table": roundoffs}
+            | ({"length of the sequence": length} if len(lengths) > 1 else {}),
         )
-        if not roundoffs <= rotary_budget(evidence.family.name, _config(evidence)):
-            wrong_table = table[0].rpartition(".")[0]
-    weights = _weights(evidence)
-    batch = evidence.training_batch.tensors
-    wanted = _definition(evidence, batch, weights, table, gradients=True)
-    found = evidence.runner.true_fp64(batch, gradients=True)
+        wrong = wrong or not roundoffs <= exact.allowed
+    return wrong
+
+
+def _run(evidence: Evidence, batch: Mapping[str, Tensor], *, gradients: bool) -> _Run:
+    """The true fp64 run, and what its rotary embedding did in it: some scalings compute the table anew in each run."""
+    held = evidence.rotary_table
+    path = None if held is None else held[0].rpartition(".")[0]
+    seen: dict[str, Tensor] = {}
+
+    def call(model: Any, tensors: Mapping[str, Any]) -> Any:
+        with capture_states(model, [f"{path}{TURN}"]) as states:
+            output = call_model(model, tensors)
+        seen.update(states)
+        if (table := rotary_table(model)) is not None:
+            seen["table"] = table[1]
+        return output
+
+    found = evidence.runner.true_fp64(batch, gradients=gradients, call=call)
     trusted(found.left_out)
-    logits = relative_error(*_compared(found, wanted, batch))
-    loss = relative_error(found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
-    gradient, worst = _gradients(found, wanted)
+    turn, table = seen.get(f"{path}{TURN}"), seen.get("table")
+    return _Run(batch=batch, length=_length(batch), found=found, rotary=path, table=table, turn=turn)
+
+
+def _against_definition(evidence: Evidence, weights: Weights, run: _Run, *, wrong_table: bool) -> Iterable[Measurement]:
+    wanted = _definition(evidence, run, weights, gradients=run.found.gradients is not None)
+    logits = relative_error(*_compared(run.found, wanted, run.batch))
+    loss = relative_error(run.found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
+    gradient, worst = _gradients(run.found, wanted) if run.found.gradients is not None else (0.0, None)
+    scale = _scale(evidence, run)
     where = None
     if not max(logits, loss, gradient) <= AGREED:
         # All that follows from a wrong table is the table's fault.
-        where = wrong_table or _first_apart(evidence, batch, weights, table, found, wanted)
+        wrong = wrong_table or (scale is not None and not scale.value <= AGREED)
+        where = run.rotary if wrong else _first_apart(evidence, run, weights, wanted)
+    yield from () if scale is None else (scale,)
     yield Measurement(
         name="true-logits", value=logits, unit="ratio", module=where, facts={"gradient differs by": gradient}
     )
@@ -69,6 +161,17 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
         yield Measurement(
             name="true-gradient", value=gradient, unit="ratio", module=where, parameters=(worst,) if worst else ()
         )
+
+
+def _scale(evidence: Evidence, run: _Run) -> Measurement | None:
+    """How far `cos² + sin²` is from the square of what the config scales them by."""
+    if run.turn is None:
+        return None
+    exact = exact_rotary(evidence.family.name, _config(evidence), run.length).scale
+    ends = turn_scale(run.turn)
+    apart = max((abs(end - exact) for end in ends), key=lambda value: (value != value, value))
+    facts = {"cosines and sines are scaled by": max(ends, key=lambda end: abs(end - exact)), "config.json says": exact}
+    return Measurement(name="rotary-scale", value=apart / exact, unit="ratio", module=run.rotary, facts=facts)
 
 
 def _config(evidence: Evidence) -> Mapping[str, Any]:
@@ -87,14 +190,8 @@ def _weights(evidence: Evidence) -> Weights:
     return file_weights(path, rounded_to=dtype_of(evidence.recipe.parameters))
 
 
-def _definition(  # noqa: PLR0913 - what the oracle needs
-    evidence: Evidence,
-    batch: Mapping[str, Tensor],
-    weights: Weights,
-    table: tuple[str, Tensor] | None,
-    *,
-    gradients: bool = False,
-    trace: bool = False,
+def _definition(
+    evidence: Evidence, run: _Run, weights: Weights, *, gradients: bool = False, trace: bool = False
 ) -> OracleRun:
     model = evidence.model
     head = {name: model.get_parameter(name).detach().cpu() for name in evidence.loaded.new_head}
@@ -102,9 +199,10 @@ def _definition(  # noqa: PLR0913 - what the oracle needs
         evidence.family.name,
         _labelled(_config(evidence), evidence),
         weights,
-        {name: value.cpu() for name, value in batch.items()},
+        {name: value.cpu() for name, value in run.batch.items()},
         task=evidence.subject.task,
-        inv_freq=table[1].double() if table is not None else None,
+        inv_freq=run.table,
+        rotary=run.rotary,
         head=head or None,
         gradients=gradients,
         trace=trace,
@@ -143,16 +241,9 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
 
 
-def _first_apart(  # noqa: PLR0913, PLR0917 - both runs and what they were made of
-    evidence: Evidence,
-    batch: Mapping[str, Tensor],
-    weights: Weights,
-    table: tuple[str, Tensor] | None,
-    gradients: Fp64Run,
-    wanted_gradients: OracleRun,
-) -> str | None:
+def _first_apart(evidence: Evidence, run: _Run, weights: Weights, wanted_gradients: OracleRun) -> str | None:
     """The first block and sub-module where the model and its definition part, forward or else backward."""
-    wanted = _definition(evidence, batch, weights, table, trace=True)
+    wanted = _definition(evidence, run, weights, trace=True)
     states: dict[str, Tensor] = {}
 
     def call(model: Any, tensors: Mapping[str, Any]) -> Any:
@@ -163,11 +254,13 @@ def _first_apart(  # noqa: PLR0913, PLR0917 - both runs and what they were made 
         return output
 
     with torch.no_grad():
-        evidence.runner.true_fp64(batch, call=call)
-    apart = first_difference(states, wanted.states, mask=batch["attention_mask"])
+        evidence.runner.true_fp64(run.batch, call=call)
+    apart = first_difference(states, wanted.states, mask=run.batch["attention_mask"])
     if apart == ANSWER:  # every module is right, and the answer is not what the last of them gave: a wrong pooled row
         return next((name for name in reversed(wanted.states) if name != ANSWER), None)
-    return apart or _last_wrong(gradients, wanted_gradients, tuple(wanted.states))
+    if apart is not None or run.found.gradients is None:
+        return apart
+    return _last_wrong(run.found, wanted_gradients, tuple(wanted.states))
 
 
 def _last_wrong(found: Fp64Run, wanted: OracleRun, order: tuple[str, ...]) -> str | None:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from numerics_suite.core.exact import AGREED
-from numerics_suite.diagnosing.scripts.parts import raw_config, uncached
+from numerics_suite.diagnosing.scripts.parts import uncached
+from numerics_suite.diagnosing.scripts.rotary import rotary_lines
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
 from numerics_suite.diagnosing.scripts.train_twins import in_float64, loss_error
-from numerics_suite.oracles import OracleUnavailable, oracle_for, rotary_budget
-from numerics_suite.oracles.definition import Oracle
+from numerics_suite.oracles import OracleUnavailable, oracle_for
+from numerics_suite.oracles.definition import Oracle, rotary_of
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "glm": ("self_attn", "gate_up_proj", "down_proj"),
@@ -123,7 +124,7 @@ def _attention(scene: Scene, oracle: Oracle) -> list[str] | None:
     return [
         "table = next(buffer for name, buffer in model.named_buffers() if name.endswith('inv_freq'))",
         "angles = torch.outer(torch.arange(x.shape[1]).double(), table.double())",
-        "turn = torch.polar(torch.ones_like(angles), angles)",
+        f"turn = torch.polar(torch.full_like(angles, {rotary_of(oracle).scale!r}), angles)",
         "",
         "",
         "def turned(value):",
@@ -198,33 +199,8 @@ def _block(scene: Scene, oracle: Oracle) -> list[str] | None:
 
 
 def _rotary(scene: Scene) -> list[str] | None:
-    """The table of frequencies, which the config defines in one line."""
-    family = scene.evidence.family.name
-    try:
-        allowed = rotary_budget(family, _config(scene))
-    except OracleUnavailable:
-        return None
-    return [
-        f"raw = {'model.config.to_dict()' if scene.source == 'factory' else raw_config(scene)}",
-        *(_CHATGLM_ROPE if family == "chatglm" else _GLM_ROPE),
-        "exact = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)",
-        "table = next(buffer for name, buffer in model.named_buffers() if name.endswith('inv_freq'))",
-        f'assert table.shape == exact.shape, f"{SYMPTOM}: {{2 * len(table)}} numbers are rotated, the config says {{width}}"',
-        "roundoff = torch.finfo(torch.float32 if table.dtype == torch.float64 else table.dtype).eps / 2",
-        "apart = float(((table.cpu().double() - exact) / exact).abs().max()) / roundoff",
-        f'assert apart <= {allowed!r}, f"{SYMPTOM}: the rotary table is {{apart:.3g}} roundoffs from what the config defines"',
-        'print(f"not reproduced: the rotary table is right to {apart:.2g} roundoffs")',
-    ]
-
-
-_GLM_ROPE = (
-    'rope = raw.get("rope_parameters") or {}',
-    'theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))',
-    'head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]',
-    'width = int(head * rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5)))',
-)
-_CHATGLM_ROPE = ('theta, width = 10000.0 * raw.get("rope_ratio", 1.0), raw["kv_channels"] // 2',)
-"""Base of the frequencies and how many numbers of a head are rotated, by the family's own words."""
+    """The table of frequencies, and the cosines and sines."""
+    return rotary_lines(scene, _config(scene))
 
 
 def _answer(scene: Scene) -> list[str] | None:
@@ -270,6 +246,7 @@ def _gradient(scene: Scene) -> list[str] | None:
 
 ORACLE = {
     ("reference.oracle", "rotary-excess"): Body(lines=_rotary, batch=False),
+    ("reference.oracle", "rotary-scale"): Body(lines=_rotary, batch=False),
     ("reference.oracle", "true-logits"): Body(lines=_answer, twins=True),
     ("reference.oracle", "true-loss"): Body(lines=_loss),
     ("reference.oracle", "true-gradient"): Body(lines=_gradient, twins=True),

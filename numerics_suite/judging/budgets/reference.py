@@ -52,7 +52,17 @@ BUDGETS: tuple[Budget, ...] = (
         cause="semantic-error",
         title="the rotary table is {value:.3g} times as far from the one that config.json defines as rounding puts it",
         reason="The frequencies are a power and an inverse, each rounded once, and an exponent that is exact only where the "
-        "rotary dimension is a power of two; the oracle adds these up to the roundoffs that a right table may be off. A wrong theta, a wrong share of rotated dimensions, or a table cast to 16 bits is not.",
+        "rotary dimension is a power of two; the oracle adds these, and what a scaling rounds, up to the roundoffs that a right table may be off. A wrong theta, a wrong share of rotated dimensions, a scaling that is left out, or a table cast to 16 bits is not.",
+        remedies=("fix-config", *CURE),
+    ),
+    Budget(
+        check="reference.oracle",
+        measurement="rotary-scale",
+        limit=AGREED,
+        cause="semantic-error",
+        title="cosines and sines are not scaled as config.json says; off by {value:.2g} of the attention factor",
+        reason="Cosine and sine of one angle have squares that add up to 1, or to the square of the attention factor that YaRN "
+        "and LongRoPE scale both by. In true fp64 that holds to the last bits.",
         remedies=("fix-config", *CURE),
     ),
     *(

@@ -1,0 +1,55 @@
+"""A model's own rotary frequencies, which some scalings change with the length of the sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from numerics_suite.engine.lifting import preserved
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from numerics_suite.engine.runner import Runner
+
+
+def rotary_table(model: nn.Module) -> tuple[str, Tensor] | None:
+    """Name and values of the model's rotary frequencies as it holds them now, a copy on the CPU; None without any."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            return name, buffer.detach().cpu().clone()
+    return None
+
+
+def longest_of_one_table(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence that LongRoPE turns with its short factors; None for a config without it.
+
+    One token more changes the frequencies of every position before it, in the cache too: what holds of rows, padding and
+    decoding holds on one side of this length. (NTK-aware `dynamic` scaling changes at `max_position_embeddings`.)
+    """
+    section = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if section.get("rope_type", section.get("type")) != "longrope":
+        return None
+    length = config.get("original_max_position_embeddings") or section.get("original_max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def table_at_length(runner: Runner, length: int) -> Tensor | None:
+    """The frequencies, `[pairs]`, that the model turns the last position of a sequence of that length with.
+
+    Only the rotary embedding runs, so the length may be any. The model is left as it was: transformers remembers the
+    longest sequence it has seen.
+    """
+    held = rotary_table(runner.model)
+    if held is None:
+        return None
+    module = runner.model.get_submodule(held[0].rpartition(".")[0])
+    parameter = next(runner.model.parameters())
+    states = torch.zeros(1, 1, 1, dtype=parameter.dtype)  # of which only dtype and device are read
+    with preserved(module):
+        runner.submodule(module, states, torch.tensor([[length - 1]]))
+        found = rotary_table(module)
+    return None if found is None else found[1]
