@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.devices.arithmetic import fix_workspaces
 from numerics_suite.devices.kinds import CPU, device_module, kind_of, main_device, parts_of
 from numerics_suite.devices.memory import is_out_of_memory
 from numerics_suite.devices.precisions import Precision
@@ -70,6 +71,8 @@ def resolve_device(name: str, required: str | None = None) -> str:
     for part in parts:
         _require_present(part)
     kind = kind_of(device)
+    if kind == "cuda":
+        fix_workspaces()
     if len(parts) > 1 and (len(set(parts)) < len(parts) or {kind_of(part) for part in parts} != {kind} or kind == CPU):
         message = f"--device {name}: a model is spread over different accelerators of one kind, such as cuda:0,cuda:1"
         raise BadInputError(message)

@@ -313,8 +313,8 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
             buffer.data = buffer.data.to(dtype)
 
 
-def place(model: nn.Module, device: str) -> None:
-    """Move the model to its device, in place, which converts nothing; over several devices block by block.
+def place(model: nn.Module, device: str) -> nn.Module:
+    """The model moved to its device, in place, which converts nothing; over several devices block by block.
 
     Args:
         model: on the CPU.
@@ -325,8 +325,7 @@ def place(model: nn.Module, device: str) -> None:
     """
     parts = parts_of(device)
     if len(parts) == 1:
-        model.to(device)
-        return
+        return model.to(device)
     try:
         from accelerate import dispatch_model, infer_auto_device_map
     except ImportError:
@@ -345,7 +344,8 @@ def place(model: nn.Module, device: str) -> None:
     share = sum(p.nbytes for p in model.parameters()) // len(parts) + largest
     room: dict[Any, Any] = dict.fromkeys(parts[:-1], share) | {parts[-1]: 2**60}
     spread = infer_auto_device_map(model, max_memory=room, no_split_module_classes=list(blocks or ()))
-    dispatch_model(model, spread, main_device=parts[0], force_hooks=True)
+    dispatched: nn.Module = dispatch_model(model, spread, main_device=parts[0], force_hooks=True)
+    return dispatched
 
 
 def _kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
+from numerics_suite.devices.device import resolve_device
 from numerics_suite.devices.precisions import precision
 from numerics_suite.diagnosing.remedy_register import remedies_of, untried
 from numerics_suite.diagnosing.remedy_trials import breaks
 from numerics_suite.diagnosing.root_causes import REMEDIES
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.settings.tree import Settings, to_json
-from numerics_suite.subjects.load import load
+from numerics_suite.subjects.load import load, place
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite.gate import exit_status, subject_facts
 from numerics_suite.watching.bundle_reader import (
@@ -72,13 +73,13 @@ def reopen(settings: Settings, path: Path) -> RunResult:
         checks = tuple(_replayed(bundle, subject, settings) for subject in subjects)
     else:
         cell = _cell(bundle, bundle.content["model"]["class"], _task(bundle), settings)
-        checks = (_failed(cell, _tried_again(bundle) if settings.diagnose else bundle.finding),)
+        checks = (_failed(cell, _tried_again(bundle, cell.device) if settings.diagnose else bundle.finding),)
     return RunResult(
         command="check",
         started_at=started.isoformat(timespec="seconds"),
         duration_s=round(time.perf_counter() - clock, 3),
         verdict="fail" if any(check.status == "failed" for check in checks) else "pass",
-        environment=describe_run("cpu"),
+        environment=describe_run(_device(settings)),
         settings={**to_json(settings), "bundle": str(path)},
         subjects=tuple(subject_facts(subject) for subject in subjects),
         checks=checks,
@@ -94,6 +95,11 @@ def _told(bundle: Bundle) -> str:
     return f"step {bundle.step}, caught {content['created_at']} with {versions}; digests hold; can be replayed: {content['replay']}"
 
 
+def _device(settings: Settings) -> str:
+    """Where a bundle's steps run again, under the same autocast, wherever they were caught."""
+    return resolve_device(settings.device, settings.require_device)
+
+
 def _task(bundle: Bundle) -> Task:
     name = bundle.content["model"]["class"]
     return next((task for ending, task in TASKS.items() if ending in name), "module")
@@ -106,7 +112,7 @@ def _cell(bundle: Bundle, subject: str, task: Task, settings: Settings) -> Cell:
         subject=subject,
         precision=asked[0] if asked else _precision(bundle),
         attn=attn[0] if attn else bundle.content["model"]["attn"] or "default",
-        device="cpu",
+        device=_device(settings),
         task=task,
     )
 
@@ -118,10 +124,10 @@ def _precision(bundle: Bundle) -> str:
     return precision_name(str(bundle.content["model"]["dtype"]), lower)
 
 
-def _tried_again(bundle: Bundle) -> Finding:
+def _tried_again(bundle: Bundle, device: str) -> Finding:
     """The bundle's finding; where the bundle alone can make its model, located over all the steps, and with its remedies tried."""
     try:
-        model = built_model(bundle)
+        model = place(built_model(bundle), device)
     except NotApplicableError as error:
         return left_untried(bundle.finding, str(error))
     start = bundle.start()
@@ -139,7 +145,8 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
     """
     cell = _cell(bundle, subject.id, subject.task, settings)
     started = time.perf_counter()
-    loaded = load(subject, dtype=precision(cell.precision).parameters, attn=cell.attn, seed=settings.seed)
+    dtype = precision(cell.precision).parameters
+    loaded = load(subject, dtype=dtype, attn=cell.attn, device=cell.device, seed=settings.seed)
     start = bundle.start() if subject.kind == "factory" and holds_all_of(bundle, loaded.model) else None
     if start is not None:
         with_stored_parameters(bundle, loaded.model)
