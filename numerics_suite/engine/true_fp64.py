@@ -270,7 +270,7 @@ class _WideConvolutions(TorchFunctionMode):
 
 def _convolutions(module: nn.Module) -> AbstractContextManager[object]:
     convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())  # noqa: SLF001 - the base of all
-    return _WideConvolutions() if convolves else nullcontext()  # type: ignore[no-untyped-call]
+    return _WideConvolutions() if convolves else nullcontext()
 
 
 def _storages(model: nn.Module, *, trained_only: bool) -> frozenset[int]:
