@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.engine.decoding import NO_CACHE, cache_in
 from numerics_suite.engine.router_loss import without_router_loss
-from numerics_suite.subjects.compat import cache_name
+from numerics_suite.subjects.generation import cache_name
 
 PIECES: Final = (2, 1, 1)
 """Tokens that are decoded at a time after the prefill: a chunk, as assisted decoding checks one, and single steps."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.engine.calls import call_model, input_device, to_device
-from numerics_suite.subjects import compat
+from numerics_suite.subjects import generation
 
 Call = Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]
 """Calls a model and gives its logits `[batch, width, vocabulary]` as `answer`."""
@@ -38,10 +38,10 @@ def with_cache(cuts: Sequence[int], *, positions: Positions = "generate") -> Cal
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         given = to_device(dict(tensors), input_device(model))
         ids, mask = given["input_ids"], given["attention_mask"]
-        name = compat.cache_name(model)
+        name = generation.cache_name(model)
         if name is None:
             raise NotApplicableError(NO_CACHE)
-        cached = compat.empty_cache(model, rows=int(ids.shape[0]), width=int(ids.shape[1]))
+        cached = generation.empty_cache(model, rows=int(ids.shape[0]), width=int(ids.shape[1]))
         logits = []
         for start, stop in itertools.pairwise([0, *cuts, int(ids.shape[1])]):
             step = _step(model, ids[:, :stop], mask[:, :stop], start, positions, **{name: cached})
@@ -59,7 +59,7 @@ def without_cache(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Ten
     """The whole sequence in one call as `generate` makes it with `use_cache=False`, with its positions."""
     given = to_device(dict(tensors), input_device(model))
     ids, mask = given["input_ids"], given["attention_mask"]
-    step = compat.prepared_step(model, ids, mask, start=0, use_cache=False)
+    step = generation.prepared_step(model, ids, mask, start=0, use_cache=False)
     if step is None:
         positions = {"position_ids": counted_positions(mask)} if takes_positions(model) else {}
         step = {"input_ids": ids, "attention_mask": mask, **positions}
@@ -68,13 +68,13 @@ def without_cache(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Ten
 
 def takes_positions(model: nn.Module) -> bool:
     """Whether the model can be told the place of each token."""
-    return compat.names_keyword(model, "position_ids")
+    return generation.names_keyword(model, "position_ids")
 
 
 def _step(
     model: nn.Module, ids: Tensor, mask: Tensor, start: int, positions: Positions, **cache: Any
 ) -> dict[str, Any]:
-    step = compat.prepared_step(model, ids, mask, start=start, use_cache=True, **cache)
+    step = generation.prepared_step(model, ids, mask, start=start, use_cache=True, **cache)
     if step is None:
         # Code that only ever prepares one token is called as a loop of the user's own would call it.
         step = {"input_ids": ids[:, start:], "attention_mask": mask, "use_cache": True, **cache}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Mapping
@@ -10,9 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from numerics_suite.core.errors import UnsupportedError
 
@@ -196,126 +192,6 @@ def last_line(error: BaseException) -> str:
     """The last line of an error's text: where a wrapped error says what was wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-# --- decoding ------------------------------------------------------------------------------------------------------
-
-_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
-"""What models call their cache, in a call and in its output, the name of the newest releases first."""
-
-
-def cache_name(model: Any) -> str | None:
-    """The keyword under which a model takes its cache; None for a model without one.
-
-    Args:
-        model: of transformers, or of remote code.
-    """
-    parameters = inspect.signature(type(_within(model)).forward).parameters
-    handed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return next((name for name in _CACHES if name in parameters), "past_key_values" if handed_on else None)
-
-
-def _within(model: Any) -> Any:
-    """The model of transformers inside peft's, whose own methods hand on every keyword and name none."""
-    inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
-
-
-def empty_cache(model: Any, *, rows: int, width: int) -> Any:
-    """The cache that `generate` would begin with, None where the model makes its own at the first step.
-
-    Args:
-        model: with or without a language model's `generate`.
-        rows: sequences of the batch.
-        width: most tokens that a row will have.
-    """
-    name, model = cache_name(model), _within(model)
-    prepare = getattr(model, "_prepare_cache_for_generation", None)
-    if prepare is None or name is None or not _has_cache_of_transformers(model):
-        return None
-    from transformers.generation.utils import GenerationMode  # heavy
-
-    settings = copy.deepcopy(model.generation_config)
-    settings.use_cache = True
-    made: dict[str, Any] = {}
-    every = {
-        "generation_config": settings,
-        "model_kwargs": made,
-        "assistant_model": None,
-        "generation_mode": GenerationMode.GREEDY_SEARCH,
-        "batch_size": rows,
-        "max_cache_length": width,
-        "device": model.device,
-    }
-    # Up to 4.57 a static cache is kept on the model and used again, in the dtype of whoever asked first.
-    vars(model).pop("_cache", None)
-    prepare(**{key: every[key] for key in inspect.signature(prepare).parameters if key in every})
-    vars(model).pop("_cache", None)
-    return made.get(name)
-
-
-def _has_cache_of_transformers(model: Any) -> bool:
-    """Whether `generate` hands the model a cache, and not the model's own step one to `generate`."""
-    supports = getattr(model, "_supports_default_dynamic_cache", None)
-    return bool(supports is not None and supports())
-
-
-def names_keyword(model: Any, keyword: str) -> bool:
-    """Whether a model's call has a keyword by that name.
-
-    Args:
-        model: of transformers, of peft, or of remote code.
-        keyword: such as `position_ids`.
-    """
-    return keyword in inspect.signature(type(_within(model)).forward).parameters
-
-
-def is_stateful(model: Any) -> bool:
-    """Whether the class says that its state is rolled on token by token, so that no step decodes several."""
-    return bool(getattr(_within(model), "_is_stateful", False))
-
-
-def prepared_step(model: Any, ids: Tensor, mask: Tensor, *, start: int, **keywords: Any) -> dict[str, Any] | None:
-    """What `generate` hands the model for the columns from `start` on.
-
-    Args:
-        model: of transformers, or of remote code.
-        ids: `[batch, width]`, the columns that were decoded before included.
-        mask: `[batch, width]`.
-        start: columns that the cache holds.
-        keywords: `use_cache`, and the cache under its name.
-
-    Returns:
-        Keywords of the call, with logits of every column; None where the class cannot prepare such a step (remote code
-        that only ever decodes one token).
-    """
-    model = _within(model)
-    method = getattr(model, "prepare_inputs_for_generation", None)
-    if method is None:
-        return None
-    width = int(ids.shape[1])
-    named = _named_by_any(type(model), "prepare_inputs_for_generation")
-    more: dict[str, Any] = {
-        "cache_position": torch.arange(start, width, device=ids.device),
-        "next_sequence_length": width - start if start else None,
-        "is_first_iteration": start == 0,
-        "is_first_forward": start == 0,
-    }
-    words = {key: value for key, value in more.items() if key in named}
-    positions = getattr(model, "_prepare_position_ids_for_generation", None)
-    if positions is not None and names_keyword(model, "position_ids"):
-        words["position_ids"] = positions(ids, {"attention_mask": mask})
-    step = dict(method(ids, attention_mask=mask, **words, **keywords))
-    for key in ("logits_to_keep", "num_logits_to_keep", "return_last_logit"):
-        step.pop(key, None)
-    given = step.get("input_ids")
-    return step if isinstance(given, Tensor) and given.shape[1] == width - start else None
-
-
-def _named_by_any(cls: type, method: str) -> set[str]:
-    """Parameters that a method names in any class of the order of resolution, since each hands on the rest."""
-    found = (vars(base)[method] for base in cls.__mro__ if method in vars(base))
-    return {name for function in found for name in inspect.signature(function).parameters}
 
 
 # --- config keys ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from unit.test_clean_models import BODY, SMALL, save, statuses
 
 from numerics_suite.engine.decoding import with_cache
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.compat import cache_name, empty_cache, prepared_step
+from numerics_suite.subjects.generation import cache_name, empty_cache, prepared_step
 from numerics_suite.suite.session import SuiteSession
 
 CHECK = ("forward.cache",)

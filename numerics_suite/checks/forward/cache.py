@@ -19,7 +19,7 @@ from numerics_suite.engine.references import caller, compare_law, rounded_answer
 from numerics_suite.engine.router_loss import without_router_loss
 from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.observing.roundoff import relative_error
-from numerics_suite.subjects.compat import is_stateful
+from numerics_suite.subjects.generation import is_stateful
 
 HOLE = 3
 """Columns of padding between a prompt and what is decoded after it, beyond those that the batch has."""

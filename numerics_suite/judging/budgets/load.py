@@ -132,9 +132,9 @@ BUDGETS = (
         measurement="differing",
         limit=0,
         cause="lost-weights",
-        title="tensors that differ after saving and loading again: {parameters}",
-        reason="save_pretrained followed by from_pretrained must give the same bits; what differs is lost or changed "
-        "at the first checkpoint of a training run.",
+        title="saving and loading again changes: {parameters}",
+        reason="save_pretrained followed by from_pretrained must give the same bits, the same config and, in true fp64, the "
+        "same answers; what differs is lost or changed at a checkpoint of a training run.",
         remedies=("newer-version", "pin-version"),
     ),
     Budget(

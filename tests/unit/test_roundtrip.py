@@ -1,0 +1,76 @@
+"""What a save and a load change is seen, on the first trip or the second: weights, config, answers; code comes along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+from unit.test_clean_models import BODY, save, statuses
+
+CHECK = ("load.roundtrip",)
+GROUPED = {**BODY, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "sliding_window": 32}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(tmp_path, "MistralForCausalLM", "MistralConfig", **GROUPED)
+
+
+def test_nothing_is_lost(folder):
+    assert statuses(folder, CHECK) == {"load.roundtrip": "passed"}
+
+
+@pytest.mark.parametrize("trip", [1, 2])
+def test_a_window_that_halves_as_it_is_saved(folder, monkeypatch, trip):
+    import transformers
+
+    own = transformers.MistralForCausalLM.save_pretrained
+    saves = []
+
+    def halving(self, path, *args, **kwargs):
+        saves.append(path)
+        self.config.sliding_window //= 2 if len(saves) == trip else 1
+        own(self, path, *args, **kwargs)
+        self.config.sliding_window *= 2 if len(saves) == trip else 1
+
+    monkeypatch.setattr(transformers.MistralForCausalLM, "save_pretrained", halving)
+    found = statuses(folder, CHECK)
+    assert found == {"load.roundtrip": "failed: saving and loading again changes: config.sliding_window"}
+    # The trips are saved to a `Path`; remedies that are tried save elsewhere.
+    assert sum(isinstance(path, Path) for path in saves) == trip
+
+
+def test_a_table_that_is_built_anew(folder, monkeypatch):
+    """Neither stored nor in the config: only the answers tell."""
+    import transformers
+
+    own = transformers.MistralForCausalLM.__init__
+    built = []
+
+    def drifting(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        built.append(self)
+        if len(built) > 1:
+            self.register_forward_pre_hook(_stretch)
+
+    def _stretch(model: nn.Module, _: object) -> None:
+        model.model.rotary_emb.attention_scaling = 1.5
+
+    monkeypatch.setattr(transformers.MistralForCausalLM, "__init__", drifting)
+    assert statuses(folder, CHECK) == {"load.roundtrip": "failed: saving and loading again changes: answers"}
+
+
+def test_code_comes_along(monkeypatch):
+    """Whatever the release leaves behind of the checkpoint's own code."""
+    import transformers
+
+    own = transformers.PreTrainedModel.save_pretrained
+
+    def bare(self, path, *args, **kwargs):
+        own(self, path, *args, **kwargs)
+        for file in path.glob("*.py"):
+            file.unlink()
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", bare)
+    assert statuses("fixture:chatglm-tiny", CHECK) == {"load.roundtrip": "passed"}
