@@ -342,9 +342,11 @@ def place(model: nn.Module, device: str) -> nn.Module:
         default=0,
     )
     share = sum(p.nbytes for p in model.parameters()) // len(parts) + largest
-    room: dict[Any, Any] = dict.fromkeys(parts[:-1], share) | {parts[-1]: 2**60}
+    # accelerate knows devices by number.
+    room: dict[Any, Any] = dict.fromkeys(range(len(parts) - 1), share) | {len(parts) - 1: 2**60}
     spread = infer_auto_device_map(model, max_memory=room, no_split_module_classes=list(blocks or ()))
-    dispatched: nn.Module = dispatch_model(model, spread, main_device=parts[0], force_hooks=True)
+    placed = {name: parts[number] for name, number in spread.items()}
+    dispatched: nn.Module = dispatch_model(model, placed, main_device=parts[0], force_hooks=True)
     return dispatched
 
 

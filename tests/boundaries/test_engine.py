@@ -15,6 +15,7 @@ import torch
 from boundaries.source_tree import PACKAGE, source_files
 from torch import nn
 
+import numerics_suite
 from numerics_suite.cli.main import main
 from numerics_suite.core.registry import own_check_ids
 
@@ -132,6 +133,24 @@ def test_only_the_engine_runs_a_model_while_a_finding_is_diagnosed(
     monkeypatch.syspath_prepend(str(tmp_path))
     with watched_calls() as found:
         assert main(["check", "factory:broken_head:make", "--precision", "bf16", "--attn", "eager", *SMALL]) == 1
+    assert not found
+
+
+def test_only_the_engine_runs_a_model_while_the_watch_diagnoses(tmp_path: Path) -> None:
+    """The caught steps run again, are located, and remedies are tried on them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e30)
+
+    def train() -> None:
+        with numerics_suite.watch(model, optimizer, bundle=tmp_path / "bundle"):
+            for _ in range(6):
+                optimizer.zero_grad()
+                model(torch.ones(2, 4)).square().mean().backward()
+                optimizer.step()
+
+    with watched_calls() as found, pytest.raises(numerics_suite.NumericsError):
+        train()
     assert not found
 
 
