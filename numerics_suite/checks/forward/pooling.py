@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,30 @@ def _head(evidence: Evidence) -> tuple[str, nn.Module]:
     raise NotApplicableError(reason)
 
 
+@contextlib.contextmanager
+def _given_to(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the head is given while it runs."""
+    given: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[object, ...]) -> None:
+        given.extend(value.detach() for value in args[:1] if isinstance(value, Tensor))
+
+    handle = head.register_forward_pre_hook(note)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
 def _logits_and_states(evidence: Evidence, batch: Batch, head: nn.Module) -> tuple[Tensor, Tensor]:
     """The classifier's logits `[batch, labels]` and the head's answer for every position `[batch, sequence, labels]`."""
     tensors = evidence.inputs_of(batch)
-    output = evidence.run(tensors, output_hidden_states=True)
-    states = output.hidden_states[-1]
+    with _given_to(head) as given:
+        output = evidence.run(tensors, output_hidden_states=True)
+    # What the head read is what it is asked about: the last of `hidden_states` may come before the final norm (BioGPT up
+    # to 5.0). A head that reads a pooled row only is applied to the states.
+    read = [states for states in given if states.dim() == 3]
+    states = read[-1] if read else output.hidden_states[-1]
     if states.shape[0] != batch.tensors["input_ids"].shape[0]:
         states = states.transpose(0, 1)  # 2024's chatglm keeps [sequence, batch, hidden]
     every = evidence.runner.submodule(head, states.to(next(head.parameters()).dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from numerics_suite.checks.load._effects import ROWS, has_effect, is_converted, is_derived, is_read, rope_is_built
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
@@ -77,7 +78,10 @@ RENAMED = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
 
 @check(scope="subject", needs=("checkpoint",))
 def config(evidence: Evidence) -> Iterable[Measurement]:
-    """Is what config.json says what the model was built with?"""
+    """Is what config.json says what the model was built with?
+
+    A key counts as ignored if this release does not read it and the model lacks its effect.
+    """
     built = evidence.model.config
     raw = evidence.subject.config
     known = known_config_keys(type(built))
@@ -86,7 +90,10 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
         sorted(
             key
             for key in raw
-            if key in DEFINING and key not in known and not _harmless(key, raw, known, right_table=right_table)
+            if key in DEFINING
+            and key not in known
+            and not _harmless(key, raw, known, right_table=right_table)
+            and not _arrived(evidence, key, known)
         )
     )
     yield Measurement(
@@ -96,7 +103,11 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
         facts={"keys": ", ".join(ignored)} if ignored else {},
         parameters=ignored,
     )
-    differing = {key: (raw[key], value) for key, value in _as_built(raw, built, known) if not _equal(raw[key], value)}
+    differing = {
+        key: (raw[key], value)
+        for key, value in _as_built(raw, built, known)
+        if not _equal(raw[key], value) and not _meant(evidence, key, value)
+    }
     yield Measurement(
         name="differing",
         value=len(differing),
@@ -104,6 +115,21 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
         parameters=tuple(differing),
         facts={key: f"the file says {said!r}, the model has {has!r}" for key, (said, has) in differing.items()},
     )
+
+
+def _arrived(evidence: Evidence, key: str, known: set[str]) -> bool:
+    """Whether a key that no class declares is read all the same, or the model has what it says without reading it."""
+    raw, model = evidence.subject.config, evidence.model
+    if key == "rope_parameters" and isinstance(raw[key], Mapping) and rope_is_built(model, raw[key], known):
+        return True
+    made_by = type(model.config)
+    return has_effect(model, key, raw[key]) or is_derived(made_by, raw, key) or is_read(made_by, raw, key)
+
+
+def _meant(evidence: Evidence, key: str, value: Any) -> bool:
+    """Whether another value than the file's is what the release makes of it, or the model has the file's all the same."""
+    raw, model = evidence.subject.config, evidence.model
+    return is_converted(type(model.config), raw, key, value) or (key in ROWS and has_effect(model, key, raw[key]))
 
 
 def _rotary_table_is_right(evidence: Evidence) -> bool:

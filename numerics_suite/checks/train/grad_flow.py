@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+
+import torch
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.runner import Runner
+from numerics_suite.observing.roundoff import rms
+
+LAYER = re.compile(r"\.\d+\.")
+"""The number of a layer in a name."""
+
+STEP = 1e-6
+"""Moves a weight by this much of its size: what only ranks or picks by it picks the same, what computes with it differs."""
+
+FLAT = 1e-13
+"""Change of the loss, relative to it: some hundred roundings of float64, a ten-millionth of the step."""
 
 
 @check(trains=True)
@@ -19,6 +33,8 @@ def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
         reason = "the first backward pass was not finite (train.finite)"
         raise NotApplicableError(reason)
     dead = tuple(name for name in run.dead if not _unused(evidence, name))
+    apart = _apart(evidence, [name for name in dead if name in run.absent])
+    dead = tuple(name for name in dead if name not in apart)
     absent = tuple(name for name in dead if name in run.absent)
     underflowed = dead and not absent and evidence.recipe.computes_in == "float16"
     yield Measurement(
@@ -42,6 +58,57 @@ def _unused(evidence: Evidence, name: str) -> bool:
     parts = set(name.split("."))
     beside_head = evidence.subject.task != "causal-lm" and parts & set(evidence.family.lm_head_names)
     return "experts" in parts or "lora_A" in parts or bool(beside_head)
+
+
+def _apart(evidence: Evidence, absent: Sequence[str]) -> frozenset[str]:
+    """Those of the parameters without any gradient that the loss does not depend on by design.
+
+    A pooler that a language model carries along, the indexer that only picks the keys to attend to, the part for pictures
+    in a batch of text, a sinusoid that is written down and never learned. All of these are whole parts of a model, in
+    every layer or in none, and the loss stays what it is when their weights are moved. One layer's part alone, one
+    parameter of a part that learns, and a norm, an attention or a feed-forward part are mistakes, whatever the loss says.
+    """
+    if not absent:
+        return frozenset()
+    modules = dict(evidence.model.named_modules())
+    fixed = {name for name in absent if "sinusoid" in type(modules[name.rpartition(".")[0]]).__name__.lower()}
+    reached = {name for name, p in evidence.model.named_parameters() if p.requires_grad} - set(absent)
+    layers = {LAYER.sub(".N.", name) for name in reached}
+    whole = []
+    for name in absent:
+        part = _whole_part(name, reached)
+        kind = evidence.family.kind_of(type(modules[part]).__name__) if part else None
+        if part and kind is None and LAYER.sub(".N.", name) not in layers:
+            whole.append(name)
+    return frozenset(fixed | (set(whole) if _loss_is_flat(evidence, whole) else set()))
+
+
+def _whole_part(name: str, reached: Iterable[str]) -> str:
+    """The largest module around the parameter in which no parameter has a gradient, "" where there is none."""
+    parts = name.split(".")[:-1]
+    for count in range(1, len(parts) + 1):
+        part = ".".join(parts[:count])
+        if not any(other.startswith(f"{part}.") for other in reached):
+            return part
+    return ""
+
+
+def _loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
+    """Whether the true fp64 loss is the same once the parameters are moved, by a millionth of their size."""
+    if not names:
+        return True
+    model = evidence.copy_model().double()
+    runner = Runner(model, evidence.condition)
+    before = runner.true_fp64(evidence.training_batch.tensors).outputs.get("loss")
+    generator = torch.Generator().manual_seed(evidence.request.seed)
+    for name in names:
+        parameter = model.get_parameter(name).data
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+        parameter += STEP * (rms(parameter) or 1.0) * noise
+    after = runner.true_fp64(evidence.training_batch.tensors).outputs.get("loss")
+    return (
+        before is not None and after is not None and float((after - before).abs()) <= FLAT * max(abs(float(before)), 1)
+    )
 
 
 def _alive_in_fp32(evidence: Evidence, dead: tuple[str, ...]) -> bool:

@@ -1,0 +1,132 @@
+"""What a key of config.json does: whether this release reads it, and whether the model built has what it says anyhow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+SAME_MEANING = (
+    frozenset({"hidden_act", "hidden_activation", "activation_function"}),
+    frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}),
+    frozenset({"vocab_size", "padded_vocab_size"}),
+    frozenset({"layer_norm_eps", "layernorm_epsilon", "rms_norm_eps", "layer_norm_epsilon"}),
+)
+"""Keys that families and releases have for one thing."""
+
+ROWS = frozenset({"vocab_size", "padded_vocab_size"})
+
+
+def is_read(config_class: type, raw: Mapping[str, Any], key: str) -> bool:
+    """Whether another value of the key makes another config, beyond the key itself.
+
+    A key may be taken up under another name (`first_k_dense_replace` becomes a list of layers), and no list of names that
+    a class declares would have it.
+
+    Args:
+        config_class: of the built model.
+        raw: config.json.
+        key: of it.
+    """
+    given = _made(config_class, raw)
+    # The base class of 5.x moves the rope keys about in every config, whether or not the model looks at them.
+    if given is None or key.startswith("rope_") or key == "partial_rotary_factor":
+        return False
+    mine = {name: value for name, value in given.items() if name != key}
+    for other in _others(raw, key):
+        made = _made(config_class, other)
+        if made is not None and {name: value for name, value in made.items() if name != key} != mine:
+            return True
+    return False
+
+
+def is_derived(config_class: type, raw: Mapping[str, Any], key: str) -> bool:
+    """Whether the class comes to the file's value by itself, from the other keys.
+
+    Args:
+        config_class: of the built model.
+        raw: config.json.
+        key: of it.
+    """
+    made = _made(config_class, {name: value for name, value in raw.items() if name != key})
+    return made is not None and key in made and bool(made[key] == raw[key])
+
+
+def is_converted(config_class: type, raw: Mapping[str, Any], key: str, built: Any) -> bool:
+    """Whether the value that the model was built with is what this release makes of the file's value.
+
+    Gemma 3 halves the window of bidirectional attention on load. That the file's value arrived is seen by another one
+    arriving otherwise.
+
+    Args:
+        config_class: of the built model.
+        raw: config.json.
+        key: of it.
+        built: what the model has.
+    """
+    given = _made(config_class, raw)
+    if given is None or given.get(key) != built:
+        return False
+    made = (_made(config_class, other) for other in _others(raw, key) if key in other)
+    return any(other is not None and other.get(key) != built for other in made)
+
+
+def has_effect(model: nn.Module, key: str, value: Any) -> bool:
+    """Whether the model built has what the key says, though this release did not read it there.
+
+    Args:
+        model: as built.
+        key: of config.json.
+        value: the file's.
+    """
+    config = model.config
+    names = next((names for names in SAME_MEANING if key in names), frozenset({key}))
+    others = [getattr(config, name) for name in names - {key} if getattr(config, name, None) is not None]
+    if others and all(other == value for other in others):
+        return True
+    if key in ROWS and isinstance(value, int):
+        return bool(model.get_input_embeddings().weight.shape[0] == value)  # type: ignore[operator]
+    held = [vars(module)[name] for module in model.modules() for name in names if name in vars(module)]
+    return bool(held) and all(type(one) is type(value) and one == value for one in held)
+
+
+def rope_is_built(model: nn.Module, rope: Mapping[str, Any], known: set[str]) -> bool:
+    """Whether rotary parameters that a release before 5.0 does not read are what it built with, read or by default.
+
+    Args:
+        model: as built.
+        rope: `rope_parameters` of config.json.
+        known: keys that this release reads.
+    """
+    config: Any = model.config
+    inner = {name: value for name, value in rope.items() if name not in {"rope_type", "type"}}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    own = getattr(config, "rope_scaling", None) or {}
+    if scaled and own.get("rope_type", own.get("type")) != rope.get("rope_type", rope.get("type")):
+        return False
+    return all(name in known and getattr(config, name, own.get(name)) == value for name, value in inner.items())
+
+
+def _made(config_class: Any, raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config that the class makes of a file's content, by attribute; None where it refuses.
+
+    `to_dict` is what it would write, which may undo what it did on loading.
+    """
+    try:
+        config = config_class.from_dict(copy.deepcopy(dict(raw)))
+        made: dict[str, Any] = {**config.to_dict(), **vars(config)}
+    except Exception:  # noqa: BLE001 - a class may refuse a value in any way, and then says nothing about the key
+        return None
+    return made
+
+
+def _others(raw: Mapping[str, Any], key: str) -> Iterator[dict[str, Any]]:
+    """The file without the key, and with another value of it."""
+    yield {name: value for name, value in raw.items() if name != key}
+    value = raw[key]
+    if isinstance(value, bool):
+        yield {**raw, key: not value}
+    elif isinstance(value, int | float):
+        yield {**raw, key: value * 2 or 1}
