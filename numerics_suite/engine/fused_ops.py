@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from numerics_suite.devices.device import has_float64
+from numerics_suite.devices.kinds import CPU
 from numerics_suite.engine import attention_ops
+from numerics_suite.engine.calls import to_device
 from numerics_suite.observing.roundoff import unit_roundoff
 
 if TYPE_CHECKING:
@@ -156,13 +159,16 @@ def excess_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results
 
     NaN for a call that the formula does not hold for.
     """
+    got: Tensor = results[0]
+    if not has_float64(got.device):
+        got, args, kwargs = to_device((got, tuple(args), dict(kwargs)), CPU)
     formula, given = FORMULAS[func], bind(func, args, kwargs)
     if formula.refusal(given):
         return math.nan
     want, dtype = formula.compute(given)[0], given[formula.like[0]].dtype
     once = want.to(dtype).double()
     scale = max(float((once - want).norm()), 12**-0.5 * unit_roundoff(dtype) * float(want.norm()))
-    error = float((results[0].double() - want).norm())
+    error = float((got.double() - want).norm())
     if error != error:
         return math.inf if scale == scale else math.nan
     return error / scale if scale else math.inf if error else 0.0

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
+from numerics_suite.devices.device import has_float64
+from numerics_suite.devices.kinds import CPU
 from numerics_suite.engine import flash_registry
-from numerics_suite.engine.calls import input_device, where_float64_is
+from numerics_suite.engine.calls import where_float64_is
 from numerics_suite.engine.lifting import widen
 from numerics_suite.engine.rounded_reference import RoundOnce
 from numerics_suite.engine.true_fp64 import LiftToFp64, float64_surroundings
@@ -29,7 +32,7 @@ def run_module_in_fp64(
         names: module id to name.
     """
     twin = where_float64_is(module)
-    device = None if twin is module else input_device(twin)
+    device = _moved_to((args, kwargs))
     mode = LiftToFp64(names, frozenset(p.untyped_storage().data_ptr() for p in twin.parameters()))
     with _disable_current_modes(), float64_surroundings(twin):
         own_args, own_kwargs = _own(args, device), _own(kwargs, device)
@@ -41,11 +44,17 @@ def run_module_in_fp64(
 def run_module_rounded(module: nn.Module, args: Any, kwargs: Any, names: Mapping[int, str]) -> Any:
     """The module's output with every op rounded once; the arguments are those of :func:`run_module_in_fp64`."""
     twin = where_float64_is(module)
-    device = None if twin is module else input_device(twin)
+    device = _moved_to((args, kwargs))
     with _disable_current_modes():
         own_args, own_kwargs = _own(args, device, wide=False), _own(kwargs, device, wide=False)
         with flash_registry.visible_attention(twin), RoundOnce(names):
             return twin(*own_args, **own_kwargs)
+
+
+def _moved_to(value: Any) -> torch.device | None:
+    """The CPU where an input lies on a device without float64, whatever the module holds; None where they stay."""
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return torch.device(CPU) if any(not has_float64(tensor.device) for tensor in tensors) else None
 
 
 def _own(value: Any, device: torch.device | None, *, wide: bool = True) -> Any:

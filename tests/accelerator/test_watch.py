@@ -10,15 +10,6 @@ from pathlib import Path
 import pytest
 from accelerator.checking import DEVICE, environment
 
-FACTORY = """
-import torch
-from torch import nn
-
-def make():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)), {"input": torch.ones(2, 4)}
-"""
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,9 +29,16 @@ def test_figures_are_read_when_they_have_arrived_and_a_spread_model_is_watched(b
 
 @pytest.mark.parametrize("device", ["cpu", DEVICE])
 def test_a_bundle_caught_on_one_device_replays_on_another(bundle: Path, tmp_path: Path, device: str) -> None:
-    (tmp_path / "made_here.py").write_text(FACTORY, encoding="utf-8")
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "numerics_suite", "check", "factory:made_here:make", "--bundle", str(bundle)]
+    command = [
+        sys.executable,
+        "-m",
+        "numerics_suite",
+        "check",
+        "factory:accelerator.loud:make",
+        "--bundle",
+        str(bundle),
+    ]
     arguments = ["--device", device, "--json", str(out), "--quiet", "--no-diagnose"]
     done = subprocess.run(
         [*command, *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
@@ -48,4 +46,4 @@ def test_a_bundle_caught_on_one_device_replays_on_another(bundle: Path, tmp_path
     assert done.returncode == 1, done.stderr
     (result,) = json.loads(out.read_text(encoding="utf-8"))["checks"]
     assert result["device"] == device
-    assert result["finding"]["cause"]
+    assert result["finding"]["cause"] == "overflow"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerator.loud import make
 from torch import nn
 
 import numerics_suite
@@ -62,16 +63,15 @@ def a_spread_model_is_watched() -> None:
 
 def a_bad_step_is_caught(folder: Path) -> None:
     """In an autocast section; its bundle is opened on the CPU by the test."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)).to(HERE)
+    model = make()[0].to(HERE)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     try:
-        with numerics_suite.watch(model, optimizer, bundle=folder):
+        with numerics_suite.watch(model, optimizer, bundle=folder, snapshot_every=1):
             for step in range(4):
                 optimizer.zero_grad()
-                batch = torch.full((2, 4), float("inf") if step == 2 else 1.0, device=HERE)
+                batch = torch.full((2, 4), 9.0 if step == 2 else 1.0, device=HERE)
                 with torch.autocast("standin", dtype=torch.bfloat16):
-                    loss = model(batch).square().mean()
+                    loss = model(batch)["loss"]
                 loss.backward()
                 optimizer.step()
     except numerics_suite.NumericsError as error:
