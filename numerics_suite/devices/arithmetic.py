@@ -124,7 +124,7 @@ def deterministic_algorithms(*, fill: bool = False) -> Iterator[None]:
     """Prefer kernels that give the same bits in every run; an op that has none warns once and runs.
 
     Args:
-        fill: memory that nobody writes is NaN, or the largest integer, and not what lay there before.
+        fill: uninitialised memory holds NaN, or the largest integer.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

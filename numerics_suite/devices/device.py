@@ -22,7 +22,7 @@ from numerics_suite.devices.precisions import Precision
 def is_for_tests(kind: str) -> bool:
     """Whether the backend says of itself that it stands in for an accelerator in tests.
 
-    Such a device runs what is asked of it by name, and never counts as the accelerator of this machine.
+    It runs where `--device` names it, and never counts as the accelerator of this machine.
     """
     return bool(getattr(device_module(kind), "for_tests", False))
 

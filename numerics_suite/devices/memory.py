@@ -65,7 +65,7 @@ def peak_bytes(device: str) -> int | None:
 
 
 def reset_peak(device: str) -> None:
-    """Begin to count :func:`peak_bytes` anew."""
+    """Start :func:`peak_bytes` again from what is allocated now."""
     module = device_module(kind_of(device))
     if hasattr(module, "reset_peak_memory_stats"):
         for part in parts_of(device):

@@ -59,7 +59,7 @@ SAFE_EPS = 1e-4
 def initialised(names: Iterable[str]) -> Change:
     """Xavier-uniform weights and zero biases for these parameters.
 
-    Source: Glorot & Bengio 2010; the cure that GLM-4's users found for heads that nobody initialised.
+    Source: Glorot & Bengio 2010; the cure that GLM-4's users found for uninitialised heads.
 
     Args:
         names: dotted.

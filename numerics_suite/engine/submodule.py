@@ -58,7 +58,7 @@ def _moved_to(value: Any) -> torch.device | None:
 
 
 def _own(value: Any, device: torch.device | None, *, wide: bool = True) -> Any:
-    """Copy a module's argument: tensors anew (upcast), containers too, a cache apart from the real one."""
+    """Copy a module's argument: tensors and containers are copied (and upcast), and so is a cache."""
     if isinstance(value, Tensor):
         moved = value if device is None else value.to(device)
         upcast = widen(moved) if wide else moved

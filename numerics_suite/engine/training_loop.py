@@ -1,7 +1,7 @@
 """The one training loop: optimizer steps whose every loss, logit, gradient, parameter and optimizer state is looked at.
 
 The suite, the rehearsal and the remedies step on one fixed batch; a step that the watch caught is taken again with the loop's own
-batches and optimizers. Both are a :class:`Trainer`, which is told where its forward passes and its optimizers come from.
+batches and optimizers. Both are a :class:`Trainer`, which takes its forward passes and its optimizers as arguments.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_only_the_engine_runs_a_model(tmp_path: Path) -> None:
 def test_only_the_engine_runs_a_model_while_a_finding_is_diagnosed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Experiments, remedies and the script that shows it: a head that nobody initialised."""
+    """Experiments, remedies and the reproducer of an uninitialised head."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_head.py").write_text(BROKEN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -60,7 +60,7 @@ def test_a_worker_that_is_killed_is_an_error_of_its_cell_and_the_others_are_answ
 
 
 def test_all_questions_of_a_cell_run_in_one_worker(folder: Path) -> None:
-    """Else each worker would load the model anew."""
+    """Otherwise each worker would load the model."""
     log = folder / "loads"
     (folder / "made_here.py").write_text(
         DYING + f"\ndef noted():\n    open({str(log)!r}, 'a').write(f'{{os.getpid()}}\\n')\n    return sound()\n",

@@ -98,7 +98,7 @@ def _true(evidence: Evidence, tensors: Mapping[str, Any], call: decoding.Call) -
 
 
 def _cause(evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], exact: float) -> str | None:
-    """`wrong-positions` where the law holds as soon as each token is told its place; else the law's own cause."""
+    """`wrong-positions` where the law holds once `position_ids` are given; otherwise the law's own cause."""
     if exact <= AGREED or not decoding.takes_positions(evidence.model):
         return None
     real = tensors["attention_mask"].bool()
