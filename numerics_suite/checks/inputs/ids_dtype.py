@@ -10,6 +10,7 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.lifting import preserved
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.observing.comparing import differing_elements
 
@@ -28,7 +29,10 @@ def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
         if not dtype.is_floating_point and int(base["input_ids"].max()) > torch.iinfo(dtype).max:
             continue
         try:
-            got = _output(evidence, {**base, "input_ids": base["input_ids"].to(dtype)})
+            # A call that is refused halfway may leave the model changed: up to 5.0 transformers records router logits by
+            # replacing `forward` of the routers, and puts it back only where the call returns.
+            with preserved(evidence.model):
+                got = _output(evidence, {**base, "input_ids": base["input_ids"].to(dtype)})
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             reraise_if_fatal(error)
             continue  # refused, which is right for floating ids and allowed for a narrow integer

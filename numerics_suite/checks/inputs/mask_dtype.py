@@ -8,6 +8,7 @@ from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.lifting import preserved
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.inputs.strategies import MASK_DTYPES
 from numerics_suite.observing.comparing import differing_elements
@@ -26,7 +27,8 @@ def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         tensors = evidence.inputs_of(batch)
         tensors["attention_mask"] = mask.to(dtype)
         try:
-            got = main_output(floating_outputs(evidence.run(tensors)))[1]
+            with preserved(evidence.model):  # a call that is refused halfway may leave the model changed
+                got = main_output(floating_outputs(evidence.run(tensors)))[1]
         except (RuntimeError, TypeError, ValueError) as error:
             reraise_if_fatal(error)
             continue

@@ -11,6 +11,7 @@ import torch
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.devices import random_state
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.runner import Runner
 from numerics_suite.observing.roundoff import rms
@@ -100,11 +101,10 @@ def _loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
     model = evidence.copy_model().double()
     runner = Runner(model, evidence.condition)
     before = runner.true_fp64(evidence.training_batch.tensors).outputs.get("loss")
-    generator = torch.Generator().manual_seed(evidence.request.seed)
-    for name in names:
-        parameter = model.get_parameter(name).data
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
-        parameter += STEP * (rms(parameter) or 1.0) * noise
+    with random_state.torch_seeded(evidence.request.seed):
+        for name in names:
+            parameter = model.get_parameter(name).data
+            parameter += STEP * (rms(parameter) or 1.0) * torch.randn_like(parameter)
     after = runner.true_fp64(evidence.training_batch.tensors).outputs.get("loss")
     return (
         before is not None and after is not None and float((after - before).abs()) <= FLAT * max(abs(float(before)), 1)
