@@ -1,11 +1,8 @@
 """Evidence: one cell's model and everything that checks ask of it, each computed once.
 
-A check receives an :class:`Evidence` and asks it for forward passes, fresh copies and the training run. The suite
-builds one per cell and keeps it while that cell's checks run.
-
-It is what the design calls a *runnable*: :meth:`Evidence.variant` is the same thing under another condition or with a change
-made to it, so experiments and remedies are written once, for a cell, a user's factory and a step that the watch caught
-(`watching/caught_step.py`) alike.
+A check receives an :class:`Evidence` and asks it for forward passes, fresh copies and the training run. The suite builds
+one per cell and keeps it while that cell's checks run. :meth:`Evidence.variant` is the same under another condition or with
+a change, so experiments and remedies are written once: for a cell, a factory and a step that the watch caught.
 """
 
 from __future__ import annotations
@@ -322,16 +319,14 @@ class Evidence:
         """Runs the cell's model under the cell's condition."""
         return Runner(self.model, self.condition)
 
-    def run(self, tensors: Mapping[str, Any], model: nn.Module | None = None, **keywords: Any) -> Any:
+    def run(self, tensors: Mapping[str, Any], **keywords: Any) -> Any:
         """One forward pass without gradients under the cell's recipe; the raw output.
 
         Args:
             tensors: what the model is called with.
-            model: another model than the cell's.
             keywords: more keywords of the call.
         """
-        runner = self.runner if model is None else Runner(model, self.condition)
-        return runner.forward(tensors, **keywords)
+        return self.runner.forward(tensors, **keywords)
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:

@@ -9,7 +9,7 @@ from mutants.driver import MutantSession, answers, settings_of
 from torch import nn
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.engine import references
+from numerics_suite.engine import runner
 from numerics_suite.engine.flash_registry import flash_attention_by_formula
 from numerics_suite.engine.rounded_reference import RoundedRun, RoundOnce, run_rounded
 from numerics_suite.engine.true_fp64 import LiftToFp64, run_true_fp64
@@ -196,7 +196,7 @@ LAWS = ("forward.batch", "forward.causal", "forward.padding", "forward.attention
 
 
 def test_a_law_is_judged_in_true_fp64_where_there_is_no_rounded_run(monkeypatch):
-    monkeypatch.setattr(references, "run_rounded", unrounded)
+    monkeypatch.setattr(runner, "run_rounded", unrounded)
     session = MutantSession(settings_of("glm4-tiny", "bf16", "sdpa", max_examples=8))
     for result in answers(session, LAWS):
         assert result.status == "passed", result
@@ -206,7 +206,7 @@ def test_a_law_is_judged_in_true_fp64_where_there_is_no_rounded_run(monkeypatch)
 
 
 def test_a_law_that_breaks_in_true_fp64_is_found_without_a_rounded_run(monkeypatch):
-    monkeypatch.setattr(references, "run_rounded", unrounded)
+    monkeypatch.setattr(runner, "run_rounded", unrounded)
 
     def leak(model):
         attend = model.model.layers[0].self_attn.forward
@@ -224,7 +224,7 @@ def test_a_law_that_breaks_in_true_fp64_is_found_without_a_rounded_run(monkeypat
 
 
 def test_a_value_lost_in_the_precision_is_found_without_a_rounded_run(monkeypatch):
-    monkeypatch.setattr(references, "run_rounded", unrounded)
+    monkeypatch.setattr(runner, "run_rounded", unrounded)
 
     def lose(model):
         """The precision alone, not true fp64, loses a value."""

@@ -18,7 +18,7 @@ FOUR_CELLS = ("fixture:glm4-tiny", "--precision", "fp32,bf16", "--attn", "eager,
 
 
 def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the other attention's twin and a copy that is saved and loaded again stand beside a cell's own model."""
+    """Only the other attention's twin, and the copies of two trips through files, stand beside a cell's own model."""
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
     load = module.load
@@ -32,7 +32,7 @@ def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatc
     monkeypatch.setattr(module, "load", counted)
     assert main(["check", *FOUR_CELLS, "--steps", "1", "-n", "0", "--quiet"]) == 0
     assert alive.count(0) == 4
-    assert max(alive) == 1
+    assert max(alive) <= 2
 
 
 def test_answers_kept_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def test_an_experiment_and_the_remedy_of_its_name_train_once(monkeypatch):
     own = Trainer.run
 
     def counted(trainer):
-        ran.append((trainer.recipe.name, trainer.plan))
+        ran.append((trainer.condition.precision.name, trainer.plan))
         return own(trainer)
 
     monkeypatch.setattr(Trainer, "run", counted)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from numerics_suite.subjects.poison import poisoned
 from unit import same_defects
 from unit.same_defects import TABLE, Defect
 
 from numerics_suite import NumericsError, watch
 from numerics_suite.core.records import Finding
+from numerics_suite.devices.arithmetic import deterministic_algorithms
 from numerics_suite.devices.precisions import precision
 from numerics_suite.engine.training_loop import OPTIMIZERS
 from numerics_suite.settings.tree import Settings
@@ -67,7 +67,7 @@ def by_check(defect: Defect) -> Finding:
 def by_watch(defect: Defect, folder, kept=STEPS_KEPT) -> Finding:
     """A plain loop over the factory's batch, in the recipe of the precision; memory that nobody writes to holds NaN."""
     recipe = precision(defect.precision)
-    with poisoned():
+    with deterministic_algorithms(fill=True):
         model, batch = getattr(same_defects, defect.factory)()
     convert(model, getattr(torch, recipe.parameters))
     optimizer = OPTIMIZERS[defect.optimizer](model.parameters(), lr=defect.lr)

@@ -12,6 +12,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import rounding_allowance
 
 
 @check(batches=True, needs=("head", "token-ids"))
@@ -32,12 +33,15 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     logits, states = _logits_and_states(evidence, batch, head)
     positions = torch.arange(ids.shape[1])
     last = (mask * (positions + 1)).argmax(dim=1)
+    # The same product in another shape may add its terms in another order: two roundings of what kernels accumulate in,
+    # times the square root of the length of the sum where that is float32. With one token repeated all positions tie.
+    noise = 2 * torch.finfo(logits.dtype).eps * rounding_allowance(evidence)
     wrong: list[str] = []
     for row in range(ids.shape[0]):
         distance = (states[row].double() - logits[row].double()).abs().amax(dim=-1)
         expected = float(distance[last[row]])
         # Two positions may tie (a repeated token at the start); a tie with the right one is right.
-        if not expected <= float(distance.nan_to_num(nan=float("inf")).min()) + _noise(logits[row]):
+        if not expected <= float(distance.nan_to_num(nan=float("inf")).min()) + noise * float(logits[row].abs().max()):
             wrong.append(f"row {row} reads position {int(distance.argmin())}, not {int(last[row])}")
     yield Measurement(
         name="wrong-rows",
@@ -46,11 +50,6 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         module=head_name,
         facts={"rows": "; ".join(wrong[:4])} if wrong else {},
     )
-
-
-def _noise(logits: Tensor) -> float:
-    """Two roundings of the logits' dtype: the same product in another shape may round its sum otherwise."""
-    return 2 * torch.finfo(logits.dtype).eps * float(logits.double().abs().max())
 
 
 def _head(evidence: Evidence) -> tuple[str, nn.Module]:
