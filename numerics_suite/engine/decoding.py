@@ -102,6 +102,8 @@ def cache_in(output: Any, name: str) -> Any:
 
     Args:
         output: of a model.
-        name: of its cache.
+        name: of its cache in a call. Code for several releases takes both names, and its output has one of them.
     """
-    return output.get(name) if hasattr(output, "get") else getattr(output, name, None)
+    names = (name, *generation.CACHES)
+    found = (output.get(key) if hasattr(output, "get") else getattr(output, key, None) for key in names)
+    return next((cache for cache in found if cache is not None), None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
+CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
 """What models call their cache, in a call and in its output, the name of the newest releases first."""
 
 
@@ -21,7 +21,7 @@ def cache_name(model: Any) -> str | None:
     """
     parameters = inspect.signature(type(_within(model)).forward).parameters
     handed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return next((name for name in _CACHES if name in parameters), "past_key_values" if handed_on else None)
+    return next((name for name in CACHES if name in parameters), "past_key_values" if handed_on else None)
 
 
 def _within(model: Any) -> Any:
