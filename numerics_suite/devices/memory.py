@@ -48,30 +48,6 @@ def free_bytes(device: str) -> int:
     return 2**34
 
 
-def allocated_bytes(device: str) -> int | None:
-    """Bytes of the tensors that are alive on the device, over all its parts; None where its backend does not count them."""
-    module = device_module(kind_of(device))
-    if not hasattr(module, "memory_allocated"):
-        return None
-    return sum(int(module.memory_allocated(part)) for part in parts_of(device))
-
-
-def peak_bytes(device: str) -> int | None:
-    """The most bytes of tensors alive at once since :func:`reset_peak`; None where the backend does not count them."""
-    module = device_module(kind_of(device))
-    if not hasattr(module, "max_memory_allocated"):
-        return None
-    return sum(int(module.max_memory_allocated(part)) for part in parts_of(device))
-
-
-def reset_peak(device: str) -> None:
-    """Start :func:`peak_bytes` again from what is allocated now."""
-    module = device_module(kind_of(device))
-    if hasattr(module, "reset_peak_memory_stats"):
-        for part in parts_of(device):
-            module.reset_peak_memory_stats(part)
-
-
 def release(device: str) -> None:
     """Free what only cycles hold, then hand cached memory back to the device and the system.
 
@@ -91,12 +67,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the CPU or of a device.
 
     torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one: neither must be taken for "the
-    op has no such kernel" or "the model refuses this input".
+    op has no such kernel" or "the model refuses this input". A library of CUDA that gets no workspace names its status.
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return "allocate memory" in text or "out of memory" in text or "not enough memory" in text
+    return any(words in text for words in ("allocate memory", "not enough memory", "out of memory", "alloc_failed"))
 
 
 def reraise_if_fatal(error: BaseException) -> None:

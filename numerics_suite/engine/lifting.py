@@ -225,18 +225,6 @@ def writes_lower(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     return [tensor for target in targets for tensor in tensors_in(target) if tensor.dtype in WIDER]
 
 
-def raise_out_of_memory(error: BaseException) -> None:
-    """Raise `error` again if it says that memory ran out: that is never "this op has no float64 kernel".
-
-    An accelerator raises `torch.OutOfMemoryError`, a RuntimeError; the CPU's allocator a plain RuntimeError; a library
-    of CUDA that gets no workspace names its status.
-    """
-    text = str(error).lower()
-    words = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in words):
-        raise error
-
-
 def module_running(names: Mapping[int, str]) -> str:
     """Return the name of the innermost module of `names` (by id) on the Python stack, "backward" without one."""
     frame = sys._getframe(1)  # noqa: SLF001 - walking the stack costs nothing until something is left out

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.devices.arithmetic import autocast as autocast_section
+from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
@@ -90,7 +91,7 @@ class RoundOnce(lifting.LeanMode):
         try:
             result = func(*wide, **{name: widen(argument) for name, argument in kwargs.items()})
         except (RuntimeError, NotImplementedError) as error:
-            lifting.raise_out_of_memory(error)
+            reraise_if_fatal(error)
             result = func(*args, **kwargs)
             self.leave_out(func)
         return _rounded(result, iter(dtypes))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine import flex_rule, fused_ops, lifting, weight_stream
 from numerics_suite.engine.calls import call_model, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
@@ -105,7 +106,7 @@ class LiftToFp64(lifting.LeanMode):
         try:
             result = func(*wide, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            lifting.raise_out_of_memory(error)
+            reraise_if_fatal(error)
             result = self._in_lower_float(func, wide, kwargs, error)
         if isinstance(result, Tensor):
             if result.dtype in WIDER:
@@ -146,7 +147,7 @@ class LiftToFp64(lifting.LeanMode):
                     *(_narrow(item, dtype) for item in args), **{n: _narrow(v, dtype) for n, v in kwargs.items()}
                 )
             except (RuntimeError, NotImplementedError) as refused:
-                lifting.raise_out_of_memory(refused)
+                reraise_if_fatal(refused)
                 continue
             self.leave_out(func)
             return type(result)(map(widen, result)) if isinstance(result, list | tuple) else widen(result)
