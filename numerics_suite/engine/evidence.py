@@ -36,14 +36,12 @@ from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
+from numerics_suite.subjects.memory import KEPT_BYTES
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline
-
-KEPT_BYTES = 2**28
-"""Bytes of forward results kept per cell: the checks of a group draw the same batches, so most of them are asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

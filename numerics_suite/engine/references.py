@@ -15,9 +15,7 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence, batch_key
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observing.roundoff import relative_error, rms
-
-KEPT_BYTES = 2**28
-"""Bytes of twin answers kept per cell, so that laws which start from the same batch share its reference."""
+from numerics_suite.subjects.memory import KEPT_BYTES
 
 
 def _kept(evidence: Evidence, kind: str, tensors: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ is within 6 % of the peak on all of them."""
 KEPT_BATCHES = 2.85
 """Batches as large as the training batch whose logits stay in memory for each drawn one, up to :data:`KEPT_BYTES`."""
 KEPT_BYTES = 2**28
+"""Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group ask the same batches."""
 GRADIENT_COPIES = 3
 """Float64 copies of all parameters at once where two backward passes are compared: one's gradients, the other's leaves and gradients."""
 

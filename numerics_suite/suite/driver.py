@@ -77,7 +77,7 @@ def _worse(new: Measurement, held: Measurement) -> bool:
 
 
 def _says_more(new: Measurement, held: Measurement) -> bool:
-    """Whether it is as bad and has facts where the other has none: a batch that a law is not asked of has none."""
+    """Whether it is as bad and has facts where the other has none, as a batch that a law skips."""
     return new.value == held.value and bool(new.facts) and not held.facts
 
 

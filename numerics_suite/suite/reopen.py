@@ -164,7 +164,7 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
 
 
 def _on(subject: Subject, bundle: Bundle, scene: Scene) -> Finding | None:
-    """The finding on another model, its remedies still to be tried: each must show itself anew."""
+    """The finding on another model, with none of its remedies tried yet."""
     found, trained = bundle.finding, trained_again(scene, bundle.step)
     if found.cause in CHECKS:  # neither the batch's dtype nor a loss scale is a matter of where a value begins
         trained = None

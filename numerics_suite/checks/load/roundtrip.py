@@ -104,7 +104,7 @@ def _defining(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _moved(evidence: Evidence, model: nn.Module) -> float:
-    """By how much true fp64 answers moved: what is neither stored nor in the config is a table built anew."""
+    """By how much true fp64 answers moved; a table that is neither stored nor in the config shows only here."""
     if not evidence.takes_ids or evidence.broken:  # what is not finite already says nothing about the files
         return 0.0
     tensors = without_labels(evidence.training_batch.tensors)
