@@ -88,7 +88,7 @@ def test_the_keys_are_the_contracts():
     failed = next(check for check in written["checks"] if check["finding"])
     assert set(failed["finding"]) == {
         "cause", "title", "explanation", "module", "op", "source", "step", "parameters", "evidence", "batch",
-        "remedies", "reproducer",
+        "remedies", "reproducer", "consequence_of",
     }  # fmt: skip
 
 
