@@ -196,17 +196,29 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """A cure: applicable, and where it was tried on a copy, whether it worked."""
+    """A cure: applicable, and where it was tried on a copy, whether it worked.
+
+    Attributes:
+        name: of the contract, or another package's.
+        description: what the user does, in a line.
+        verified: whether it worked; None where it could not be tried.
+        effect: what was seen, or why it was not tried.
+        together: the other remedies that it was tried with, and without which it was not verified; `with` in a results file.
+    """
 
     name: str
     description: str
     verified: bool | None = None
     effect: str = ""
+    together: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A measurement over its budget, with cause and evidence; the fields are CONTRACT.md's."""
+    """A measurement over its budget, with cause and evidence; the fields are CONTRACT.md's.
+
+    `consequence_of` is the id of the result (`load.head-init/glm4-tiny/bf16/sdpa/cpu`) whose finding is the root of this one, None for a root.
+    """
 
     cause: str
     title: str
@@ -220,6 +232,7 @@ class Finding:
     batch: Mapping[str, Any] | None = None
     remedies: tuple[Remedy, ...] = ()
     reproducer: str | None = None
+    consequence_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,8 @@ NOT_HERE = {
     "newer-version": "not tried: --try-versions does, in environments of their own",
     "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
 }
+NOT_APPLIED = "not tried: it changes what is outside of the model; apply it, then run the same check again"
+"""Of every other remedy that nothing here can apply to a copy."""
 
 DEFINITION = "reference.oracle"
 RIGHT = ("forward.deterministic", "forward.finite", DEFINITION)
@@ -152,8 +154,8 @@ class _Trial:
     def remedy(self, name: str) -> Remedy:
         """One remedy alone."""
         untried = Remedy(name=name, description=description_of(name))
-        if name in NOT_HERE:
-            return replace(untried, effect=NOT_HERE[name])
+        if name not in cures() and name != LOWER_RATE:
+            return replace(untried, effect=NOT_HERE.get(name, NOT_APPLIED))
         try:
             seen = self._learning_rate() if name == LOWER_RATE else self._first_that_works(name)
         except (NotApplicableError, UnsupportedError, TimeOverError) as error:

@@ -17,9 +17,10 @@ from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell, CheckResult, RunResult, Series, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
+from numerics_suite.core.tree import is_root
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 SCHEMA_VERSION = 1
 _PLAIN = r'(?:"[^"\s\\]*"|null|-?\d[-+.\deE]*)'
@@ -36,6 +37,11 @@ def counts(checks: Iterable[CheckResult]) -> dict[str, int]:
     return {status: counted[status] for status in STATUSES}
 
 
+def _counts(checks: Sequence[CheckResult]) -> dict[str, int]:
+    """The same, and how many findings follow from no other."""
+    return {**counts(checks), "findings": sum(is_root(result) for result in checks)}
+
+
 def to_json(result: RunResult) -> dict[str, Any]:
     """The results file as a dict of JSON's own types; checks stay in the order that they came in.
 
@@ -50,7 +56,7 @@ def to_json(result: RunResult) -> dict[str, Any]:
         "duration_s": jsonable(result.duration_s),
         "verdict": result.verdict,
         "exit_status": result.exit_status,
-        "counts": counts(result.checks),
+        "counts": _counts(result.checks),
         "notes": list(result.notes),
         "environment": jsonable(result.environment),
         "settings": jsonable(result.settings),

@@ -14,9 +14,10 @@ import pytest
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
+from numerics_suite.diagnosing.consequences import as_tree
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.reporting.results import check_from_json, write_results
-from numerics_suite.settings.accept import stale
+from numerics_suite.settings.accept import matches, reaches, stale
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.suite.held_to import GROUP, left_out
 from numerics_suite.suite.planning import Question
@@ -153,7 +154,15 @@ class Gate:
                 results.append(self.answers[key])
             elif not interrupted:
                 results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=MISSING))
-        return results
+        return as_tree(results, self._covers)
+
+    def _covers(self, root: CheckResult, result: CheckResult) -> bool:
+        """Whether an entry that accepts the root is for the other result's cell too."""
+        import transformers
+
+        today = datetime.now(tz=timezone.utc).date()
+        accepting = (e for e in self.settings.accept if matches(e, root, transformers.__version__, today))
+        return any(reaches(entry, result) for entry in accepting)
 
     def _settings_as_used(self) -> dict[str, Any]:
         """Every option, with what `auto` and the device's default became."""

@@ -88,6 +88,18 @@ CAUSES = [
     "rounding-change",
     "contract-change",
     "unknown",
+    "ignored-dtype",
+    "rounded-buffer",
+    "uninitialised-buffer",
+    "model-raises",
+    "tokenizer-incompatible",
+    "no-pad-token",
+    "no-counted-labels",
+    "lost-head",
+    "wrong-output-shape",
+    "rounded-update",
+    "untrained-parameters",
+    "packing-leak",
 ]
 
 REMEDY_NAMES = [
@@ -108,6 +120,17 @@ REMEDY_NAMES = [
     "set-pad-token",
     "fix-config",
     "pin-version",
+    "cast-after-loading",
+    "load-with-dtype",
+    "fix-tokenizer",
+    "count-labels",
+    "save-head",
+    "separate-rows",
+    "fp32-master-weights",
+    "stochastic-rounding",
+    "raise-learning-rate",
+    "non-reentrant-checkpointing",
+    "rebuild-optimizer",
 ]
 
 MUTANTS = ROOT / "tests" / "mutants"

@@ -139,6 +139,12 @@ def damaged_weight():
     return model, batch()
 
 
+def uninitialised_head_and_damaged_weight():
+    model, tensors = damaged_weight()
+    model.lm_head.weight = nn.Parameter(torch.empty(VOCAB, WIDTH))
+    return model, tensors
+
+
 class Product(nn.Module):
     """A product that leaves float16 on the way; what is handed on does not."""
 

@@ -49,7 +49,8 @@ CLASSIFY = {"task": "sequence-classification"}
 
 def test_every_remedy_has_a_cost_and_a_way_to_be_tried_or_a_reason_why_not():
     assert set(COST) == set(DESCRIPTIONS)
-    assert set(CURES) | set(NOT_HERE) | {"lower-learning-rate"} == set(DESCRIPTIONS)
+    assert set(CURES) | set(NOT_HERE) | {"lower-learning-rate"} <= set(DESCRIPTIONS)
+    assert not set(CURES) & set(NOT_HERE)
 
 
 @pytest.mark.parametrize("check", ["load.head-init", "train.finite"])
