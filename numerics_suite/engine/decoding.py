@@ -55,6 +55,16 @@ def with_cache(cuts: Sequence[int], *, positions: Positions = "generate") -> Cal
     return call
 
 
+def keeps_tuples(model: nn.Module, tensors: Mapping[str, Any]) -> bool:
+    """Whether the model gives keys and values back as plain tuples, as code from before transformers' `Cache` does."""
+    given = to_device(dict(tensors), input_device(model))
+    name = generation.cache_name(model)
+    if name is None:
+        return False
+    step = _step(model, given["input_ids"], given["attention_mask"], 0, "generate")
+    return isinstance(cache_in(call_model(model, {}, **step), name), tuple)
+
+
 def without_cache(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """The whole sequence in one call as `generate` makes it with `use_cache=False`, with its positions."""
     given = to_device(dict(tensors), input_device(model))

@@ -27,7 +27,7 @@ from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.outputs import floating_outputs
-from numerics_suite.engine.rotary import longest_of_one_table, rotary_table
+from numerics_suite.engine.rotary import longest_of_one_table, reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
 from numerics_suite.inputs.strategies import IGNORED, training_batch
@@ -328,8 +328,8 @@ class Evidence:
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
-        """Name and values of the model's own rotary frequencies when they are first asked for, None without any."""
-        return rotary_table(self.model)
+        """Name and values of the rotary frequencies that the model reads, when they are first asked for; None without any."""
+        return rotary_table(self.model) if reads_table(self.model) else None
 
     def inputs_of(self, batch: Batch) -> dict[str, Any]:
         """What a forward pass is given of a batch."""
