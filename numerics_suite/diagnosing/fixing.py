@@ -21,6 +21,7 @@ from numerics_suite.diagnosing.rewriting import (
     SYNONYMS,
     Rewriting,
     in_words_that_are_read,
+    of_dtype,
     of_stored_sizes,
     tied_as_stored,
 )
@@ -88,6 +89,8 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
         return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
     if measurement == "wrongly-tied":
         return _tied(evidence)
+    if measurement == "ignored-dtype":
+        return of_dtype(raw, evidence.recipe.parameters, compat.dtype_keyword())
     of_rotary = ("rotary-excess", "rotary-scale")
     of_table = measurement in of_rotary or any(f"also {name}" in finding.evidence for name in of_rotary)
     keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters

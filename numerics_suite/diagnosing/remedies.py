@@ -19,6 +19,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosing.fixing import fixed_configs
+from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.float32_modules import hold_in_float32
 from numerics_suite.engine.training_loop import Plan
@@ -266,12 +267,18 @@ def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
         yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
 
 
+def _of_loading(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
+    return lambda evidence, finding: (Attempt(evidence=copy, how=how) for copy, how in copies(evidence, finding))
+
+
 CURES: dict[str, Cure] = {
     "init-head": _init_head,
     "default-input-dtypes": _default_dtypes,
     "set-pad-token": _pad_token,
     "fix-padding": _one_side,
     "fix-config": _config,
+    "cast-after-loading": _of_loading(cast_copies),
+    "load-with-dtype": _of_loading(loaded_with_dtype),
     "clip-grad-norm": _clip,
     "larger-optimizer-eps": _larger_eps,
     "tune-loss-scale": _loss_scale,
@@ -293,7 +300,7 @@ DESCRIPTIONS = {
     "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
     "fix-config": "write the key in the layout that the installed release reads",
     "save-head": 'save the head with the adapter (modules_to_save=["score"] in its LoraConfig)',
-    "cast-after-loading": "cast the model once it is loaded: model.to(dtype)",
+    "cast-after-loading": "cast what is in another dtype once it is loaded: head.to(dtype), and not model.to(dtype), which rounds buffers",
     "load-with-dtype": "load with from_pretrained(dtype=...) in place of a later model.to(dtype), so that buffers keep theirs",
     "rebuild-optimizer": "make the optimizer after the model has its final parameters",
     "non-reentrant-checkpointing": 'checkpoint with gradient_checkpointing_kwargs={"use_reentrant": False}',

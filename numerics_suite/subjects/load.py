@@ -21,6 +21,7 @@ from numerics_suite.devices.kinds import parts_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
+from numerics_suite.subjects.built import built_buffers, without_adapter
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
@@ -295,8 +296,8 @@ def _from_factory(subject: Subject, *, dtype: str, attn: str, device: str) -> Lo
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Give floating parameters and saved buffers a dtype in place, as a load at that dtype would.
 
-    Buffers that are not saved and rotary frequencies stay as they were built, and so does what the model declares to
-    keep in float32.
+    Buffers that are not saved, rotary frequencies and those whose dtype the class itself names stay as they are, and so does
+    what the model declares to keep in float32.
 
     Args:
         model: changed in place; tied parameters stay tied.
@@ -308,9 +309,19 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             wide = any(part in name.split(".") for part in kept)
             parameter.data = parameter.data.to(torch.float32 if wide else dtype)
-    for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point() and "inv_freq" not in name:
+    cast = [
+        b for name, b in model.named_buffers() if name in saved and b.is_floating_point() and "inv_freq" not in name
+    ]
+    named = _named_by_class(without_adapter(model), dtype) if cast else set()
+    for buffer in cast:
+        if id(buffer) not in named:
             buffer.data = buffer.data.to(dtype)
+
+
+def _named_by_class(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """The buffers (by identity) that the class builds in a dtype of its own, whatever is asked for."""
+    built = built_buffers(model, dtype) or {}
+    return {id(b) for name, b in model.named_buffers() if name in built and built[name].dtype != dtype}
 
 
 def place(model: nn.Module, device: str) -> nn.Module:

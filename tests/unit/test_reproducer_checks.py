@@ -28,6 +28,14 @@ BY_ID = {mutant.id: mutant for mutant in MUTANTS}
 CLASS = "class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):\n"
 DOUBLED = "        self.transformer.output_layer.weight.data.mul_(2)\n"
 WHEN_LOADED = f"    def eval(self):\n{DOUBLED}        return super().eval()\n\n"
+CAST = """    @classmethod
+    def from_pretrained(cls, *args, **words):
+        made = super().from_pretrained(*args, **words)
+        model = made[0] if isinstance(made, tuple) else made
+        {cast}
+        return made
+
+"""
 WHEN_SAVED = """    def save_pretrained(self, *args, **words):
         held = {name: value.clone() for name, value in self.state_dict().items()}
         held["transformer.output_layer.weight"] *= 2
@@ -144,6 +152,10 @@ def of_load() -> Iterator[Row]:
     yield Row(check="load.complete", measurement="mismatched", copy=of_weight(narrower))
     yield Row(check="load.complete", measurement="changed", copy=of_code(WHEN_LOADED))
     yield Row(check="load.finite", measurement="non-finite", copy=of_weight(infinite))
+    narrowed = CAST.format(cast="[setattr(p, 'data', p.data.half()) for p in model.parameters()]")
+    yield Row(check="load.dtype", measurement="ignored-dtype", copy=of_code(narrowed), cell={"precision": "bf16"})
+    rounded = CAST.format(cast="[setattr(b, 'data', b.data.half()) for b in model.buffers()]")
+    yield Row(check="load.dtype", measurement="rounded-buffers", copy=of_code(rounded))
     yield Row(check="load.roundtrip", measurement="differing", copy=of_code(WHEN_SAVED))
     yield Row(check="load.tied", measurement="wrongly-tied", model="untied")
 

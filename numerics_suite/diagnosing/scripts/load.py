@@ -160,6 +160,27 @@ def _dtype(scene: Scene) -> list[str] | None:
     ]
 
 
+def _rounded(scene: Scene) -> list[str] | None:
+    """Against the value in full: the file's, or what the class builds; where only a narrow one is left, values that it cannot tell apart."""
+    return [
+        *(["stored = {}"] if scene.source == "factory" else STORED),
+        "torch.set_default_dtype(torch.bfloat16)  # a dtype that the class names itself stays",
+        "made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())",
+        "torch.set_default_dtype(torch.float32)",
+        "held, saved, lost = dict(model.named_buffers()), model.state_dict(), {}",
+        f"for name in {written(list(scene.finding.parameters))}:",
+        "    full = stored.get(name, held[name] if name in saved else made[name])",
+        "    if full.dtype in (torch.bfloat16, torch.float16):",
+        "        values = full[full != 0].flatten().tolist()",
+        "        if made[name].dtype == torch.float32 and 1 < len(set(values)) < len(values):",
+        '            lost[name] = f"{full.dtype} holds {len(set(values))} distinct values of {len(values)}"',
+        "    elif not torch.equal(held[name].double().cpu(), full.double().cpu()):",
+        '        lost[name] = f"{held[name].flatten()[:3].tolist()}, and {full.flatten()[:3].tolist()} in full"',
+        f'assert not lost, f"{SYMPTOM}: buffers that the class keeps in float32 were rounded: {{lost}}"',
+        'print("not reproduced: no buffer is rounded")',
+    ]
+
+
 def _uninitialised(_: Scene) -> list[str] | None:
     return [
         "bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]",
@@ -225,7 +246,9 @@ LOAD = {
     ("load.complete", "mismatched"): Body(lines=_mismatched, model=False, batch=False),
     ("load.complete", "changed"): Body(lines=_changed, batch=False),
     ("load.finite", "non-finite"): Body(lines=_finite, batch=False, fills=True),
+    ("load.dtype", "ignored-dtype"): Body(lines=_dtype, batch=False),
     ("load.dtype", "other-dtype"): Body(lines=_dtype, batch=False),
+    ("load.dtype", "rounded-buffers"): Body(lines=_rounded, batch=False),
     ("load.head-init", "uninitialised"): Body(lines=_uninitialised, batch=False, fills=True),
     ("load.head-init", "gain"): Body(lines=_gain, batch=False),
     ("load.roundtrip", "differing"): Body(lines=_roundtrip, batch=False),

@@ -98,13 +98,34 @@ BUDGETS = (
     ),
     Budget(
         check="load.dtype",
+        measurement="ignored-dtype",
+        limit=0,
+        cause="ignored-dtype",
+        title="{facts[asked]} was asked for, and the model is in {facts[holds]}",
+        reason="No weight has the dtype that was asked for, so the load did not heed it: the model's own code casts, or builds in "
+        "the dtype that config.json names. Its range and its rounding are those of another precision than the one that was meant.",
+        remedies=("cast-after-loading", "fix-config"),
+    ),
+    Budget(
+        check="load.dtype",
         measurement="other-dtype",
         limit=0,
         cause="low-precision-section",
         title="parameters that are not in the dtype asked for: {parameters}",
         reason="These parameters ignore the dtype that was asked for and are not declared to be kept in float32. A "
         "head in float16 under a body in another dtype overflows at 65,504 or refuses its input.",
-        remedies=("keep-in-fp32", "newer-version"),
+        remedies=("cast-after-loading", "newer-version"),
+    ),
+    Budget(
+        check="load.dtype",
+        measurement="rounded-buffers",
+        limit=0,
+        cause="rounded-buffer",
+        title="buffers that the class keeps in float32 were rounded: {parameters}",
+        reason="The class names the dtype of these buffers itself, so a load with a dtype leaves them as they are; model.to(dtype) "
+        "rounds them, and a model saved after it stores them so. Rotary frequencies in bfloat16 turn by a wrong angle that grows "
+        "with the position, and a router's bias no longer tells its experts apart.",
+        remedies=("load-with-dtype",),
     ),
     Budget(
         check="load.head-init",
