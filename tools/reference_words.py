@@ -40,6 +40,10 @@ CAUSES = {
     "rounding-change": "The same answer in float64, and a larger error in the precision than rounding explains.",
     "contract-change": "Something that callers rely on is gone or another.",
     "unknown": "No experiment decided.",
+    "tokenizer-incompatible": "The checkpoint's tokenizer raises under the installed release.",
+    "no-pad-token": "A classifier's rows cannot be batched: no token stands for padding.",
+    "no-counted-labels": "Every label of a batch is -100, so its mean loss is 0/0.",
+    "wrong-output-shape": "The logits have another shape than the task's: one row for each token where each row of the batch has one.",
 }
 """Each cause of the contract."""
 

@@ -42,4 +42,8 @@ CAUSES = (
     "rounding-change",
     "contract-change",
     "unknown",
+    "tokenizer-incompatible",
+    "no-pad-token",
+    "no-counted-labels",
+    "wrong-output-shape",
 )

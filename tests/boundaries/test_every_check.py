@@ -88,6 +88,10 @@ CAUSES = [
     "rounding-change",
     "contract-change",
     "unknown",
+    "tokenizer-incompatible",
+    "no-pad-token",
+    "no-counted-labels",
+    "wrong-output-shape",
 ]
 
 REMEDY_NAMES = [
@@ -108,6 +112,8 @@ REMEDY_NAMES = [
     "set-pad-token",
     "fix-config",
     "pin-version",
+    "fix-tokenizer",
+    "count-labels",
 ]
 
 MUTANTS = ROOT / "tests" / "mutants"
