@@ -13,7 +13,8 @@ from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.sketch import hashed
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.inputs.strategies import IGNORED, pad_rows
+from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.inputs.strategies import pad_rows
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.subjects.load import IDS
 
@@ -44,7 +45,7 @@ def draw_batches(evidence: Evidence) -> tuple[StoredBatch, ...]:
     rows = [_row(space, f"row {index} of {seed}", length, index) for index, length in enumerate(_cut(lengths, space))]
     drawn += [_batch(side, *pad_rows(rows, side, space.pad_id)) for side in sorted(space.sides, reverse=True)]
     longest = min(TRAINING_LENGTH, evidence.longest, evidence.request.length + 1)
-    return (*drawn, _training(space, evidence.request.rows, seed, longest))
+    return (*drawn, _training(space, evidence.rows, seed, longest))
 
 
 def _cut(lengths: Sequence[int], space: InputSpace) -> list[int]:

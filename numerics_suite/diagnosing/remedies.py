@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.random_state import seeded
+from numerics_suite.diagnosing import tokenizer_remedies
 from numerics_suite.diagnosing.fixing import fixed_configs
 from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype
 from numerics_suite.engine.evidence import Evidence
@@ -190,15 +191,13 @@ def in_float32(*names: str) -> Change:
 
 
 def _pad_token(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
-    if not evidence.takes_ids or getattr(evidence.model.config, "pad_token_id", None) is not None:
-        return
-    pad = evidence.space.pad_id
+    for cured, how in tokenizer_remedies.pad_token(evidence):
+        yield Attempt(evidence=cured, how=how)
 
-    def change(loaded: Loaded) -> Loaded:
-        loaded.model.config.pad_token_id = pad  # type: ignore[union-attr]
-        return loaded
 
-    yield Attempt(evidence=evidence.variant(change=change), how=f"pad_token_id {pad}")
+def _tokenizer(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+    for cured, how in tokenizer_remedies.mended(evidence, finding):
+        yield Attempt(evidence=cured, how=how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,8 +215,12 @@ class InputChange:
         return loaded if loaded.batch is None else replace(loaded, batch=self.of(loaded.batch))
 
 
-def _one_side(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _one_side(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
     """Every row with its padding on one side: behind the tokens no query is left without a key."""
+    if finding.evidence.get("measurement") == "padding-moves":
+        for cured, how in tokenizer_remedies.other_side(evidence):
+            yield Attempt(evidence=cured, how=how)
+        return
     own = evidence.loaded.batch
     if own is None and len(evidence.family.padding_sides) > 1:
         for side in evidence.family.padding_sides:
@@ -274,6 +277,7 @@ def _of_loading(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, s
 CURES: dict[str, Cure] = {
     "init-head": _init_head,
     "default-input-dtypes": _default_dtypes,
+    "fix-tokenizer": _tokenizer,
     "set-pad-token": _pad_token,
     "fix-padding": _one_side,
     "fix-config": _config,
@@ -293,8 +297,8 @@ CURES: dict[str, Cure] = {
 DESCRIPTIONS = {
     "init-head": "initialise the head by hand: xavier_uniform_ for its weight, zeros for its bias",
     "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
-    "set-pad-token": "set pad_token_id in config.json to the tokenizer's pad id",
-    "fix-tokenizer": "make the change to the tokenizer's files that was seen to work",
+    "set-pad-token": "give the tokenizer a pad token and set pad_token_id in config.json to its id",
+    "fix-tokenizer": "change the tokenizer's code or tokenizer_config.json so that the installed release can call it",
     "count-labels": "leave room for the answer: shorten the prompt or raise the length, until labels other than -100 remain",
     "separate-rows": "give packed rows position ids that start again and an attention that ends at each row",
     "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",

@@ -112,9 +112,12 @@ def data_batch(  # noqa: PLR0913
     """
     import torch
 
-    from numerics_suite.inputs.strategies import IGNORED, pad_rows
+    from numerics_suite.inputs.labels import IGNORED
+    from numerics_suite.inputs.strategies import pad_rows
+    from numerics_suite.subjects.tokenizers import tokenizer_failures
 
-    rows = [list(tokenizer(example.text)["input_ids"])[:max_length] for example in examples]
+    with tokenizer_failures("reading the texts of --data"):
+        rows = [list(tokenizer(example.text)["input_ids"])[:max_length] for example in examples]
     ids, mask = pad_rows(rows, side, pad_id)
     tensors = {"input_ids": ids, "attention_mask": mask}
     given = [example.label for example in examples if example.label is not None]

@@ -47,7 +47,6 @@ class _Wanted:
     num_labels: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    batch_size: int = 4
 
 
 def resolve(  # noqa: PLR0913  # keywords, each an option of the command
@@ -58,7 +57,6 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
     num_labels: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    batch_size: int = 4,
 ) -> Subject:
     """Resolve one SUBJECT.
 
@@ -69,7 +67,6 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         num_labels: of a classification head; None takes the config's.
         trust_remote_code: the checkpoint's own code may run.
         allow_pickle: pickled weights may be read.
-        batch_size: rows of a batch; a classifier without a pad token takes 1 only.
 
     Raises:
         BadInputError: it cannot be used; one line with file, key and fix.
@@ -83,7 +80,6 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         num_labels=num_labels,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
-        batch_size=batch_size,
     )
     if source.startswith(FACTORY):
         return _from_factory(source, name, wanted)
@@ -98,7 +94,6 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
     num_labels: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    batch_size: int = 4,
 ) -> tuple[Subject, ...]:
     """Resolve several SUBJECTs, each with a name of its own.
 
@@ -109,7 +104,6 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
         num_labels: see there.
         trust_remote_code: see there.
         allow_pickle: see there.
-        batch_size: see there.
 
     Raises:
         BadInputError: one cannot be used, there are more names than subjects, or two names are alike.
@@ -127,7 +121,6 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
             num_labels=num_labels,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            batch_size=batch_size,
         )
         for source, name in zip(sources, given, strict=True)
     )
@@ -204,7 +197,7 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     family, tensors = family_of(config), stored_tensors(folder)
     task = _task(wanted, config, folder, adapter)
     validate.check_vocabulary(folder, config, tensors, family)
-    validate.check_pad_token(folder, config, tensors, task, wanted.batch_size)
+    validate.check_pad_token(folder, config, tensors, task)
     new_head = needs_new_head(tensors, config, family, task, wanted.num_labels)
     labels = wanted.num_labels
     if adapter is not None:

@@ -171,7 +171,6 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
         "num_labels": settings.num_labels,
         "trust_remote_code": settings.trust_remote_code,
         "allow_pickle": settings.allow_pickle,
-        "batch_size": settings.batch_size,
     }
     absent: dict[str, str] = {}
     try:

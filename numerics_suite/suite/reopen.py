@@ -68,7 +68,6 @@ def reopen(settings: Settings, path: Path) -> RunResult:
             num_labels=settings.num_labels,
             trust_remote_code=settings.trust_remote_code,
             allow_pickle=settings.allow_pickle,
-            batch_size=settings.batch_size,
         )
         checks = tuple(_replayed(bundle, subject, settings) for subject in subjects)
     else:

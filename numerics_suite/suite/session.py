@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
@@ -31,7 +32,6 @@ from numerics_suite.judging.verdicts import with_limits
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
-from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
 from numerics_suite.suite.driver import Outcome, ask
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
@@ -105,15 +105,9 @@ class SuiteSession:
         baselines = self.plan.baselines
         return baselines[cell] if baselines is not None and cell in baselines else None
 
-    def _data(self, subject: Subject, space: InputSpace) -> Batch | None:
-        """The user's texts as a batch; None for a module without a tokenizer, or with one that inputs.pipeline reports."""
+    def _data(self, subject: Subject, space: InputSpace, tokenizer: Any) -> Batch:
+        """The user's texts as a batch."""
         assert self.settings.data is not None
-        try:
-            tokenizer = load_tokenizer(subject)
-        except TokenizerRefusedError:
-            return None
-        if tokenizer is None:
-            return None
         return data_batch(
             read_examples(self.settings.data),
             tokenizer,

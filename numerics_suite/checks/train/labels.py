@@ -12,7 +12,7 @@ from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
-from numerics_suite.inputs.strategies import IGNORED
+from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.observing.comparing import differing_elements
 from numerics_suite.observing.loss_dtype import log_softmax_dtype
 from numerics_suite.observing.roundoff import unit_roundoff, wide
