@@ -189,6 +189,7 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
         size = cell_bytes(
             plan.subjects[cell.subject],
             recipe.parameters,
+            recipe.computes_in,
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
             batch=settings.batch_size,
             seq=settings.seq_len,
