@@ -101,7 +101,7 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
     with for_people(settings) as stream:
         terminal = Terminal(stream=stream, quiet=settings.quiet)
         try:
-            result = run_check(settings, terminal)
+            result = run_check(settings, terminal, asks_index=other_versions)
         finally:
             terminal.stop()
         if other_versions:

@@ -3,7 +3,7 @@
 A finding is a consequence where it names nothing that a root does not: the same parameters that are not finite, the same exception at
 the same line, or the same op of the same module at which a value stops being finite. A remedy that acts on the root's own place and
 cures the other check too is tried while the cell is loaded (:mod:`numerics_suite.diagnosing.roots`). Whatever shares none of this
-stays a root: two defects of one model are two findings.
+stays a root, and so does what the root's remedy does not cure, or only with another one: two defects of one model are two findings.
 """
 
 from __future__ import annotations
@@ -65,10 +65,25 @@ def _root_of(
     tried = known.get(finding.consequence_of or "")
     if tried is not None and any(root.id == tried.id for root in reached):
         return tried
+    if _has_more_causes(finding):
+        return None
+    reached = [root for root in reached if root.finding is not None and not _outlasts(finding, root.finding)]
     alike = [root for root in reached if root.finding is not None and _shows(root.finding, finding)]
     if alike:
         return alike[0]
     return _of_parameters(finding, reached)
+
+
+def _has_more_causes(finding: Finding) -> bool:
+    """Whether remedies cure it together only: each is for a cause of its own."""
+    verified = [remedy for remedy in finding.remedies if remedy.verified]
+    return bool(verified) and all(remedy.together for remedy in verified)
+
+
+def _outlasts(finding: Finding, root: Finding) -> bool:
+    """Whether what cures the root was tried on the finding and does not cure it."""
+    cures = {remedy.name for remedy in root.remedies if remedy.verified and not remedy.together}
+    return any(remedy.name in cures and remedy.verified is False for remedy in finding.remedies)
 
 
 def _one_subject(one: CheckResult, other: CheckResult) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -15,6 +15,7 @@ import pytest
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
 from numerics_suite.diagnosing.consequences import as_tree
+from numerics_suite.diagnosing.versions_advice import without_newer
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.reporting.results import check_from_json, write_results
 from numerics_suite.settings.accept import matches, reaches, stale
@@ -32,7 +33,13 @@ MISSING = "planned, and no answer came: the worker ended, or the test was stoppe
 
 
 class Audience(Protocol):
-    """Who follows the run while it goes on."""
+    """Who follows the run while it goes on.
+
+    Attributes:
+        asks_index: it asks an index of releases afterwards, and tries newer ones.
+    """
+
+    asks_index: bool
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """The plan is made."""
@@ -154,6 +161,11 @@ class Gate:
                 results.append(self.answers[key])
             elif not interrupted:
                 results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=MISSING))
+        if not getattr(self.run, "asks_index", False):
+            results = [
+                result if result.finding is None else replace(result, finding=without_newer(result.finding))
+                for result in results
+            ]
         return as_tree(results, self._covers)
 
     def _covers(self, root: CheckResult, result: CheckResult) -> bool:

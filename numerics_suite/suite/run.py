@@ -33,9 +33,9 @@ WORTH_WORKERS = 8
 class Run:
     """What the command lends to the run: the terminal, and a place for the result."""
 
-    def __init__(self, settings: Settings, terminal: Terminal) -> None:
+    def __init__(self, settings: Settings, terminal: Terminal, *, asks_index: bool = False) -> None:
         """Print to this terminal as the run goes on."""
-        self.settings, self.terminal = settings, terminal
+        self.settings, self.terminal, self.asks_index = settings, terminal, asks_index
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """Print the header."""
@@ -62,13 +62,16 @@ def worker_count(settings: Settings, plan: SuitePlan) -> int:
     return min(cores, len(plan.cells))
 
 
-def run_check(settings: Settings, terminal: Terminal, *, reproducers: Path | None = None) -> RunResult:
+def run_check(
+    settings: Settings, terminal: Terminal, *, reproducers: Path | None = None, asks_index: bool = False
+) -> RunResult:
     """Run the suite as the settings say.
 
     Args:
         settings: of the run.
         terminal: that shows it.
         reproducers: folder of the scripts that show a finding alone, None for the usual one.
+        asks_index: other releases are tried afterwards.
 
     Raises:
         BadInputError: the input cannot be used.
@@ -90,7 +93,7 @@ def run_check(settings: Settings, terminal: Terminal, *, reproducers: Path | Non
         arguments += ["--numerics-reproducers", str(reproducers)]
     if workers:
         arguments += ["-n", str(workers), "--dist", "loadgroup"]
-    catcher = _Catcher(Run(settings, terminal))
+    catcher = _Catcher(Run(settings, terminal, asks_index=asks_index))
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch, _clean_pytest_environment(workers, scratch):
         status = int(pytest.main(arguments, plugins=[catcher]))
     terminal.stop()

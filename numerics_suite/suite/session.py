@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -19,10 +19,13 @@ from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subje
 from numerics_suite.core.registry import get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
+from numerics_suite.diagnosing.consequences import raised
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
+from numerics_suite.diagnosing.raising import model_raises
 from numerics_suite.diagnosing.remedy_trials import Answer, try_remedies
 from numerics_suite.diagnosing.reproducer import reproducer
+from numerics_suite.diagnosing.versions_advice import borne_out
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
@@ -59,6 +62,7 @@ class SuiteSession:
         self.deadline, self.reproducers = deadline, reproducers
         self._evidence: Evidence | None = None
         self.lost: tuple[Cell, str] | None = None
+        self._raises: set[tuple[str, ...]] = set()
 
     @cached_property
     def plan(self) -> SuitePlan:
@@ -117,7 +121,7 @@ class SuiteSession:
             pad_id=space.pad_id,
         )
 
-    def answer(self, question: Question) -> tuple[CheckResult, str]:
+    def answer(self, question: Question) -> tuple[CheckResult, str]:  # noqa: PLR0911 - each a way to end
         """The result of one question, and the traceback of an error (empty elsewhere)."""
         start = time.perf_counter()
 
@@ -140,8 +144,11 @@ class SuiteSession:
         except (NotApplicableError, UnsupportedError) as error:
             return result("skipped", reason=str(error)), ""
         except NumericsSuiteError as error:
-            return result("error", reason=str(error)), ""
+            return self._raised(question, error, result) or result("error", reason=str(error)), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
+            raised = self._raised(question, error, result)
+            if raised is not None:
+                return raised, ""
             reason = error_line(error, question.cell.device)
             if memory.is_device_lost(error):
                 self.lost = question.cell, f"the device was lost in {question.check}/{question.cell.id}: {reason}"
@@ -162,15 +169,41 @@ class SuiteSession:
         if not outcome.breaches:
             return result("passed", reason=_half_judged(outcome), **told)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
+        found = self._diagnosed(question, found, evidence)
         if self.settings.diagnose and self.tries_remedies:
-            found = with_confidence(question.check, found, evidence, self._ask_again)
-            found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
             found = replace(found, reproducer=self._reproducer(question, found, evidence, outcome.batch))
+        return self._failed(found, result, told)
+
+    def _diagnosed(self, question: Question, found: Finding, evidence: Evidence) -> Finding:
+        """The finding with its experiment made and its remedies tried, where that is wanted."""
+        found = borne_out(found, evidence)
+        if not (self.settings.diagnose and self.tries_remedies):
+            return found
+        found = with_confidence(question.check, found, evidence, self._ask_again)
+        return replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
+
+    def _failed(self, found: Finding, result: Callable[..., CheckResult], told: Mapping[str, object]) -> CheckResult:
         failed = result("failed", finding=found, **told)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed
         return result("accepted", finding=found, reason=accepted.reason, **told)
+
+    def _raised(self, question: Question, error: Exception, result: Callable[..., CheckResult]) -> CheckResult | None:
+        """A failure of the check where the model's own code raised; None where that is an error of something else."""
+        evidence = self.evidence(question.cell)
+        try:
+            found = model_raises(error, evidence)
+        except Exception:  # noqa: BLE001 - what cannot be diagnosed is the error that it was
+            return None
+        if found is None:
+            return None
+        cell = question.cell
+        key = (cell.subject, cell.task, *raised(found))
+        if key in self._raises:  # the same exception at the same line: what cures the root is told there
+            return self._failed(replace(found, remedies=()), result, {})
+        self._raises.add(key)
+        return self._failed(self._diagnosed(question, found, evidence), result, {})
 
     def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""

@@ -24,6 +24,7 @@ from numerics_suite.diagnosing.root_causes import (
     eps_underflows,
     origin_facts,
 )
+from numerics_suite.diagnosing.versions_advice import borne_out_of
 from numerics_suite.engine.calls import call_with, input_device
 from numerics_suite.engine.runner import dropped_gradients
 from numerics_suite.observing.locate import Origin, find_origin
@@ -112,7 +113,7 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     parameters = (origin.parameters if origin else ()) or scene.initially_bad
     if alarm.kind == "parameter" or (origin is None and not scene.updated):
         parameters = parameters or bad
-    return Finding(
+    found = Finding(
         cause=cause,
         title=title(alarm, cause, origin, parameters),
         explanation=EXPLANATIONS[cause],
@@ -125,6 +126,7 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
         batch=_batch(alarm.step, inputs),
         remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
+    return borne_out_of(found, scene.model)
 
 
 def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[str]) -> str:

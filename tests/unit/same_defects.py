@@ -35,6 +35,12 @@ class Defect:
 
 TABLE = (
     Defect(factory="uninitialised_head", cause="uninitialised-parameters", remedies=("init-head",)),
+    Defect(
+        factory="uninitialised_head",
+        cause="uninitialised-parameters",
+        precision="pure-fp16",
+        remedies=("init-head", "larger-optimizer-eps"),
+    ),
     Defect(factory="damaged_weight", cause="corrupt-weights"),
     Defect(
         factory="sound",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from unit.sample_run import finding, result
 
-from numerics_suite.core.records import RunResult
+from numerics_suite.core.records import Remedy, RunResult
 from numerics_suite.core.tree import is_root
 from numerics_suite.diagnosing.consequences import as_tree
 from numerics_suite.reporting.documents import Documents, Run
@@ -58,6 +58,11 @@ def run_of(factory, **changes) -> RunResult:
     """The whole run as the gate puts it together."""
     session = SuiteSession(settings_of(factory, **changes))
     session.tries_remedies = False
+    return answered(session)
+
+
+def answered(session) -> RunResult:
+    """Every question of the session, put together by the gate."""
     gate = Gate(session, run=None)
     for question in session.plan.questions:
         answer = session.answer(question)[0]
@@ -93,6 +98,18 @@ def test_parameters_that_no_root_names_make_a_root():
     both = failed("train.finite", "corrupt-weights", parameters=("head.weight", "body.weight"))
     assert tree(body, head, both) == [None, None, body.id]
     assert tree(head, failed("train.finite", "overflow", parameters=("head.weight",))) == [None, None]
+
+
+def test_what_the_roots_remedy_does_not_cure_is_a_root():
+    def told(check, verified, *together):
+        remedy = Remedy(name="init-head", description="d", verified=verified, together=together)
+        return failed(check, UNSOUND, parameters=("head.weight",), remedies=(remedy,))
+
+    root = told("load.head-init", True)
+    assert tree(root, told("train.finite", True)) == [None, root.id]
+    assert tree(root, told("train.finite", None)) == [None, root.id]
+    assert tree(root, told("train.finite", False)) == [None, None]
+    assert tree(root, told("train.finite", True, "larger-optimizer-eps")) == [None, None]
 
 
 def test_one_exception_is_one_root():
