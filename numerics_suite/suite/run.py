@@ -185,9 +185,9 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
     rows = []
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
-        recipe = precision(cell.precision)
+        recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
         size = cell_bytes(
-            plan.subjects[cell.subject],
+            subject,
             recipe.parameters,
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
             batch=settings.batch_size,
@@ -195,6 +195,6 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
             examples=settings.max_examples,
         )
         skipped = {question.skip for question in asked if question.skip}
-        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else ""
+        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)
         rows.append(PlanRow(cell=cell, checks=sum(not q.skip for q in asked), bytes=size, note=note))
     return rows

@@ -11,9 +11,13 @@ from mutants.article_checkpoints import changed
 from mutants.driver import release
 from safetensors.torch import load_file, save_file
 from unit.test_clean_models import BODY, save
-from unit.test_loading_dtypes import answer
+from unit.test_loading_dtypes import MOE, answer
 
+from numerics_suite.cli.main import main
+from numerics_suite.subjects.files import StoredTensor
 from numerics_suite.subjects.fixtures import fixture_path
+from numerics_suite.subjects.notes import checkpoint_notes
+from numerics_suite.subjects.resolve import resolve
 from numerics_suite.subjects.scales import without_scales
 
 TABLE = 'self.register_buffer("inv_freq", rotary_frequencies(config), persistent=True)'
@@ -213,3 +217,45 @@ def test_layouts_that_have_no_scale_by_design():
     assert without_scales({"q.weight": ("float8_e4m3fn", (8, 8))}, {}) == ()
     unknown = {"quantization_config": {"quant_method": "torchao"}}
     assert without_scales({"q.weight": ("int8", (8, 8))}, unknown) == ()
+
+
+# --- what the plan says ------------------------------------------------------------------------------------------
+
+LEFT = "8 stored tensors (model.layers.46.*) are not loaded by this release and are lost on save"
+
+
+def with_prediction_layer(folder, *, layers=2):
+    """A mixture of experts with a layer for several tokens at once, which transformers leaves out by its number."""
+    save(folder, "Glm4MoeForCausalLM", "Glm4MoeConfig", **{**MOE, "num_hidden_layers": layers})
+    held = load_file(folder / "model.safetensors")
+    own = {name: value for name, value in held.items() if name.startswith("model.layers.0.")}
+    extra = {name.replace("layers.0.", "layers.46."): value.clone() for name, value in list(own.items())[:8]}
+    save_file({**held, **extra}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_stored_tensors_that_the_release_leaves_out_by_design_are_a_line_and_no_finding(tmp_path, capsys):
+    folder = with_prediction_layer(tmp_path / "moe")
+    assert resolve(str(folder)).notes == (LEFT,)
+    assert answer(folder, "load.complete")[0].status == "passed"
+    results = tmp_path / "results.json"
+    asked = ["check", str(folder), "--precision", "bf16", "--attn", "eager", "--checks", "load.config", "-n", "0"]
+    assert main([*asked, "--json", str(results)]) == 0
+    assert f"moe: {LEFT}" in capsys.readouterr().out
+    (subject,) = json.loads(results.read_text())["subjects"]
+    assert subject["notes"] == [LEFT]
+
+
+def test_layers_that_the_model_has_and_buffers_that_it_computes_are_not_lost():
+    name = "model.layers.46.mlp.up_proj.weight"
+    stored = {name: StoredTensor(file=None, dtype="bfloat16", shape=(2, 2))}
+    assert list(checkpoint_notes(stored, {"num_hidden_layers": 92}, "Glm4MoeForCausalLM")) == []
+    assert len(list(checkpoint_notes(stored, {"num_hidden_layers": 46}, "Glm4MoeForCausalLM"))) == 1
+    assert list(checkpoint_notes(stored, {"num_hidden_layers": 46}, "Glm4ForCausalLM")) == []
+    assert list(checkpoint_notes(stored, {"num_hidden_layers": 46}, None)) == []
+
+
+def test_an_adapter_that_was_never_trained(tmp_path):
+    (note,) = resolve(str(adapter(tmp_path / "fresh", head=True, trained=False))).notes
+    assert note == "every lora_B (3) is zero: this adapter was never trained and changes nothing of its base"
+    assert resolve(str(adapter(tmp_path / "trained", head=True))).notes == ()
