@@ -41,6 +41,7 @@ class Subject:
         trust_remote_code: its own code may run (by flag, or a fixture held to its digest).
         adapter_base: folder or hub id of the base where `path` is a peft adapter.
         quantized: the checkpoint has a `quantization_config`.
+        notes: what a user should know before it runs, and that is no finding.
         config: the raw `config.json`, empty for a factory.
     """
 
@@ -61,6 +62,7 @@ class Subject:
     trust_remote_code: bool = False
     adapter_base: str | None = None
     quantized: bool = False
+    notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -267,6 +269,7 @@ class SubjectFacts:
     parameters: int | None
     stored_dtype: str | None
     digest: str | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,18 +39,22 @@ ELSEWHERE = {
 """By measurement: findings that name this remedy and that another file or the code has to cure."""
 
 
+AS_STORED = frozenset({"stored-apart", "ignored-dtype"})
+"""By measurement: findings whose check itself says that the rewritten file is right, as no definition could say better."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
     """A model built from another config.json.
 
     Attributes:
         evidence: the cell on the copy.
-        meant: the same model, whose answers are held to what the user's own file means.
+        meant: the same model, whose answers are held to what the user's own file means; None where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """
 
     evidence: Evidence
-    meant: Evidence
+    meant: Evidence | None
     how: str
 
 
@@ -74,7 +78,7 @@ def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
     rewriting = _rewriting(evidence, finding)
     with _copied(subject, rewriting.config) as copy:
         fixed = evidence.variant(subject=copy)
-        meant = evidence.variant(subject=replace(copy, config=rewriting.meaning))
+        meant = None if measurement in AS_STORED else evidence.variant(subject=replace(copy, config=rewriting.meaning))
         how = f"{rewriting}, {_built(evidence, fixed, rewriting)}"
         yield Fixed(evidence=fixed, meant=meant, how="; ".join((how, *rewriting.left)))
 
@@ -85,7 +89,7 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
     known = compat.known_config_keys(type(built))
     if measurement == "mismatched":
         return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
-    if measurement == "wrongly-tied":
+    if measurement in {"wrongly-tied", "stored-apart"}:
         return _tied(evidence)
     if measurement == "ignored-dtype":
         return of_dtype(raw, evidence.recipe.parameters, compat.dtype_keyword())

@@ -78,6 +78,24 @@ def loaded_with_dtype(evidence: Evidence, finding: Finding) -> Iterator[tuple[Ev
     yield evidence.variant(change=_with_values(values)), f"{listed(finding.parameters, 2)} as the class builds it"
 
 
+def saved_head(_: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+    """Nothing: a head that was not saved is gone.
+
+    Args:
+        finding: of load.complete.
+
+    Raises:
+        NotApplicableError: what was lost, and how the next one is saved.
+    """
+    names = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in finding.parameters})
+    reason = (
+        "cannot be tried: the trained head is in no file, and nothing here brings it back; train it again with "
+        f"modules_to_save={names} in the LoraConfig, or save it beside the adapter"
+    )
+    raise NotApplicableError(reason)
+    yield
+
+
 def _stored(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The stored values of these tensors of the model; those of an adapter's base have other names in its files."""
     path = evidence.subject.path

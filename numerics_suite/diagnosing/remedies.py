@@ -20,7 +20,7 @@ from numerics_suite.core.records import Finding
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosing import tokenizer_remedies
 from numerics_suite.diagnosing.fixing import fixed_configs
-from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype
+from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype, saved_head
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.float32_modules import hold_in_float32
 from numerics_suite.engine.training_loop import Plan
@@ -283,6 +283,7 @@ CURES: dict[str, Cure] = {
     "fix-config": _config,
     "cast-after-loading": _of_loading(cast_copies),
     "load-with-dtype": _of_loading(loaded_with_dtype),
+    "save-head": _of_loading(saved_head),
     "clip-grad-norm": _clip,
     "larger-optimizer-eps": _larger_eps,
     "tune-loss-scale": _loss_scale,

@@ -60,7 +60,7 @@ def to_json(result: RunResult) -> dict[str, Any]:
         "notes": list(result.notes),
         "environment": jsonable(result.environment),
         "settings": jsonable(result.settings),
-        "subjects": [asdict(subject) for subject in result.subjects],
+        "subjects": [{**asdict(subject), "notes": list(subject.notes)} for subject in result.subjects],
         "checks": [check_to_json(check) for check in result.checks],
         **({"rehearsal": jsonable([asdict(item) for item in result.rehearsals])} if result.rehearsals else {}),
     }
@@ -133,7 +133,9 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
             verdict=content["verdict"],
             environment=content["environment"],
             settings=content["settings"],
-            subjects=tuple(SubjectFacts(**subject) for subject in content["subjects"]),
+            subjects=tuple(
+                SubjectFacts(**{**subject, "notes": tuple(subject.get("notes", ()))}) for subject in content["subjects"]
+            ),
             checks=tuple(check_from_json(check) for check in content["checks"]),
             notes=tuple(content.get("notes", ())),
             exit_status=content.get("exit_status", 0),

@@ -118,6 +118,8 @@ class Terminal:
         for label, names in (("precisions", "precision"), ("attention", "attn")):
             lines += self._labelled(label, ", ".join(dict.fromkeys(getattr(cell, names) for cell in cells)))
         lines += self._labelled("plan", _plan_text(cells, settings))
+        # One line each, however long: it is searched for.
+        lines += [Line(f"{'note':<12}{subject.id}: {note}", "yellow") for subject in subjects for note in subject.notes]
         self._print(lines)
 
     def _labelled(self, label: str, text: str) -> list[Line]:

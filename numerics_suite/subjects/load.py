@@ -246,13 +246,19 @@ def _unexpected(subject: Subject, info: LoadingInfo) -> tuple[str, ...]:
 
 def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple[nn.Module, LoadingInfo]:
     """The base with the adapter on it, trainable; names of the base get peft's prefix."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     assert subject.path is not None
+    held = set(tensor_headers(subject.path))
+    config: Any = PeftConfig.from_pretrained(subject.path)
+    if subject.task in CLASSIFICATION and held and not head_tensors(held, family_of(subject.config), subject.task):
+        # peft looks for the head of a classifier's adapter, and for the methods of a language model in a classifier.
+        config.task_type, kept = None, getattr(config, "modules_to_save", None)
+        config.modules_to_save = [name for name in kept or () if any(name in each.split(".") for each in held)] or None
     # Without this peft would hold the adapter in float32 whatever was asked for.
     options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False, "local_files_only": True}
-    model = PeftModel.from_pretrained(base, subject.path, **options)
-    wanted, held = set(get_peft_model_state_dict(model)), set(tensor_headers(subject.path))
+    model = PeftModel.from_pretrained(base, subject.path, config=config, **options)
+    wanted = set(get_peft_model_state_dict(model))
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     # Before 0.18 peft says that an embedding is saved with the adapter, and it is not.
     lacking = {name for name in wanted - held if held and not _is_embedding(name)}

@@ -16,6 +16,7 @@ from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of
 from numerics_suite.subjects.files import digest, joint_digest, stored_dtype, stored_tensors
 from numerics_suite.subjects.hub import parse_hub_id, snapshot
+from numerics_suite.subjects.notes import adapter_notes, checkpoint_notes
 from numerics_suite.subjects.tasks import (
     CLASSIFICATION,
     architectures,
@@ -199,9 +200,12 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     validate.check_vocabulary(folder, config, tensors, family)
     validate.check_pad_token(folder, config, tensors, task)
     new_head = needs_new_head(tensors, config, family, task, wanted.num_labels)
-    labels = wanted.num_labels
+    labels, model_class = wanted.num_labels, _model_class(config, task, folder)
+    own_code = validate.needs_remote_code(config)
+    notes = tuple(() if own_code or adapter is not None else checkpoint_notes(tensors, config, model_class))
     if adapter is not None:
         held = stored_tensors(place.path)
+        notes = tuple(adapter_notes(place.path, held))
         labels = labels or _adapter_labels(held, family, task)
         # A head that the adapter brings is not new.
         new_head = new_head and needs_new_head(held, {}, family, task, wanted.num_labels)
@@ -214,7 +218,7 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
         family=family.name,
         path=place.path,
         revision=place.revision,
-        model_class=_model_class(config, task, folder),
+        model_class=model_class,
         architectures=architectures(config),
         stored_dtype=stored_dtype(tensors) or _declared_dtype(config),
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
@@ -224,6 +228,7 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
         trust_remote_code=trusted,
         adapter_base=str(folder) if adapter is not None else None,
         quantized=bool(config.get("quantization_config")),
+        notes=notes,
         config=config,
     )
 

@@ -188,9 +188,9 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
     rows = []
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
-        recipe = precision(cell.precision)
+        recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
         size = cell_bytes(
-            plan.subjects[cell.subject],
+            subject,
             recipe.parameters,
             recipe.computes_in,
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
@@ -199,6 +199,6 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
             examples=settings.max_examples,
         )
         skipped = {question.skip for question in asked if question.skip}
-        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else ""
+        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)
         rows.append(PlanRow(cell=cell, checks=sum(not q.skip for q in asked), bytes=size, note=note))
     return rows

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mutants.article_checkpoints import WEIGHT, Tensors, changed
 from mutants.catalogue import MUTANTS, ORACLE, Mutant
+from mutants.driver import release
 from unit.script_of import UnseenError, shown
 from unit.script_process import ScriptProcess, script_process
 
@@ -127,6 +128,22 @@ def infinite(held: Tensors) -> None:
     held[WEIGHT][0, 0] = float("inf")
 
 
+def whole_numbers(held: Tensors) -> None:
+    """Quantised to eight bits by a tool whose scales were lost."""
+    held[WEIGHT] = (held[WEIGHT].float() / held[WEIGHT].float().abs().max() * 127).round().to(torch.int8)
+
+
+def with_tied_config(folder: Path) -> None:
+    changed(folder, "glm-tiny", config={"tie_word_embeddings": True})
+
+
+def with_a_computed_buffer(folder: Path) -> None:
+    """The constructor computes it, it is not saved, and `_init_weights` knows nothing of it."""
+    code = 'self.register_buffer("inv_freq", rotary_frequencies(config), persistent=True)'
+    own = f'{code}\n        self.register_buffer("window", torch.arange(8.0), persistent=False)'
+    changed(folder, "chatglm-tiny", code=(code, own))
+
+
 def with_another_eps(folder: Path) -> None:
     """The config class drops what the file says."""
     changed(folder, "chatglm-tiny")
@@ -167,6 +184,12 @@ def of_load() -> Iterator[Row]:
     yield Row(check="load.complete", measurement="mismatched", copy=of_weight(narrower))
     yield Row(check="load.complete", measurement="changed", copy=of_code(WHEN_LOADED))
     yield Row(check="load.finite", measurement="non-finite", copy=of_weight(infinite))
+    yield Row(check="load.complete", measurement="without-scales", copy=of_weight(whole_numbers))
+    if release() >= (5,):
+        yield Row(
+            check="load.finite", measurement="uninitialised-buffers", copy=(with_a_computed_buffer, "chatglm-tiny")
+        )
+    yield Row(check="load.tied", measurement="stored-apart", copy=(with_tied_config, "glm-tiny"))
     narrowed = CAST.format(cast="[setattr(p, 'data', p.data.half()) for p in model.parameters()]")
     yield Row(check="load.dtype", measurement="ignored-dtype", copy=of_code(narrowed), cell={"precision": "bf16"})
     rounded = CAST.format(cast="[setattr(b, 'data', b.data.half()) for b in model.buffers()]")
@@ -250,6 +273,7 @@ ROWS = [*of_load(), *of_inputs(), *of_forward(), *of_training(), *of_references(
 
 ELSEWHERE = {
     *(("load.config", "ignored"), ("load.dtype", "other-dtype")),
+    *([("load.finite", "uninitialised-buffers")] if release() < (5,) else []),  # up to 4.57 a constructor's values stay
     *(("load.head-init", "uninitialised"), ("load.head-init", "gain")),
     *(("inputs.pipeline", name) for name in ("floating", "out-of-range", "looks-rounded")),
     *(("forward.headroom", "non-finite"), ("train.amp", "skipped-forever"), ("train.clip", "saved-by-clipping")),
@@ -357,7 +381,8 @@ def test_clipping_that_does_not_clip(
 
 
 def test_every_measurement_with_a_budget_has_a_script_or_a_reason_why_not() -> None:
-    lacking = [key for key in all_budgets() if key not in BODIES and key[0].partition(".")[0] not in WITHOUT]
+    excused = {key for key in all_budgets() if key[0].partition(".")[0] in WITHOUT or " ".join(key) in WITHOUT}
+    lacking = [key for key in all_budgets() if key not in BODIES and key not in excused]
     assert not lacking
 
 

@@ -39,6 +39,26 @@ BUDGETS = (
     ),
     Budget(
         check="load.complete",
+        measurement="without-scales",
+        limit=0,
+        cause="missing-weights",
+        title="{value} quantised weights are stored without their scales: {parameters}",
+        reason="What is stored of a quantised weight is a code, and its scale gives it a size. Without one a load takes the codes "
+        "for values, or draws the scale at random, and says nothing: weights come out hundreds of times too large.",
+        remedies=("reload-weights",),
+    ),
+    Budget(
+        check="load.complete",
+        measurement="lost-head",
+        limit=0,
+        cause="lost-head",
+        title="the adapter was trained for a classifier and saved without its head: {parameters}",
+        reason="Neither the adapter nor its base holds the head, so each load draws another one at random, and the answers are "
+        "chance. peft saves a head with the adapter only where modules_to_save names it.",
+        remedies=("save-head",),
+    ),
+    Budget(
+        check="load.complete",
         measurement="renamed",
         limit=0,
         cause="missing-weights",
@@ -95,6 +115,17 @@ BUDGETS = (
         reason="A weight that is not finite makes every output that depends on it NaN. Stored so, the file is "
         "damaged; finite in the file, it does not fit the range of the precision (float16 ends at 65,504).",
         remedies=("reload-weights", "use-amp-bf16"),
+    ),
+    Budget(
+        check="load.finite",
+        measurement="uninitialised-buffers",
+        limit=0,
+        cause="uninitialised-buffer",
+        title="buffers that nothing has initialised: {parameters}",
+        reason="They are in no file, and the load gave them memory without writing to it: filled with NaN beforehand it stays NaN, "
+        "filled with zeros it stays zero. In an ordinary run they hold whatever the allocator had there. transformers 5.x builds on "
+        "the meta device and leaves to _init_weights what a constructor computed (transformers#48892).",
+        remedies=("newer-version",),
     ),
     Budget(
         check="load.dtype",
@@ -157,6 +188,16 @@ BUDGETS = (
         reason="save_pretrained followed by from_pretrained must give the same bits, the same config and, in true fp64, the "
         "same answers; what differs is lost or changed at a checkpoint of a training run.",
         remedies=("newer-version", "pin-version"),
+    ),
+    Budget(
+        check="load.tied",
+        measurement="stored-apart",
+        limit=0,
+        cause="untied-weights",
+        title="config.json ties the embeddings, and the files hold two different ones",
+        reason="With tie_word_embeddings one tensor is both embeddings, and the files hold an output embedding of its own, as a merged "
+        "LoRA on it leaves one. Releases before 5.0 drop it without a word, so the answers are not those of the model that was saved.",
+        remedies=("fix-config",),
     ),
     Budget(
         check="load.tied",
