@@ -23,7 +23,9 @@ from numerics_suite.diagnosing.fixing import fixed_configs
 from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype, saved_head
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.float32_modules import hold_in_float32
+from numerics_suite.engine.own_batch import can_be_trained_on
 from numerics_suite.engine.training_loop import Plan
+from numerics_suite.inputs.labels import IGNORED, no_label_counts
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.load import IDS, Loaded
 
@@ -215,6 +217,40 @@ class InputChange:
         return loaded if loaded.batch is None else replace(loaded, batch=self.of(loaded.batch))
 
 
+LONGER = (2, 4, 8, 16)
+"""Times the length to which rows are cut, until a label counts."""
+
+
+def _count_labels(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    """Rows long enough for what follows the prompt; of a batch whose text is not at hand, its tokens as labels."""
+    if evidence.request.data is None:
+        every = InputChange(of=_every_token_counts)
+        yield Attempt(evidence=evidence.variant(change=every), how="with every real token of the batch as a label")
+        return
+    length = evidence.request.length
+    for longer in (length * times for times in LONGER if length * times <= evidence.longest):
+        cured = evidence.variant(length=longer)
+        batch = cured.usable_own_batch
+        if batch is not None and can_be_trained_on(cured, batch):
+            yield Attempt(evidence=cured, how=f"rows of up to {longer} tokens (--seq-len {longer})")
+            return
+    reason = f"not tried: in rows of up to {length * LONGER[-1]} tokens, or as many as the model takes, no label counts either"
+    raise NotApplicableError(reason)
+
+
+def _every_token_counts(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    ids, labels, mask = (tensors.get(name) for name in ("input_ids", "labels", MASK))
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.shape != labels.shape:
+        return dict(tensors)
+    if not no_label_counts(tensors, shifted=True):
+        return dict(tensors)
+    real = torch.ones_like(ids, dtype=torch.bool) if not isinstance(mask, Tensor) else mask.bool()
+    counted = ids.masked_fill(~real, IGNORED)
+    # Trainer hands over by how many labels the sum of the step's losses is divided.
+    items = {"num_items_in_batch": (counted[:, 1:] != IGNORED).sum()} if "num_items_in_batch" in tensors else {}
+    return {**tensors, "labels": counted, **items}
+
+
 def _one_side(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
     """Every row with its padding on one side: behind the tokens no query is left without a key."""
     if finding.evidence.get("measurement") == "padding-moves":
@@ -280,6 +316,7 @@ CURES: dict[str, Cure] = {
     "fix-tokenizer": _tokenizer,
     "set-pad-token": _pad_token,
     "fix-padding": _one_side,
+    "count-labels": _count_labels,
     "fix-config": _config,
     "cast-after-loading": _of_loading(cast_copies),
     "load-with-dtype": _of_loading(loaded_with_dtype),
@@ -303,6 +340,7 @@ DESCRIPTIONS = {
     "count-labels": "leave room for the answer: shorten the prompt or raise the length, until labels other than -100 remain",
     "separate-rows": "give packed rows position ids that start again and an attention that ends at each row",
     "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
+    "count-labels": "let labels count in every batch: cut the prompt and not the answer, raise the maximal length, or leave such rows out",
     "fix-config": "write the key in the layout that the installed release reads",
     "save-head": 'save the head with the adapter (modules_to_save=["score"] in its LoraConfig)',
     "cast-after-loading": "cast what is in another dtype once it is loaded: head.to(dtype), and not model.to(dtype), which rounds buffers",

@@ -189,7 +189,7 @@ class Gate:
     def _notes(self, results: Sequence[CheckResult]) -> tuple[list[str], list[str]]:
         import transformers
 
-        notes = []
+        notes = [f"--data: {self.suite.plan.data}"] if self.suite.plan.data else []
         limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
         if limited:
             notes.append(f"--max-time: {limited} checks were not begun")

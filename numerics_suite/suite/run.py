@@ -39,7 +39,8 @@ class Run:
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """Print the header."""
-        self.terminal.header(environment, tuple(plan.subjects.values()), plan.cells, to_json(self.settings))
+        subjects = tuple(plan.subjects.values())
+        self.terminal.header(environment, subjects, plan.cells, to_json(self.settings), data=plan.data)
 
     def progress(self, done: int, total: int, result: CheckResult) -> None:
         """Move the progress on."""

@@ -29,12 +29,12 @@ from numerics_suite.diagnosing.versions_advice import borne_out
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
-from numerics_suite.inputs.data import data_batch, read_examples
+from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judging.verdicts import with_limits
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.families import family_of
+from numerics_suite.suite.data import batch_of, sample_of
 from numerics_suite.suite.driver import Outcome, ask
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
@@ -109,17 +109,12 @@ class SuiteSession:
         baselines = self.plan.baselines
         return baselines[cell] if baselines is not None and cell in baselines else None
 
+    @cached_property
+    def _sample(self) -> Sample:
+        return sample_of(self.settings)
+
     def _data(self, subject: Subject, space: InputSpace, tokenizer: Any) -> Batch:
-        """The user's texts as a batch."""
-        assert self.settings.data is not None
-        return data_batch(
-            read_examples(self.settings.data),
-            tokenizer,
-            task=subject.task,
-            side=family_of(subject.config).padding_sides[0],
-            max_length=space.max_length,
-            pad_id=space.pad_id,
-        )
+        return batch_of(self._sample, subject, space, tokenizer)
 
     def answer(self, question: Question) -> tuple[CheckResult, str]:  # noqa: PLR0911 - each a way to end
         """The result of one question, and the traceback of an error (empty elsewhere)."""

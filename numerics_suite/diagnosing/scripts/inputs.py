@@ -9,6 +9,7 @@ from numerics_suite.diagnosing.scripts.parts import indented, trust, under
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
 from numerics_suite.engine.decoding import takes_positions
 from numerics_suite.inputs.strategies import MASK_DTYPES
+from numerics_suite.subjects.generation import names_keyword
 
 # --- inputs.ids-dtype ----------------------------------------------------------------------------------------------
 
@@ -194,15 +195,15 @@ def _padding_moves(scene: Scene) -> list[str] | None:
     if scene.source != "checkpoint":
         return None
     task = scene.evidence.subject.task
+    given = [*GIVEN[:2], *(name for name in GIVEN[2:] if names_keyword(scene.evidence.model, name))]
     counts = task == "causal-lm" and takes_positions(scene.evidence.model)
     return [
         *_tokenizer(scene),
         f"batch = tokenizer({list(TEXTS)!r}, padding=True, return_tensors='pt')",
-        f"given = {list(GIVEN)!r}",
         "mask = batch['attention_mask']",
         "row = int(mask.sum(dim=1).masked_fill(mask.all(dim=1), 0).argmax())",
         "real = mask[row].bool()",
-        "names = [name for name in given if name in batch and name in type(model).forward.__code__.co_varnames]",
+        f"names = [name for name in {given!r} if name in batch]",
         f"padded = {{name: batch[name][row:row + 1].repeat({COPIES}, 1) for name in names}}",
         *(["padded['position_ids'] = (padded['attention_mask'].cumsum(-1) - 1).clamp(min=0)"] if counts else []),
         "alone = {name: value[:, real] for name, value in padded.items()}",
