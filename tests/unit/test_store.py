@@ -232,7 +232,7 @@ def edited(folder: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(schema_version=2), "schema_version 2 is newer than the 1 that this release reads; upgrade numerics-suite"),
+        (lambda c: c.update(schema_version=3), "schema_version 3 is newer than the 2 that this release reads; upgrade numerics-suite"),
         (lambda c: c.update(schema_version=0), "schema_version 0 is older than the 1 that this release reads; delete it and record again"),
         (lambda c: c.update(schema_version="1"), "schema_version must be a whole number"),
         (lambda c: c.update(format="x"), "not a baseline of numerics-suite; move it out of the folder"),
