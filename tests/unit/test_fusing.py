@@ -93,7 +93,7 @@ def mixture(tensors, modules, *, weights=True, gradients=1.0):
         made,
         modules=(*made.modules[:place], *inner, *made.modules[place:]),
         gradients=(*made.gradients, *records),
-        tensors=tuple(held) if weights else (),
+        tensors=(*made.tensors, *held) if weights else (),
     )
 
 
