@@ -24,12 +24,13 @@ counted here."""
 NO_CACHE = "the model keeps no cache"
 
 
-def with_cache(cuts: Sequence[int], *, positions: Positions = "generate") -> Call:
+def with_cache(cuts: Sequence[int], *, positions: Positions = "generate", run: Callable[..., Any] = call_model) -> Call:
     """Calls the model on the sequence cut at these columns, handing its cache from piece to piece.
 
     Args:
         cuts: columns at which a new step begins, rising.
         positions: whose.
+        run: calls the model with the keywords of a step.
 
     Returns:
         A call that raises NotApplicableError where the model keeps no cache.
@@ -45,7 +46,7 @@ def with_cache(cuts: Sequence[int], *, positions: Positions = "generate") -> Cal
         logits = []
         for start, stop in itertools.pairwise([0, *cuts, int(ids.shape[1])]):
             step = _step(model, ids[:, :stop], mask[:, :stop], start, positions, **{name: cached})
-            output = call_model(model, {}, **step)
+            output = run(model, {}, **step)
             cached = cache_in(output, name)
             if cached is None:
                 raise NotApplicableError(NO_CACHE)
