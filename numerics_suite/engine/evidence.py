@@ -27,6 +27,7 @@ from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.position_table import rows_of_position_table
 from numerics_suite.engine.rotary import longest_of_one_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
@@ -245,10 +246,10 @@ class Evidence:
 
     @cached_property
     def longest(self) -> int:
-        """Most tokens of a row that the config allows, with one rotary table for all lengths."""
+        """Most tokens of a row that config and position table allow, with one rotary table for all lengths."""
         config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
-        limits.append(longest_of_one_table(config))
+        limits += [longest_of_one_table(config), rows_of_position_table(self.model)]
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
     @property
@@ -281,7 +282,9 @@ class Evidence:
         # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
         plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
         pad_inside = bool(((ids == self.space.pad_id) & (tensors["attention_mask"] != 0)).any())
-        return replace(batch, tensors=tensors, law_abiding=plain and not pad_inside)
+        # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
+        one_table = int(ids.shape[-1]) <= self.longest
+        return replace(batch, tensors=tensors, law_abiding=plain and one_table and not pad_inside)
 
     @cached_property
     def training_batch(self) -> Batch:
