@@ -28,6 +28,7 @@ from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
+from numerics_suite.engine.position_table import rows_of_position_table
 from numerics_suite.engine.rotary import longest_of_one_table, reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
@@ -248,10 +249,10 @@ class Evidence:
 
     @cached_property
     def longest(self) -> int:
-        """Most tokens of a row that the config allows, with one rotary table for all lengths."""
+        """Most tokens of a row that config and position table allow, with one rotary table for all lengths."""
         config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
-        limits.append(longest_of_one_table(config))
+        limits += [longest_of_one_table(config), rows_of_position_table(self.model)]
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
     @property

@@ -44,7 +44,9 @@ def usable(evidence: Evidence, batch: Batch | None) -> Batch | None:
     # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
     plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
     pad_inside = bool(((ids == evidence.space.pad_id) & (tensors["attention_mask"] != 0)).any())
-    return replace(batch, tensors=tensors, law_abiding=plain and not pad_inside)
+    # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
+    one_table = int(ids.shape[-1]) <= evidence.longest
+    return replace(batch, tensors=tensors, law_abiding=plain and one_table and not pad_inside)
 
 
 def can_be_trained_on(evidence: Evidence, batch: Batch | None) -> bool:

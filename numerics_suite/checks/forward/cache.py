@@ -34,7 +34,7 @@ LARGEST_ROW = 4
 """A row that reaches past a sliding window is asked where it has no more tokens than this many batches."""
 
 
-@check(batches=True, share=0.4, needs=("causal", "token-ids"))
+@check(batches=True, share=0.4, needs=("causal", "token-ids"), adds=HOLE)
 def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Is decoding with the cache the full forward pass without one?
 
@@ -124,7 +124,7 @@ def _after_right_padding(evidence: Evidence, batch: Batch) -> Iterable[Measureme
     between is the model's own affair, and the same on both sides.
     """
     tensors = _with_hole(batch, evidence.space.pad_id)
-    if tensors is None:
+    if tensors is None or int(tensors["input_ids"].shape[1]) > evidence.longest:
         return
     real = tensors["attention_mask"].bool()
     cuts = [int(real.shape[1]) - 1]
