@@ -167,13 +167,13 @@ def _search(  # noqa: PLR0913 - keywords
     from numerics_suite.reporting.bisect import BisectTerminal
     from numerics_suite.versions.bisect import Bisection
     from numerics_suite.versions.extensions import left_out_notes
-    from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
+    from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments
 
     terminal = BisectTerminal(stream=stream, quiet=settings.quiet)
     terminal.begin(what, [candidate.label for candidate in candidates], note)
     processes = Jobs()
-    with sigterm_interrupts(), kept, telling_what_is_kept(terminal, kept):
+    with kept, telling_what_is_kept(terminal, kept):
         bisection = Bisection(
             plan=plan,
             candidates=candidates,

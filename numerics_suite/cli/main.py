@@ -6,9 +6,13 @@ import importlib
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from numerics_suite.cli.parser import HelpShown
+from numerics_suite.cli.supervisor import SUPERVISED, supervised
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError, nearest
+from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.switch import switch_kept
 
 if TYPE_CHECKING:
@@ -58,18 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
         arguments: what follows the program's name; None for the process's own.
     """
     try:
-        with switch_kept():
-            status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
-    except SystemExit as ending:  # argparse's, after --help
-        return ending.code if isinstance(ending.code, int) else 0
-    except KeyboardInterrupt:
-        return _end(INTERRUPTED, "interrupted")
-    except BrokenPipeError:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with switch_kept(), interruptible() if given[:1] != ["watch"] else nullcontext():
+            status = _dispatch(given)
+        _flush()
+    except HelpShown:
+        return 0
+    except SystemExit as ending:
+        return _end(INTERNAL, f"internal error: code that the command ran called sys.exit({ending.code!r})")
+    except BrokenPipeError:  # of help or a list
         from numerics_suite.reporting.streams import abandon
 
         abandon(sys.stdout)
         return 0
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, "interrupted")
     except BadInputError as error:
         return _end(BAD_INPUT, f"error: {error}")
     except NumericsSuiteError as error:
@@ -79,6 +86,24 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     except Exception as error:  # noqa: BLE001 - the last resort of the process
         return _end(INTERNAL, f"internal error: {type(error).__name__}: {error}")
     return status
+
+
+def entry() -> int:
+    """The program itself: one command, with a process that watches over those that run models."""
+    given = sys.argv[1:]
+    if given[:1] and given[0] in SUPERVISED and not {"-h", "--help"} & set(given):
+        return supervised(given, main)
+    return main(given)
+
+
+def _flush() -> None:
+    """See that what was printed reached its reader; one that is gone changes no verdict."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        from numerics_suite.reporting.streams import abandon
+
+        abandon(sys.stdout)
 
 
 def _dispatch(arguments: list[str]) -> int:

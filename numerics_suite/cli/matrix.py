@@ -157,11 +157,11 @@ def _run(  # noqa: PLR0913 - keywords
     from numerics_suite.core.atomic import write_atomic
     from numerics_suite.reporting.matrix import KEPT, MatrixTerminal, kept_json, matrix_to_json
     from numerics_suite.reporting.results import dump
-    from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
+    from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments, run_matrix
 
     terminal = MatrixTerminal(stream=stream, quiet=settings.quiet)
-    with sigterm_interrupts(), kept, telling_what_is_kept(terminal, kept):
+    with kept, telling_what_is_kept(terminal, kept):
         if ray:
             from numerics_suite.versions.spreading import Cluster
 

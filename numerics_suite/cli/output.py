@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def say(line: str) -> None:
     """One line of the answer, on standard output."""
-    sys.stdout.write(f"{line}\n")
+    try:
+        sys.stdout.write(f"{line}\n")
+    except BrokenPipeError:
+        from numerics_suite.reporting.streams import abandon
+
+        abandon(sys.stdout)
 
 
 def refuse_unwritable(target: str | None) -> None:
@@ -59,6 +64,8 @@ def write_json(target: str, content: Mapping[str, Any]) -> None:
         from numerics_suite.reporting.streams import abandon
 
         abandon(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return  # its reader has seen enough; the verdict is in the exit status
         message = f"--json: cannot write to standard output: {error.strerror}"
         raise BadInputError(message) from None
 

@@ -41,6 +41,7 @@ class Subject:
         trust_remote_code: its own code may run (by flag, or a fixture held to its digest).
         adapter_base: folder or hub id of the base where `path` is a peft adapter.
         quantized: the checkpoint has a `quantization_config`.
+        lacks_batch: a factory's plain module came without a batch, so it can be loaded and not run.
         config: the raw `config.json`, empty for a factory.
     """
 
@@ -61,6 +62,7 @@ class Subject:
     trust_remote_code: bool = False
     adapter_base: str | None = None
     quantized: bool = False
+    lacks_batch: bool = False
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -268,6 +270,7 @@ class RunResult:
         notes: lines a person should see above the verdict (an accept entry that matched nothing, a time limit).
         exit_status: as CONTRACT.md defines it.
         rehearsals: with `--data`, training tried on the user's own texts.
+        complete: the run came to its end, so that every planned question has its entry; without it the verdict is `error`.
     """
 
     command: str
@@ -281,3 +284,4 @@ class RunResult:
     notes: tuple[str, ...] = ()
     exit_status: int = 0
     rehearsals: tuple[Rehearsal, ...] = ()
+    complete: bool = True

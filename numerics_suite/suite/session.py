@@ -12,8 +12,10 @@ from pathlib import Path
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
+from numerics_suite.core import interrupts
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
 from numerics_suite.core.registry import get_check
 from numerics_suite.devices import memory
@@ -28,14 +30,15 @@ from numerics_suite.engine.training_loop import Plan
 from numerics_suite.inputs.data import data_batch, read_examples
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judging.verdicts import with_limits
+from numerics_suite.reporting.results import check_from_json
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
 from numerics_suite.suite.driver import Outcome, ask
+from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
-TIME_LIMIT = "time limit"
 REPRODUCERS = Path(".numerics/reproducers")
 """Where the scripts that show a finding alone are written unless told otherwise, below the folder that the command runs in."""
 
@@ -136,11 +139,26 @@ class SuiteSession:
                 **fields,  # type: ignore[arg-type]
             )
 
+        interrupts.stop_if_requested()
+        settled = self._settled(question, result)
+        return (settled, "") if settled is not None else self._asked(question, result)
+
+    def _settled(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult | None:
+        """The result of a question that needs no run of the model, None of any other."""
+        if (earlier := known().answers.get(question.id)) is not None:
+            return check_from_json(earlier)
         skip = question.skip or (TIME_LIMIT if self._out_of_time(question.cell) else None)
         if skip is not None:
-            return result("skipped", reason=skip), ""
-        if self.lost is not None:
-            return result("error", reason=f"not run: {self.lost[1]}"), ""
+            return result("skipped", reason=skip)
+        how = question.error or known().lost.get(question.cell.id)
+        if how is None and self.lost is not None:
+            how = f"not run: {self.lost[1]}"
+        return None if how is None else result("error", reason=how)
+
+    def _asked(self, question: Question, result: Callable[..., CheckResult]) -> tuple[CheckResult, str]:
+        watched = lifeline()
+        if watched is not None:
+            watched.asking(question.cell.id, question.check)
         try:
             return self._judged(question, result), ""
         except (NotApplicableError, UnsupportedError) as error:
@@ -152,6 +170,13 @@ class SuiteSession:
             if memory.is_device_lost(error):
                 self.lost = question.cell, f"the device was lost in {question.check}/{question.cell.id}: {reason}"
             return result("error", reason=reason), traceback.format_exc()
+        except BaseException as error:
+            # `sys.exit` of the code under test, pytest's outcomes that another plugin raises inside it (a timeout, a skip),
+            # and a KeyboardInterrupt that nobody sent: each stops this question and says nothing about the model.
+            interrupts.stop_if_requested()
+            if isinstance(error, GeneratorExit):
+                raise
+            return result("error", reason=stopped_line(error)), ""
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
@@ -218,6 +243,18 @@ def _half_judged(outcome: Outcome) -> str | None:
     reasons = (measurement.facts.get(TRUE_ONLY) for measurement in outcome.worst.values())
     reason = next((reason for reason in reasons if reason), None)
     return None if reason is None else f"{TRUE_ONLY}: {reason}"
+
+
+def stopped_line(error: BaseException) -> str:
+    """One line for what ended a check from inside, though it is no error.
+
+    Args:
+        error: a BaseException that is no Exception.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, SystemExit):
+        return f"the code under test called sys.exit({error.code!r})"
+    return f"stopped before it had an answer: {type(error).__name__}{f': {text}' if text else ''}"
 
 
 def error_line(error: Exception, device: str = CPU) -> str:
