@@ -6,9 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
+from numerics_suite.cli.output import (
+    deliver,
+    for_people,
+    refuse_undeliverable,
+    refuse_unwritable,
+    unfinished_answer,
+    write_json,
+)
 from numerics_suite.cli.parser import CommandParser
-from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
 if TYPE_CHECKING:
@@ -94,21 +100,16 @@ def _list(settings: Settings) -> int:
 
 
 def _check(settings: Settings, *, other_versions: bool) -> int:
-    from numerics_suite.core.answer_file import AnswerFile
     from numerics_suite.reporting.documents import Documents, Run
-    from numerics_suite.reporting.results import dump, to_json, unfinished
+    from numerics_suite.reporting.results import to_json
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.suite.run import run_check
 
     with for_people(settings) as stream:
         terminal = Terminal(stream=stream, quiet=settings.quiet)
-        begun = AnswerFile(settings.json)
-        begun.offer(lambda: dump(unfinished("check", checks=[])))
         try:
-            result = run_check(settings, terminal)
-        except BadInputError:
-            begun.withdraw()
-            raise
+            with unfinished_answer(settings.json, "check", checks=[]):
+                result = run_check(settings, terminal)
         finally:
             terminal.stop()
         try:

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     Args:
         arguments: what follows the program's name; None for the process's own.
     """
+    _tolerate()
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
         with switch_kept(), interruptible() if given[:1] != ["watch"] else nullcontext():
@@ -91,9 +92,20 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
 def entry() -> int:
     """The program itself: one command, with a process that watches over those that run models."""
     given = sys.argv[1:]
+    if given[:1] != ["watch"]:
+        os.environ.setdefault(
+            "PYTHONSAFEPATH", "1"
+        )  # a worker that begins in a stranger's folder imports nothing from it
     if given[:1] and given[0] in SUPERVISED and not {"-h", "--help"} & set(given):
         return supervised(given, main)
     return main(given)
+
+
+def _tolerate() -> None:
+    """Let streams that cannot say a letter show its code: a `×` in a help text ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if "utf" not in str(getattr(stream, "encoding", "")).lower() and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _flush() -> None:
@@ -124,6 +136,11 @@ def _dispatch(arguments: list[str]) -> int:
         hint = nearest(command, (*COMMANDS, "--help", "--version"))
         message = f"unknown {kind} '{command}'{hint or ' (see numerics-suite --help)'}"
         raise BadInputError(message)
+    try:
+        os.getcwd()  # noqa: PTH109 - pathlib says no more
+    except FileNotFoundError:
+        message = "the folder that this command runs in is gone; change to one that exists"
+        raise BadInputError(message) from None
     module = importlib.import_module(f"numerics_suite.cli.{command}")
     return int(module.run(rest))
 
@@ -136,7 +153,9 @@ def _end(status: int, text: str) -> int:
     """One line on standard error, and the traceback for whoever asked for it."""
     if os.environ.get("NUMERICS_SUITE_DEBUG") == "1":
         traceback.print_exc()
-    line = " ".join(text.split())
+    from numerics_suite.reporting.lines import harmless
+
+    line = harmless(" ".join(text.split()))
     try:
         sys.stderr.write(f"numerics-suite: {line}\n")
         sys.stderr.flush()

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
+from numerics_suite.cli.output import (
+    deliver,
+    for_people,
+    refuse_undeliverable,
+    refuse_unwritable,
+    unfinished_answer,
+    write_json,
+)
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -15,7 +22,7 @@ from numerics_suite.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.settings.tree import Settings
@@ -126,9 +133,10 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
         if settings.list_only:
             status, content = _list(plan, kept, stream)
         else:
-            status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"])
+            with unfinished_answer(settings.json, "matrix", cells=[]) as offer:
+                status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"], offer=offer)
     if settings.json:
-        write_json(settings.json, content)
+        write_json(settings.json, content, status)
     if not settings.list_only:
         _deliver(settings, kept.folder)
     return status
@@ -152,7 +160,14 @@ def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]
 
 
 def _run(  # noqa: PLR0913 - keywords
-    settings: Settings, plan: Plan, kept: Kept, stream: IO[str], *, jobs: int, ray: str | None
+    settings: Settings,
+    plan: Plan,
+    kept: Kept,
+    stream: IO[str],
+    *,
+    jobs: int,
+    ray: str | None,
+    offer: Callable[..., None],
 ) -> tuple[int, dict[str, Any]]:
     from numerics_suite.core.atomic import write_atomic
     from numerics_suite.reporting.matrix import KEPT, MatrixTerminal, kept_json, matrix_to_json
@@ -160,7 +175,7 @@ def _run(  # noqa: PLR0913 - keywords
     from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments, run_matrix
 
-    terminal = MatrixTerminal(stream=stream, quiet=settings.quiet)
+    terminal = MatrixTerminal(stream=stream, quiet=settings.quiet, on_cells=lambda cells: offer(cells=cells))
     with kept, telling_what_is_kept(terminal, kept):
         if ray:
             from numerics_suite.versions.spreading import Cluster

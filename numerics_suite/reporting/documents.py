@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json
+from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
+from numerics_suite.core.typed import refuse_wrong_types
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
+from numerics_suite.judging.kinds import KINDS
 from numerics_suite.reporting.results import from_json
 
 if TYPE_CHECKING:
@@ -112,10 +114,12 @@ def read_documents(paths: Sequence[Path]) -> Documents:
             elif command == "bisect":
                 finding = content["finding"]
                 found = None if finding is None else finding_from_json(finding)
+                if found is not None:
+                    refuse_wrong_types(found, "finding.")
                 bisections.append(BisectFile(content=revived(content), finding=found, path=path))
             else:
                 runs.append(Run(label=path.stem, result=from_json(content), path=path))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             message = f"{path}: not a results file of this tool: {type(error).__name__}: {error}"
             raise BadInputError(message) from None
         except BadInputError as error:
@@ -132,7 +136,7 @@ def read_documents(paths: Sequence[Path]) -> Documents:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_text(path)
     except OSError as error:
         message = f"cannot read {path}: {error.strerror or error}"
         raise BadInputError(message) from None
@@ -147,7 +151,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _comparison(content: Mapping[str, Any]) -> Mapping[str, Any]:
     for item in content["subjects"]:
-        _ = item["subject"], item["precision"], item["kind"]
+        texts = (item["subject"], item["precision"], item["kind"])
+        if not all(isinstance(value, str) for value in texts) or item["kind"] not in KINDS:
+            message = f"subjects: {texts!r:.80} is no cell with a kind ({', '.join(KINDS)})"
+            raise TypeError(message)
     found: Mapping[str, Any] = revived(content)
     return found
 
@@ -160,6 +167,7 @@ def _matrix(content: Mapping[str, Any], path: Path, notes: list[str]) -> Matrix:
         duration_s=revived(content.get("duration_s", 0.0)),
         notes=tuple(content.get("notes", ())),
     )
+    refuse_wrong_types(result)
     runs = tuple(_run_of(cell, path, notes) for cell in cells)
     return Matrix(result=result, runs=runs, path=path)
 

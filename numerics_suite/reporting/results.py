@@ -8,6 +8,7 @@ import json
 import platform
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
@@ -21,9 +22,10 @@ from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell, CheckResult, RunResult, Series, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
+from numerics_suite.core.typed import refuse_wrong_types
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 SCHEMA_VERSION = 1
 _PLAIN = r'(?:"[^"\s\\]*"|null|-?\d[-+.\deE]*)'
@@ -157,12 +159,15 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
     Raises:
         BadInputError: it is none, or of another version of the schema.
     """
+    if not isinstance(content, Mapping):
+        message = "not a results file of this tool"
+        raise BadInputError(message)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         message = f"a results file of schema_version {version!r}; this release reads {SCHEMA_VERSION}"
         raise BadInputError(message)
     try:
-        return RunResult(
+        result = RunResult(
             command=content["command"],
             started_at=content["started_at"],
             duration_s=revived(content["duration_s"]),
@@ -176,9 +181,11 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
             complete=content.get("complete", True),
             rehearsals=tuple(_rehearsal(item) for item in revived(content.get("rehearsal", []))),
         )
+        refuse_wrong_types(result)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         message = f"not a results file of this tool: {type(error).__name__}: {error}"
         raise BadInputError(message) from None
+    return result
 
 
 def _rehearsal(content: Mapping[str, Any]) -> Rehearsal:

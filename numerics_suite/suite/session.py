@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -66,7 +67,9 @@ class SuiteSession:
     @cached_property
     def plan(self) -> SuitePlan:
         """What is asked of what."""
-        return make_plan(self.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `answer`
+            return make_plan(self.settings)
 
     def evidence(self, cell: Cell) -> Evidence:
         """The evidence of the cell; the previous cell's is let go first."""
@@ -141,7 +144,12 @@ class SuiteSession:
 
         interrupts.stop_if_requested()
         settled = self._settled(question, result)
-        return (settled, "") if settled is not None else self._asked(question, result)
+        if settled is not None:
+            return settled, ""
+        with warnings.catch_warnings():
+            # A host project's `filterwarnings = error` is about its own code; torch and the models warn as they do anywhere.
+            warnings.simplefilter("ignore")
+            return self._asked(question, result)
 
     def _settled(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult | None:
         """The result of a question that needs no run of the model, None of any other."""
@@ -209,7 +217,7 @@ class SuiteSession:
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
             text = reproducer(question.check, found, evidence, batch)
-            path = self.reproducers / f"{question.check}-{cell.subject}-{cell.precision}.py"
+            path = self.reproducers / self._script_name(key)
             try:
                 if text is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +226,16 @@ class SuiteSession:
                 text = None  # a folder that cannot be written to hides no finding
             self._reproducers[key] = None if text is None else path.as_posix()
         return self._reproducers[key]
+
+    def _script_name(self, key: tuple[str, ...]) -> str:
+        """A name of its own for each cause: another attention may fail the same check for another reason.
+
+        Args:
+            key: check, subject, precision and cause.
+        """
+        *cell, _ = key
+        first = not any(list(other[:-1]) == cell for other in self._reproducers)
+        return f"{'-'.join(cell if first else key)}.py"
 
     def _ask_again(self, check: str, cured: Evidence) -> Answer:
         """A check of a cured copy, with the batches that this run draws."""

@@ -86,7 +86,7 @@ def test_a_factory_that_ends_the_process_is_an_error_and_the_others_are_answered
     ending = ("exits", "exits_hard", "interrupts")
     status, document, done = check(folder, *ending, "sound")
     assert status == 3, done.stderr
-    assert {name: set(statuses(document, name).values()) for name in ending} == dict.fromkeys(ending, {"error"})
+    assert {name: set(statuses(document, name).values()) for name in ending} == {name: {"error"} for name in ending}
     assert statuses(document, "sound") == SOUND
     assert (document["complete"], document["verdict"]) == (True, "error")
 
