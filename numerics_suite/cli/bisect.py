@@ -136,11 +136,11 @@ def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.versions.matrix import Plan
 
     settings = without_extensions(settings)
-    baseline = baseline_of(settings)
     prepared = for_a_cell(settings)
     what, candidates, note = _candidates(settings.subjects[0], own)
     in_hub = candidates[-1].subject if candidates[-1].exported is None else None
     known = know(in_hub or prepared.subjects[0], *settings.names[:1], allow_pickle=settings.allow_pickle)
+    baseline = baseline_of(settings, [known.name])
     jobs = jobs_of(own["jobs"], known.weight_bytes)
     threads = max(1, core_count() // min(jobs, 2))
     plan = Plan(

@@ -123,7 +123,7 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
         refuse_without_ray()
     settings = without_extensions(settings)
     known = know_all(settings)
-    baseline = baseline_of(settings)
+    baseline = baseline_of(settings, [one.name for one in known])
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
     versions = resolve_all(own["transformers"], own["torch"], own["python"], pre=own["pre"])
     threads = max(1, core_count() // jobs)
@@ -233,16 +233,23 @@ def jobs_of(text: str | None, weight_bytes: int) -> int:
         raise BadInputError(message) from None
 
 
-def baseline_of(settings: Settings) -> Path | None:
-    """The folder of baselines that `check` would be held to here, seen to be one.
+def baseline_of(settings: Settings, subjects: Sequence[str]) -> Path | None:
+    """The folder of baselines that `check` would be held to here, seen to be one that speaks of a subject.
 
     Args:
         settings: of the command.
+        subjects: names.
 
     Raises:
-        BadInputError: it holds none.
+        BadInputError: it holds none, or was named and holds those of other subjects alone: each environment would refuse it.
     """
     from numerics_suite.suite.held_to import baselines_of
 
     found = baselines_of(settings)
-    return None if found is None else found.folder
+    if found is None:
+        return None
+    there = sorted({cell.subject for cell in found})
+    if settings.baseline is not None and not set(there) & set(subjects):
+        message = f"--baseline {settings.baseline}: it holds {', '.join(there)}, and nothing of {', '.join(subjects)}"
+        raise BadInputError(message)
+    return found.folder

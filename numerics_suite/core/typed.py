@@ -28,6 +28,39 @@ def refuse_wrong_types(record: Any, where: str = "") -> None:
         _refuse(getattr(record, item.name), hints[item.name], f"{where}{item.name}")
 
 
+def refuse_other_shape(value: Any, shape: Any, where: str) -> None:
+    """See that JSON values that are read without a record have the types that their readers count on.
+
+    Args:
+        value: of a document.
+        shape: a type or several; `[shape]` for a list of such; `{key: shape}` for an object, whose keys may be absent but for
+            those that end in `!`.
+        where: of the value, for the message.
+
+    Raises:
+        TypeError: naming the first that has another.
+    """
+    if isinstance(shape, dict):
+        _refuse_unless(isinstance(value, Mapping), value, "an object", where)
+        for key, inner in shape.items():
+            name = key.rstrip("!")
+            if name in value or key.endswith("!"):
+                refuse_other_shape(value.get(name), inner, f"{where}.{name}")
+    elif isinstance(shape, list):
+        _refuse_unless(isinstance(value, list), value, "a list", where)
+        for at, item in enumerate(value):
+            refuse_other_shape(item, shape[0], f"{where}[{at}]")
+    else:
+        fits = isinstance(value, shape) and (not isinstance(value, bool) or shape is bool)
+        _refuse_unless(fits, value, str(getattr(shape, "__name__", shape)), where)
+
+
+def _refuse_unless(fits: bool, value: Any, wanted: str, where: str) -> None:  # noqa: FBT001 - read as a sentence
+    if not fits:
+        message = f"{where} must be {wanted}, not {str(value)[:40]!r}"
+        raise TypeError(message)
+
+
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     # Records import these for type checkers alone.
@@ -35,14 +68,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _refuse(value: Any, wanted: Any, where: str) -> None:
-    if not _fits(value, wanted, where):
-        words = (
-            " | ".join(map(str, get_args(wanted)))
-            if get_origin(wanted) is Literal
-            else getattr(wanted, "__name__", wanted)
-        )
-        message = f"{where} must be {words}, not {str(value)[:40]!r}"
-        raise TypeError(message)
+    words = (
+        " | ".join(map(str, get_args(wanted))) if get_origin(wanted) is Literal else getattr(wanted, "__name__", wanted)
+    )
+    _refuse_unless(_fits(value, wanted, where), value, str(words), where)
 
 
 def _fits(value: Any, wanted: Any, where: str) -> bool:

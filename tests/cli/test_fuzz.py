@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import struct
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -42,22 +41,27 @@ def places(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(place for key, value in inner for place in places(value, (*at, key)))]
 
 
+def _has(holder: Any, key: Any) -> bool:
+    if isinstance(holder, list):
+        return isinstance(key, int) and key < len(holder)
+    return isinstance(holder, dict) and key in holder
+
+
 @st.composite
 def bent(draw: st.DrawFn, content: Any) -> Any:
     """The document with one to three of its values replaced or gone."""
+    found = [place for place in places(content) if place]
     content = copy.deepcopy(content)
-    for _ in range(draw(st.integers(1, 3))):
-        found = [place for place in places(content) if place]
-        if not found:
-            break
-        place = draw(st.sampled_from(found))
+    for place in draw(st.lists(st.sampled_from(found), min_size=1, max_size=3)):
         holder = content
         for key in place[:-1]:
-            holder = holder[key]
-        if draw(st.booleans()) or isinstance(holder, list):
-            holder[place[-1]] = draw(ODD)
-        else:
+            holder = holder[key] if _has(holder, key) else None
+        if not _has(holder, place[-1]):
+            continue  # an earlier change took it away
+        if isinstance(holder, dict) and draw(st.booleans()):
             del holder[place[-1]]
+        else:
+            holder[place[-1]] = draw(ODD)
     return content
 
 
@@ -94,9 +98,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def documents() -> list[dict[str, Any]]:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-    from report_samples import bisection, comparison, regression
-    from sample_run import sample_run
+    from unit.report_samples import bisection, comparison, regression
+    from unit.sample_run import sample_run
 
     from numerics_suite.core.numbers import jsonable
     from numerics_suite.reporting.matrix import matrix_to_json
@@ -111,6 +114,12 @@ def documents() -> list[dict[str, Any]]:
 
 
 DOCUMENTS = documents()
+
+
+@pytest.mark.parametrize("content", DOCUMENTS, ids=lambda content: content["command"])
+def test_a_sound_results_file(content: Any) -> None:
+    Path("in.json").write_text(json.dumps(content))
+    assert refused_or_answered("report", "in.json", "--out", "out") == 0
 
 
 @bounded
@@ -186,7 +195,7 @@ def test_an_adapter(checkpoint: Path) -> None:
             ["precision", "attn", "checks", "skip", "steps", "lr", "seed", "subject", "accept", "max-time", "data", "x"]
         ),
         ODD,
-    )  # fmt: skip
+    )
 )
 def test_a_section_of_pyproject(tmp_path: Path, table: dict[str, Any]) -> None:
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
