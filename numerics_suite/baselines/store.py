@@ -22,6 +22,7 @@ from numerics_suite.baselines.reading import Node
 from numerics_suite.baselines.records import OLDEST_SCHEMA, SCHEMA_VERSION, CellBaseline
 from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.json_text import parse_json
 from numerics_suite.core.records import Cell
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ def _parsed(text: bytes, file: Path) -> Any:
         BadInputError: torn, foreign, or of another schema.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         message = f"{file}: not valid JSON{where}: torn or edited; restore it from git, or delete it and record again"
         raise BadInputError(message) from None

@@ -316,7 +316,6 @@ CURES: dict[str, Cure] = {
     "fix-tokenizer": _tokenizer,
     "set-pad-token": _pad_token,
     "fix-padding": _one_side,
-    "count-labels": _count_labels,
     "fix-config": _config,
     "cast-after-loading": _of_loading(cast_copies),
     "load-with-dtype": _of_loading(loaded_with_dtype),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
+from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
 from numerics_suite.subjects import compat, fixtures, validate
 from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter
@@ -155,6 +156,18 @@ def unsupported_subject(source: str, *, name: str | None = None, task: str = "au
     )
 
 
+def factory_subject(source: str, *, name: str | None = None) -> Subject:
+    """What can be said of a factory that gave no module.
+
+    Args:
+        source: `factory:module:function`.
+        name: `--name`.
+    """
+    return Subject(
+        id=name or source.rpartition(":")[2], source=source, kind="factory", task="module", family=family_of({}).name
+    )
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -279,10 +292,19 @@ def _digest(place: _Place, folder: Path) -> str:
 
 def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
     """Call the factory once to see what it makes; the module is dropped."""
-    module, _ = call_factory(source)
+    if (how := known().lost.get(source)) is not None:
+        message = f"{source} made no module: {how}"
+        raise CheckError(message)
+    watched = lifeline()
+    if watched is not None:
+        watched.asking(source, "planning")
+    module, batch = call_factory(source)
+    if watched is not None:
+        watched.idle()
     config: dict[str, Any] = {}
     task: Task = "module"
-    if compat.is_language_model(module):
+    language_model = compat.is_language_model(module)
+    if language_model:
         config = module.config.to_dict()  # type: ignore[union-attr, operator]
         task = task_of_class(type(module).__name__) or "module"
     if wanted.task not in ("auto", task):
@@ -300,6 +322,7 @@ def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
         stored_dtype=_held_dtype(module),
         parameters=elements,
         num_labels=config_labels(config),
+        lacks_batch=batch is None and not language_model,
         config=config,
     )
 

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
 from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check, own_check_ids
 from numerics_suite.devices.device import default_precisions, lacks, lacks_attention, resolve_device
 from numerics_suite.devices.precisions import SERVING_REASON, Precision, precision
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_names
-from numerics_suite.subjects.resolve import resolve_all, unsupported_subject
+from numerics_suite.subjects.resolve import factory_subject, resolve_all, unsupported_subject
 from numerics_suite.suite.data import checked_data
+from numerics_suite.suite.endings import NO_BATCH
 from numerics_suite.suite.extensions import load_extensions
 from numerics_suite.suite.held_to import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
 
@@ -34,11 +35,17 @@ NEEDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One check of one cell, with the reason if it is known to be skipped."""
+    """One check of one cell, with the reason if it is known to be skipped, or to have no answer."""
 
     check: str
     cell: Cell
     skip: str | None = None
+    error: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Of its entry in the results file."""
+        return f"{self.check}/{self.cell.id}"
 
     @property
     def group(self) -> str:
@@ -80,7 +87,7 @@ def make_plan(settings: Settings) -> SuitePlan:
         BadInputError: something that the user named cannot be used.
     """
     device = resolve_device(settings.device, settings.require_device)
-    subjects, absent = _subjects(settings)
+    subjects, absent, ended = _subjects(settings)
     data = checked_data(settings, subjects)
     checks, baselines = _checks(settings)
     cells: list[Cell] = []
@@ -97,7 +104,8 @@ def make_plan(settings: Settings) -> SuitePlan:
                     skip = absent.get(subject.id) or unable or _reason(spec, subject, recipe)
                     if skip is None and _group(spec.id) == GROUP:
                         skip = lacking(baselines, cell, subject)
-                    questions.append(Question(check=spec.id, cell=cell, skip=skip))
+                    error = ended.get(subject.id) if skip is None else None
+                    questions.append(Question(check=spec.id, cell=cell, skip=skip, error=error))
                 first_of_subject = False
     if baselines is not None:
         refuse_strangers(settings, baselines, cells)
@@ -151,8 +159,8 @@ def selected_checks(settings: Settings) -> tuple[str, ...]:
     return wanted
 
 
-def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
-    """Subjects by id, and the reason for those that the installed packages cannot build."""
+def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str], dict[str, str]]:
+    """Subjects by id, and the reasons for those that the installed packages cannot build, and for those that ended it."""
     sources = settings.subjects or tuple(f"fixture:{name}" for name in fixture_names())
     options: dict[str, Any] = {
         "task": settings.task,
@@ -161,8 +169,11 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
         "allow_pickle": settings.allow_pickle,
     }
     absent: dict[str, str] = {}
+    ended: dict[str, str] = {}
     try:
-        return {subject.id: subject for subject in resolve_all(sources, settings.names, **options)}, absent
+        return {subject.id: subject for subject in resolve_all(sources, settings.names, **options)}, absent, ended
+    except CheckError:
+        pass  # one of them ended the resolving from inside; which one, the next pass tells
     except UnsupportedError as error:
         if len(sources) == 1:
             raise BadInputError(str(error)) from None
@@ -174,6 +185,9 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
         except UnsupportedError as error:
             subject = unsupported_subject(source, name=name, task=settings.task)
             absent[subject.id] = str(error)
+        except CheckError as error:
+            subject = factory_subject(source, name=name)
+            ended[subject.id] = str(error)
         if subject.id in subjects:
             message = f"two subjects are named '{subject.id}': give them names with --name"
             raise BadInputError(message)
@@ -181,7 +195,7 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
     if len(absent) == len(subjects):
         message = "; ".join(dict.fromkeys(absent.values()))
         raise BadInputError(message)
-    return subjects, absent
+    return subjects, absent, ended
 
 
 def _precisions(settings: Settings, device: str) -> list[tuple[Precision, str | None]]:
@@ -219,6 +233,8 @@ def _reason(spec: CheckSpec, subject: Subject, recipe: Precision) -> str | None:
         "head": subject.task == "sequence-classification",
         "causal": subject.task == "causal-lm",
     }
+    if subject.lacks_batch and _group(spec.id) != "load":
+        return NO_BATCH
     for need, reason in NEEDS.items():
         if need in spec.needs and not met[need]:
             return reason
