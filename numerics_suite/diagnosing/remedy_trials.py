@@ -19,7 +19,8 @@ from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.consequences import RAISES
 from numerics_suite.diagnosing.findings import finding as finding_of
 from numerics_suite.diagnosing.findings import title
-from numerics_suite.diagnosing.remedies import Attempt, learning_rates
+from numerics_suite.diagnosing.learning_rates import learning_rates
+from numerics_suite.diagnosing.remedies import Attempt
 from numerics_suite.diagnosing.remedy_combinations import Shown, combined
 from numerics_suite.diagnosing.remedy_register import cost_of, cures, description_of, useful_first
 from numerics_suite.engine.evidence import Evidence
