@@ -19,7 +19,8 @@ from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosing.consequences import RAISES
 from numerics_suite.diagnosing.findings import finding as finding_of
 from numerics_suite.diagnosing.findings import title
-from numerics_suite.diagnosing.remedies import Attempt, learning_rates
+from numerics_suite.diagnosing.learning_rates import learning_rates
+from numerics_suite.diagnosing.remedies import Attempt
 from numerics_suite.diagnosing.remedy_combinations import Shown, combined
 from numerics_suite.diagnosing.remedy_register import cost_of, cures, description_of, useful_first
 from numerics_suite.engine.evidence import Evidence
@@ -45,8 +46,11 @@ DEFINITION = "reference.oracle"
 RIGHT = ("forward.deterministic", "forward.finite", DEFINITION)
 """Asked of every cured copy: one whose answers change from call to call, or are another model's, is not cured but unseen."""
 
-BY_THE_MODEL = frozenset({"merged-ids", "merged-edges", "out-of-range"})
-"""Measurements of `inputs.*` that are taken on inputs as they should be. The others call the model as it should not be
+IN_ORDER = ("tokenizer-raises", "no-pad-token", "padding-moves")
+"""Measurements of `inputs.pipeline`, each of which can be taken only where those before it are fine."""
+
+BY_THE_MODEL = frozenset({"merged-ids", "merged-edges", "out-of-range", *IN_ORDER})
+"""Measurements of `inputs.*` that are taken on inputs as they should be, or as the cured tokenizer makes them. The others call the model as it should not be
 called, by design; where the cure is to call it otherwise they say nothing of the cured call."""
 
 LOWER_RATE = "lower-learning-rate"
@@ -281,7 +285,13 @@ class _Trial:
         breaches = () if own is None else own.breaches
         if not self.on_users_side or attempt.meant is not None:
             return breaches
-        return [breach for breach in breaches if breach.measurement.name in BY_THE_MODEL]
+        hidden = self._hidden()
+        return [breach for breach in breaches if breach.measurement.name in BY_THE_MODEL.difference(hidden)]
+
+    def _hidden(self) -> Sequence[str]:
+        """Measurements that the failing one had hidden: what they say now is another finding's matter."""
+        name = str(self.finding.evidence.get("measurement", ""))
+        return IN_ORDER[IN_ORDER.index(name) + 1 :] if name in IN_ORDER else ()
 
     @property
     def on_users_side(self) -> bool:
@@ -327,9 +337,11 @@ class _Trial:
                 pass
         name = str(self.finding.evidence.get("measurement", ""))
         before = self.finding.evidence.get("measured")
-        after = own.measurements.get(name) if own is not None and not self.on_users_side else None
+        shown = not self.on_users_side or name in BY_THE_MODEL
+        after = own.measurements.get(name) if own is not None and shown else None
         if isinstance(before, (int, float)) and after is not None:
-            return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed"
+            left = "".join(f"; then {title(each)}" for each in own.breaches) if self.on_users_side and own else ""
+            return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed{left}"
         return f"{', '.join(self._companions(cured))} pass" if own is None or self.on_users_side else "passes"
 
 

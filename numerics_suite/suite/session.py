@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
+from numerics_suite.core import interrupts
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
 from numerics_suite.core.registry import get_check
 from numerics_suite.devices import memory
@@ -29,17 +33,17 @@ from numerics_suite.diagnosing.versions_advice import borne_out
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
-from numerics_suite.inputs.data import data_batch, read_examples
+from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judging.verdicts import with_limits
+from numerics_suite.reporting.results import check_from_json
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.families import family_of
-from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
+from numerics_suite.suite.data import batch_of, sample_of
 from numerics_suite.suite.driver import Outcome, ask
+from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
-TIME_LIMIT = "time limit"
 REPRODUCERS = Path(".numerics/reproducers")
 """Where the scripts that show a finding alone are written unless told otherwise, below the folder that the command runs in."""
 
@@ -69,7 +73,9 @@ class SuiteSession:
     @cached_property
     def plan(self) -> SuitePlan:
         """What is asked of what."""
-        return make_plan(self.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `answer`
+            return make_plan(self.settings)
 
     def evidence(self, cell: Cell) -> Evidence:
         """The evidence of the cell; the previous cell's is let go first."""
@@ -111,25 +117,14 @@ class SuiteSession:
         baselines = self.plan.baselines
         return baselines[cell] if baselines is not None and cell in baselines else None
 
-    def _data(self, subject: Subject, space: InputSpace) -> Batch | None:
-        """The user's texts as a batch; None for a module without a tokenizer, or with one that inputs.pipeline reports."""
-        assert self.settings.data is not None
-        try:
-            tokenizer = load_tokenizer(subject)
-        except TokenizerRefusedError:
-            return None
-        if tokenizer is None:
-            return None
-        return data_batch(
-            read_examples(self.settings.data),
-            tokenizer,
-            task=subject.task,
-            side=family_of(subject.config).padding_sides[0],
-            max_length=space.max_length,
-            pad_id=space.pad_id,
-        )
+    @cached_property
+    def _sample(self) -> Sample:
+        return sample_of(self.settings)
 
-    def answer(self, question: Question) -> tuple[CheckResult, str]:  # noqa: PLR0911 - each a way to end
+    def _data(self, subject: Subject, space: InputSpace, tokenizer: Any) -> Batch:
+        return batch_of(self._sample, subject, space, tokenizer)
+
+    def answer(self, question: Question) -> tuple[CheckResult, str]:
         """The result of one question, and the traceback of an error (empty elsewhere)."""
         start = time.perf_counter()
 
@@ -142,11 +137,31 @@ class SuiteSession:
                 **fields,  # type: ignore[arg-type]
             )
 
+        interrupts.stop_if_requested()
+        settled = self._settled(question, result)
+        if settled is not None:
+            return settled, ""
+        with warnings.catch_warnings():
+            # A host project's `filterwarnings = error` is about its own code; torch and the models warn as they do anywhere.
+            warnings.simplefilter("ignore")
+            return self._asked(question, result)
+
+    def _settled(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult | None:
+        """The result of a question that needs no run of the model, None of any other."""
+        if (earlier := known().answers.get(question.id)) is not None:
+            return check_from_json(earlier)
         skip = question.skip or (TIME_LIMIT if self._out_of_time(question.cell) else None)
         if skip is not None:
-            return result("skipped", reason=skip), ""
-        if self.lost is not None:
-            return result("error", reason=f"not run: {self.lost[1]}"), ""
+            return result("skipped", reason=skip)
+        how = question.error or known().lost.get(question.cell.id)
+        if how is None and self.lost is not None:
+            how = f"not run: {self.lost[1]}"
+        return None if how is None else result("error", reason=how)
+
+    def _asked(self, question: Question, result: Callable[..., CheckResult]) -> tuple[CheckResult, str]:
+        watched = lifeline()
+        if watched is not None:
+            watched.asking(question.cell.id, question.check)
         try:
             return self._judged(question, result), ""
         except (NotApplicableError, UnsupportedError) as error:
@@ -161,6 +176,13 @@ class SuiteSession:
             if memory.is_device_lost(error):
                 self.lost = question.cell, f"the device was lost in {question.check}/{question.cell.id}: {reason}"
             return result("error", reason=reason), traceback.format_exc()
+        except BaseException as error:
+            # `sys.exit` of the code under test, pytest's outcomes that another plugin raises inside it (a timeout, a skip),
+            # and a KeyboardInterrupt that nobody sent: each stops this question and says nothing about the model.
+            interrupts.stop_if_requested()
+            if isinstance(error, GeneratorExit):
+                raise
+            return result("error", reason=stopped_line(error)), ""
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
@@ -223,7 +245,7 @@ class SuiteSession:
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
             text = reproducer(question.check, found, evidence, batch)
-            path = self.reproducers / f"{question.check}-{cell.subject}-{cell.precision}.py"
+            path = self.reproducers / self._script_name(key)
             try:
                 if text is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,6 +254,16 @@ class SuiteSession:
                 text = None  # a folder that cannot be written to hides no finding
             self._reproducers[key] = None if text is None else path.as_posix()
         return self._reproducers[key]
+
+    def _script_name(self, key: tuple[str, ...]) -> str:
+        """A name of its own for each cause: another attention may fail the same check for another reason.
+
+        Args:
+            key: check, subject, precision and cause.
+        """
+        *cell, _ = key
+        first = not any(list(other[:-1]) == cell for other in self._reproducers)
+        return f"{'-'.join(cell if first else key)}.py"
 
     def _ask_again(self, check: str, cured: Evidence) -> Answer:
         """A check of a cured copy, with the batches that this run draws."""
@@ -257,6 +289,18 @@ def _half_judged(outcome: Outcome) -> str | None:
     reasons = (measurement.facts.get(TRUE_ONLY) for measurement in outcome.worst.values())
     reason = next((reason for reason in reasons if reason), None)
     return None if reason is None else f"{TRUE_ONLY}: {reason}"
+
+
+def stopped_line(error: BaseException) -> str:
+    """One line for what ended a check from inside, though it is no error.
+
+    Args:
+        error: a BaseException that is no Exception.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, SystemExit):
+        return f"the code under test called sys.exit({error.code!r})"
+    return f"stopped before it had an answer: {type(error).__name__}{f': {text}' if text else ''}"
 
 
 def error_line(error: Exception, device: str = CPU) -> str:
