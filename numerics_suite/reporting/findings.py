@@ -46,6 +46,7 @@ RERUN_OPTIONS = (
     "batch_size",
     "seq_len",
     "data",
+    "baseline",
 )
 """Settings that a rerun needs where somebody set them."""
 
@@ -241,11 +242,14 @@ def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
         run: the whole run.
     """
     settings, cell = run.settings, result.cell
-    source = next((subject.source for subject in run.subjects if subject.id == cell.subject), cell.subject)
-    words = ["numerics-suite", "check", source]
+    source = next((subject.source for subject in run.subjects if subject.id == cell.subject), None)
+    bundle = settings.get("bundle")
+    # A bundle is of the model that was watched: without a subject there is only the name of its class.
+    words = ["numerics-suite", "check", *([] if bundle and source is None else [source or cell.subject])]
     if cell.subject in settings.get("names", ()):
         words += ["--name", cell.subject]
-    words += ["--checks", result.check, "--precision", cell.precision, "--attn", cell.attn]
+    words += ["--bundle", str(bundle)] if bundle else ["--checks", result.check]
+    words += ["--precision", cell.precision, "--attn", cell.attn]
     for name in RERUN_OPTIONS:
         value = settings.get(name)
         if name not in settings.get("origins", {}) or value is None or value is False:

@@ -28,7 +28,8 @@ from numerics_suite.diagnosing.findings import finding
 from numerics_suite.diagnosing.raising import model_raises
 from numerics_suite.diagnosing.remedy_trials import Answer, try_remedies
 from numerics_suite.diagnosing.reproducer import reproducer
-from numerics_suite.diagnosing.versions_advice import borne_out
+from numerics_suite.diagnosing.roots import following
+from numerics_suite.diagnosing.versions_advice import PIN, borne_out, clean_on_a_fixture, without_pin
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
@@ -67,6 +68,7 @@ class SuiteSession:
         self._evidence: Evidence | None = None
         self.lost: tuple[Cell, str] | None = None
         self._raises: set[tuple[str, ...]] = set()
+        self._roots: list[CheckResult] = []
 
     @cached_property
     def plan(self) -> SuitePlan:
@@ -207,11 +209,18 @@ class SuiteSession:
         found = borne_out(found, evidence)
         if not (self.settings.diagnose and self.tries_remedies):
             return found
+        pinned = any(remedy.name == PIN for remedy in found.remedies)
+        if pinned and clean_on_a_fixture(question.check, evidence, self._ask_again):
+            found = without_pin(found)
         found = with_confidence(question.check, found, evidence, self._ask_again)
-        return replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
+        found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
+        earlier = [root for root in self._roots if root.cell == question.cell]
+        return following(question.check, found, evidence, earlier, self._ask_again) or found
 
     def _failed(self, found: Finding, result: Callable[..., CheckResult], told: Mapping[str, object]) -> CheckResult:
         failed = result("failed", finding=found, **told)
+        if found.consequence_of is None:
+            self._roots.append(failed)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed

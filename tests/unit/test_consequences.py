@@ -10,11 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from mutants.driver import MutantSession
+from mutants.driver import settings_of as mutant_settings
 from unit.sample_run import finding, result
 
 from numerics_suite.core.records import Remedy, RunResult
 from numerics_suite.core.tree import is_root
+from numerics_suite.diagnosing import roots
 from numerics_suite.diagnosing.consequences import as_tree
+from numerics_suite.diagnosing.remedies import Attempt
+from numerics_suite.diagnosing.remedy_trials import Answer
 from numerics_suite.reporting.documents import Documents, Run
 from numerics_suite.reporting.findings import grouped
 from numerics_suite.reporting.github import annotation_lines
@@ -202,3 +208,74 @@ def test_cells_of_several_workers_have_one_root(tmp_path):
     follows = [each["finding"]["consequence_of"] for each in written["checks"] if each["finding"]]
     assert follows.count(None) == written["counts"]["findings"] == 1
     assert {*follows} == {None, written["checks"][0]["id"]}
+
+
+class Cured:
+    """Stands for a copy under a remedy."""
+
+    def let_go(self):
+        pass
+
+
+@pytest.fixture
+def one_attempt(monkeypatch):
+    """Every remedy can be applied in one way."""
+
+    def cure(_evidence, _finding):
+        yield Attempt(evidence=Cured())
+
+    monkeypatch.setattr(roots, "cures", lambda: dict.fromkeys(("init-head", "use-amp-bf16"), cure))
+
+
+def told_by(remedy, passes):
+    """The second finding, where the root's remedy lets its check pass, or not."""
+    root = failed("load.head-init", "bad-initialisation", remedies=(remedy,))
+    second = failed("train.descends", "divergence")
+
+    def ask(check, cured):
+        assert (check, type(cured)) == ("train.descends", Cured)
+        return Answer(breaches=() if passes else ("worse",), measurements={})
+
+    return roots.following(second.check, second.finding, None, [root], ask), root
+
+
+@pytest.mark.usefixtures("one_attempt")
+def test_what_the_roots_remedy_cures_follows_from_it():
+    local = Remedy(name="init-head", description="d", verified=True)
+    found, root = told_by(local, passes=True)
+    assert found.consequence_of == root.id
+    assert [(each.name, each.verified, each.effect) for each in found.remedies] == [
+        ("init-head", True, "train.descends passes too, as load.head-init does")
+    ]
+    assert told_by(local, passes=False)[0] is None
+
+
+@pytest.mark.usefixtures("one_attempt")
+@pytest.mark.parametrize(
+    "remedy",
+    [
+        {"name": "use-amp-bf16", "verified": True},
+        {"name": "init-head", "verified": None},
+        {"name": "init-head", "verified": False},
+        {"name": "init-head", "verified": True, "together": ("larger-optimizer-eps",)},
+    ],
+)
+def test_a_remedy_that_changes_the_whole_run_shows_nothing(remedy):
+    assert told_by(Remedy(description="d", **remedy), passes=True)[0] is None
+
+
+def test_a_loud_head_explains_the_overflow_behind_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def loud_head(model):
+        with torch.no_grad():
+            model.score.weight.normal_(std=5000.0, generator=torch.Generator().manual_seed(1))
+
+    asked = ("load.head-init", "forward.finite")
+    session = MutantSession(
+        mutant_settings("glm4-tiny", "fp16", "eager", asked, task="sequence-classification", max_examples=2), loud_head
+    )
+    session.tries_remedies = True
+    first, second = answered(session).checks
+    assert first.finding.cause == "bad-initialisation"
+    assert (second.finding.cause, second.finding.consequence_of) == ("overflow", first.id)
