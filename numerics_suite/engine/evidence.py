@@ -33,6 +33,7 @@ from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, train
 from numerics_suite.inputs.strategies import IGNORED, training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
+from numerics_suite.subjects import compat
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
@@ -228,7 +229,7 @@ class Evidence:
         if not self.takes_ids:
             reason = "a plain module: no token ids can be drawn for it"
             raise NotApplicableError(reason)
-        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        config = compat.config_values(self.model)
         rows = self.request.rows
         pads = pad_id(config)
         return InputSpace(
@@ -246,7 +247,7 @@ class Evidence:
     @cached_property
     def longest(self) -> int:
         """Most tokens of a row that the config allows, with one rotary table for all lengths."""
-        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        config = compat.config_values(self.model)
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
         limits.append(longest_of_one_table(config))
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
