@@ -63,7 +63,7 @@ FIELDS = {
     "duration_s": "Seconds.",
     "verdict": "`error` where a check could not be carried out and none failed.",
     "exit_status": "Of the command.",
-    "counts": "Checks by status, over all cells.",
+    "counts": "Checks by status, over all cells; `findings` counts those that follow from no other.",
     "notes": "Lines that a person should see: an accept entry that matched nothing, a time limit.",
     "environment": "What it ran on.",
     "environment.packages": "Versions of what takes part, by name.",

@@ -42,6 +42,7 @@ class Subject:
         adapter_base: folder or hub id of the base where `path` is a peft adapter.
         quantized: the checkpoint has a `quantization_config`.
         notes: what a user should know before it runs, and that is no finding.
+        lacks_batch: a factory's plain module came without a batch, so it can be loaded and not run.
         config: the raw `config.json`, empty for a factory.
     """
 
@@ -63,6 +64,7 @@ class Subject:
     adapter_base: str | None = None
     quantized: bool = False
     notes: tuple[str, ...] = ()
+    lacks_batch: bool = False
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -284,6 +286,7 @@ class RunResult:
         notes: lines a person should see above the verdict (an accept entry that matched nothing, a time limit).
         exit_status: as CONTRACT.md defines it.
         rehearsals: with `--data`, training tried on the user's own texts.
+        complete: the run came to its end, so that every planned question has its entry; without it the verdict is `error`.
     """
 
     command: str
@@ -297,3 +300,4 @@ class RunResult:
     notes: tuple[str, ...] = ()
     exit_status: int = 0
     rehearsals: tuple[Rehearsal, ...] = ()
+    complete: bool = True

@@ -33,8 +33,6 @@ from numerics_suite.subjects.files import tensor_headers
 CONFIG = "config.json"
 
 ELSEWHERE = {
-    "tokenizer-refused": "not tried: what is refused is tokenizer_config.json; name PreTrainedTokenizerFast there as its "
-    "tokenizer_class, which every release reads beside a tokenizer.json",
     "merged-edges": "not tried: no key of config.json clamps ids, the model's code does",
     "out-of-range": "not tried: no key of config.json gives the stored embedding more rows; use the checkpoint's own tokenizer",
 }

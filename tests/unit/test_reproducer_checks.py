@@ -161,6 +161,21 @@ def with_an_unknown_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
+def without_a_pad_token(folder: Path) -> None:
+    changed(folder, "glm-tiny-classifier")
+    file = folder / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**written, "pad_token_id": None}), encoding="utf-8")
+
+
+def padded_by_another(folder: Path) -> None:
+    """The tokenizer pads on the right by a token that the config does not call the pad token."""
+    changed(folder, "glm-tiny-classifier")
+    for name, changes in (("config.json", {"pad_token_id": 1}), ("tokenizer_config.json", {"padding_side": "right"})):
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
 def of_load() -> Iterator[Row]:
     yield Row(check="load.config", measurement="differing", copy=(with_another_eps, "chatglm-tiny"))
     yield Row(check="load.complete", measurement="renamed", copy=of_weight(renamed))
@@ -190,7 +205,9 @@ def of_inputs() -> Iterator[Row]:
     yield Row(check=check, measurement="merged-ids", model="ids_rounded_inside")
     yield Row(check=check, measurement="merged-edges", mutant="embedding-last-row-lost")
     yield Row(check="inputs.mask-dtype", measurement="disagreement", mutant="mask-dtype-dependent")
-    yield Row(check="inputs.pipeline", measurement="tokenizer-refused", copy=(with_an_unknown_tokenizer, "glm-tiny"))
+    yield Row(check="inputs.pipeline", measurement="tokenizer-raises", copy=(with_an_unknown_tokenizer, "glm-tiny"))
+    yield Row(check="inputs.pipeline", measurement="no-pad-token", copy=(without_a_pad_token, "glm-tiny-classifier"))
+    yield Row(check="inputs.pipeline", measurement="padding-moves", copy=(padded_by_another, "glm-tiny-classifier"))
 
 
 def of_forward() -> Iterator[Row]:
