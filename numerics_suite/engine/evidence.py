@@ -35,6 +35,7 @@ from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, train
 from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id, special_ids
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
+from numerics_suite.subjects import compat
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
@@ -233,7 +234,7 @@ class Evidence:
         if not self.takes_ids:
             reason = "a plain module: no token ids can be drawn for it"
             raise NotApplicableError(reason)
-        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        config = compat.config_values(self.model)
         pads = pad_id(config)
         return InputSpace(
             vocab_size=self.vocab_size,
@@ -250,7 +251,7 @@ class Evidence:
     @cached_property
     def longest(self) -> int:
         """Most tokens of a row that config and position table allow, with one rotary table for all lengths."""
-        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        config = compat.config_values(self.model)
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
         limits += [longest_of_one_table(config), rows_of_position_table(self.model)]
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)

@@ -208,7 +208,7 @@ def _from_folder(
         options["attn_implementation"] = attn
     if subject.quantized and device != "cpu":
         options["device_map"] = device
-    model, info = compat.auto_class(subject.task).from_pretrained(folder, **options)
+    model, info = compat.auto_class(subject.task, subject.config.get("model_type")).from_pretrained(folder, **options)
     if attn != "default" and compat.attention_of(model) != attn:
         message = f"{type(model).__name__} cannot use {attn} attention; it computes with {compat.attention_of(model)}"
         raise UnsupportedError(message)
