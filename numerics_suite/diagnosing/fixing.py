@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ from numerics_suite.subjects import compat
 from numerics_suite.subjects.files import tensor_headers
 
 CONFIG = "config.json"
+CLASSIFIER = "AutoModelForSequenceClassification"
+"""The key of auto_map that names a classifier's class."""
 
 ELSEWHERE = {
     "merged-edges": "not tried: no key of config.json clamps ids, the model's code does",
@@ -39,7 +42,7 @@ ELSEWHERE = {
 """By measurement: findings that name this remedy and that another file or the code has to cure."""
 
 
-AS_STORED = frozenset({"stored-apart", "ignored-dtype"})
+AS_STORED = frozenset({"stored-apart", "ignored-dtype", "wrong-shape"})
 """By measurement: findings whose check itself says that the rewritten file is right, as no definition could say better."""
 
 
@@ -49,7 +52,7 @@ class Fixed:
 
     Attributes:
         evidence: the cell on the copy.
-        meant: the same model, whose answers are held to what the user's own file means; None where the stored tensors decide.
+        meant: the same model, whose answers are held to what the user's own file means; None where that has not changed, or where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """
 
@@ -63,7 +66,7 @@ def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
 
     Args:
         evidence: the cell; its files are only read.
-        finding: of `load.*`, `inputs.*` or `reference.oracle`.
+        finding: of `load.*`, `inputs.*`, `forward.pooling` or `reference.oracle`.
 
     Raises:
         NotApplicableError: there is nothing to rewrite, with the reason.
@@ -87,6 +90,8 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
     raw, built = evidence.subject.config, evidence.model.config
     measurement = finding.evidence.get("measurement")
     known = compat.known_config_keys(type(built))
+    if measurement == "wrong-shape":
+        return _of_own_code(evidence)
     if measurement == "mismatched":
         return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
     if measurement in {"wrongly-tied", "stored-apart"}:
@@ -97,6 +102,25 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
     of_table = measurement in of_rotary or any(f"also {name}" in finding.evidence for name in of_rotary)
     keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters
     return in_words_that_are_read(raw, known, keys)
+
+
+def _of_own_code(evidence: Evidence) -> Rewriting:
+    """The class of the checkpoint's own code that is a sequence classifier by name, where auto_map names another."""
+    raw = evidence.subject.config
+    target = str((raw.get("auto_map") or {}).get(CLASSIFIER, ""))
+    file, _, named = target.rpartition("--")[2].partition(".")
+    code = _folder(evidence.subject) / f"{file}.py"
+    text = code.read_text(encoding="utf-8") if target and "--" not in target and code.is_file() else ""
+    other = next(
+        (name for name in re.findall(r"^class (\w+ForSequenceClassification)\b", text, re.MULTILINE) if name != named),
+        None,
+    )
+    if other is None:
+        reason = "not tried: no key of config.json gives the logits another shape; the class that is named, or its own code, does"
+        raise NotApplicableError(reason)
+    written = {"auto_map": {**raw["auto_map"], CLASSIFIER: f"{file}.{other}"}}
+    config = {**raw, **written}
+    return Rewriting(config=config, meaning=config, written={f"auto_map.{CLASSIFIER}": f"{file}.{other}"}, dropped=())
 
 
 def _shapes(subject: Subject) -> Mapping[str, tuple[int, ...]]:
@@ -136,8 +160,9 @@ def _copied(subject: Subject, config: Mapping[str, Any]) -> Iterator[Subject]:
     """
     source = _folder(subject)
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch:
-        # transformers keeps remote code by the folder's name.
-        folder = Path(scratch) / source.name
+        # transformers keeps remote code by the folder's name, and the class that an auto class found first for a config's own class.
+        same_code = config.get("auto_map") == subject.config.get("auto_map")
+        folder = Path(scratch) / (source.name if same_code else f"{source.name}_fixed")
         folder.mkdir()
         for file in source.rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts and file != source / CONFIG:

@@ -52,8 +52,8 @@ def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], 
         tell(f"rehearsal: {cell.subject} in {cell.precision}")
         evidence = session.evidence(cell)
         try:
-            if evidence.usable_own_batch is None:
-                return
+            if evidence.training_batch is not evidence.usable_own_batch:
+                return  # no label of the user's own counts: train.labels says so
             runs.append(_run(evidence))
         except NumericsSuiteError:
             continue  # the checks of this cell have said why

@@ -176,6 +176,11 @@ def padded_by_another(folder: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
 
 
+def without_pooling(folder: Path) -> None:
+    pooled = "body.last_hidden_state[:, -1]"
+    changed(folder, "chatglm-tiny-classifier", code=(pooled, pooled.removesuffix("[:, -1]")))
+
+
 def of_load() -> Iterator[Row]:
     yield Row(check="load.config", measurement="differing", copy=(with_another_eps, "chatglm-tiny"))
     yield Row(check="load.complete", measurement="renamed", copy=of_weight(renamed))
@@ -214,6 +219,7 @@ def of_forward() -> Iterator[Row]:
     bf16 = {"precision": "bf16"}
     yield Row(check="forward.finite", measurement="non-finite", mutant="mask-causal-one-early-chatglm")
     yield Row(check="forward.deterministic", measurement="differing", mutant="classifier-dropout-left-on")
+    yield Row(check="forward.pooling", measurement="wrong-shape", copy=(without_pooling, "chatglm-tiny-classifier"))
     yield Row(check="forward.pooling", measurement="wrong-rows", mutant="pooled-first-token")
     yield Row(check="forward.padding", measurement="true", mutant="mask-padding-ignored")
     yield Row(check="forward.padding", measurement="true-pooled", mutant="pooled-first-token")
@@ -276,9 +282,10 @@ ELSEWHERE = {
     *([("load.finite", "uninitialised-buffers")] if release() < (5,) else []),  # up to 4.57 a constructor's values stay
     *(("load.head-init", "uninitialised"), ("load.head-init", "gain")),
     *(("inputs.pipeline", name) for name in ("floating", "out-of-range", "looks-rounded")),
+    ("train.labels", "no-counted-labels"),
     *(("forward.headroom", "non-finite"), ("train.amp", "skipped-forever"), ("train.clip", "saved-by-clipping")),
 }
-"""Shown by the article's defects."""
+"""Shown by the article's defects, or where the user's own data are tested."""
 
 PATCHED = {("train.clip", "excess"), ("train.clip", "non-finite")}
 """Only torch's own clipping could be at fault."""

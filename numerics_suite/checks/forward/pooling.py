@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.layout import INPUT, STATES, batch_first
@@ -19,11 +19,19 @@ from numerics_suite.engine.references import rounding_allowance, turned_states
 
 @check(batches=True, needs=("head", "token-ids"))
 def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
-    """Does the classifier read the last real token of every row?
+    """Does the classifier give a row of logits for each row of the batch, read at its last real token?
 
     The head is applied to every position of the last hidden state; the row of logits must be the nearest to the
     position of the last real token. The nearest position needs no tolerance.
     """
+    shape = tuple(evidence.forward(batch)["logits"].shape)
+    rows = len(batch.tensors["input_ids"])
+    # A regression may give its one number for each row without a dimension of its own.
+    wrong_shape = shape[:1] != (rows,) or len(shape) > 2
+    facts: dict[str, Fact] = {"shape": str(list(shape)), "expected": f"[{rows}, {evidence.num_labels}]"}
+    yield Measurement(name="wrong-shape", value=int(wrong_shape), unit="outputs", facts=facts if wrong_shape else {})
+    if wrong_shape:
+        return
     if evidence.family.pooling == "unknown":
         reason = "an encoder: it pools its first token or a mean, as each class has it"
         raise NotApplicableError(reason)
@@ -39,7 +47,7 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     # times the square root of the length of the sum where that is float32. With one token repeated all positions tie.
     noise = 2 * torch.finfo(logits.dtype).eps * rounding_allowance(evidence)
     wrong: list[str] = []
-    for row in range(ids.shape[0]):
+    for row in range(rows):
         distance = (states[row].double() - logits[row].double()).abs().amax(dim=-1)
         expected = float(distance[last[row]])
         # Two positions may tie (a repeated token at the start); a tie with the right one is right.
