@@ -312,6 +312,8 @@ def _errors(
     pairs, unmeasured = [], []
     for i, j in modules.pairs:
         ours, theirs = old.modules[i], new.modules[j]
+        if _apart(ours.gave, theirs.gave):
+            continue  # it gives something else (a router its logits, no longer its weights): the block around it counts
         if ours.local_error is not None and theirs.local_error is not None:
             pairs.append((ours, theirs))
         elif ours.local_error is not None:
