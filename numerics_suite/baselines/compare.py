@@ -143,7 +143,8 @@ def difference(old: CellBaseline, new: CellBaseline) -> Difference:
         for part in {**old.bits, **new.bits}
         if part != "cell" and (uses or part != f"{USES}s") and old.bits.get(part) != new.bits.get(part)
     )
-    same_bits = not bits
+    # The digest of all says it, unless only one of the two covers uses.
+    same_bits = old.bits.get("cell") == new.bits.get("cell") if uses or not (old.uses or new.uses) else not bits
     environment = _changes(_flat_environment(old.environment), _flat_environment(new.environment))
     errors, local, unmeasured = _errors(old, new, modules, elsewhere=_elsewhere(environment), same_bits=same_bits)
     lost = [
@@ -311,6 +312,8 @@ def _errors(
     pairs, unmeasured = [], []
     for i, j in modules.pairs:
         ours, theirs = old.modules[i], new.modules[j]
+        if _apart(ours.gave, theirs.gave):
+            continue  # it gives something else (a router its logits, no longer its weights): the block around it counts
         if ours.local_error is not None and theirs.local_error is not None:
             pairs.append((ours, theirs))
         elif ours.local_error is not None:

@@ -1,6 +1,7 @@
 """What users run beside a plain call, in true fp64: padded alone, decoded as `generate` does, saved and loaded, routed.
 
-The tokens are given (teacher forcing), since a greedy choice between two near logits may fall either way by rounding.
+The tokens are given (teacher forcing), since a greedy choice between two near logits may fall either way by rounding. A
+model above a billion parameters is neither decoded nor saved here: both would read or write all of it many times.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from numerics_suite.engine.decoding import with_cache
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs, main_output
-from numerics_suite.engine.references import trusted
+from numerics_suite.engine.references import routes, trusted
 from numerics_suite.engine.roundtrip import saved_and_loaded
 from numerics_suite.engine.router_loss import with_router_loss
 from numerics_suite.engine.true_fp64 import run_true_fp64
@@ -119,7 +120,8 @@ def _planned(evidence: Evidence, uses: Sequence[StoredBatch], batches: Sequence[
     ):
         first = {name: training[name][:1] for name in ("input_ids", "attention_mask")}
         yield "reloaded", None, partial(_reloaded, evidence, first if long is None else tensors_of(long, evidence))
-    yield "router", None, partial(_routed, evidence, training)
+    if routes(evidence.model) or any("Experts" in type(module).__name__ for module in evidence.model.modules()):
+        yield "router", None, partial(_routed, evidence, training)
 
 
 # --- padding ---------------------------------------------------------------------------------------------------------
@@ -158,14 +160,14 @@ def _decoded(evidence: Evidence, batch: StoredBatch, cuts: Sequence[int]) -> Ten
     tensors = evidence.inputs_in(tensors_of(batch, evidence))
     logits = evidence.runner.apply(lambda: with_cache(cuts)(evidence.model, tensors)["answer"])
     assert isinstance(logits, Tensor)
-    return logits[:, cuts[0] :][tensors["attention_mask"][:, cuts[0] :].bool()]
+    return logits[:, cuts[0] :].cpu()[tensors["attention_mask"][:, cuts[0] :].bool().cpu()]
 
 
 def _generated(
     evidence: Evidence, name: str, batch: StoredBatch, cuts: Sequence[int], modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     tensors = evidence.inputs_in(tensors_of(batch, evidence))
-    real, columns = tensors["attention_mask"].bool(), iter([0, *cuts])
+    real, columns = tensors["attention_mask"].bool().cpu(), iter([0, *cuts])
 
     def step(model: nn.Module, given: Mapping[str, Any], **words: Any) -> Any:
         start, width = next(columns), int(words["input_ids"].shape[1])
@@ -173,8 +175,8 @@ def _generated(
         return watched(lambda inner, _: call_model(inner, given, **words), own, modules)(model, given)
 
     run = run_true_fp64(evidence.model, tensors, call=with_cache(cuts, run=step))
-    answer = run.outputs["answer"][:, cuts[0] :][real[:, cuts[0] :]]
-    return {f"{name}.logits": answer.cpu().double()}, run.left_out
+    answer = run.outputs["answer"][:, cuts[0] :].cpu()[real[:, cuts[0] :]]
+    return {f"{name}.logits": answer.double()}, run.left_out
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _lost(found: Difference) -> Iterator[Changed]:
 
 def _tensors(found: Difference) -> Iterator[Changed]:
     for item in sorted(found.tensors, key=lambda item: -nan_last(item.value)):
-        moved = f", other values (by {item.value:.2g} of its root mean square)" if item.value > 0 else ""
+        moved = f", other values (by {item.value:.2g} of its root mean square)" if 0 < item.value < math.inf else ""
         yield Changed(what=f"tensor {item.name}", group="tensors", old=item.old, new=f"{item.new}{moved}")
 
 

@@ -166,3 +166,20 @@ def test_the_tensors_that_differ_are_named():
     ]
     assert found.details["tensors"][0]["difference"] == pytest.approx(1e-3)
     assert "tensors" not in judge_difference(difference(old, old)).details
+
+
+def test_errors_of_a_router_that_returns_something_else_are_not_compared():
+    """GLM-4.5's router gave the chosen weights up to 4.57, and gives all logits since: another error of another number."""
+
+    def routed(gave, error):
+        made = with_bits(mixture({}, ["gate"]), logits=str(error))
+        modules = [
+            replace(item, gave=gave, local_error=error, local_count=4096) if item.name == f"{BLOCK}.gate" else item
+            for item in made.modules
+        ]
+        return replace(made, modules=tuple(modules))
+
+    weights, logits = sketch(70, 64, 2), sketch(71, 64, 8)
+    assert judge_difference(difference(routed(weights, 0.9), routed(logits, 1.9))).kind == "rounding"
+    found = judge_difference(difference(routed(logits, 0.9), routed(logits, 1.9)))
+    assert (found.kind, found.module) == ("worse", f"{BLOCK}.gate")
