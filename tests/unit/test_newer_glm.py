@@ -46,7 +46,8 @@ LATENT = {
     "v_head_dim": 16,
     "max_position_embeddings": 128,
 }
-SPARSE = {**LATENT, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "first_k_dense_replace": 1}
+SPARSE = {**LATENT, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 16, "first_k_dense_replace": 1}
+"""Of two index heads both scores are often 0 after their ReLU, and which of equal keys is chosen depends on the padding."""
 MODELS = {
     "glm4v": ("Glm4vForConditionalGeneration", "Glm4vConfig", {"text_config": TEXT, "vision_config": VISION}),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", LATENT),
