@@ -33,6 +33,17 @@ def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 
+def refuse_without_ids(evidence: Evidence) -> None:
+    """Leave out a plain module that wraps no language model: its batch has no token ids.
+
+    Raises:
+        NotApplicableError: it does not.
+    """
+    if not evidence.takes_ids and "input_ids" not in evidence.training_batch.tensors:
+        reason = "a plain module takes no token ids"
+        raise NotApplicableError(reason)
+
+
 def answer_of(output: Any, *, by_token: bool) -> Tensor:
     """What a law compares: the logits; the last hidden state where a law is about tokens and the logits are pooled.
 
