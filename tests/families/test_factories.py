@@ -135,3 +135,36 @@ def test_a_model_of_pictures_decodes_text(factory):
 def test_xlnet_is_padded_on_the_left_and_needs_no_segments(tmp_path):
     found = statuses(build("xlnet", tmp_path), ("forward.padding", "train.grad-flow"), "fp32")
     assert found == {"forward.padding": "passed", "train.grad-flow": "passed"}
+
+
+class Wrapper(torch.nn.Module):
+    """A module of one's own around a model of transformers."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **keywords):
+        return self.inner(**keywords)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["t5", "qwen2_vl"])
+def test_a_wrapped_model_is_held_to_the_references(factory, name, precision):
+    source = factory(lambda: Wrapper(made(name)), labels=12)
+    found = statuses(source, ("reference.*",), precision, attn=("default",))
+    assert found["reference.local"] == found["reference.gradient"] == "passed"
+    assert_clean(found)
+
+
+def test_a_low_precision_section_of_a_wrapped_model_is_found(factory, monkeypatch):
+    import transformers
+
+    own = transformers.models.t5.modeling_t5.T5DenseActDense.forward
+
+    def coarse(self, hidden):
+        return own(self, hidden).bfloat16().float()
+
+    monkeypatch.setattr(transformers.models.t5.modeling_t5.T5DenseActDense, "forward", coarse)
+    found = statuses(factory(lambda: Wrapper(made("t5"))), ("reference.*",), "fp32", attn=("default",))
+    assert found["reference.local"].startswith("failed")
