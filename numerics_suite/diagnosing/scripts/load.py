@@ -252,5 +252,6 @@ LOAD = {
     ("load.head-init", "uninitialised"): Body(lines=_uninitialised, batch=False, fills=True),
     ("load.head-init", "gain"): Body(lines=_gain, batch=False),
     ("load.roundtrip", "differing"): Body(lines=_roundtrip, batch=False),
+    ("load.roundtrip", "other-dtype"): Body(lines=_roundtrip, batch=False),
     ("load.tied", "wrongly-tied"): Body(lines=_tied, batch=False),
 }
