@@ -66,7 +66,7 @@ def _list(given: argparse.Namespace) -> list[dict[str, Any]]:
     if given.names:
         message = f"list takes no names, and '{given.names[0]}' was given"
         raise BadInputError(message)
-    infos = [fixture_info(name) for name in fixture_names()]
+    infos = [fixture_info(name) for name in fixture_names(default=False)]
     if _talks(given):
         say(f"{'name':<26}{'family':<9}{'task':<25}{'parameters':>11}{'size':>9}")
         for info in infos:
@@ -93,7 +93,7 @@ def _build(given: argparse.Namespace) -> list[dict[str, Any]]:
 def _path(given: argparse.Namespace) -> list[dict[str, Any]]:
     from numerics_suite.subjects.fixtures import fixture_names, fixture_path
 
-    return [_found(given, name, fixture_path(name)) for name in given.names or fixture_names()]
+    return [_found(given, name, fixture_path(name)) for name in given.names or fixture_names(default=False)]
 
 
 def _found(given: argparse.Namespace, name: str, path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class FixtureInfo:
         parameters: Number of stored values.
         bytes: Size of its folder.
         digest: `fixture_digest` of the folder as shipped.
+        default: `check` without a SUBJECT takes it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class FixtureInfo:
     parameters: int
     bytes: int
     digest: str
+    default: bool = True
 
 
 def fixtures_root() -> Path:
@@ -70,9 +72,13 @@ def _records(root: Path) -> Mapping[str, FixtureInfo]:
     return {name: FixtureInfo(name=name, **record) for name, record in content.items()}
 
 
-def fixture_names() -> tuple[str, ...]:
-    """Names of the shipped fixtures, in their order; `smollm2-glm` is not shipped and not among them."""
-    return tuple(_records(fixtures_root()))
+def fixture_names(*, default: bool = True) -> tuple[str, ...]:
+    """Names of the shipped fixtures, in their order; `smollm2-glm` is not shipped and not among them.
+
+    Args:
+        default: only those that `check` takes without a SUBJECT.
+    """
+    return tuple(name for name, record in _records(fixtures_root()).items() if record.default or not default)
 
 
 def fixture_info(name: str) -> FixtureInfo:

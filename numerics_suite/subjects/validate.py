@@ -26,6 +26,10 @@ FIRST_RELEASES: Mapping[str, str] = {
 """The first transformers release that has a model type of the GLM line."""
 
 
+CHATGLM_6B = ("position_encoding_2d", "inner_hidden_size", "gmask_token_id")
+"""Keys that only the config of ChatGLM-6B (2023) has; its successors have the same model type and other code."""
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The raw `config.json` of a checkpoint.
 
@@ -65,6 +69,12 @@ def check_model_type(folder: Path, config: Mapping[str, Any], *, trust_remote_co
         UnsupportedError: as there.
     """
     path, model_type = folder / "config.json", config.get("model_type")
+    if model_type == "chatglm" and any(key in config for key in CHATGLM_6B):
+        message = (
+            f"{path}: this is ChatGLM-6B of 2023, whose prompt is seen from both sides (prefix mask) and whose positions have two "
+            "dimensions: the laws and the definition here are those of causal models; use ChatGLM2, ChatGLM3 or GLM-4"
+        )
+        raise BadInputError(message)
     if needs_remote_code(config):
         if not trust_remote_code:
             message = f"{path}: {_name(config)} is the checkpoint's own code (auto_map); read it, then allow it with --trust-remote-code"
