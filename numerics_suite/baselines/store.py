@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from numerics_suite.baselines.reading import Node
-from numerics_suite.baselines.records import SCHEMA_VERSION, CellBaseline
+from numerics_suite.baselines.records import OLDEST_SCHEMA, SCHEMA_VERSION, CellBaseline
 from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.json_text import parse_json
@@ -178,9 +178,9 @@ def _parsed(text: bytes, file: Path) -> Any:
             "upgrade numerics-suite"
         )
         raise BadInputError(message)
-    if version < SCHEMA_VERSION:
+    if version < OLDEST_SCHEMA:
         message = (
-            f"{file}: schema_version {version} is older than the {SCHEMA_VERSION} that this release reads; "
+            f"{file}: schema_version {version} is older than the {OLDEST_SCHEMA} that this release reads; "
             "delete it and record again"
         )
         raise BadInputError(message)

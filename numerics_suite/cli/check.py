@@ -109,7 +109,7 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
         terminal = Terminal(stream=stream, quiet=settings.quiet)
         try:
             with unfinished_answer(settings.json, "check", checks=[]):
-                result = run_check(settings, terminal)
+                result = run_check(settings, terminal, asks_index=other_versions)
         finally:
             terminal.stop()
         try:

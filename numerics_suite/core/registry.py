@@ -41,6 +41,7 @@ class CheckSpec:
             `causal`, `tokenizer`.
         seeks: the measurement that Hypothesis climbs towards (`target()`), None elsewhere.
         share: of `--max-examples` that is asked; a law under twins costs tens of forward passes a batch.
+        adds: columns that it adds to a batch, which is drawn that much shorter where the model's longest row ends.
         of_broken: asked also where weights are NaN or infinite; elsewhere every answer would be the same NaN.
         doc: the first line of the function's docstring: the question.
     """
@@ -53,6 +54,7 @@ class CheckSpec:
     needs: frozenset[str] = frozenset()
     seeks: str | None = None
     share: float = 1.0
+    adds: int = 0
     of_broken: bool = False
     doc: str = ""
 
@@ -78,6 +80,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
     needs: tuple[str, ...] = (),
     seeks: str | None = None,
     share: float = 1.0,
+    adds: int = 0,
     of_broken: bool = False,
     check_id: str | None = None,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
@@ -90,6 +93,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
         needs: see :class:`CheckSpec`.
         seeks: see :class:`CheckSpec`.
         share: see :class:`CheckSpec`.
+        adds: see :class:`CheckSpec`.
         of_broken: see :class:`CheckSpec`.
         check_id: of a check of another package, such as `acme.logit-range`.
     """
@@ -105,6 +109,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
             needs=frozenset(needs),
             seeks=seeks,
             share=share,
+            adds=adds,
             of_broken=of_broken or named.startswith("load."),
             doc=(function.__doc__ or "").strip().partition("\n")[0],
         )

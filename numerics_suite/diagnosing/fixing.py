@@ -21,6 +21,7 @@ from numerics_suite.diagnosing.rewriting import (
     SYNONYMS,
     Rewriting,
     in_words_that_are_read,
+    of_dtype,
     of_stored_sizes,
     tied_as_stored,
 )
@@ -32,12 +33,14 @@ from numerics_suite.subjects.files import tensor_headers
 CONFIG = "config.json"
 
 ELSEWHERE = {
-    "tokenizer-refused": "not tried: what is refused is tokenizer_config.json; name PreTrainedTokenizerFast there as its "
-    "tokenizer_class, which every release reads beside a tokenizer.json",
     "merged-edges": "not tried: no key of config.json clamps ids, the model's code does",
     "out-of-range": "not tried: no key of config.json gives the stored embedding more rows; use the checkpoint's own tokenizer",
 }
 """By measurement: findings that name this remedy and that another file or the code has to cure."""
+
+
+AS_STORED = frozenset({"stored-apart", "ignored-dtype"})
+"""By measurement: findings whose check itself says that the rewritten file is right, as no definition could say better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +49,12 @@ class Fixed:
 
     Attributes:
         evidence: the cell on the copy.
-        meant: the same model, whose answers are held to what the user's own file means.
+        meant: the same model, whose answers are held to what the user's own file means; None where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """
 
     evidence: Evidence
-    meant: Evidence
+    meant: Evidence | None
     how: str
 
 
@@ -75,7 +78,7 @@ def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
     rewriting = _rewriting(evidence, finding)
     with _copied(subject, rewriting.config) as copy:
         fixed = evidence.variant(subject=copy)
-        meant = evidence.variant(subject=replace(copy, config=rewriting.meaning))
+        meant = None if measurement in AS_STORED else evidence.variant(subject=replace(copy, config=rewriting.meaning))
         how = f"{rewriting}, {_built(evidence, fixed, rewriting)}"
         yield Fixed(evidence=fixed, meant=meant, how="; ".join((how, *rewriting.left)))
 
@@ -86,8 +89,10 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
     known = compat.known_config_keys(type(built))
     if measurement == "mismatched":
         return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
-    if measurement == "wrongly-tied":
+    if measurement in {"wrongly-tied", "stored-apart"}:
         return _tied(evidence)
+    if measurement == "ignored-dtype":
+        return of_dtype(raw, evidence.recipe.parameters, compat.dtype_keyword())
     of_rotary = ("rotary-excess", "rotary-scale")
     of_table = measurement in of_rotary or any(f"also {name}" in finding.evidence for name in of_rotary)
     keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters

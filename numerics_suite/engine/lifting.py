@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +18,7 @@ from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 WIDER: Final[dict[torch.dtype, torch.dtype]] = {
     torch.float32: torch.float64,
@@ -238,30 +240,42 @@ def module_running(names: Mapping[int, str]) -> str:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes, parameters, buffers, hooks and training flag back on exit, error or not.
+    """Put every module's attributes, parameters, buffers, hooks and training flag back on exit, error or not; the configs too.
 
-    Buffers are replaced by copies for the while, so that an in-place update does not reach the real ones.
+    Buffers are replaced by copies for the while, so that an in-place update does not reach the real ones. Dicts, lists and
+    sets that a module or a config holds get their entries back; parameters keep what is written into them.
     """
-    saved = []
-    for module in model.modules():
-        own = module.__dict__
-        inner = {key: dict(value) for key, value in own.items() if key.startswith("_") and isinstance(value, dict)}
-        saved.append((module, dict(own), inner))
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    owners = {
+        id(owner): owner for owner in (*model.modules(), *configs) if isinstance(getattr(owner, "__dict__", 0), dict)
+    }
+    held: dict[int, tuple[Any, Any]] = {}
+    for owner in owners.values():
+        _keep_entries(owner.__dict__, held)
     copies: dict[int, Tensor] = {}
-    for module, _, _ in saved:
+    for module in model.modules():
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())  # noqa: SLF001
     try:
         yield
     finally:
-        for module, own, inner in saved:
-            module.__dict__.clear()
-            module.__dict__.update(own)
-            for key, entries in inner.items():
-                holder = own[key]
-                holder.clear()
-                holder.update(entries)
+        for holder, entries in held.values():
+            holder.clear()
+            (holder.extend if isinstance(holder, list) else holder.update)(entries)
+
+
+def _keep_entries(holder: Any, held: dict[int, tuple[Any, Any]]) -> None:
+    """Note what a dict, list or set holds now, and what each of these within it does."""
+    if id(holder) in held:
+        return
+    held[id(holder)] = holder, copy.copy(holder)
+    for value in holder.values() if isinstance(holder, dict) else holder:
+        if type(value) in _CONTAINERS:
+            _keep_entries(value, held)
+
+
+_CONTAINERS: Final = frozenset({dict, OrderedDict, list, set})
 
 
 @contextmanager
@@ -304,43 +318,3 @@ def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def floating_outputs(output: object, prefix: str = "") -> dict[str, Tensor]:
-    """Return the floating tensors of a model's output by name, `hidden_states.0` for a nested one.
-
-    A cache of keys and values is not an output. A bare tensor is named "output".
-    """
-    if isinstance(output, Tensor):
-        return {prefix or "output": output} if output.is_floating_point() or output.is_complex() else {}
-    found: dict[str, Tensor] = {}
-    for name, value in _items(output):
-        if name != "past_key_values":
-            found |= floating_outputs(value, f"{prefix}.{name}" if prefix else name)
-    return found
-
-
-def _items(output: object) -> Iterable[tuple[str, object]]:
-    if isinstance(output, dict):
-        return [(str(name), value) for name, value in output.items()]
-    if isinstance(output, list | tuple):
-        names = getattr(output, "_fields", None) or [str(place) for place in range(len(output))]
-        return list(zip(names, output, strict=True))
-    if is_dataclass(output):
-        return [(field.name, getattr(output, field.name)) for field in fields(output)]
-    return []
-
-
-def loss_of(output: object) -> Tensor:
-    """Return the scalar that gradients start from.
-
-    Raises:
-        ValueError: The output has no scalar loss.
-    """
-    if isinstance(output, Tensor) and output.numel() == 1:
-        return output
-    loss = floating_outputs(output).get("loss")
-    if loss is None or loss.numel() != 1:
-        message = "gradients need a scalar loss: give the batch labels, or a call that returns the loss"
-        raise ValueError(message)
-    return loss

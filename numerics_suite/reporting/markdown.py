@@ -101,6 +101,7 @@ def finding_block(card: Card, *, heading: str, clean: Clean = str, extra: Sequen
         f"- **cause** {code(card.cause)}" + (f", {where}" if where else ""),
         f"- **measured** {text(clean(card.measured))}" if card.measured else "",
         *(f"- **versions** {text(line)}" for line in card.versions),
+        f"- **leads to** {text(clean(card.following))}" if card.following else "",
         *(f"- **try** {MARKS[cure.tried]}{text(clean(cure.text))}" for cure in card.cures),
     ]
     parts = [

@@ -22,10 +22,11 @@ from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell, CheckResult, RunResult, Series, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
+from numerics_suite.core.tree import is_root
 from numerics_suite.core.typed import refuse_wrong_types
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 SCHEMA_VERSION = 1
 _PLAIN = r'(?:"[^"\s\\]*"|null|-?\d[-+.\deE]*)'
@@ -40,6 +41,11 @@ def counts(checks: Iterable[CheckResult]) -> dict[str, int]:
     """How many results have each status, in the order of the contract."""
     counted = Counter[str](result.status for result in checks)
     return {status: counted[status] for status in STATUSES}
+
+
+def _counts(checks: Sequence[CheckResult]) -> dict[str, int]:
+    """The same, and how many findings follow from no other."""
+    return {**counts(checks), "findings": sum(is_root(result) for result in checks)}
 
 
 def to_json(result: RunResult) -> dict[str, Any]:
@@ -57,11 +63,11 @@ def to_json(result: RunResult) -> dict[str, Any]:
         "complete": result.complete,
         "verdict": result.verdict,
         "exit_status": result.exit_status,
-        "counts": counts(result.checks),
+        "counts": _counts(result.checks),
         "notes": list(result.notes),
         "environment": jsonable(result.environment),
         "settings": jsonable(result.settings),
-        "subjects": [asdict(subject) for subject in result.subjects],
+        "subjects": [{**asdict(subject), "notes": list(subject.notes)} for subject in result.subjects],
         "checks": [check_to_json(check) for check in result.checks],
         **({"rehearsal": jsonable([asdict(item) for item in result.rehearsals])} if result.rehearsals else {}),
     }
@@ -82,7 +88,7 @@ def unfinished(command: str, **content: Any) -> dict[str, Any]:
         "started_at": datetime.now(tz=timezone.utc).astimezone().isoformat(timespec="seconds"),
         "duration_s": 0.0,
         "exit_status": 3,
-        "counts": counts(()),
+        "counts": _counts(()),
         "notes": [],
         "environment": {
             "python": platform.python_version(),
@@ -174,7 +180,9 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
             verdict=content["verdict"],
             environment=content["environment"],
             settings=content["settings"],
-            subjects=tuple(SubjectFacts(**subject) for subject in content["subjects"]),
+            subjects=tuple(
+                SubjectFacts(**{**subject, "notes": tuple(subject.get("notes", ()))}) for subject in content["subjects"]
+            ),
             checks=tuple(check_from_json(check) for check in content["checks"]),
             notes=tuple(content.get("notes", ())),
             exit_status=content.get("exit_status", 0),

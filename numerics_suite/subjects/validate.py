@@ -236,21 +236,14 @@ def _tokenizer_size(path: Path) -> int:
     return max(ids, default=-1) + 1
 
 
-def check_pad_token(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, StoredTensor],
-    task: str,
-    batch_size: int,
-) -> None:
-    """Is the pad id a token, and can the classifier find the last real token of each row of a batch?
+def check_pad_token(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], task: str) -> None:
+    """Is the pad id a token? A classifier without one is inputs.pipeline's affair.
 
     Raises:
-        BadInputError: the pad id is outside the embedding; or there is none, the family pools by it, and batches have
-            several rows.
+        BadInputError: it is outside the embedding.
     """
-    path, family, pad = folder / "config.json", family_of(config), _pad_id(folder, config)
-    rows, _ = _embedding_rows(config, tensors, family)
+    path, pad = folder / "config.json", _pad_id(folder, config)
+    rows, _ = _embedding_rows(config, tensors, family_of(config))
     # -1 is what some language models say for none.
     lowest = 0 if task == "sequence-classification" else -1
     if isinstance(pad, int) and rows is not None and not lowest <= pad < rows:
@@ -260,14 +253,6 @@ def check_pad_token(
             else f"pad_token_id is missing (default {pad})"
         )
         message = f"{path}: {said}, outside the {rows} rows of the embedding; set a pad token (remedy set-pad-token)"
-        raise BadInputError(message)
-    if task != "sequence-classification" or batch_size == 1 or family.pooling != "pad-id":
-        return
-    if not isinstance(pad, int):
-        message = (
-            f"{path}: pad_token_id is missing, and this classifier finds the last token of a row by it; "
-            "set a pad token (remedy set-pad-token) or run with --batch-size 1"
-        )
         raise BadInputError(message)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hypothesis
@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, Phase, given
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
+from numerics_suite.devices import random_state
 from numerics_suite.engine.evidence import Evidence, batch_key
+from numerics_suite.engine.lifting import preserved
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judging.verdicts import Breach, judge
 from numerics_suite.suite.endings import NO_BATCH
@@ -83,7 +85,10 @@ def _says_more(new: Measurement, held: Measurement) -> bool:
 
 
 def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> Outcome:
-    """Ask a check of a cell.
+    """Ask a check of a cell; what it or the model's own code leaves behind never reaches the next one.
+
+    Random numbers begin at the seed, and afterwards the model's attributes, buffers, hooks and config are as they were: a
+    verdict is the same whatever was asked before.
 
     Args:
         spec: the check.
@@ -95,6 +100,11 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
         NotApplicableError: the check has nothing to ask here.
         CheckError: it measured nothing that a budget judges.
     """
+    with random_state.seeded(seed), preserved(evidence.model):
+        return _ask(spec, evidence, seed=seed, max_examples=max_examples)
+
+
+def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> Outcome:
     outcome = Outcome()
     if not spec.of_broken and evidence.broken:
         reason = f"weights are not finite: {evidence.broken[0]} (load.finite, load.head-init)"
@@ -132,6 +142,8 @@ def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outco
 def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int) -> None:
     failing: set[Any] = set()
     tries = 0
+    room = max(1, min(evidence.space.max_length, evidence.longest - spec.adds))
+    space = replace(evidence.space, max_length=room)
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -144,7 +156,7 @@ def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, m
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.target, Phase.shrink) if spec.seeks else (Phase.generate, Phase.shrink),
     )
-    @given(batch=batches(evidence.space, pad_inside=spec.id == "forward.finite"))
+    @given(batch=batches(space, pad_inside=spec.id == "forward.finite"))
     def one(batch: Batch) -> None:
         nonlocal tries
         key = batch_key(batch.tensors)

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,9 +19,12 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import requested
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
+from numerics_suite.core.tree import is_root
+from numerics_suite.diagnosing.consequences import as_tree
+from numerics_suite.diagnosing.versions_advice import without_newer
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.reporting.results import STATUSES, check_from_json, indented, to_json, with_checks, write_results
-from numerics_suite.settings.accept import stale
+from numerics_suite.settings.accept import matches, reaches, stale
 from numerics_suite.settings.tree import Settings
 from numerics_suite.settings.tree import to_json as settings_to_json
 from numerics_suite.suite.endings import MISSING, TIME_LIMIT, ending
@@ -36,7 +39,13 @@ if TYPE_CHECKING:
 
 
 class Audience(Protocol):
-    """Who follows the run while it goes on."""
+    """Who follows the run while it goes on.
+
+    Attributes:
+        asks_index: it asks an index of releases afterwards, and tries newer ones.
+    """
+
+    asks_index: bool
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """The plan is made."""
@@ -91,7 +100,7 @@ class Gate:
         result = check_from_json(written)
         self.answers[result.id] = result
         self._written.append(indented(written))
-        self._counted[result.status] += 1
+        self._counted.update([result.status, *(["findings"] if is_root(result) else [])])
         self._offer()
         watched = lifeline()
         if watched is not None:
@@ -199,7 +208,20 @@ class Gate:
             elif not interrupted:
                 reason = self._died.get(question.cell.id, self._missing)
                 results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=reason))
-        return results
+        if not getattr(self.run, "asks_index", False):
+            results = [
+                result if result.finding is None else replace(result, finding=without_newer(result.finding))
+                for result in results
+            ]
+        return as_tree(results, self._covers)
+
+    def _covers(self, root: CheckResult, result: CheckResult) -> bool:
+        """Whether an entry that accepts the root is for the other result's cell too."""
+        import transformers
+
+        today = datetime.now(tz=timezone.utc).date()
+        accepting = (e for e in self.settings.accept if matches(e, root, transformers.__version__, today))
+        return any(reaches(entry, result) for entry in accepting)
 
     def _settings_as_used(self) -> dict[str, Any]:
         """Every option, with what `auto` and the device's default became."""
@@ -228,14 +250,14 @@ class Gate:
     def _offer(self) -> None:
         """Let the answers so far be in the file within a second; each is turned into text once."""
         answers = tuple(self._written)
-        counted = {status: self._counted[status] for status in STATUSES}
+        counted = {status: self._counted[status] for status in (*STATUSES, "findings")}
         head = {**self._head, "duration_s": round(time.perf_counter() - self._clock, 3), "counts": counted}
         self._file.offer(lambda: with_checks(head, answers))
 
     def _notes(self, results: Sequence[CheckResult]) -> tuple[list[str], list[str]]:
         import transformers
 
-        notes = []
+        notes = [f"--data: {self.suite.plan.data}"] if self.suite.plan.data else []
         limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
         if limited:
             notes.append(f"--max-time: {limited} checks were not begun")

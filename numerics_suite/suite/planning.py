@@ -12,12 +12,10 @@ from numerics_suite.core.records import Cell, Subject
 from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check, own_check_ids
 from numerics_suite.devices.device import default_precisions, lacks, lacks_attention, resolve_device
 from numerics_suite.devices.precisions import SERVING_REASON, Precision, precision
-from numerics_suite.inputs.data import check_labels, read_examples
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.subjects.resolve import factory_subject, resolve_all, unsupported_subject
-from numerics_suite.subjects.tasks import CLASSIFICATION
-from numerics_suite.subjects.tokenizers import tokenizer_folder
+from numerics_suite.suite.data import checked_data
 from numerics_suite.suite.endings import NO_BATCH
 from numerics_suite.suite.extensions import load_extensions
 from numerics_suite.suite.held_to import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
@@ -71,6 +69,7 @@ class SuitePlan:
         cells: in the order in which they run.
         questions: grouped by cell.
         baselines: what the cells are held to, None without a folder of baselines.
+        data: what is taken of `--data` and how many of its labels count; empty without.
     """
 
     device: str
@@ -78,6 +77,7 @@ class SuitePlan:
     cells: tuple[Cell, ...]
     questions: tuple[Question, ...]
     baselines: Baselines | None = None
+    data: str = ""
 
 
 def make_plan(settings: Settings) -> SuitePlan:
@@ -88,7 +88,7 @@ def make_plan(settings: Settings) -> SuitePlan:
     """
     device = resolve_device(settings.device, settings.require_device)
     subjects, absent, ended = _subjects(settings)
-    _check_data(settings, subjects)
+    data = checked_data(settings, subjects)
     checks, baselines = _checks(settings)
     cells: list[Cell] = []
     questions: list[Question] = []
@@ -110,7 +110,12 @@ def make_plan(settings: Settings) -> SuitePlan:
     if baselines is not None:
         refuse_strangers(settings, baselines, cells)
     return SuitePlan(
-        device=device, subjects=subjects, cells=tuple(cells), questions=tuple(questions), baselines=baselines
+        device=device,
+        subjects=subjects,
+        cells=tuple(cells),
+        questions=tuple(questions),
+        baselines=baselines,
+        data=data,
     )
 
 
@@ -130,23 +135,6 @@ def _checks(settings: Settings) -> tuple[list[CheckSpec], Baselines | None]:
 
 def _group(check: str) -> str:
     return check.partition(".")[0]
-
-
-def _check_data(settings: Settings, subjects: Mapping[str, Subject]) -> None:
-    """Read `--data` once before anything runs, so that a malformed line is an error of the command line.
-
-    Raises:
-        BadInputError: naming the line; or a subject has no tokenizer to read it with.
-    """
-    if settings.data is None:
-        return
-    examples = read_examples(settings.data)
-    for subject in subjects.values():
-        if subject.path is not None and tokenizer_folder(subject) is None:
-            message = f"--data {settings.data}: {subject.source} has no tokenizer to read its texts with"
-            raise BadInputError(message)
-        if subject.task in CLASSIFICATION:
-            check_labels(examples, settings.data, subject.task, subject.num_labels)
 
 
 def selected_checks(settings: Settings) -> tuple[str, ...]:
@@ -179,7 +167,6 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str], d
         "num_labels": settings.num_labels,
         "trust_remote_code": settings.trust_remote_code,
         "allow_pickle": settings.allow_pickle,
-        "batch_size": settings.batch_size,
     }
     absent: dict[str, str] = {}
     ended: dict[str, str] = {}

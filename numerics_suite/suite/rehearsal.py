@@ -10,8 +10,8 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
 from numerics_suite.devices.precisions import precision
+from numerics_suite.diagnosing.learning_rates import between_rates, learning_rates
 from numerics_suite.diagnosing.recipe import CLIP, recommend
-from numerics_suite.diagnosing.remedies import between_rates, learning_rates
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.training_loop import Plan, Trajectory
 from numerics_suite.settings.tree import Settings

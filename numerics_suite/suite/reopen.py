@@ -15,6 +15,7 @@ from numerics_suite.devices.precisions import precision
 from numerics_suite.diagnosing.remedy_register import remedies_of, untried
 from numerics_suite.diagnosing.remedy_trials import breaks
 from numerics_suite.diagnosing.root_causes import REMEDIES
+from numerics_suite.diagnosing.versions_advice import borne_out_of
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load, place
@@ -69,7 +70,6 @@ def reopen(settings: Settings, path: Path) -> RunResult:
             num_labels=settings.num_labels,
             trust_remote_code=settings.trust_remote_code,
             allow_pickle=settings.allow_pickle,
-            batch_size=settings.batch_size,
         )
         checks = tuple(_replayed(bundle, subject, settings) for subject in subjects)
     else:
@@ -135,7 +135,7 @@ def _tried_again(bundle: Bundle, device: str) -> Finding:
     scene = scene_of(bundle, model, () if start is None else (start,))
     found = bundle.finding
     if found.op is None and (trained := trained_again(scene, bundle.step)) is not None:
-        found = _found_again(found, *trained)
+        found = borne_out_of(_found_again(found, *trained), model)
     return with_remedies_tried(found, scene)
 
 
@@ -176,7 +176,7 @@ def _on(subject: Subject, bundle: Bundle, scene: Scene) -> Finding | None:
         return None
     origin, how, cause = trained or (where, "", found.cause)
     found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
-    return replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies)))
+    return borne_out_of(replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies))), scene.model)
 
 
 def _found_again(found: Finding, origin: Origin | None, how: str, cause: str) -> Finding:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
@@ -21,21 +22,23 @@ from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subje
 from numerics_suite.core.registry import get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
+from numerics_suite.diagnosing.consequences import raised
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
+from numerics_suite.diagnosing.raising import model_raises
 from numerics_suite.diagnosing.remedy_trials import Answer, try_remedies
 from numerics_suite.diagnosing.reproducer import reproducer
+from numerics_suite.diagnosing.versions_advice import borne_out
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
-from numerics_suite.inputs.data import data_batch, read_examples
+from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judging.verdicts import with_limits
 from numerics_suite.reporting.results import check_from_json
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.families import family_of
-from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
+from numerics_suite.suite.data import batch_of, sample_of
 from numerics_suite.suite.driver import Outcome, ask
 from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
@@ -63,6 +66,7 @@ class SuiteSession:
         self.deadline, self.reproducers = deadline, reproducers
         self._evidence: Evidence | None = None
         self.lost: tuple[Cell, str] | None = None
+        self._raises: set[tuple[str, ...]] = set()
 
     @cached_property
     def plan(self) -> SuitePlan:
@@ -111,23 +115,12 @@ class SuiteSession:
         baselines = self.plan.baselines
         return baselines[cell] if baselines is not None and cell in baselines else None
 
-    def _data(self, subject: Subject, space: InputSpace) -> Batch | None:
-        """The user's texts as a batch; None for a module without a tokenizer, or with one that inputs.pipeline reports."""
-        assert self.settings.data is not None
-        try:
-            tokenizer = load_tokenizer(subject)
-        except TokenizerRefusedError:
-            return None
-        if tokenizer is None:
-            return None
-        return data_batch(
-            read_examples(self.settings.data),
-            tokenizer,
-            task=subject.task,
-            side=family_of(subject.config).padding_sides[0],
-            max_length=space.max_length,
-            pad_id=space.pad_id,
-        )
+    @cached_property
+    def _sample(self) -> Sample:
+        return sample_of(self.settings)
+
+    def _data(self, subject: Subject, space: InputSpace, tokenizer: Any) -> Batch:
+        return batch_of(self._sample, subject, space, tokenizer)
 
     def answer(self, question: Question) -> tuple[CheckResult, str]:
         """The result of one question, and the traceback of an error (empty elsewhere)."""
@@ -172,8 +165,11 @@ class SuiteSession:
         except (NotApplicableError, UnsupportedError) as error:
             return result("skipped", reason=str(error)), ""
         except NumericsSuiteError as error:
-            return result("error", reason=str(error)), ""
+            return self._raised(question, error, result) or result("error", reason=str(error)), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
+            raised = self._raised(question, error, result)
+            if raised is not None:
+                return raised, ""
             reason = error_line(error, question.cell.device)
             if memory.is_device_lost(error):
                 self.lost = question.cell, f"the device was lost in {question.check}/{question.cell.id}: {reason}"
@@ -201,15 +197,41 @@ class SuiteSession:
         if not outcome.breaches:
             return result("passed", reason=_half_judged(outcome), **told)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
+        found = self._diagnosed(question, found, evidence)
         if self.settings.diagnose and self.tries_remedies:
-            found = with_confidence(question.check, found, evidence, self._ask_again)
-            found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
             found = replace(found, reproducer=self._reproducer(question, found, evidence, outcome.batch))
+        return self._failed(found, result, told)
+
+    def _diagnosed(self, question: Question, found: Finding, evidence: Evidence) -> Finding:
+        """The finding with its experiment made and its remedies tried, where that is wanted."""
+        found = borne_out(found, evidence)
+        if not (self.settings.diagnose and self.tries_remedies):
+            return found
+        found = with_confidence(question.check, found, evidence, self._ask_again)
+        return replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
+
+    def _failed(self, found: Finding, result: Callable[..., CheckResult], told: Mapping[str, object]) -> CheckResult:
         failed = result("failed", finding=found, **told)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed
         return result("accepted", finding=found, reason=accepted.reason, **told)
+
+    def _raised(self, question: Question, error: Exception, result: Callable[..., CheckResult]) -> CheckResult | None:
+        """A failure of the check where the model's own code raised; None where that is an error of something else."""
+        evidence = self.evidence(question.cell)
+        try:
+            found = model_raises(error, evidence)
+        except Exception:  # noqa: BLE001 - what cannot be diagnosed is the error that it was
+            return None
+        if found is None:
+            return None
+        cell = question.cell
+        key = (cell.subject, cell.task, *raised(found))
+        if key in self._raises:  # the same exception at the same line: what cures the root is told there
+            return self._failed(replace(found, remedies=()), result, {})
+        self._raises.add(key)
+        return self._failed(self._diagnosed(question, found, evidence), result, {})
 
     def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""

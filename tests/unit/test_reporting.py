@@ -83,12 +83,12 @@ def test_the_keys_are_the_contracts():
     written = to_json(sample_run())
     contract = {"schema_version", "tool", "command", "started_at", "duration_s", "verdict", "counts", "environment"}
     assert contract | {"settings", "subjects", "checks"} <= set(written)
-    assert written["counts"] == {"passed": 3, "failed": 12, "accepted": 1, "skipped": 8, "error": 1}
+    assert written["counts"] == {"passed": 3, "failed": 12, "accepted": 1, "skipped": 8, "error": 1, "findings": 13}
     assert [check["check"] for check in written["checks"]] == [check.check for check in sample_run().checks]
     failed = next(check for check in written["checks"] if check["finding"])
     assert set(failed["finding"]) == {
         "cause", "title", "explanation", "module", "op", "source", "step", "parameters", "evidence", "batch",
-        "remedies", "reproducer",
+        "remedies", "reproducer", "consequence_of",
     }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ LARGEST_ROW = 4
 """A row that reaches past a sliding window is asked where it has no more tokens than this many batches."""
 
 
-@check(batches=True, share=0.4, needs=("causal", "token-ids"))
+@check(batches=True, share=0.4, needs=("causal", "token-ids"), adds=HOLE)
 def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Is decoding with the cache the full forward pass without one?
 
@@ -82,7 +82,17 @@ def _in_steps(
         for call in (whole, decode)
     )
     cause = _cause(evidence, tensors, cuts, found[0])
+    if positions == "none" and cause == "wrong-positions" and _is_told_positions(evidence, tensors):
+        return
     yield from law_measurements(*found, place=lambda: first_parting(one, other), cause=cause)
+
+
+def _is_told_positions(evidence: Evidence, tensors: Mapping[str, Any]) -> bool:
+    """Whether positions are an argument that this code asks for: its class hands them to every step of `generate`.
+
+    Code from before transformers' `Cache`, such as ChatGLM's, keeps plain tuples and counts each step from 0 without them.
+    """
+    return bool(evidence.runner.apply(lambda: decoding.keeps_tuples(evidence.model, tensors)))
 
 
 def _rounded(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
@@ -114,7 +124,7 @@ def _after_right_padding(evidence: Evidence, batch: Batch) -> Iterable[Measureme
     between is the model's own affair, and the same on both sides.
     """
     tensors = _with_hole(batch, evidence.space.pad_id)
-    if tensors is None:
+    if tensors is None or int(tensors["input_ids"].shape[1]) > evidence.longest:
         return
     real = tensors["attention_mask"].bool()
     cuts = [int(real.shape[1]) - 1]

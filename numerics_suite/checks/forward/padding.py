@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from numerics_suite.checks._laws import is_rotary, law_measurements, skipped_law
 from numerics_suite.core.exact import AGREED
@@ -15,6 +14,7 @@ from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.decoding import counted_positions, takes_positions
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.position_table import absolute_positions
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -29,17 +29,15 @@ from numerics_suite.observing.roundoff import relative_error
 EXTRA = 3
 """Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""
 
-POSITION_TABLE = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|pos_emb\w*|wpe)$")
-"""How modules are called that hold a vector for each position; a rotary embedding is called otherwise."""
 
-
-@check(batches=True, share=0.5, needs=("token-ids",))
+@check(batches=True, share=0.5, needs=("token-ids",), adds=EXTRA)
 def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Does more padding, on each side that the family declares, leave the real tokens' answers alone?
 
     No `position_ids` are given: with them an ignored mask would go unseen under left padding.
     """
-    if not batch.law_abiding:
+    # Beyond its longest row a model has no position for a column, or turns all of them by another rotary table.
+    if not batch.law_abiding or int(batch.tensors["input_ids"].shape[1]) + EXTRA > evidence.longest:
         yield from skipped_law()
         return
     worst, worst_pair = (0.0, 0.0, ""), None
@@ -55,7 +53,8 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         if worst_pair is None or nan_last(found[0]) > nan_last(worst[0]):
             worst, worst_pair = found, (plain, more)
     yield from law_measurements(*worst, place=lambda: None if worst_pair is None else _place(evidence, *worst_pair))
-    if evidence.subject.task == "sequence-classification":
+    # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
+    if evidence.subject.task == "sequence-classification" and not evidence.lacks_pad_token:
         yield from _pooled(evidence, batch)
 
 
@@ -86,11 +85,6 @@ def _counts_columns(evidence: Evidence, plain: dict[str, Tensor], more: dict[str
 
 def _with_positions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, "position_ids": counted_positions(tensors["attention_mask"])}
-
-
-def absolute_positions(model: nn.Module) -> bool:
-    """Whether the model adds a vector for each position, learned or a sinusoid, to its input."""
-    return any(POSITION_TABLE.search(name) for name, _ in model.named_modules())
 
 
 def _place(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]) -> str | None:

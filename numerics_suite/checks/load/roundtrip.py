@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import caller, true_answer, without_labels
+from numerics_suite.engine.roundtrip import saved_and_loaded
 from numerics_suite.engine.runner import Runner
 from numerics_suite.observing.roundoff import relative_error
-from numerics_suite.subjects.load import quiet_transformers
 
 TRIPS = 2
 """What only a second save changes (a value that each load converts once more) is seen on the second."""
@@ -128,18 +127,7 @@ def _saved_and_loaded(
         return model
     if evidence.subject.path is None or not hasattr(model, "save_pretrained"):
         return _state_through_file(model, folder)
-    with quiet_transformers():
-        model.save_pretrained(folder)  # type: ignore[operator]
-    # save_pretrained leaves code of the checkpoint's own where it was; without it the copy cannot be opened.
-    for file in Path(evidence.subject.path).glob("*.py"):
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
-    # The code of a fixture or a trusted checkpoint is trusted in its copy too: it is the same code.
-    again = replace(evidence.subject, kind="directory", source=str(folder), path=folder, new_head=False)
-    loaded = evidence._loader(  # noqa: SLF001 - same loader, other folder
-        again, dtype=evidence.recipe.parameters, attn=evidence.cell.attn, device=evidence.cell.device, seed=2
-    )
-    return loaded.model
+    return saved_and_loaded(evidence, model, folder)
 
 
 def _state_through_file(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:

@@ -247,7 +247,8 @@ def _holds_what_nobody_wrote(scene: Scene) -> bool:
 def _pad_token(scene: Scene) -> list[str]:
     """A classifier's pad token, which a checkpoint of a language model may lack."""
     evidence = scene.evidence
-    if evidence.subject.task != "sequence-classification" or evidence.family.pooling != "pad-id":
+    pooled = evidence.subject.task == "sequence-classification" and evidence.family.pooling == "pad-id"
+    if not pooled or scene.measurement == "no-pad-token":
         return []
     config: Any = evidence.model.config
     return [f"model.config.pad_token_id = {evidence.space.pad_id}"] if config.pad_token_id is None else []
