@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.interrupts import interruptible
+from numerics_suite.core.lifeline import known
 from numerics_suite.core.registry import GROUPS
 from numerics_suite.core.switch import switch_kept
 from numerics_suite.settings.options import add_pytest_options, from_pytest
@@ -53,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; not part of a quick run")
     kept = ExitStack()
     kept.enter_context(switch_kept())
+    if _names_suite(config) and not hasattr(config, "workerinput"):
+        kept.enter_context(interruptible())
     config.add_cleanup(kept.close)
     if _is_bare(config) and not _names_suite(config) and _settings(config).collect:
         config.args.append(str(SUITE))
@@ -93,6 +97,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.session import REPRODUCERS, SuiteSession
 
+    known().lost.update(getattr(config, "workerinput", {}).get("numerics_lost", {}))
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
     suite = SuiteSession(
         settings,
@@ -260,6 +265,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Send the result along with pytest's own report, in a form that travels between processes."""
     report = yield
+    report.numerics_item = _question(item) is not None  # type: ignore[attr-defined]
     result = item.stash.get(result_key, None)
     if result is not None and report.when == "call":
         from numerics_suite.reporting.results import check_to_json
@@ -277,14 +283,29 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         gate.select([question for item in session.items if (question := _question(item)) is not None])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Judge the run as a whole and set the exit status of the contract."""
     gate = session.config.stash.get(gate_key, None)
     if gate is not None:
+        _end_workers(session.config)
         session.exitstatus = gate.finish(int(exitstatus), others_failed=session.testsfailed > gate.failed_items)
         allowed = gate.settings.allow_no_gpu and _wants_gpu_only(session.config)
         if allowed and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
             session.exitstatus = pytest.ExitCode.OK
+
+
+def _end_workers(config: pytest.Config) -> None:
+    """After an interrupt, end xdist's workers at once: it would wait ten seconds for each, which CI systems do not."""
+    from numerics_suite.core.interrupts import requested
+
+    controller = config.pluginmanager.getplugin("dsession")
+    if controller is None or not requested():
+        return
+    for worker in getattr(controller, "_active_nodes", ()):
+        process = getattr(getattr(worker.gateway, "_io", None), "popen", None)
+        if process is not None:
+            process.kill()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

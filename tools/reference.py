@@ -23,7 +23,8 @@ from numerics_suite.cli.main import COMMANDS
 from numerics_suite.core.records import Budget
 from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check
 from numerics_suite.diagnosing.experiments import DECISIVE
-from numerics_suite.diagnosing.remedies import COST, CURES, DESCRIPTIONS
+from numerics_suite.diagnosing.remedies import CURES
+from numerics_suite.diagnosing.remedy_words import COST, DESCRIPTIONS
 from numerics_suite.diagnosing.root_causes import REMEDIES
 from numerics_suite.judging.budgets import all_budgets, budgets_of
 from numerics_suite.settings import choices

@@ -13,9 +13,13 @@ from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.sketch import hashed
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.inputs.strategies import IGNORED, pad_rows
-from numerics_suite.inputs.vocabulary import InputSpace
+from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.inputs.strategies import pad_rows
+from numerics_suite.inputs.vocabulary import InputSpace, Side
+from numerics_suite.subjects.files import read_json
 from numerics_suite.subjects.load import IDS
+
+SIDES: Final[tuple[Side, ...]] = ("left", "right")
 
 TRAINING: Final = "training"
 OWN: Final = "own"
@@ -23,6 +27,23 @@ OWN: Final = "own"
 LENGTHS: Final = (11, 5)
 """Tokens of the rows whose answers are stored: six cells of a tiny checkpoint stay below 100 KB. Odd, and so is the next:
 no number of heads is mistaken for a number of tokens."""
+
+ALONE: Final = "alone"
+"""Begins the name of a batch of one padded row, `alone-left`: code that skips a mask where there is one row shows only here."""
+
+PADDED: Final = "padded"
+"""Begins the name of a batch that is padded on a side which the family does not declare and users pad on all the same."""
+
+LONG: Final = "long"
+"""One row that reaches past the sliding window of the config."""
+
+BEYOND: Final = 3
+"""Tokens of that row past the window: two across its edge in one step, and single ones."""
+
+LARGEST_ROW: Final = 4
+"""It is asked where it has no more tokens than this many batches."""
+
+WINDOWS: Final = ("sliding_window", "attention_window_size")
 
 TRAINING_LENGTH: Final = 65
 """Longest row of the training batch, whose states and gradients are sketched: long enough for a window or an angle that is wrong
@@ -44,7 +65,58 @@ def draw_batches(evidence: Evidence) -> tuple[StoredBatch, ...]:
     rows = [_row(space, f"row {index} of {seed}", length, index) for index, length in enumerate(_cut(lengths, space))]
     drawn += [_batch(side, *pad_rows(rows, side, space.pad_id)) for side in sorted(space.sides, reverse=True)]
     longest = min(TRAINING_LENGTH, evidence.longest, evidence.request.length + 1)
-    return (*drawn, _training(space, evidence.request.rows, seed, longest))
+    return (*drawn, _training(space, evidence.rows, seed, longest))
+
+
+def draw_uses(evidence: Evidence) -> tuple[StoredBatch, ...]:
+    """The batches of what users run beside a plain call, drawn from the checkpoint's files: every release draws the same.
+
+    One row alone, padded on each side that anybody pads on; two rows on those of them that the family does not declare;
+    one row past the sliding window. Nothing for a factory's own batch.
+
+    Args:
+        evidence: of the cell.
+    """
+    if evidence.loaded.batch is not None or not evidence.takes_ids:
+        return ()
+    space, seed = evidence.space, evidence.request.seed
+    rows = [_row(space, f"row {index} of {seed}", n, index) for index, n in enumerate(_cut(LENGTHS, space))]
+    used = _used_sides(evidence)
+    drawn = []
+    for side in used:
+        ids, mask = pad_rows(rows, side, space.pad_id)
+        drawn.append(_batch(f"{ALONE}-{side}", ids[1:], mask[1:]))
+        if side not in space.sides and space.max_rows > 1:
+            drawn.append(_batch(f"{PADDED}-{side}", ids, mask))
+    window = _window(evidence.subject.config)
+    most = min(evidence.longest, LARGEST_ROW * evidence.request.rows * evidence.request.length)
+    if window is not None and window + BEYOND <= most:
+        ids, mask = pad_rows([_row(space, f"long row of {seed}", window + BEYOND, 0)], "right", space.pad_id)
+        drawn.append(_batch(LONG, ids, mask))
+    return tuple(drawn)
+
+
+def _used_sides(evidence: Evidence) -> list[Side]:
+    """Left first, on which `generate` pads: the family's sides, the tokenizer's, and `generate`'s own."""
+    sides = set(evidence.space.sides)
+    if evidence.subject.task == "causal-lm" and evidence.family.causal:
+        sides.add("left")
+    path = evidence.subject.path
+    file = None if path is None else path / "tokenizer_config.json"
+    if file is not None and file.is_file():
+        told = read_json(file).get("padding_side")
+        sides |= {side for side in SIDES if side == told}
+    return [side for side in SIDES if side in sides]
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a layer with a sliding window looks back on, as the file says; None without one."""
+    for owner in (config, config.get("text_config") or {}):
+        sizes = [owner.get(key) for key in WINDOWS if owner.get("use_sliding_window", True) is not False]
+        found = next((size for size in sizes if isinstance(size, int) and size > 1), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _cut(lengths: Sequence[int], space: InputSpace) -> list[int]:

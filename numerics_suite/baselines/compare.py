@@ -11,7 +11,9 @@ import numpy as np
 
 from numerics_suite.baselines.contracts import ContractChange, contract_changes
 from numerics_suite.baselines.draws import ROUNDOFF, accumulation, two_draws
+from numerics_suite.baselines.fusing import Fusion, fused_parameters, together
 from numerics_suite.baselines.growth import Errors, compared, even, gradient_growth
+from numerics_suite.baselines.inlining import inlined
 from numerics_suite.baselines.matching import (
     CANCELLED,
     Matching,
@@ -22,13 +24,17 @@ from numerics_suite.baselines.matching import (
     worst,
 )
 from numerics_suite.baselines.placing import gradient_place, module_place
+from numerics_suite.baselines.tensors import TensorChange, tensor_changes
 from numerics_suite.baselines.training_change import CurveChange, curve_change, lost_curve
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.exact import AGREED
 
 if TYPE_CHECKING:
-    from numerics_suite.baselines.records import CellBaseline
+    from numerics_suite.baselines.records import AnswerRecord, CellBaseline, Sketch
     from numerics_suite.core.records import Cell
+
+USES = "use"
+"""How the names of uses begin among what could not be measured, and what the bits of all are called, with an s."""
 
 RECIPE_OPTIONS = {"seed": "--seed", "steps": "--steps", "optimizer": "--optimizer", "lr": "--lr"}
 
@@ -67,6 +73,10 @@ class Difference:
         contract: entries that changed, were removed or were added.
         vanished: what the old baseline holds and the new one does not: `check train.amp`, `answer right.logits`.
         gone: parts of the old program that the new one does not run or have: `module model.norm`, `gradient of lm_head.weight`.
+        tensors: parameters and buffers that are not what they were.
+        fused: parameters that were found by value, as parts of another or made of several.
+        inlined: modules that are no longer called, inside others that give the same.
+        unrecorded: what only one baseline holds since it has another schema.
     """
 
     old: Cell
@@ -90,6 +100,10 @@ class Difference:
     vanished: tuple[str, ...]
     gone: tuple[str, ...]
     gradient_errors: Errors | None = None
+    tensors: tuple[TensorChange, ...] = ()
+    fused: tuple[Fusion, ...] = ()
+    inlined: tuple[str, ...] = ()
+    unrecorded: tuple[str, ...] = ()
 
 
 def difference(old: CellBaseline, new: CellBaseline) -> Difference:
@@ -105,39 +119,54 @@ def difference(old: CellBaseline, new: CellBaseline) -> Difference:
     _refuse_other_question(old, new)
     modules = modules_matched(old.modules, new.modules)
     parameters = gradients_matched(old.gradients, new.gradients)
-    answers, lost_answers = _answers(old, new)
-    gradients = _gradients(old, new, parameters)
+    fused = fused_parameters(old, new, parameters)
+    within = inlined(old, new, modules, parameters, fused)
+    plain, lost_answers = _answers(old.answers, new.answers)
+    uses, unrecorded = _both_recorded(old, new)
+    used, lost_uses = _answers(old.use_answers, new.use_answers) if uses else ((), [])
+    gradients = _gradients(old, new, parameters, fused)
     loss = deviation(np.float64(old.true_loss), np.float64(new.true_loss), abs(old.true_loss))
     internal = [(i, j) for i, j in modules.pairs if _apart(old.modules[i].gave, new.modules[j].gave)]
     module = None
-    if not all(item.value <= AGREED for item in answers):
+    if not all(item.value <= AGREED for item in plain):
         module = module_place(old.modules, new.modules, modules)
     elif not loss <= AGREED:
         # Where the states of training part, a module is at fault, else the loss itself, which is none.
         module = module_place(old.modules, new.modules, modules, root=False)
+    elif not all(item.value <= AGREED for item in used):
+        module = _use_place(old, new, used) or module_place(old.modules, new.modules, modules, root=False)
     else:
         wrong = [item.name for item in gradients if not item.value <= AGREED]
         module = gradient_place(new.modules, wrong) if wrong else None
-    same_bits = old.bits.get("cell") == new.bits.get("cell")
+    bits = tuple(
+        part
+        for part in {**old.bits, **new.bits}
+        if part != "cell" and (uses or part != f"{USES}s") and old.bits.get(part) != new.bits.get(part)
+    )
+    # The digest of all says it, unless only one of the two covers uses.
+    same_bits = old.bits.get("cell") == new.bits.get("cell") if uses or not (old.uses or new.uses) else not bits
     environment = _changes(_flat_environment(old.environment), _flat_environment(new.environment))
     errors, local, unmeasured = _errors(old, new, modules, elsewhere=_elsewhere(environment), same_bits=same_bits)
     lost = [
         *(f"check {check}" for check in old.checks if check not in new.checks),
         *lost_answers,
+        *lost_uses,
         *unmeasured,
         *lost_curve(old.curve, new.curve),
-        *(f"{name} ({reason})" for name, reason in new.left_out.items() if name not in old.left_out),
+        *(
+            f"{name} ({reason})"
+            for name, reason in new.left_out.items()
+            if name not in old.left_out and (uses or not name.startswith(f"{USES} "))
+        ),
     ]
     return Difference(
         old=old.cell,
         new=new.cell,
-        bits=tuple(
-            part for part in {**old.bits, **new.bits} if part != "cell" and old.bits.get(part) != new.bits.get(part)
-        ),
+        bits=bits,
         same_bits=same_bits,
         environment=environment,
         subject=_changes(old.subject, new.subject, ("revision", "digest", "stored_dtype", "parameters", "model_class")),
-        answers=answers,
+        answers=(*plain, *used),
         loss=loss,
         losses=(old.true_loss, new.true_loss),
         gradients=gradients,
@@ -151,10 +180,14 @@ def difference(old: CellBaseline, new: CellBaseline) -> Difference:
         contract=contract_changes(old.contract, new.contract),
         vanished=tuple(dict.fromkeys(lost)),
         gone=(
-            *(f"module {name}" for name in modules.vanished),
-            *(f"gradient of {name}" for name in parameters.vanished),
+            *(f"module {name}" for name in modules.vanished if name not in within),
+            *(f"gradient of {name}" for name in parameters.vanished if not any(name in fusion.old for fusion in fused)),
         ),
         gradient_errors=None if same_bits else gradient_growth(old, new, parameters),
+        tensors=tensor_changes(old, new, parameters.renamed, fused),
+        fused=fused,
+        inlined=tuple(name for name in modules.vanished if name in within),
+        unrecorded=unrecorded,
     )
 
 
@@ -184,8 +217,8 @@ def _refuse_other_question(old: CellBaseline, new: CellBaseline) -> None:
 
 
 def _other_batches(old: CellBaseline, new: CellBaseline) -> str:
-    ours = {batch.name: batch.tensors for batch in old.batches}
-    theirs = {batch.name: batch.tensors for batch in new.batches}
+    ours = {batch.name: batch.tensors for batch in (*old.batches, *(old.uses if new.uses else ()))}
+    theirs = {batch.name: batch.tensors for batch in (*new.batches, *(new.uses if old.uses else ()))}
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         if name not in ours or name not in theirs:
             return f"'{name}' is only in the {'old' if name in ours else 'new'} one"
@@ -203,11 +236,30 @@ def _apart(old: Any, new: Any) -> bool:
     return old is not None and new is not None and not sketch_deviation(old, new) <= AGREED
 
 
-def _answers(old: CellBaseline, new: CellBaseline) -> tuple[tuple[Deviation, ...], list[str]]:
+def _both_recorded(old: CellBaseline, new: CellBaseline) -> tuple[bool, tuple[str, ...]]:
+    """Whether both hold uses, and what only one of them can be asked."""
+    lacks = []
+    for what, ours, theirs in (
+        ("paddings, decoding by generate, save and load, the router's loss", old.uses, new.uses),
+        ("the tensors themselves", old.tensors, new.tensors),
+    ):
+        if bool(ours) != bool(theirs):
+            lacks.append(f"{what}: the {'new' if ours else 'old'} baseline holds none; record it again")
+    return bool(old.uses and new.uses), tuple(lacks)
+
+
+def _use_place(old: CellBaseline, new: CellBaseline, used: Sequence[Deviation]) -> str | None:
+    """Where the uses part; nothing where only the router's loss did, which has no states of its own."""
+    if all(item.value <= AGREED or item.name.startswith("router.") for item in used):
+        return None
+    return module_place(old.use_modules, new.use_modules, modules_matched(old.use_modules, new.use_modules))
+
+
+def _answers(old: Sequence[AnswerRecord], new: Sequence[AnswerRecord]) -> tuple[tuple[Deviation, ...], list[str]]:
     """Deviation of each answer, and those that are no longer given."""
     found, lost = [], []
-    others = {answer.name: answer for answer in new.answers}
-    for answer in old.answers:
+    others = {answer.name: answer for answer in new}
+    for answer in old:
         other = others.get(answer.name)
         if other is None:
             lost.append(f"answer {answer.name}")
@@ -221,7 +273,9 @@ def _answers(old: CellBaseline, new: CellBaseline) -> tuple[tuple[Deviation, ...
     return tuple(found), lost
 
 
-def _gradients(old: CellBaseline, new: CellBaseline, parameters: Matching) -> tuple[Deviation, ...]:
+def _gradients(
+    old: CellBaseline, new: CellBaseline, parameters: Matching, fused: Sequence[Fusion]
+) -> tuple[Deviation, ...]:
     sizes = [record.gradient.rms for record in old.gradients]
     largest = max((size for size in sizes if math.isfinite(size)), default=0.0)
     found = []
@@ -230,7 +284,19 @@ def _gradients(old: CellBaseline, new: CellBaseline, parameters: Matching) -> tu
         # What cancels in both is zero but for the order of its sum; it has no size of its own.
         scale = largest if ours.rms <= CANCELLED * largest else ours.rms
         found.append(Deviation(name=new.gradients[j].name, value=sketch_deviation(ours, theirs, scale)))
+    before, now = ({record.name: record.gradient for record in side.gradients} for side in (old, new))
+    for fusion in fused:
+        if before.keys() >= set(fusion.old) and now.keys() >= set(fusion.new):
+            size, other = _size(fusion.old, before), _size(fusion.new, now)
+            scale = largest if size <= CANCELLED * largest else size
+            found.append(Deviation(name=fusion.new[0], value=deviation(np.float64(size), np.float64(other), scale)))
     return tuple(found)
+
+
+def _size(names: Sequence[str], gradients: Mapping[str, Sketch]) -> float:
+    """Root mean square of several gradients together, which is that of what they were fused into."""
+    whole = together(names, [gradients[name] for name in names])
+    return math.sqrt(whole.squares / whole.count)
 
 
 # --- precision ---------------------------------------------------------------------------------------------------------
@@ -246,6 +312,8 @@ def _errors(
     pairs, unmeasured = [], []
     for i, j in modules.pairs:
         ours, theirs = old.modules[i], new.modules[j]
+        if _apart(ours.gave, theirs.gave):
+            continue  # it gives something else (a router its logits, no longer its weights): the block around it counts
         if ours.local_error is not None and theirs.local_error is not None:
             pairs.append((ours, theirs))
         elif ours.local_error is not None:

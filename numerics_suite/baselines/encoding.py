@@ -19,6 +19,7 @@ from numerics_suite.baselines.records import (
     ModuleRecord,
     Sketch,
     StoredBatch,
+    TensorRecord,
 )
 from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell
@@ -82,6 +83,10 @@ def _cell(item: CellBaseline, parts: Parts, packer: Packer) -> dict[str, Any]:
         "modules": parts.put("modules", _modules(item.modules, parts, packer)),
         "local_errors": _local_errors(item, packer),
         "gradient_errors": _gradient_errors(item, packer),
+        "uses": parts.put("batches", [_batch(batch, packer) for batch in item.uses]),
+        "use_answers": parts.put("answers", [_answer(answer, packer) for answer in item.use_answers]),
+        "use_modules": parts.put("modules", _modules(item.use_modules, parts, packer)),
+        "tensors": parts.put("tensors", _tensors(item.tensors, parts, packer)),
     }
 
 
@@ -118,6 +123,12 @@ def _modules(records: Sequence[ModuleRecord], parts: Parts, packer: Packer) -> d
         "given": _sketches("given", [record.given for record in records if record.given is not None], packer),
         "gave": _sketches("gave", [record.gave for record in records if record.gave is not None], packer),
     }
+
+
+def _tensors(records: Sequence[TensorRecord], parts: Parts, packer: Packer) -> dict[str, Any]:
+    rows = [[record.name, record.dtype, list(record.values.shape), int(record.values.count)] for record in records]
+    sketches = [record.values for record in records]
+    return {"rows": parts.put("tensor_rows", rows), **_sketches("tensors", sketches, packer)}
 
 
 def _size(sketch: Sketch | None) -> list[Any]:
@@ -180,8 +191,8 @@ class Decoder:
         """
         return tuple(self._cell(node) for node in self.content.get("cells").items())
 
-    def _part(self, cell: Node, kind: str) -> Node:
-        return self.content.get("parts").get(kind).at(cell.get(kind).integer())
+    def _part(self, cell: Node, kind: str, key: str | None = None) -> Node:
+        return self.content.get("parts").get(kind).at(cell.get(key or kind).integer())
 
     def _array(self, node: Node, shape: tuple[int | None, ...] | None = None) -> NDArray[Any]:
         name = node.text()
@@ -231,6 +242,23 @@ class Decoder:
             contract=revived(self._part(node, "contract").object()),
             checks=self._part(node, "checks").texts(),
             left_out=node.get("left_out").text_table(),
+            **(self._since_2(node) if self.content.get("schema_version").integer() > 1 else {}),
+        )
+
+    def _since_2(self, node: Node) -> dict[str, Any]:
+        return {
+            "uses": tuple(self._batch(batch) for batch in self._part(node, "batches", "uses").items()),
+            "use_answers": tuple(self._answer(each) for each in self._part(node, "answers", "use_answers").items()),
+            "use_modules": self._modules(self._part(node, "modules", "use_modules")),
+            "tensors": self._tensors(self._part(node, "tensors")),
+        }
+
+    def _tensors(self, node: Node) -> tuple[TensorRecord, ...]:
+        rows = list(self._part(node, "tensor_rows", "rows").items())
+        found = self._sketches(node, [(row.at(2).shape() or (), row.at(3).integer()) for row in rows])
+        return tuple(
+            TensorRecord(name=row.at(0).text(), dtype=row.at(1).text(), values=values)
+            for row, values in zip(rows, found, strict=True)
         )
 
     def _batch(self, node: Node) -> StoredBatch:
@@ -257,7 +285,7 @@ class Decoder:
         )
 
     def _gradients(self, node: Node, own: Node) -> tuple[GradientRecord, ...]:
-        rows = list(self.content.get("parts").get("gradient_rows").at(node.get("rows").integer()).items())
+        rows = list(self._part(node, "gradient_rows", "rows").items())
         sizes = [(row.at(1).shape() or (), row.at(2).integer()) for row in rows]
         found = self._sketches(node, sizes)
         errors = self._floats(own, len(rows))
@@ -268,10 +296,10 @@ class Decoder:
             for index, row in enumerate(rows)
         )
 
-    def _modules(self, node: Node, local: Node) -> tuple[ModuleRecord, ...]:
-        rows = list(self.content.get("parts").get("module_rows").at(node.get("rows").integer()).items())
-        errors = self._floats(local.get("errors"), len(rows))
-        counts = self._array(local.get("counts"), (len(rows),))
+    def _modules(self, node: Node, local: Node | None = None) -> tuple[ModuleRecord, ...]:
+        rows = list(self._part(node, "module_rows", "rows").items())
+        errors = np.zeros(len(rows)) if local is None else self._floats(local.get("errors"), len(rows))
+        counts = np.full(len(rows), -1) if local is None else self._array(local.get("counts"), (len(rows),))
         states = {}
         for name, first in (("given", 2), ("gave", 4)):
             sizes = [(row.at(first).shape(), row.at(first + 1).integer()) for row in rows]

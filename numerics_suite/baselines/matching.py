@@ -98,6 +98,7 @@ def matched(old: Sequence[Item], new: Sequence[Item]) -> Matching:
     left_new = [index for index in range(len(new)) if index not in taken_new]
     aligned = _aligned([old[i] for i in left_old], [new[j] for j in left_new])
     others = [(left_old[i], left_new[j]) for i, j in aligned]
+    others += _below_renamed(old, new, others, (left_old, left_new))
     partner_old, partner_new = {i for i, _ in others}, {j for _, j in others}
     alone = [old[index] for index in left_old if index not in partner_old]
     gone = [item for item in alone if not _given_elsewhere(item, new)]
@@ -108,6 +109,22 @@ def matched(old: Sequence[Item], new: Sequence[Item]) -> Matching:
         vanished=tuple(item.name for item in gone),
         appeared=tuple(new[index].name for index in left_new if index not in partner_new),
     )
+
+
+def _below_renamed(
+    old: Sequence[Item], new: Sequence[Item], pairs: Sequence[tuple[int, int]], left: tuple[list[int], list[int]]
+) -> list[tuple[int, int]]:
+    """What has the same name and shape within a module that was renamed, whatever it is and gives."""
+    taken_old, taken_new = {i for i, _ in pairs}, {j for _, j in pairs}
+    names = {old[i].name: new[j].name for i, j in pairs}
+    place = {new[j].name: j for j in left[1] if j not in taken_new}
+    found = []
+    for i in left[0]:
+        outer, _, name = old[i].name.rpartition(".")
+        j = place.get(f"{names[outer]}.{name}") if i not in taken_old and outer in names else None
+        if j is not None and old[i].shape == new[j].shape:
+            found.append((i, j))
+    return found
 
 
 def _given_elsewhere(item: Item, new: Sequence[Item]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from numerics_suite.baselines import bits
-from numerics_suite.baselines.batches import draw_batches, tensors_of, training_of
+from numerics_suite.baselines.batches import draw_batches, draw_uses, tensors_of, training_of
 from numerics_suite.baselines.contract import contract
 from numerics_suite.baselines.curve import training_curve
 from numerics_suite.baselines.draws import ROUNDOFF
@@ -22,7 +22,9 @@ from numerics_suite.baselines.head import head_by_formula, head_statistics
 from numerics_suite.baselines.precision import Seen, errors, gradient_errors, module_errors, run_cell
 from numerics_suite.baselines.records import CellBaseline, Curve, ModuleRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher
-from numerics_suite.baselines.trace import Trace, answer_records, trace
+from numerics_suite.baselines.tensors import tensor_records
+from numerics_suite.baselines.trace import ModuleTrace, Trace, answer_record, answer_records, trace
+from numerics_suite.baselines.uses import BITS, Uses, run_uses
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.kinds import kind_of
 from numerics_suite.engine import lifting
@@ -39,7 +41,10 @@ NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent"
 
 
 def measure_cell(
-    evidence: Evidence, batches: Sequence[StoredBatch] | None = None, checks: Sequence[str] = ()
+    evidence: Evidence,
+    batches: Sequence[StoredBatch] | None = None,
+    checks: Sequence[str] = (),
+    uses: Sequence[StoredBatch] = (),
 ) -> CellBaseline:
     """Everything that a baseline holds of the cell.
 
@@ -47,23 +52,29 @@ def measure_cell(
         evidence: of the cell; its model is left as it was.
         batches: those of an earlier baseline, used as they are; None draws them by formula.
         checks: ids of the checks that apply to the cell.
+        uses: those of the earlier baseline; drawn where `batches` are.
 
     Raises:
         NotApplicableError: a plain module without a batch of its own.
     """
     # What a release says of deprecated names is measured as its contract.
     with quiet_transformers() if "transformers" in sys.modules else nullcontext():
-        return _measure(evidence, batches, checks)
+        return _measure(evidence, batches, checks, uses)
 
 
-def _measure(evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: Sequence[str]) -> CellBaseline:
+def _measure(
+    evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: Sequence[str], uses: Sequence[StoredBatch]
+) -> CellBaseline:
     used = tuple(draw_batches(evidence) if batches is None else batches)
+    asked = tuple(draw_uses(evidence) if batches is None else uses)
     drawn_head = head_statistics(evidence)
     left_out: dict[str, str] = {}
     error, inherent, count = math.nan, math.nan, 0
     # Releases from 5.2 on leave hooks in a model that was asked for its hidden states.
     with lifting.preserved(evidence.model), head_by_formula(evidence):
+        tensors = tensor_records(evidence.model)
         found = _true_runs(evidence, used)
+        beside = Uses() if found.left_out else run_uses(evidence, asked, used)
         seen = run_cell(evidence, used, found, left_out)
         local = module_errors(evidence, used, left_out)
         curve = training_curve(evidence, tensors_of(training_of(used), evidence), found)
@@ -78,16 +89,20 @@ def _measure(evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: 
     return _record(
         evidence,
         found,
-        seen,
+        replace(seen, bits={**seen.bits, **({BITS: beside.bits} if beside.bits else {})}),
         batches=used,
-        modules=_modules(evidence.model, found, local, evidence.cell.precision),
+        modules=_modules(evidence.model, found.modules, local, evidence.cell.precision),
+        uses=asked,
+        use_answers=tuple(answer_record(name, answer) for name, answer in beside.answers.items()),
+        use_modules=_modules(evidence.model, beside.modules, {}, evidence.cell.precision),
+        tensors=tensors,
         error=error,
         inherent=inherent,
         error_count=count,
         curve=curve,
         contract=relied_on,
         checks=tuple(checks),
-        left_out=dict(sorted(left_out.items())),
+        left_out=dict(sorted({**left_out, **beside.left_out}.items())),
     )
 
 
@@ -127,13 +142,13 @@ def _record(
 
 
 def _modules(
-    model: nn.Module, found: Trace, local: Mapping[str, LocalError], precision: str
+    model: nn.Module, found: Mapping[str, ModuleTrace], local: Mapping[str, LocalError], precision: str
 ) -> tuple[ModuleRecord, ...]:
     """Records of all modules; one unit for their errors, whatever dtype a module computes in, or a lower one would hide."""
     roundoff = ROUNDOFF[precision]
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     records = []
-    for name, states in found.modules.items():
+    for name, states in found.items():
         error = local.get(name)
         record = ModuleRecord(
             name=name,

@@ -27,10 +27,18 @@ def module_place(
     apart = [(old[i], new[j]) for i, j in pairs if _differ(old[i].gave, new[j].gave)]
     agreed = (theirs.name for ours, theirs in apart if not _differ(ours.given, theirs.given))
     place = next(agreed, apart[0][1].name if apart else None)
-    if place == "":
+    shells = _shells(new)
+    if place in shells:
         # The model's own code, behind the last module that it calls: a person finds it by that one.
-        return next((module.name for module in reversed(new) if module.name), None)
+        return next((module.name for module in reversed(new) if module.name not in shells), None)
     return place
+
+
+def _shells(modules: Sequence[ModuleRecord]) -> set[str]:
+    """The model itself, and a model that it does nothing but hold: whatever differs, differs in them too."""
+    names = [module.name for module in modules if module.name]
+    around = {outer for name in names for outer in [name.rpartition(".")[0]] if outer in names}
+    return {"", *(name for name in around if all(other == name or other.startswith(f"{name}.") for other in names))}
 
 
 def gradient_place(modules: Sequence[ModuleRecord], parameters: Sequence[str]) -> str | None:

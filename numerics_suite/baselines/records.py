@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     Floats: TypeAlias = NDArray[np.float64]
     Ids: TypeAlias = NDArray[np.int64]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Since 2 a baseline holds what users run beside a plain call, and the model's tensors."""
+
+OLDEST_SCHEMA = 1
+"""The oldest that is read; what it lacks is not compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,6 +111,21 @@ class GradientRecord:
     error: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorRecord:
+    """One parameter or buffer as it is held.
+
+    Attributes:
+        name: dotted.
+        dtype: `bfloat16`.
+        values: its sketch.
+    """
+
+    name: str
+    dtype: str
+    values: Sketch
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
     """Training on the stored batch: in the cell's precision and in true fp64.
@@ -146,13 +165,17 @@ class CellBaseline:
         inherent: the same of the rounded run (every op perfect and rounded once); NaN where it was not measured.
         error_count: numbers that are free in it.
         bits: SHA-256 of `logits`, `loss`, `gradients`, `decoding`, `curve` in the cell's precision and in true fp64, and of all of them
-            as `cell`.
+            as `cell`; `uses` where there are any.
         headroom_bits: least headroom of any module, and `headroom_module` where.
         headroom_module: see above.
         curve: training.
         contract: JSON: what a caller relies on.
         checks: ids of the checks that applied to the cell.
         left_out: what could not be measured, with the reason, by the name of the part.
+        uses: batches of what users run beside a plain call; none for a factory's own batch, and before schema 2.
+        use_answers: the true fp64 answers of these.
+        use_modules: states around the modules over all uses, without errors of their own.
+        tensors: parameters, then buffers; none before schema 2.
     """
 
     cell: Cell
@@ -174,6 +197,10 @@ class CellBaseline:
     contract: Mapping[str, Any]
     checks: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    uses: tuple[StoredBatch, ...] = ()
+    use_answers: tuple[AnswerRecord, ...] = ()
+    use_modules: tuple[ModuleRecord, ...] = ()
+    tensors: tuple[TensorRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from numerics_suite.baselines.reading import Node
-from numerics_suite.baselines.records import SCHEMA_VERSION, CellBaseline
+from numerics_suite.baselines.records import OLDEST_SCHEMA, SCHEMA_VERSION, CellBaseline
 from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.json_text import parse_json
 from numerics_suite.core.records import Cell
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ def _parsed(text: bytes, file: Path) -> Any:
         BadInputError: torn, foreign, or of another schema.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         message = f"{file}: not valid JSON{where}: torn or edited; restore it from git, or delete it and record again"
         raise BadInputError(message) from None
@@ -177,9 +178,9 @@ def _parsed(text: bytes, file: Path) -> Any:
             "upgrade numerics-suite"
         )
         raise BadInputError(message)
-    if version < SCHEMA_VERSION:
+    if version < OLDEST_SCHEMA:
         message = (
-            f"{file}: schema_version {version} is older than the {SCHEMA_VERSION} that this release reads; "
+            f"{file}: schema_version {version} is older than the {OLDEST_SCHEMA} that this release reads; "
             "delete it and record again"
         )
         raise BadInputError(message)

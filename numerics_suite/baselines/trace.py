@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -97,7 +97,7 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
                 tensors if trains else evidence.inputs_in(tensors),
                 gradients=trains and not no_gradients,
                 stream=stream,
-                call=_watched(in_training(call), tensors, modules),
+                call=watched(in_training(call), tensors, modules),
                 on_gradient=take,
             )
         left_out.update(dict.fromkeys(run.left_out))
@@ -163,7 +163,7 @@ def _decoded(
         def piece(part: Mapping[str, Any], **words: Any) -> Any:
             width = part["input_ids"].shape[1]
             own = {**part, "attention_mask": part["attention_mask"][:, -width:]}
-            return _watched(lambda inner, _: call_model(inner, part, **words), own, modules)(model, part)
+            return watched(lambda inner, _: call_model(inner, part, **words), own, modules)(model, part)
 
         return {DECODING: decoded(piece, given, model)}
 
@@ -202,14 +202,20 @@ def answer_records(found: Trace, batches: Sequence[StoredBatch]) -> tuple[Answer
     training = training_of(batches) if len(batches) > 1 else None
     records = []
     for name, answer in found.answers.items():
-        if training is not None and name.startswith(f"{training.name}."):
-            continue
-        values, whole, top_values, top_ids = condensed(answer)
-        record = AnswerRecord(
-            name=name, values=values, whole=whole, top_values=top_values, top_ids=top_ids, rms=rms(answer)
-        )
-        records.append(record)
+        if training is None or not name.startswith(f"{training.name}."):
+            records.append(answer_record(name, answer))
     return tuple(records)
+
+
+def answer_record(name: str, answer: Tensor) -> AnswerRecord:
+    """An answer as it is stored.
+
+    Args:
+        name: `BATCH.OUTPUT`.
+        answer: `[tokens, width]` float64.
+    """
+    values, whole, top_values, top_ids = condensed(answer)
+    return AnswerRecord(name=name, values=values, whole=whole, top_values=top_values, top_ids=top_ids, rms=rms(answer))
 
 
 def trace_call(evidence: Evidence, *, loss: bool) -> Caller:
@@ -262,39 +268,67 @@ def _rows(value: Tensor, real: Tensor | None) -> Tensor:
 # --- states --------------------------------------------------------------------------------------------------------
 
 
-def _watched(call: Caller, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]) -> Caller:
-    """The call with every module's states sketched; only going forward, not where blocks run again for gradients."""
-    real = real_tokens(tensors)
+def watched(call: Caller, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]) -> Caller:
+    """The call with every module's states sketched; only going forward, not where blocks run again for gradients.
 
-    def before(value: Any) -> Tensor | None:
+    Args:
+        call: calls the model.
+        tensors: of the batch, which say where its real tokens are.
+        modules: gets the states.
+    """
+    real = _token_grids(tensors)
+
+    def before(value: Any) -> tuple[Tensor | None, bool]:
         args, kwargs = value
         # A state by name first: what else stands beside it differs between releases.
-        return _state((args, kwargs.get("hidden_states"), kwargs), real, copy=True)
+        given = (args, kwargs.get("hidden_states"), kwargs)
+        state = _state(given, real, copy=True)
+        # A dropout's scores have no rows of tokens; unseen, they would make the dropout look like the beginning.
+        return (state, True) if state is not None else (_table(given, copy=True), False)
 
-    def after(name: str, given: Tensor | None, output: Any) -> None:
+    def after(name: str, taken: tuple[Tensor | None, bool], output: Any) -> None:
+        given, by_token = taken
         gave = _state(output, real, root=not name)
         with _disable_current_modes(), torch.no_grad():
             states = modules.setdefault(name, ModuleTrace())
             if given is not None:
                 states.given.add(given)
-            if gave is None and given is None:
-                gave = _table(output)  # made of nothing that has tokens
+            if gave is None and not by_token:
+                gave = _table(output)
             if gave is not None:
                 states.gave.add(gave)
 
-    def watched(model: nn.Module, given: Mapping[str, Any]) -> object:
+    def watching(model: nn.Module, given: Mapping[str, Any]) -> object:
         with watched_calls(model, before, after):
             return call(model, given)
 
-    return watched
+    return watching
 
 
-def _state(value: Any, real: Tensor | None, *, root: bool = False, copy: bool = False) -> Tensor | None:
+def _token_grids(tensors: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Where real tokens are, `[batch, sequence]` each: those of the batch, and a decoder's own of another length."""
+    found = [grid for grid in [real_tokens(tensors)] if grid is not None]
+    mask, ids = tensors.get("decoder_attention_mask"), tensors.get("decoder_input_ids", tensors.get("labels"))
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        found.append(mask.bool().cpu())
+    elif isinstance(ids, Tensor) and ids.dim() == 2:
+        found.append(torch.ones(ids.shape, dtype=torch.bool))
+    return tuple(found)
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """Every floating tensor of more than one dimension in it."""
+    for leaf in tree_leaves(value if not hasattr(value, "to_tuple") else value.to_tuple()):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
+            yield leaf
+
+
+def _state(value: Any, real: Sequence[Tensor], *, root: bool = False, copy: bool = False) -> Tensor | None:
     """The rows at real tokens of the first floating tensor that has tokens; without tokens, or of rows alone, all of it.
 
     Args:
         value: what went in or came out.
-        real: `[batch, sequence]`, None for a batch without tokens.
+        real: `[batch, sequence]` each, none for a batch without tokens.
         root: the model itself, whose loss is not its state.
         copy: an op in place may change it later.
     """
@@ -302,18 +336,21 @@ def _state(value: Any, real: Tensor | None, *, root: bool = False, copy: bool = 
         found = floating_outputs(value)
         value = main_output(found)[1] if found else None
     with _disable_current_modes(), torch.no_grad():
-        for leaf in tree_leaves(value if not hasattr(value, "to_tuple") else value.to_tuple()):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
-                rows = _picked(leaf.detach(), real)
+        for leaf in _floats(value):
+            for grid in real or (None,):
+                rows = _picked(leaf.detach(), grid)
                 if rows is not None:
                     return rows.clone() if copy else rows
     return None
 
 
-def _table(output: Any) -> Tensor | None:
-    """The first floating tensor, all of it: what a module makes of no state, such as a rotary table, holds no padding."""
-    leaves = tree_leaves(output) if not hasattr(output, "to_tuple") else []
-    return next((x.detach() for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1), None)
+def _table(value: Any, *, copy: bool = False) -> Tensor | None:
+    """The first floating tensor, all of it: a rotary table, scores, or what a layout of its own holds."""
+    if hasattr(value, "to_tuple"):
+        return None
+    with _disable_current_modes(), torch.no_grad():
+        found = next((leaf.detach() for leaf in _floats(value)), None)
+        return found.clone() if copy and found is not None else found
 
 
 def _picked(leaf: Tensor, real: Tensor | None) -> Tensor | None:

@@ -13,7 +13,14 @@ from numerics_suite.cli.matrix import (
     jobs_of,
     telling_what_is_kept,
 )
-from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
+from numerics_suite.cli.output import (
+    deliver,
+    for_people,
+    refuse_undeliverable,
+    refuse_unwritable,
+    unfinished_answer,
+    write_json,
+)
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -22,9 +29,9 @@ from numerics_suite.settings.tree import COMMAND_LINE, DESTINATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import IO
 
     from numerics_suite.core.versions import BisectResult
+    from numerics_suite.reporting.bisect import BisectTerminal
     from numerics_suite.settings.tree import Settings
     from numerics_suite.versions.candidates import Candidate
     from numerics_suite.versions.kept import Kept
@@ -120,7 +127,7 @@ def _refuse_contradictions(own: Mapping[str, Any], subjects: Sequence[str]) -> N
 def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.core.machine import core_count
     from numerics_suite.core.numbers import revived
-    from numerics_suite.reporting.bisect import bisect_to_json
+    from numerics_suite.reporting.bisect import BisectTerminal, bisect_to_json
     from numerics_suite.reporting.documents import BisectFile, Documents
     from numerics_suite.versions.asked import know
     from numerics_suite.versions.extensions import without_extensions
@@ -129,22 +136,24 @@ def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.versions.matrix import Plan
 
     settings = without_extensions(settings)
-    baseline = baseline_of(settings)
     prepared = for_a_cell(settings)
     what, candidates, note = _candidates(settings.subjects[0], own)
     in_hub = candidates[-1].subject if candidates[-1].exported is None else None
     known = know(in_hub or prepared.subjects[0], *settings.names[:1], allow_pickle=settings.allow_pickle)
+    baseline = baseline_of(settings, [known.name])
     jobs = jobs_of(own["jobs"], known.weight_bytes)
     threads = max(1, core_count() // min(jobs, 2))
     plan = Plan(
         settings=prepared, known=(known,), cells=(), cwd=Path.cwd(), threads=threads, baseline=baseline, record=False
     )
     kept = Kept(Path(own["out"] or OUT))
-    with for_people(settings) as stream:
-        found = _search(plan, what, candidates, kept, stream, note=note, jobs=jobs, settings=settings, own=own)
+    unanswered = unfinished_answer(settings.json, "bisect", last_good=None, first_bad=None, tested=[], finding=None)
+    with for_people(settings) as stream, unanswered as offer:
+        terminal = BisectTerminal(stream=stream, quiet=settings.quiet, on_steps=lambda steps: offer(tested=steps))
+        found = _search(plan, what, candidates, kept, terminal, note=note, jobs=jobs, settings=settings, own=own)
     content = bisect_to_json(found)
     if settings.json:
-        write_json(settings.json, content)
+        write_json(settings.json, content, 0)
     documents = Documents(bisections=(BisectFile(content=revived(content), finding=found.finding),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
     return 0
@@ -155,7 +164,7 @@ def _search(  # noqa: PLR0913 - keywords
     what: str,
     candidates: Sequence[Candidate],
     kept: Kept,
-    stream: IO[str],
+    terminal: BisectTerminal,
     *,
     note: str,
     jobs: int,
@@ -164,16 +173,14 @@ def _search(  # noqa: PLR0913 - keywords
 ) -> BisectResult:
     from dataclasses import replace
 
-    from numerics_suite.reporting.bisect import BisectTerminal
     from numerics_suite.versions.bisect import Bisection
     from numerics_suite.versions.extensions import left_out_notes
-    from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
+    from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments
 
-    terminal = BisectTerminal(stream=stream, quiet=settings.quiet)
     terminal.begin(what, [candidate.label for candidate in candidates], note)
     processes = Jobs()
-    with sigterm_interrupts(), kept, telling_what_is_kept(terminal, kept):
+    with kept, telling_what_is_kept(terminal, kept):
         bisection = Bisection(
             plan=plan,
             candidates=candidates,

@@ -6,7 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
+from numerics_suite.cli.output import (
+    deliver,
+    for_people,
+    refuse_undeliverable,
+    refuse_unwritable,
+    unfinished_answer,
+    write_json,
+)
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
@@ -88,7 +95,7 @@ def _list(settings: Settings) -> int:
         rows = plan_rows(settings)
         Terminal(stream=stream, quiet=False).plan(rows)
     if settings.json:
-        write_json(settings.json, plan_to_json(rows))
+        write_json(settings.json, plan_to_json(rows), 0)
     return 0
 
 
@@ -101,16 +108,23 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
     with for_people(settings) as stream:
         terminal = Terminal(stream=stream, quiet=settings.quiet)
         try:
-            result = run_check(settings, terminal)
+            with unfinished_answer(settings.json, "check", checks=[]):
+                result = run_check(settings, terminal, asks_index=other_versions)
         finally:
             terminal.stop()
-        if other_versions:
-            result = _with_other_versions(result, settings, terminal)
-        if settings.data is not None:
-            result = _rehearsed(result, settings, terminal)
+        try:
+            if other_versions and result.complete:
+                result = _with_other_versions(result, settings, terminal)
+            if settings.data is not None and result.complete:
+                result = _rehearsed(result, settings, terminal)
+        except KeyboardInterrupt:
+            note = "interrupted after the checks, while remedies or rehearsals were tried"
+            result = replace(result, complete=False, verdict="error", exit_status=2, notes=(*result.notes, note))
         terminal.rehearsals(result.rehearsals)
+        if settings.json and settings.json != "-":
+            write_json(settings.json, to_json(result))  # first: whoever stops the run may not wait for the rest
         terminal.summary(result)
-    if settings.json:
+    if settings.json == "-":
         write_json(settings.json, to_json(result))
     documents = Documents(runs=(Run(label="check", result=result),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
@@ -119,13 +133,13 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
 
 def _with_other_versions(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
     """The result with the remedies that are another release tried."""
-    from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
+    from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import in_environments
     from numerics_suite.versions.remedying import try_versions
 
     processes = Jobs()
-    with sigterm_interrupts(), Kept(Path(TRIED), "--try-versions") as kept:
+    with Kept(Path(TRIED), "--try-versions") as kept:
         try:
             return try_versions(result, settings, kept, in_environments(processes), terminal.say)
         finally:

@@ -78,14 +78,15 @@ def run(arguments: Sequence[str]) -> int:
 
     old, new = (Path(folder) for folder in given.folders)
     found = compare_baselines(load(old), load(new), pairs)
+    status = int(any(item.kind in FAILING for item in found))
     if given.json != "-":
         _print(found, old=str(old), new=str(new), quiet=given.quiet)
     content = comparison_to_json(found, old=str(old), new=str(new))
     if given.json:
-        write_json(given.json, content)
+        write_json(given.json, content, status)
     documents = Documents(comparisons=(ComparisonFile(content=revived(content)),))
     deliver(documents, report, silent=given.quiet or given.json == "-")
-    return int(any(item.kind in FAILING for item in found))
+    return status
 
 
 def _print(found: Sequence[Comparison], *, old: str, new: str, quiet: bool) -> None:

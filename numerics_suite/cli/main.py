@@ -6,9 +6,13 @@ import importlib
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from numerics_suite.cli.parser import HelpShown
+from numerics_suite.cli.supervisor import SUPERVISED, supervised
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError, nearest
+from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.switch import switch_kept
 
 if TYPE_CHECKING:
@@ -57,19 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     Args:
         arguments: what follows the program's name; None for the process's own.
     """
+    _tolerate()
     try:
-        with switch_kept():
-            status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
-    except SystemExit as ending:  # argparse's, after --help
-        return ending.code if isinstance(ending.code, int) else 0
-    except KeyboardInterrupt:
-        return _end(INTERRUPTED, "interrupted")
-    except BrokenPipeError:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with switch_kept(), interruptible() if given[:1] != ["watch"] else nullcontext():
+            status = _dispatch(given)
+        _flush()
+    except HelpShown:
+        return 0
+    except SystemExit as ending:
+        return _end(INTERNAL, f"internal error: code that the command ran called sys.exit({ending.code!r})")
+    except BrokenPipeError:  # of help or a list
         from numerics_suite.reporting.streams import abandon
 
         abandon(sys.stdout)
         return 0
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, "interrupted")
     except BadInputError as error:
         return _end(BAD_INPUT, f"error: {error}")
     except NumericsSuiteError as error:
@@ -79,6 +87,35 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     except Exception as error:  # noqa: BLE001 - the last resort of the process
         return _end(INTERNAL, f"internal error: {type(error).__name__}: {error}")
     return status
+
+
+def entry() -> int:
+    """The program itself: one command, with a process that watches over those that run models."""
+    given = sys.argv[1:]
+    if given[:1] != ["watch"]:
+        os.environ.setdefault(
+            "PYTHONSAFEPATH", "1"
+        )  # a worker that begins in a stranger's folder imports nothing from it
+    if given[:1] and given[0] in SUPERVISED and not {"-h", "--help"} & set(given):
+        return supervised(given, main)
+    return main(given)
+
+
+def _tolerate() -> None:
+    """Let streams that cannot say a letter show its code: a `×` in a help text ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if "utf" not in str(getattr(stream, "encoding", "")).lower() and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> None:
+    """See that what was printed reached its reader; one that is gone changes no verdict."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        from numerics_suite.reporting.streams import abandon
+
+        abandon(sys.stdout)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -99,6 +136,11 @@ def _dispatch(arguments: list[str]) -> int:
         hint = nearest(command, (*COMMANDS, "--help", "--version"))
         message = f"unknown {kind} '{command}'{hint or ' (see numerics-suite --help)'}"
         raise BadInputError(message)
+    try:
+        os.getcwd()  # noqa: PTH109 - pathlib says no more
+    except FileNotFoundError:
+        message = "the folder that this command runs in is gone; change to one that exists"
+        raise BadInputError(message) from None
     module = importlib.import_module(f"numerics_suite.cli.{command}")
     return int(module.run(rest))
 
@@ -111,7 +153,9 @@ def _end(status: int, text: str) -> int:
     """One line on standard error, and the traceback for whoever asked for it."""
     if os.environ.get("NUMERICS_SUITE_DEBUG") == "1":
         traceback.print_exc()
-    line = " ".join(text.split())
+    from numerics_suite.reporting.lines import harmless
+
+    line = harmless(" ".join(text.split()))
     try:
         sys.stderr.write(f"numerics-suite: {line}\n")
         sys.stderr.flush()

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import deliver, for_people, refuse_undeliverable, refuse_unwritable, write_json
+from numerics_suite.cli.output import (
+    deliver,
+    for_people,
+    refuse_undeliverable,
+    refuse_unwritable,
+    unfinished_answer,
+    write_json,
+)
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
@@ -15,7 +22,7 @@ from numerics_suite.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numerics_suite.reporting.terminal import Terminal
     from numerics_suite.settings.tree import Settings
@@ -116,7 +123,7 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
         refuse_without_ray()
     settings = without_extensions(settings)
     known = know_all(settings)
-    baseline = baseline_of(settings)
+    baseline = baseline_of(settings, [one.name for one in known])
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
     versions = resolve_all(own["transformers"], own["torch"], own["python"], pre=own["pre"])
     threads = max(1, core_count() // jobs)
@@ -126,9 +133,10 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
         if settings.list_only:
             status, content = _list(plan, kept, stream)
         else:
-            status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"])
+            with unfinished_answer(settings.json, "matrix", cells=[]) as offer:
+                status, content = _run(settings, plan, kept, stream, jobs=jobs, ray=own["ray"], offer=offer)
     if settings.json:
-        write_json(settings.json, content)
+        write_json(settings.json, content, status)
     if not settings.list_only:
         _deliver(settings, kept.folder)
     return status
@@ -152,16 +160,23 @@ def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]
 
 
 def _run(  # noqa: PLR0913 - keywords
-    settings: Settings, plan: Plan, kept: Kept, stream: IO[str], *, jobs: int, ray: str | None
+    settings: Settings,
+    plan: Plan,
+    kept: Kept,
+    stream: IO[str],
+    *,
+    jobs: int,
+    ray: str | None,
+    offer: Callable[..., None],
 ) -> tuple[int, dict[str, Any]]:
     from numerics_suite.core.atomic import write_atomic
     from numerics_suite.reporting.matrix import KEPT, MatrixTerminal, kept_json, matrix_to_json
     from numerics_suite.reporting.results import dump
-    from numerics_suite.versions.jobs import Jobs, sigterm_interrupts
+    from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments, run_matrix
 
-    terminal = MatrixTerminal(stream=stream, quiet=settings.quiet)
-    with sigterm_interrupts(), kept, telling_what_is_kept(terminal, kept):
+    terminal = MatrixTerminal(stream=stream, quiet=settings.quiet, on_cells=lambda cells: offer(cells=cells))
+    with kept, telling_what_is_kept(terminal, kept):
         if ray:
             from numerics_suite.versions.spreading import Cluster
 
@@ -218,16 +233,23 @@ def jobs_of(text: str | None, weight_bytes: int) -> int:
         raise BadInputError(message) from None
 
 
-def baseline_of(settings: Settings) -> Path | None:
-    """The folder of baselines that `check` would be held to here, seen to be one.
+def baseline_of(settings: Settings, subjects: Sequence[str]) -> Path | None:
+    """The folder of baselines that `check` would be held to here, seen to be one that speaks of a subject.
 
     Args:
         settings: of the command.
+        subjects: names.
 
     Raises:
-        BadInputError: it holds none.
+        BadInputError: it holds none, or was named and holds those of other subjects alone: each environment would refuse it.
     """
     from numerics_suite.suite.held_to import baselines_of
 
     found = baselines_of(settings)
-    return None if found is None else found.folder
+    if found is None:
+        return None
+    there = sorted({cell.subject for cell in found})
+    if settings.baseline is not None and not set(there) & set(subjects):
+        message = f"--baseline {settings.baseline}: it holds {', '.join(there)}, and nothing of {', '.join(subjects)}"
+        raise BadInputError(message)
+    return found.folder

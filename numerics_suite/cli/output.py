@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numerics_suite.reporting.documents import Documents
     from numerics_suite.settings.tree import Settings
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def say(line: str) -> None:
     """One line of the answer, on standard output."""
-    sys.stdout.write(f"{line}\n")
+    try:
+        sys.stdout.write(f"{line}\n")
+    except BrokenPipeError:
+        from numerics_suite.reporting.streams import abandon
+
+        abandon(sys.stdout)
 
 
 def refuse_unwritable(target: str | None) -> None:
@@ -35,12 +40,17 @@ def refuse_unwritable(target: str | None) -> None:
         ensure_writable(Path(target), "--json")
 
 
-def write_json(target: str, content: Mapping[str, Any]) -> None:
-    """The answer as JSON.
+VERDICTS = {0: "pass", 1: "fail"}
+"""Of the exit statuses; any other is an `error`."""
+
+
+def write_json(target: str, content: Mapping[str, Any], status: int | None = None) -> None:
+    """The answer as JSON, with `complete` and `verdict` where the command's own document has none.
 
     Args:
         target: a path, or `-` for standard output.
         content: no number in it that is not finite.
+        status: the exit status of the command, None for a document that says it already.
 
     Raises:
         BadInputError: it cannot be written.
@@ -49,6 +59,8 @@ def write_json(target: str, content: Mapping[str, Any]) -> None:
     from numerics_suite.core.errors import BadInputError
     from numerics_suite.reporting.results import dump
 
+    if status is not None:
+        content = {"complete": True, "verdict": VERDICTS.get(status, "error"), **content}
     if target != "-":
         write_atomic(Path(target), dump(content), "--json")
         return
@@ -59,8 +71,42 @@ def write_json(target: str, content: Mapping[str, Any]) -> None:
         from numerics_suite.reporting.streams import abandon
 
         abandon(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return  # its reader has seen enough; the verdict is in the exit status
         message = f"--json: cannot write to standard output: {error.strerror}"
         raise BadInputError(message) from None
+
+
+@contextmanager
+def unfinished_answer(target: str | None, command: str, **content: Any) -> Iterator[Callable[..., None]]:
+    """A document that says that the command has not come to its end, for as long as it runs, and after an interrupt.
+
+    Args:
+        target: of `--json`.
+        command: of the contract.
+        content: what its documents hold, empty.
+
+    Yields:
+        Called with newer content, which is in the file within a second.
+    """
+    from numerics_suite.core.answer_file import AnswerFile
+    from numerics_suite.core.errors import BadInputError
+    from numerics_suite.reporting.results import dump, unfinished
+
+    file = AnswerFile(target)
+
+    def offer(**newer: Any) -> None:
+        document = unfinished(command, **{**content, **newer})
+        file.offer(lambda: dump(document))
+
+    offer()
+    try:
+        yield offer
+    except BadInputError:
+        file.withdraw()
+        raise
+    finally:
+        file.close()
 
 
 @contextmanager

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class HelpShown(Exception):  # noqa: N818 - no error
+    """The command was asked for its help, and gave it."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser of one command's arguments that raises BadInputError instead of leaving the process."""
 
@@ -33,6 +37,10 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:  # noqa: ARG002 - argparse's signature
+        """End the command after --help; never by SystemExit, which is how code under test ends a process."""
+        raise HelpShown(status)
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as one line."""

@@ -6,13 +6,13 @@ import glob
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
+from numerics_suite.cli.output import for_people, refuse_unwritable, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numerics_suite.baselines.records import Recorded
     from numerics_suite.settings.tree import Settings
@@ -76,14 +76,22 @@ def run(arguments: Sequence[str]) -> int:
     settings = from_command_line(given)
     folder = settings.baseline or Path(DEFAULT_FOLDER)
     refuse_unwritable(settings.json)
-    with for_people(settings) as stream:
-        written = write_baselines(settings, folder, force=force, stream=stream)
+    unanswered = unfinished_answer(settings.json, "record", baselines=[], errors=[])
+    with for_people(settings) as stream, unanswered as offer:
+        written = write_baselines(settings, folder, force=force, stream=stream, offer=offer)
     if settings.json:
-        write_json(settings.json, written.to_json())
+        write_json(settings.json, written.to_json(), written.exit_status)
     return written.exit_status
 
 
-def write_baselines(settings: Settings, folder: Path, *, force: bool, stream: IO[str]) -> Written:
+def write_baselines(
+    settings: Settings,
+    folder: Path,
+    *,
+    force: bool,
+    stream: IO[str],
+    offer: Callable[..., None] = lambda **_: None,
+) -> Written:
     """Measure and save, cell by cell: what is done is kept, whatever comes after.
 
     Args:
@@ -91,6 +99,7 @@ def write_baselines(settings: Settings, folder: Path, *, force: bool, stream: IO
         folder: of the baselines.
         force: overwrite cells that are there already.
         stream: for people.
+        offer: takes the answer so far, each time that there is more of it.
 
     Raises:
         BadInputError: the input cannot be used, or the folder cannot be written.
@@ -108,8 +117,14 @@ def write_baselines(settings: Settings, folder: Path, *, force: bool, stream: IO
     check_writable(folder, cells, force=force)
     printer = RecordTerminal(stream=stream, quiet=settings.quiet)
     written = Written(folder, force=force, printer=printer)
+
+    def take(recorded: Recorded) -> None:
+        written.take(recorded)
+        content = written.to_json()
+        offer(baselines=content["baselines"], errors=content["errors"])
+
     try:
-        record_cells(settings, written.take, session)
+        record_cells(settings, take, session)
     finally:
         printer.stop()
     return written

@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
             say(f"note: {note}")
     tell_github(documents, None if quiet else sys.stdout)
     if given.json:
-        write_json(given.json, _as_json(written, documents, verdict_of(documents)))
+        write_json(given.json, _as_json(written, documents, verdict_of(documents)), 0)
     return 0
 
 
@@ -129,10 +129,10 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _is_results(path: Path) -> bool:
     """Whether a file says that it is one; what is wrong with it is said when it is read."""
-    import json
+    from numerics_suite.core.json_text import read_json_text
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_text(path)
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("command") in COMMANDS and "planned" not in content

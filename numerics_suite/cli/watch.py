@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import only_json_on_stdout, refuse_unwritable, write_json
+from numerics_suite.cli.output import VERDICTS, only_json_on_stdout, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError
 
@@ -142,9 +142,13 @@ def _ended(finder: Finder, given: argparse.Namespace, status: int, *, stopped: b
             sys.stderr.write(f"numerics-suite: numerics-suite check --bundle {watch.bundle_path}\n")
     if not finder.watches and not given.quiet:
         sys.stderr.write("numerics-suite: no module was trained, so nothing was watched\n")
+    ended = 1 if stopped or (caught and not status) else status
     if given.json:
-        write_json(given.json, _as_json(finder, [watch.finding for watch in caught if watch.finding], status))
-    return 1 if stopped or (caught and not status) else status
+        document = _as_json(finder, [watch.finding for watch in caught if watch.finding], status)
+        write_json(
+            given.json, {**document, "verdict": "fail" if caught else VERDICTS.get(status and 3, "error")}, status
+        )
+    return ended
 
 
 def _as_json(finder: Finder, findings: list[Finding], status: int) -> dict[str, Any]:

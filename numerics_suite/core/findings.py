@@ -27,8 +27,9 @@ def finding_to_json(finding: Finding) -> dict[str, Any]:
         "parameters": list(finding.parameters),
         "evidence": jsonable(finding.evidence),
         "batch": jsonable(finding.batch),
-        "remedies": [asdict(remedy) for remedy in finding.remedies],
+        "remedies": [_remedy_to_json(remedy) for remedy in finding.remedies],
         "reproducer": finding.reproducer,
+        "consequence_of": finding.consequence_of,
     }
 
 
@@ -44,6 +45,17 @@ def finding_from_json(content: Mapping[str, Any]) -> Finding:
             "parameters": tuple(content["parameters"]),
             "evidence": revived(content["evidence"]),
             "batch": revived(content["batch"]),
-            "remedies": tuple(Remedy(**remedy) for remedy in content["remedies"]),
+            "remedies": tuple(_remedy_from_json(remedy) for remedy in content["remedies"]),
         }
     )
+
+
+def _remedy_to_json(remedy: Remedy) -> dict[str, Any]:
+    fields = asdict(remedy)
+    together = fields.pop("together")
+    return {**fields, "with": list(together)}
+
+
+def _remedy_from_json(content: Mapping[str, Any]) -> Remedy:
+    fields = dict(content)
+    return Remedy(together=tuple(fields.pop("with", ())), **fields)

@@ -41,6 +41,8 @@ class Subject:
         trust_remote_code: its own code may run (by flag, or a fixture held to its digest).
         adapter_base: folder or hub id of the base where `path` is a peft adapter.
         quantized: the checkpoint has a `quantization_config`.
+        notes: what a user should know before it runs, and that is no finding.
+        lacks_batch: a factory's plain module came without a batch, so it can be loaded and not run.
         config: the raw `config.json`, empty for a factory.
     """
 
@@ -61,6 +63,8 @@ class Subject:
     trust_remote_code: bool = False
     adapter_base: str | None = None
     quantized: bool = False
+    notes: tuple[str, ...] = ()
+    lacks_batch: bool = False
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -196,17 +200,29 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """A cure: applicable, and where it was tried on a copy, whether it worked."""
+    """A cure: applicable, and where it was tried on a copy, whether it worked.
+
+    Attributes:
+        name: of the contract, or another package's.
+        description: what the user does, in a line.
+        verified: whether it worked; None where it could not be tried.
+        effect: what was seen, or why it was not tried.
+        together: the other remedies that it was tried with, and without which it was not verified; `with` in a results file.
+    """
 
     name: str
     description: str
     verified: bool | None = None
     effect: str = ""
+    together: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A measurement over its budget, with cause and evidence; the fields are CONTRACT.md's."""
+    """A measurement over its budget, with cause and evidence; the fields are CONTRACT.md's.
+
+    `consequence_of` is the id of the result (`load.head-init/glm4-tiny/bf16/sdpa/cpu`) whose finding is the root of this one, None for a root.
+    """
 
     cause: str
     title: str
@@ -220,6 +236,7 @@ class Finding:
     batch: Mapping[str, Any] | None = None
     remedies: tuple[Remedy, ...] = ()
     reproducer: str | None = None
+    consequence_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +271,7 @@ class SubjectFacts:
     parameters: int | None
     stored_dtype: str | None
     digest: str | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +286,7 @@ class RunResult:
         notes: lines a person should see above the verdict (an accept entry that matched nothing, a time limit).
         exit_status: as CONTRACT.md defines it.
         rehearsals: with `--data`, training tried on the user's own texts.
+        complete: the run came to its end, so that every planned question has its entry; without it the verdict is `error`.
     """
 
     command: str
@@ -281,3 +300,4 @@ class RunResult:
     notes: tuple[str, ...] = ()
     exit_status: int = 0
     rehearsals: tuple[Rehearsal, ...] = ()
+    complete: bool = True

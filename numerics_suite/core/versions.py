@@ -113,7 +113,7 @@ class MatrixCell:
     wanted: Versions
     held: Versions
     status: CellStatus
-    verdict: str | None = None
+    verdict: Literal["pass", "fail", "error"] | None = None
     reason: str | None = None
     results: Path | None = None
     baseline: Path | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ _REDUCTIONS = (
     "allow_fp16_accumulation",
 )
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+OFF, WARN = 0, 1
+"""Two of torch's deterministic debug modes: no demand; an op without a deterministic kernel warns."""
 
 
 @contextlib.contextmanager
@@ -126,19 +129,30 @@ def deterministic_algorithms(*, fill: bool = False) -> Iterator[None]:
     Args:
         fill: uninitialised memory holds NaN, or the largest integer.
     """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     deterministic: Any = torch.utils.deterministic
     filled = deterministic.fill_uninitialized_memory
     try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        _set_deterministic(WARN)
         deterministic.fill_uninitialized_memory = fill
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
             yield
     finally:
         deterministic.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        _set_deterministic(mode)
+
+
+def _set_deterministic(mode: int) -> None:
+    """Set a deterministic debug mode of torch, 0 to 2 (https://docs.pytorch.org/docs/stable/generated/torch.set_deterministic_debug_mode.html).
+
+    `torch.use_deterministic_algorithms` imports the compiler, three seconds of CPU time, to tell it; so it is called only where
+    the compiler is loaded.
+    """
+    if "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(mode != OFF, warn_only=mode == WARN)
+    else:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def fix_workspaces() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from numerics_suite.diagnosing.rewriting import (
     SYNONYMS,
     Rewriting,
     in_words_that_are_read,
+    of_dtype,
     of_stored_sizes,
     tied_as_stored,
 )
@@ -30,14 +32,18 @@ from numerics_suite.subjects import compat
 from numerics_suite.subjects.files import tensor_headers
 
 CONFIG = "config.json"
+CLASSIFIER = "AutoModelForSequenceClassification"
+"""The key of auto_map that names a classifier's class."""
 
 ELSEWHERE = {
-    "tokenizer-refused": "not tried: what is refused is tokenizer_config.json; name PreTrainedTokenizerFast there as its "
-    "tokenizer_class, which every release reads beside a tokenizer.json",
     "merged-edges": "not tried: no key of config.json clamps ids, the model's code does",
     "out-of-range": "not tried: no key of config.json gives the stored embedding more rows; use the checkpoint's own tokenizer",
 }
 """By measurement: findings that name this remedy and that another file or the code has to cure."""
+
+
+AS_STORED = frozenset({"stored-apart", "ignored-dtype", "wrong-shape"})
+"""By measurement: findings whose check itself says that the rewritten file is right, as no definition could say better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +52,12 @@ class Fixed:
 
     Attributes:
         evidence: the cell on the copy.
-        meant: the same model, whose answers are held to what the user's own file means.
+        meant: the same model, whose answers are held to what the user's own file means; None where that has not changed, or where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """
 
     evidence: Evidence
-    meant: Evidence
+    meant: Evidence | None
     how: str
 
 
@@ -60,7 +66,7 @@ def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
 
     Args:
         evidence: the cell; its files are only read.
-        finding: of `load.*`, `inputs.*` or `reference.oracle`.
+        finding: of `load.*`, `inputs.*`, `forward.pooling` or `reference.oracle`.
 
     Raises:
         NotApplicableError: there is nothing to rewrite, with the reason.
@@ -75,7 +81,7 @@ def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
     rewriting = _rewriting(evidence, finding)
     with _copied(subject, rewriting.config) as copy:
         fixed = evidence.variant(subject=copy)
-        meant = evidence.variant(subject=replace(copy, config=rewriting.meaning))
+        meant = None if measurement in AS_STORED else evidence.variant(subject=replace(copy, config=rewriting.meaning))
         how = f"{rewriting}, {_built(evidence, fixed, rewriting)}"
         yield Fixed(evidence=fixed, meant=meant, how="; ".join((how, *rewriting.left)))
 
@@ -84,14 +90,37 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
     raw, built = evidence.subject.config, evidence.model.config
     measurement = finding.evidence.get("measurement")
     known = compat.known_config_keys(type(built))
+    if measurement == "wrong-shape":
+        return _of_own_code(evidence)
     if measurement == "mismatched":
         return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
-    if measurement == "wrongly-tied":
+    if measurement in {"wrongly-tied", "stored-apart"}:
         return _tied(evidence)
+    if measurement == "ignored-dtype":
+        return of_dtype(raw, evidence.recipe.parameters, compat.dtype_keyword())
     of_rotary = ("rotary-excess", "rotary-scale")
     of_table = measurement in of_rotary or any(f"also {name}" in finding.evidence for name in of_rotary)
     keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters
     return in_words_that_are_read(raw, known, keys)
+
+
+def _of_own_code(evidence: Evidence) -> Rewriting:
+    """The class of the checkpoint's own code that is a sequence classifier by name, where auto_map names another."""
+    raw = evidence.subject.config
+    target = str((raw.get("auto_map") or {}).get(CLASSIFIER, ""))
+    file, _, named = target.rpartition("--")[2].partition(".")
+    code = _folder(evidence.subject) / f"{file}.py"
+    text = code.read_text(encoding="utf-8") if target and "--" not in target and code.is_file() else ""
+    other = next(
+        (name for name in re.findall(r"^class (\w+ForSequenceClassification)\b", text, re.MULTILINE) if name != named),
+        None,
+    )
+    if other is None:
+        reason = "not tried: no key of config.json gives the logits another shape; the class that is named, or its own code, does"
+        raise NotApplicableError(reason)
+    written = {"auto_map": {**raw["auto_map"], CLASSIFIER: f"{file}.{other}"}}
+    config = {**raw, **written}
+    return Rewriting(config=config, meaning=config, written={f"auto_map.{CLASSIFIER}": f"{file}.{other}"}, dropped=())
 
 
 def _shapes(subject: Subject) -> Mapping[str, tuple[int, ...]]:
@@ -131,8 +160,9 @@ def _copied(subject: Subject, config: Mapping[str, Any]) -> Iterator[Subject]:
     """
     source = _folder(subject)
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch:
-        # transformers keeps remote code by the folder's name.
-        folder = Path(scratch) / source.name
+        # transformers keeps remote code by the folder's name, and the class that an auto class found first for a config's own class.
+        same_code = config.get("auto_map") == subject.config.get("auto_map")
+        folder = Path(scratch) / (source.name if same_code else f"{source.name}_fixed")
         folder.mkdir()
         for file in source.rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts and file != source / CONFIG:
@@ -160,6 +190,8 @@ def _built(before: Evidence, after: Evidence, rewriting: Rewriting) -> str:
     changed = [
         f"{name} {now[name]} (was {was.get(name)})" for name in sorted(names & now.keys()) if now[name] != was.get(name)
     ]
+    kind, other = type(before.model).__name__, type(after.model).__name__
+    changed += [] if kind == other else [f"{other} (was {kind})"]
     return f"transformers {compat.version()} builds {', '.join(changed) or 'the same model'}"
 
 

@@ -7,7 +7,6 @@ needs another copy of the files).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,10 +17,13 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.random_state import seeded
+from numerics_suite.diagnosing import tokenizer_remedies
 from numerics_suite.diagnosing.fixing import fixed_configs
+from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype, saved_head
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.float32_modules import hold_in_float32
-from numerics_suite.engine.training_loop import Plan
+from numerics_suite.engine.own_batch import can_be_trained_on
+from numerics_suite.inputs.labels import IGNORED, no_label_counts
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.load import IDS, Loaded
 
@@ -189,15 +191,13 @@ def in_float32(*names: str) -> Change:
 
 
 def _pad_token(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
-    if not evidence.takes_ids or getattr(evidence.model.config, "pad_token_id", None) is not None:
-        return
-    pad = evidence.space.pad_id
+    for cured, how in tokenizer_remedies.pad_token(evidence):
+        yield Attempt(evidence=cured, how=how)
 
-    def change(loaded: Loaded) -> Loaded:
-        loaded.model.config.pad_token_id = pad  # type: ignore[union-attr]
-        return loaded
 
-    yield Attempt(evidence=evidence.variant(change=change), how=f"pad_token_id {pad}")
+def _tokenizer(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+    for cured, how in tokenizer_remedies.mended(evidence, finding):
+        yield Attempt(evidence=cured, how=how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,8 +215,46 @@ class InputChange:
         return loaded if loaded.batch is None else replace(loaded, batch=self.of(loaded.batch))
 
 
-def _one_side(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+LONGER = (2, 4, 8, 16)
+"""Times the length to which rows are cut, until a label counts."""
+
+
+def _count_labels(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    """Rows long enough for what follows the prompt; of a batch whose text is not at hand, its tokens as labels."""
+    if evidence.request.data is None:
+        every = InputChange(of=_every_token_counts)
+        yield Attempt(evidence=evidence.variant(change=every), how="with every real token of the batch as a label")
+        return
+    length = evidence.request.length
+    for longer in (length * times for times in LONGER if length * times <= evidence.longest):
+        cured = evidence.variant(length=longer)
+        batch = cured.usable_own_batch
+        if batch is not None and can_be_trained_on(cured, batch):
+            yield Attempt(evidence=cured, how=f"rows of up to {longer} tokens (--seq-len {longer})")
+            return
+    reason = f"not tried: in rows of up to {length * LONGER[-1]} tokens, or as many as the model takes, no label counts either"
+    raise NotApplicableError(reason)
+
+
+def _every_token_counts(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    ids, labels, mask = (tensors.get(name) for name in ("input_ids", "labels", MASK))
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.shape != labels.shape:
+        return dict(tensors)
+    if not no_label_counts(tensors, shifted=True):
+        return dict(tensors)
+    real = torch.ones_like(ids, dtype=torch.bool) if not isinstance(mask, Tensor) else mask.bool()
+    counted = ids.masked_fill(~real, IGNORED)
+    # Trainer hands over by how many labels the sum of the step's losses is divided.
+    items = {"num_items_in_batch": (counted[:, 1:] != IGNORED).sum()} if "num_items_in_batch" in tensors else {}
+    return {**tensors, "labels": counted, **items}
+
+
+def _one_side(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
     """Every row with its padding on one side: behind the tokens no query is left without a key."""
+    if finding.evidence.get("measurement") == "padding-moves":
+        for cured, how in tokenizer_remedies.other_side(evidence):
+            yield Attempt(evidence=cured, how=how)
+        return
     own = evidence.loaded.batch
     if own is None and len(evidence.family.padding_sides) > 1:
         for side in evidence.family.padding_sides:
@@ -266,12 +304,21 @@ def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
         yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
 
 
+def _of_loading(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
+    return lambda evidence, finding: (Attempt(evidence=copy, how=how) for copy, how in copies(evidence, finding))
+
+
 CURES: dict[str, Cure] = {
     "init-head": _init_head,
     "default-input-dtypes": _default_dtypes,
+    "fix-tokenizer": _tokenizer,
     "set-pad-token": _pad_token,
     "fix-padding": _one_side,
+    "count-labels": _count_labels,
     "fix-config": _config,
+    "cast-after-loading": _of_loading(cast_copies),
+    "load-with-dtype": _of_loading(loaded_with_dtype),
+    "save-head": _of_loading(saved_head),
     "clip-grad-norm": _clip,
     "larger-optimizer-eps": _larger_eps,
     "tune-loss-scale": _loss_scale,
@@ -282,64 +329,3 @@ CURES: dict[str, Cure] = {
     "disable-amp": _without_amp,
 }
 """By remedy, in the order of what they cost the user: a line of code, a setting, speed, memory."""
-
-DESCRIPTIONS = {
-    "init-head": "initialise the head by hand: xavier_uniform_ for its weight, zeros for its bias",
-    "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
-    "set-pad-token": "set pad_token_id in config.json to the tokenizer's pad id",
-    "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
-    "fix-config": "write the key in the layout that the installed release reads",
-    "clip-grad-norm": "clip the total gradient norm to 1.0 (torch.nn.utils.clip_grad_norm_, --max-grad-norm 1.0)",
-    "larger-optimizer-eps": "give the optimizer an eps that its dtype can hold (AdamW(eps=1e-4) in float16), or keep float32 parameters",
-    "tune-loss-scale": "start the GradScaler at a scale that this model's gradients fit (init_scale, growth_interval)",
-    "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
-    "eager-attention": 'load with attn_implementation="eager"',
-    "sdpa-attention": 'load with attn_implementation="sdpa"',
-    "use-amp-bf16": "use bfloat16, whose range is float32's (amp-bf16)",
-    "keep-in-fp32": "keep this module in float32 and cast its result",
-    "disable-amp": "train without autocast, in fp32",
-    "reload-weights": "fetch the checkpoint again and compare its SHA-256",
-    "newer-version": "install a transformers release without the defect",
-    "pin-version": "pin transformers to the last release without the defect until it is repaired",
-}
-"""What each remedy of the contract means for a user, cheapest first: a line of code, a setting, speed, memory, other files."""
-
-COST = tuple(DESCRIPTIONS)
-"""Every remedy of the contract, cheapest for the user first."""
-
-DECADES = 4
-BISECTIONS = 3
-
-
-def learning_rates(plan: Plan, holds: Callable[[Plan], bool]) -> float | None:
-    """The largest stable learning rate at or below the plan's, to within a factor of 1.4; None without one.
-
-    Args:
-        plan: as asked.
-        holds: trains with a plan and says whether that is stable.
-    """
-    good, bad = None, plan.lr
-    for decade in range(1, DECADES + 1):
-        lr = plan.lr / 10**decade
-        if holds(replace(plan, lr=lr)):
-            good = lr
-            break
-        bad = lr
-    if good is None:
-        return None
-    return between_rates(plan, good, bad, holds)
-
-
-def between_rates(plan: Plan, good: float, bad: float, holds: Callable[[Plan], bool]) -> float:
-    """The largest learning rate that holds, by bisection of the logarithm.
-
-    Args:
-        plan: of everything else.
-        good: a rate that holds.
-        bad: one that does not, a decade away at most.
-        holds: trains with a plan and says whether that is stable.
-    """
-    for _ in range(BISECTIONS):
-        middle = math.sqrt(good * bad)
-        good, bad = (middle, bad) if holds(replace(plan, lr=middle)) else (good, middle)
-    return good

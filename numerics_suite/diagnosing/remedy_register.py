@@ -8,7 +8,8 @@ from functools import cache
 
 from numerics_suite.core.extensions import OWN_NAME, REMEDIES, Extension, extensions, load_as
 from numerics_suite.core.records import Remedy
-from numerics_suite.diagnosing.remedies import COST, CURES, DESCRIPTIONS, Cure
+from numerics_suite.diagnosing.remedies import CURES, Cure
+from numerics_suite.diagnosing.remedy_words import COST, DESCRIPTIONS
 from numerics_suite.settings.choices import CAUSES
 
 

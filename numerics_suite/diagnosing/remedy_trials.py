@@ -1,22 +1,27 @@
 """Trying remedies: each is applied to a fresh copy, the failing check runs again, and the effect says what was seen.
 
-`verified` is True where the check passes on the cured copy, together with what shows that nothing was merely hidden: the
+`verified` is True where the check itself passes on the cured copy, together with what shows that nothing was merely hidden: the
 weights are sound, the answers repeat and are those of the family's definition, and a cell that can train trains. What fails for
-another reason, as it did without the remedy, does not count. It is False where that was tried and is not so, None where it could not be tried here.
+another reason, as it did without the remedy or could not be asked without it, does not count. It is False where that was tried and
+is not so, None where it could not be tried here. Where none helps alone, combinations are tried, smallest first.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Finding, Measurement, Remedy
 from numerics_suite.core.registry import get_check
+from numerics_suite.diagnosing.consequences import RAISES
+from numerics_suite.diagnosing.findings import finding as finding_of
 from numerics_suite.diagnosing.findings import title
-from numerics_suite.diagnosing.remedies import Attempt, learning_rates
+from numerics_suite.diagnosing.learning_rates import learning_rates
+from numerics_suite.diagnosing.remedies import Attempt
+from numerics_suite.diagnosing.remedy_combinations import Shown, combined
 from numerics_suite.diagnosing.remedy_register import cost_of, cures, description_of, useful_first
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.training_loop import Plan, Trajectory
@@ -34,13 +39,18 @@ NOT_HERE = {
     "newer-version": "not tried: --try-versions does, in environments of their own",
     "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
 }
+NOT_APPLIED = "not tried: it changes what is outside of the model; apply it, then run the same check again"
+"""Of every other remedy that nothing here can apply to a copy."""
 
 DEFINITION = "reference.oracle"
 RIGHT = ("forward.deterministic", "forward.finite", DEFINITION)
 """Asked of every cured copy: one whose answers change from call to call, or are another model's, is not cured but unseen."""
 
-BY_THE_MODEL = frozenset({"merged-ids", "merged-edges", "out-of-range"})
-"""Measurements of `inputs.*` that are taken on inputs as they should be. The others call the model as it should not be
+IN_ORDER = ("tokenizer-raises", "no-pad-token", "padding-moves")
+"""Measurements of `inputs.pipeline`, each of which can be taken only where those before it are fine."""
+
+BY_THE_MODEL = frozenset({"merged-ids", "merged-edges", "out-of-range", *IN_ORDER})
+"""Measurements of `inputs.*` that are taken on inputs as they should be, or as the cured tokenizer makes them. The others call the model as it should not be
 called, by design; where the cure is to call it otherwise they say nothing of the cured call."""
 
 LOWER_RATE = "lower-learning-rate"
@@ -49,9 +59,6 @@ SAME = 1e-3
 
 NO_RUN = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
 """What a model raises that cannot be run on a batch; such a replay has shown what it could."""
-
-PAIRED = 3
-"""Remedies from which pairs are made where none helps alone: the cheapest ones, so at most three pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +110,19 @@ class TimeOverError(NumericsSuiteError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """What an attempt showed; `works` is None where what would show it could not be asked."""
+    """What an attempt showed.
+
+    Attributes:
+        works: None where what would show it could not be asked.
+        effect: in words.
+        left: what still fails, worst first.
+        found: the finding of that, where it was wanted.
+    """
 
     works: bool | None
     effect: str
+    left: Sequence[Breach] = ()
+    found: Finding | None = None
 
 
 def try_remedies(  # noqa: PLR0913 - two are for what is no cell
@@ -133,7 +149,7 @@ def try_remedies(  # noqa: PLR0913 - two are for what is no cell
     names = sorted((remedy.name for remedy in finding.remedies), key=cost_of)
     tried = [trial.remedy(name) for name in names]
     if not any(remedy.verified for remedy in tried):
-        tried = list(trial.pairs(tried))
+        tried = combined(tried, finding, [name for name, moved in trial.moved.items() if moved], trial.together)
     return useful_first(tried)
 
 
@@ -145,6 +161,7 @@ class _Trial:
     ask: Ask
     beside: Sequence[str] | None = None
     begin: Callable[[str], Evidence] | None = None
+    moved: dict[str, bool] = field(default_factory=dict)
 
     def _begin(self, name: str) -> Evidence:
         return self.evidence if self.begin is None else self.begin(name)
@@ -152,45 +169,42 @@ class _Trial:
     def remedy(self, name: str) -> Remedy:
         """One remedy alone."""
         untried = Remedy(name=name, description=description_of(name))
-        if name in NOT_HERE:
-            return replace(untried, effect=NOT_HERE[name])
+        if name not in cures() and name != LOWER_RATE:
+            return replace(untried, effect=NOT_HERE.get(name, NOT_APPLIED))
         try:
             seen = self._learning_rate() if name == LOWER_RATE else self._first_that_works(name)
         except (NotApplicableError, UnsupportedError, TimeOverError) as error:
             return replace(untried, effect=str(error))
         except Exception as error:  # noqa: BLE001 - a cure that cannot be tried never hides the finding
-            line = " ".join(str(error).split())
-            return replace(untried, effect=f"could not be tried: {type(error).__name__}: {line}"[:200])
+            line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if self.finding.cause == RAISES and not isinstance(error, NumericsSuiteError):
+                return replace(untried, verified=False, effect=f"still raises {line}"[:200])
+            return replace(untried, effect=f"could not be tried: {line}"[:200])
         if seen is None:
             return replace(untried, effect="does not apply here")
         return replace(untried, verified=seen.works, effect=seen.effect)
 
-    def pairs(self, tried: Sequence[Remedy]) -> Iterator[Remedy]:
-        """The remedies again, the first two that help together marked so."""
-        failed = [remedy.name for remedy in tried if remedy.verified is False and remedy.name in cures()]
-        together: dict[str, Remedy] = {}
-        for one, other in itertools.combinations(failed[:PAIRED], 2):
-            seen = self._both(one, other)
-            if seen is not None and seen.works:
-                for name, partner in ((one, other), (other, one)):
-                    together[name] = Remedy(
-                        name=name,
-                        description=description_of(name),
-                        verified=True,
-                        effect=f"with {partner}, not alone: {seen.effect}",
-                    )
-                break
-        for remedy in tried:
-            yield together.get(remedy.name, remedy)
+    def together(self, names: Sequence[str], meant: Mapping[str, Finding]) -> Shown | None:
+        """What the first way to apply each shows, one on top of the other; None where one cannot be applied.
 
-    def _both(self, one: str, other: str) -> _Seen | None:
-        try:
-            for first in cures()[one](self._begin(one), self.finding):
-                for second in cures()[other](first.evidence, self.finding):
-                    return self._seen(second)
-        except Exception:  # noqa: BLE001 - as above
-            return None
-        return None
+        Args:
+            names: of remedies.
+            meant: the finding that each is to cure.
+        """
+        with ExitStack() as stack:
+            try:
+                usual = self._begin("")
+                evidence = next((begun for name in names if (begun := self._begin(name)) is not usual), usual)
+                attempt = None
+                for name in names:
+                    ways = cures()[name](evidence, meant[name])
+                    stack.callback(ways.close)  # type: ignore[attr-defined]  # a copy of the files lasts as long
+                    attempt = next(ways)
+                    evidence = attempt.evidence
+                seen = None if attempt is None else self._seen(attempt, diagnose=True)
+                return None if seen is None else Shown(works=seen.works is True, effect=seen.effect, left=seen.found)
+            except Exception:  # noqa: BLE001 - as above
+                return None
 
     def _first_that_works(self, name: str) -> _Seen | None:
         last = None
@@ -198,6 +212,7 @@ class _Trial:
             last = self._seen(attempt)
             if last.works:
                 return last
+        self.moved[name] = last is not None and self.finding.title not in last.effect
         return last
 
     def _learning_rate(self) -> _Seen | None:
@@ -215,45 +230,68 @@ class _Trial:
         held = seen(evidence.with_plan(lr=found))
         return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that holds: {held.effect}")
 
-    def _seen(self, attempt: Attempt) -> _Seen:
-        """The failing check on the cured copy, then what shows that the cause is gone."""
+    def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Seen:
+        """What the attempt shows.
+
+        Args:
+            attempt: to judge.
+            diagnose: write down what is left as a finding.
+
+        Raises:
+            UnsupportedError: the model refuses the remedy's condition, so no check can pass under it.
+        """
         cured = attempt.evidence
         try:
-            how = f"{attempt.how}: " if attempt.how else ""
-            where = f", with {cured.origin}" if cured.origin else ""
-            own = self._asked(self.check, attempt)
-            breaches = self._that_count(own, attempt)
-            if own is not None and breaches:
-                return _Seen(
-                    works=False, effect=how + _still(replace(own, breaches=breaches), cured, self.check) + where
-                )
-            for check in SOUND:
-                answer = self._asked(check, attempt)
-                if answer is not None and answer.breaches:
-                    left = title(answer.breaches[0])
-                    return _Seen(works=False, effect=f"{how}hides the symptom and leaves the cause: {left}")
-            for check in self._companions(cured):
-                answer = self._asked(check, attempt)
-                if answer is None and check == DEFINITION and attempt.meant is not None:
-                    effect = f"{how}{self.check} passes, and no definition is at hand to hold the answers to"
-                    return _Seen(works=None, effect=effect)
-                if answer is not None and answer.breaches and not self._excused(check, answer, attempt):
-                    return _Seen(works=False, effect=f"{how}{check} fails: {title(answer.breaches[0])}{where}")
-                if answer is not None and check == DEFINITION and attempt.meant is not None:
-                    held = answer.measurements.get("true-logits", math.nan)
-                    how = f"{how}the answers are {held:.1g} from the definition; "
-            return _Seen(works=True, effect=how + self._effect(own, attempt))
+            cured.loaded  # noqa: B018 - here, for its refusal
+            seen = self._judged(attempt)
+            return replace(seen, found=finding_of(seen.left, cured, None)) if diagnose and seen.left else seen
         finally:
             cured.let_go()
             if attempt.meant is not None:
                 attempt.meant.let_go()
+
+    def _judged(self, attempt: Attempt) -> _Seen:
+        """The failing check on the cured copy, then what shows that the cause is gone."""
+        cured = attempt.evidence
+        how = f"{attempt.how}: " if attempt.how else ""
+        where = f", with {cured.origin}" if cured.origin else ""
+        own = self._asked(self.check, attempt)
+        breaches = self._that_count(own, attempt)
+        if own is not None and breaches:
+            effect = how + _still(replace(own, breaches=breaches), cured, self.check) + where
+            return _Seen(works=False, effect=effect, left=breaches)
+        for check in SOUND:
+            answer = self._asked(check, attempt)
+            if answer is not None and answer.breaches:
+                effect = f"{how}hides the symptom and leaves the cause: {title(answer.breaches[0])}"
+                return _Seen(works=False, effect=effect, left=answer.breaches)
+        if own is None and cured.cell.precision == self.evidence.cell.precision:
+            return _Seen(works=None, effect=f"{how}cannot be tried: {self.check} has nothing to ask under it")
+        for check in self._companions(cured):
+            answer = self._asked(check, attempt)
+            if answer is None and check == DEFINITION and attempt.meant is not None:
+                effect = f"{how}{self.check} passes, and no definition is at hand to hold the answers to"
+                return _Seen(works=None, effect=effect)
+            if answer is not None and answer.breaches and not self._excused(check, answer, attempt):
+                effect = f"{how}{check} fails: {title(answer.breaches[0])}{where}"
+                return _Seen(works=False, effect=effect, left=answer.breaches)
+            if answer is not None and check == DEFINITION and attempt.meant is not None:
+                held = answer.measurements.get("true-logits", math.nan)
+                how = f"{how}the answers are {held:.1g} from the definition; "
+        return _Seen(works=True, effect=how + self._effect(own, attempt))
 
     def _that_count(self, own: Answer | None, attempt: Attempt) -> Sequence[Breach]:
         """The breaches of the failing check that speak against the attempt."""
         breaches = () if own is None else own.breaches
         if not self.on_users_side or attempt.meant is not None:
             return breaches
-        return [breach for breach in breaches if breach.measurement.name in BY_THE_MODEL]
+        hidden = self._hidden()
+        return [breach for breach in breaches if breach.measurement.name in BY_THE_MODEL.difference(hidden)]
+
+    def _hidden(self) -> Sequence[str]:
+        """Measurements that the failing one had hidden: what they say now is another finding's matter."""
+        name = str(self.finding.evidence.get("measurement", ""))
+        return IN_ORDER[IN_ORDER.index(name) + 1 :] if name in IN_ORDER else ()
 
     @property
     def on_users_side(self) -> bool:
@@ -268,9 +306,10 @@ class _Trial:
         return (*TRAINS, *RIGHT) if about_training and cured.recipe.trains else RIGHT
 
     def _excused(self, check: str, answer: Answer, attempt: Attempt) -> bool:
-        """Whether the model differs from its definition exactly as far without the cure: that is another finding's matter.
+        """Whether the model differs from its definition for an older reason than the cause: that is another finding's matter.
 
-        A NaN that becomes a number does not count: what it hid is seen only now. Nor does a cure that says what the definition is.
+        So it is where it differs exactly as far without the cure, and where weights that are not finite kept it from being asked.
+        Another NaN that becomes a number does not count: what it hid is seen only now. Nor does a cure that says what the definition is.
         """
         if check != DEFINITION or attempt.meant is not None:
             return False
@@ -278,9 +317,9 @@ class _Trial:
             self.evidence.memo[DEFINITION] = self._asked(DEFINITION, Attempt(evidence=self.evidence))
         before = self.evidence.memo[DEFINITION]
         worst = answer.breaches[0].measurement
-        return before is not None and math.isclose(
-            before.measurements.get(worst.name, math.nan), worst.value, rel_tol=SAME
-        )
+        if before is None:
+            return bool(self.evidence.broken)
+        return math.isclose(before.measurements.get(worst.name, math.nan), worst.value, rel_tol=SAME)
 
     def _asked(self, check: str, attempt: Attempt) -> Answer | None:
         meant = attempt.meant if check == DEFINITION else None
@@ -298,9 +337,11 @@ class _Trial:
                 pass
         name = str(self.finding.evidence.get("measurement", ""))
         before = self.finding.evidence.get("measured")
-        after = own.measurements.get(name) if own is not None and not self.on_users_side else None
+        shown = not self.on_users_side or name in BY_THE_MODEL
+        after = own.measurements.get(name) if own is not None and shown else None
         if isinstance(before, (int, float)) and after is not None:
-            return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed"
+            left = "".join(f"; then {title(each)}" for each in own.breaches) if self.on_users_side and own else ""
+            return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed{left}"
         return f"{', '.join(self._companions(cured))} pass" if own is None or self.on_users_side else "passes"
 
 

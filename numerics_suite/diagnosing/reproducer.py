@@ -27,7 +27,7 @@ from numerics_suite.diagnosing.scripts import BODIES, SYMPTOM, Body, Scene
 from numerics_suite.diagnosing.scripts.parts import LONGEST, script
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.scope import USABLE
-from numerics_suite.inputs.strategies import IGNORED
+from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.subjects.memory import estimate_bytes
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import private_modules

@@ -161,6 +161,23 @@ def of_stored_sizes(raw: Raw, known: set[str], built: object, stored: Shapes) ->
     return draft.done()
 
 
+def of_dtype(raw: Raw, dtype: str, key: str) -> Rewriting:
+    """The file with the dtype that was asked for: code that builds in the config's dtype heeds no other.
+
+    Args:
+        raw: config.json.
+        dtype: asked for, as torch names it.
+        key: under which this release says it, where the file does not say it yet.
+
+    Raises:
+        NotApplicableError: the file says so already.
+    """
+    draft = _Draft(raw=raw, known=set())
+    for name in [name for name in ("dtype", "torch_dtype") if name in raw] or [key]:
+        draft.config[name] = dtype
+    return draft.done()
+
+
 def tied_as_stored(raw: Raw, stored: Shapes, *, head: str, equal: bool) -> Rewriting:
     """The file with `tie_word_embeddings` as the stored tensors have it.
 

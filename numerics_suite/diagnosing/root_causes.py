@@ -18,6 +18,7 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Plan, Trainer
+from numerics_suite.inputs.labels import no_label_counts, predicts_next_token
 from numerics_suite.judging.verdicts import Breach
 from numerics_suite.observing.domain import name_of
 from numerics_suite.observing.finiteness import nonfinite_count
@@ -57,6 +58,7 @@ REMEDIES = {
     "loss-scaling": ("tune-loss-scale", "disable-amp", "use-amp-bf16"),
     "wrong-input-dtype": ("default-input-dtypes",),
     "out-of-range-input": (),
+    "no-counted-labels": ("count-labels",),
 }
 
 
@@ -79,7 +81,13 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
 def _with_bad_input(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach | None:
     given = batch or (evidence.training_batch if breach.budget.check.startswith("train.") else None)
     name = None if given is None or evidence.broken else bad_input(given.tensors)
-    return None if name is None else _named(breach, "out-of-range-input", facts={"input that is not finite": name})
+    if name is not None:
+        return _named(breach, "out-of-range-input", facts={"input that is not finite": name})
+    if given is None or not breach.budget.check.startswith("train.") or evidence.broken:
+        return None
+    if no_label_counts(given.tensors, shifted=predicts_next_token(evidence.model)):
+        return _named(breach, "no-counted-labels", facts={"labels that count": 0})
+    return None
 
 
 def _with_place(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:

@@ -25,12 +25,13 @@ counted here."""
 NO_CACHE = "the model keeps no cache"
 
 
-def with_cache(cuts: Sequence[int], *, positions: Positions = "generate") -> Call:
+def with_cache(cuts: Sequence[int], *, positions: Positions = "generate", run: Callable[..., Any] = call_model) -> Call:
     """Calls the model on the sequence cut at these columns, handing its cache from piece to piece.
 
     Args:
         cuts: columns at which a new step begins, rising.
         positions: whose.
+        run: calls the model with the keywords of a step.
 
     Returns:
         A call that raises NotApplicableError where the model keeps no cache.
@@ -50,7 +51,7 @@ def with_cache(cuts: Sequence[int], *, positions: Positions = "generate") -> Cal
         logits = []
         for start, stop in itertools.pairwise([0, *cuts, int(ids.shape[1])]):
             step = _step(model, ids[:, :stop], mask[:, :stop], start, positions, **{name: cached})
-            output = call_model(model, {}, **step)
+            output = run(model, {}, **step)
             cached = cache_in(output, name)
             if cached is None:
                 raise NotApplicableError(NO_CACHE)
@@ -58,6 +59,16 @@ def with_cache(cuts: Sequence[int], *, positions: Positions = "generate") -> Cal
         return {"answer": torch.cat(logits, dim=1)}
 
     return call
+
+
+def keeps_tuples(model: nn.Module, tensors: Mapping[str, Any]) -> bool:
+    """Whether the model gives keys and values back as plain tuples, as code from before transformers' `Cache` does."""
+    given = to_device(dict(tensors), input_device(model))
+    name = generation.cache_name(model)
+    if name is None:
+        return False
+    step = _step(model, given["input_ids"], given["attention_mask"], 0, "generate")
+    return isinstance(cache_in(call_model(model, {}, **step), name), tuple)
 
 
 def without_cache(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:

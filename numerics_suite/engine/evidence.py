@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
@@ -23,22 +22,26 @@ from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
+from numerics_suite.engine import own_batch
 from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.pad_token import lacks_pad_token
 from numerics_suite.engine.position_table import rows_of_position_table
-from numerics_suite.engine.rotary import longest_of_one_table, rotary_table
+from numerics_suite.engine.rotary import longest_of_one_table, reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
-from numerics_suite.inputs.strategies import IGNORED, training_batch
-from numerics_suite.inputs.vocabulary import InputSpace, pad_id, special_ids
+from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id, special_ids
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
+from numerics_suite.subjects import compat
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
 from numerics_suite.subjects.memory import KEPT_BYTES
 from numerics_suite.subjects.tasks import is_head
+from numerics_suite.subjects.tokenizers import load_tokenizer
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
 if TYPE_CHECKING:
@@ -54,7 +57,8 @@ class Request:
         rows: `--batch-size`.
         length: `--seq-len`.
         plan: how cells are trained.
-        data: the user's own batch, None without `--data`.
+        data: the user's own batch as a tokenizer makes it, None without `--data`.
+        tokenizer: opens the subject's tokenizer; None where it has none.
         baseline: what was recorded of the cell, None where it is held to nothing.
         applicable: ids of the checks that have something to ask of the cell.
     """
@@ -63,7 +67,8 @@ class Request:
     rows: int = 4
     length: int = 64
     plan: Plan = field(default_factory=Plan)
-    data: Callable[[Subject, InputSpace], Batch | None] | None = None
+    data: Callable[[Subject, InputSpace, Any], Batch] | None = None
+    tokenizer: Callable[[Subject], Any | None] = load_tokenizer
     baseline: CellBaseline | None = None
     applicable: tuple[str, ...] = ()
 
@@ -229,8 +234,7 @@ class Evidence:
         if not self.takes_ids:
             reason = "a plain module: no token ids can be drawn for it"
             raise NotApplicableError(reason)
-        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
-        rows = self.request.rows
+        config = compat.config_values(self.model)
         pads = pad_id(config)
         return InputSpace(
             vocab_size=self.vocab_size,
@@ -239,7 +243,7 @@ class Evidence:
             sides=self.family.padding_sides,
             task=self.subject.task,
             num_labels=self.num_labels,
-            max_rows=1 if rows == 1 else max(8, rows),
+            max_rows=most_rows(self.rows),
             max_length=min(self.request.length, self.longest),
             pools_by_pad=self.family.pooling == "pad-id",
         )
@@ -247,7 +251,7 @@ class Evidence:
     @cached_property
     def longest(self) -> int:
         """Most tokens of a row that config and position table allow, with one rotary table for all lengths."""
-        config = self.model.config.to_dict()  # type: ignore[operator, union-attr]
+        config = compat.config_values(self.model)
         limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
         limits += [longest_of_one_table(config), rows_of_position_table(self.model)]
         return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
@@ -258,55 +262,47 @@ class Evidence:
         return int(getattr(getattr(self.model, "config", None), "num_labels", self.subject.num_labels))
 
     @cached_property
+    def tokenizer(self) -> Any | None:
+        """The subject's tokenizer, None without one.
+
+        Raises:
+            TokenizerRaisesError: it cannot be opened.
+            NotApplicableError: a package that it needs is not installed, or its own code may not run.
+        """
+        return None if self.subject.path is None else self.request.tokenizer(self.subject)
+
+    @cached_property
+    def lacks_pad_token(self) -> bool:
+        """Whether it is a classifier that takes one row at a time, for want of a pad token."""
+        return lacks_pad_token(self)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch, `--batch-size`; one for a classifier that cannot take more."""
+        return 1 if self.lacks_pad_token else self.request.rows
+
+    @cached_property
     def own_batch(self) -> Batch | None:
         """The batch that comes with the subject: a factory's, or the user's `--data`."""
-        if self.loaded.batch is not None:
-            return Batch(tensors=dict(self.loaded.batch), drawn="the factory's own batch")
-        if self.request.data is not None and self.takes_ids:
-            return self.request.data(self.subject, self.space)
-        return None
+        return own_batch.own_batch(self)
 
     @cached_property
     def usable_own_batch(self) -> Batch | None:
-        """The subject's own batch where a model can take it; inputs.pipeline says what is wrong with another."""
-        batch = self.own_batch
-        if batch is None or not self.takes_ids:
-            return batch
-        ids = batch.tensors.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
-            return None
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
-            return None
-        # Without a mask every token is real, as for the model itself.
-        tensors = {"attention_mask": torch.ones_like(ids), **batch.tensors}
-        # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
-        plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
-        pad_inside = bool(((ids == self.space.pad_id) & (tensors["attention_mask"] != 0)).any())
-        # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
-        one_table = int(ids.shape[-1]) <= self.longest
-        return replace(batch, tensors=tensors, law_abiding=plain and one_table and not pad_inside)
+        """The subject's own batch where a model can take it."""
+        return own_batch.usable(self, self.own_batch)
 
     @cached_property
     def training_batch(self) -> Batch:
-        """The fixed batch that the cell trains on; the user's own where there is one."""
+        """The fixed batch that the cell trains on; the user's own where there is one with a label that counts."""
         own = self.usable_own_batch
-        if own is not None and (not self.takes_ids or self._has_label(own)):
+        if own is not None and own_batch.can_be_trained_on(self, own):
             return own
         length = self.space.max_length
         if self.subject.task == "causal-lm":
             # The last token's answer has no label. Of two tokens only the first is trained on, whose attention has one
             # key: its softmax is 1, and queries and keys have no gradient by definition.
             length = max(length, min(3, self.longest))
-        return training_batch(self.space, rows=self.request.rows, length=length, seed=self.request.seed)
-
-    def _has_label(self, batch: Batch) -> bool:
-        """Whether a label of the batch counts; the mean over none is NaN by definition."""
-        labels = batch.tensors.get("labels")
-        if not isinstance(labels, Tensor):
-            return False
-        if self.subject.task == "causal-lm" and labels.dim() > 1:
-            labels = labels[:, 1:]
-        return bool((labels != IGNORED).any())
+        return training_batch(self.space, rows=self.rows, length=length, seed=self.request.seed)
 
     # --- runs ------------------------------------------------------------------------------------------------------
 
@@ -331,8 +327,8 @@ class Evidence:
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
-        """Name and values of the model's own rotary frequencies when they are first asked for, None without any."""
-        return rotary_table(self.model)
+        """Name and values of the rotary frequencies that the model reads, when they are first asked for; None without any."""
+        return rotary_table(self.model) if reads_table(self.model) else None
 
     def inputs_of(self, batch: Batch) -> dict[str, Any]:
         """What a forward pass is given of a batch."""

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 WIDER: Final[dict[torch.dtype, torch.dtype]] = {
     torch.float32: torch.float64,
@@ -318,43 +318,3 @@ def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def floating_outputs(output: object, prefix: str = "") -> dict[str, Tensor]:
-    """Return the floating tensors of a model's output by name, `hidden_states.0` for a nested one.
-
-    A cache of keys and values is not an output. A bare tensor is named "output".
-    """
-    if isinstance(output, Tensor):
-        return {prefix or "output": output} if output.is_floating_point() or output.is_complex() else {}
-    found: dict[str, Tensor] = {}
-    for name, value in _items(output):
-        if name != "past_key_values":
-            found |= floating_outputs(value, f"{prefix}.{name}" if prefix else name)
-    return found
-
-
-def _items(output: object) -> Iterable[tuple[str, object]]:
-    if isinstance(output, dict):
-        return [(str(name), value) for name, value in output.items()]
-    if isinstance(output, list | tuple):
-        names = getattr(output, "_fields", None) or [str(place) for place in range(len(output))]
-        return list(zip(names, output, strict=True))
-    if is_dataclass(output):
-        return [(field.name, getattr(output, field.name)) for field in fields(output)]
-    return []
-
-
-def loss_of(output: object) -> Tensor:
-    """Return the scalar that gradients start from.
-
-    Raises:
-        ValueError: The output has no scalar loss.
-    """
-    if isinstance(output, Tensor) and output.numel() == 1:
-        return output
-    loss = floating_outputs(output).get("loss")
-    if loss is None or loss.numel() != 1:
-        message = "gradients need a scalar loss: give the batch labels, or a call that returns the loss"
-        raise ValueError(message)
-    return loss

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 
 from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
 
+CACHE = "past_key_values"
+"""Keys and values kept for decoding: a state, not an output."""
+
 
 def floating_outputs(output: object) -> dict[str, Tensor]:
     """The floating tensors of a model's output by name: `logits`, `loss`, …; a bare tensor is `output`.
 
-    One in a tuple is `output0`, one deeper down `output1.0` or `hidden_states.3`; a cache of keys and values is left out.
+    One in a tuple is `output0`, or its field's name; one deeper down is `output1.0` or `hidden_states.3`. A cache is left out.
     """
     if isinstance(output, Tensor):
         return _floating("output", output)
-    if isinstance(output, Mapping):
-        named: list[tuple[str, object]] = [(str(name), value) for name, value in output.items()]
-    elif isinstance(output, (tuple, list)):
-        named = [(f"output{index}", value) for index, value in enumerate(output)]
-    else:
+    named = _items(output)
+    if named is None:
         named = [(name, value) for name, value in getattr(output, "__dict__", {}).items() if not name.startswith("_")]
+    elif isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
+        named = [(f"output{name}", value) for name, value in named]
+    return _of_items("", named)
+
+
+def _of_items(prefix: str, items: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name, value in named:
-        if name != "past_key_values":
-            found |= _floating(name, value)
+    for name, value in items:
+        if name != CACHE:
+            found |= _floating(prefix + name, value)
     return found
 
 
@@ -33,14 +40,19 @@ def _floating(name: str, value: object) -> dict[str, Tensor]:
     """The floating tensors in a value of that name."""
     if isinstance(value, Tensor):
         return {name: value} if value.is_floating_point() or value.is_complex() else {}
-    found: dict[str, Tensor] = {}
+    return _of_items(f"{name}.", _items(value) or ())
+
+
+def _items(value: object) -> list[tuple[str, object]] | None:
+    """What a mapping, a sequence or a dataclass holds, by name; None of anything else."""
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            found |= _floating(f"{name}.{key}", item)
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            found |= _floating(f"{name}.{index}", item)
-    return found
+        return [(str(name), item) for name, item in value.items()]
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None) or [str(place) for place in range(len(value))]
+        return list(zip(names, value, strict=True))
+    if is_dataclass(value):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+    return None
 
 
 def main_output(outputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
@@ -65,3 +77,18 @@ def loss_in(outputs: Mapping[str, Tensor]) -> Tensor:
         outputs: of :func:`floating_outputs`.
     """
     return outputs["loss"] if "loss" in outputs else main_output(outputs)[1].float().square().mean()
+
+
+def scalar_loss(output: object) -> Tensor:
+    """The scalar that gradients start from: `loss`, or a bare tensor of one element.
+
+    Raises:
+        ValueError: the output has no scalar loss.
+    """
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output
+    loss = floating_outputs(output).get("loss")
+    if loss is None or loss.numel() != 1:
+        message = "gradients need a scalar loss: give the batch labels, or a call that returns the loss"
+        raise ValueError(message)
+    return loss

@@ -13,6 +13,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence, batch_key
+from numerics_suite.engine.layout import STATES, batch_first, sequence_first
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observing.roundoff import relative_error, rms
 from numerics_suite.subjects.memory import KEPT_BYTES
@@ -44,18 +45,27 @@ def refuse_without_ids(evidence: Evidence) -> None:
         raise NotApplicableError(reason)
 
 
-def answer_of(output: Any, *, by_token: bool) -> Tensor:
+def turned_states(evidence: Evidence) -> frozenset[str]:
+    """Where the cell's model holds states as `[sequence, batch, …]`; see :func:`numerics_suite.engine.layout.sequence_first`."""
+    if "turned states" not in evidence.memo:
+        evidence.memo["turned states"] = sequence_first(evidence.model, output_hidden_states=True)
+    found: frozenset[str] = evidence.memo["turned states"]
+    return found
+
+
+def answer_of(output: Any, *, by_token: bool, turned: frozenset[str] = frozenset()) -> Tensor:
     """What a law compares: the logits; the last hidden state where a law is about tokens and the logits are pooled.
 
     Args:
         output: of the model.
         by_token: the law needs one row per token, `[batch, sequence, …]`.
+        turned: of :func:`turned_states`.
     """
     logits = output["logits"] if "logits" in output else output[0]
     if by_token and logits.dim() < 3:
         states = output["hidden_states"][-1]
         assert isinstance(states, Tensor)
-        return states
+        return batch_first(states, STATES, turned)
     assert isinstance(logits, Tensor)
     return logits
 
@@ -63,11 +73,12 @@ def answer_of(output: Any, *, by_token: bool) -> Tensor:
 def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Caller:
     """Calls a model so that :func:`answer_of` finds its answer."""
     pooled = by_token and evidence.subject.task == "sequence-classification"
+    turned = turned_states(evidence) if pooled else frozenset()
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
         extra = {"output_hidden_states": True} if pooled else {}
         output = call_model(model, tensors, **extra, **keywords)
-        return {"answer": answer_of(output, by_token=by_token)}
+        return {"answer": answer_of(output, by_token=by_token, turned=turned)}
 
     return call
 

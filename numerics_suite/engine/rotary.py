@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.true_fp64 import run_true_fp64
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +26,49 @@ def rotary_table(model: nn.Module) -> tuple[str, Tensor] | None:
         if name.endswith("inv_freq") and "original" not in name:
             return name, buffer.detach().cpu().clone()
     return None
+
+
+def reads_table(model: nn.Module) -> bool:
+    """Whether the forward pass computes with the frequencies that the model holds.
+
+    ChatGLM's published code keeps such a buffer and never reads it: it makes the table anew in each call. The classes of
+    transformers read theirs; any other is watched through one true fp64 run of one row of three tokens.
+    """
+    held = rotary_table(model)
+    if held is None or type(owner := model.get_submodule(held[0].rpartition(".")[0])).__module__.startswith(
+        "transformers."
+    ):
+        return held is not None
+    watch = _Reads(owner)
+
+    def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        with watch:
+            call_model(model, tensors)
+        return {}
+
+    ids = torch.ones(1, 3, dtype=torch.long)
+    run_true_fp64(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, call=call)
+    return watch.found
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether an op takes a module's frequencies, under any of the names that it holds them by."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.owner, self.found = owner, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op."""
+        held = {**vars(self.owner), **dict(self.owner.named_buffers())}
+        storages = {
+            value.untyped_storage().data_ptr()
+            for name, value in held.items()
+            if "inv_freq" in name and isinstance(value, torch.Tensor)
+        }
+        taken = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        self.found = self.found or any(leaf.untyped_storage().data_ptr() in storages for leaf in taken)
+        return func(*args, **(kwargs or {}))
 
 
 def longest_of_one_table(config: Mapping[str, Any]) -> int | None:

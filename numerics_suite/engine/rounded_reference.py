@@ -23,6 +23,7 @@ from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
+from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.true_fp64 import LiftToFp64
 
 if TYPE_CHECKING:
@@ -150,13 +151,13 @@ def run_rounded(
             with autocast_section(input_device(model), autocast):
                 output = call(model, batch)
             if gradients:
-                lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
+                scalar_loss(output).backward()  # type: ignore[no-untyped-call]
         found: dict[str, Tensor] = {}
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 found[name], leaf.grad = leaf.grad.double(), None  # never two copies of all gradients at once
         return RoundedRun(
-            outputs={name: widen(tensor.detach()) for name, tensor in lifting.floating_outputs(output).items()},
+            outputs={name: widen(tensor.detach()) for name, tensor in floating_outputs(output).items()},
             gradients=found if gradients else None,
             left_out=tuple(mode.left_out),
         )

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from numerics_suite.core.errors import NotApplicableError
+
 SWITCH = "output_router_logits"
 """The key of a config with which a model adds the router's loss to its own; every release and family of transformers has this name."""
 
 
 def adds_router_loss(model: nn.Module) -> bool:
     """Whether the model adds a loss that balances its experts to the loss that it returns."""
-    return any(True for _ in _configs(model))
+    return any(True for _ in _configs(model, on=True))
 
 
 @contextmanager
@@ -28,22 +30,45 @@ def without_router_loss(model: nn.Module) -> Iterator[None]:
     Args:
         model: put back as it was.
     """
-    switched = list(_configs(model))
-    for config in switched:
-        setattr(config, SWITCH, False)
+    with _switched(list(_configs(model, on=True)), on=False):
+        yield
+
+
+@contextmanager
+def with_router_loss(model: nn.Module) -> Iterator[None]:
+    """Let the model add its router's loss, which most configs leave off and training switches on.
+
+    Args:
+        model: put back as it was.
+
+    Raises:
+        NotApplicableError: it has no such loss.
+    """
+    off = list(_configs(model, on=False))
+    if not off and not adds_router_loss(model):
+        reason = "the model has no router's loss"
+        raise NotApplicableError(reason)
+    with _switched(off, on=True):
+        yield
+
+
+@contextmanager
+def _switched(configs: list[Any], *, on: bool) -> Iterator[None]:
+    for config in configs:
+        setattr(config, SWITCH, on)
     try:
         yield
     finally:
-        for config in switched:
-            setattr(config, SWITCH, True)
+        for config in configs:
+            setattr(config, SWITCH, not on)
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
-    """The configs that have the switch on: of the model, of its parts, and those within a config."""
+def _configs(model: nn.Module, *, on: bool) -> Iterator[Any]:
+    """The configs whose switch is on, or off: of the model, of its parts, and those within a config."""
     seen: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         for owned in (config, *vars(config).values()) if hasattr(config, "__dict__") else ():
-            if getattr(owned, SWITCH, False) is True:
+            if getattr(owned, SWITCH, None) is on:
                 seen[id(owned)] = owned
     yield from seen.values()

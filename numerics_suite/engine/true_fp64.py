@@ -23,6 +23,7 @@ from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine import flex_rule, fused_ops, lifting, weight_stream
 from numerics_suite.engine.calls import call_model, where_float64_is
 from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
+from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -326,8 +327,8 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
         with torch.set_grad_enabled(gradients):
             output = call(model, {name: widen(value) for name, value in batch.items()})
             if gradients:
-                lifting.loss_of(output).backward()  # type: ignore[no-untyped-call]
-        outputs = {name: widen(tensor.detach()) for name, tensor in lifting.floating_outputs(output).items()}
+                scalar_loss(output).backward()  # type: ignore[no-untyped-call]
+        outputs = {name: widen(tensor.detach()) for name, tensor in floating_outputs(output).items()}
         return Fp64Run(outputs=outputs, gradients=session.gradients() if gradients else None, left_out=session.left_out)
 
 

@@ -13,10 +13,8 @@ import torch
 from hypothesis import strategies as st
 
 from numerics_suite.core.records import Batch
+from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.vocabulary import InputSpace
-
-IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
 
 CONTENTS = ("uniform", "repeated", "edges", "specials")
 MASK_DTYPES = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.float32, torch.bfloat16)

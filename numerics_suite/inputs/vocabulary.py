@@ -9,6 +9,19 @@ from typing import Any, Literal
 Side = Literal["left", "right"]
 
 
+LEAST_ROWS = 8
+"""Rows that a drawn batch may have, and the sample of a user's file has, where `--batch-size` asks for fewer, but not for one."""
+
+
+def most_rows(rows: int) -> int:
+    """The most rows of a batch.
+
+    Args:
+        rows: `--batch-size`.
+    """
+    return 1 if rows == 1 else max(LEAST_ROWS, rows)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpace:
     """What batches may be drawn for a subject.

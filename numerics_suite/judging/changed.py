@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from numerics_suite.core.exact import AGREED
+from numerics_suite.core.numbers import nan_last
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.compare import Difference
@@ -26,7 +27,7 @@ class Changed:
         old: None for what is new.
         new: None for what is gone.
         unit: of both.
-        group: what else is of its kind: `contract`, `missing`, `errors`, `loss`, `subject`, `versions`, and modules.
+        group: what else is of its kind: `contract`, `missing`, `tensors`, `errors`, `loss`, `subject`, `versions`, and modules.
     """
 
     what: str
@@ -44,7 +45,7 @@ def changes(found: Difference, kinds: Collection[str], moved: Sequence[Errors]) 
         kinds: that apply to it: where the function is the same and rounds as well, its curve is the same to the eye.
         moved: modules whose error is larger or smaller than chance explains.
     """
-    values = (*_contract(found), *_lost(found), *_errors(found, moved), *_training(found, kinds))
+    values = (*_contract(found), *_lost(found), *_tensors(found), *_errors(found, moved), *_training(found, kinds))
     return (*values, *_facts(found), *_modules(found))
 
 
@@ -61,6 +62,12 @@ def _contract(found: Difference) -> Iterator[Changed]:
 def _lost(found: Difference) -> Iterator[Changed]:
     for part in (*found.vanished, *found.gone):
         yield Changed(what=part, group="missing", old="")
+
+
+def _tensors(found: Difference) -> Iterator[Changed]:
+    for item in sorted(found.tensors, key=lambda item: -nan_last(item.value)):
+        moved = f", other values (by {item.value:.2g} of its root mean square)" if 0 < item.value < math.inf else ""
+        yield Changed(what=f"tensor {item.name}", group="tensors", old=item.old, new=f"{item.new}{moved}")
 
 
 def _errors(found: Difference, moved: Sequence[Errors]) -> Iterator[Changed]:

@@ -185,6 +185,12 @@ def _details(found: Difference, kinds: tuple[str, ...], breaches: Mapping[str, S
         "moved_modules": list(found.modules.moved),
         "new_modules": list(found.modules.appeared),
         "missing": [*found.vanished, *found.gone],
+        "tensors": [
+            {"name": item.name, "before": item.old, "now": item.new, "difference": item.value} for item in found.tensors
+        ],
+        "fused": [fusion.told() for fusion in found.fused],
+        "inlined_modules": list(found.inlined),
+        "not_compared": list(found.unrecorded),
         "contract": [change.told() for change in found.contract if change.how != "added"],
         "contract_added": [change.told() for change in found.contract if change.how == "added"],
         "subject": list(found.subject),

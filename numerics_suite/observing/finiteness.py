@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def nonfinite_count(tensor: Tensor) -> int:
-    """Number of NaN and infinite elements; integers have none.
+    """Number of NaN and infinite elements; integers have none. A complex element is one if either part is.
 
     The sum is asked first: one reduction that is finite proves every element finite.
     """
+    if tensor.is_complex():
+        return int((~torch.isfinite(tensor)).sum())
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return 0
     if bool(torch.isfinite(tensor.sum(dtype=torch.float32 if tensor.dtype != torch.float64 else None))):
@@ -19,5 +21,5 @@ def nonfinite_count(tensor: Tensor) -> int:
 
 
 def nan_count(tensor: Tensor) -> int:
-    """Number of NaN elements."""
-    return int(torch.isnan(tensor).sum()) if tensor.is_floating_point() else 0
+    """Number of NaN elements, complex ones with a NaN in either part among them."""
+    return int(torch.isnan(tensor).sum()) if tensor.is_floating_point() or tensor.is_complex() else 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.engine import lifting
 from numerics_suite.engine.calls import call_model, input_device
+from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observing.tokens import at_real
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def headroom(
     worst: dict[str, Headroom] = {}
 
     def look(module: nn.Module, args: object, output: object) -> None:  # noqa: ARG001 - the signature of a hook
-        for tensor in lifting.floating_outputs(output).values():
+        for tensor in floating_outputs(output).values():
             found = _headroom(names[id(module)], at_real(real, tensor))
             before = worst.get(found.module)
             if before is None or math.isnan(found.bits) or found.bits < before.bits:

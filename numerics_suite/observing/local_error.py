@@ -20,7 +20,8 @@ from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.devices.arithmetic import casts_on
 from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
 from numerics_suite.engine.calls import call_model, input_device
-from numerics_suite.engine.lifting import WIDER, Kind, floating_outputs, plan_of
+from numerics_suite.engine.lifting import WIDER, Kind, plan_of
+from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.submodule import run_module_in_fp64, run_module_rounded
 from numerics_suite.observing.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
 from numerics_suite.observing.tokens import at_real

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from numerics_suite.core.exact import AGREED
+from numerics_suite.engine.layout import INPUT, batch_first, sequence_first
 from numerics_suite.engine.true_fp64 import STREAM_ABOVE_BYTES, run_true_fp64
 from numerics_suite.observing.calls import watched_calls
 from numerics_suite.observing.roundoff import relative_error
@@ -55,12 +56,14 @@ def first_parting(one: Side, other: Side, *, passed_over: Callable[[nn.Module], 
     if sum(8 * parameter.numel() for parameter in one.model.parameters()) > STREAM_ABOVE_BYTES:
         return None
     left, right = _states(one), _states(other)
+    turned = sequence_first(one.model)
     modules = dict(one.model.named_modules())
     for name, states in left.items():
         if name not in right or (passed_over is not None and passed_over(modules[name])):
             continue
-        given = _agree(_picked(states.given, one), _picked(right[name].given, other))
-        gave = _agree(_picked(states.gave, one), _picked(right[name].gave, other))
+        place = f"{name}{INPUT}"
+        given = _agree(_picked(states.given, one, place, turned), _picked(right[name].given, other, place, turned))
+        gave = _agree(_picked(states.gave, one, name, turned), _picked(right[name].gave, other, name, turned))
         if given is not False and gave is False:
             return name or None
     return None
@@ -96,9 +99,10 @@ def _first_state(value: Any) -> Tensor | None:
     )
 
 
-def _picked(calls: list[Tensor], side: Side) -> Tensor | None:
+def _picked(calls: list[Tensor], side: Side, place: str, turned: frozenset[str]) -> Tensor | None:
     """The compared tokens; None for a state that has no token dimension."""
     rows, width = side.tensors["input_ids"].shape
+    calls = [batch_first(part, place, turned) for part in calls]
     if not calls or any(part.shape[0] not in {1, rows} or part.shape[2:] != calls[0].shape[2:] for part in calls):
         return None
     state = torch.cat([part.expand(rows, *part.shape[1:]) for part in calls], dim=1)

@@ -31,7 +31,12 @@ def _first_tensor(values: Any) -> Tensor | None:
 
 
 def _turn(values: Any) -> Tensor | None:
-    """`cos + i sin` of what a rotary embedding gives, `[B, T, pairs or twice as many]`; None for anything else."""
+    """`cos + i sin` of what a rotary embedding gives, `[B, T, pairs or twice as many]`; None for anything else.
+
+    ChatGLM's published code gives one tensor `[positions, pairs, 2]` for all positions from 0 on: `[positions, pairs]` here.
+    """
+    if isinstance(values, Tensor) and values.is_floating_point() and values.dim() > 2 and values.shape[-1] == 2:
+        return torch.view_as_complex(values.double().contiguous())
     tensors = [value for value in values if isinstance(value, Tensor)] if isinstance(values, (tuple, list)) else []
     if len(tensors) != 2 or tensors[0].shape != tensors[1].shape or not tensors[0].is_floating_point():
         return None
@@ -137,6 +142,13 @@ def _comparable(turn: Tensor, reference: Tensor) -> tuple[Tensor | None, Tensor]
         return None, reference
     rows = max(len(once), len(reference))
     return once.expand(rows, -1, -1), reference.expand(rows, -1, -1)
+
+
+def table_of(turn: Tensor | None) -> Tensor | None:
+    """The frequencies `[pairs]` float64 of turns `[positions, pairs]`: the angle at position 1; None for another layout."""
+    if turn is None or turn.dim() != 2 or len(turn) < 2 or bool((turn[0].angle() != 0).any()):
+        return None
+    return turn[1].angle()
 
 
 def turn_scale(turn: Tensor) -> tuple[float, float]:

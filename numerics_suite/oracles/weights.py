@@ -67,13 +67,15 @@ class _Files:
 
     index: Mapping[str, Path]
     rounded_to: torch.dtype | None
+    held: Mapping[str, torch.dtype] = field(default_factory=dict)
     opened: dict[Path, Any] = field(default_factory=dict)
 
     def __call__(self, name: str, rows: Rows = None) -> Tensor:
         file, stored = self._locate(name)
         tensor: Tensor = file.get_tensor(stored)
         tensor = tensor if rows is None else tensor[rows]
-        return (tensor if self.rounded_to is None else tensor.to(self.rounded_to)).to(torch.float64)
+        dtype = self.held.get(name, self.rounded_to)
+        return (tensor if dtype is None else tensor.to(dtype)).to(torch.float64)
 
     def shape(self, name: str) -> tuple[int, ...]:
         file, stored = self._locate(name)
@@ -96,12 +98,16 @@ def tensor_weights(tensors: Mapping[str, Tensor]) -> Weights:
     return _Tensors(tensors)
 
 
-def file_weights(directory: Path, rounded_to: torch.dtype | None = None) -> Weights:
+def file_weights(
+    directory: Path, rounded_to: torch.dtype | None = None, held: Mapping[str, torch.dtype] | None = None
+) -> Weights:
     """Weights out of a checkpoint's safetensors files, one file or sharded.
 
     Args:
         directory: the checkpoint's folder.
         rounded_to: the dtype that the judged model was loaded in, where it is not the stored one.
+        held: the dtypes of those parameters that the model holds in another one, by name. That it does is load.dtype's to
+            judge; what it computes with them is the definition's.
 
     Raises:
         OracleUnavailable: the folder has no safetensors files.
@@ -109,10 +115,10 @@ def file_weights(directory: Path, rounded_to: torch.dtype | None = None) -> Weig
     sharded = directory / "model.safetensors.index.json"
     if sharded.is_file():
         shards = json.loads(sharded.read_text(encoding="utf-8"))["weight_map"]
-        return _Files({name: directory / file for name, file in shards.items()}, rounded_to)
+        return _Files({name: directory / file for name, file in shards.items()}, rounded_to, held or {})
     single = directory / "model.safetensors"
     if not single.is_file():
         message = "the oracle reads safetensors files, and the checkpoint has none"
         raise OracleUnavailable(message)
     with safe_open(single, framework="pt") as file:
-        return _Files(dict.fromkeys(file.keys(), single), rounded_to)
+        return _Files(dict.fromkeys(file.keys(), single), rounded_to, held or {})

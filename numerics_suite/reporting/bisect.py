@@ -11,7 +11,7 @@ from numerics_suite.reporting.lines import Line, wrapped
 from numerics_suite.reporting.terminal import Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numerics_suite.core.versions import BisectResult, BisectStep
 
@@ -23,9 +23,12 @@ KINDS = {"semantic-change": "changed", "rounding-change": "worse", "contract-cha
 class BisectTerminal(Terminal):
     """Prints the versions as they are tried, and the story."""
 
-    def __init__(self, *, stream: IO[str], quiet: bool = False) -> None:
-        """As :class:`Terminal`."""
+    def __init__(
+        self, *, stream: IO[str], quiet: bool = False, on_steps: Callable[[list[dict[str, Any]]], None] | None = None
+    ) -> None:
+        """As :class:`Terminal`; `on_steps` takes the entries of `tested` so far, before one is shown."""
         super().__init__(stream=stream, quiet=quiet)
+        self._on_steps, self._steps = on_steps, list[dict[str, Any]]()
 
     def begin(self, what: str, labels: Sequence[str], note: str) -> None:
         """The ends.
@@ -58,6 +61,9 @@ class BisectTerminal(Terminal):
         Args:
             step: what it said.
         """
+        self._steps.append(_step_to_json(step))
+        if self._on_steps is not None:
+            self._on_steps(list(self._steps))
         if self._quiet:
             return
         how = "kept from an earlier run" if step.reused else f"{step.duration_s:.1f} s"
@@ -127,6 +133,16 @@ def kind_of(result: BisectResult) -> str:
     return KINDS.get(result.finding.cause, "failed") if result.finding is not None else "failed"
 
 
+def _step_to_json(step: BisectStep) -> dict[str, Any]:
+    return {
+        "version": step.version,
+        "verdict": step.verdict,
+        "duration_s": jsonable(step.duration_s),
+        "reason": step.reason,
+        "reused": step.reused,
+    }
+
+
 def bisect_to_json(result: BisectResult) -> dict[str, Any]:
     """The file of `bisect`.
 
@@ -141,16 +157,7 @@ def bisect_to_json(result: BisectResult) -> dict[str, Any]:
         "last_good": result.last_good,
         "first_bad": result.first_bad,
         "between": list(result.between),
-        "tested": [
-            {
-                "version": step.version,
-                "verdict": step.verdict,
-                "duration_s": jsonable(step.duration_s),
-                "reason": step.reason,
-                "reused": step.reused,
-            }
-            for step in result.tested
-        ],
+        "tested": [_step_to_json(step) for step in result.tested],
         "check": result.check,
         "deciding": list(result.deciding),
         "kind": kind_of(result),

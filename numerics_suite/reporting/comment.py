@@ -126,7 +126,7 @@ def _before(turn: Turn, worst: Place) -> str:
     value = earlier.measurements.get(str(name))
     measured = f", {text(name)} {text(shown(value))}" if value is not None else ""
     cause = f" ({code(earlier.finding.cause)})" if earlier.status == "failed" and earlier.finding is not None else ""
-    return f"{earlier.status}{cause}{measured}"
+    return f"{text(earlier.status)}{cause}{measured}"
 
 
 def _versions(documents: Documents, found: Against, earlier: Documents | None) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.numbers import jsonable
+from numerics_suite.core.text import listed
 from numerics_suite.judging.kinds import FAILING, KINDS
 from numerics_suite.reporting.charts import side_by_side, told
 from numerics_suite.reporting.lines import WIDTH, Line, printable, wrapped
@@ -42,11 +43,27 @@ STYLES = {
 LABEL = 11
 """Columns of the label in front of each part of a block."""
 
-LISTED = ("all_kinds", "contract", "missing", "contract_added", "matched", "new_modules", "subject", "environment")
+LISTED = (
+    "all_kinds",
+    "contract",
+    "missing",
+    "contract_added",
+    "matched",
+    "new_modules",
+    "tensors",
+    "fused",
+    "inlined_modules",
+    "not_compared",
+    "subject",
+    "environment",
+)
 """Keys of details that hold texts: cells that share them are one block."""
 
 NAMED = 5
 """Changes of one group that a block shows; the JSON has them all."""
+
+FUSED = 2
+"""Tensors found by value that a block names."""
 
 SIGNS = {"-": "red", "+": "green", " ": ""}
 """Of a line of the diff: of the old baseline, of the new one, of neither."""
@@ -115,7 +132,15 @@ def comparison_lines(
             members = [item for item in found if item.kind == kind]
             if members:
                 lines += wrapped(f"{kind}: {_cells(members)}", width=width, rest="  ", style=STYLES[kind])
+        for line in _not_asked(found):
+            lines += wrapped(f"not compared: {line}", width=width, rest="  ", style="yellow")
     return [*lines, *_verdict(found, width)]
+
+
+def _not_asked(found: Sequence[Comparison]) -> list[str]:
+    """What baselines of another schema lack, of cells that have no block of their own to say it."""
+    plain = (item for item in found if item.kind == "identical")
+    return list(dict.fromkeys(line for item in plain for line in item.judged.details.get("not_compared", ())))
 
 
 def _alike(members: Sequence[Comparison]) -> list[list[Comparison]]:
@@ -196,6 +221,9 @@ def _told(item: Comparison) -> list[tuple[str, str]]:
     others = [kind for kind in details.get("all_kinds", ()) if kind != item.kind]
     if others:
         parts.append(("also", ", ".join(others)))
+    if details.get("fused"):
+        parts.append(("fused", f"the same values in other tensors: {listed(details['fused'], FUSED)}"))
+    parts += [("not asked", line) for line in details.get("not_compared", ())]
     if details.get("bits_differ"):
         parts.append(("bits", f"other bits in {', '.join(details['bits_differ'])}"))
     change = details.get("headroom_change", 0.0)

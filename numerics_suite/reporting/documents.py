@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json
+from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
+from numerics_suite.core.typed import refuse_other_shape, refuse_wrong_types
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
+from numerics_suite.judging.kinds import KINDS
 from numerics_suite.reporting.results import from_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numerics_suite.core.records import Finding, RunResult
+
+
+NUMBER = (int, float)
+TEXT_OR_NONE = (str, type(None))
+COMPARISON = {
+    "old": str,
+    "new": str,
+    "subjects!": [
+        {
+            "subject!": str,
+            "task": TEXT_OR_NONE,
+            "precision!": str,
+            "attn": TEXT_OR_NONE,
+            "device": TEXT_OR_NONE,
+            "kind!": str,
+            "module": TEXT_OR_NONE,
+            "error_ratio": (int, float, type(None)),
+            "details": {
+                "error_before": NUMBER,
+                "error_now": NUMBER,
+                "headroom_change": NUMBER,
+                "local_errors": [{"module!": str, "before!": NUMBER, "now!": NUMBER}],
+                **{name: [str] for name in ("why", "bits_differ", "environment", "all_kinds", "contract", "missing")},
+            },
+        }
+    ],
+}
+"""What the printers read of a comparison."""
+
+BISECTION = {
+    **{f"{name}!": TEXT_OR_NONE for name in ("first_bad", "last_good")},
+    **dict.fromkeys(("what", "subject", "check", "kind", "show"), TEXT_OR_NONE),
+    "candidates": int,
+    "between": [str],
+    "notes": [str],
+    "tested!": [{"version!": str, "verdict!": str, "duration_s": NUMBER, "reason": TEXT_OR_NONE, "reused": bool}],
+}
+"""What the printers read of a search."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +150,15 @@ def read_documents(paths: Sequence[Path]) -> Documents:
             elif command == "compare":
                 comparisons.append(ComparisonFile(content=_comparison(content), path=path))
             elif command == "bisect":
+                refuse_other_shape(revived(content), BISECTION, "bisect")
                 finding = content["finding"]
                 found = None if finding is None else finding_from_json(finding)
+                if found is not None:
+                    refuse_wrong_types(found, "finding.")
                 bisections.append(BisectFile(content=revived(content), finding=found, path=path))
             else:
                 runs.append(Run(label=path.stem, result=from_json(content), path=path))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             message = f"{path}: not a results file of this tool: {type(error).__name__}: {error}"
             raise BadInputError(message) from None
         except BadInputError as error:
@@ -132,7 +175,7 @@ def read_documents(paths: Sequence[Path]) -> Documents:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_text(path)
     except OSError as error:
         message = f"cannot read {path}: {error.strerror or error}"
         raise BadInputError(message) from None
@@ -146,9 +189,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _comparison(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    for item in content["subjects"]:
-        _ = item["subject"], item["precision"], item["kind"]
     found: Mapping[str, Any] = revived(content)
+    refuse_other_shape(found, COMPARISON, "compare")
+    for item in found["subjects"]:
+        if item["kind"] not in KINDS:
+            message = f"a kind must be one of {', '.join(KINDS)}, not {item['kind'][:40]!r}"
+            raise TypeError(message)
     return found
 
 
@@ -160,6 +206,7 @@ def _matrix(content: Mapping[str, Any], path: Path, notes: list[str]) -> Matrix:
         duration_s=revived(content.get("duration_s", 0.0)),
         notes=tuple(content.get("notes", ())),
     )
+    refuse_wrong_types(result)
     runs = tuple(_run_of(cell, path, notes) for cell in cells)
     return Matrix(result=result, runs=runs, path=path)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.text import listed
+from numerics_suite.core.tree import root_id
 from numerics_suite.reporting.charts import chart_lines
 from numerics_suite.reporting.lines import WIDTH, Line, printable, wrapped
 from numerics_suite.reporting.numbers import shown
@@ -45,15 +46,22 @@ RERUN_OPTIONS = (
     "batch_size",
     "seq_len",
     "data",
+    "baseline",
 )
 """Settings that a rerun needs where somebody set them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Results with a finding of the same check, subject, task and cause; the worst first."""
+    """Results with a finding of the same check, subject, task and cause; the worst first.
+
+    Attributes:
+        results: with their findings.
+        consequences: results of other checks, or with other causes, whose findings follow from these.
+    """
 
     results: tuple[CheckResult, ...]
+    consequences: tuple[CheckResult, ...] = ()
 
     @property
     def worst(self) -> CheckResult:
@@ -68,17 +76,43 @@ class Group:
 
 
 def grouped(results: Iterable[CheckResult]) -> list[Group]:
-    """Groups in the order in which the first of each came.
+    """Groups of roots in the order in which the first of each came; what follows from a root is not a group of its own.
 
     Args:
-        results: any; those without a finding are left out.
+        results: any; those without a finding are left out. One whose root is not among them stands for itself.
     """
+    found = [result for result in results if result.finding is not None]
+    ids = {result.id for result in found}
+    keys = {result.id: _alike(result) for result in found}
     groups: dict[tuple[str, ...], list[CheckResult]] = {}
-    for result in results:
-        if result.finding is not None:
-            key = (result.check, result.cell.subject, result.cell.task, result.finding.cause)
+    following: dict[tuple[str, ...], list[CheckResult]] = {}
+    for result in found:
+        key, root = keys[result.id], root_id(result)
+        if root in ids and keys[root] != key:
+            following.setdefault(keys[root], []).append(result)
+        else:
             groups.setdefault(key, []).append(result)
-    return [Group(results=tuple(sorted(members, key=_badness, reverse=True))) for members in groups.values()]
+    return [
+        Group(results=tuple(sorted(members, key=_badness, reverse=True)), consequences=tuple(following.get(key, ())))
+        for key, members in groups.items()
+    ]
+
+
+def _alike(result: CheckResult) -> tuple[str, ...]:
+    assert result.finding is not None
+    return result.check, result.cell.subject, result.cell.task, result.finding.cause
+
+
+def following_text(results: Iterable[CheckResult]) -> str:
+    """Which checks fail as a consequence, and in how many cells: `train.finite, forward.headroom (3 cells)`.
+
+    Args:
+        results: whose findings follow from one root.
+    """
+    cells: dict[str, set[Cell]] = {}
+    for result in results:
+        cells.setdefault(result.check, set()).add(result.cell)
+    return ", ".join(f"{check} ({len(held)} cells)" if len(held) > 1 else check for check, held in cells.items())
 
 
 def _badness(result: CheckResult) -> tuple[bool, float]:
@@ -117,6 +151,7 @@ def block(group: Group, *, number: int | None = None, run: RunResult | None = No
     lines += _labelled([("batch", batch_text(finding.batch)), ("why", finding.explanation)], indent, width)
     tries = [("" if index else "try", _remedy(remedy)) for index, remedy in enumerate(finding.remedies)]
     lines += _labelled(tries, indent, width)
+    lines += _labelled([("leads to", following_text(group.consequences)), ("follows", _root(finding))], indent, width)
     if finding.reproducer:
         lines += _labelled([("script", f"python {shlex.quote(finding.reproducer)}")], indent, width)
     if run is not None:
@@ -158,6 +193,10 @@ def _where(finding: Finding) -> str:
     return "; ".join(part for part in parts if part)
 
 
+def _root(finding: Finding) -> str:
+    return f"from the finding of {finding.consequence_of}" if finding.consequence_of else ""
+
+
 def _measured(finding: Finding) -> str:
     facts = finding.evidence
     if "measured" not in facts:
@@ -192,7 +231,7 @@ def batch_text(batch: Mapping[str, Any] | None) -> str:
 def _remedy(remedy: Remedy) -> str:
     tried = {None: "", True: " (tried: it works)", False: " (tried: no help)"}[remedy.verified]
     effect = f" [{remedy.effect}]" if remedy.effect else ""
-    return f"{remedy.name}{tried}: {remedy.description}{effect}"
+    return f"{' with '.join((remedy.name, *remedy.together))}{tried}: {remedy.description}{effect}"
 
 
 def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
@@ -203,11 +242,14 @@ def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
         run: the whole run.
     """
     settings, cell = run.settings, result.cell
-    source = next((subject.source for subject in run.subjects if subject.id == cell.subject), cell.subject)
-    words = ["numerics-suite", "check", source]
+    source = next((subject.source for subject in run.subjects if subject.id == cell.subject), None)
+    bundle = settings.get("bundle")
+    # A bundle is of the model that was watched: without a subject there is only the name of its class.
+    words = ["numerics-suite", "check", *([] if bundle and source is None else [source or cell.subject])]
     if cell.subject in settings.get("names", ()):
         words += ["--name", cell.subject]
-    words += ["--checks", result.check, "--precision", cell.precision, "--attn", cell.attn]
+    words += ["--bundle", str(bundle)] if bundle else ["--checks", result.check]
+    words += ["--precision", cell.precision, "--attn", cell.attn]
     for name in RERUN_OPTIONS:
         value = settings.get(name)
         if name not in settings.get("origins", {}) or value is None or value is False:

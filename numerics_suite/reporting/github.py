@@ -18,6 +18,7 @@ from numerics_suite.core.text import listed
 from numerics_suite.judging.kinds import FAILING
 from numerics_suite.reporting.comparison import MEANS
 from numerics_suite.reporting.documents import Documents
+from numerics_suite.reporting.findings import following_text
 from numerics_suite.reporting.lines import printable
 from numerics_suite.reporting.markdown import summary_markdown
 from numerics_suite.reporting.sources import Place, Sources
@@ -155,6 +156,9 @@ def _of_problem(problem: Problem, sources: Sources) -> Annotation:
         f"{problem.check}: {finding.cause}" + "".join(f", {part}" for part in where if part),
         f"{listed(problem.subjects, 3)} in {listed(problem.precisions, 6)}",
         "; ".join(versions),
+        f"leads to {following}"
+        if (following := following_text(place.result for place in problem.consequences))
+        else "",
         *(f"try {advised.text}{' (it works)' if advised.tried else ''}" for advised in advice_on([problem])[:2]),
     ]
     place = sources.find(finding.source)

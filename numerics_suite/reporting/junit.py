@@ -17,6 +17,7 @@ from typing import Any
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from numerics_suite.core.records import CheckResult, RunResult
+from numerics_suite.core.tree import root_id
 from numerics_suite.core.versions import MatrixCell
 from numerics_suite.judging.kinds import FAILING
 from numerics_suite.reporting.comparison import MEANS
@@ -116,7 +117,10 @@ def _case(result: CheckResult, run: RunResult | None) -> TestCase:
     reason = result.reason or "no reason given"
     if result.status == "failed":
         finding = result.finding
-        case.result = _outcome(Failure, finding.title if finding else reason, finding.cause if finding else None, text)
+        told = reason if finding is None else finding.title
+        if root_id(result) != result.id:
+            told = f"follows from {root_id(result)}: {told}"
+        case.result = _outcome(Failure, told, finding.cause if finding else None, text)
     elif result.status == "accepted":
         case.result = _outcome(Skipped, f"accepted: {reason}", "accepted", text)
     elif result.status == "skipped":

@@ -40,13 +40,27 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in joined)
 
 
+def harmless(text: str) -> str:
+    """A line that a terminal or a CI system shows and does not obey.
+
+    GitHub's runner takes a printed line as a command where it begins with `::`, in its older form with `##[` anywhere.
+
+    Args:
+        text: one line; whatever a checkpoint or a results file holds may be in it.
+    """
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text).replace("##[", "## [")
+    begin = len(shown) - len(shown.lstrip())
+    return f"{shown[:begin]}: {shown[begin + 1 :]}" if shown.startswith("::", begin) else shown
+
+
 def sayable(text: str, stream: object) -> str:
-    """The text in letters that the stream can say: charts and arrows in ASCII where it has no others.
+    """The text as :func:`harmless`, in letters that the stream can say: charts and arrows in ASCII where it has no others.
 
     Args:
         text: one line.
         stream: its `encoding` decides; a stream without one takes everything.
     """
+    text = harmless(text)
     try:
         text.encode(str(getattr(stream, "encoding", None) or "utf-8"))
     except UnicodeEncodeError:

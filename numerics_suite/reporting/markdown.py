@@ -101,6 +101,7 @@ def finding_block(card: Card, *, heading: str, clean: Clean = str, extra: Sequen
         f"- **cause** {code(card.cause)}" + (f", {where}" if where else ""),
         f"- **measured** {text(clean(card.measured))}" if card.measured else "",
         *(f"- **versions** {text(line)}" for line in card.versions),
+        f"- **leads to** {text(clean(card.following))}" if card.following else "",
         *(f"- **try** {MARKS[cure.tried]}{text(clean(cure.text))}" for cure in card.cures),
     ]
     parts = [
@@ -164,7 +165,7 @@ def _said(cell: MatrixCell, clean: Clean) -> tuple[str, str, str]:
     checks = list(dict.fromkeys(failure.check for failure in cell.failures))
     failing = listed([code(check) for check in checks], 4)
     reason = text(clean(cell.reason)) if cell.reason and not checks else ""
-    status = f"**{cell.status}**" if cell.status in {"failed", "error"} else cell.status
+    status = f"**{cell.status}**" if cell.status in {"failed", "error"} else text(cell.status)
     changes: dict[tuple[str, str, str], list[str]] = {}
     for change in cell.changes:
         detail = f" ({text(clean(change.details[0]))})" if change.details else ""

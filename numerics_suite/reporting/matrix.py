@@ -11,7 +11,7 @@ from numerics_suite.reporting.lines import Line, printable, wrapped
 from numerics_suite.reporting.terminal import Terminal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numerics_suite.core.versions import Change, MatrixCell, MatrixResult, Versions
 
@@ -26,9 +26,12 @@ LONGEST_DETAIL = 80
 class MatrixTerminal(Terminal):
     """Prints the cells as they end, and the table."""
 
-    def __init__(self, *, stream: IO[str], quiet: bool = False) -> None:
-        """As :class:`Terminal`."""
+    def __init__(
+        self, *, stream: IO[str], quiet: bool = False, on_cells: Callable[[list[dict[str, Any]]], None] | None = None
+    ) -> None:
+        """As :class:`Terminal`; `on_cells` takes the entries of `cells` so far, before one is shown."""
         super().__init__(stream=stream, quiet=quiet)
+        self._on_cells, self._cells = on_cells, list[dict[str, Any]]()
         self._noun = "environments"
 
     def doing(self, versions: Versions, what: str) -> None:
@@ -49,6 +52,9 @@ class MatrixTerminal(Terminal):
             done: cells so far.
             total: of the matrix.
         """
+        self._cells.append(cell_to_json(cell))
+        if self._on_cells is not None:
+            self._on_cells(list(self._cells))
         if cell.status in {"failed", "error"}:
             self._failed += 1
         if self._quiet:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
+import platform
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +22,11 @@ from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell, CheckResult, RunResult, Series, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
+from numerics_suite.core.tree import is_root
+from numerics_suite.core.typed import refuse_wrong_types
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Sequence
 
 SCHEMA_VERSION = 1
 _PLAIN = r'(?:"[^"\s\\]*"|null|-?\d[-+.\deE]*)'
@@ -36,6 +43,11 @@ def counts(checks: Iterable[CheckResult]) -> dict[str, int]:
     return {status: counted[status] for status in STATUSES}
 
 
+def _counts(checks: Sequence[CheckResult]) -> dict[str, int]:
+    """The same, and how many findings follow from no other."""
+    return {**counts(checks), "findings": sum(is_root(result) for result in checks)}
+
+
 def to_json(result: RunResult) -> dict[str, Any]:
     """The results file as a dict of JSON's own types; checks stay in the order that they came in.
 
@@ -48,15 +60,53 @@ def to_json(result: RunResult) -> dict[str, Any]:
         "command": result.command,
         "started_at": result.started_at,
         "duration_s": jsonable(result.duration_s),
+        "complete": result.complete,
         "verdict": result.verdict,
         "exit_status": result.exit_status,
-        "counts": counts(result.checks),
+        "counts": _counts(result.checks),
         "notes": list(result.notes),
         "environment": jsonable(result.environment),
         "settings": jsonable(result.settings),
-        "subjects": [asdict(subject) for subject in result.subjects],
+        "subjects": [{**asdict(subject), "notes": list(subject.notes)} for subject in result.subjects],
         "checks": [check_to_json(check) for check in result.checks],
         **({"rehearsal": jsonable([asdict(item) for item in result.rehearsals])} if result.rehearsals else {}),
+    }
+
+
+def unfinished(command: str, **content: Any) -> dict[str, Any]:
+    """The document of a command that has not come to its end, which no reader can take for an answer.
+
+    Args:
+        command: of the contract.
+        content: what its documents hold besides, empty or as far as it is known.
+    """
+    packages = {}
+    for name in ("torch", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    about: dict[str, Any] = {
+        "started_at": datetime.now(tz=timezone.utc).astimezone().isoformat(timespec="seconds"),
+        "duration_s": 0.0,
+        "exit_status": 3,
+        "counts": _counts(()),
+        "notes": [],
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": "",
+            "packages": packages,
+        },
+        "settings": {},
+        "subjects": [],
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "numerics-suite", "version": __version__},
+        "command": command,
+        "complete": False,
+        "verdict": "error",
+        **(about if command == "check" else {}),
+        **content,
     }
 
 
@@ -115,27 +165,35 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
     Raises:
         BadInputError: it is none, or of another version of the schema.
     """
+    if not isinstance(content, Mapping):
+        message = "not a results file of this tool"
+        raise BadInputError(message)
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         message = f"a results file of schema_version {version!r}; this release reads {SCHEMA_VERSION}"
         raise BadInputError(message)
     try:
-        return RunResult(
+        result = RunResult(
             command=content["command"],
             started_at=content["started_at"],
             duration_s=revived(content["duration_s"]),
             verdict=content["verdict"],
             environment=content["environment"],
             settings=content["settings"],
-            subjects=tuple(SubjectFacts(**subject) for subject in content["subjects"]),
+            subjects=tuple(
+                SubjectFacts(**{**subject, "notes": tuple(subject.get("notes", ()))}) for subject in content["subjects"]
+            ),
             checks=tuple(check_from_json(check) for check in content["checks"]),
             notes=tuple(content.get("notes", ())),
             exit_status=content.get("exit_status", 0),
+            complete=content.get("complete", True),
             rehearsals=tuple(_rehearsal(item) for item in revived(content.get("rehearsal", []))),
         )
+        refuse_wrong_types(result)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         message = f"not a results file of this tool: {type(error).__name__}: {error}"
         raise BadInputError(message) from None
+    return result
 
 
 def _rehearsal(content: Mapping[str, Any]) -> Rehearsal:
@@ -173,6 +231,33 @@ def dump(content: Mapping[str, Any]) -> str:
     """
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     return _PLAIN_LIST.sub(lambda found: f"[{_BREAK.sub(' ', found.group(1))}]", text) + "\n"
+
+
+_NO_CHECKS = '"checks": []'
+
+
+def indented(entry: Mapping[str, Any]) -> str:
+    """One entry of `checks` as the text that :func:`dump` gives it.
+
+    Args:
+        entry: of :func:`check_to_json`.
+    """
+    return dump(entry).rstrip("\n").replace("\n", "\n  ")
+
+
+def with_checks(head: Mapping[str, Any], entries: Iterable[str]) -> str:
+    """The text of a results file, from that of its checks.
+
+    Args:
+        head: of :func:`to_json`, of a run without checks.
+        entries: of :func:`indented`.
+    """
+    listed = ",\n  ".join(entries)
+    text = dump(head)
+    if not listed:
+        return text
+    before, _, after = text.rpartition(_NO_CHECKS)
+    return f'{before}"checks": [\n  {listed}\n ]{after}'
 
 
 def write_results(path: Path, result: RunResult) -> None:

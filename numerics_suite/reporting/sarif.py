@@ -24,6 +24,7 @@ from numerics_suite.judging.budgets import budgets_of
 from numerics_suite.judging.kinds import FAILING
 from numerics_suite.reporting.comparison import MEANS
 from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents
+from numerics_suite.reporting.findings import following_text
 from numerics_suite.reporting.lines import printable
 from numerics_suite.reporting.numbers import shown
 from numerics_suite.reporting.sources import Place, Sources
@@ -112,6 +113,9 @@ def _of_problem(problem: Problem, sources: Sources) -> dict[str, Any]:
         f"{problem.check}: {finding.cause}" + (f" in {finding.module}" if finding.module else "") + ".",
         f"Cells: {listed(problem.subjects, 4)} in {listed(problem.precisions, 6)}.",
         f"Versions: {listed(versions, 3)}." if versions else "",
+        f"Leads to: {following}."
+        if (following := following_text(place.result for place in problem.consequences))
+        else "",
         *(f"Try: {_ended(advised.text)}" for advised in advice_on([problem])[:2]),
     ]
     result = _result(
@@ -131,8 +135,10 @@ def _of_problem(problem: Problem, sources: Sources) -> dict[str, Any]:
         "evidence": _clean(jsonable(finding.evidence)),
         "remedies": [
             {"name": printable(one.name), "description": printable(one.description), "verified": one.verified}
+            | ({"with": [printable(name) for name in one.together]} if one.together else {})
             for one in finding.remedies
         ],
+        "consequences": [printable(one) for one in dict.fromkeys(place.result.id for place in problem.consequences)],
     }
     return result
 

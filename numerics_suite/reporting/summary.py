@@ -67,6 +67,8 @@ def verdict_lines(run: RunResult) -> list[Line]:
     if run.exit_status == NOTHING_RAN:
         word = "INCOMPLETE" if counted["passed"] + counted["accepted"] else "NOTHING RAN"
         style = "bold yellow"
+    if not run.complete:
+        word, style = "INTERRUPTED", "bold yellow"
     groups = grouped(result for result in run.checks if result.status == "failed")
     found = f": {_many(len(groups), 'finding')}" if groups else ""
     told = ", ".join(parts) or "no check was planned"

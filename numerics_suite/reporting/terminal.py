@@ -95,6 +95,8 @@ class Terminal:
         subjects: Sequence[Subject],
         cells: Sequence[Cell],
         settings: Mapping[str, Any],
+        *,
+        data: str = "",
     ) -> None:
         """What will be run, on what, by what.
 
@@ -103,6 +105,7 @@ class Terminal:
             subjects: resolved.
             cells: planned.
             settings: of the results file.
+            data: what is taken of `--data`.
         """
         if self._quiet:
             return
@@ -117,7 +120,10 @@ class Terminal:
             lines += self._labelled("subjects" if index == 0 else "", _subject_text(subject))
         for label, names in (("precisions", "precision"), ("attention", "attn")):
             lines += self._labelled(label, ", ".join(dict.fromkeys(getattr(cell, names) for cell in cells)))
+        lines += self._labelled("data", data)
         lines += self._labelled("plan", _plan_text(cells, settings))
+        # One line each, however long: it is searched for.
+        lines += [Line(f"{'note':<12}{subject.id}: {note}", "yellow") for subject in subjects for note in subject.notes]
         self._print(lines)
 
     def _labelled(self, label: str, text: str) -> list[Line]:

@@ -59,13 +59,20 @@ def matches(entry: AcceptEntry, result: CheckResult, transformers_version: str, 
     """
     if result.finding is None or _is_past(entry, today) or not _applies(entry, transformers_version):
         return False
-    wanted = (
-        (entry.subject, result.cell.subject),
-        (entry.precision, result.cell.precision),
-        (entry.attn, result.cell.attn),
-        (entry.cause, result.finding.cause),
-    )
-    return fnmatch.fnmatchcase(result.check, entry.check) and all(want in {None, have} for want, have in wanted)
+    named = fnmatch.fnmatchcase(result.check, entry.check) and entry.cause in {None, result.finding.cause}
+    return named and reaches(entry, result)
+
+
+def reaches(entry: AcceptEntry, result: CheckResult) -> bool:
+    """Whether the entry is for the cell of this result, whatever check and cause it names: so far a root's acceptance goes.
+
+    Args:
+        entry: the entry.
+        result: of any check.
+    """
+    cell = result.cell
+    wanted = ((entry.subject, cell.subject), (entry.precision, cell.precision), (entry.attn, cell.attn))
+    return all(want in {None, have} for want, have in wanted)
 
 
 def stale(

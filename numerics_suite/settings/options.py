@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.switch import switch_off
-from numerics_suite.settings.accept import entry_to_json, parse_accept
+from numerics_suite.settings.accept import AcceptEntry, entry_to_json, parse_accept
 from numerics_suite.settings.sources import find_pyproject, has_table, merge, parse_option, read_pyproject
+from numerics_suite.settings.strangers import without_strangers_wishes
 from numerics_suite.settings.table import BY_NAME, OPTIONS, Option
 from numerics_suite.settings.tree import COMMAND_LINE, PYPROJECT, PYTEST, Settings
 
@@ -65,8 +66,17 @@ def from_command_line(given: Mapping[str, Any], folder: Path | None = None) -> S
     Raises:
         BadInputError: a value cannot be used.
     """
-    stated, accept = read_pyproject(find_pyproject(folder or Path.cwd()))
-    return _heeded(merge([(PYPROJECT, stated), (COMMAND_LINE, _parsed(given, _cli_name))], accept))
+    parsed = _parsed(given, _cli_name)
+    stated, accept = _of_file(find_pyproject(folder or Path.cwd()), parsed)
+    return _heeded(merge([(PYPROJECT, stated), (COMMAND_LINE, parsed)], accept))
+
+
+def _of_file(file: Path | None, parsed: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[AcceptEntry, ...]]:
+    """What a pyproject.toml says and may say, beside the options that were parsed already."""
+    stated, accept = read_pyproject(file)
+    if file is None:
+        return stated, accept
+    return without_strangers_wishes(file, stated, accept, parsed.get("subjects", ()))
 
 
 def _heeded(settings: Settings) -> Settings:
@@ -135,7 +145,7 @@ def from_pytest(config: pytest.Config) -> Settings:
         turned_off = {name: False for name in origins if name in BY_NAME and name not in parsed}
         layers = [(origins.get(name, PYTEST), {name: value}) for name, value in {**turned_off, **parsed}.items()]
         return _heeded(merge(layers, accept, origins.get("accept", PYPROJECT)))
-    stated, from_file = read_pyproject(_pyproject_of(config))
+    stated, from_file = _of_file(_pyproject_of(config), parsed)
     return _heeded(merge([(PYPROJECT, stated), (PYTEST, parsed)], accept or from_file, PYTEST if accept else PYPROJECT))
 
 

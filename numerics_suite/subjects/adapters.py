@@ -12,6 +12,7 @@ from numerics_suite.core.records import Task
 from numerics_suite.subjects import fixtures
 from numerics_suite.subjects.files import read_json
 from numerics_suite.subjects.hub import parse_hub_id, snapshot
+from numerics_suite.subjects.tasks import task_of_class
 
 _TASKS: Mapping[str, Task] = {
     "CAUSAL_LM": "causal-lm",
@@ -34,8 +35,15 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def adapter_task(adapter: Mapping[str, Any]) -> Task | None:
-    """The task that the adapter was trained for, None where it does not say."""
-    return _TASKS.get(str(adapter.get("task_type")))
+    """The task that the adapter was trained for, None where it does not say.
+
+    An adapter that was made without a `task_type` names the class of its base instead.
+    """
+    told = _TASKS.get(str(adapter.get("task_type")))
+    mapping = adapter.get("auto_mapping")
+    if told is None and isinstance(mapping, Mapping):
+        return task_of_class(str(mapping.get("base_model_class")))
+    return told
 
 
 def base_folder(folder: Path, adapter: Mapping[str, Any], *, allow_pickle: bool) -> Path:

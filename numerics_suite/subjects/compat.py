@@ -27,6 +27,10 @@ _MAPPING_NAMES = {
     "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "token-classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
+SEEING = frozenset({"glm4v", "glm4v_moe", "glm46v", "glm_ocr"})
+"""Models of the GLM line that see images: they are judged on batches of text, which reach all but their vision part."""
+
+IMAGE_TEXT = "AutoModelForImageTextToText"
 DTYPE_RENAMED: Release = (4, 56)
 ATTENTION_BY_FUNCTION: Release = (4, 48)
 
@@ -50,16 +54,21 @@ def dtype_keyword() -> str:
     return "dtype" if release() >= DTYPE_RENAMED else "torch_dtype"
 
 
-def auto_class_name(task: str) -> str:
-    """`AutoModelForCausalLM` and so on, as in a config's `auto_map`."""
-    return _AUTO_CLASSES[task]
+def auto_class_name(task: str, model_type: object = None) -> str:
+    """`AutoModelForCausalLM` and so on, as in a config's `auto_map`.
+
+    Args:
+        task: of the subject.
+        model_type: of its config: a model that sees images has a class of its own for language too.
+    """
+    return IMAGE_TEXT if task == "causal-lm" and model_type in SEEING else _AUTO_CLASSES[task]
 
 
-def auto_class(task: str) -> Any:
-    """The Auto class of a task."""
+def auto_class(task: str, model_type: object = None) -> Any:
+    """The Auto class of a task; as :func:`auto_class_name`."""
     import transformers  # heavy
 
-    return getattr(transformers, _AUTO_CLASSES[task])
+    return getattr(transformers, auto_class_name(task, model_type))
 
 
 def knows_model_type(model_type: str) -> bool:
@@ -85,7 +94,9 @@ def model_class_name(model_type: str, task: str) -> str | None:
     """The class that this release would build, None where it has none for the task."""
     from transformers.models.auto import modeling_auto  # heavy
 
-    names: Mapping[str, Any] = getattr(modeling_auto, _MAPPING_NAMES[task])
+    seeing = task == "causal-lm" and model_type in SEEING
+    mapping = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES" if seeing else _MAPPING_NAMES[task]
+    names: Mapping[str, Any] = getattr(modeling_auto, mapping)
     found = names.get(model_type)
     if found is None:
         return _registered_class(model_type, task)
@@ -102,6 +113,18 @@ def _registered_class(model_type: str, task: str) -> str | None:
 def is_language_model(module: Any) -> bool:
     """Whether a module has the surface of a model of transformers (peft's wrappers have it too)."""
     return hasattr(module, "get_input_embeddings") and hasattr(getattr(module, "config", None), "to_dict")
+
+
+def config_values(model: Any) -> dict[str, Any]:
+    """The keys of a model's config, those of its language part in place of its own.
+
+    Args:
+        model: of transformers; one that sees images has its vocabulary and its lengths in `text_config`.
+    """
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    whole: dict[str, Any] = config.to_dict()
+    return whole if text is config else {**whole, **text.to_dict()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

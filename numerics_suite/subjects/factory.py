@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.core.errors import BadInputError, CheckError, nearest
+from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.subjects.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def find_factory(source: str) -> Callable[[], Any]:
 
     Raises:
         BadInputError: the text has another form, the module cannot be imported, or it has no such callable.
+        CheckError: the module ends the process.
     """
     module_name, _, name = source.removeprefix(PREFIX).partition(":")
     if not module_name or not name:
@@ -36,6 +38,8 @@ def find_factory(source: str) -> Callable[[], Any]:
     except Exception as error:  # noqa: BLE001  # the user's module may raise anything
         message = f"{source}: module {module_name} cannot be imported: {_text(error)}"
         raise BadInputError(message) from None
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _ended(source, error) from None
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -52,6 +56,7 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
 
     Raises:
         BadInputError: the call fails or returns something else.
+        CheckError: the call ends the process.
     """
     from torch import nn
 
@@ -67,6 +72,8 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
         reraise_if_fatal(error)
         message = f"{source} raised {_text(error)}"
         raise BadInputError(message) from None
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _ended(source, error) from None
     module, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         message = f"{source} returned {_kind(made)}; an nn.Module or a pair (module, batch) is wanted"
@@ -77,6 +84,13 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
         message = f"{source}: the batch is {_kind(batch)}; a dict of tensors by name is wanted"
         raise BadInputError(message)
     return module, dict(batch)
+
+
+def _ended(source: str, error: BaseException) -> CheckError:
+    """What a factory is told of that ends the process instead of returning; an interrupt that the user sent stays one."""
+    stop_if_requested()
+    what = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else type(error).__name__
+    return CheckError(f"{source} made no module: its code ended with {what}")
 
 
 def _text(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.json_text import parse_json, read_json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,11 +82,11 @@ def read_json(path: Path) -> dict[str, Any]:
         BadInputError: it is not readable, not JSON or not an object; the message has the line.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_text(path)
     except json.JSONDecodeError as error:
         message = f"{path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno}); {_AGAIN}"
         raise BadInputError(message) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         message = f"{path} cannot be read: {error}"
         raise BadInputError(message) from None
     if not isinstance(content, dict):
@@ -178,17 +179,21 @@ def _headers_of(file: Path, size: int, _mtime_ns: int) -> Mapping[str, StoredTen
     return tensors
 
 
+LARGEST_HEADER = 100_000_000
+"""Bytes; the format's own limit, of the safetensors library."""
+
+
 def _raw_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
     """The header's JSON, and the number of bytes behind it. Layout: 8 bytes length, JSON, data."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
             message = f"{file} is truncated or no safetensors file: a header of {length} bytes in {size}; {_AGAIN}"
             raise BadInputError(message)
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
     except ValueError:  # of JSON or of UTF-8
         header = None
     if not isinstance(header, dict):

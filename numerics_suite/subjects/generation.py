@@ -58,7 +58,12 @@ def empty_cache(model: Any, *, rows: int, width: int) -> Any:
     }
     # Up to 4.57 a static cache is kept on the model and used again, in the dtype of whoever asked first.
     vars(model).pop("_cache", None)
-    prepare(**{key: every[key] for key in inspect.signature(prepare).parameters if key in every})
+    try:
+        prepare(**{key: every[key] for key in inspect.signature(prepare).parameters if key in every})
+    except AttributeError:
+        # A config without what a cache of transformers is made of (ChatGLM's has no `num_hidden_layers`): code of that age
+        # makes its own.
+        return None
     vars(model).pop("_cache", None)
     return made.get(name)
 

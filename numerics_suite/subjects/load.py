@@ -21,6 +21,7 @@ from numerics_suite.devices.kinds import parts_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
+from numerics_suite.subjects.built import built_buffers, without_adapter
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
@@ -207,7 +208,7 @@ def _from_folder(
         options["attn_implementation"] = attn
     if subject.quantized and device != "cpu":
         options["device_map"] = device
-    model, info = compat.auto_class(subject.task).from_pretrained(folder, **options)
+    model, info = compat.auto_class(subject.task, subject.config.get("model_type")).from_pretrained(folder, **options)
     if attn != "default" and compat.attention_of(model) != attn:
         message = f"{type(model).__name__} cannot use {attn} attention; it computes with {compat.attention_of(model)}"
         raise UnsupportedError(message)
@@ -245,13 +246,19 @@ def _unexpected(subject: Subject, info: LoadingInfo) -> tuple[str, ...]:
 
 def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple[nn.Module, LoadingInfo]:
     """The base with the adapter on it, trainable; names of the base get peft's prefix."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     assert subject.path is not None
+    held = set(tensor_headers(subject.path))
+    config: Any = PeftConfig.from_pretrained(subject.path)
+    if subject.task in CLASSIFICATION and held and not head_tensors(held, family_of(subject.config), subject.task):
+        # peft looks for the head of a classifier's adapter, and for the methods of a language model in a classifier.
+        config.task_type, kept = None, getattr(config, "modules_to_save", None)
+        config.modules_to_save = [name for name in kept or () if any(name in each.split(".") for each in held)] or None
     # Without this peft would hold the adapter in float32 whatever was asked for.
     options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False, "local_files_only": True}
-    model = PeftModel.from_pretrained(base, subject.path, **options)
-    wanted, held = set(get_peft_model_state_dict(model)), set(tensor_headers(subject.path))
+    model = PeftModel.from_pretrained(base, subject.path, config=config, **options)
+    wanted = set(get_peft_model_state_dict(model))
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     # Before 0.18 peft says that an embedding is saved with the adapter, and it is not.
     lacking = {name for name in wanted - held if held and not _is_embedding(name)}
@@ -295,8 +302,8 @@ def _from_factory(subject: Subject, *, dtype: str, attn: str, device: str) -> Lo
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Give floating parameters and saved buffers a dtype in place, as a load at that dtype would.
 
-    Buffers that are not saved and rotary frequencies stay as they were built, and so does what the model declares to
-    keep in float32.
+    Buffers that are not saved, rotary frequencies and those whose dtype the class itself names stay as they are, and so does
+    what the model declares to keep in float32.
 
     Args:
         model: changed in place; tied parameters stay tied.
@@ -308,9 +315,19 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             wide = any(part in name.split(".") for part in kept)
             parameter.data = parameter.data.to(torch.float32 if wide else dtype)
-    for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point() and "inv_freq" not in name:
+    cast = [
+        b for name, b in model.named_buffers() if name in saved and b.is_floating_point() and "inv_freq" not in name
+    ]
+    named = _named_by_class(without_adapter(model), dtype) if cast else set()
+    for buffer in cast:
+        if id(buffer) not in named:
             buffer.data = buffer.data.to(dtype)
+
+
+def _named_by_class(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """The buffers (by identity) that the class builds in a dtype of its own, whatever is asked for."""
+    built = built_buffers(model, dtype) or {}
+    return {id(b) for name, b in model.named_buffers() if name in built and built[name].dtype != dtype}
 
 
 def place(model: nn.Module, device: str) -> nn.Module:

@@ -14,9 +14,9 @@ KEPT_PER_BLOCK = 16
 """Hidden-sized tensors that one block keeps for its backward pass: norms, q, k, v, output, gate, up, product, residuals."""
 
 
-HIDDEN_STATES, INTERMEDIATE_STATES, LOGITS = 18, 5, 7
+HIDDEN_STATES, INTERMEDIATE_STATES, LOGITS, SERVED_LOGITS = 18, 5, 7, 5
 """Tensors in float64 that a backward pass of the true fp64 run keeps at its peak: hidden-sized and intermediate-sized ones of
-each block, and logits-sized ones of the loss. Counted on a device that accounts for every byte, over seven shapes of GLM-4
+each block, and logits-sized ones of the loss (fewer where only the definition's loss is there). Counted on a device that accounts for every byte, over seven shapes of GLM-4
 (2 to 12 blocks, hidden size 64 to 512, 500 to 20,000 words, 4 to 16 heads) in two precisions and two attentions: the sum below
 is within 6 % of the peak on all of them."""
 KEPT_BATCHES = 2.85
@@ -28,16 +28,18 @@ GRADIENT_COPIES = 3
 
 
 def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
-    subject: Subject, dtype: str, *, training: bool, batch: int, seq: int, examples: int
+    subject: Subject, dtype: str, computes_in: str, *, training: bool, batch: int, seq: int, examples: int
 ) -> int | None:
     """Expected bytes on the device at the peak of one cell with all its checks, None where the number of parameters is unknown.
 
-    The peak is that of `train.checkpointing`: the model, its twin under the other attention and a copy, two backward passes in
-    float64 of which one's gradients are kept, and the forward results that checks share.
+    The peak of a cell that trains is that of `train.checkpointing`: the model, its twin under the other attention and a copy, two
+    backward passes in float64 of which one's gradients are kept, and the forward results that checks share. That of a cell for
+    serving is `reference.oracle`'s: the states of all blocks in float64, which the definition is compared with.
 
     Args:
         subject: resolved.
         dtype: of the parameters, as torch names it.
+        computes_in: dtype of the answers that are kept: under autocast the narrower one.
         training: whether checks train.
         batch: rows of the training batch.
         seq: tokens of a row.
@@ -54,8 +56,8 @@ def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
     models = (3 if training else 2) * width * subject.parameters
     twins = 8 * subject.parameters * (GRADIENT_COPIES if training else 1)
     block = tokens * (HIDDEN_STATES * hidden + INTERMEDIATE_STATES * inner) + batch * heads * seq**2
-    states = 8 * (block * (layers if training else 1) + tokens * words * (LOGITS if training else 3))
-    kept = min(KEPT_BYTES, int(KEPT_BATCHES * examples * tokens * words * width))
+    states = 8 * (block * layers + tokens * words * (LOGITS if training else SERVED_LOGITS))
+    kept = min(KEPT_BYTES, int(KEPT_BATCHES * examples * tokens * words * _WIDTHS.get(computes_in, 4)))
     return models + twins + states + kept
 
 

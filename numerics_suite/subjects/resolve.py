@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
+from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
 from numerics_suite.subjects import compat, fixtures, validate
 from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter
@@ -16,6 +17,7 @@ from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of
 from numerics_suite.subjects.files import digest, joint_digest, stored_dtype, stored_tensors
 from numerics_suite.subjects.hub import parse_hub_id, snapshot
+from numerics_suite.subjects.notes import adapter_notes, checkpoint_notes
 from numerics_suite.subjects.tasks import (
     CLASSIFICATION,
     architectures,
@@ -47,7 +49,6 @@ class _Wanted:
     num_labels: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    batch_size: int = 4
 
 
 def resolve(  # noqa: PLR0913  # keywords, each an option of the command
@@ -58,7 +59,6 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
     num_labels: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    batch_size: int = 4,
 ) -> Subject:
     """Resolve one SUBJECT.
 
@@ -69,7 +69,6 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         num_labels: of a classification head; None takes the config's.
         trust_remote_code: the checkpoint's own code may run.
         allow_pickle: pickled weights may be read.
-        batch_size: rows of a batch; a classifier without a pad token takes 1 only.
 
     Raises:
         BadInputError: it cannot be used; one line with file, key and fix.
@@ -83,7 +82,6 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         num_labels=num_labels,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
-        batch_size=batch_size,
     )
     if source.startswith(FACTORY):
         return _from_factory(source, name, wanted)
@@ -98,7 +96,6 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
     num_labels: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    batch_size: int = 4,
 ) -> tuple[Subject, ...]:
     """Resolve several SUBJECTs, each with a name of its own.
 
@@ -109,7 +106,6 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
         num_labels: see there.
         trust_remote_code: see there.
         allow_pickle: see there.
-        batch_size: see there.
 
     Raises:
         BadInputError: one cannot be used, there are more names than subjects, or two names are alike.
@@ -127,7 +123,6 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
             num_labels=num_labels,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            batch_size=batch_size,
         )
         for source, name in zip(sources, given, strict=True)
     )
@@ -158,6 +153,18 @@ def unsupported_subject(source: str, *, name: str | None = None, task: str = "au
         revision=place.revision,
         architectures=architectures(config),
         config=config,
+    )
+
+
+def factory_subject(source: str, *, name: str | None = None) -> Subject:
+    """What can be said of a factory that gave no module.
+
+    Args:
+        source: `factory:module:function`.
+        name: `--name`.
+    """
+    return Subject(
+        id=name or source.rpartition(":")[2], source=source, kind="factory", task="module", family=family_of({}).name
     )
 
 
@@ -204,11 +211,14 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     family, tensors = family_of(config), stored_tensors(folder)
     task = _task(wanted, config, folder, adapter)
     validate.check_vocabulary(folder, config, tensors, family)
-    validate.check_pad_token(folder, config, tensors, task, wanted.batch_size)
+    validate.check_pad_token(folder, config, tensors, task)
     new_head = needs_new_head(tensors, config, family, task, wanted.num_labels)
-    labels = wanted.num_labels
+    labels, model_class = wanted.num_labels, _model_class(config, task, folder)
+    own_code = validate.needs_remote_code(config)
+    notes = tuple(() if own_code or adapter is not None else checkpoint_notes(tensors, config, model_class))
     if adapter is not None:
         held = stored_tensors(place.path)
+        notes = tuple(adapter_notes(place.path, held))
         labels = labels or _adapter_labels(held, family, task)
         # A head that the adapter brings is not new.
         new_head = new_head and needs_new_head(held, {}, family, task, wanted.num_labels)
@@ -221,7 +231,7 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
         family=family.name,
         path=place.path,
         revision=place.revision,
-        model_class=_model_class(config, task, folder),
+        model_class=model_class,
         architectures=architectures(config),
         stored_dtype=stored_dtype(tensors) or _declared_dtype(config),
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
@@ -231,6 +241,7 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
         trust_remote_code=trusted,
         adapter_base=str(folder) if adapter is not None else None,
         quantized=bool(config.get("quantization_config")),
+        notes=notes,
         config=config,
     )
 
@@ -284,10 +295,19 @@ def _digest(place: _Place, folder: Path) -> str:
 
 def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
     """Call the factory once to see what it makes; the module is dropped."""
-    module, _ = call_factory(source)
+    if (how := known().lost.get(source)) is not None:
+        message = f"{source} made no module: {how}"
+        raise CheckError(message)
+    watched = lifeline()
+    if watched is not None:
+        watched.asking(source, "planning")
+    module, batch = call_factory(source)
+    if watched is not None:
+        watched.idle()
     config: dict[str, Any] = {}
     task: Task = "module"
-    if compat.is_language_model(module):
+    language_model = compat.is_language_model(module)
+    if language_model:
         config = module.config.to_dict()  # type: ignore[union-attr, operator]
         task = task_of_class(type(module).__name__) or "module"
     if wanted.task not in ("auto", task):
@@ -305,6 +325,7 @@ def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
         stored_dtype=_held_dtype(module),
         parameters=elements,
         num_labels=config_labels(config),
+        lacks_batch=batch is None and not language_model,
         config=config,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ FIRST_RELEASES: Mapping[str, str] = {
     "glm_ocr": "5.1",
 }
 """The first transformers release that has a model type of the GLM line."""
+
+
+CHATGLM_6B = ("position_encoding_2d", "inner_hidden_size", "gmask_token_id")
+"""Keys that only the config of ChatGLM-6B (2023) has; its successors have the same model type and other code."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -55,6 +60,7 @@ def check_supported(folder: Path, config: Mapping[str, Any], *, trust_remote_cod
         message = f"{folder / 'config.json'}: architectures names {unknown[0]}, which transformers {compat.version()} does not have"
         raise BadInputError(message)
     _check_config_is_taken(folder)
+    _check_can_be_built(folder, config)
 
 
 def check_model_type(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
@@ -65,6 +71,12 @@ def check_model_type(folder: Path, config: Mapping[str, Any], *, trust_remote_co
         UnsupportedError: as there.
     """
     path, model_type = folder / "config.json", config.get("model_type")
+    if model_type == "chatglm" and any(key in config for key in CHATGLM_6B):
+        message = (
+            f"{path}: this is ChatGLM-6B of 2023, whose prompt is seen from both sides (prefix mask) and whose positions have two "
+            "dimensions: the laws and the definition here are those of causal models; use ChatGLM2, ChatGLM3 or GLM-4"
+        )
+        raise BadInputError(message)
     if needs_remote_code(config):
         if not trust_remote_code:
             message = f"{path}: {_name(config)} is the checkpoint's own code (auto_map); read it, then allow it with --trust-remote-code"
@@ -132,6 +144,35 @@ def _check_config_is_taken(folder: Path) -> None:
             AutoConfig.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001  # config classes raise what they like
         message = f"{folder / 'config.json'}: transformers {compat.version()} refuses it: {compat.last_line(error)}"
+        raise BadInputError(message) from None
+
+
+_SIZE = re.compile(r"(_size|_dim|_rank|^num_\w+_(layers|heads))$")
+
+
+def _check_can_be_built(folder: Path, config: Mapping[str, Any]) -> None:
+    """Where a size is not positive, see whether a model comes of it: some mean "none", others fail in every check.
+
+    On torch's meta device, which holds shapes and no numbers.
+    """
+    odd = [name for name, value in config.items() if type(value) is int and value <= 0 and _SIZE.search(name)]
+    named = architectures(config)
+    if not odd or not named:
+        return
+    import torch  # heavy
+    import transformers
+
+    from numerics_suite.subjects.quiet import quiet_transformers
+
+    built = getattr(transformers, named[0], None)
+    if built is None:
+        return
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            built(transformers.AutoConfig.from_pretrained(folder))
+    except Exception as error:  # noqa: BLE001  # model classes raise what they like
+        values = ", ".join(f"{name} is {config[name]}" for name in odd)
+        message = f"{folder / 'config.json'}: {values}, and no model can be built of it: {compat.last_line(error)}"
         raise BadInputError(message) from None
 
 
@@ -205,21 +246,14 @@ def _tokenizer_size(path: Path) -> int:
     return max(ids, default=-1) + 1
 
 
-def check_pad_token(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, StoredTensor],
-    task: str,
-    batch_size: int,
-) -> None:
-    """Is the pad id a token, and can the classifier find the last real token of each row of a batch?
+def check_pad_token(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], task: str) -> None:
+    """Is the pad id a token? A classifier without one is inputs.pipeline's affair.
 
     Raises:
-        BadInputError: the pad id is outside the embedding; or there is none, the family pools by it, and batches have
-            several rows.
+        BadInputError: it is outside the embedding.
     """
-    path, family, pad = folder / "config.json", family_of(config), _pad_id(folder, config)
-    rows, _ = _embedding_rows(config, tensors, family)
+    path, pad = folder / "config.json", _pad_id(folder, config)
+    rows, _ = _embedding_rows(config, tensors, family_of(config))
     # -1 is what some language models say for none.
     lowest = 0 if task == "sequence-classification" else -1
     if isinstance(pad, int) and rows is not None and not lowest <= pad < rows:
@@ -229,14 +263,6 @@ def check_pad_token(
             else f"pad_token_id is missing (default {pad})"
         )
         message = f"{path}: {said}, outside the {rows} rows of the embedding; set a pad token (remedy set-pad-token)"
-        raise BadInputError(message)
-    if task != "sequence-classification" or batch_size == 1 or family.pooling != "pad-id":
-        return
-    if not isinstance(pad, int):
-        message = (
-            f"{path}: pad_token_id is missing, and this classifier finds the last token of a row by it; "
-            "set a pad token (remedy set-pad-token) or run with --batch-size 1"
-        )
         raise BadInputError(message)
 
 

@@ -18,6 +18,7 @@ from numerics_suite.engine.evidence import Evidence, batch_key
 from numerics_suite.engine.lifting import preserved
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judging.verdicts import Breach, judge
+from numerics_suite.suite.endings import NO_BATCH
 
 SHRINKS = 60
 """Batches tried to make a failing one smaller: rows and lengths are a few choices each, and every try runs the model."""
@@ -125,8 +126,7 @@ def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -
     if evidence.takes_ids:
         _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(max_examples * spec.share)))
     if outcome.examples == 0:
-        message = "a plain module without a batch: let the factory return (module, batch)"
-        raise NotApplicableError(message)
+        raise NotApplicableError(NO_BATCH)
     return outcome
 
 

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from numerics_suite.core.answer_file import AnswerFile
+from numerics_suite.core.deaths import death_text, peak_of_children
 from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.interrupts import requested
+from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
+from numerics_suite.core.tree import is_root
+from numerics_suite.diagnosing.consequences import as_tree
+from numerics_suite.diagnosing.versions_advice import without_newer
 from numerics_suite.engine.environment import describe_run
-from numerics_suite.reporting.results import check_from_json, write_results
-from numerics_suite.settings.accept import stale
-from numerics_suite.settings.tree import Settings, to_json
+from numerics_suite.reporting.results import STATUSES, check_from_json, indented, to_json, with_checks, write_results
+from numerics_suite.settings.accept import matches, reaches, stale
+from numerics_suite.settings.tree import Settings
+from numerics_suite.settings.tree import to_json as settings_to_json
+from numerics_suite.suite.endings import MISSING, TIME_LIMIT, ending
 from numerics_suite.suite.held_to import GROUP, left_out
 from numerics_suite.suite.planning import Question
-from numerics_suite.suite.session import TIME_LIMIT, SuiteSession
+from numerics_suite.suite.session import SuiteSession
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numerics_suite.suite.planning import SuitePlan
 
-MISSING = "planned, and no answer came: the worker ended, or the test was stopped"
-
 
 class Audience(Protocol):
-    """Who follows the run while it goes on."""
+    """Who follows the run while it goes on.
+
+    Attributes:
+        asks_index: it asks an index of releases afterwards, and tries newer ones.
+    """
+
+    asks_index: bool
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """The plan is made."""
@@ -53,33 +67,70 @@ class Gate:
         """Begin with the whole plan as what is expected."""
         self.suite, self.run = suite, run
         self.settings: Settings = suite.settings
-        self.expected: dict[str, Question] = {_id(question): question for question in suite.plan.questions}
+        self.expected: dict[str, Question] = {question.id: question for question in suite.plan.questions}
         self.answers: dict[str, CheckResult] = {}
         self.failed_items = 0
         self._giving_up: set[object] = set()
+        self._died: dict[str, str] = {}
+        self._ready: set[object] = set()
+        self._missing = MISSING
+        self._file = AnswerFile(self.settings.json, "--json")
         self.result: RunResult | None = None
         self.started = datetime.now(tz=timezone.utc).astimezone()
         self._clock = time.perf_counter()
         if run is not None:
             run.begin(suite.plan, describe_run(suite.plan.device))
+        self._written: list[str] = []
+        self._counted = Counter[str]()
+        self._head = to_json(self._unfinished())
+        self._offer()
 
     def select(self, questions: Sequence[Question]) -> None:
         """Expect only what `-k`, `-m` and the like left."""
         if questions or self.run is None:
-            self.expected = {_id(question): question for question in questions}
+            self.expected = {question.id: question for question in questions}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the answer out of pytest's report."""
+        # A test of the suite that failed without an answer, as when another plugin stops it, is not another test's failure.
+        self.failed_items += int(report.failed and getattr(report, "numerics_item", False))
         written = getattr(report, "numerics_result", None)
         if written is None:
             return
         result = check_from_json(written)
         self.answers[result.id] = result
+        self._written.append(indented(written))
+        self._counted.update([result.status, *(["findings"] if is_root(result) else [])])
+        self._offer()
+        watched = lifeline()
+        if watched is not None:
+            watched.answered(written)
         if getattr(report, "numerics_gives_up", False):
             self._giving_up.add(getattr(report, "node", None))
-        self.failed_items += int(report.failed)
         if self.run is not None:
             self.run.progress(len(self.answers), len(self.expected), result)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a worker what has ended an earlier process, so that it does not end this one too."""
+        node.workerinput["numerics_lost"] = dict(known().lost)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any) -> None:
+        """A worker has made its plan."""
+        self._ready.add(node)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """A worker is gone. Where it had not even made its plan, no other one will: begin none."""
+        if error and node not in self._ready:
+            self._missing = f"no worker could begin: it was {_worker_death(node)}"
+            self._stop_workers(node)
+
+    def _stop_workers(self, node: Any) -> None:
+        controller = node.config.pluginmanager.getplugin("dsession")
+        if controller is not None:
+            controller.shouldstop = self._missing
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport, sched: Any) -> None:
@@ -91,8 +142,11 @@ class Gate:
         give_up = getattr(sched, "give_up", None)
         if give_up is None:
             return
-        if getattr(report, "node", None) not in self._giving_up:
-            give_up(crashitem)
+        node = getattr(report, "node", None)
+        if node not in self._giving_up:
+            question = give_up(crashitem)
+            if question is not None:
+                self._died[question.cell.id] = f"the worker was {_worker_death(node)}, in {question.id}"
         report.outcome = "skipped"
 
     def finish(self, pytest_status: int, *, others_failed: bool) -> int:
@@ -102,22 +156,21 @@ class Gate:
             pytest_status: what pytest would have ended with.
             others_failed: tests that are not the suite's failed too.
         """
-        interrupted = pytest_status in {2, 4} and not others_failed
+        interrupted = requested()
         results = self._in_order(interrupted=interrupted)
-        notes, broken = self._notes(results)
-        status = exit_status(results, partial=self._partial(results), broken=bool(broken))
-        if interrupted or (not self.expected and self.run is None):
+        notes, broken = ([self._stopped(results)], []) if interrupted else self._notes(results)
+        end = ending(results, interrupted=interrupted, allow_partial=self.settings.allow_partial, broken=bool(broken))
+        status = end.status
+        if pytest_status == pytest.ExitCode.USAGE_ERROR or (not self.expected and self.run is None):
             status = pytest_status  # `-k` and `-m` left none of the suite: then the other tests decide
         elif others_failed and status in {0, 3, 5}:
             status = 1
-        failing = any(result.status == "failed" for result in results) or bool(broken)
-        erring = any(result.status == "error" for result in results)
-        verdict: Literal["pass", "fail", "error"] = "fail" if failing else ("error" if erring else "pass")
         self.result = RunResult(
             command="check",
             started_at=self.started.isoformat(timespec="seconds"),
             duration_s=round(time.perf_counter() - self._clock, 3),
-            verdict=verdict,
+            verdict=end.verdict,
+            complete=end.complete,
             environment=describe_run(self.suite.plan.device),
             settings=self._settings_as_used(),
             subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
@@ -125,6 +178,7 @@ class Gate:
             notes=(*notes, *broken),
             exit_status=status,
         )
+        self._file.close()
         if self.run is None:
             try:
                 self._write(self.result)
@@ -152,23 +206,58 @@ class Gate:
             if key in self.answers:
                 results.append(self.answers[key])
             elif not interrupted:
-                results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=MISSING))
-        return results
+                reason = self._died.get(question.cell.id, self._missing)
+                results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=reason))
+        if not getattr(self.run, "asks_index", False):
+            results = [
+                result if result.finding is None else replace(result, finding=without_newer(result.finding))
+                for result in results
+            ]
+        return as_tree(results, self._covers)
+
+    def _covers(self, root: CheckResult, result: CheckResult) -> bool:
+        """Whether an entry that accepts the root is for the other result's cell too."""
+        import transformers
+
+        today = datetime.now(tz=timezone.utc).date()
+        accepting = (e for e in self.settings.accept if matches(e, root, transformers.__version__, today))
+        return any(reaches(entry, result) for entry in accepting)
 
     def _settings_as_used(self) -> dict[str, Any]:
         """Every option, with what `auto` and the device's default became."""
         plan = self.suite.plan
         used = {"device": plan.device, "precision": list(dict.fromkeys(cell.precision for cell in plan.cells))}
-        return {**to_json(self.settings), **used}
+        return {**settings_to_json(self.settings), **used}
 
-    def _partial(self, results: Sequence[CheckResult]) -> bool:
-        limited = any(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
-        return limited and not self.settings.allow_partial
+    def _stopped(self, results: Sequence[CheckResult]) -> str:
+        return f"interrupted: {len(results)} of {len(self.expected)} checks have an answer"
+
+    def _unfinished(self) -> RunResult:
+        """The run without its checks, as it stands until the end."""
+        return RunResult(
+            command="check",
+            started_at=self.started.isoformat(timespec="seconds"),
+            duration_s=0.0,
+            verdict="error",
+            complete=False,
+            environment=describe_run(self.suite.plan.device),
+            settings=self._settings_as_used(),
+            subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
+            checks=(),
+            exit_status=3,
+        )
+
+    def _offer(self) -> None:
+        """Let the answers so far be in the file within a second; each is turned into text once."""
+        answers = tuple(self._written)
+        counted = {status: self._counted[status] for status in (*STATUSES, "findings")}
+        head = {**self._head, "duration_s": round(time.perf_counter() - self._clock, 3), "counts": counted}
+        self._file.offer(lambda: with_checks(head, answers))
 
     def _notes(self, results: Sequence[CheckResult]) -> tuple[list[str], list[str]]:
         import transformers
 
-        notes = []
+        notes = [f"--data: {self.suite.plan.data}"] if self.suite.plan.data else []
         limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
         if limited:
             notes.append(f"--max-time: {limited} checks were not begun")
@@ -196,10 +285,6 @@ class Gate:
             reporter.line(line)
 
 
-def _id(question: Question) -> str:
-    return f"{question.check}/{question.cell.id}"
-
-
 def subject_facts(subject: Subject) -> SubjectFacts:
     """What a results file carries of a subject.
 
@@ -209,19 +294,15 @@ def subject_facts(subject: Subject) -> SubjectFacts:
     return SubjectFacts(**{item.name: getattr(subject, item.name) for item in fields(SubjectFacts)})
 
 
-def exit_status(results: Sequence[CheckResult], *, partial: bool = False, broken: bool = False) -> int:
-    """The exit status of CONTRACT.md for these results.
+def _worker_death(node: Any) -> str:
+    """How xdist's worker ended; execnet holds its process.
 
     Args:
-        results: of every planned check.
-        partial: a time limit left checks out and that is not allowed.
-        broken: an accept entry matched nothing or is past its date, or a subject of the baselines was left out.
+        node: the worker's controller.
     """
-    statuses = {result.status for result in results}
-    if "failed" in statuses or broken:
-        return 1
-    if "error" in statuses:
-        return 3
-    if not statuses & {"passed", "accepted"} or partial:
-        return 5
-    return 0
+    try:
+        process = node.gateway._io.popen  # noqa: SLF001 - neither xdist nor execnet tells how a process ended
+        status = int(process.wait(timeout=5))
+    except (AttributeError, subprocess.TimeoutExpired):
+        return "gone"
+    return death_text(status, peak_of_children())

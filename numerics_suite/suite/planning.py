@@ -7,17 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
 from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check, own_check_ids
 from numerics_suite.devices.device import default_precisions, lacks, lacks_attention, resolve_device
 from numerics_suite.devices.precisions import SERVING_REASON, Precision, precision
-from numerics_suite.inputs.data import check_labels, read_examples
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_names
-from numerics_suite.subjects.resolve import resolve_all, unsupported_subject
-from numerics_suite.subjects.tasks import CLASSIFICATION
-from numerics_suite.subjects.tokenizers import tokenizer_folder
+from numerics_suite.subjects.resolve import factory_subject, resolve_all, unsupported_subject
+from numerics_suite.suite.data import checked_data
+from numerics_suite.suite.endings import NO_BATCH
 from numerics_suite.suite.extensions import load_extensions
 from numerics_suite.suite.held_to import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
 
@@ -36,11 +35,17 @@ NEEDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One check of one cell, with the reason if it is known to be skipped."""
+    """One check of one cell, with the reason if it is known to be skipped, or to have no answer."""
 
     check: str
     cell: Cell
     skip: str | None = None
+    error: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Of its entry in the results file."""
+        return f"{self.check}/{self.cell.id}"
 
     @property
     def group(self) -> str:
@@ -64,6 +69,7 @@ class SuitePlan:
         cells: in the order in which they run.
         questions: grouped by cell.
         baselines: what the cells are held to, None without a folder of baselines.
+        data: what is taken of `--data` and how many of its labels count; empty without.
     """
 
     device: str
@@ -71,6 +77,7 @@ class SuitePlan:
     cells: tuple[Cell, ...]
     questions: tuple[Question, ...]
     baselines: Baselines | None = None
+    data: str = ""
 
 
 def make_plan(settings: Settings) -> SuitePlan:
@@ -80,8 +87,8 @@ def make_plan(settings: Settings) -> SuitePlan:
         BadInputError: something that the user named cannot be used.
     """
     device = resolve_device(settings.device, settings.require_device)
-    subjects, absent = _subjects(settings)
-    _check_data(settings, subjects)
+    subjects, absent, ended = _subjects(settings)
+    data = checked_data(settings, subjects)
     checks, baselines = _checks(settings)
     cells: list[Cell] = []
     questions: list[Question] = []
@@ -97,12 +104,18 @@ def make_plan(settings: Settings) -> SuitePlan:
                     skip = absent.get(subject.id) or unable or _reason(spec, subject, recipe)
                     if skip is None and _group(spec.id) == GROUP:
                         skip = lacking(baselines, cell, subject)
-                    questions.append(Question(check=spec.id, cell=cell, skip=skip))
+                    error = ended.get(subject.id) if skip is None else None
+                    questions.append(Question(check=spec.id, cell=cell, skip=skip, error=error))
                 first_of_subject = False
     if baselines is not None:
         refuse_strangers(settings, baselines, cells)
     return SuitePlan(
-        device=device, subjects=subjects, cells=tuple(cells), questions=tuple(questions), baselines=baselines
+        device=device,
+        subjects=subjects,
+        cells=tuple(cells),
+        questions=tuple(questions),
+        baselines=baselines,
+        data=data,
     )
 
 
@@ -122,23 +135,6 @@ def _checks(settings: Settings) -> tuple[list[CheckSpec], Baselines | None]:
 
 def _group(check: str) -> str:
     return check.partition(".")[0]
-
-
-def _check_data(settings: Settings, subjects: Mapping[str, Subject]) -> None:
-    """Read `--data` once before anything runs, so that a malformed line is an error of the command line.
-
-    Raises:
-        BadInputError: naming the line; or a subject has no tokenizer to read it with.
-    """
-    if settings.data is None:
-        return
-    examples = read_examples(settings.data)
-    for subject in subjects.values():
-        if subject.path is not None and tokenizer_folder(subject) is None:
-            message = f"--data {settings.data}: {subject.source} has no tokenizer to read its texts with"
-            raise BadInputError(message)
-        if subject.task in CLASSIFICATION:
-            check_labels(examples, settings.data, subject.task, subject.num_labels)
 
 
 def selected_checks(settings: Settings) -> tuple[str, ...]:
@@ -163,19 +159,21 @@ def selected_checks(settings: Settings) -> tuple[str, ...]:
     return wanted
 
 
-def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
-    """Subjects by id, and the reason for those that the installed packages cannot build."""
+def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str], dict[str, str]]:
+    """Subjects by id, and the reasons for those that the installed packages cannot build, and for those that ended it."""
     sources = settings.subjects or tuple(f"fixture:{name}" for name in fixture_names())
     options: dict[str, Any] = {
         "task": settings.task,
         "num_labels": settings.num_labels,
         "trust_remote_code": settings.trust_remote_code,
         "allow_pickle": settings.allow_pickle,
-        "batch_size": settings.batch_size,
     }
     absent: dict[str, str] = {}
+    ended: dict[str, str] = {}
     try:
-        return {subject.id: subject for subject in resolve_all(sources, settings.names, **options)}, absent
+        return {subject.id: subject for subject in resolve_all(sources, settings.names, **options)}, absent, ended
+    except CheckError:
+        pass  # one of them ended the resolving from inside; which one, the next pass tells
     except UnsupportedError as error:
         if len(sources) == 1:
             raise BadInputError(str(error)) from None
@@ -187,6 +185,9 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
         except UnsupportedError as error:
             subject = unsupported_subject(source, name=name, task=settings.task)
             absent[subject.id] = str(error)
+        except CheckError as error:
+            subject = factory_subject(source, name=name)
+            ended[subject.id] = str(error)
         if subject.id in subjects:
             message = f"two subjects are named '{subject.id}': give them names with --name"
             raise BadInputError(message)
@@ -194,7 +195,7 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
     if len(absent) == len(subjects):
         message = "; ".join(dict.fromkeys(absent.values()))
         raise BadInputError(message)
-    return subjects, absent
+    return subjects, absent, ended
 
 
 def _precisions(settings: Settings, device: str) -> list[tuple[Precision, str | None]]:
@@ -232,6 +233,8 @@ def _reason(spec: CheckSpec, subject: Subject, recipe: Precision) -> str | None:
         "head": subject.task == "sequence-classification",
         "causal": subject.task == "causal-lm",
     }
+    if subject.lacks_batch and _group(spec.id) != "load":
+        return NO_BATCH
     for need, reason in NEEDS.items():
         if need in spec.needs and not met[need]:
             return reason

@@ -10,8 +10,8 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
 from numerics_suite.devices.precisions import precision
+from numerics_suite.diagnosing.learning_rates import between_rates, learning_rates
 from numerics_suite.diagnosing.recipe import CLIP, recommend
-from numerics_suite.diagnosing.remedies import between_rates, learning_rates
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.training_loop import Plan, Trajectory
 from numerics_suite.settings.tree import Settings
@@ -52,8 +52,8 @@ def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], 
         tell(f"rehearsal: {cell.subject} in {cell.precision}")
         evidence = session.evidence(cell)
         try:
-            if evidence.usable_own_batch is None:
-                return
+            if evidence.training_batch is not evidence.usable_own_batch:
+                return  # no label of the user's own counts: train.labels says so
             runs.append(_run(evidence))
         except NumericsSuiteError:
             continue  # the checks of this cell have said why

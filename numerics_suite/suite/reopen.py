@@ -15,11 +15,13 @@ from numerics_suite.devices.precisions import precision
 from numerics_suite.diagnosing.remedy_register import remedies_of, untried
 from numerics_suite.diagnosing.remedy_trials import breaks
 from numerics_suite.diagnosing.root_causes import REMEDIES
+from numerics_suite.diagnosing.versions_advice import borne_out_of
 from numerics_suite.engine.environment import describe_run
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load, place
 from numerics_suite.subjects.resolve import resolve_all
-from numerics_suite.suite.gate import exit_status, subject_facts
+from numerics_suite.suite.endings import ending
+from numerics_suite.suite.gate import subject_facts
 from numerics_suite.watching.bundle_reader import (
     Bundle,
     bad_calls,
@@ -68,7 +70,6 @@ def reopen(settings: Settings, path: Path) -> RunResult:
             num_labels=settings.num_labels,
             trust_remote_code=settings.trust_remote_code,
             allow_pickle=settings.allow_pickle,
-            batch_size=settings.batch_size,
         )
         checks = tuple(_replayed(bundle, subject, settings) for subject in subjects)
     else:
@@ -78,13 +79,13 @@ def reopen(settings: Settings, path: Path) -> RunResult:
         command="check",
         started_at=started.isoformat(timespec="seconds"),
         duration_s=round(time.perf_counter() - clock, 3),
-        verdict="fail" if any(check.status == "failed" for check in checks) else "pass",
+        verdict=ending(checks).verdict,
         environment=describe_run(_device(settings)),
         settings={**to_json(settings), "bundle": str(path)},
         subjects=tuple(subject_facts(subject) for subject in subjects),
         checks=checks,
         notes=(f"bundle: {_told(bundle)}",),
-        exit_status=exit_status(checks),
+        exit_status=ending(checks).status,
     )
 
 
@@ -102,7 +103,7 @@ def _device(settings: Settings) -> str:
 
 def _task(bundle: Bundle) -> Task:
     name = bundle.content["model"]["class"]
-    return next((task for ending, task in TASKS.items() if ending in name), "module")
+    return next((task for suffix, task in TASKS.items() if suffix in name), "module")
 
 
 def _cell(bundle: Bundle, subject: str, task: Task, settings: Settings) -> Cell:
@@ -134,7 +135,7 @@ def _tried_again(bundle: Bundle, device: str) -> Finding:
     scene = scene_of(bundle, model, () if start is None else (start,))
     found = bundle.finding
     if found.op is None and (trained := trained_again(scene, bundle.step)) is not None:
-        found = _found_again(found, *trained)
+        found = borne_out_of(_found_again(found, *trained), model)
     return with_remedies_tried(found, scene)
 
 
@@ -175,7 +176,7 @@ def _on(subject: Subject, bundle: Bundle, scene: Scene) -> Finding | None:
         return None
     origin, how, cause = trained or (where, "", found.cause)
     found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
-    return replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies)))
+    return borne_out_of(replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies))), scene.model)
 
 
 def _found_again(found: Finding, origin: Origin | None, how: str, cause: str) -> Finding:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from numerics_suite.core.errors import BadInputError, CheckError
+from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
 from numerics_suite.devices.kinds import CPU, kind_of
@@ -33,13 +34,14 @@ WORTH_WORKERS = 8
 class Run:
     """What the command lends to the run: the terminal, and a place for the result."""
 
-    def __init__(self, settings: Settings, terminal: Terminal) -> None:
+    def __init__(self, settings: Settings, terminal: Terminal, *, asks_index: bool = False) -> None:
         """Print to this terminal as the run goes on."""
-        self.settings, self.terminal = settings, terminal
+        self.settings, self.terminal, self.asks_index = settings, terminal, asks_index
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """Print the header."""
-        self.terminal.header(environment, tuple(plan.subjects.values()), plan.cells, to_json(self.settings))
+        subjects = tuple(plan.subjects.values())
+        self.terminal.header(environment, subjects, plan.cells, to_json(self.settings), data=plan.data)
 
     def progress(self, done: int, total: int, result: CheckResult) -> None:
         """Move the progress on."""
@@ -52,8 +54,9 @@ def worker_count(settings: Settings, plan: SuitePlan) -> int:
     Cells of one accelerator share it, so one process runs them unless the user says otherwise: a worker, which a new one
     replaces where the device fails for good.
     """
+    asked = {question.cell for question in plan.questions if question.skip is None and question.error is None}
     if settings.workers != "auto":
-        return int(settings.workers)
+        return min(int(settings.workers), max(len(asked), 1))  # a worker without a cell imports torch for nothing
     cores = core_count()
     if kind_of(plan.device) != CPU:
         return 1 if len(plan.cells) > 1 else 0
@@ -62,17 +65,20 @@ def worker_count(settings: Settings, plan: SuitePlan) -> int:
     return min(cores, len(plan.cells))
 
 
-def run_check(settings: Settings, terminal: Terminal, *, reproducers: Path | None = None) -> RunResult:
+def run_check(
+    settings: Settings, terminal: Terminal, *, reproducers: Path | None = None, asks_index: bool = False
+) -> RunResult:
     """Run the suite as the settings say.
 
     Args:
         settings: of the run.
         terminal: that shows it.
         reproducers: folder of the scripts that show a finding alone, None for the usual one.
+        asks_index: other releases are tried afterwards.
 
     Raises:
         BadInputError: the input cannot be used.
-        KeyboardInterrupt: the user stopped it.
+        KeyboardInterrupt: the user stopped it before anything was asked.
         CheckError: pytest itself failed.
     """
     plan = make_plan(settings)
@@ -89,19 +95,19 @@ def run_check(settings: Settings, terminal: Terminal, *, reproducers: Path | Non
     if reproducers is not None:
         arguments += ["--numerics-reproducers", str(reproducers)]
     if workers:
-        arguments += ["-n", str(workers), "--dist", "loadgroup"]
-    catcher = _Catcher(Run(settings, terminal))
+        # Each cell may take its worker along, and none of them those that come after it.
+        arguments += ["-n", str(workers), "--dist", "loadgroup", "--max-worker-restart", str(len(plan.cells))]
+    catcher = _Catcher(Run(settings, terminal, asks_index=asks_index))
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch, _clean_pytest_environment(workers, scratch):
         status = int(pytest.main(arguments, plugins=[catcher]))
     terminal.stop()
     gate = catcher.gate
     if gate is None or gate.result is None:
+        stop_if_requested()
         if status == pytest.ExitCode.USAGE_ERROR:
             raise BadInputError(catcher.complaint or "pytest refused the options")
         message = catcher.complaint or f"the test run ended with pytest status {status}"
         raise CheckError(message)
-    if status == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt
     return gate.result
 
 
@@ -185,16 +191,17 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
     rows = []
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
-        recipe = precision(cell.precision)
+        recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
         size = cell_bytes(
-            plan.subjects[cell.subject],
+            subject,
             recipe.parameters,
+            recipe.computes_in,
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
             batch=settings.batch_size,
             seq=settings.seq_len,
             examples=settings.max_examples,
         )
         skipped = {question.skip for question in asked if question.skip}
-        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else ""
+        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)
         rows.append(PlanRow(cell=cell, checks=sum(not q.skip for q in asked), bytes=size, note=note))
     return rows

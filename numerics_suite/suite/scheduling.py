@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pytest
     from xdist.workermanage import WorkerController
 
-    from numerics_suite.suite.planning import SuitePlan
+    from numerics_suite.suite.planning import Question, SuitePlan
 
 
 class CellScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has no types
@@ -24,12 +24,15 @@ class CellScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has no
     def __init__(self, config: pytest.Config, log: Any, plan: SuitePlan) -> None:
         """Learn which parameter id belongs to which cell."""
         super().__init__(config, log)
-        self._cells = {question.param_id: question.cell.id for question in plan.questions}
+        self._questions = {question.param_id: question for question in plan.questions}
 
     def _split_scope(self, nodeid: str) -> str:
-        parameter = nodeid.rpartition("[")[2].partition("]")[0]
-        group: str = self._cells.get(parameter) or super()._split_scope(nodeid)
+        question = self._question(nodeid)
+        group: str = question.cell.id if question is not None else super()._split_scope(nodeid)
         return group
+
+    def _question(self, nodeid: str) -> Question | None:
+        return self._questions.get(nodeid.rpartition("[")[2].partition("]")[0])
 
     def remove_node(self, node: WorkerController) -> str | None:
         """Take a worker out; what it had not finished waits for another one.
@@ -42,13 +45,17 @@ class CellScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has no
             del self.workqueue[group]
         return crashed
 
-    def give_up(self, nodeid: str) -> None:
+    def give_up(self, nodeid: str) -> Question | None:
         """Run nothing more of the cell that a worker died in, which another worker might not survive either.
 
         Args:
             nodeid: of the test that it died in.
+
+        Returns:
+            What it was asked, None for a test that is not the suite's.
         """
         self.workqueue.pop(self._split_scope(nodeid), None)
+        return self._question(nodeid)
 
     def _reschedule(self, node: WorkerController) -> None:
         super()._reschedule(node)

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
+from numerics_suite.core import interrupts
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
 from numerics_suite.core.registry import get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
+from numerics_suite.diagnosing.consequences import raised
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
+from numerics_suite.diagnosing.raising import model_raises
 from numerics_suite.diagnosing.remedy_trials import Answer, try_remedies
 from numerics_suite.diagnosing.reproducer import reproducer
+from numerics_suite.diagnosing.roots import following
+from numerics_suite.diagnosing.versions_advice import PIN, borne_out, clean_on_a_fixture, without_pin
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
-from numerics_suite.inputs.data import data_batch, read_examples
+from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judging.verdicts import with_limits
+from numerics_suite.reporting.results import check_from_json
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.families import family_of
-from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
+from numerics_suite.suite.data import batch_of, sample_of
 from numerics_suite.suite.driver import Outcome, ask
+from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
-TIME_LIMIT = "time limit"
 REPRODUCERS = Path(".numerics/reproducers")
 """Where the scripts that show a finding alone are written unless told otherwise, below the folder that the command runs in."""
 
@@ -59,11 +67,15 @@ class SuiteSession:
         self.deadline, self.reproducers = deadline, reproducers
         self._evidence: Evidence | None = None
         self.lost: tuple[Cell, str] | None = None
+        self._raises: set[tuple[str, ...]] = set()
+        self._roots: list[CheckResult] = []
 
     @cached_property
     def plan(self) -> SuitePlan:
         """What is asked of what."""
-        return make_plan(self.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `answer`
+            return make_plan(self.settings)
 
     def evidence(self, cell: Cell) -> Evidence:
         """The evidence of the cell; the previous cell's is let go first."""
@@ -105,23 +117,12 @@ class SuiteSession:
         baselines = self.plan.baselines
         return baselines[cell] if baselines is not None and cell in baselines else None
 
-    def _data(self, subject: Subject, space: InputSpace) -> Batch | None:
-        """The user's texts as a batch; None for a module without a tokenizer, or with one that inputs.pipeline reports."""
-        assert self.settings.data is not None
-        try:
-            tokenizer = load_tokenizer(subject)
-        except TokenizerRefusedError:
-            return None
-        if tokenizer is None:
-            return None
-        return data_batch(
-            read_examples(self.settings.data),
-            tokenizer,
-            task=subject.task,
-            side=family_of(subject.config).padding_sides[0],
-            max_length=space.max_length,
-            pad_id=space.pad_id,
-        )
+    @cached_property
+    def _sample(self) -> Sample:
+        return sample_of(self.settings)
+
+    def _data(self, subject: Subject, space: InputSpace, tokenizer: Any) -> Batch:
+        return batch_of(self._sample, subject, space, tokenizer)
 
     def answer(self, question: Question) -> tuple[CheckResult, str]:
         """The result of one question, and the traceback of an error (empty elsewhere)."""
@@ -136,22 +137,52 @@ class SuiteSession:
                 **fields,  # type: ignore[arg-type]
             )
 
+        interrupts.stop_if_requested()
+        settled = self._settled(question, result)
+        if settled is not None:
+            return settled, ""
+        with warnings.catch_warnings():
+            # A host project's `filterwarnings = error` is about its own code; torch and the models warn as they do anywhere.
+            warnings.simplefilter("ignore")
+            return self._asked(question, result)
+
+    def _settled(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult | None:
+        """The result of a question that needs no run of the model, None of any other."""
+        if (earlier := known().answers.get(question.id)) is not None:
+            return check_from_json(earlier)
         skip = question.skip or (TIME_LIMIT if self._out_of_time(question.cell) else None)
         if skip is not None:
-            return result("skipped", reason=skip), ""
-        if self.lost is not None:
-            return result("error", reason=f"not run: {self.lost[1]}"), ""
+            return result("skipped", reason=skip)
+        how = question.error or known().lost.get(question.cell.id)
+        if how is None and self.lost is not None:
+            how = f"not run: {self.lost[1]}"
+        return None if how is None else result("error", reason=how)
+
+    def _asked(self, question: Question, result: Callable[..., CheckResult]) -> tuple[CheckResult, str]:
+        watched = lifeline()
+        if watched is not None:
+            watched.asking(question.cell.id, question.check)
         try:
             return self._judged(question, result), ""
         except (NotApplicableError, UnsupportedError) as error:
             return result("skipped", reason=str(error)), ""
         except NumericsSuiteError as error:
-            return result("error", reason=str(error)), ""
+            return self._raised(question, error, result) or result("error", reason=str(error)), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
+            raised = self._raised(question, error, result)
+            if raised is not None:
+                return raised, ""
             reason = error_line(error, question.cell.device)
             if memory.is_device_lost(error):
                 self.lost = question.cell, f"the device was lost in {question.check}/{question.cell.id}: {reason}"
             return result("error", reason=reason), traceback.format_exc()
+        except BaseException as error:
+            # `sys.exit` of the code under test, pytest's outcomes that another plugin raises inside it (a timeout, a skip),
+            # and a KeyboardInterrupt that nobody sent: each stops this question and says nothing about the model.
+            interrupts.stop_if_requested()
+            if isinstance(error, GeneratorExit):
+                raise
+            return result("error", reason=stopped_line(error)), ""
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
@@ -168,15 +199,48 @@ class SuiteSession:
         if not outcome.breaches:
             return result("passed", reason=_half_judged(outcome), **told)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
+        found = self._diagnosed(question, found, evidence)
         if self.settings.diagnose and self.tries_remedies:
-            found = with_confidence(question.check, found, evidence, self._ask_again)
-            found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
             found = replace(found, reproducer=self._reproducer(question, found, evidence, outcome.batch))
+        return self._failed(found, result, told)
+
+    def _diagnosed(self, question: Question, found: Finding, evidence: Evidence) -> Finding:
+        """The finding with its experiment made and its remedies tried, where that is wanted."""
+        found = borne_out(found, evidence)
+        if not (self.settings.diagnose and self.tries_remedies):
+            return found
+        pinned = any(remedy.name == PIN for remedy in found.remedies)
+        if pinned and clean_on_a_fixture(question.check, evidence, self._ask_again):
+            found = without_pin(found)
+        found = with_confidence(question.check, found, evidence, self._ask_again)
+        found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
+        earlier = [root for root in self._roots if root.cell == question.cell]
+        return following(question.check, found, evidence, earlier, self._ask_again) or found
+
+    def _failed(self, found: Finding, result: Callable[..., CheckResult], told: Mapping[str, object]) -> CheckResult:
         failed = result("failed", finding=found, **told)
+        if found.consequence_of is None:
+            self._roots.append(failed)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed
         return result("accepted", finding=found, reason=accepted.reason, **told)
+
+    def _raised(self, question: Question, error: Exception, result: Callable[..., CheckResult]) -> CheckResult | None:
+        """A failure of the check where the model's own code raised; None where that is an error of something else."""
+        evidence = self.evidence(question.cell)
+        try:
+            found = model_raises(error, evidence)
+        except Exception:  # noqa: BLE001 - what cannot be diagnosed is the error that it was
+            return None
+        if found is None:
+            return None
+        cell = question.cell
+        key = (cell.subject, cell.task, *raised(found))
+        if key in self._raises:  # the same exception at the same line: what cures the root is told there
+            return self._failed(replace(found, remedies=()), result, {})
+        self._raises.add(key)
+        return self._failed(self._diagnosed(question, found, evidence), result, {})
 
     def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""
@@ -184,7 +248,7 @@ class SuiteSession:
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
             text = reproducer(question.check, found, evidence, batch)
-            path = self.reproducers / f"{question.check}-{cell.subject}-{cell.precision}.py"
+            path = self.reproducers / self._script_name(key)
             try:
                 if text is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +257,16 @@ class SuiteSession:
                 text = None  # a folder that cannot be written to hides no finding
             self._reproducers[key] = None if text is None else path.as_posix()
         return self._reproducers[key]
+
+    def _script_name(self, key: tuple[str, ...]) -> str:
+        """A name of its own for each cause: another attention may fail the same check for another reason.
+
+        Args:
+            key: check, subject, precision and cause.
+        """
+        *cell, _ = key
+        first = not any(list(other[:-1]) == cell for other in self._reproducers)
+        return f"{'-'.join(cell if first else key)}.py"
 
     def _ask_again(self, check: str, cured: Evidence) -> Answer:
         """A check of a cured copy, with the batches that this run draws."""
@@ -218,6 +292,18 @@ def _half_judged(outcome: Outcome) -> str | None:
     reasons = (measurement.facts.get(TRUE_ONLY) for measurement in outcome.worst.values())
     reason = next((reason for reason in reasons if reason), None)
     return None if reason is None else f"{TRUE_ONLY}: {reason}"
+
+
+def stopped_line(error: BaseException) -> str:
+    """One line for what ended a check from inside, though it is no error.
+
+    Args:
+        error: a BaseException that is no Exception.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, SystemExit):
+        return f"the code under test called sys.exit({error.code!r})"
+    return f"stopped before it had an answer: {type(error).__name__}{f': {text}' if text else ''}"
 
 
 def error_line(error: Exception, device: str = CPU) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.versions import Failure, MatrixCell, Ran, Versions
 from numerics_suite.reporting.results import from_json
 from numerics_suite.versions.job import BASELINE, LOG, RESULTS
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from numerics_suite.core.records import CheckResult, RunResult
 
-VERDICTS = {"passed": "pass", "failed": "fail", "error": "error", "unsupported": None}
+VERDICTS: dict[str, Literal["pass", "fail", "error"] | None] = {
+    "passed": "pass",
+    "failed": "fail",
+    "error": "error",
+    "unsupported": None,
+}
 
 
 def read_run(folder: Path) -> RunResult:
@@ -32,7 +37,7 @@ def read_run(folder: Path) -> RunResult:
     """
     path = folder / RESULTS
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(read_json_text(path))
     except (OSError, ValueError) as error:
         message = f"{path} cannot be read: {error}; delete its folder and run again"
         raise BadInputError(message) from None

@@ -130,7 +130,6 @@ def _unsupported(job: Job) -> dict[str, str]:
                 num_labels=settings.num_labels,
                 trust_remote_code=settings.trust_remote_code,
                 allow_pickle=settings.allow_pickle,
-                batch_size=settings.batch_size,
             )
         except UnsupportedError as error:
             reasons[source] = str(error)

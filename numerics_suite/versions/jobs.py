@@ -20,7 +20,7 @@ from numerics_suite.versions.job import DONE, JOB, LOG, Job
 from numerics_suite.versions.kept import read_done
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 CELL = "numerics_suite.versions.cell"
 GRACE = 2.0
@@ -178,23 +178,6 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     """Send a signal to the process's group."""
     with contextlib.suppress(OSError):
         os.killpg(process.pid, number)
-
-
-@contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does while this lasts."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def default_jobs(weight_bytes: int) -> int:

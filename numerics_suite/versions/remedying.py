@@ -65,7 +65,10 @@ def try_versions(
             status = trial.statuses(str(version), waiting)
             seen[remedy] += [str(version)] if status else []
             cured[remedy] |= {key: str(version) for key in waiting if status.get(key) == "passed"}
-    return replace(result, checks=tuple(_with_remedies(item, cured, seen) for item in result.checks))
+    told = tuple(_with_remedies(item, cured, seen) for item in result.checks)
+    if not newer:  # the newest is installed: the index says so
+        told = tuple(_without(item, NEWER) for item in told)
+    return replace(result, checks=told)
 
 
 class _Trial:
@@ -118,6 +121,13 @@ def _named(chosen: Sequence[CheckResult]) -> bool:
 
 def _has(item: CheckResult, name: str) -> bool:
     return item.finding is not None and any(remedy.name == name for remedy in item.finding.remedies)
+
+
+def _without(item: CheckResult, name: str) -> CheckResult:
+    if item.finding is None:
+        return item
+    remedies = tuple(remedy for remedy in item.finding.remedies if remedy.name != name)
+    return replace(item, finding=replace(item.finding, remedies=remedies))
 
 
 def _with_remedies(

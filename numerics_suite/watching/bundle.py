@@ -10,8 +10,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +173,29 @@ def _model_to_json(scene: Scene) -> dict[str, Any]:
         "class": type(model).__name__,
         "module": type(model).__module__,
         "config": written,
+        "adapter": _adapter_to_json(model),
         "attn": getattr(config, "_attn_implementation", None),
         "dtype": max(set(dtypes), key=dtypes.count) if dtypes else None,
         "training": model.training,
         "trained": sum(p.requires_grad for p in model.parameters()),
     }
+
+
+def _adapter_to_json(model: Any) -> dict[str, Any] | None:
+    """Class and config of the one adapter that peft has put on a base of another class; None without one."""
+    configs = getattr(model, "peft_config", None)
+    if not hasattr(model, "get_base_model") or not isinstance(configs, Mapping) or len(configs) != 1:
+        return None
+    name, config = next(iter(configs.items()))
+    written = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        value = sorted(value) if isinstance(value, set) else value
+        plain = isinstance(value, (str, int, float, bool, list)) and not isinstance(value, Enum)
+        if each.init and plain and value != each.default:
+            written[each.name] = value
+    base = type(model.get_base_model()).__name__
+    return {"base": base, "class": type(config).__name__, "name": name, "config": jsonable(written)}
 
 
 def _call_to_json(call: Call, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.findings import finding_from_json
+from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
 from numerics_suite.subjects.files import sha256_of
@@ -116,12 +116,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path / JSON_NAME).read_text(encoding="utf-8"))
+        content = read_json_text(path / JSON_NAME)
     except OSError as error:
         message = f"--bundle: {path} is no bundle of the watch: {JSON_NAME}: {error.strerror}"
         raise BadInputError(message) from None
-    except ValueError:
-        message = f"--bundle: {path / JSON_NAME} is torn: it is not whole JSON"
+    except ValueError as error:
+        message = f"--bundle: {path / JSON_NAME} is torn: it is not whole JSON ({error})"
         raise BadInputError(message) from None
     if not isinstance(content, dict) or content.get("kind") != KIND or not isinstance(content.get("files"), dict):
         message = f"--bundle: {path} is no bundle of the watch: {JSON_NAME} is not its"

@@ -24,8 +24,10 @@ from numerics_suite.diagnosing.root_causes import (
     eps_underflows,
     origin_facts,
 )
+from numerics_suite.diagnosing.versions_advice import borne_out_of
 from numerics_suite.engine.calls import call_with, input_device
 from numerics_suite.engine.runner import dropped_gradients
+from numerics_suite.inputs.labels import no_label_counts, predicts_next_token
 from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
@@ -49,6 +51,7 @@ EXPLANATIONS = {
     "optimizer-underflow": "Gradients were finite, the optimizer's eps is 0 in the parameters' dtype, and 0/0 is NaN.",
     "divergence": "Every value was finite until the optimizer's own steps carried the parameters away.",
     "loss-scaling": "No loss scale makes the gradients finite, so GradScaler skips every step and training only looks calm.",
+    "no-counted-labels": "A loss is the mean over the labels that count; every label of this batch is -100, and 0/0 is NaN.",
     "unknown": "The value was seen and could not be produced again from what is at hand.",
 }
 
@@ -98,6 +101,10 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     name = next((name for given in inputs if (name := bad_input(given)) is not None), None)
     if name is not None and alarm.cause is None and not scene.initially_bad:
         alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
+    elif alarm.cause is None and not bad and _no_label_counts(alarm, scene, inputs):
+        alarm = replace(
+            alarm, cause="no-counted-labels", text=f"{alarm.text}; no label of the batch counts, all are -100"
+        )
     trained = None if _is_known(alarm, scene) else trained_again(scene, alarm.step)
     if trained is not None:
         origin, how, cause = trained
@@ -112,7 +119,7 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     parameters = (origin.parameters if origin else ()) or scene.initially_bad
     if alarm.kind == "parameter" or (origin is None and not scene.updated):
         parameters = parameters or bad
-    return Finding(
+    found = Finding(
         cause=cause,
         title=title(alarm, cause, origin, parameters),
         explanation=EXPLANATIONS[cause],
@@ -125,6 +132,18 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
         batch=_batch(alarm.step, inputs),
         remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
+    return borne_out_of(found, scene.model)
+
+
+LABELLED = frozenset({"loss", "gradient"})
+"""Alarms that a batch without labels raises: its logits are fine."""
+
+
+def _no_label_counts(alarm: Alarm, scene: Scene, inputs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a forward pass of the step had labels of which none counts; for a gradient, every pass."""
+    shifted = predicts_next_token(scene.model)
+    empty = [no_label_counts(given, shifted=shifted) for given in inputs]
+    return alarm.kind in LABELLED and bool(empty) and (all(empty) if alarm.kind == "gradient" else any(empty))
 
 
 def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[str]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 SCRIPT = '''\
 """Runs the caught step again: python reproduce.py [CHECKPOINT]
 
-Ends with 1 where a value is not finite (the finding is reproduced), with 0 where all are, with 4 without a model.
-For a model of your own, make it in build().
+Ends with 1 where a value is not finite (the finding is reproduced), with 0 where all are, with 4 without a model, with 3 where
+it cannot be run. For a model of your own, make it in build().
 """
 import contextlib
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -23,18 +24,31 @@ MODEL = BUNDLE["model"]
 
 
 def build():
-    if MODEL["config"] is None:
+    adapter, cls = MODEL["adapter"], None
+    if MODEL["config"] is not None:
+        import transformers
+
+        cls = getattr(transformers, adapter["base"] if adapter else MODEL["class"], None)
+    if cls is None:
         print(f"make the model in build(): {MODEL['module']}.{MODEL['class']}", file=sys.stderr)
         sys.exit(4)
-    import transformers
+    options = {"torch_dtype": getattr(torch, MODEL["dtype"]), "attn_implementation": MODEL["attn"]}
+    checkpoint = sys.argv[1] if len(sys.argv) > 1 else None
+    if adapter:
+        import peft
 
-    cls = getattr(transformers, MODEL["class"])
-    dtype = getattr(torch, MODEL["dtype"])
-    if len(sys.argv) > 1:
-        return cls.from_pretrained(sys.argv[1], torch_dtype=dtype, attn_implementation=MODEL["attn"])
-    config = cls.config_class.from_dict(MODEL["config"])
-    config._attn_implementation = MODEL["attn"]
-    return cls(config)
+        if checkpoint is not None and (Path(checkpoint) / "adapter_config.json").is_file():
+            base = peft.PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
+            return peft.PeftModel.from_pretrained(cls.from_pretrained(base, **options), checkpoint, is_trainable=True)
+    if checkpoint is not None:
+        model = cls.from_pretrained(checkpoint, **options)
+    else:
+        config = cls.config_class.from_dict(MODEL["config"])
+        config._attn_implementation = MODEL["attn"]
+        model = cls(config)
+    if adapter:
+        model = peft.get_peft_model(model, getattr(peft, adapter["class"])(**adapter["config"]), adapter["name"])
+    return model
 
 
 def unpacked(value):
@@ -128,5 +142,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:  # Python would end with 1, which stands for the finding
+        traceback.print_exc()
+        sys.exit(3)
 '''

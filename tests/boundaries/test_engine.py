@@ -26,6 +26,7 @@ NAMES = frozenset(
     """
     autocast is_autocast_enabled get_autocast_dtype is_autocast_available GradScaler fork_rng manual_seed get_rng_state
     set_rng_state allow_tf32 fp32_precision set_float32_matmul_precision use_deterministic_algorithms
+    set_deterministic_debug_mode
     fill_uninitialized_memory mem_get_info memory_allocated empty_cache current_stream Event
     """.split()  # noqa: SIM905 - a list would take a line per name
 )

@@ -9,7 +9,7 @@ import pytest
 from boundaries.source_tree import ROOT
 
 from numerics_suite.core.registry import check_ids, get_check
-from numerics_suite.diagnosing.remedies import DESCRIPTIONS
+from numerics_suite.diagnosing.remedy_words import DESCRIPTIONS
 from numerics_suite.diagnosing.root_causes import LOCATED, REMEDIES
 from numerics_suite.judging.budgets import all_budgets, budgets_of
 from numerics_suite.settings.choices import CAUSES as ACCEPTED_CAUSES
@@ -88,6 +88,18 @@ CAUSES = [
     "rounding-change",
     "contract-change",
     "unknown",
+    "ignored-dtype",
+    "rounded-buffer",
+    "uninitialised-buffer",
+    "model-raises",
+    "tokenizer-incompatible",
+    "no-pad-token",
+    "no-counted-labels",
+    "lost-head",
+    "wrong-output-shape",
+    "rounded-update",
+    "untrained-parameters",
+    "packing-leak",
 ]
 
 REMEDY_NAMES = [
@@ -108,6 +120,17 @@ REMEDY_NAMES = [
     "set-pad-token",
     "fix-config",
     "pin-version",
+    "cast-after-loading",
+    "load-with-dtype",
+    "fix-tokenizer",
+    "count-labels",
+    "save-head",
+    "separate-rows",
+    "fp32-master-weights",
+    "stochastic-rounding",
+    "raise-learning-rate",
+    "non-reentrant-checkpointing",
+    "rebuild-optimizer",
 ]
 
 MUTANTS = ROOT / "tests" / "mutants"

@@ -58,10 +58,6 @@ def small_embedding(folder: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
-def no_pad_token(folder: Path) -> None:
-    edit(folder, pad_token_id=None)
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -73,7 +69,6 @@ def no_pad_token(folder: Path) -> None:
         (no_weights, ["has no weights"]),
         (pickled, ["pytorch_model.bin", "--allow-pickle"]),
         (small_embedding, ["tokenizer.json", "1000 ids", "768 rows"]),
-        (no_pad_token, ["pad_token_id", "set-pad-token", "--batch-size 1"]),
     ],
 )
 def test_a_damaged_checkpoint(damage, words, tmp_path, capsys):

@@ -35,6 +35,12 @@ class Defect:
 
 TABLE = (
     Defect(factory="uninitialised_head", cause="uninitialised-parameters", remedies=("init-head",)),
+    Defect(
+        factory="uninitialised_head",
+        cause="uninitialised-parameters",
+        precision="pure-fp16",
+        remedies=("init-head", "larger-optimizer-eps"),
+    ),
     Defect(factory="damaged_weight", cause="corrupt-weights"),
     Defect(
         factory="sound",
@@ -137,6 +143,12 @@ def damaged_weight():
     with torch.no_grad():
         model.layers[1].up.weight[3, 3] = float("nan")
     return model, batch()
+
+
+def uninitialised_head_and_damaged_weight():
+    model, tensors = damaged_weight()
+    model.lm_head.weight = nn.Parameter(torch.empty(VOCAB, WIDTH))
+    return model, tensors
 
 
 class Product(nn.Module):

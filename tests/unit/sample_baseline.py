@@ -17,6 +17,7 @@ from numerics_suite.baselines.records import (
     ModuleRecord,
     Sketch,
     StoredBatch,
+    TensorRecord,
 )
 from numerics_suite.core.records import Cell
 
@@ -132,6 +133,10 @@ def baseline(
             "default_dtype": "bfloat16", "cache": "DynamicCache", "head": {"initialised": True},
         },
         checks=("forward.finite", "reference.local", "train.finite"),
+        tensors=tuple(
+            TensorRecord(name=f"layers.{index}.weight", dtype="bfloat16", values=sketch(5000 + index, WIDTH, WIDTH))
+            for index in range(parameters)
+        ),
     )  # fmt: skip
     return replace(made, **changes)
 

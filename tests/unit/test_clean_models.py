@@ -291,20 +291,6 @@ def test_every_floating_output_is_seen():
     assert floating_outputs(torch.ones(2, dtype=torch.int64)) == {}
 
 
-def test_a_tokenizer_that_is_refused_is_a_finding(tmp_path, monkeypatch):
-    """And no skip because there is no tokenizer to make a batch with."""
-    import numerics_suite.checks.inputs.pipeline as module
-    from numerics_suite.subjects.tokenizers import TokenizerRefusedError
-
-    def refuse(_: object) -> None:
-        reason = "TokenizersBackend does not exist"
-        raise TokenizerRefusedError(reason)
-
-    monkeypatch.setattr(module, "load_tokenizer", refuse)
-    found = statuses("fixture:glm-tiny", ("inputs.pipeline",))
-    assert found == {"inputs.pipeline": "failed: this transformers cannot open the checkpoint's tokenizer"}
-
-
 def test_one_label_whose_sum_cancels_under_autocast(tmp_path):
     """Rounding both factors costs such a sum any number of roundoffs; its own rounded run costs as many."""
     import transformers

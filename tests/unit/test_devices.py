@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -167,3 +169,15 @@ def test_a_device_side_assert_loses_the_device() -> None:
     assert memory.is_device_lost(error)
     with pytest.raises(RuntimeError):
         memory.reraise_if_fatal(error)
+
+
+def test_deterministic_algorithms_leave_the_compiler_unloaded() -> None:
+    code = (
+        "import sys, torch\n"
+        "from numerics_suite.devices.arithmetic import deterministic_algorithms\n"
+        "with deterministic_algorithms():\n"
+        "    print(torch.is_deterministic_algorithms_warn_only_enabled())\n"
+        "print(torch.are_deterministic_algorithms_enabled(), 'torch._inductor' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == ["True", "False", "False"]

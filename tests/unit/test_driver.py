@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from numerics_suite.core.records import Budget, Cell, CheckResult, Measurement
 from numerics_suite.judging.verdicts import judge, within
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask
-from numerics_suite.suite.gate import exit_status
+from numerics_suite.suite.endings import NO_BATCH, TIME_LIMIT, ending
 from numerics_suite.suite.session import SuiteSession
 
 CELL = Cell(subject="s", precision="bf16", attn="sdpa", device="cpu", task="causal-lm")
@@ -61,12 +62,25 @@ def result(status):
     ],
 )
 def test_exit_status_of_the_contract(statuses, expected):
-    assert exit_status([result(status) for status in statuses]) == expected
+    assert ending([result(status) for status in statuses]).status == expected
 
 
 def test_a_time_limit_and_a_broken_accept_entry_are_not_green():
-    assert exit_status([result("passed")], partial=True) == 5
-    assert exit_status([result("passed")], broken=True) == 1
+    late = [result("passed"), dataclasses.replace(result("skipped"), reason=TIME_LIMIT)]
+    assert ending(late).status == 5
+    assert ending(late, allow_partial=True).status == 0
+    assert ending([result("passed")], broken=True).status == 1
+
+
+def test_a_module_without_a_batch_is_not_green_unless_it_is_a_finding():
+    unasked = dataclasses.replace(result("skipped"), reason=NO_BATCH)
+    assert ending([result("passed"), unasked]).status == 5
+    assert ending([result("failed"), unasked]).status == 1
+
+
+def test_an_interrupted_run_is_neither_green_nor_a_finding():
+    found = ending([result("failed")], interrupted=True)
+    assert (found.status, found.verdict, found.complete) == (2, "error", False)
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedErr
 from numerics_suite.core.records import Budget, Measurement, Remedy
 from numerics_suite.core.registry import check, check_ids, get_check, own_check_ids
 from numerics_suite.diagnosing import remedy_register as added_remedies
-from numerics_suite.diagnosing.remedies import COST
 from numerics_suite.diagnosing.remedy_register import cost_of, cures, remedies_of
+from numerics_suite.diagnosing.remedy_words import COST
 from numerics_suite.judging.budgets import budgets_of
 from numerics_suite.judging.verdicts import judge
 from numerics_suite.oracles import oracle_for

@@ -23,7 +23,7 @@ from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.subjects.load import convert, load, quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
 from numerics_suite.subjects.resolve import resolve
-from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
+from numerics_suite.subjects.tokenizers import TokenizerRaisesError, load_tokenizer
 
 GLM = "fixture:glm-tiny"
 CHATGLM = "fixture:chatglm-tiny"
@@ -395,7 +395,7 @@ def test_tokenizers(checkpoint):
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "NobodysTokenizer"}))
     (checkpoint / "tokenizer.json").write_text("{}")
     subject = replace(resolve(GLM), path=checkpoint)
-    with pytest.raises(TokenizerRefusedError, match="refuses the tokenizer"):
+    with pytest.raises(TokenizerRaisesError, match="Error: "):
         load_tokenizer(subject)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()

@@ -194,7 +194,7 @@ def test_everything_of_a_language_model_is_there(glm4):
     assert glm4.answers[0].values.shape == (16, 64)
     # The same tokens on either side: the law of padding, seen in what is stored.
     assert np.abs(glm4.answers[0].values - glm4.answers[1].values).max() < EXACT
-    assert set(glm4.bits) == {"logits", "loss", "gradients", "decoding", "curve", "cell"}
+    assert set(glm4.bits) == {"logits", "loss", "gradients", "decoding", "curve", "uses", "cell"}
     assert 0.8 < glm4.error / glm4.inherent < 1.2
     assert glm4.error_count == (32 + 8 + sum(int(b.tensors["attention_mask"].sum()) for b in glm4.batches[-1:])) * 64
     assert glm4.true_loss == pytest.approx(glm4.curve.true_losses[0], rel=1e-12)

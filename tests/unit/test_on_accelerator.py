@@ -365,7 +365,15 @@ def test_without_an_accelerator_nothing_is_measured(tool, monkeypatch, capsys):
 @pytest.mark.skipif(not STANDIN.is_dir(), reason="needs the stand-in accelerator of tests/standin")
 def test_every_part_runs_on_the_stand_in(tool, tmp_path, page):
     file = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "tools" / "on_accelerator.py"), "--device", DEVICE, "--small"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "on_accelerator.py"),
+        "--device",
+        DEVICE,
+        "--small",
+        "--minutes",
+        "60",
+    ]
     done = subprocess.run(
         [*command, "--json", str(file), "--write", str(page)],
         cwd=tmp_path,

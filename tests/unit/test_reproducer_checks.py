@@ -13,6 +13,7 @@ import pytest
 import torch
 from mutants.article_checkpoints import WEIGHT, Tensors, changed
 from mutants.catalogue import MUTANTS, ORACLE, Mutant
+from mutants.driver import release
 from unit.script_of import UnseenError, shown
 from unit.script_process import ScriptProcess, script_process
 
@@ -28,6 +29,14 @@ BY_ID = {mutant.id: mutant for mutant in MUTANTS}
 CLASS = "class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):\n"
 DOUBLED = "        self.transformer.output_layer.weight.data.mul_(2)\n"
 WHEN_LOADED = f"    def eval(self):\n{DOUBLED}        return super().eval()\n\n"
+CAST = """    @classmethod
+    def from_pretrained(cls, *args, **words):
+        made = super().from_pretrained(*args, **words)
+        model = made[0] if isinstance(made, tuple) else made
+        {cast}
+        return made
+
+"""
 WHEN_SAVED = """    def save_pretrained(self, *args, **words):
         held = {name: value.clone() for name, value in self.state_dict().items()}
         held["transformer.output_layer.weight"] *= 2
@@ -119,6 +128,22 @@ def infinite(held: Tensors) -> None:
     held[WEIGHT][0, 0] = float("inf")
 
 
+def whole_numbers(held: Tensors) -> None:
+    """Quantised to eight bits by a tool whose scales were lost."""
+    held[WEIGHT] = (held[WEIGHT].float() / held[WEIGHT].float().abs().max() * 127).round().to(torch.int8)
+
+
+def with_tied_config(folder: Path) -> None:
+    changed(folder, "glm-tiny", config={"tie_word_embeddings": True})
+
+
+def with_a_computed_buffer(folder: Path) -> None:
+    """The constructor computes it, it is not saved, and `_init_weights` knows nothing of it."""
+    code = 'self.register_buffer("inv_freq", rotary_frequencies(config), persistent=True)'
+    own = f'{code}\n        self.register_buffer("window", torch.arange(8.0), persistent=False)'
+    changed(folder, "chatglm-tiny", code=(code, own))
+
+
 def with_another_eps(folder: Path) -> None:
     """The config class drops what the file says."""
     changed(folder, "chatglm-tiny")
@@ -136,6 +161,26 @@ def with_an_unknown_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
+def without_a_pad_token(folder: Path) -> None:
+    changed(folder, "glm-tiny-classifier")
+    file = folder / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**written, "pad_token_id": None}), encoding="utf-8")
+
+
+def padded_by_another(folder: Path) -> None:
+    """The tokenizer pads on the right by a token that the config does not call the pad token."""
+    changed(folder, "glm-tiny-classifier")
+    for name, changes in (("config.json", {"pad_token_id": 1}), ("tokenizer_config.json", {"padding_side": "right"})):
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+def without_pooling(folder: Path) -> None:
+    pooled = "body.last_hidden_state[:, -1]"
+    changed(folder, "chatglm-tiny-classifier", code=(pooled, pooled.removesuffix("[:, -1]")))
+
+
 def of_load() -> Iterator[Row]:
     yield Row(check="load.config", measurement="differing", copy=(with_another_eps, "chatglm-tiny"))
     yield Row(check="load.complete", measurement="renamed", copy=of_weight(renamed))
@@ -144,6 +189,16 @@ def of_load() -> Iterator[Row]:
     yield Row(check="load.complete", measurement="mismatched", copy=of_weight(narrower))
     yield Row(check="load.complete", measurement="changed", copy=of_code(WHEN_LOADED))
     yield Row(check="load.finite", measurement="non-finite", copy=of_weight(infinite))
+    yield Row(check="load.complete", measurement="without-scales", copy=of_weight(whole_numbers))
+    if release() >= (5,):
+        yield Row(
+            check="load.finite", measurement="uninitialised-buffers", copy=(with_a_computed_buffer, "chatglm-tiny")
+        )
+    yield Row(check="load.tied", measurement="stored-apart", copy=(with_tied_config, "glm-tiny"))
+    narrowed = CAST.format(cast="[setattr(p, 'data', p.data.half()) for p in model.parameters()]")
+    yield Row(check="load.dtype", measurement="ignored-dtype", copy=of_code(narrowed), cell={"precision": "bf16"})
+    rounded = CAST.format(cast="[setattr(b, 'data', b.data.half()) for b in model.buffers()]")
+    yield Row(check="load.dtype", measurement="rounded-buffers", copy=of_code(rounded))
     yield Row(check="load.roundtrip", measurement="differing", copy=of_code(WHEN_SAVED))
     yield Row(check="load.tied", measurement="wrongly-tied", model="untied")
 
@@ -155,13 +210,16 @@ def of_inputs() -> Iterator[Row]:
     yield Row(check=check, measurement="merged-ids", model="ids_rounded_inside")
     yield Row(check=check, measurement="merged-edges", mutant="embedding-last-row-lost")
     yield Row(check="inputs.mask-dtype", measurement="disagreement", mutant="mask-dtype-dependent")
-    yield Row(check="inputs.pipeline", measurement="tokenizer-refused", copy=(with_an_unknown_tokenizer, "glm-tiny"))
+    yield Row(check="inputs.pipeline", measurement="tokenizer-raises", copy=(with_an_unknown_tokenizer, "glm-tiny"))
+    yield Row(check="inputs.pipeline", measurement="no-pad-token", copy=(without_a_pad_token, "glm-tiny-classifier"))
+    yield Row(check="inputs.pipeline", measurement="padding-moves", copy=(padded_by_another, "glm-tiny-classifier"))
 
 
 def of_forward() -> Iterator[Row]:
     bf16 = {"precision": "bf16"}
     yield Row(check="forward.finite", measurement="non-finite", mutant="mask-causal-one-early-chatglm")
     yield Row(check="forward.deterministic", measurement="differing", mutant="classifier-dropout-left-on")
+    yield Row(check="forward.pooling", measurement="wrong-shape", copy=(without_pooling, "chatglm-tiny-classifier"))
     yield Row(check="forward.pooling", measurement="wrong-rows", mutant="pooled-first-token")
     yield Row(check="forward.padding", measurement="true", mutant="mask-padding-ignored")
     yield Row(check="forward.padding", measurement="true-pooled", mutant="pooled-first-token")
@@ -221,11 +279,13 @@ ROWS = [*of_load(), *of_inputs(), *of_forward(), *of_training(), *of_references(
 
 ELSEWHERE = {
     *(("load.config", "ignored"), ("load.dtype", "other-dtype")),
+    *([("load.finite", "uninitialised-buffers")] if release() < (5,) else []),  # up to 4.57 a constructor's values stay
     *(("load.head-init", "uninitialised"), ("load.head-init", "gain")),
     *(("inputs.pipeline", name) for name in ("floating", "out-of-range", "looks-rounded")),
+    ("train.labels", "no-counted-labels"),
     *(("forward.headroom", "non-finite"), ("train.amp", "skipped-forever"), ("train.clip", "saved-by-clipping")),
 }
-"""Shown by the article's defects."""
+"""Shown by the article's defects, or where the user's own data are tested."""
 
 PATCHED = {("train.clip", "excess"), ("train.clip", "non-finite")}
 """Only torch's own clipping could be at fault."""
@@ -328,7 +388,8 @@ def test_clipping_that_does_not_clip(
 
 
 def test_every_measurement_with_a_budget_has_a_script_or_a_reason_why_not() -> None:
-    lacking = [key for key in all_budgets() if key not in BODIES and key[0].partition(".")[0] not in WITHOUT]
+    excused = {key for key in all_budgets() if key[0].partition(".")[0] in WITHOUT or " ".join(key) in WITHOUT}
+    lacking = [key for key in all_budgets() if key not in BODIES and key not in excused]
     assert not lacking
 
 

@@ -94,6 +94,18 @@ def test_a_cell_without_anything_true(tmp_path):
     assert same(load(tmp_path)[made.cell], made)
 
 
+def test_a_baseline_of_schema_1_is_read_without_what_it_lacks(tmp_path):
+    made = baseline()
+    (file,) = save(tmp_path, [replace(made, uses=made.batches, use_answers=made.answers)], force=False)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["schema_version"] = 1
+    for cell in content["cells"]:
+        for key in ("uses", "use_answers", "use_modules", "tensors"):
+            del cell[key]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert same(load(tmp_path)[made.cell], replace(made, tensors=()))
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     cells = [baseline(precision=precision, attn=attn, noise=1e-14) for precision, attn in CELLS]
     save(tmp_path / "a", cells, force=False)
@@ -232,7 +244,7 @@ def edited(folder: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(schema_version=2), "schema_version 2 is newer than the 1 that this release reads; upgrade numerics-suite"),
+        (lambda c: c.update(schema_version=3), "schema_version 3 is newer than the 2 that this release reads; upgrade numerics-suite"),
         (lambda c: c.update(schema_version=0), "schema_version 0 is older than the 1 that this release reads; delete it and record again"),
         (lambda c: c.update(schema_version="1"), "schema_version must be a whole number"),
         (lambda c: c.update(format="x"), "not a baseline of numerics-suite; move it out of the folder"),

@@ -343,14 +343,6 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(checkpoint):
     assert "a vocabulary of 769 ids, model.embed_tokens.weight has 768 rows" in text
 
 
-def test_a_batched_classifier_without_a_pad_token(classifier):
-    edit(classifier, pad_token_id=None)
-    text = refusal(classifier)
-    assert all(word in text for word in ("config.json", "pad_token_id", "set-pad-token", "--batch-size 1"))
-    assert resolve(str(classifier), batch_size=1).id == "mine"
-    assert resolve(str(classifier), task="causal-lm").id == "mine"
-
-
 def test_a_pad_token_outside_the_embedding(classifier):
     edit(classifier, pad_token_id=768)
     assert "pad_token_id is 768, outside the 768 rows" in refusal(classifier)

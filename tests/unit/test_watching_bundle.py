@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from unit.watched_models import Decoder, ids, train
 
 from numerics_suite import NumericsError, NumericsWarning, watch
+from numerics_suite.cli.main import main
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.reporting.findings import rerun_words
+from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
+from numerics_suite.suite.reopen import reopen
 from numerics_suite.watching import bundle as bundles
 from numerics_suite.watching.bundle_reader import read_bundle, scene_of
 from numerics_suite.watching.diagnosis import run_again
@@ -184,3 +188,63 @@ def test_the_script_runs_alone_and_fails_with_the_same_symptom(tmp_path):
         text=True, capture_output=True, check=False, timeout=120, cwd=tmp_path,
     )  # fmt: skip
     assert (healthy.returncode, healthy.stdout.splitlines()[-1]) == (0, "every value is finite")
+
+
+def script_of(folder, *words):
+    return subprocess.run(
+        [sys.executable, str(folder / "reproduce.py"), *words],
+        text=True, capture_output=True, check=False, timeout=120, cwd=folder.parent,
+    )  # fmt: skip
+
+
+def test_the_script_of_an_adapter_puts_it_on_its_base(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(fixture_path("glm-tiny"))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path / "sound")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_A" in name).fill_(float("inf"))
+    batch = ids(0) % base.config.vocab_size
+    with pytest.raises(NumericsError), watch(model, optimizer, bundle=tmp_path / "b"):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    done = script_of(tmp_path / "b")
+    assert done.returncode == 1, done.stderr
+    assert "not finite: " in done.stdout
+    healthy = script_of(tmp_path / "b", str(tmp_path / "sound"))
+    assert (healthy.returncode, healthy.stdout.splitlines()[-1]) == (0, "every value is finite"), healthy.stderr
+
+
+def test_a_script_that_cannot_run_does_not_say_that_it_reproduced(tmp_path):
+    caught(tmp_path / "b")
+    assert script_of(tmp_path / "b").returncode == 4, "the user's own class"
+    content = json.loads((tmp_path / "b" / "bundle.json").read_text(encoding="utf-8"))
+    rewrite(tmp_path / "b", model={**content["model"], "class": "GlmForCausalLM", "config": {"hidden_size": "wide"}})
+    done = script_of(tmp_path / "b")
+    assert done.returncode == 3
+    assert "Traceback" in done.stderr
+
+
+def test_the_command_to_see_a_bundle_again_works(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(fixture_path("glm-tiny"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.fill_(float("inf"))
+    batch = ids(0) % model.config.vocab_size
+    with pytest.raises(NumericsError), watch(model, optimizer, bundle=tmp_path / "b"):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    for subjects in ((), ("fixture:glm-tiny",)):
+        run = reopen(Settings(subjects=subjects, device="cpu", diagnose=False), tmp_path / "b")
+        words = rerun_words(run.checks[0], run)
+        assert words[:2] == ["numerics-suite", "check"]
+        assert "--bundle" in words
+        if not subjects:
+            assert run.checks[0].status == "failed"
+            assert main([*words[1:], "--no-diagnose", "--quiet"]) == 1

@@ -43,7 +43,7 @@ def measured_as(recorded: CellBaseline, evidence: Evidence) -> CellBaseline:
         evidence: of the cell.
     """
     asked = _as_recorded(evidence, recorded.recipe)
-    return measure_cell(asked, recorded.batches, evidence.request.applicable)
+    return measure_cell(asked, recorded.batches, evidence.request.applicable, recorded.uses)
 
 
 def _as_recorded(evidence: Evidence, recipe: Mapping[str, Any]) -> Evidence:

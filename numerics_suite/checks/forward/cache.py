@@ -82,7 +82,17 @@ def _in_steps(
         for call in (whole, decode)
     )
     cause = _cause(evidence, tensors, cuts, found[0])
+    if positions == "none" and cause == "wrong-positions" and _is_told_positions(evidence, tensors):
+        return
     yield from law_measurements(*found, place=lambda: first_parting(one, other), cause=cause)
+
+
+def _is_told_positions(evidence: Evidence, tensors: Mapping[str, Any]) -> bool:
+    """Whether positions are an argument that this code asks for: its class hands them to every step of `generate`.
+
+    Code from before transformers' `Cache`, such as ChatGLM's, keeps plain tuples and counts each step from 0 without them.
+    """
+    return bool(evidence.runner.apply(lambda: decoding.keeps_tuples(evidence.model, tensors)))
 
 
 def _rounded(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:

@@ -53,7 +53,8 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         if worst_pair is None or nan_last(found[0]) > nan_last(worst[0]):
             worst, worst_pair = found, (plain, more)
     yield from law_measurements(*worst, place=lambda: None if worst_pair is None else _place(evidence, *worst_pair))
-    if evidence.subject.task == "sequence-classification":
+    # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
+    if evidence.subject.task == "sequence-classification" and not evidence.lacks_pad_token:
         yield from _pooled(evidence, batch)
 
 

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.references import rounding_allowance
+from numerics_suite.engine.layout import INPUT, STATES, batch_first
+from numerics_suite.engine.references import rounding_allowance, turned_states
 
 
 @check(batches=True, needs=("head", "token-ids"))
 def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
-    """Does the classifier read the last real token of every row?
+    """Does the classifier give a row of logits for each row of the batch, read at its last real token?
 
     The head is applied to every position of the last hidden state; the row of logits must be the nearest to the
     position of the last real token. The nearest position needs no tolerance.
     """
+    shape = tuple(evidence.forward(batch)["logits"].shape)
+    rows = len(batch.tensors["input_ids"])
+    # A regression may give its one number for each row without a dimension of its own.
+    wrong_shape = shape[:1] != (rows,) or len(shape) > 2
+    facts: dict[str, Fact] = {"shape": str(list(shape)), "expected": f"[{rows}, {evidence.num_labels}]"}
+    yield Measurement(name="wrong-shape", value=int(wrong_shape), unit="outputs", facts=facts if wrong_shape else {})
+    if wrong_shape:
+        return
     if evidence.family.pooling == "unknown":
         reason = "an encoder: it pools its first token or a mean, as each class has it"
         raise NotApplicableError(reason)
@@ -30,14 +40,14 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if not batch.law_abiding:
         yield Measurement(name="wrong-rows", value=0, unit="rows", module=head_name)
         return
-    logits, states = _logits_and_states(evidence, batch, head)
+    logits, states = _logits_and_states(evidence, batch, head_name, head)
     positions = torch.arange(ids.shape[1])
     last = (mask * (positions + 1)).argmax(dim=1)
     # The same product in another shape may add its terms in another order: two roundings of what kernels accumulate in,
     # times the square root of the length of the sum where that is float32. With one token repeated all positions tie.
     noise = 2 * torch.finfo(logits.dtype).eps * rounding_allowance(evidence)
     wrong: list[str] = []
-    for row in range(ids.shape[0]):
+    for row in range(rows):
         distance = (states[row].double() - logits[row].double()).abs().amax(dim=-1)
         expected = float(distance[last[row]])
         # Two positions may tie (a repeated token at the start); a tie with the right one is right.
@@ -75,16 +85,37 @@ def _given_to(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _logits_and_states(evidence: Evidence, batch: Batch, head: nn.Module) -> tuple[Tensor, Tensor]:
+@contextlib.contextmanager
+def _given_by(body: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collects what the body gives first: the states that the classifier pools."""
+    gave: list[Tensor] = []
+
+    def note(_module: nn.Module, _args: object, output: Any) -> None:
+        first = output if isinstance(output, Tensor) else output[0]
+        gave.extend([first.detach()] if isinstance(first, Tensor) else [])
+
+    handle = None if body is None else body.register_forward_hook(note)
+    try:
+        yield gave
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _logits_and_states(evidence: Evidence, batch: Batch, name: str, head: nn.Module) -> tuple[Tensor, Tensor]:
     """The classifier's logits `[batch, labels]` and the head's answer for every position `[batch, sequence, labels]`."""
     tensors = evidence.inputs_of(batch)
-    with _given_to(head) as given:
+    children = dict(evidence.model.named_children())
+    body = next((part for part in evidence.family.backbone_names if part in children), "")
+    with _given_to(head) as given, _given_by(children.get(body)) as gave:
         output = evidence.run(tensors, output_hidden_states=True)
-    # What the head read is what it is asked about: the last of `hidden_states` may come before the final norm (BioGPT up
-    # to 5.0). A head that reads a pooled row only is applied to the states.
-    read = [states for states in given if states.dim() == 3]
-    states = read[-1] if read else output.hidden_states[-1]
-    if states.shape[0] != batch.tensors["input_ids"].shape[0]:
-        states = states.transpose(0, 1)  # 2024's chatglm keeps [sequence, batch, hidden]
+    # What the head read is what it is asked about; one that reads a pooled row only is applied to what the body gave. The
+    # last of `hidden_states` may come before the final norm (BioGPT up to 5.0, ChatGLM's own code).
+    states, place = output.hidden_states[-1], STATES
+    for found, where in ((given, f"{name}{INPUT}"), (gave, body)):
+        if read := [each for each in found if each.dim() == 3]:
+            states, place = read[-1], where
+            break
+    states = batch_first(states, place, turned_states(evidence))
     every = evidence.runner.submodule(head, states.to(next(head.parameters()).dtype))
     return output.logits.float().cpu(), every.float().cpu()

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from numerics_suite.checks.inputs._padding_side import padding_moves
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.tokenizers import TokenizerRefusedError, load_tokenizer
+from numerics_suite.subjects.tasks import CLASSIFICATION
+from numerics_suite.subjects.tokenizers import TokenizerRaisesError, tokenizer_failures
 
 TEXTS = (
     "The logits are finite.",
@@ -23,16 +25,36 @@ TEXTS = (
 
 UNLIKELY_BITS = 20
 
+COLLATED = "the collator"
+"""The batch of :data:`TEXTS` as tokenizer and collator make it."""
+
 
 @check(scope="precision", of_broken=True)
 def pipeline(evidence: Evidence) -> Iterable[Measurement]:
-    """Is what tokenizer, collator and accelerate hand to the model integral and in range?"""
-    refused = _tokenizer_refused(evidence)
-    yield refused
-    batches = dict(_batches(evidence))
-    if not batches and not refused.value:
+    """Is what tokenizer, collator and accelerate hand to the model integral, in range and padded as it can take it?"""
+    batches: dict[str, Mapping[str, Any]] = {}
+    raised = None
+    try:
+        batches.update(_batches(evidence))
+    except TokenizerRaisesError as error:
+        raised = error
+    yield _raised(raised)
+    lacks = _lacks_pad_token(evidence) if raised is None else ""
+    needs = bool(lacks) and evidence.request.rows > 1 and evidence.subject.task in CLASSIFICATION
+    yield Measurement(name="no-pad-token", value=int(needs), unit="tokens", facts={"who": lacks} if needs else {})
+    found = [*_measured(evidence, batches)]
+    yield from found
+    if raised is not None or needs or any(measurement.value for measurement in found):
+        return
+    if not batches:
         reason = "no tokenizer and no batch of its own"
         raise NotApplicableError(reason)
+    if lacks and evidence.own_batch is None:
+        reason = f"{lacks}: no rows of different lengths can be made, and nothing here needs them; texts alone are integral and in range"
+        raise NotApplicableError(reason)
+
+
+def _measured(evidence: Evidence, batches: Mapping[str, Mapping[str, Any]]) -> Iterable[Measurement]:
     floating, outside, rounded = [], [], []
     for origin, tensors in batches.items():
         for name in ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"):
@@ -47,6 +69,14 @@ def pipeline(evidence: Evidence) -> Iterable[Measurement]:
     yield _count("floating", floating, "tensors")
     yield _count("out-of-range", outside, "batches")
     yield _count("looks-rounded", rounded, "batches")
+    # Rows whose ids are no tokens, or weights that are not finite, have no answer to compare.
+    if (
+        evidence.takes_ids
+        and COLLATED in batches
+        and not (outside or floating or evidence.broken or evidence.lacks_pad_token)
+    ):
+        moved = padding_moves(evidence, batches[COLLATED])
+        yield from () if moved is None else (moved,)
 
 
 def _count(name: str, found: list[str], unit: str) -> Measurement:
@@ -69,32 +99,32 @@ def _looks_rounded(ids: torch.Tensor) -> bool:
     return sum(int(token).bit_length() - 1 - 7 for token in large.tolist()) >= UNLIKELY_BITS
 
 
-def _tokenizer_refused(evidence: Evidence) -> Measurement:
-    refused = ""
-    if evidence.subject.path is not None:
-        try:
-            load_tokenizer(evidence.subject)
-        except TokenizerRefusedError as error:
-            refused = str(error)
-    return Measurement(
-        name="tokenizer-refused", value=int(bool(refused)), unit="tokenizers", facts={"why": refused} if refused else {}
-    )
+def _raised(error: TokenizerRaisesError | None) -> Measurement:
+    facts = {} if error is None else {"exception": str(error), "line": error.line, "input": error.doing}
+    return Measurement(name="tokenizer-raises", value=int(error is not None), unit="exceptions", facts=facts)
+
+
+def _lacks_pad_token(evidence: Evidence) -> str:
+    """Who has no pad token, in words; empty where padding can be written, and found again."""
+    if evidence.lacks_pad_token:
+        return "config.json has no pad_token_id, by which this classifier finds the last token of each row"
+    tokenizer = evidence.tokenizer
+    if tokenizer is None or tokenizer.pad_token is not None or config_pad_token(evidence) is not None:
+        return ""
+    return "neither the tokenizer nor config.json has a pad token"
 
 
 def _batches(evidence: Evidence) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if evidence.own_batch is not None:
         yield evidence.own_batch.drawn, evidence.own_batch.tensors
-    if evidence.subject.path is None:
-        return
-    try:
-        tokenizer = load_tokenizer(evidence.subject)
-    except TokenizerRefusedError:
-        return
+    tokenizer = evidence.tokenizer
     if tokenizer is None:
         return
-    encoded = [tokenizer(text) for text in TEXTS]
-    collated = _collate(evidence, tokenizer, encoded)
-    yield "the collator", collated
+    with tokenizer_failures(f"reading {TEXTS[0]!r}"):
+        encoded = [tokenizer(text) for text in TEXTS]
+    with tokenizer_failures(f"padding {len(TEXTS)} texts"):
+        collated = _collate(evidence, tokenizer, encoded)
+    yield COLLATED, collated
     if importlib.util.find_spec("accelerate") is not None:
         from accelerate.utils import convert_outputs_to_fp32, send_to_device
 
@@ -105,11 +135,22 @@ def _batches(evidence: Evidence) -> Iterable[tuple[str, Mapping[str, Any]]]:
 def _collate(evidence: Evidence, tokenizer: Any, encoded: list[Any]) -> dict[str, Any]:
     from transformers import DataCollatorWithPadding
 
+    if tokenizer.pad_token is None and (known := config_pad_token(evidence)) is not None:
+        tokenizer.pad_token = known
     if tokenizer.pad_token is None:
-        longest = max(len(item["input_ids"]) for item in encoded)
-        encoded = [item for item in encoded if len(item["input_ids"]) == longest]
+        longest = max(encoded, key=lambda item: len(item["input_ids"]))
+        return {name: torch.tensor([value]) for name, value in longest.items()}
     rows = [dict(item) for item in encoded]
     if evidence.subject.task == "sequence-classification":
         for index, row in enumerate(rows):
             row["label"] = index % max(evidence.num_labels, 1)
     return dict(DataCollatorWithPadding(tokenizer, return_tensors="pt")(rows))
+
+
+def config_pad_token(evidence: Evidence) -> str | None:
+    """The tokenizer's token of the config's `pad_token_id`, None without one."""
+    number = getattr(evidence.model.config, "pad_token_id", None)
+    if not isinstance(number, int) or not 0 <= number < evidence.vocab_size:
+        return None
+    token = evidence.tokenizer.convert_ids_to_tokens(number)  # type: ignore[union-attr]
+    return token if isinstance(token, str) else None

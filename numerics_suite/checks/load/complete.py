@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.subjects.adapters import adapter_task, read_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
+from numerics_suite.subjects.scales import without_scales
+from numerics_suite.subjects.tasks import CLASSIFICATION, head_parts, head_tensors
 
 
 @check(scope="precision", needs=("checkpoint",))
 def complete(evidence: Evidence) -> Iterable[Measurement]:
     """Did every stored weight reach the model, unchanged, and is every weight of the model but a new head stored?"""
+    lacking = _without_scales(evidence)
+    yield _count("without-scales", lacking)
+    if lacking:
+        return  # what is loaded of them says nothing more, and may need another device
     loaded = evidence.loaded
+    yield _count("lost-head", _lost_head(evidence))
     yield _renamed(evidence, loaded)
     names: list[tuple[str, tuple[str, ...]]] = [
         ("missing", tuple(name for name in loaded.missing if name not in loaded.new_head)),
@@ -24,21 +33,41 @@ def complete(evidence: Evidence) -> Iterable[Measurement]:
         ("mismatched", loaded.mismatched),
     ]
     for name, found in names:
-        yield Measurement(
-            name=name,
-            value=len(found),
-            unit="tensors",
-            module=found[0].rpartition(".")[0] if found else None,
-            parameters=found,
-        )
+        yield _count(name, found)
     changed = () if evidence.subject.adapter_base or evidence.subject.quantized else tuple(_changed(evidence, loaded))
-    yield Measurement(
-        name="changed",
-        value=len(changed),
+    yield _count("changed", changed)
+
+
+def _count(name: str, found: tuple[str, ...]) -> Measurement:
+    return Measurement(
+        name=name,
+        value=len(found),
         unit="tensors",
-        module=changed[0].rpartition(".")[0] if changed else None,
-        parameters=changed,
+        module=found[0].rpartition(".")[0] if found else None,
+        parameters=found,
     )
+
+
+def _without_scales(evidence: Evidence) -> tuple[str, ...]:
+    """Quantised weights whose scales are not in the files: their codes are taken for values."""
+    subject = evidence.subject
+    folder = subject.adapter_base or subject.path
+    return () if folder is None else without_scales(tensor_headers(Path(folder)), subject.config)
+
+
+def _lost_head(evidence: Evidence) -> tuple[str, ...]:
+    """The head of an adapter that was trained with one and does not hold it; a base's own head is not the trained one."""
+    subject = evidence.subject
+    if not subject.adapter_base or subject.path is None or subject.task not in CLASSIFICATION:
+        return ()
+    adapter, family = read_adapter(subject.path), evidence.family
+    if adapter_task(adapter) != subject.task or head_tensors(tensor_headers(subject.path), family, subject.task):
+        return ()
+    if not evidence.loaded.new_head and not set(head_parts(family, subject.task)) & set(
+        adapter.get("modules_to_save") or ()
+    ):
+        return ()
+    return head_tensors((name for name, _ in evidence.model.named_parameters()), family, subject.task)
 
 
 def _renamed(evidence: Evidence, loaded: Loaded) -> Measurement:

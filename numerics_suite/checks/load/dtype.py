@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from numerics_suite.core.records import Measurement
+from numerics_suite.checks.load._buffers import rounded_buffers
+from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
 
+SHOWN = 5
+"""Names that a fact lists."""
+
 
 @check(scope="precision")
 def dtype(evidence: Evidence) -> Iterable[Measurement]:
-    """Is the dtype asked for the dtype held, but for what the model declares to keep in float32?"""
+    """Is the dtype asked for the dtype held, but for what the model declares to keep in float32, and is no buffer rounded?"""
     loaded = evidence.loaded
     asked = dtype_of(evidence.recipe.parameters)
     kept = _declared_fp32(loaded.model)
     other: dict[str, str] = {}
     declared: list[str] = []
+    obeys = False
     for name, parameter in loaded.model.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype == asked:
+        if not parameter.is_floating_point():
             continue
-        if str(parameter.dtype) == "torch.float32" and any(part in name for part in kept):
+        if parameter.dtype == asked:
+            # A new head is made in the dtype asked for, whatever became of the weights.
+            obeys = obeys or name not in loaded.new_head
+        elif str(parameter.dtype) == "torch.float32" and any(part in name for part in kept):
             declared.append(name)
         elif not evidence.subject.quantized:
             other[name] = str(parameter.dtype).removeprefix("torch.")
-    facts: dict[str, float | str] = {"asked": evidence.recipe.parameters}
+    facts: dict[str, Fact] = {"asked": evidence.recipe.parameters}
     if other:
-        facts["held"] = ", ".join(f"{name}: {held}" for name, held in list(other.items())[:5])
+        facts["held"] = ", ".join(f"{name}: {held}" for name, held in list(other.items())[:SHOWN])
     if declared:
-        facts["kept in fp32 as the model declares"] = ", ".join(declared[:5])
+        facts["kept in fp32 as the model declares"] = ", ".join(declared[:SHOWN])
+    # What is held wider than asked for loses nothing; it costs memory, and answers differ from those of the dtype asked.
+    wider = bool(other) and all(_is_wider(held, asked) for held in other.values())
+    yield _of_parameters("ignored-dtype", {} if obeys else other, facts)
+    yield _of_parameters("other-dtype", other if obeys else {}, facts, cause="contract-change" if wider else None)
+    rounded = rounded_buffers(evidence)
     yield Measurement(
-        name="other-dtype",
+        name="rounded-buffers",
+        value=len(rounded),
+        unit="buffers",
+        module=next(iter(rounded)).rpartition(".")[0] if rounded else None,
+        parameters=tuple(rounded),
+        facts=dict(list(rounded.items())[:SHOWN]),
+    )
+
+
+def _of_parameters(
+    name: str, other: Mapping[str, str], facts: Mapping[str, Fact], *, cause: str | None = None
+) -> Measurement:
+    return Measurement(
+        name=name,
         value=len(other),
         unit="parameters",
         module=next(iter(other)).rpartition(".")[0] if other else None,
         parameters=tuple(other),
-        # What is held wider than asked for loses nothing; it costs memory, and answers differ from those of the dtype asked.
-        cause="contract-change" if other and all(_is_wider(held, asked) for held in other.values()) else None,
-        facts=facts,
+        cause=cause if other else None,
+        facts={**facts, "holds": ", ".join(sorted(set(other.values())))} if other else facts,
     )
 
 

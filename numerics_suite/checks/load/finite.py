@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.files import read_tensor, tensor_headers
+from numerics_suite.subjects.zeroed_memory import Zeroed
 
 
 @check(scope="precision")
 def finite(evidence: Evidence) -> Iterable[Measurement]:
-    """Is every weight finite once it is loaded?"""
+    """Is every weight finite once it is loaded, and every buffer initialised?"""
     loaded = evidence.loaded
     # What nobody wrote is load.head-init's question; a NaN there is not the checkpoint's.
     fresh = set(loaded.new_head) | set(loaded.missing) | set(evidence.unwritten)
@@ -22,8 +26,15 @@ def finite(evidence: Evidence) -> Iterable[Measurement]:
         for name, parameter in loaded.model.named_parameters()
         if name not in fresh and (count := nonfinite_count(parameter.detach()))
     }
+    uninitialised = _uninitialised(evidence)
     # A buffer of -inf is a mask; NaN is never meant.
-    bad.update({name: count for name, buffer in loaded.model.named_buffers() if (count := nan_count(buffer))})
+    bad.update(
+        {
+            name: count
+            for name, buffer in loaded.model.named_buffers()
+            if name not in uninitialised and (count := nan_count(buffer))
+        }
+    )
     stored_finite = [name for name in bad if _finite_in_file(evidence, name)]
     yield Measurement(
         name="non-finite",
@@ -34,6 +45,36 @@ def finite(evidence: Evidence) -> Iterable[Measurement]:
         cause="overflow" if bad and len(stored_finite) == len(bad) else None,
         facts={"finite in the file": ", ".join(stored_finite)} if stored_finite else {},
     )
+
+    yield Measurement(
+        name="uninitialised-buffers",
+        value=len(uninitialised),
+        unit="buffers",
+        module=uninitialised[0].rpartition(".")[0] if uninitialised else None,
+        parameters=uninitialised,
+        facts={"over memory of zeros": "other values"} if uninitialised else {},
+    )
+
+
+def _uninitialised(evidence: Evidence) -> tuple[str, ...]:
+    """Buffers that hold what their memory held: poison where the model was loaded over poison, something else over zeros."""
+    path = evidence.subject.path
+    stored = tensor_headers(path) if path is not None and not evidence.subject.adapter_base else {}
+    suspects = [name for name, buffer in evidence.model.named_buffers() if name not in stored and _is_poison(buffer)]
+    if not suspects:
+        return ()
+    with Zeroed():  # type: ignore[no-untyped-call]
+        plain = dict(evidence.load(seed=evidence.request.seed).model.named_buffers())
+    return tuple(name for name in suspects if name in plain and not _is_poison(plain[name]))
+
+
+def _is_poison(buffer: Tensor) -> bool:
+    """Whether it holds what uninitialised memory is filled with: NaN, or the largest integer."""
+    if buffer.is_floating_point():
+        return nan_count(buffer) > 0
+    if buffer.dtype == torch.bool or buffer.is_complex() or buffer.numel() == 0:
+        return False
+    return bool((buffer == torch.iinfo(buffer.dtype).max).any())
 
 
 def _finite_in_file(evidence: Evidence, name: str) -> bool:

@@ -16,6 +16,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.layout import STATES, batch_first
 from numerics_suite.engine.references import (
     is_reference_itself,
     refuse_without_ids,
@@ -23,6 +24,7 @@ from numerics_suite.engine.references import (
     routed_reason,
     routes,
     trusted,
+    turned_states,
 )
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observing.coarser import coarser_ops
@@ -107,12 +109,14 @@ def differentiated(evidence: Evidence) -> Caller:
     signs, which no rounding touches, and the logits likewise for the head; its loss is train.labels' and the oracle's
     to judge.
     """
+    pooled = evidence.subject.task == "sequence-classification"
+    turned = turned_states(evidence) if pooled else frozenset()
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
-        if evidence.subject.task != "sequence-classification":
+        if not pooled:
             return call_model(model, tensors)
         output = call_model(model, tensors, output_hidden_states=True)
-        states = output["hidden_states"][-1]
+        states = batch_first(output["hidden_states"][-1], STATES, turned)
         states = states * tensors["attention_mask"].to(states.device).unsqueeze(-1)
         return {"loss": _alternating(output["logits"]) + _alternating(states)}
 
@@ -121,7 +125,7 @@ def differentiated(evidence: Evidence) -> Caller:
 
 def _alternating(values: Tensor) -> Tensor:
     """The sum with alternating signs: a gradient of plus and minus one for every element."""
-    signs = torch.ones_like(values)
+    signs = torch.ones_like(values, memory_format=torch.contiguous_format)
     signs.view(-1)[1::2] = -1
     return (values * signs).sum()
 

@@ -16,6 +16,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.layout import batch_first, sequence_first
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table, table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
@@ -31,7 +32,7 @@ from numerics_suite.oracles import (
     tensor_weights,
 )
 from numerics_suite.oracles.run import ANSWER, OracleRun
-from numerics_suite.oracles.trace import TURN, capture_states, first_difference, turn_scale
+from numerics_suite.oracles.trace import TURN, capture_states, first_difference, table_of, turn_scale
 from numerics_suite.oracles.weights import Weights
 
 LONGEST_BATCH = 1024
@@ -48,7 +49,7 @@ class _Run:
         length: greatest position plus 1.
         found: what it gave.
         rotary: module path of the rotary embedding, None where there is none.
-        table: the frequencies that this run had, float64.
+        table: the frequencies that this run read out of the model, float64; None where it read none.
         turn: cosines and sines as complex numbers; None in a layout that is not known.
     """
 
@@ -120,15 +121,14 @@ def _tables(evidence: Evidence, lengths: Sequence[int]) -> Generator[Measurement
 
 def _run(evidence: Evidence, batch: Mapping[str, Tensor], *, gradients: bool) -> _Run:
     """The true fp64 run, and what its rotary embedding did in it: some scalings compute the table anew in each run."""
-    held = evidence.rotary_table
-    path = None if held is None else held[0].rpartition(".")[0]
+    path, held = _rotary_module(evidence), evidence.rotary_table
     seen: dict[str, Tensor] = {}
 
     def call(model: Any, tensors: Mapping[str, Any]) -> Any:
         with capture_states(model, [f"{path}{TURN}"]) as states:
             output = call_model(model, tensors)
         seen.update(states)
-        if (table := rotary_table(model)) is not None:
+        if held is not None and (table := rotary_table(model)) is not None:
             seen["table"] = table[1]
         return output
 
@@ -138,7 +138,30 @@ def _run(evidence: Evidence, batch: Mapping[str, Tensor], *, gradients: bool) ->
     return _Run(batch=batch, length=_length(batch), found=found, rotary=path, table=table, turn=turn)
 
 
+def _rotary_module(evidence: Evidence) -> str | None:
+    """Path of the rotary embedding: what holds the table that is read, else the module of that kind."""
+    if evidence.rotary_table is not None:
+        return evidence.rotary_table[0].rpartition(".")[0]
+    kinds = {name: evidence.family.kind_of(type(module).__name__) for name, module in evidence.model.named_modules()}
+    return next((name for name, kind in kinds.items() if kind == "rotary"), None)
+
+
+def _made_in_the_call(evidence: Evidence, run: _Run) -> Generator[Measurement, None, bool]:
+    """Measure the table of code that holds none, or one that it never reads: the turns of position 1, in true fp64."""
+    table = table_of(run.turn) if run.table is None else None
+    if table is None:
+        return False
+    exact = exact_rotary(evidence.family.name, _config(evidence), run.length)
+    roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table, run.length)
+    facts: dict[str, float | str] = {"roundoffs from the exact table": roundoffs, "table": "made in each call"}
+    yield Measurement(
+        name="rotary-excess", value=roundoffs / exact.allowed, unit="ratio", module=run.rotary, facts=facts
+    )
+    return not roundoffs <= exact.allowed
+
+
 def _against_definition(evidence: Evidence, weights: Weights, run: _Run, *, wrong_table: bool) -> Iterable[Measurement]:
+    wrong_table = (yield from _made_in_the_call(evidence, run)) or wrong_table
     wanted = _definition(evidence, run, weights, gradients=run.found.gradients is not None)
     logits = relative_error(*_compared(run.found, wanted, run.batch))
     loss = relative_error(run.found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
@@ -187,7 +210,8 @@ def _weights(evidence: Evidence) -> Weights:
     path = evidence.subject.path
     if path is None or evidence.subject.adapter_base:
         return tensor_weights({name: value.cpu() for name, value in evidence.model.state_dict().items()})
-    return file_weights(path, rounded_to=dtype_of(evidence.recipe.parameters))
+    held = {name: parameter.dtype for name, parameter in evidence.model.named_parameters(remove_duplicate=False)}
+    return file_weights(path, rounded_to=dtype_of(evidence.recipe.parameters), held=held)
 
 
 def _definition(
@@ -255,6 +279,8 @@ def _first_apart(evidence: Evidence, run: _Run, weights: Weights, wanted_gradien
 
     with torch.no_grad():
         evidence.runner.true_fp64(run.batch, call=call)
+    turned = sequence_first(evidence.model)
+    states = {name: batch_first(value, name, turned) for name, value in states.items()}
     apart = first_difference(states, wanted.states, mask=run.batch["attention_mask"])
     if apart == ANSWER:  # every module is right, and the answer is not what the last of them gave: a wrong pooled row
         return next((name for name in reversed(wanted.states) if name != ANSWER), None)

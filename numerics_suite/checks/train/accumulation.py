@@ -15,7 +15,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.router_loss import without_router_loss
-from numerics_suite.inputs.strategies import IGNORED
+from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 
 

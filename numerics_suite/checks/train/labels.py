@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine import own_batch
 from numerics_suite.engine.calls import input_device, takes_decoder_ids
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
-from numerics_suite.inputs.strategies import IGNORED
+from numerics_suite.inputs.labels import IGNORED, counted_labels
 from numerics_suite.observing.comparing import differing_elements
 from numerics_suite.observing.loss_dtype import log_softmax_dtype
 from numerics_suite.observing.roundoff import unit_roundoff, wide
@@ -24,13 +25,17 @@ from numerics_suite.observing.roundoff import unit_roundoff, wide
 def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """Is the loss the cross entropy over the labels that count, and are absent labels no loss?
 
-    Held against a few lines in float64 on the model's own logits. A batch without a label that counts has NaN as its
-    loss by torch's definition, and is no finding. The loss that balances a mixture's experts is part of the loss by
+    Held against a few lines in float64 on the model's own logits. A drawn batch without a label that counts has NaN as its
+    loss by torch's definition, and is no finding; the user's own is one. The loss that balances a mixture's experts is part of the loss by
     design: the model is asked without it.
     """
     if "labels" not in batch.tensors:
         reason = "the batch has no labels"
         raise NotApplicableError(reason)
+    if batch is evidence.usable_own_batch and evidence.takes_ids:
+        yield from _counted(evidence, batch)
+        if not own_batch.can_be_trained_on(evidence, batch):
+            return
     with_labels = evidence.forward(batch, labels=True)
     plain, task = _without_labels(evidence, batch)
     without = evidence.forward(plain)
@@ -59,6 +64,19 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         unit="roundoffs",
         facts={"loss": float(got), "cross entropy over the labels that count": float(wanted)},
     )
+
+
+def _counted(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+    """How many labels of the user's own batch count, and whether none does."""
+    rows = counted_labels(batch.tensors["labels"], shifted=evidence.subject.task == "causal-lm")
+    count, width = int(rows.sum()), int(batch.tensors["input_ids"].shape[1])
+    yield Measurement(name="counted-labels", value=count, unit="labels")
+    facts: dict[str, Fact] = {
+        "batch": batch.drawn,
+        "tokens of a row": width,
+        "cut to (--seq-len)": evidence.space.max_length,
+    }
+    yield Measurement(name="no-counted-labels", value=int(not count), unit="batches", facts=facts)
 
 
 def _without_labels(evidence: Evidence, batch: Batch) -> tuple[Batch, str]:

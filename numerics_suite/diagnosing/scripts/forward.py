@@ -51,6 +51,15 @@ def _deterministic(scene: Scene) -> list[str] | None:
     ]
 
 
+def _shape(scene: Scene) -> list[str] | None:
+    return [
+        *under(scene, f"logits = model(**batch{uncached(scene)}).logits"),
+        "rows, shape = len(batch['input_ids']), list(logits.shape)",
+        f'assert shape[:1] == [rows] and len(shape) <= 2, f"{SYMPTOM}: logits of shape {{shape}} for {{rows}} rows of a batch"',
+        'print(f"not reproduced: logits of shape {shape}")',
+    ]
+
+
 def _pooling(scene: Scene) -> list[str] | None:
     heads = [
         name
@@ -87,5 +96,6 @@ FORWARD = {
     ("forward.finite", "non-finite"): Body(lines=_finite, fills=True),
     ("forward.headroom", "non-finite"): Body(lines=_headroom, fills=True),
     ("forward.deterministic", "differing"): Body(lines=_deterministic),
+    ("forward.pooling", "wrong-shape"): Body(lines=_shape),
     ("forward.pooling", "wrong-rows"): Body(lines=_pooling),
 }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from numerics_suite.checks.inputs._padding_side import COPIES, GIVEN
 from numerics_suite.checks.inputs.pipeline import TEXTS, UNLIKELY_BITS
+from numerics_suite.core.exact import AGREED
 from numerics_suite.diagnosing.scripts.parts import indented, trust, under
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
+from numerics_suite.engine.decoding import takes_positions
 from numerics_suite.inputs.strategies import MASK_DTYPES
+from numerics_suite.subjects.generation import names_keyword
 
 # --- inputs.ids-dtype ----------------------------------------------------------------------------------------------
 
@@ -153,16 +157,63 @@ def _looks_rounded(scene: Scene) -> list[str] | None:
     ]
 
 
-def _refused(scene: Scene) -> list[str] | None:
+def _tokenizer(scene: Scene) -> list[str]:
+    trusted = ", trust_remote_code=True" if scene.evidence.subject.trust_remote_code else ""
+    return [f"tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT{trusted})"]
+
+
+def _raises(scene: Scene) -> list[str] | None:
     if scene.source != "checkpoint":
         return None
-    trusted = "".join(f", {key}={value}" for key, value in trust(scene).items())
     return [
+        f"texts = {list(TEXTS)!r}",
         "try:",
-        f"    transformers.AutoTokenizer.from_pretrained(CHECKPOINT{trusted})",
+        *indented(_tokenizer(scene)),
+        "    tokenizer(texts[0])",
+        "    tokenizer(texts, padding=tokenizer.pad_token is not None)",
         "except Exception as error:",
-        f'    raise AssertionError(f"{SYMPTOM}: the tokenizer cannot be opened: {{error}}") from error',
-        'print("not reproduced: the tokenizer opens")',
+        f'    raise AssertionError(f"{SYMPTOM}: the tokenizer raises {{type(error).__name__}}: {{error}}") from error',
+        'print("not reproduced: the tokenizer opens, reads and pads")',
+    ]
+
+
+def _no_pad_token(scene: Scene) -> list[str] | None:
+    if scene.source != "checkpoint":
+        return None
+    return [
+        *_tokenizer(scene),
+        "try:",
+        f"    batch = tokenizer({list(TEXTS)!r}, padding=True, return_tensors='pt')",
+        "    model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])",
+        "except ValueError as error:",
+        f'    raise AssertionError(f"{SYMPTOM}: rows cannot be batched: {{error}}") from error',
+        'print("not reproduced: rows of several lengths make a batch")',
+    ]
+
+
+def _padding_moves(scene: Scene) -> list[str] | None:
+    if scene.source != "checkpoint":
+        return None
+    task = scene.evidence.subject.task
+    given = [*GIVEN[:2], *(name for name in GIVEN[2:] if names_keyword(scene.evidence.model, name))]
+    counts = task == "causal-lm" and takes_positions(scene.evidence.model)
+    return [
+        *_tokenizer(scene),
+        f"batch = tokenizer({list(TEXTS)!r}, padding=True, return_tensors='pt')",
+        "mask = batch['attention_mask']",
+        "row = int(mask.sum(dim=1).masked_fill(mask.all(dim=1), 0).argmax())",
+        "real = mask[row].bool()",
+        f"names = [name for name in {given!r} if name in batch]",
+        f"padded = {{name: batch[name][row:row + 1].repeat({COPIES}, 1) for name in names}}",
+        *(["padded['position_ids'] = (padded['attention_mask'].cumsum(-1) - 1).clamp(min=0)"] if counts else []),
+        "alone = {name: value[:, real] for name, value in padded.items()}",
+        "model.double()",
+        "torch.set_default_dtype(torch.float64)",
+        "with torch.no_grad(), Float64():",
+        f"    usual, other = model(**alone).logits, model(**padded).logits{'' if task == 'sequence-classification' else '[:, real]'}",
+        "apart = float((other - usual).abs().max() / usual.square().mean().sqrt())",
+        f'assert apart <= {AGREED!r}, f"{SYMPTOM}: padding on the {{tokenizer.padding_side}} moves the logits: {{apart:.2g}} of the answer in float64"',
+        'print(f"not reproduced: the answers agree to {apart:.2g} in float64")',
     ]
 
 
@@ -175,5 +226,7 @@ INPUTS = {
     ("inputs.pipeline", "floating"): Body(lines=_floating, batch=False),
     ("inputs.pipeline", "out-of-range"): Body(lines=_outside, batch=False),
     ("inputs.pipeline", "looks-rounded"): Body(lines=_looks_rounded, batch=False),
-    ("inputs.pipeline", "tokenizer-refused"): Body(lines=_refused, model=False, batch=False),
+    ("inputs.pipeline", "tokenizer-raises"): Body(lines=_raises, model=False, batch=False),
+    ("inputs.pipeline", "no-pad-token"): Body(lines=_no_pad_token, batch=False),
+    ("inputs.pipeline", "padding-moves"): Body(lines=_padding_moves, batch=False, twins=True),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numerics_suite.diagnosing.scripts.parts import indented, loading, raw_config, ready, trust, under, written
+from numerics_suite.diagnosing.scripts.parts import FILLED, indented, loading, raw_config, ready, trust, under, written
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.tasks import TASKS, head_tensors
@@ -130,6 +130,19 @@ def _changed(_: Scene) -> list[str] | None:
     ]
 
 
+def _without_scales(scene: Scene) -> list[str] | None:
+    return [
+        *STORED,
+        "lacking = []",
+        f"for name in {written(list(scene.finding.parameters))}:",
+        '    beside = [other for other in stored if other != name and other.startswith(name.rpartition(".")[0] + ".")]',
+        '    if not stored[name].dtype.is_floating_point and not any("scale" in other.lower() for other in beside):',
+        '        lacking.append(f"{name}: {stored[name].dtype}, beside {beside}")',
+        f'assert not lacking, f"{SYMPTOM}: codes without a scale: {{lacking[:3]}}"',
+        'print("not reproduced: no stored weight is a code without a scale")',
+    ]
+
+
 # --- what the weights are ------------------------------------------------------------------------------------------
 
 
@@ -146,6 +159,26 @@ def _finite(scene: Scene) -> list[str] | None:
     ]
 
 
+def _uninitialised_buffers(scene: Scene) -> list[str] | None:
+    return [
+        *FILLED,
+        *loading(scene),
+        "torch.use_deterministic_algorithms(False)",
+        "",
+        "",
+        "def poisoned(value):",
+        "    if value.is_floating_point():",
+        "        return bool(value.isnan().any())",
+        "    return value.dtype != torch.bool and bool((value == torch.iinfo(value.dtype).max).any())",
+        "",
+        "",
+        f"names = {written(list(scene.finding.parameters))}",
+        "bad = [name for name, buffer in model.named_buffers() if name in names and poisoned(buffer)]",
+        f'assert not bad, f"{SYMPTOM}: buffers that nothing has written to since memory was filled: {{bad}}"',
+        'print("not reproduced: every buffer is initialised")',
+    ]
+
+
 def _dtype(scene: Scene) -> list[str] | None:
     return [
         'kept = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]',
@@ -157,6 +190,27 @@ def _dtype(scene: Scene) -> list[str] | None:
         "        other[name] = parameter.dtype",
         f'assert not other, f"{SYMPTOM}: not in the dtype asked for: {{other}}"',
         'print("not reproduced: every parameter has the dtype asked for")',
+    ]
+
+
+def _rounded(scene: Scene) -> list[str] | None:
+    """Against the value in full: the file's, or what the class builds; where only a narrow one is left, values that it cannot tell apart."""
+    return [
+        *(["stored = {}"] if scene.source == "factory" else STORED),
+        "torch.set_default_dtype(torch.bfloat16)  # a dtype that the class names itself stays",
+        "made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())",
+        "torch.set_default_dtype(torch.float32)",
+        "held, saved, lost = dict(model.named_buffers()), model.state_dict(), {}",
+        f"for name in {written(list(scene.finding.parameters))}:",
+        "    full = stored.get(name, held[name] if name in saved else made[name])",
+        "    if full.dtype in (torch.bfloat16, torch.float16):",
+        "        values = full[full != 0].flatten().tolist()",
+        "        if made[name].dtype == torch.float32 and 1 < len(set(values)) < len(values):",
+        '            lost[name] = f"{full.dtype} holds {len(set(values))} distinct values of {len(values)}"',
+        "    elif not torch.equal(held[name].double().cpu(), full.double().cpu()):",
+        '        lost[name] = f"{held[name].flatten()[:3].tolist()}, and {full.flatten()[:3].tolist()} in full"',
+        f'assert not lost, f"{SYMPTOM}: buffers that the class keeps in float32 were rounded: {{lost}}"',
+        'print("not reproduced: no buffer is rounded")',
     ]
 
 
@@ -216,18 +270,37 @@ def _tied(_: Scene) -> list[str] | None:
     ]
 
 
+def _stored_apart(_: Scene) -> list[str] | None:
+    return [
+        *STORED,
+        "names = {module: name for name, module in model.named_modules()}",
+        "pair = [names[module] + '.weight' for module in (model.get_input_embeddings(), model.get_output_embeddings())]",
+        "one, other = (stored.get(name) for name in pair)",
+        'declared = bool(getattr(model.config, "tie_word_embeddings", False)) and one is not None and other is not None',
+        "same = not declared or (one.shape == other.shape and torch.equal(one, other))",
+        f'assert same, f"{SYMPTOM}: the config ties {{pair}}, and the files hold two different tensors"',
+        'print("not reproduced: the output embedding is stored once, or untied, or twice the same")',
+    ]
+
+
 LOAD = {
     ("load.config", "ignored"): Body(lines=_ignored, model=False),
     ("load.config", "differing"): Body(lines=_differing, batch=False),
+    ("load.complete", "without-scales"): Body(lines=_without_scales, model=False, batch=False),
     ("load.complete", "renamed"): Body(lines=_missing, model=False, batch=False),
     ("load.complete", "missing"): Body(lines=_missing, model=False, batch=False),
     ("load.complete", "unexpected"): Body(lines=_unexpected, model=False, batch=False),
     ("load.complete", "mismatched"): Body(lines=_mismatched, model=False, batch=False),
     ("load.complete", "changed"): Body(lines=_changed, batch=False),
     ("load.finite", "non-finite"): Body(lines=_finite, batch=False, fills=True),
+    ("load.finite", "uninitialised-buffers"): Body(lines=_uninitialised_buffers, model=False, batch=False),
+    ("load.dtype", "ignored-dtype"): Body(lines=_dtype, batch=False),
     ("load.dtype", "other-dtype"): Body(lines=_dtype, batch=False),
+    ("load.dtype", "rounded-buffers"): Body(lines=_rounded, batch=False),
     ("load.head-init", "uninitialised"): Body(lines=_uninitialised, batch=False, fills=True),
     ("load.head-init", "gain"): Body(lines=_gain, batch=False),
     ("load.roundtrip", "differing"): Body(lines=_roundtrip, batch=False),
+    ("load.tied", "stored-apart"): Body(lines=_stored_apart, batch=False),
+    ("load.roundtrip", "other-dtype"): Body(lines=_roundtrip, batch=False),
     ("load.tied", "wrongly-tied"): Body(lines=_tied, batch=False),
 }

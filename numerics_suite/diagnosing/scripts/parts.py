@@ -137,7 +137,7 @@ def source_lines(scene: Scene) -> list[str]:
         return [f"sys.path.append({_root_of(module)!r})  # where {module} lies"]
     if scene.config is None:
         return [f"CHECKPOINT = {str(evidence.subject.path)!r}"]
-    stored = "AutoModelForCausalLM" if evidence.subject.new_head else compat.auto_class_name(evidence.subject.task)
+    stored = "AutoModelForCausalLM" if evidence.subject.new_head else auto_class_name(scene)
     return [
         "# The checkpoint's config, cut down; weights at random.",
         f"CONFIG = {written(scene.config)}",
@@ -174,9 +174,15 @@ def loading(scene: Scene, name: str = "model", **more: str) -> list[str]:
     if scene.source == "factory":
         return _made(scene, name, str(more.get("attn_implementation", repr(scene.evidence.cell.attn))).strip("\"'"))
     options = ["CHECKPOINT", *(f"{key}={value}" for key, value in {**_options(scene), **more}.items())]
-    call = f"{name} = transformers.{compat.auto_class_name(scene.evidence.subject.task)}.from_pretrained("
+    call = f"{name} = transformers.{auto_class_name(scene)}.from_pretrained("
     whole = f"{call}{', '.join(options)})"
     return [whole] if len(whole) <= WIDTH else [call, f"    {', '.join(options)}", ")"]
+
+
+def auto_class_name(scene: Scene) -> str:
+    """The Auto class that loads the subject."""
+    subject = scene.evidence.subject
+    return compat.auto_class_name(subject.task, subject.config.get("model_type"))
 
 
 def _options(scene: Scene) -> dict[str, str]:
@@ -247,7 +253,8 @@ def _holds_what_nobody_wrote(scene: Scene) -> bool:
 def _pad_token(scene: Scene) -> list[str]:
     """A classifier's pad token, which a checkpoint of a language model may lack."""
     evidence = scene.evidence
-    if evidence.subject.task != "sequence-classification" or evidence.family.pooling != "pad-id":
+    pooled = evidence.subject.task == "sequence-classification" and evidence.family.pooling == "pad-id"
+    if not pooled or scene.measurement == "no-pad-token":
         return []
     config: Any = evidence.model.config
     return [f"model.config.pad_token_id = {evidence.space.pad_id}"] if config.pad_token_id is None else []

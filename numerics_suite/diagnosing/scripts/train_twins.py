@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numerics_suite.diagnosing.scripts.parts import uncached, under
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
+from numerics_suite.inputs.labels import predicts_next_token
 
 ROUNDINGS = 16
 """Unit roundoffs that a cross entropy may be off: the budget of `train.labels`."""
@@ -64,6 +65,17 @@ def loss_error(scene: Scene) -> list[str] | None:
         "off = float((labelled.loss.double() - wanted).abs() / (roundoff * size))",
         f'assert off <= {ROUNDINGS}, f"{SYMPTOM}: the loss is {{labelled.loss}}, the labels that count give {{wanted}}"',
         'print(f"not reproduced: the loss is the cross entropy to {off:.2g} roundoffs")',
+    ]
+
+
+def _none_counts(scene: Scene) -> list[str] | None:
+    shift = "[:, 1:]" if scene.evidence.subject.task == "causal-lm" or predicts_next_token(scene.evidence.model) else ""
+    return [
+        *(["batch = own_batch"] if scene.source == "factory" else []),
+        *under(scene, f"loss = model(**batch{uncached(scene)}).loss"),
+        f"counted = int((batch['labels']{shift} != -100).sum())",
+        f'assert counted, f"{SYMPTOM}: no label counts, every one is -100; the loss is {{loss.item()}}"',
+        'print(f"not reproduced: {counted} labels count; the loss is {loss.item():.4g}")',
     ]
 
 
@@ -152,6 +164,7 @@ TRAIN_TWINS = {
     ("train.labels", "loss-without-labels"): Body(lines=_loss_without),
     ("train.labels", "loss-missing"): Body(lines=_loss_missing),
     ("train.labels", "logits-changed"): Body(lines=_logits_changed),
+    ("train.labels", "no-counted-labels"): Body(lines=_none_counts),
     ("train.labels", "loss-error"): Body(lines=loss_error),
     ("train.accumulation", "true-loss"): Body(lines=_accumulation, twins=True, rows=2),
     ("train.accumulation", "true-gradient"): Body(lines=_accumulation, twins=True, rows=2),

@@ -66,6 +66,16 @@ BUDGETS = (
     ),
     Budget(
         check="forward.pooling",
+        measurement="wrong-shape",
+        limit=0,
+        cause="wrong-output-shape",
+        title="the classifier's logits have the shape {facts[shape]}, not {facts[expected]}",
+        reason="A sequence has one class: the logits are [rows, labels]. Logits for each token are a token classifier's, and a loss over "
+        "them and the rows' labels is an error or another task's.",
+        remedies=("fix-config",),
+    ),
+    Budget(
+        check="forward.pooling",
         measurement="wrong-rows",
         limit=0,
         cause="wrong-pooling",

@@ -1,7 +1,8 @@
-"""Budgets of the `inputs.*` checks: bits are compared, so every limit is 0."""
+"""Budgets of the `inputs.*` checks: bits are compared, so every limit but that of a law in true fp64 is 0."""
 
 from __future__ import annotations
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Budget
 
 CURE = ("default-input-dtypes",)
@@ -88,12 +89,33 @@ BUDGETS = (
     ),
     Budget(
         check="inputs.pipeline",
-        measurement="tokenizer-refused",
+        measurement="tokenizer-raises",
         limit=0,
-        cause="contract-change",
-        title="this transformers cannot open the checkpoint's tokenizer",
-        reason="tokenizer_config.json names a class that the installed release does not have (TokenizersBackend, as "
-        "5.x saves it, is unknown to 4.x), so every text pipeline on this checkpoint fails.",
-        remedies=("fix-config", "newer-version"),
+        cause="tokenizer-incompatible",
+        title="the checkpoint's tokenizer raises when {facts[input]}: {facts[exception]}",
+        reason="A tokenizer opens, reads texts and pads them without an exception, or no text reaches the model. Its class may be "
+        "unknown to the installed release, or its own code written for another one: since 4.45 transformers hands a padding_side "
+        "to _pad, which older code does not take.",
+        remedies=("fix-tokenizer", "newer-version"),
+    ),
+    Budget(
+        check="inputs.pipeline",
+        measurement="no-pad-token",
+        limit=0,
+        cause="no-pad-token",
+        title="{facts[who]}: rows cannot be batched",
+        reason="Rows of different lengths are padded to make a batch, and a classifier finds the last real token of each by the pad "
+        "id: without one every batch of two rows is refused. Llama's tokenizers and configs come without.",
+        remedies=("set-pad-token",),
+    ),
+    Budget(
+        check="inputs.pipeline",
+        measurement="padding-moves",
+        limit=AGREED,
+        cause="padding-leak",
+        title="padding as the tokenizer pads, on the {facts[side]}, moves the logits by {facts[logits move by]:.2g}",
+        reason="A text has one answer, alone or padded in a batch. In true fp64 both are the same program on the same tokens, so they "
+        "agree to 1e-10; a classifier that pools another column, or positions that count the padding, give another class.",
+        remedies=("fix-padding", "set-pad-token", "newer-version"),
     ),
 )

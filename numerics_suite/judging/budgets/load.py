@@ -39,6 +39,26 @@ BUDGETS = (
     ),
     Budget(
         check="load.complete",
+        measurement="without-scales",
+        limit=0,
+        cause="missing-weights",
+        title="{value} quantised weights are stored without their scales: {parameters}",
+        reason="What is stored of a quantised weight is a code, and its scale gives it a size. Without one a load takes the codes "
+        "for values, or draws the scale at random, and says nothing: weights come out hundreds of times too large.",
+        remedies=("reload-weights",),
+    ),
+    Budget(
+        check="load.complete",
+        measurement="lost-head",
+        limit=0,
+        cause="lost-head",
+        title="the adapter was trained for a classifier and saved without its head: {parameters}",
+        reason="Neither the adapter nor its base holds the head, so each load draws another one at random, and the answers are "
+        "chance. peft saves a head with the adapter only where modules_to_save names it.",
+        remedies=("save-head",),
+    ),
+    Budget(
+        check="load.complete",
         measurement="renamed",
         limit=0,
         cause="missing-weights",
@@ -97,6 +117,27 @@ BUDGETS = (
         remedies=("reload-weights", "use-amp-bf16"),
     ),
     Budget(
+        check="load.finite",
+        measurement="uninitialised-buffers",
+        limit=0,
+        cause="uninitialised-buffer",
+        title="buffers that nothing has initialised: {parameters}",
+        reason="They are in no file, and the load gave them memory without writing to it: filled with NaN beforehand it stays NaN, "
+        "filled with zeros it stays zero. In an ordinary run they hold whatever the allocator had there. transformers 5.x builds on "
+        "the meta device and leaves to _init_weights what a constructor computed (transformers#48892).",
+        remedies=("newer-version",),
+    ),
+    Budget(
+        check="load.dtype",
+        measurement="ignored-dtype",
+        limit=0,
+        cause="ignored-dtype",
+        title="{facts[asked]} was asked for, and the model is in {facts[holds]}",
+        reason="No weight has the dtype that was asked for, so the load did not heed it: the model's own code casts, or builds in "
+        "the dtype that config.json names. Its range and its rounding are those of another precision than the one that was meant.",
+        remedies=("cast-after-loading", "fix-config"),
+    ),
+    Budget(
         check="load.dtype",
         measurement="other-dtype",
         limit=0,
@@ -104,7 +145,18 @@ BUDGETS = (
         title="parameters that are not in the dtype asked for: {parameters}",
         reason="These parameters ignore the dtype that was asked for and are not declared to be kept in float32. A "
         "head in float16 under a body in another dtype overflows at 65,504 or refuses its input.",
-        remedies=("keep-in-fp32", "newer-version"),
+        remedies=("cast-after-loading", "newer-version"),
+    ),
+    Budget(
+        check="load.dtype",
+        measurement="rounded-buffers",
+        limit=0,
+        cause="rounded-buffer",
+        title="buffers that the class keeps in float32 were rounded: {parameters}",
+        reason="The class names the dtype of these buffers itself, so a load with a dtype leaves them as they are; model.to(dtype) "
+        "rounds them, and a model saved after it stores them so. Rotary frequencies in bfloat16 turn by a wrong angle that grows "
+        "with the position, and a router's bias no longer tells its experts apart.",
+        remedies=("load-with-dtype",),
     ),
     Budget(
         check="load.head-init",
@@ -136,6 +188,26 @@ BUDGETS = (
         reason="save_pretrained followed by from_pretrained must give the same bits, the same config and, in true fp64, the "
         "same answers; what differs is lost or changed at a checkpoint of a training run.",
         remedies=("newer-version", "pin-version"),
+    ),
+    Budget(
+        check="load.roundtrip",
+        measurement="other-dtype",
+        limit=0,
+        cause="low-precision-section",
+        title="saved and loaded again, in another dtype: {parameters}",
+        reason="The class holds these in a dtype of its own, whatever is asked for. A new head is made in the dtype asked for, "
+        "so this shows only when the trained model is opened: a float16 head under a body in another dtype refuses its input.",
+        remedies=("cast-after-loading", "newer-version"),
+    ),
+    Budget(
+        check="load.tied",
+        measurement="stored-apart",
+        limit=0,
+        cause="untied-weights",
+        title="config.json ties the embeddings, and the files hold two different ones",
+        reason="With tie_word_embeddings one tensor is both embeddings, and the files hold an output embedding of its own, as a merged "
+        "LoRA on it leaves one. Releases before 5.0 drop it without a word, so the answers are not those of the model that was saved.",
+        remedies=("fix-config",),
     ),
     Budget(
         check="load.tied",

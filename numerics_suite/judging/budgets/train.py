@@ -64,6 +64,16 @@ BUDGETS = (
     ),
     Budget(
         check="train.labels",
+        measurement="no-counted-labels",
+        limit=0,
+        cause="no-counted-labels",
+        title="no label of {facts[batch]} counts: all are -100, in rows cut to {facts[cut to (--seq-len)]} tokens",
+        reason="A loss is the mean over the labels that count; over none it is 0/0, or a step that learns nothing. A prompt that fills the "
+        "length leaves no room for what is to be learnt.",
+        remedies=("count-labels",),
+    ),
+    Budget(
+        check="train.labels",
         measurement="loss-error",
         limit=16,
         cause="wrong-loss",

@@ -94,4 +94,6 @@ def _versions(spans: Sequence[Span]) -> Iterator[Advised]:
 
 def _cure(remedy: Remedy) -> Advised:
     effect = f" ({remedy.effect})" if remedy.effect else ""
-    return Advised(text=f"{remedy.name}: {remedy.description}{effect}", tried=remedy.verified)
+    return Advised(
+        text=f"{' with '.join((remedy.name, *remedy.together))}: {remedy.description}{effect}", tried=remedy.verified
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
-from numerics_suite.reporting.findings import batch_text, cells_text, rerun_words
+from numerics_suite.reporting.findings import batch_text, cells_text, following_text, rerun_words
 from numerics_suite.reporting.telling.advice import Advised, advice_on
 from numerics_suite.reporting.telling.formats import many, number
 from numerics_suite.reporting.telling.reproducers import script_text
@@ -57,6 +57,7 @@ class Card:
         script: text of the reproducer, empty where there is none that can be read.
         script_path: its path, empty without one.
         command: to ask the check again, empty where the run is not known.
+        following: checks that fail as a consequence, empty without any.
     """
 
     number: int
@@ -81,6 +82,7 @@ class Card:
     script: str
     script_path: str
     command: str
+    following: str = ""
 
     @property
     def anchor(self) -> str:
@@ -130,6 +132,7 @@ def _card(at: int, problem: Problem, scripts: Scripts) -> Card:
         script=text,
         script_path=path,
         command=_command(worst),
+        following=following_text(place.result for place in problem.consequences),
     )
 
 

@@ -212,7 +212,7 @@ def _badness(item: Mapping[str, Any]) -> float:
 
 
 def _facts(item: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "error_before" in details:
+    if "error_before" in details and "error_now" in details:
         yield "error", f"{number(details['error_before'])} before, {number(details['error_now'])} now"
     headroom = details.get("headroom_change")
     if isinstance(headroom, (int, float)) and abs(headroom) >= 0.05:

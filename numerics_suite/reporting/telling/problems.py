@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.registry import GROUPS
+from numerics_suite.core.tree import root_id
 from numerics_suite.reporting.telling.spans import Span, spans_of
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ class Problem:
     Attributes:
         places: where it was found, the worst first.
         spans: in which versions, one for each sequence of versions that was tried.
+        consequences: where findings were found that follow from these.
     """
 
     places: tuple[Place, ...]
     spans: tuple[Span, ...] = field(default=())
+    consequences: tuple[Place, ...] = field(default=())
 
     @property
     def worst(self) -> Place:
@@ -73,10 +76,16 @@ def problems_of(places: Places) -> tuple[Problem, ...]:
         places: every result.
     """
     groups: dict[tuple[str, ...], list[Place]] = {}
-    for place in places.all:
-        if place.result.finding is not None:
-            groups.setdefault(_key(place.result), []).append(place)
-    problems = [_problem(members, places) for members in groups.values()]
+    following: dict[tuple[str, ...], list[Place]] = {}
+    found = [place for place in places.all if place.result.finding is not None]
+    keys = {(id(place.source), place.result.id): _key(place.result) for place in found}
+    for place in found:
+        key, root = _key(place.result), keys.get((id(place.source), root_id(place.result)))
+        if root is None or root == key:
+            groups.setdefault(key, []).append(place)
+        else:
+            following.setdefault(root, []).append(place)
+    problems = [_problem(members, places, following.get(key, ())) for key, members in groups.items()]
     return tuple(sorted(problems, key=_rank))
 
 
@@ -93,9 +102,9 @@ def part_of(finding: Finding) -> str:
     return " ".join(dict.fromkeys(_DIGITS.sub("*", name) for name in names))
 
 
-def _problem(members: Sequence[Place], places: Places) -> Problem:
+def _problem(members: Sequence[Place], places: Places, following: Sequence[Place]) -> Problem:
     ordered = tuple(sorted(members, key=_badness, reverse=True))
-    return Problem(places=ordered, spans=tuple(spans_of(ordered, places)))
+    return Problem(places=ordered, spans=tuple(spans_of(ordered, places)), consequences=tuple(following))
 
 
 def _badness(place: Place) -> tuple[bool, float, int]:

@@ -1,0 +1,132 @@
+"""Remedies for what a load did to dtypes: parameters cast once more, buffers as the class builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from numerics_suite.checks.load._buffers import rounded_buffers
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Finding
+from numerics_suite.core.text import listed
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.subjects.built import built_buffers, without_adapter
+from numerics_suite.subjects.files import read_tensor, tensor_headers
+from numerics_suite.subjects.load import Loaded
+
+Change = Callable[[Loaded], Loaded]
+
+OF_BUFFERS = "rounded-buffers"
+"""The measurement of load.dtype that counts buffers."""
+
+WIDE = (torch.float32, torch.float64)
+
+FROM_FILES = (
+    "cannot be tried: the files hold the rounded values, and no load brings back what they lack; save again from a model that was "
+    "loaded with from_pretrained(dtype=...) and never cast by model.to(dtype)"
+)
+
+
+def cast_copies(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+    """The cell with the finding's parameters in the dtype asked for, and what was done.
+
+    What the other dtype could not hold is lost to a cast: the second attempt loads the stored values once more, buffers too.
+
+    Args:
+        evidence: the cell.
+        finding: of load.dtype.
+    """
+    names = [name for name in finding.parameters if name in dict(evidence.model.named_parameters())]
+    if not names:
+        return
+    dtype = evidence.recipe.parameters
+    modules = sorted({name.rpartition(".")[0] for name in names})
+    how = f"{listed(tuple(modules), 2)} cast to {dtype}"
+    cast = evidence.variant(change=_cast(names, getattr(torch, dtype)))
+    yield cast, how
+    if values := _stored(evidence, names) | _buffers(evidence, rounded_buffers(evidence)):
+        yield cast.variant(change=_with_values(values)), f"{how}, then load_state_dict with the stored values"
+
+
+def _cast(names: Iterable[str], dtype: torch.dtype) -> Change:
+    chosen = tuple(names)
+
+    def change(loaded: Loaded) -> Loaded:
+        for parameter in map(loaded.model.get_parameter, chosen):
+            parameter.data = parameter.data.to(dtype)
+        return loaded
+
+    return change
+
+
+def loaded_with_dtype(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+    """The cell with its rounded buffers as a load at the dtype leaves them.
+
+    Args:
+        evidence: the cell.
+        finding: of load.dtype.
+
+    Raises:
+        NotApplicableError: their values are in the files only, and are rounded there.
+    """
+    if finding.evidence.get("measurement") != OF_BUFFERS:
+        return
+    values = _buffers(evidence, finding.parameters)
+    if values.keys() != set(finding.parameters):
+        raise NotApplicableError(FROM_FILES)
+    yield evidence.variant(change=_with_values(values)), f"{listed(finding.parameters, 2)} as the class builds it"
+
+
+def saved_head(_: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+    """Nothing: a head that was not saved is gone.
+
+    Args:
+        finding: of load.complete.
+
+    Raises:
+        NotApplicableError: what was lost, and how the next one is saved.
+    """
+    names = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in finding.parameters})
+    reason = (
+        "cannot be tried: the trained head is in no file, and nothing here brings it back; train it again with "
+        f"modules_to_save={names} in the LoraConfig, or save it beside the adapter"
+    )
+    raise NotApplicableError(reason)
+    yield
+
+
+def _stored(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The stored values of these tensors of the model; those of an adapter's base have other names in its files."""
+    path = evidence.subject.path
+    if path is None or evidence.subject.adapter_base:
+        return {}
+    headers = tensor_headers(path)
+    return {name: read_tensor(path, name) for name in names if name in headers}
+
+
+def _buffers(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """What a load leaves in buffers that it does not round: the stored value where the file has it in full, else the class's own."""
+    model = without_adapter(evidence.model)
+    saved, built = model.state_dict().keys(), built_buffers(model, getattr(torch, evidence.recipe.parameters)) or {}
+    stored = _stored(evidence, (name for name in names if name in saved))
+    wide = {
+        name: value.to(built[name].dtype) for name, value in stored.items() if value.dtype in WIDE and name in built
+    }
+    return wide | {name: built[name] for name in names if name in built and name not in saved}
+
+
+def _with_values(values: Mapping[str, torch.Tensor]) -> Change:
+    def change(loaded: Loaded) -> Loaded:
+        model = without_adapter(loaded.model)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, value in values.items():
+            if name in parameters:
+                parameters[name].data.copy_(value)
+            else:
+                owner, _, last = name.rpartition(".")
+                module = model.get_submodule(owner)
+                setattr(module, last, value.clone().to(module.get_buffer(last).device))
+        return loaded
+
+    return change

@@ -1,0 +1,38 @@
+"""What each remedy of the contract means for a user, in a line, and which costs the user least."""
+
+from __future__ import annotations
+
+DESCRIPTIONS = {
+    "init-head": "initialise the head by hand: xavier_uniform_ for its weight, zeros for its bias",
+    "default-input-dtypes": "leave input_ids, attention_mask and labels in int64; cast floating tensors only",
+    "set-pad-token": "give the tokenizer a pad token and set pad_token_id in config.json to its id",
+    "fix-tokenizer": "change the tokenizer's code or tokenizer_config.json so that the installed release can call it",
+    "separate-rows": "give packed rows position ids that start again and an attention that ends at each row",
+    "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
+    "count-labels": "let labels count in every batch: cut the prompt and not the answer, raise the maximal length, or leave such rows out",
+    "fix-config": "write the key in the layout that the installed release reads",
+    "save-head": 'save the head with the adapter (modules_to_save=["score"] in its LoraConfig)',
+    "cast-after-loading": "cast what is in another dtype once it is loaded: head.to(dtype), and not model.to(dtype), which rounds buffers",
+    "load-with-dtype": "load with from_pretrained(dtype=...) in place of a later model.to(dtype), so that buffers keep theirs",
+    "rebuild-optimizer": "make the optimizer after the model has its final parameters",
+    "non-reentrant-checkpointing": 'checkpoint with gradient_checkpointing_kwargs={"use_reentrant": False}',
+    "clip-grad-norm": "clip the total gradient norm to 1.0 (torch.nn.utils.clip_grad_norm_, --max-grad-norm 1.0)",
+    "larger-optimizer-eps": "give the optimizer an eps that its dtype can hold (AdamW(eps=1e-4) in float16), or keep float32 parameters",
+    "tune-loss-scale": "start the GradScaler at a scale that this model's gradients fit (init_scale, growth_interval)",
+    "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
+    "raise-learning-rate": "raise the learning rate until a step moves the weights",
+    "stochastic-rounding": "round updates stochastically, so that small steps count on average",
+    "eager-attention": 'load with attn_implementation="eager"',
+    "sdpa-attention": 'load with attn_implementation="sdpa"',
+    "use-amp-bf16": "use bfloat16, whose range is float32's (amp-bf16)",
+    "keep-in-fp32": "keep this module in float32 and cast its result",
+    "fp32-master-weights": "keep float32 copies of the weights for the optimizer, and compute in the narrow dtype",
+    "disable-amp": "train without autocast, in fp32",
+    "reload-weights": "fetch the checkpoint again and compare its SHA-256",
+    "newer-version": "install a transformers release without the defect",
+    "pin-version": "pin transformers to the last release without the defect until it is repaired",
+}
+"""What each remedy of the contract means for a user, cheapest first: a line of code, a setting, speed, memory, other files."""
+
+COST = tuple(DESCRIPTIONS)
+"""Every remedy of the contract, cheapest for the user first."""

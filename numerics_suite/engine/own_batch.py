@@ -1,0 +1,57 @@
+"""The batch that comes with a subject: a factory's, or the user's `--data`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.records import Batch
+from numerics_suite.inputs.labels import no_label_counts
+from numerics_suite.subjects.tokenizers import TokenizerRaisesError
+
+if TYPE_CHECKING:
+    from numerics_suite.engine.evidence import Evidence
+
+
+def own_batch(evidence: Evidence) -> Batch | None:
+    """The batch as it came; None without one, or where the tokenizer makes none: inputs.pipeline says why."""
+    if evidence.loaded.batch is not None:
+        return Batch(tensors=dict(evidence.loaded.batch), drawn="the factory's own batch")
+    data = evidence.request.data
+    if data is None or not evidence.takes_ids:
+        return None
+    try:
+        return None if evidence.tokenizer is None else data(evidence.subject, evidence.space, evidence.tokenizer)
+    except (TokenizerRaisesError, NotApplicableError):
+        return None
+
+
+def usable(evidence: Evidence, batch: Batch | None) -> Batch | None:
+    """The batch where the model can take it; inputs.pipeline says what is wrong with another."""
+    if batch is None or not evidence.takes_ids:
+        return batch
+    ids = batch.tensors.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+        return None
+    if int(ids.min()) < 0 or int(ids.max()) >= evidence.vocab_size:
+        return None
+    # Without a mask every token is real, as for the model itself.
+    tensors = {"attention_mask": torch.ones_like(ids), **batch.tensors}
+    # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
+    plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
+    pad_inside = bool(((ids == evidence.space.pad_id) & (tensors["attention_mask"] != 0)).any())
+    # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
+    one_table = int(ids.shape[-1]) <= evidence.longest
+    return replace(batch, tensors=tensors, law_abiding=plain and one_table and not pad_inside)
+
+
+def can_be_trained_on(evidence: Evidence, batch: Batch | None) -> bool:
+    """Whether a training step over the batch has a loss; the mean over no label is NaN by definition."""
+    if batch is None or not evidence.takes_ids:
+        return batch is not None
+    has_labels = isinstance(batch.tensors.get("labels"), Tensor)
+    return has_labels and not no_label_counts(batch.tensors, shifted=evidence.subject.task == "causal-lm")

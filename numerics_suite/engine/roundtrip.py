@@ -1,0 +1,40 @@
+"""A model saved with `save_pretrained` and loaded again, as the next user of the checkpoint gets it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from numerics_suite.subjects.load import quiet_transformers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from numerics_suite.engine.evidence import Evidence
+
+
+def saved_and_loaded(evidence: Evidence, model: nn.Module, folder: Path) -> nn.Module:
+    """The model after one way through files, at the precision and on the device of the cell.
+
+    Args:
+        evidence: of the cell; its subject has a path.
+        model: with `save_pretrained`; the cell's own, or one that came back from here.
+        folder: exists and is empty.
+    """
+    assert evidence.subject.path is not None
+    with quiet_transformers():
+        model.save_pretrained(folder)  # type: ignore[operator]
+    # save_pretrained leaves code of the checkpoint's own where it was; without it the copy cannot be opened.
+    for file in Path(evidence.subject.path).glob("*.py"):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    # The code of a fixture or a trusted checkpoint is trusted in its copy too: it is the same code.
+    again = replace(evidence.subject, kind="directory", source=str(folder), path=folder, new_head=False)
+    loaded = evidence._loader(  # noqa: SLF001 - same loader, other folder
+        again, dtype=evidence.recipe.parameters, attn=evidence.cell.attn, device=evidence.cell.device, seed=2
+    )
+    for change in evidence.changes:  # what is done to every model as soon as it is loaded is part of loading it
+        loaded = change(loaded)
+    return loaded.model

@@ -1,0 +1,216 @@
+"""The user's own rows: `--data FILE.jsonl` with a text, a prompt and its completion, or a conversation on each line."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numerics_suite.core.errors import BadInputError
+
+LONGEST_LINE = 1 << 24
+"""Bytes of a line: a row is held in memory whole, a file never."""
+
+FORMS = '{"text": "…", "label": 0}, {"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}'
+NAMES = {"text": "texts", "prompt": "prompts", "messages": "conversations"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One line of the file.
+
+    Attributes:
+        where: `--data FILE, line 3`.
+        form: the key that says what it is: `text`, `prompt` or `messages`.
+        text: the text, or the prompt.
+        completion: what follows the prompt.
+        messages: `role` and `content` of each.
+        label: of a text: a class, or the number that a regression learns; None without.
+    """
+
+    where: str
+    form: str
+    text: str = ""
+    completion: str = ""
+    messages: tuple[Mapping[str, str], ...] = ()
+    label: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Some rows of a file.
+
+    Attributes:
+        examples: in the order of the file.
+        rows: how many the file has.
+        seed: that drew them.
+    """
+
+    examples: tuple[Example, ...]
+    rows: int
+    seed: int
+
+    def __str__(self) -> str:
+        """`8 of 24 prompts, drawn with seed 0`, or `6 texts` of all of them."""
+        forms = {example.form for example in self.examples}
+        name = NAMES[forms.pop()] if len(forms) == 1 else "rows"
+        if len(self.examples) == self.rows:
+            return f"{self.rows} {name if self.rows > 1 else name.removesuffix('s')}"
+        return f"{len(self.examples)} of {self.rows} {name}, drawn with seed {self.seed}"
+
+
+def read_sample(path: Path, *, size: int, seed: int, check: Callable[[Example], None] | None = None) -> Sample:
+    """A seeded sample of the rows of a JSONL file, empty lines left out; memory is bounded by the sample, not by the file.
+
+    Args:
+        path: of the file, UTF-8 with or without a byte-order mark. Only a line feed ends a line: a string may hold U+2028.
+        size: most rows of the sample.
+        seed: same seed, same rows. Every row is as likely as any other (algorithm R, Vitter 1985).
+        check: called on every row of the file, sampled or not.
+
+    Raises:
+        BadInputError: the file cannot be read, holds nothing, or a line of it (named by number) is malformed.
+    """
+    source, rows = random.Random(f"data {seed}"), 0  # noqa: S311 - a sample, not a secret
+    held: list[tuple[int, Example]] = []
+    for example in _examples(path):
+        if check is not None:
+            check(example)
+        place = rows if rows < size else source.randrange(rows + 1)
+        if place < len(held):
+            held[place] = (rows, example)
+        elif place < size:
+            held.append((rows, example))
+        rows += 1
+    if not rows:
+        message = f"--data {path}: holds no example"
+        raise BadInputError(message)
+    held.sort(key=lambda pair: pair[0])
+    return Sample(examples=tuple(example for _, example in held), rows=rows, seed=seed)
+
+
+def check_label(example: Example, task: str, num_labels: int) -> None:
+    """Refuse a row that a classifier cannot take.
+
+    Args:
+        example: one row.
+        task: a sequence classifier needs a label on every line.
+        num_labels: 1 means regression, which takes any number.
+
+    Raises:
+        BadInputError: naming the line, the label and `--num-labels`.
+    """
+    label, sequence = example.label, task == "sequence-classification"
+    if label is None:
+        if not sequence:
+            return
+        message = f"{example.where}: sequence classification needs a 'label' on every line"
+        raise BadInputError(message)
+    if sequence and num_labels == 1:
+        return
+    if label < 0 or not isinstance(label, int):
+        message = f"{example.where}: label {label} is no class; classes are whole numbers from 0"
+        raise BadInputError(message)
+    if label >= num_labels:
+        message = f"{example.where}: label {label} needs --num-labels {label + 1} or more, not {num_labels}"
+        raise BadInputError(message)
+
+
+def _examples(path: Path) -> Iterator[Example]:
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                where = f"--data {path}, line {number}"
+                if len(line) > LONGEST_LINE:
+                    message = f"{where}: is longer than {LONGEST_LINE >> 20} MiB"
+                    raise BadInputError(message)
+                if line.strip():
+                    yield _example(line, where)
+    except OSError as error:
+        message = f"--data {path}: {error.strerror}"
+        raise BadInputError(message) from None
+
+
+def _example(line: bytes, where: str) -> Example:
+    record = _record(line, where)
+    if not isinstance(record, dict):
+        message = f"{where}: needs an object with 'text', 'prompt' or 'messages', such as {FORMS}"
+        raise BadInputError(message)
+    if "messages" in record:
+        return Example(where=where, form="messages", messages=_messages(record["messages"], where))
+    if "completion" in record or ("prompt" in record and "text" not in record):
+        prompt, completion = (_string(record, key, where) for key in ("prompt", "completion"))
+        return Example(where=where, form="prompt", text=prompt, completion=_filled(completion, "completion", where))
+    if "text" not in record:
+        message = f"{where}: needs 'text', 'prompt' with 'completion', or 'messages', such as {FORMS}"
+        raise BadInputError(message)
+    text = _filled(_string(record, "text", where), "text", where)
+    return Example(where=where, form="text", text=text, label=_label(record, where))
+
+
+def _record(line: bytes, where: str) -> Any:
+    try:
+        # A byte-order mark before the first line, or before any where files were put together.
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        reason = "not UTF-8 text"
+    except json.JSONDecodeError as error:
+        reason = f"not JSON ({error.msg} at column {error.colno})"
+    except ValueError as error:  # a whole number of thousands of digits
+        reason = f"not JSON that can be read ({error})"
+    except RecursionError:
+        reason = "not JSON that can be read (nested too deeply)"
+    message = f"{where}: {reason}"
+    raise BadInputError(message)
+
+
+def _string(record: Mapping[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        message = f"{where}: needs a string '{key}', such as {FORMS}"
+        raise BadInputError(message)
+    return _text(value, f"'{key}'", where)
+
+
+def _text(value: str, key: str, where: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        message = f"{where}: {key} holds half of a surrogate pair, which is no text"
+        raise BadInputError(message) from None
+    return value
+
+
+def _filled(value: str, key: str, where: str) -> str:
+    if not value.strip():
+        message = f"{where}: '{key}' is empty"
+        raise BadInputError(message)
+    return value
+
+
+def _label(record: Mapping[str, Any], where: str) -> float | None:
+    label = record.get("label")
+    wrong = not isinstance(label, int | float) or isinstance(label, bool) or not math.isfinite(label)
+    if label is not None and wrong:
+        message = f"{where}: 'label' must be a number, not {label!r}"
+        raise BadInputError(message)
+    return label
+
+
+def _messages(messages: object, where: str) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        message = f"{where}: 'messages' must be a list of at least one message"
+        raise BadInputError(message)
+    told = []
+    for index, each in enumerate(messages):
+        if not isinstance(each, dict) or not all(isinstance(each.get(key), str) for key in ("role", "content")):
+            message = f"{where}: messages[{index}] needs 'role' and 'content', both strings"
+            raise BadInputError(message)
+        told.append({key: _text(each[key], f"messages[{index}].{key}", where) for key in ("role", "content")})
+    return tuple(told)

@@ -1,0 +1,45 @@
+"""Which labels count in a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+
+
+def counted_labels(labels: Tensor, *, shifted: bool) -> Tensor:
+    """How many labels of each row count: the mean over none is 0/0.
+
+    Args:
+        labels: `[batch, sequence]` or `[batch]`, integers; whatever floating is a regression's target, and counts.
+        shifted: the loss is that of the next token, so the first column is no target.
+
+    Returns:
+        int64 `[batch]`.
+    """
+    rows = labels.reshape(labels.shape[0], -1) if labels.dim() else labels.reshape(1, 1)
+    return (rows[:, 1:] if shifted and labels.dim() > 1 else rows).ne(IGNORED).sum(dim=1)
+
+
+def predicts_next_token(model: Any) -> bool:
+    """Whether the model's own loss shifts the labels by one, as its class's name says."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def no_label_counts(tensors: Mapping[str, Any], *, shifted: bool) -> bool:
+    """Whether a batch has integral labels of which none counts.
+
+    Args:
+        tensors: what a model is called with.
+        shifted: see :func:`counted_labels`.
+    """
+    labels = tensors.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool or not labels.numel():
+        return False
+    return not bool(counted_labels(labels, shifted=shifted).any())

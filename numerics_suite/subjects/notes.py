@@ -1,0 +1,70 @@
+"""What a user should know of a subject before it runs, and that is no defect of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from numerics_suite.core.text import listed
+from numerics_suite.subjects.files import StoredTensor, read_tensor
+
+_LAYER = re.compile(r"^(?P<prefix>.*?layers\.(?P<index>\d+)\.)")
+_COMPUTED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias)$")
+"""Buffers of older checkpoints that each release computes: whoever saves loses nothing."""
+
+
+def checkpoint_notes(
+    stored: Mapping[str, StoredTensor], config: Mapping[str, Any], model_class: str | None
+) -> Iterator[str]:
+    """Stored tensors that the release leaves out by design, which a save then loses.
+
+    Args:
+        stored: what the files hold.
+        config: raw `config.json`.
+        model_class: the class of transformers that a load builds.
+    """
+    left = [name for name in _ignored_by_design(stored, model_class) if not _has_a_place(name, config)]
+    if left:
+        count = "1 stored tensor" if len(left) == 1 else f"{len(left)} stored tensors"
+        verb = "is" if len(left) == 1 else "are"
+        groups = listed(tuple(dict.fromkeys(_group(name) for name in left)), 3)
+        yield f"{count} ({groups}) {verb} not loaded by this release and {verb} lost on save"
+
+
+def adapter_notes(folder: Path, held: Iterable[str]) -> Iterator[str]:
+    """Whether a LoRA is the one that peft begins with, which adds nothing to its base.
+
+    Args:
+        folder: of the adapter.
+        held: names of its tensors.
+    """
+    names = [name for name in held if "lora_B" in name]
+    if names and not any(bool(read_tensor(folder, name).any()) for name in names):
+        yield f"every lora_B ({len(names)}) is zero: this adapter was never trained and changes nothing of its base"
+
+
+def _ignored_by_design(names: Iterable[str], model_class: str | None) -> list[str]:
+    """Those names that the class says it may find and not load."""
+    import transformers  # heavy
+
+    built = getattr(transformers, model_class or "", None)
+    patterns = getattr(built, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return [
+        name for name in names if any(re.search(pattern, name) for pattern in patterns) and not _COMPUTED.search(name)
+    ]
+
+
+def _has_a_place(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the layer of that name is one that the model has: the pattern names the last layer of one size, an inner one of another."""
+    found = _LAYER.match(name)
+    inner = config.get("text_config")
+    sizes = inner if isinstance(inner, Mapping) and "num_hidden_layers" in inner else config
+    layers = sizes.get("num_hidden_layers", sizes.get("num_layers"))
+    return found is not None and isinstance(layers, int) and int(found["index"]) < layers
+
+
+def _group(name: str) -> str:
+    found = _LAYER.match(name)
+    return f"{found['prefix']}*" if found else f"{name.partition('.')[0]}.*"
