@@ -99,12 +99,18 @@ def test_the_language_model(precision, tmp_path):
 def test_a_classifier_in_the_dtype_of_its_head(tmp_path):
     """In float16 body and head agree: what is left is what training in it meets."""
     found = statuses(checkpoint(tmp_path, head=True), (), "pure-fp16", attn=("default",), **TRUSTED)
-    assert set(failed(found)) <= {"train.finite"}
+    # ChatGLM2's code computes the angles of its rotary table in float16, which reference.local names.
+    wrong = failed(found)
+    assert set(wrong) <= {"train.finite", "reference.local"}
+    assert "rotary_pos_emb" in wrong.get("reference.local", "rotary_pos_emb")
     assert found["forward.pooling"] == found["reference.oracle"] == found["load.roundtrip"] == "passed"
 
 
 def test_a_new_head(tmp_path):
     folder = checkpoint(tmp_path, head=False)
     found = statuses(folder, ("load.*",), task="sequence-classification", attn=("default",), **TRUSTED)
-    assert found["load.head-init"] == "failed: never initialised: classifier_head.bias, classifier_head.weight"
+    # Some copies of ChatGLM2's code were given an initialisation by whoever keeps them.
+    initialises = ".normal_(" in Path(CODE, "modeling_chatglm.py").read_text("utf-8")
+    never = "failed: never initialised: classifier_head.bias, classifier_head.weight"
+    assert found["load.head-init"] == ("passed" if initialises else never)
     assert not any(said.startswith("error") for said in found.values())
