@@ -190,6 +190,8 @@ def _built(before: Evidence, after: Evidence, rewriting: Rewriting) -> str:
     changed = [
         f"{name} {now[name]} (was {was.get(name)})" for name in sorted(names & now.keys()) if now[name] != was.get(name)
     ]
+    kind, other = type(before.model).__name__, type(after.model).__name__
+    changed += [] if kind == other else [f"{other} (was {kind})"]
     return f"transformers {compat.version()} builds {', '.join(changed) or 'the same model'}"
 
 

@@ -61,7 +61,9 @@ def combined(tried: Sequence[Remedy], finding: Finding, moved: Sequence[str], to
         if shown is None:
             continue
         if shown.works and len(names) > 1:
-            return [*_marked(names, shown.effect), *(remedy for remedy in tried if remedy.name not in names)]
+            behind = [meant[name].cause for name in names if meant[name].cause != finding.cause]
+            told = f"({', '.join(behind)} is behind it) " if behind else ""
+            return [*_marked(names, told + shown.effect), *(remedy for remedy in tried if remedy.name not in names)]
         if shown.left is not None and shown.left.cause != finding.cause and len(names) < LARGEST:
             known = (remedy.name for remedy in shown.left.remedies)
             partners = [name for name in known if name in cures() and name not in names]

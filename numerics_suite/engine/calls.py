@@ -47,6 +47,24 @@ def _takes(function: Callable[..., Any], keyword: str) -> bool:
     return keyword in parameters or any(value.kind is value.VAR_KEYWORD for value in parameters.values())
 
 
+def takes_decoder_ids(model: nn.Module) -> bool:
+    """Whether the model is an encoder-decoder, whose decoder reads tokens of its own."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and _takes(type(model).forward, "decoder_input_ids")
+
+
+def _with_decoder_ids(model: nn.Module, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an encoder-decoder is called with: without labels, from which it makes them, its decoder reads the encoder's tokens.
+
+    So its answers have a row for each token of the batch, as those of every other model.
+    """
+    own = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
+    if "input_ids" not in tensors or any(tensors.get(name) is not None for name in own) or not takes_decoder_ids(model):
+        return tensors
+    mask = {"decoder_attention_mask": tensors["attention_mask"]} if "attention_mask" in tensors else {}
+    return {**tensors, "decoder_input_ids": tensors["input_ids"], **mask}
+
+
 def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) -> Any:
     """Call the model as a training loop would.
 
@@ -55,6 +73,7 @@ def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) ->
         tensors: keyword arguments, on any device.
         keywords: more of them, such as `use_cache` or `output_hidden_states`.
     """
+    tensors = _with_decoder_ids(model, tensors)
     # Encoders and heads for tokens have no cache, and may refuse the word.
     if takes_token_ids(model) and _takes(type(model).forward, "use_cache"):
         keywords.setdefault("use_cache", False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.engine.calls import call_model, input_device, to_device
+from numerics_suite.engine.lifting import preserved
 from numerics_suite.subjects import generation
 
 Call = Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]
@@ -37,6 +38,10 @@ def with_cache(cuts: Sequence[int], *, positions: Positions = "generate", run: C
     """
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        with preserved(model):  # what `generate` notes on the model moves the positions of a later call
+            return decoded(model, tensors)
+
+    def decoded(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         given = to_device(dict(tensors), input_device(model))
         ids, mask = given["input_ids"], given["attention_mask"]
         name = generation.cache_name(model)
@@ -70,7 +75,8 @@ def without_cache(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Ten
     """The whole sequence in one call as `generate` makes it with `use_cache=False`, with its positions."""
     given = to_device(dict(tensors), input_device(model))
     ids, mask = given["input_ids"], given["attention_mask"]
-    step = generation.prepared_step(model, ids, mask, start=0, use_cache=False)
+    with preserved(model):
+        step = generation.prepared_step(model, ids, mask, start=0, use_cache=False)
     if step is None:
         positions = {"position_ids": counted_positions(mask)} if takes_positions(model) else {}
         step = {"input_ids": ids, "attention_mask": mask, **positions}
@@ -85,11 +91,12 @@ def takes_positions(model: nn.Module) -> bool:
 def _step(
     model: nn.Module, ids: Tensor, mask: Tensor, start: int, positions: Positions, **cache: Any
 ) -> dict[str, Any]:
-    step = generation.prepared_step(model, ids, mask, start=start, use_cache=True, **cache)
+    own = positions == "generate"
+    step = generation.prepared_step(model, ids, mask, start=start, positions=own, use_cache=True, **cache)
     if step is None:
         # Code that only ever prepares one token is called as a loop of the user's own would call it.
         step = {"input_ids": ids[:, start:], "attention_mask": mask, "use_cache": True, **cache}
-    elif positions != "generate":
+    elif not own:
         step.pop("position_ids", None)
     if positions == "counted":
         step["position_ids"] = counted_positions(mask)[:, start:]

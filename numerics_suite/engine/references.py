@@ -34,6 +34,17 @@ def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 
+def refuse_without_ids(evidence: Evidence) -> None:
+    """Leave out a plain module that wraps no language model: its batch has no token ids.
+
+    Raises:
+        NotApplicableError: it does not.
+    """
+    if not evidence.takes_ids and "input_ids" not in evidence.training_batch.tensors:
+        reason = "a plain module takes no token ids"
+        raise NotApplicableError(reason)
+
+
 def turned_states(evidence: Evidence) -> frozenset[str]:
     """Where the cell's model holds states as `[sequence, batch, …]`; see :func:`numerics_suite.engine.layout.sequence_first`."""
     if "turned states" not in evidence.memo:

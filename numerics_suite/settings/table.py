@@ -211,7 +211,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _option(
         "data",
-        "your own .jsonl with 'text' and 'label', which joins the drawn batches",
+        "your own .jsonl ('text' and 'label', 'prompt' and 'completion', or 'messages'): a sample joins the drawn batches",
         metavar="FILE",
         group=INPUT,
         path=True,

@@ -89,7 +89,9 @@ def is_stateful(model: Any) -> bool:
     return bool(getattr(_within(model), "_is_stateful", False))
 
 
-def prepared_step(model: Any, ids: Tensor, mask: Tensor, *, start: int, **keywords: Any) -> dict[str, Any] | None:
+def prepared_step(
+    model: Any, ids: Tensor, mask: Tensor, *, start: int, positions: bool = True, **keywords: Any
+) -> dict[str, Any] | None:
     """What `generate` hands the model for the columns from `start` on.
 
     Args:
@@ -97,6 +99,7 @@ def prepared_step(model: Any, ids: Tensor, mask: Tensor, *, start: int, **keywor
         ids: `[batch, width]`, the columns that were decoded before included.
         mask: `[batch, width]`.
         start: columns that the cache holds.
+        positions: with the places that `generate` counts. Models of pictures remember these, and count by them later.
         keywords: `use_cache`, and the cache under its name.
 
     Returns:
@@ -116,9 +119,9 @@ def prepared_step(model: Any, ids: Tensor, mask: Tensor, *, start: int, **keywor
         "is_first_forward": start == 0,
     }
     words = {key: value for key, value in more.items() if key in named}
-    positions = getattr(model, "_prepare_position_ids_for_generation", None)
-    if positions is not None and names_keyword(model, "position_ids"):
-        words["position_ids"] = positions(ids, {"attention_mask": mask})
+    count = getattr(model, "_prepare_position_ids_for_generation", None) if positions else None
+    if count is not None and names_keyword(model, "position_ids"):
+        words["position_ids"] = count(ids, {"attention_mask": mask})
     step = dict(method(ids, attention_mask=mask, **words, **keywords))
     for key in ("logits_to_keep", "num_logits_to_keep", "return_last_logit"):
         step.pop(key, None)

@@ -269,8 +269,11 @@ def _model_class(config: Mapping[str, Any], task: Task, folder: Path) -> str:
             raise UnsupportedError(message)
         return target.rpartition(".")[2]
     found = compat.model_class_name(str(config["model_type"]), task)
-    if found is None:
-        message = f"transformers {compat.version()} has no class of model type {config['model_type']} for {task}"
+    if found is None or config.get("is_encoder_decoder"):
+        message = (
+            f"{folder / 'config.json'}: transformers {compat.version()} has no text-only class of model type "
+            f"{config['model_type']} for {task}; use factory:module:function, whose function returns (module, batch)"
+        )
         raise UnsupportedError(message)
     return found
 

@@ -155,12 +155,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"expert_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8, "use_mamba_kernels": False}
         | {"mamba_dt_rank": 4},
     ),
-    "rwkv": (
-        "Rwkv",
-        LM,
-        {**TOKENS, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 128}
-        | {"intermediate_size": 64},
-    ),
 }
 """Name → prefix of the classes, ending of the model's class, config."""
 

@@ -9,9 +9,10 @@ import torch
 from mutants.driver import MutantSession, settings_of
 from torch import nn
 
+from numerics_suite.core.errors import UnsupportedError
 from numerics_suite.core.records import Finding, Remedy
 from numerics_suite.diagnosing.learning_rates import learning_rates
-from numerics_suite.diagnosing.remedies import CURES, in_float32
+from numerics_suite.diagnosing.remedies import CURES, in_float32, initialised_head
 from numerics_suite.diagnosing.remedy_trials import NOT_HERE, try_remedies
 from numerics_suite.diagnosing.remedy_words import COST, DESCRIPTIONS
 from numerics_suite.engine.training_loop import Plan, Trainer
@@ -243,3 +244,37 @@ def test_an_experiment_that_disagrees_lowers_the_confidence():
     assert finding.cause == "overflow"
     assert finding.evidence["in fp32"] == "fails"
     assert finding.evidence["confidence"] == "low: the experiment disagrees"
+
+
+def test_a_definition_that_could_not_be_asked_does_not_count_against_the_cure():
+    """The body differs from its definition, which NaN weights hid: an older reason than the head's."""
+
+    def head_and_body(model):
+        uninitialised(model)
+        model.model.norm.variance_epsilon = 0.1
+
+    finding, remedies, session, question = told(head_and_body, "load.head-init", **CLASSIFY)
+    assert finding.cause == "uninitialised-parameters"
+    cured = initialised_head(session.evidence(question.cell))
+    assert session._ask_again("reference.oracle", cured).breaches, "the defect of the body is there"
+    assert remedies["init-head"].verified is True
+
+
+def test_a_remedy_that_the_class_refuses_is_not_verified():
+    def damaged(model):
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+
+    finding, _, session, question = told(damaged, "forward.finite", attn="eager")
+    usual = session._load
+
+    def refusing(*args, **kwargs):
+        if kwargs["attn"] == "sdpa":
+            message = "Glm4ForCausalLM cannot use sdpa attention"
+            raise UnsupportedError(message)
+        return usual(*args, **kwargs)
+
+    session.evidence(question.cell)._loader = refusing
+    remedies = tried(session, question, finding, "sdpa-attention")
+    assert remedies["sdpa-attention"].verified is None
+    assert remedies["sdpa-attention"].effect == "Glm4ForCausalLM cannot use sdpa attention"

@@ -16,7 +16,8 @@ from unit.sample_run import SUBJECT, failing_checks, finding, result, sample_run
 from numerics_suite.core import atomic
 from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.core.records import Cell, Subject
+from numerics_suite.core.findings import finding_from_json, finding_to_json
+from numerics_suite.core.records import Cell, Finding, Remedy, Subject
 from numerics_suite.reporting.findings import block, grouped
 from numerics_suite.reporting.plan import PlanRow, plan_to_json, readable_bytes
 from numerics_suite.reporting.results import (
@@ -396,3 +397,16 @@ def test_the_plan_as_json():
 )
 def test_bytes_for_people(count, text):
     assert readable_bytes(count) == text
+
+
+def test_a_combination_and_a_root_survive_the_results_file():
+    remedy = Remedy(name="init-head", description="d", verified=True, effect="e", together=("larger-optimizer-eps",))
+    found = Finding(
+        cause="overflow", title="t", explanation="e", remedies=(remedy,), consequence_of="load.finite/a/fp32/sdpa/cpu"
+    )
+    written = finding_to_json(found)
+    assert written["remedies"][0]["with"] == ["larger-optimizer-eps"]
+    assert finding_from_json(json.loads(json.dumps(written))) == found
+    older = {**written, "remedies": [{k: v for k, v in written["remedies"][0].items() if k != "with"}]}
+    del older["consequence_of"]
+    assert finding_from_json(older).remedies[0].together == ()

@@ -114,6 +114,15 @@ def test_check_watch_and_bundle_agree(defect, tmp_path, monkeypatch):
     assert reopened == checked
 
 
+def test_a_combination_names_the_cause_behind_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    defect = next(each for each in TABLE if len(each.remedies) == 2 and each.factory == "uninitialised_head")
+    remedies = {remedy.name: remedy for remedy in by_check(defect).remedies}
+    assert remedies["init-head"].together == ("larger-optimizer-eps",)
+    assert remedies["larger-optimizer-eps"].together == ("init-head",)
+    assert "(optimizer-underflow is behind it)" in remedies["init-head"].effect
+
+
 def test_enough_defects_are_compared():
     assert len({each.cause for each in TABLE}) >= 7
     assert len(TABLE) >= 10

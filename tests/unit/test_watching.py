@@ -460,3 +460,40 @@ def test_a_compiled_model_is_watched_and_stays_compiled(way):
 def test_public_names_are_lazy():
     assert numerics_suite.watch is watch
     assert {"watch", "NumericsCallback", "NumericsError", "NumericsWarning"} <= set(numerics_suite.__all__)
+
+
+def labelled_loop(model, labels, *, items=False):
+    """Two steps over the same ids, whose labels are given for each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with watch(model, optimizer):
+        for each in labels:
+            more = {"num_items_in_batch": (each[:, 1:] != -100).sum()} if items else {}
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=each, **more).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("items", [False, True], ids=["mean", "sum"])
+def test_a_batch_of_which_no_label_counts(items):
+    from unit.script_models import sound
+
+    ids = torch.arange(3, 15).reshape(2, 6)
+    some, none = ids.clone(), torch.full_like(ids, -100)
+    some[0], none[:, 0] = -100, ids[:, 0]  # the first column is no target
+    labelled_loop(sound(), [some, some], items=items)
+    with pytest.raises(NumericsError, match="step 2: the loss is not finite; no label of the batch counts") as error:
+        labelled_loop(sound(), [some, none], items=items)
+    assert error.value.finding.cause == "no-counted-labels"
+    assert [(each.name, each.verified) for each in error.value.finding.remedies] == [("count-labels", True)]
+
+
+def test_a_loss_that_is_nan_for_another_reason_is_not_put_down_to_the_labels():
+    from unit.script_models import sound
+
+    ids, model = torch.arange(3, 15).reshape(2, 6), sound()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(NumericsError) as error:
+        labelled_loop(model, [torch.full_like(ids, -100)])
+    assert error.value.finding.cause == "corrupt-weights"

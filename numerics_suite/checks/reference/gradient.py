@@ -19,6 +19,7 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.layout import STATES, batch_first
 from numerics_suite.engine.references import (
     is_reference_itself,
+    refuse_without_ids,
     rounding_allowance,
     routed_reason,
     routes,
@@ -31,7 +32,7 @@ from numerics_suite.observing.kinks import Kinks
 from numerics_suite.observing.roundoff import rms, wide
 
 
-@check(trains=True, needs=("token-ids",))
+@check(trains=True)
 def gradient(evidence: Evidence) -> Iterable[Measurement]:
     """Is every parameter's gradient as near to the true fp64 one as the precision allows?
 
@@ -40,10 +41,14 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     if is_reference_itself(evidence):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
+    refuse_without_ids(evidence)
     if routes(evidence.model):
         raise NotApplicableError(routed_reason())
     tensors = evidence.training_batch.tensors
     call = differentiated(evidence)
+    if not evidence.takes_ids and "loss" not in evidence.forward(evidence.training_batch):
+        reason = "a plain module whose output has no loss"
+        raise NotApplicableError(reason)
     true_run = evidence.runner.true_fp64(tensors, gradients=True, call=call)
     trusted(true_run.left_out)
     rounded_run = evidence.runner.rounded(tensors, gradients=True, call=call)

@@ -10,7 +10,7 @@ from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.references import is_reference_itself, longest_reduction, without_labels
+from numerics_suite.engine.references import is_reference_itself, longest_reduction, refuse_without_ids
 from numerics_suite.observing.local_error import LocalError, local_errors
 from numerics_suite.observing.roundoff import unit_roundoff
 
@@ -18,7 +18,7 @@ COMPOSED = "composed"
 """The measurement of modules that are judged by their kernel ratio, not by roundoffs."""
 
 
-@check(needs=("token-ids",))
+@check()
 def local(evidence: Evidence) -> Iterable[Measurement | Series]:
     """Does every module, fed what it really got, err by no more than its right program does?
 
@@ -27,7 +27,8 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
     if is_reference_itself(evidence):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
-    tensors = without_labels(evidence.training_batch.tensors)
+    refuse_without_ids(evidence)
+    tensors = evidence.inputs_of(evidence.training_batch)
     with evidence.condition.arithmetic():
         found = local_errors(evidence.model, tensors, autocast=evidence.condition.autocast)
     judged = [error for error in found if not error.left_out and error.dtype != "float64"]

@@ -26,6 +26,10 @@ FLAT = 1e-13
 """Change of the loss, relative to it: some hundred roundings of float64, a ten-millionth of the step."""
 
 
+OPTIONAL = frozenset({"mask_emb", "seg_embed", "r_s_bias"})
+"""XLNet's parameters that only segment ids and the target mapping of its pretraining reach."""
+
+
 @check(trains=True)
 def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
     """Does every trained parameter receive a gradient that is not exactly zero?"""
@@ -75,7 +79,7 @@ def _apart(evidence: Evidence, absent: Sequence[str]) -> frozenset[str]:
     fixed = {name for name in absent if "sinusoid" in type(modules[name.rpartition(".")[0]]).__name__.lower()}
     reached = {name for name, p in evidence.model.named_parameters() if p.requires_grad} - set(absent)
     layers = {LAYER.sub(".N.", name) for name in reached}
-    whole = []
+    whole = [name for name in absent if name.rpartition(".")[2] in OPTIONAL]
     for name in absent:
         part = _whole_part(name, reached)
         kind = evidence.family.kind_of(type(modules[part]).__name__) if part else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine import own_batch
+from numerics_suite.engine.calls import input_device, takes_decoder_ids
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
 from numerics_suite.inputs.labels import IGNORED, counted_labels
@@ -35,7 +37,8 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         if not own_batch.can_be_trained_on(evidence, batch):
             return
     with_labels = evidence.forward(batch, labels=True)
-    without = evidence.forward(batch)
+    plain, task = _without_labels(evidence, batch)
+    without = evidence.forward(plain)
     yield Measurement(name="loss-without-labels", value=int("loss" in without), unit="losses")
     if "loss" not in with_labels:
         yield Measurement(name="loss-missing", value=1, unit="losses")
@@ -47,7 +50,7 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         facts={"labels": "the logits differ between a call with labels and one without"},
     )
     got = _cross_entropy(evidence, batch, with_labels)
-    wanted = defined_loss(without["logits"], batch.tensors["labels"], evidence.subject.task, evidence.num_labels)
+    wanted = defined_loss(without["logits"], batch.tensors["labels"], task, evidence.num_labels)
     if torch.isnan(wanted):
         yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
         return
@@ -74,6 +77,21 @@ def _counted(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         "cut to (--seq-len)": evidence.space.max_length,
     }
     yield Measurement(name="no-counted-labels", value=int(not count), unit="batches", facts=facts)
+
+
+def _without_labels(evidence: Evidence, batch: Batch) -> tuple[Batch, str]:
+    """The batch whose logits the labels are for, and the task that says which label is for which row of them.
+
+    The decoder of an encoder-decoder reads the labels moved by one, so its rows are for the labels as they stand.
+    """
+    if evidence.subject.task != "causal-lm" or not takes_decoder_ids(evidence.model):
+        return batch, evidence.subject.task
+    shift = getattr(evidence.model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        reason = "an encoder-decoder that does not say what its decoder reads for labels"
+        raise NotApplicableError(reason)
+    moved = shift(labels=batch.tensors["labels"].to(input_device(evidence.model)))
+    return replace(batch, tensors={**batch.tensors, "decoder_input_ids": moved}), "token-classification"
 
 
 def _log_softmax_roundoff(evidence: Evidence, batch: Batch) -> float:

@@ -35,6 +35,10 @@ ENCODER = replace(GENERIC, pooling="unknown", padding_sides=("right",), causal=F
 """An encoder sees both sides, pools its first token or a mean, and its absolute positions bear padding on the right only."""
 
 
+LEFT_PADDED = frozenset({"xlnet"})
+"""Encoders that are padded on the left, since they pool the last token; their positions are relative."""
+
+
 def generic_family(config: Mapping[str, Any]) -> Family:
     """The generic family as it fits this config: padding sides and pooling differ between decoders and encoders.
 
@@ -47,7 +51,7 @@ def generic_family(config: Mapping[str, Any]) -> Family:
     absolute = "type_vocab_size" in config or config.get("position_embedding_type") == "absolute"
     encodes = encodes or absolute or config.get("model_type") in ENCODERS
     if encodes and not config.get("is_decoder"):
-        return ENCODER
+        return replace(ENCODER, padding_sides=("left",)) if config.get("model_type") in LEFT_PADDED else ENCODER
     if config.get("model_type") in ABSOLUTE_POSITIONS:
         return replace(GENERIC, padding_sides=("right",))
     if config.get("use_bidirectional_attention") is True or config.get("is_causal") is False:
