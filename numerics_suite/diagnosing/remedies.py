@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.random_state import seeded
-from numerics_suite.diagnosing import tokenizer_remedies
+from numerics_suite.diagnosing import tokenizer_remedies, update_remedies
 from numerics_suite.diagnosing.fixing import fixed_configs
 from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype, saved_head
 from numerics_suite.engine.evidence import Evidence
@@ -304,7 +304,7 @@ def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
         yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
 
 
-def _of_loading(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
+def _copies(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
     return lambda evidence, finding: (Attempt(evidence=copy, how=how) for copy, how in copies(evidence, finding))
 
 
@@ -316,16 +316,21 @@ CURES: dict[str, Cure] = {
     "fix-padding": _one_side,
     "count-labels": _count_labels,
     "fix-config": _config,
-    "cast-after-loading": _of_loading(cast_copies),
-    "load-with-dtype": _of_loading(loaded_with_dtype),
-    "save-head": _of_loading(saved_head),
+    "cast-after-loading": _copies(cast_copies),
+    "load-with-dtype": _copies(loaded_with_dtype),
+    "save-head": _copies(saved_head),
+    "rebuild-optimizer": _copies(lambda evidence, _: update_remedies.rebuilt_optimizer(evidence)),
+    "non-reentrant-checkpointing": _copies(lambda evidence, _: update_remedies.non_reentrant(evidence)),
     "clip-grad-norm": _clip,
     "larger-optimizer-eps": _larger_eps,
     "tune-loss-scale": _loss_scale,
+    "raise-learning-rate": _copies(lambda evidence, _: update_remedies.higher_rates(evidence)),
+    "stochastic-rounding": _copies(lambda evidence, _: update_remedies.rounded(evidence, "stochastic")),
     "eager-attention": _attention("eager"),
     "sdpa-attention": _attention("sdpa"),
     "use-amp-bf16": _amp_bf16,
     "keep-in-fp32": _keep_in_fp32,
+    "fp32-master-weights": _copies(lambda evidence, _: update_remedies.rounded(evidence, "master")),
     "disable-amp": _without_amp,
 }
 """By remedy, in the order of what they cost the user: a line of code, a setting, speed, memory."""

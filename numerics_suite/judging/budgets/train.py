@@ -36,6 +36,26 @@ BUDGETS = (
         remedies=("tune-loss-scale", "newer-version"),
     ),
     Budget(
+        check="train.updates",
+        measurement="untrained",
+        limit=0,
+        cause="untrained-parameters",
+        title="{value} trained parameters do not move: {parameters}",
+        reason="A parameter that is meant to train gets a gradient and is held by an optimizer, and a float64 step of its whole spacing moves it in "
+        "any precision. One that stays bit for bit is left out, or something writes its old value back.",
+        remedies=("non-reentrant-checkpointing", "rebuild-optimizer"),
+    ),
+    Budget(
+        check="train.updates",
+        measurement="lost",
+        limit=1,
+        cause="rounded-update",
+        title="updates round away: the {facts[dtype]} parameters hold {facts[share of the steps that is held]:.2g} of the steps at lr {facts[learning rate]:.2g}",
+        reason="Unit roundoff of the parameters' dtype over the share of the float64 steps that they hold (with three standard errors of the sample): "
+        "above 1 the dtype cannot tell what was held and all of the steps from the steps alone, so the run is one that did not train.",
+        remedies=("raise-learning-rate", "stochastic-rounding", "fp32-master-weights", "use-amp-bf16"),
+    ),
+    Budget(
         check="train.labels",
         measurement="loss-without-labels",
         limit=0,
