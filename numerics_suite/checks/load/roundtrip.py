@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.checks.load._dtypes import named_by_class
 from numerics_suite.checks.load.config import DEFINING
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
@@ -60,7 +61,10 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
         unit="tensors",
         module=next(iter(changes.dtypes)).rpartition(".")[0] if changes.dtypes else None,
         parameters=tuple(changes.dtypes),
-        facts={name: f"{held[name].dtype} before, {dtype} after" for name, dtype in changes.dtypes.items()},
+        facts={
+            **{name: f"{held[name].dtype} before, {dtype} after" for name, dtype in changes.dtypes.items()},
+            **(named_by_class(evidence, changes.dtypes) if changes.dtypes else {}),
+        },
     )
 
 
