@@ -58,6 +58,7 @@ def test_the_answer_as_json(capsys, results):
     assert json.loads(out) == {
         "schema_version": 1,
         "command": "report",
+        "complete": True,
         "verdict": "fail",
         "files": [f"r/{name}" for name in FILES],
         "notes": [],
