@@ -258,6 +258,7 @@ def test_bisect_writes_a_report(capsys, world):
     assert Path("again/summary.md").read_text(encoding="utf-8") == summary
 
 
+@pytest.mark.slow
 def test_plain_pytest_writes_the_same(folder):
     options = [
         f"--numerics-{word}"
