@@ -153,7 +153,7 @@ def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
         found = _search(plan, what, candidates, kept, terminal, note=note, jobs=jobs, settings=settings, own=own)
     content = bisect_to_json(found)
     if settings.json:
-        write_json(settings.json, content)
+        write_json(settings.json, content, 0)
     documents = Documents(bisections=(BisectFile(content=revived(content), finding=found.finding),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
     return 0

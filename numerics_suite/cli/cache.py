@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     refuse_unwritable(given.json)
     answer = {"list": _list, "clean": _clean}[given.action](given)
     if given.json:
-        write_json(given.json, {"schema_version": 1, "command": "cache", "action": given.action, **answer})
+        write_json(given.json, {"schema_version": 1, "command": "cache", "action": given.action, **answer}, 0)
     return 0
 
 

@@ -95,7 +95,7 @@ def _list(settings: Settings) -> int:
         rows = plan_rows(settings)
         Terminal(stream=stream, quiet=False).plan(rows)
     if settings.json:
-        write_json(settings.json, plan_to_json(rows))
+        write_json(settings.json, plan_to_json(rows), 0)
     return 0
 
 

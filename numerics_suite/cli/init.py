@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     with for_people(settings) as stream:
         answer, status = _init(settings, own, stream)
     if settings.json:
-        write_json(settings.json, answer)
+        write_json(settings.json, answer, 0)
     return status
 
 

@@ -44,13 +44,13 @@ VERDICTS = {0: "pass", 1: "fail"}
 """Of the exit statuses; any other is an `error`."""
 
 
-def write_json(target: str, content: Mapping[str, Any], status: int = 0) -> None:
+def write_json(target: str, content: Mapping[str, Any], status: int | None = None) -> None:
     """The answer as JSON, with `complete` and `verdict` where the command's own document has none.
 
     Args:
         target: a path, or `-` for standard output.
         content: no number in it that is not finite.
-        status: the exit status of the command.
+        status: the exit status of the command, None for a document that says it already.
 
     Raises:
         BadInputError: it cannot be written.
@@ -59,7 +59,8 @@ def write_json(target: str, content: Mapping[str, Any], status: int = 0) -> None
     from numerics_suite.core.errors import BadInputError
     from numerics_suite.reporting.results import dump
 
-    content = {"complete": True, "verdict": VERDICTS.get(status, "error"), **content}
+    if status is not None:
+        content = {"complete": True, "verdict": VERDICTS.get(status, "error"), **content}
     if target != "-":
         write_atomic(Path(target), dump(content), "--json")
         return

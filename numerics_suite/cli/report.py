@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
             say(f"note: {note}")
     tell_github(documents, None if quiet else sys.stdout)
     if given.json:
-        write_json(given.json, _as_json(written, documents, verdict_of(documents)))
+        write_json(given.json, _as_json(written, documents, verdict_of(documents)), 0)
     return 0
 
 

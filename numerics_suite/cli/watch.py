@@ -145,7 +145,9 @@ def _ended(finder: Finder, given: argparse.Namespace, status: int, *, stopped: b
     ended = 1 if stopped or (caught and not status) else status
     if given.json:
         document = _as_json(finder, [watch.finding for watch in caught if watch.finding], status)
-        write_json(given.json, {"verdict": "fail" if caught else VERDICTS.get(status and 3, "error"), **document})
+        write_json(
+            given.json, {**document, "verdict": "fail" if caught else VERDICTS.get(status and 3, "error")}, status
+        )
     return ended
 
 

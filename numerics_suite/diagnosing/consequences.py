@@ -8,7 +8,7 @@ stays a root, and so does what the root's remedy does not cure, or only with ano
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,9 @@ AT_AN_OP = frozenset({"overflow", "underflow", "invalid-operation", "fully-maske
 
 RAISES = "model-raises"
 
+NO_RUN = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
+"""What a model raises that cannot be run on a batch; a trial or replay that ends so has shown what it could."""
+
 Covers = Callable[["CheckResult", "CheckResult"], bool]
 """Whether the acceptance of the first, a root, reaches the second."""
 
@@ -38,7 +41,7 @@ def as_tree(results: Sequence[CheckResult], covers: Covers) -> list[CheckResult]
         covers: an entry that accepts a root may be for one precision only; what it does not reach has a root of its own.
     """
     roots: list[CheckResult] = []
-    known: dict[str, CheckResult] = {}
+    known: dict[str, tuple[Finding, CheckResult]] = {}
     ordered = []
     for result in results:
         told = result
@@ -51,26 +54,32 @@ def as_tree(results: Sequence[CheckResult], covers: Covers) -> list[CheckResult]
                 told = replace(result, finding=replace(result.finding, consequence_of=root.id))
                 if root.status == "accepted":
                     told = replace(told, status="accepted", reason=root.reason)
-            known[result.id] = root or told
+            known[result.id] = result.finding, root or told
         ordered.append(told)
     return ordered
 
 
 def _root_of(
-    result: CheckResult, finding: Finding, roots: Sequence[CheckResult], known: dict[str, CheckResult], covers: Covers
+    result: CheckResult,
+    finding: Finding,
+    roots: Sequence[CheckResult],
+    known: Mapping[str, tuple[Finding, CheckResult]],
+    covers: Covers,
 ) -> CheckResult | None:
     reached = [
         root for root in roots if _one_subject(root, result) and (root.status != "accepted" or covers(root, result))
     ]
-    tried = known.get(finding.consequence_of or "")
+    _, tried = known.get(finding.consequence_of or "", (None, None))
     if tried is not None and any(root.id == tried.id for root in reached):
         return tried
     if _has_more_causes(finding):
         return None
     reached = [root for root in reached if root.finding is not None and not _outlasts(finding, root.finding)]
-    alike = [root for root in reached if root.finding is not None and _shows(root.finding, finding)]
-    if alike:
-        return alike[0]
+    # What shows the same as a consequence follows from that one's root: one exception has one root, whoever met it first.
+    ids = {root.id for root in reached}
+    for other, root in known.values():
+        if root.id in ids and _shows(other, finding):
+            return root
     return _of_parameters(finding, reached)
 
 

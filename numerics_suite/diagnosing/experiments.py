@@ -81,8 +81,8 @@ DECISIVE: dict[str, tuple[Experiment, ...]] = {
 """By cause. One that is not here was not concluded but seen: a key that is ignored, two runs that differ."""
 
 
-SEEN = frozenset({"coarser"})
-"""Measurements that count what an op itself says, such as the dtype it computes in."""
+SEEN = frozenset({"coarser", "other-dtype"})
+"""Measurements that count what an op or a tensor itself says: the dtype it computes in, or is held in."""
 
 
 def with_confidence(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> Finding:

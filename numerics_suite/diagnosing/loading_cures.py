@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,11 @@ Change = Callable[[Loaded], Loaded]
 OF_BUFFERS = "rounded-buffers"
 """The measurement of load.dtype that counts buffers."""
 
+CONFIG = "config.json"
+
+IGNORED = "ignored-dtype"
+"""The measurement of load.dtype that counts what is held where nothing has the dtype asked for."""
+
 WIDE = (torch.float32, torch.float64)
 
 FROM_FILES = (
@@ -31,7 +37,8 @@ FROM_FILES = (
 def cast_copies(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
     """The cell with the finding's parameters in the dtype asked for, and what was done.
 
-    What the other dtype could not hold is lost to a cast: the second attempt loads the stored values once more, buffers too.
+    What the other dtype could not hold is lost to a cast: the second attempt loads the stored values once more, buffers too. A
+    new head has none yet; what is saved and loaded again has them in the folder that it then came from.
 
     Args:
         evidence: the cell.
@@ -40,21 +47,34 @@ def cast_copies(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence
     names = [name for name in finding.parameters if name in dict(evidence.model.named_parameters())]
     if not names:
         return
+    names += _buffers_beside(evidence, finding)
     dtype = evidence.recipe.parameters
     modules = sorted({name.rpartition(".")[0] for name in names})
     how = f"{listed(tuple(modules), 2)} cast to {dtype}"
     cast = evidence.variant(change=_cast(names, getattr(torch, dtype)))
     yield cast, how
-    if values := _stored(evidence, names) | _buffers(evidence, rounded_buffers(evidence)):
-        yield cast.variant(change=_with_values(values)), f"{how}, then load_state_dict with the stored values"
+    if evidence.subject.path is not None and not evidence.subject.adapter_base:
+        buffers = _buffers(evidence, rounded_buffers(evidence))
+        again = cast.variant(change=_with_stored(names)).variant(change=_with_values(buffers))
+        yield again, f"{how}, then load_state_dict with the stored values"
+
+
+def _buffers_beside(evidence: Evidence, finding: Finding) -> list[str]:
+    """The saved buffers that a load which ignored the dtype holds in the same other one as the weights."""
+    if finding.evidence.get("measurement") != IGNORED:
+        return []
+    held = {parameter.dtype for name, parameter in evidence.model.named_parameters() if name in finding.parameters}
+    saved = evidence.model.state_dict().keys()
+    return [name for name, buffer in evidence.model.named_buffers() if name in saved and buffer.dtype in held]
 
 
 def _cast(names: Iterable[str], dtype: torch.dtype) -> Change:
     chosen = tuple(names)
 
     def change(loaded: Loaded) -> Loaded:
-        for parameter in map(loaded.model.get_parameter, chosen):
-            parameter.data = parameter.data.to(dtype)
+        tensors = {**dict(loaded.model.named_parameters()), **dict(loaded.model.named_buffers())}
+        for tensor in (tensors[name] for name in chosen):
+            tensor.data = tensor.data.to(dtype)
         return loaded
 
     return change
@@ -114,6 +134,18 @@ def _buffers(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor
         name: value.to(built[name].dtype) for name, value in stored.items() if value.dtype in WIDE and name in built
     }
     return wide | {name: built[name] for name in names if name in built and name not in saved}
+
+
+def _with_stored(names: Iterable[str]) -> Change:
+    """Give the parameters the values of the files that the model was loaded from."""
+    chosen = tuple(names)
+
+    def change(loaded: Loaded) -> Loaded:
+        folder = Path(getattr(loaded.model, "name_or_path", ""))
+        headers = tensor_headers(folder) if (folder / CONFIG).is_file() else {}
+        return _with_values({name: read_tensor(folder, name) for name in chosen if name in headers})(loaded)
+
+    return change
 
 
 def _with_values(values: Mapping[str, torch.Tensor]) -> Change:

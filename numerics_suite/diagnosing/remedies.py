@@ -22,7 +22,7 @@ from numerics_suite.diagnosing.fixing import fixed_configs
 from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype, saved_head
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.float32_modules import hold_in_float32
-from numerics_suite.engine.own_batch import can_be_trained_on
+from numerics_suite.engine.own_batch import empty_batches_of
 from numerics_suite.inputs.labels import IGNORED, no_label_counts
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.load import IDS, Loaded
@@ -229,10 +229,10 @@ def _count_labels(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
     for longer in (length * times for times in LONGER if length * times <= evidence.longest):
         cured = evidence.variant(length=longer)
         batch = cured.usable_own_batch
-        if batch is not None and can_be_trained_on(cured, batch):
+        if batch is not None and empty_batches_of(cured, batch) < 1:
             yield Attempt(evidence=cured, how=f"rows of up to {longer} tokens (--seq-len {longer})")
             return
-    reason = f"not tried: in rows of up to {length * LONGER[-1]} tokens, or as many as the model takes, no label counts either"
+    reason = f"not tried: in rows of up to {length * LONGER[-1]} tokens, or as many as the model takes, batches without a label that counts remain"
     raise NotApplicableError(reason)
 
 

@@ -2,7 +2,8 @@
 
 `verified` is True where the check itself passes on the cured copy, together with what shows that nothing was merely hidden: the
 weights are sound, the answers repeat and are those of the family's definition, and a cell that can train trains. What fails for
-another reason, as it did without the remedy or could not be asked without it, does not count. It is False where that was tried and
+another reason, as it did without the remedy or could not be asked without it, does not count: what the cell has wrong beside the
+finding is cured first (:mod:`numerics_suite.diagnosing.other_defects`). It is False where that was tried and
 is not so, None where it could not be tried here. Where none helps alone, combinations are tried, smallest first.
 """
 
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Finding, Measurement, Remedy
 from numerics_suite.core.registry import get_check
-from numerics_suite.diagnosing.consequences import RAISES
+from numerics_suite.diagnosing.consequences import NO_RUN, RAISES
 from numerics_suite.diagnosing.findings import finding as finding_of
 from numerics_suite.diagnosing.findings import title
 from numerics_suite.diagnosing.learning_rates import learning_rates
+from numerics_suite.diagnosing.other_defects import without_others
 from numerics_suite.diagnosing.remedies import Attempt
 from numerics_suite.diagnosing.remedy_combinations import Shown, combined
 from numerics_suite.diagnosing.remedy_register import cost_of, cures, description_of, useful_first
@@ -56,9 +58,6 @@ called, by design; where the cure is to call it otherwise they say nothing of th
 LOWER_RATE = "lower-learning-rate"
 SAME = 1e-3
 """Relative difference of two distances from the definition that are one: both are taken in true fp64 of rounded weights."""
-
-NO_RUN = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
-"""What a model raises that cannot be run on a batch; such a replay has shown what it could."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +144,10 @@ def try_remedies(  # noqa: PLR0913 - two are for what is no cell
         begin: what a remedy of that name is tried on, where not every one can act on the same; NotApplicableError with the reason
             where there is nothing.
     """
-    trial = _Trial(check=check, finding=finding, evidence=evidence, ask=ask, beside=beside, begin=begin)
+    others: tuple[str, ...] = ()
+    if begin is None:
+        evidence, others = without_others(check, finding, evidence, ask)
+    trial = _Trial(check=check, finding=finding, evidence=evidence, ask=ask, beside=beside, begin=begin, others=others)
     names = sorted((remedy.name for remedy in finding.remedies), key=cost_of)
     tried = [trial.remedy(name) for name in names]
     if not any(remedy.verified for remedy in tried):
@@ -161,6 +163,7 @@ class _Trial:
     ask: Ask
     beside: Sequence[str] | None = None
     begin: Callable[[str], Evidence] | None = None
+    others: tuple[str, ...] = ()
     moved: dict[str, bool] = field(default_factory=dict)
 
     def _begin(self, name: str) -> Evidence:
@@ -244,6 +247,8 @@ class _Trial:
         try:
             cured.loaded  # noqa: B018 - here, for its refusal
             seen = self._judged(attempt)
+            if seen.works and self.others:
+                seen = replace(seen, effect=f"{seen.effect}; beside {', '.join(self.others)}, a finding of its own")
             return replace(seen, found=finding_of(seen.left, cured, None)) if diagnose and seen.left else seen
         finally:
             cured.let_go()

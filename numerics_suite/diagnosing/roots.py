@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, Finding, Remedy
+from numerics_suite.diagnosing.consequences import NO_RUN
 from numerics_suite.diagnosing.remedy_register import cures
-from numerics_suite.diagnosing.remedy_trials import NO_RUN, Ask
+from numerics_suite.diagnosing.remedy_trials import Ask
 from numerics_suite.engine.evidence import Evidence
 
 AT_ITS_PLACE = frozenset(

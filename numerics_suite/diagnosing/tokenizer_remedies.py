@@ -95,7 +95,7 @@ def mended(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str
         finding: with the exception.
 
     Raises:
-        NotApplicableError: the exception names nothing that could be changed here.
+        NotApplicableError: the exception names nothing that could be changed here, or what is changed needs a package.
     """
     opener, exception, done = evidence.request.tokenizer, str(finding.evidence.get("exception", "")), list[str]()
     while len(done) < MOST_CHANGES:
@@ -105,21 +105,25 @@ def mended(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str
         opener = change[0]
         done.append(change[1])
         cured = evidence.variant(tokenizer=opener)
-        yield cured, "; ".join(done)
         exception = _exception(cured)
+        yield cured, "; ".join(done)
     if not done:
         reason = f"not tried: no change is known that answers {exception}"
         raise NotApplicableError(reason)
 
 
 def _exception(evidence: Evidence) -> str:
-    """What the tokenizer raises now, empty where it does not."""
+    """What the tokenizer raises now, empty where it does not.
+
+    Raises:
+        NotApplicableError: a package is missing, so that nobody knows.
+    """
     try:
         tokenizer = evidence.tokenizer
         if tokenizer is not None:
             with tokenizer_failures(""):
                 tokenizer(["a", "b c"], padding=tokenizer.pad_token is not None)
-    except (TokenizerRaisesError, NotApplicableError) as error:
+    except TokenizerRaisesError as error:
         return str(error)
     return ""
 

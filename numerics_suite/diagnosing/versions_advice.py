@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from numerics_suite.core.errors import NumericsSuiteError
-from numerics_suite.diagnosing.remedy_trials import NO_RUN, Ask
+from numerics_suite.diagnosing.consequences import NO_RUN
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.fixtures import fixture_names, fixture_path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from numerics_suite.core.records import Finding
+    from numerics_suite.diagnosing.remedy_trials import Ask
 
 NEWER, PIN = "newer-version", "pin-version"
 

@@ -35,4 +35,6 @@ def saved_and_loaded(evidence: Evidence, model: nn.Module, folder: Path) -> nn.M
     loaded = evidence._loader(  # noqa: SLF001 - same loader, other folder
         again, dtype=evidence.recipe.parameters, attn=evidence.cell.attn, device=evidence.cell.device, seed=2
     )
+    for change in evidence.changes:  # what is done to every model as soon as it is loaded is part of loading it
+        loaded = change(loaded)
     return loaded.model

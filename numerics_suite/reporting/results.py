@@ -88,7 +88,7 @@ def unfinished(command: str, **content: Any) -> dict[str, Any]:
         "started_at": datetime.now(tz=timezone.utc).astimezone().isoformat(timespec="seconds"),
         "duration_s": 0.0,
         "exit_status": 3,
-        "counts": counts(()),
+        "counts": _counts(()),
         "notes": [],
         "environment": {
             "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The buffers that a class builds from its config: what a load may hold, before a cast or a file had a part in it."""
+"""What a class builds from its config: the buffers and dtypes that a load may hold, before a cast or a file had a part in it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
 def built_buffers(model: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor] | None:
     """The buffers of another model of the same class and config, by name, as its constructor makes them.
 
-    Its parameters are on the meta device, so it costs no memory to speak of. A buffer whose dtype is not `dtype` has one that the
-    class itself names.
+    A buffer whose dtype is not `dtype` has one that the class itself names.
 
     Args:
         model: of transformers, without an adapter.
@@ -38,19 +37,50 @@ def built_buffers(model: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor] 
     Returns:
         None where the class cannot be built from its config alone.
     """
+    other = _built(model, dtype)
+    return None if other is None else dict(other.named_buffers())
+
+
+def built_dtypes(model: nn.Module, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    """The dtypes in which the class builds its parameters, by name; empty where it cannot be built from its config alone.
+
+    Args:
+        model: of transformers, without an adapter.
+        dtype: torch's default dtype while the class builds; a parameter in another one has a dtype that the class itself names.
+    """
+    other = _built(model, dtype)
+    return {} if other is None else {name: parameter.dtype for name, parameter in other.named_parameters()}
+
+
+def built_with(model: nn.Module, changed: Mapping[str, Any]) -> nn.Module | None:
+    """Another model of the same class, its parameters on the meta device, from a config in which some values are others.
+
+    Args:
+        model: of transformers, without an adapter.
+        changed: values by attribute.
+
+    Returns:
+        None where the class cannot be built so.
+    """
+    return _built(model, torch.get_default_dtype(), changed)
+
+
+def _built(model: nn.Module, dtype: torch.dtype, changed: Mapping[str, Any] | None = None) -> nn.Module | None:
     if not compat.is_language_model(model):
         return None
     config: Any = copy.deepcopy(model.config)
     default = torch.get_default_dtype()
     try:
+        for name, value in (changed or {}).items():
+            setattr(config, name, value)
         torch.set_default_dtype(dtype)
+        # With its parameters on the meta device it costs no memory to speak of.
         with quiet_transformers(), seeded(0), _parameters_on_meta():
-            other = type(model)(config)
+            return type(model)(config)
     except Exception:  # noqa: BLE001 - a class of the user's own may ask for more than a config, in any way
         return None
     finally:
         torch.set_default_dtype(default)
-    return dict(other.named_buffers())
 
 
 @contextmanager

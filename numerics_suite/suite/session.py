@@ -214,8 +214,14 @@ class SuiteSession:
             found = without_pin(found)
         found = with_confidence(question.check, found, evidence, self._ask_again)
         found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
+        return self._following(question, found, evidence) or found
+
+    def _following(self, question: Question, found: Finding, evidence: Evidence) -> Finding | None:
+        """The finding as a consequence of an earlier one of its cell, None where nothing shows that."""
+        if not (self.settings.diagnose and self.tries_remedies):
+            return None
         earlier = [root for root in self._roots if root.cell == question.cell]
-        return following(question.check, found, evidence, earlier, self._ask_again) or found
+        return following(question.check, found, evidence, earlier, self._ask_again)
 
     def _failed(self, found: Finding, result: Callable[..., CheckResult], told: Mapping[str, object]) -> CheckResult:
         failed = result("failed", finding=found, **told)
@@ -237,10 +243,14 @@ class SuiteSession:
             return None
         cell = question.cell
         key = (cell.subject, cell.task, *raised(found))
-        if key in self._raises:  # the same exception at the same line: what cures the root is told there
-            return self._failed(replace(found, remedies=()), result, {})
-        self._raises.add(key)
-        return self._failed(self._diagnosed(question, found, evidence), result, {})
+        if key not in self._raises:
+            found = self._diagnosed(question, found, evidence)
+        else:  # the same exception at the same line: what cures the root is told there
+            found = replace(found, remedies=())
+            if (cell.id, *key) not in self._raises:
+                found = self._following(question, found, evidence) or found
+        self._raises |= {key, (cell.id, *key)}
+        return self._failed(found, result, {})
 
     def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""

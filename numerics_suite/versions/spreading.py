@@ -160,7 +160,7 @@ def stage(folder: Path) -> None:
     fixtures = fixtures_root()
     ignore = shutil.ignore_patterns("__pycache__", "_fixtures")
     shutil.copytree(package, folder / package.name, ignore=ignore)
-    places = [fixtures / name for name in (*fixture_names(), "digests.json", "texts.jsonl")]
+    places = [fixtures / name for name in (*fixture_names(default=False), "digests.json", "texts.jsonl")]
     (folder / package.name / "_fixtures").mkdir()
     for place in places:
         target = folder / package.name / "_fixtures" / place.name

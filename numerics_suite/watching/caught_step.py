@@ -26,8 +26,8 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.device import visible_accelerators
 from numerics_suite.devices.kinds import kind_of
 from numerics_suite.devices.precisions import PRECISIONS, Precision
+from numerics_suite.diagnosing.consequences import NO_RUN
 from numerics_suite.diagnosing.remedies import InputChange
-from numerics_suite.diagnosing.remedy_trials import NO_RUN
 from numerics_suite.engine.calls import call_with, input_device, takes_token_ids
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.outputs import floating_outputs

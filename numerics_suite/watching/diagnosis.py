@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Finding
+from numerics_suite.diagnosing.consequences import NO_RUN
 from numerics_suite.diagnosing.findings import batch_as_json
 from numerics_suite.diagnosing.remedy_register import remedies_of, untried
-from numerics_suite.diagnosing.remedy_trials import NO_RUN
 from numerics_suite.diagnosing.root_causes import (
     REMEDIES,
     bad_input,

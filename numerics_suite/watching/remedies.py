@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding, Remedy
+from numerics_suite.diagnosing.consequences import NO_RUN
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.remedy_register import useful_first
 from numerics_suite.diagnosing.remedy_trials import (
-    NO_RUN,
     NOT_HERE,
     TRAINS,
     Answer,

@@ -402,8 +402,8 @@ def kill_at_random(folder: Path, command: str, arguments: list[str], kills: int,
         now = whole(out)
         assert kept <= now
         kept = now
-        if (folder / "answer.json").exists():
-            json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        answer = folder / "answer.json"
+        if answer.exists() and json.loads(answer.read_text(encoding="utf-8"))["complete"]:
             (folder / "answer.json").unlink()
             # All was done: begin again from nothing, so that every moment of a run is met.
             import shutil

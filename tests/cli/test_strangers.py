@@ -129,6 +129,22 @@ def test_a_deeply_nested_checkpoint_file_is_bad_input(tmp_path, capsys, name):
     assert len(said.splitlines()) <= 1
 
 
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", -8), ("num_attention_heads", 0), ("vocab_size", -1)])
+def test_a_size_that_no_model_has_is_bad_input(tmp_path, capsys, field, value):
+    from numerics_suite.subjects.fixtures import fixture_path
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in fixture_path("glm4-tiny").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    assert main(["check", "checkpoint", "--list"]) == 4
+    said = capsys.readouterr().err
+    assert field in said
+    assert len(said.splitlines()) == 1
+
+
 def test_a_deeply_nested_results_file_is_bad_input(tmp_path, capsys):
     (tmp_path / "in.json").write_text('{"command": "check", "checks": ' + "[" * 100_000)
     assert main(["report", "in.json", "--out", "out"]) == 4

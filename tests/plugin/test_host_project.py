@@ -100,3 +100,16 @@ def test_the_suite_by_its_package_name_with_a_finding_fails_with_its_block(tmp_p
     assert run.returncode == 1, run.stdout
     assert "never initialised: weight" in run.stdout
     assert "uninitialised-parameters" in run.stdout
+
+
+def test_a_host_that_makes_warnings_errors_gets_answers(host):
+    (host / "warns.py").write_text(
+        "import warnings\nimport torch\n"
+        "class Warns(torch.nn.Linear):\n    def forward(self, input):\n        warnings.warn('old', DeprecationWarning)\n"
+        "        return super().forward(input)\n"
+        "def make():\n    warnings.warn('made', UserWarning)\n    return Warns(4, 4), {'input': torch.ones(2, 4)}\n"
+    )
+    text = SETTINGS.replace('["fixture:glm-tiny"]', '["factory:warns:make"]').replace("load.dtype", "forward.finite")
+    (host / "pyproject.toml").write_text(f'{text}filterwarnings = ["error"]\n')
+    run = run_pytest(host)
+    assert run.returncode == 0, run.stdout + run.stderr

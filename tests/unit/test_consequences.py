@@ -129,6 +129,20 @@ def test_one_exception_is_one_root():
     assert tree(first, again, elsewhere, other) == [None, first.id, None, None]
 
 
+@pytest.mark.parametrize("remedy", [None, Remedy(name="cast-after-loading", description="d", verified=False)])
+def test_what_shows_the_same_as_a_consequence_has_its_root(remedy):
+    """A half-precision head: one check shows that its exception follows from the dtype, the others meet the same exception."""
+    one = {"exception": "RuntimeError: mat1 and mat2", "line": "modeling_x.py:12"}
+    cast = Remedy(name="cast-after-loading", description="d", verified=True)
+    dtype = failed("load.dtype", "low-precision-section", remedies=(cast,))
+    first = failed("inputs.ids-dtype", "model-raises", evidence=one)
+    shown = replace(first, finding=replace(first.finding, consequence_of=dtype.id))
+    again = failed("forward.finite", "model-raises", evidence=one, remedies=(remedy,) if remedy else ())
+    elsewhere = failed("train.finite", "model-raises", evidence=one | {"line": "modeling_x.py:13"})
+    follows = dtype.id if remedy is None else None
+    assert tree(dtype, shown, again, elsewhere) == [None, dtype.id, follows, None]
+
+
 def test_one_op_at_which_a_value_ends_is_one_root():
     place = {"module": "layers.0", "op": "aten.mul.Tensor", "source": "modeling_x.py:12"}
     first = failed("forward.finite", "overflow", **place)

@@ -82,7 +82,7 @@ def test_rebuild_gives_every_byte() -> None:
 
 
 def test_rebuild_names_a_changed_file(tmp_path: Path) -> None:
-    for name in (*NAMES, "texts.jsonl", "digests.json"):
+    for name in (*fixtures.fixture_names(default=False), "texts.jsonl", "digests.json"):
         source = fixtures.fixtures_root() / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     weights = tmp_path / "glm-tiny" / "model.safetensors"
@@ -98,7 +98,7 @@ def test_names() -> None:
     assert fixtures.fixture_names() == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "chatglm-2023-tiny", "chatglm-2023-tiny-classifier"])
 def test_size_and_digest_are_as_recorded(name: str) -> None:
     info, folder = fixtures.fixture_info(name), fixtures.fixture_path(name)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

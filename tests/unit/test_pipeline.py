@@ -172,6 +172,20 @@ def test_a_package_that_is_not_installed_is_no_finding(tmp_path):
     assert (answer["status"], "sentencepiece" in answer["reason"]) == ("skipped", True)
 
 
+def test_a_remedy_that_needs_a_missing_package_is_not_verified(tmp_path):
+    from unittest.mock import patch
+
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = copy_of("glm-tiny", tmp_path / "mine")
+    with (
+        patch.object(AutoTokenizer, "from_pretrained", side_effect=ValueError("no such class")),
+        patch.object(PreTrainedTokenizerFast, "from_pretrained", side_effect=ImportError("needs protobuf")),
+    ):
+        cause, remedies = told(result(folder))
+    assert (cause, remedies["fix-tokenizer"]) == ("tokenizer-incompatible", None)
+
+
 # --- no pad token ----------------------------------------------------------------------------------------------------
 
 NONE = {"pad_token": None}

@@ -61,6 +61,25 @@ def test_a_table_that_is_built_anew(folder, monkeypatch):
     assert statuses(folder, CHECK) == {"load.roundtrip": "failed: saving and loading again changes: answers"}
 
 
+def test_a_head_that_comes_back_in_another_dtype(folder, monkeypatch):
+    """As ChatGLM's does up to 4.57: a new head is made in the dtype asked for, a stored one in the class's own."""
+    import transformers
+
+    own = transformers.MistralForCausalLM.from_pretrained.__func__
+    loads = []
+
+    def halving(cls, *args, **kwargs):
+        loaded = own(cls, *args, **kwargs)
+        loads.append(loaded)
+        if len(loads) > 1:
+            loaded[0].lm_head.half()
+        return loaded
+
+    monkeypatch.setattr(transformers.MistralForCausalLM, "from_pretrained", classmethod(halving))
+    found = statuses(folder, CHECK, diagnose=False)
+    assert found == {"load.roundtrip": "failed: saved and loaded again, in another dtype: lm_head.weight"}
+
+
 def test_code_comes_along(monkeypatch):
     """Whatever the release leaves behind of the checkpoint's own code."""
     import transformers

@@ -87,9 +87,27 @@ def has_effect(model: nn.Module, key: str, value: Any) -> bool:
     if others and all(other == value for other in others):
         return True
     if key in ROWS and isinstance(value, int):
-        return bool(model.get_input_embeddings().weight.shape[0] == value)  # type: ignore[operator]
+        return embedding_rows(model) == value
     held = [vars(module)[name] for module in model.modules() for name in names if name in vars(module)]
     return bool(held) and all(type(one) is type(value) and one == value for one in held)
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Rows of the input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def other_word_counts(model: nn.Module, raw: Mapping[str, Any], key: str) -> bool:
+    """Whether the file gives the number of rows under two words, and the model was built by the other one.
+
+    ChatGLM's code counts `padded_vocab_size` and keeps `vocab_size` as a note.
+
+    Args:
+        model: as built.
+        raw: config.json.
+        key: of it.
+    """
+    return key in ROWS and any(raw.get(other) == embedding_rows(model) for other in ROWS - {key})
 
 
 def rope_is_built(model: nn.Module, rope: Mapping[str, Any], known: set[str]) -> bool:

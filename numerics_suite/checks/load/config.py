@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from numerics_suite.checks.load._effects import ROWS, has_effect, is_converted, is_derived, is_read, rope_is_built
+from numerics_suite.checks.load._effects import (
+    ROWS,
+    has_effect,
+    is_converted,
+    is_derived,
+    is_read,
+    other_word_counts,
+    rope_is_built,
+)
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
@@ -121,6 +129,8 @@ def _arrived(evidence: Evidence, key: str, known: set[str]) -> bool:
     """Whether a key that no class declares is read all the same, or the model has what it says without reading it."""
     raw, model = evidence.subject.config, evidence.model
     if key == "rope_parameters" and isinstance(raw[key], Mapping) and rope_is_built(model, raw[key], known):
+        return True
+    if other_word_counts(model, raw, key):
         return True
     made_by = type(model.config)
     return has_effect(model, key, raw[key]) or is_derived(made_by, raw, key) or is_read(made_by, raw, key)

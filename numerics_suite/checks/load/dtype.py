@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from numerics_suite.checks.load._buffers import rounded_buffers
+from numerics_suite.checks.load._dtypes import named_by_class, only_with_config
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
@@ -42,6 +43,8 @@ def dtype(evidence: Evidence) -> Iterable[Measurement]:
         facts["kept in fp32 as the model declares"] = ", ".join(declared[:SHOWN])
     # What is held wider than asked for loses nothing; it costs memory, and answers differ from those of the dtype asked.
     wider = bool(other) and all(_is_wider(held, asked) for held in other.values())
+    if other:
+        facts |= named_by_class(evidence, other) if obeys else _of_the_load(evidence)
     yield _of_parameters("ignored-dtype", {} if obeys else other, facts)
     yield _of_parameters("other-dtype", other if obeys else {}, facts, cause="contract-change" if wider else None)
     rounded = rounded_buffers(evidence)
@@ -58,6 +61,9 @@ def dtype(evidence: Evidence) -> Iterable[Measurement]:
 def _of_parameters(
     name: str, other: Mapping[str, str], facts: Mapping[str, Fact], *, cause: str | None = None
 ) -> Measurement:
+    holds = ", ".join(sorted(set(other.values())))
+    if "ignored by" in facts:
+        holds += " where from_pretrained is handed a config"
     return Measurement(
         name=name,
         value=len(other),
@@ -65,8 +71,18 @@ def _of_parameters(
         module=next(iter(other)).rpartition(".")[0] if other else None,
         parameters=tuple(other),
         cause=cause if other else None,
-        facts={**facts, "holds": ", ".join(sorted(set(other.values())))} if other else facts,
+        facts={**facts, "holds": holds} if other else facts,
     )
+
+
+def _of_the_load(evidence: Evidence) -> dict[str, Fact]:
+    """Which load it is that ignores the dtype, where another one heeds it."""
+    if not only_with_config(evidence):
+        return {}
+    return {
+        "ignored by": "from_pretrained with config=; by the folder alone, or with the dtype given to AutoConfig.from_pretrained "
+        f"too, the model is in {evidence.recipe.parameters}"
+    }
 
 
 def _declared_fp32(model: object) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.checks.load._dtypes import named_by_class
 from numerics_suite.checks.load.config import DEFINING
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
@@ -38,7 +39,7 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as folder:
         model: nn.Module | Mapping[str, Tensor] = evidence.model
         trip, changes = 0, _Changes()
-        while trip < TRIPS and not changes.names:
+        while trip < TRIPS and not changes.names and not changes.dtypes:
             trip += 1
             model = _saved_and_loaded(evidence, model, Path(folder, str(trip)))
             changes = _changes(evidence, model)
@@ -53,6 +54,18 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
         cause="ignored-config" if changes.config and not changes.tensors else None,
         facts={} if not changes.names else {"seen at save and load number": trip, **changes.config},
     )
+    held = evidence.model.state_dict() if changes.dtypes else {}
+    yield Measurement(
+        name="other-dtype",
+        value=len(changes.dtypes),
+        unit="tensors",
+        module=next(iter(changes.dtypes)).rpartition(".")[0] if changes.dtypes else None,
+        parameters=tuple(changes.dtypes),
+        facts={
+            **{name: f"{held[name].dtype} before, {dtype} after" for name, dtype in changes.dtypes.items()},
+            **(named_by_class(evidence, changes.dtypes) if changes.dtypes else {}),
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +73,14 @@ class _Changes:
     """What a model lost on its way through files.
 
     Attributes:
-        tensors: names of those whose bits, dtype or shape changed.
+        tensors: names of those whose values or shape changed.
+        dtypes: what those are held in whose dtype alone changed: as good as the other dtype can, the values are the same.
         config: what was and what is, by key.
         answers: by how much the true fp64 answers moved, relative to their root mean square; 0 where they did not.
     """
 
     tensors: tuple[str, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     config: Mapping[str, str] = field(default_factory=dict)
     answers: float = 0.0
 
@@ -80,17 +95,21 @@ def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor]) -> _Ch
     before = evidence.model.state_dict()
     state = after if isinstance(after, Mapping) else after.state_dict()
     differing = tuple(name for name in before if name not in state or not same_bits(before[name], state[name]))
+    dtypes = {name: state[name].dtype for name in differing if name in state and _is_cast(before[name], state[name])}
+    differing = tuple(name for name in differing if name not in dtypes)
     extra = tuple(name for name in state if name not in before)
     if isinstance(after, Mapping):
-        return _Changes(tensors=differing + extra)
+        return _Changes(tensors=differing + extra, dtypes=dtypes)
     was, now = (_defining(model.config.to_dict()) for model in (evidence.model, after))  # type: ignore[operator, union-attr]
     config = {
         key: f"{was.get(key)!r} before, {now.get(key)!r} after"
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     }
-    same = not differing and not extra and not config
-    return _Changes(tensors=differing + extra, config=config, answers=_moved(evidence, after) if same else 0.0)
+    same = not differing and not extra and not config and not dtypes
+    return _Changes(
+        tensors=differing + extra, dtypes=dtypes, config=config, answers=_moved(evidence, after) if same else 0.0
+    )
 
 
 def _defining(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -140,6 +159,16 @@ def _state_through_file(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:
     # save_model leaves out all but one name of tensors that share memory; give those their partner's value.
     partners = {value.data_ptr(): stored[name] for name, value in state.items() if name in stored}
     return {name: stored.get(name, partners.get(value.data_ptr(), value)) for name, value in state.items()}
+
+
+def _is_cast(saved: Tensor, loaded: Tensor) -> bool:
+    """Whether the loaded tensor is the saved one in another floating dtype."""
+    if not (saved.is_floating_point() and loaded.is_floating_point()) or saved.dtype == loaded.dtype:
+        return False
+    if saved.shape != loaded.shape:
+        return False
+    cast, loaded = saved.detach().cpu().to(loaded.dtype), loaded.detach().cpu()
+    return bool(((cast == loaded) | (cast.isnan() & loaded.isnan())).all())
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

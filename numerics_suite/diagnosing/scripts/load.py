@@ -301,5 +301,6 @@ LOAD = {
     ("load.head-init", "gain"): Body(lines=_gain, batch=False),
     ("load.roundtrip", "differing"): Body(lines=_roundtrip, batch=False),
     ("load.tied", "stored-apart"): Body(lines=_stored_apart, batch=False),
+    ("load.roundtrip", "other-dtype"): Body(lines=_roundtrip, batch=False),
     ("load.tied", "wrongly-tied"): Body(lines=_tied, batch=False),
 }

@@ -1,0 +1,120 @@
+"""The parts of a run's end, each by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from unit.sample_run import finding, result, sample_run
+
+from numerics_suite.cli.matrix import baseline_of
+from numerics_suite.core import interrupts
+from numerics_suite.core.answer_file import AnswerFile
+from numerics_suite.core.deaths import death_text
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.reporting.results import check_to_json, dump, indented, to_json, unfinished, with_checks
+from numerics_suite.settings.tree import Settings
+from numerics_suite.suite import session as suite_session
+from numerics_suite.suite.run import worker_count
+from numerics_suite.suite.session import SuiteSession
+
+
+def test_how_a_process_ended_is_said_in_words() -> None:
+    assert death_text(-signal.SIGKILL, 3_200_000_000) == "killed, probably out of memory: 3.2 GB in use (SIGKILL)"
+    assert death_text(-signal.SIGSEGV) == "ended by SIGSEGV"
+    assert "exit status 0" in death_text(0)
+
+
+def test_the_answer_file_is_written_at_once_and_then_within_a_second(tmp_path: Path) -> None:
+    file = AnswerFile(str(tmp_path / "out"))
+    file.offer(lambda: "first")
+    assert (tmp_path / "out").read_text() == "first"
+    file.offer(lambda: "second")
+    file.offer(lambda: "third")
+    assert (tmp_path / "out").read_text() == "first"
+    time.sleep(1.5)
+    assert (tmp_path / "out").read_text() == "third"
+    file.offer(lambda: "fourth")
+    file.close()
+    assert (tmp_path / "out").read_text() == "fourth"
+
+
+@pytest.mark.parametrize("earlier", ["of an earlier run", None])
+def test_a_run_that_did_not_begin_leaves_the_earlier_file(tmp_path: Path, earlier: str | None) -> None:
+    if earlier is not None:
+        (tmp_path / "out").write_text(earlier)
+    file = AnswerFile(str(tmp_path / "out"))
+    file.offer(lambda: "unfinished")
+    file.withdraw()
+    assert ((tmp_path / "out").read_text() if (tmp_path / "out").exists() else None) == earlier
+
+
+def test_a_results_file_put_together_from_parts_is_the_whole_one() -> None:
+    run = sample_run()
+    head = {**to_json(dataclasses.replace(run, checks=())), "counts": to_json(run)["counts"]}
+    assert with_checks(head, [indented(check_to_json(check)) for check in run.checks]) == dump(to_json(run))
+    assert with_checks(head, []) == dump(head)
+
+
+def test_an_unfinished_document_is_of_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from numerics_suite.reporting.results import load_schema
+
+    document = unfinished("check", checks=[])
+    jsonschema.validate(json.loads(dump(document)), load_schema())
+    assert (document["complete"], document["verdict"]) == (False, "error")
+
+
+def test_one_request_to_stop_interrupts_once_and_is_not_forgotten() -> None:
+    with interrupts.interruptible():
+        assert not interrupts.requested()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # `timeout` signals a process and then its group
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.stop_if_requested()
+    assert not interrupts.requested()
+
+
+def test_no_more_workers_than_cells() -> None:
+    plan: Any = SimpleNamespace(
+        device="cpu", questions=[SimpleNamespace(cell="one", skip=None, error=None)] * 3, cells=["one"]
+    )
+    assert worker_count(Settings(workers=30), plan) == 1
+    assert worker_count(Settings(workers=0), plan) == 0
+
+
+def test_each_cause_has_a_reproducer_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_session, "reproducer", lambda _check, found, *_: found.cause)
+    suite = SuiteSession(Settings(), reproducers=tmp_path)
+    for attn, cause in (("eager", "overflow"), ("sdpa", "invalid-operation"), ("flex_attention", "underflow")):
+        question: Any = SimpleNamespace(check="forward.finite", cell=result("forward.finite", "bf16", attn).cell)
+        path = suite._reproducer(question, finding(cause, "title"), None, None)  # type: ignore[arg-type]
+        assert path is not None
+        assert Path(path).read_text() == cause
+    assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["invalid-operation", "overflow", "underflow"]
+
+
+def test_a_matrix_refuses_baselines_of_other_subjects_before_it_installs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numerics_suite.suite import held_to
+
+    class Baselines(list[Any]):
+        folder = Path("kept")
+
+    monkeypatch.setattr(held_to, "baselines_of", lambda _: Baselines([result("forward.finite", "bf16").cell]))
+    subject = result("forward.finite", "bf16").cell.subject
+    named = Settings(baseline=Path("kept"))
+    assert baseline_of(named, [subject, "another"]) == Path("kept")
+    with pytest.raises(BadInputError, match=f"it holds {subject}, and nothing of another"):
+        baseline_of(named, ["another"])
+    assert baseline_of(Settings(), ["another"]) == Path(
+        "kept"
+    )  # found in its usual place: it need not speak of every subject
