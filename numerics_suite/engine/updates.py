@@ -51,8 +51,8 @@ class HeldShare:
     Attributes:
         dtype: such as `bfloat16`.
         share: ⟨h, s⟩/⟨s, s⟩.
-        error: its standard error over the sample. Each element is held or not, with the weight s², so the variance of the share is
-            share · Σs⁴/(Σs²)²; the share in it is at least u, or a sample in which nothing moved would be certain.
+        error: its standard error over the sample. Each element is held or not, with the weight w s², so the variance of the share is
+            share · Σw²s⁴/(Σws²)²; the share in it is at least u, or a sample in which nothing moved would be certain.
     """
 
     dtype: str
@@ -71,9 +71,9 @@ def held_share(dtype: str, held: float, meant: float, fourth: float) -> HeldShar
 
     Args:
         dtype: of the parameters.
-        held: Σ h s.
-        meant: Σ s².
-        fourth: Σ s⁴.
+        held: Σ w h s, with w the elements that a sampled one stands for.
+        meant: Σ w s².
+        fourth: Σ w² s⁴.
     """
     if not meant > 0:
         return None
@@ -110,6 +110,7 @@ class UpdateMeter:
         self.largest: dict[int, Tensor] = {}
         self.held: dict[int, Tensor] = {}
         self._dtypes: dict[int, str] = {}
+        self._weights: dict[int, float] = {}
         self._under_way: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -145,7 +146,7 @@ class UpdateMeter:
         del optimizer
         for parameter, old, step in self._under_way:
             key, gained = id(parameter), self.sample(parameter) - old
-            self._dtypes[key] = dtype_name(parameter)
+            self._dtypes[key], self._weights[key] = dtype_name(parameter), parameter.numel() / old.numel()
             self.first.setdefault(key, old)
             self.sums[key] = self.sums[key] + step if key in self.sums else step
             self.largest[key] = torch.maximum(self.largest[key], step.abs()) if key in self.largest else step.abs()
@@ -171,14 +172,22 @@ class UpdateMeter:
         return self.sample(value) if value.shape == parameter.shape and value.dim() else value.detach().cpu().clone()
 
     def totals(self) -> dict[str, Tensor]:
-        """By dtype narrower than float32, Σ h s, Σ s² and Σ s⁴ in float64, on the parameters' device."""
+        """By dtype narrower than float32, Σ w h s, Σ w s² and Σ w² s⁴ in float64, on the parameters' device.
+
+        A sampled element stands for w of its parameter, so that small ones, which are looked at whole, count as what they are.
+        """
         found: dict[str, Tensor] = {}
         for key, total in self.sums.items():
             dtype = self._dtypes[key]
             if getattr(torch, dtype).itemsize >= torch.float32.itemsize:
                 continue
-            square = total.square()
-            sums = torch.stack([(self.held[key] * total).sum(), square.sum(), square.square().sum()])
+            square, weight = total.square(), self._weights[key]
+            moments = (
+                (self.held[key] * total).sum() * weight,
+                square.sum() * weight,
+                square.square().sum() * weight**2,
+            )
+            sums = torch.stack(moments)
             found[dtype] = found[dtype] + sums.to(found[dtype].device) if dtype in found else sums
         return found
 

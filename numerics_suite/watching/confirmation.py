@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.devices import random_state
 from numerics_suite.diagnosing.remedy_trials import NO_RUN, ask_once
+from numerics_suite.engine.outputs import main_output
+from numerics_suite.observing.roundoff import rms
 from numerics_suite.watching.alarms import Alarm
-from numerics_suite.watching.caught_step import undisturbed
+from numerics_suite.watching.caught_step import CaughtStep, undisturbed
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.updates import unreached
+
+MOVED = 0.1
+"""Times a parameter's size that it is moved by, so that what reads it differs in any precision."""
 
 
 def confirmed(alarm: Alarm, scene: Scene) -> Alarm | None:
@@ -32,6 +42,29 @@ def confirmed(alarm: Alarm, scene: Scene) -> Alarm | None:
                 continue
             named = {name for breach in answer.breaches for name in breach.measurement.parameters}
             kept = [name for name in alarm.parameters if name in named]
+            kept = kept if kept and _depends_on(scene.caught(start), kept) else []
             return unreached(alarm.step, kept, int(alarm.facts["parameters of the optimizer"])) if kept else None
     text = f"{alarm.text}, first {alarm.parameters[0]}; whether that is meant so could not be found out: {why}"
     return replace(alarm, bad=False, text=text)
+
+
+@torch.no_grad()
+def _depends_on(caught: CaughtStep, names: Sequence[str]) -> bool:
+    """Whether the first kept step computes otherwise once the parameters are moved, with its own random states: a layer that was dropped does not.
+
+    Args:
+        caught: whose first step runs twice.
+        names: of the parameters.
+    """
+    trainer = caught.trainer(caught.once)
+
+    def answers() -> list[Tensor]:
+        outputs = [run() for run in trainer.forwards(caught.first_step)]
+        return [each["loss"] if "loss" in each else main_output(each)[1] for each in outputs]
+
+    before = answers()
+    with random_state.torch_seeded(0):
+        for name in names:
+            data = trainer.model.get_parameter(name).data
+            data += MOVED * (rms(data) or 1.0) * torch.randn_like(data)
+    return any(not torch.equal(old, new) for old, new in zip(before, answers(), strict=True))

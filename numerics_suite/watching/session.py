@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from numerics_suite.core.records import Finding
 from numerics_suite.watching.alarms import Alarm, NumericsError, Reading
 from numerics_suite.watching.attaching import around_forward, around_step, plain_model, plain_optimizer
 from numerics_suite.watching.bundle import Caught
-from numerics_suite.watching.caught_step import Start, bad_parameters
+from numerics_suite.watching.caught_step import bad_parameters
 from numerics_suite.watching.confirmation import confirmed
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.gauges import Gauges, parameters_of
@@ -210,7 +211,8 @@ class Watch:
             self.finding is None
             and (alarm := self._updates.left_out(self.step, optimizer, self.optimizers)) is not None
         ):
-            self._raise(alarm)
+            alarm = self._confirmed(alarm) if alarm.kind == UNREACHED else alarm
+            self._raise(alarm) if alarm is not None else None
 
     @property
     def _due(self) -> bool:
@@ -302,11 +304,7 @@ class Watch:
         finally:
             self._muted = False
 
-    def _raise(self, alarm: Alarm | None) -> None:
-        if alarm is not None and alarm.kind == UNREACHED:
-            alarm = self._confirmed(alarm)
-        if alarm is None:
-            return
+    def _raise(self, alarm: Alarm) -> None:
         if not alarm.bad:
             self.warnings.append(alarm)
             early(alarm)
@@ -332,11 +330,13 @@ class Watch:
             readings=self.readings,
             ring=self._ring,
         )
+        silent = functools.partial(self._kept.now, silent=alarm.parameters)
+        starts = silent if alarm.kind in SILENT else self._kept.starts
         return Scene(
             model=self.model,
             optimizer=self.optimizers[0] if self.optimizers else None,
             calls=self._ring.of_step(alarm.step),
-            starts=self._starts(alarm, seen) if alone else (),
+            starts=starts(seen, self.optimizers) if alone else (),
             snapshot=self._kept.parameters,
             snapshot_step=self._kept.step,
             updated=updated,
@@ -344,11 +344,6 @@ class Watch:
             scale=1.0 if scale is None else float(scale),
             replay=alone,
         )
-
-    def _starts(self, alarm: Alarm, seen: Seen) -> tuple[Start, ...]:
-        if alarm.kind in SILENT:
-            return self._kept.now(seen, self.optimizers, alarm.parameters)
-        return self._kept.starts(seen, self.optimizers)
 
     def _caught(self) -> Caught:
         return Caught(

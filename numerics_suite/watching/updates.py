@@ -120,7 +120,7 @@ class Updates:
                 step=step,
                 kind=UNHELD,
                 bad=True,
-                text=f"{len(unheld)} parameters of the model get a gradient and are in no optimizer, whose {len(strangers)} are not the model's",
+                text=f"{_counted(len(unheld))} of the model with a gradient in no optimizer, and {_counted(len(strangers))} of the optimizer not the model's",
                 cause="untrained-parameters",
                 facts={"parameters in no optimizer": len(unheld), "parameters of other tensors": len(strangers)},
                 parameters=tuple(unheld),
@@ -153,6 +153,10 @@ class Updates:
     def rate(self) -> float:
         """The largest learning rate of the last steps."""
         return max((seen.rate for seen in self._seen.values()), default=0.0)
+
+
+def _counted(count: int) -> str:
+    return "1 parameter is" if count == 1 else f"{count} parameters are"
 
 
 def unreached(step: int, names: Sequence[str], count: int) -> Alarm:

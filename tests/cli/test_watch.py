@@ -201,3 +201,48 @@ def test_several_models_and_optimizers_of_one_script(tmp_path):
     )
     done = command("watch", "--json", "-", "gan.py", cwd=tmp_path)
     assert (done.returncode, json.loads(done.stdout)["steps"]) == (0, 3), done.stderr
+
+
+SILENT = """
+    import copy, sys, torch
+    from torch import nn
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.lm_head = nn.Embedding(50, 16), nn.Linear(16, 50)
+
+        def forward(self, input_ids, labels):
+            hidden = self.embed(input_ids)
+            logits = self.lm_head(hidden)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+            return {"logits": logits, "loss": loss + (hidden * 0).sqrt().sum() if "scaler" in sys.argv else loss}
+
+    torch.manual_seed(0)
+    model = Model()
+    held = copy.deepcopy(model) if "copies" in sys.argv else model
+    optimizer = torch.optim.AdamW(held.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled="scaler" in sys.argv)
+    for _ in range(25):
+        ids = torch.randint(0, 50, (2, 8))
+        scaler.scale(model(ids, labels=ids)["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad()
+    print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "cause", "remedy"),
+    [("scaler", "loss-scaling", None), ("copies", "untrained-parameters", "rebuild-optimizer"), ("sound", None, None)],
+)
+def test_a_script_that_learns_nothing_in_silence(tmp_path, mode, cause, remedy):
+    script = tmp_path / "silent.py"
+    script.write_text(textwrap.dedent(SILENT), encoding="utf-8")
+    ran = command("watch", "--json", "watched.json", script, mode, cwd=tmp_path)
+    told = json.loads((tmp_path / "watched.json").read_text(encoding="utf-8"))
+    assert ran.returncode == (1 if cause else 0), ran.stderr
+    assert [finding["cause"] for finding in told["findings"]] == ([cause] if cause else [])
+    verified = {each["name"] for finding in told["findings"] for each in finding["remedies"] if each["verified"]}
+    assert verified == ({remedy} if remedy else set())

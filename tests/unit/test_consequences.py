@@ -293,3 +293,11 @@ def test_a_loud_head_explains_the_overflow_behind_it(tmp_path, monkeypatch):
     first, second = answered(session).checks
     assert first.finding.cause == "bad-initialisation"
     assert (second.finding.cause, second.finding.consequence_of) == ("overflow", first.id)
+
+
+@pytest.mark.parametrize(("names", "follows"), [(("a.weight",), True), (("a.weight", "b.weight"), False), ((), False)])
+def test_what_gets_no_gradient_does_not_move(names, follows):
+    """A parameter that does not move although it has a gradient is another defect."""
+    root = failed("train.grad-flow", "dead-gradient", parameters=("a.weight", "c.weight"))
+    told = as_tree([root, failed("train.updates", "untrained-parameters", parameters=names)], lambda *_: True)[1]
+    assert told.finding.consequence_of == (root.id if follows else None)

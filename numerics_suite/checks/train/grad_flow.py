@@ -118,12 +118,15 @@ def _loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
         return True
     model = evidence.copy_model().double()
     runner = Runner(model, evidence.condition)
-    before = runner.true_fp64(evidence.training_batch.tensors).outputs.get("loss")
-    with random_state.torch_seeded(evidence.request.seed):
+    tensors, seed = evidence.training_batch.tensors, evidence.request.seed
+    with random_state.torch_seeded(seed):  # a caught step may be in training mode: both runs drop the same
+        before = runner.true_fp64(tensors).outputs.get("loss")
+    with random_state.torch_seeded(seed):
         for name in names:
             parameter = model.get_parameter(name).data
             parameter += STEP * (rms(parameter) or 1.0) * torch.randn_like(parameter)
-    after = runner.true_fp64(evidence.training_batch.tensors).outputs.get("loss")
+    with random_state.torch_seeded(seed):
+        after = runner.true_fp64(tensors).outputs.get("loss")
     return (
         before is not None and after is not None and float((after - before).abs()) <= FLAT * max(abs(float(before)), 1)
     )
