@@ -77,11 +77,11 @@ def test_a_vocabulary_that_the_code_calls_otherwise(known, tmp_path):
     assert said(folder, trust_remote_code=True).startswith("passed" if known else "failed")
 
 
-TAKES_ANY = '''    def __init__(self, **kwargs: Any) -> None:
+TAKES_ANY = """    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_hidden_layers = self.num_layers
         self.legacy_half_head = self.legacy_skip_head_init = False
-'''
+"""
 
 
 def takes_any_key(folder: Path) -> str:
