@@ -98,11 +98,15 @@ class Batch:
             `labels` where drawn, and whatever a factory's own batch holds.
         drawn: how it came about, as text for a finding (`padding=left lengths=[3, 7]`).
         law_abiding: False where the laws are not asked of it by definition (a pad id among the real tokens).
+        label_counts: labels that count in each row of a larger sample of the user's file; empty for any other batch.
+        rows_in_file: of that file.
     """
 
     tensors: Mapping[str, Any]
     drawn: str = ""
     law_abiding: bool = True
+    label_counts: tuple[int, ...] = ()
+    rows_in_file: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

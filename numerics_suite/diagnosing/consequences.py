@@ -100,7 +100,9 @@ def _one_subject(one: CheckResult, other: CheckResult) -> bool:
 
 
 def _shows(root: Finding, finding: Finding) -> bool:
-    """The same exception, or the same op of the same module."""
+    """The same exception, the same op of the same module, or parameters that do not move for want of the gradient that the root misses."""
+    if (root.cause, finding.cause) == ("dead-gradient", "untrained-parameters"):
+        return bool(finding.parameters) and set(finding.parameters) <= set(root.parameters)
     if finding.cause != root.cause:
         return False
     if finding.cause == RAISES:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.random_state import seeded
-from numerics_suite.diagnosing import tokenizer_remedies
+from numerics_suite.diagnosing import tokenizer_remedies, update_remedies
 from numerics_suite.diagnosing.fixing import fixed_configs
 from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dtype, saved_head
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.float32_modules import hold_in_float32
-from numerics_suite.engine.own_batch import can_be_trained_on
+from numerics_suite.engine.own_batch import empty_batches_of
 from numerics_suite.inputs.labels import IGNORED, no_label_counts
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.load import IDS, Loaded
@@ -236,10 +236,10 @@ def _count_labels(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
     for longer in (length * times for times in LONGER if length * times <= evidence.longest):
         cured = evidence.variant(length=longer)
         batch = cured.usable_own_batch
-        if batch is not None and can_be_trained_on(cured, batch):
+        if batch is not None and empty_batches_of(cured, batch) < 1:
             yield Attempt(evidence=cured, how=f"rows of up to {longer} tokens (--seq-len {longer})")
             return
-    reason = f"not tried: in rows of up to {length * LONGER[-1]} tokens, or as many as the model takes, no label counts either"
+    reason = f"not tried: in rows of up to {length * LONGER[-1]} tokens, or as many as the model takes, batches without a label that counts remain"
     raise NotApplicableError(reason)
 
 
@@ -311,7 +311,7 @@ def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
         yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
 
 
-def _of_loading(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
+def _copies(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
     return lambda evidence, finding: (Attempt(evidence=copy, how=how) for copy, how in copies(evidence, finding))
 
 
@@ -323,16 +323,21 @@ CURES: dict[str, Cure] = {
     "fix-padding": _one_side,
     "count-labels": _count_labels,
     "fix-config": _config,
-    "cast-after-loading": _of_loading(cast_copies),
-    "load-with-dtype": _of_loading(loaded_with_dtype),
-    "save-head": _of_loading(saved_head),
+    "cast-after-loading": _copies(cast_copies),
+    "load-with-dtype": _copies(loaded_with_dtype),
+    "save-head": _copies(saved_head),
+    "rebuild-optimizer": _copies(lambda evidence, _: update_remedies.rebuilt_optimizer(evidence)),
+    "non-reentrant-checkpointing": _copies(lambda evidence, _: update_remedies.non_reentrant(evidence)),
     "clip-grad-norm": _clip,
     "larger-optimizer-eps": _larger_eps,
     "tune-loss-scale": _loss_scale,
+    "raise-learning-rate": _copies(lambda evidence, _: update_remedies.higher_rates(evidence)),
+    "stochastic-rounding": _copies(lambda evidence, _: update_remedies.rounded(evidence, "stochastic")),
     "eager-attention": _attention("eager"),
     "sdpa-attention": _attention("sdpa"),
     "use-amp-bf16": _amp_bf16,
     "keep-in-fp32": _keep_in_fp32,
+    "fp32-master-weights": _copies(lambda evidence, _: update_remedies.rounded(evidence, "master")),
     "disable-amp": _without_amp,
 }
 """By remedy, in the order of what they cost the user: a line of code, a setting, speed, memory."""

@@ -90,10 +90,12 @@ class Evidence:
         family: what is known of the architecture.
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
+        unheld: parameters that are meant to train and that no optimizer of these holds.
     """
 
     first_step = 1
     origin = ""
+    unheld: tuple[str, ...] = ()
 
     def __init__(
         self, subject: Subject, cell: Cell, request: Request, loader: Callable[..., Loaded] | None = None

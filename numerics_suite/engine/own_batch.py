@@ -10,7 +10,7 @@ from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch
-from numerics_suite.inputs.labels import no_label_counts
+from numerics_suite.inputs.labels import counted_labels, empty_batches, no_label_counts
 from numerics_suite.subjects.tokenizers import TokenizerRaisesError
 
 if TYPE_CHECKING:
@@ -47,6 +47,18 @@ def usable(evidence: Evidence, batch: Batch | None) -> Batch | None:
     # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
     one_table = int(ids.shape[-1]) <= evidence.longest
     return replace(batch, tensors=tensors, law_abiding=plain and one_table and not pad_inside)
+
+
+def counted(evidence: Evidence, batch: Batch) -> tuple[int, ...]:
+    """How many labels of each row count: of the rows that were counted of the user's file, else of the batch's."""
+    labels = counted_labels(batch.tensors["labels"], shifted=evidence.subject.task == "causal-lm")
+    return batch.label_counts or tuple(labels.tolist())
+
+
+def empty_batches_of(evidence: Evidence, batch: Batch) -> float:
+    """How many batches of an epoch over the user's rows are expected to have no label that counts, at least 1 where no row has one."""
+    found = empty_batches(counted(evidence, batch), batch=evidence.request.rows, rows=batch.rows_in_file)
+    return found if can_be_trained_on(evidence, batch) else max(1.0, found)
 
 
 def can_be_trained_on(evidence: Evidence, batch: Batch | None) -> bool:

@@ -19,6 +19,7 @@ from numerics_suite.devices.condition import Condition
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
+from numerics_suite.engine.updates import HeldShare, UpdateMeter, metered
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.observing.roundoff import wide
 
@@ -40,6 +41,8 @@ class Plan:
         scope: `full`, `head`, `last:K` or `lora`: what is trained.
         eps: of an Adam, None for torch's default.
         init_scale: what the GradScaler begins with, None for torch's default.
+        rounding: how narrow parameters hold a step, `nearest`, `master` or `stochastic`: see :func:`~numerics_suite.engine.updates.metered`.
+        rebuilt: optimizers are made anew over every parameter that is meant to train.
     """
 
     steps: int = 5
@@ -49,6 +52,8 @@ class Plan:
     scope: str = "full"
     eps: float | None = None
     init_scale: float | None = None
+    rounding: str = "nearest"
+    rebuilt: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +95,8 @@ class Trajectory:
         bad: the first non-finite tensor, None in a clean run.
         predicted_decrease: what first-order theory says the first step takes off the loss, NaN where unknown.
         trained: names of the trained parameters.
+        unmoved: those that steps should have moved and that are what they were before the first; those of no optimizer among them.
+        held: how much of the steps the parameters narrower than float32 hold, by dtype.
     """
 
     losses: tuple[float, ...]
@@ -105,6 +112,8 @@ class Trajectory:
     bad: BadTensor | None = None
     predicted_decrease: float = float("nan")
     trained: tuple[str, ...] = ()
+    unmoved: tuple[str, ...] = ()
+    held: tuple[HeldShare, ...] = ()
 
 
 class HaltedError(Exception):
@@ -139,7 +148,10 @@ class Trainer:
         optimizers: all step in each step.
         scaler: disabled where the recipe has no loss scaling.
         forwards: the forward passes of a step, by its number.
+        unheld: parameters that are meant to train and that no optimizer holds.
     """
+
+    unheld: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -288,9 +300,11 @@ class Trainer:
         """Every step, up to the first tensor that is not finite, and what happened."""
         before = {name: p.dtype for name, p in self.parameters.items()}
         bad: BadTensor | None = None
+        meter = UpdateMeter()
         try:
-            for step in self.numbers():
-                self.step(step)
+            with metered(self.optimizers, meter, self.plan.rounding):
+                for step in self.numbers():
+                    self.step(step)
             with torch.no_grad():
                 self.finish()
         except HaltedError as halted:
@@ -310,6 +324,8 @@ class Trainer:
             bad=bad,
             predicted_decrease=self.predicted,
             trained=tuple(self.parameters),
+            unmoved=(*self.unheld, *meter.unmoved(self.parameters)),
+            held=meter.shares(),
         )
 
 

@@ -45,19 +45,22 @@ def data_batch(  # noqa: PLR0913 - each is a fact of the cell
     examples = sample.examples[:rows]
     with tokenizer_failures("reading the rows of --data"):
         encoded = [encode(example, tokenizer) for example in examples]
+        counted = [encode(example, tokenizer) for example in sample.counted] if task == "causal-lm" else []
     ids, mask = pad_rows([row[:max_length] for row, _ in encoded], side, pad_id)
     tensors = {"input_ids": ids, "attention_mask": mask}
     given = [example.label for example in examples if example.label is not None]
     if task == "causal-lm":
-        counts, _ = pad_rows([list(map(int, learnt))[:max_length] for _, learnt in encoded], side, 0)
-        tensors["labels"] = ids.masked_fill(counts == 0, IGNORED)
+        learns, _ = pad_rows([list(map(int, learnt))[:max_length] for _, learnt in encoded], side, 0)
+        tensors["labels"] = ids.masked_fill(learns == 0, IGNORED)
     elif len(given) == len(examples):
         whole = all(isinstance(label, int) for label in given)
         labels = torch.tensor(given, dtype=torch.int64 if whole else torch.float32)
         by_token = task == "token-classification"
         tensors["labels"] = labels[:, None].expand_as(ids).masked_fill(mask == 0, IGNORED) if by_token else labels
     told = sample if len(examples) == len(sample.examples) else f"{len(examples)} of {sample.rows} rows"
-    return Batch(tensors=tensors, drawn=f"--data, {told}")
+    # The first token of a row is predicted from nothing.
+    counts = tuple(sum(learnt[1:max_length]) for _, learnt in counted)
+    return Batch(tensors=tensors, drawn=f"--data, {told}", label_counts=counts, rows_in_file=sample.rows)
 
 
 def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:

@@ -16,6 +16,8 @@ LONGEST_LINE = 1 << 24
 """Bytes of a line: a row is held in memory whole, a file never."""
 
 FORMS = '{"text": "…", "label": 0}, {"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}'
+COUNTED = 256
+"""Rows of which the labels are counted: as many as are read by a tokenizer in about a second."""
 NAMES = {"text": "texts", "prompt": "prompts", "messages": "conversations"}
 
 
@@ -45,12 +47,14 @@ class Sample:
     """Some rows of a file.
 
     Attributes:
-        examples: in the order of the file.
+        examples: those that a model is given, in the order of the file.
+        counted: those and more, of which labels are counted.
         rows: how many the file has.
         seed: that drew them.
     """
 
     examples: tuple[Example, ...]
+    counted: tuple[Example, ...]
     rows: int
     seed: int
 
@@ -68,29 +72,31 @@ def read_sample(path: Path, *, size: int, seed: int, check: Callable[[Example], 
 
     Args:
         path: of the file, UTF-8 with or without a byte-order mark. Only a line feed ends a line: a string may hold U+2028.
-        size: most rows of the sample.
+        size: most rows that a model is given; of :data:`COUNTED` at least the labels are counted.
         seed: same seed, same rows. Every row is as likely as any other (algorithm R, Vitter 1985).
         check: called on every row of the file, sampled or not.
 
     Raises:
         BadInputError: the file cannot be read, holds nothing, or a line of it (named by number) is malformed.
     """
-    source, rows = random.Random(f"data {seed}"), 0  # noqa: S311 - a sample, not a secret
+    source, rows, wide = random.Random(f"data {seed}"), 0, max(size, COUNTED)  # noqa: S311 - a sample, not a secret
     held: list[tuple[int, Example]] = []
     for example in _examples(path):
         if check is not None:
             check(example)
-        place = rows if rows < size else source.randrange(rows + 1)
+        place = rows if rows < wide else source.randrange(rows + 1)
         if place < len(held):
             held[place] = (rows, example)
-        elif place < size:
+        elif place < wide:
             held.append((rows, example))
         rows += 1
     if not rows:
         message = f"--data {path}: holds no example"
         raise BadInputError(message)
     held.sort(key=lambda pair: pair[0])
-    return Sample(examples=tuple(example for _, example in held), rows=rows, seed=seed)
+    counted = tuple(example for _, example in held)
+    given = sorted(source.sample(range(len(held)), min(size, len(held))))
+    return Sample(examples=tuple(counted[place] for place in given), counted=counted, rows=rows, seed=seed)
 
 
 def check_label(example: Example, task: str, num_labels: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,22 @@ def predicts_next_token(model: Any) -> bool:
     """Whether the model's own loss shifts the labels by one, as its class's name says."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def empty_batches(counted: Sequence[int], *, batch: int, rows: int) -> float:
+    """How many batches of one epoch are expected to have no label that counts.
+
+    A batch of B rows is drawn without replacement, so of a sample of n rows, e of them without such a label, a share of
+    C(e, B) / C(n, B) of the batches is without one: the unbiased estimate for the file (hypergeometric distribution).
+
+    Args:
+        counted: labels that count in each row of a random sample of the file.
+        batch: rows of a training batch.
+        rows: of the file.
+    """
+    sample, empty = len(counted), sum(not count for count in counted)
+    batch = min(batch, sample)
+    return math.comb(empty, batch) / math.comb(sample, batch) * max(rows, sample) / batch
 
 
 def no_label_counts(tensors: Mapping[str, Any], *, shifted: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ def checkpoint_notes(
         config: raw `config.json`.
         model_class: the class of transformers that a load builds.
     """
-    left = [name for name in _ignored_by_design(stored, model_class) if not _has_a_place(name, config)]
+    import transformers  # heavy
+
+    ignored = ignored_by_design(stored, getattr(transformers, model_class or "", None))
+    left = [name for name in ignored if not _COMPUTED.search(name) and not _has_a_place(name, config)]
     if left:
         count = "1 stored tensor" if len(left) == 1 else f"{len(left)} stored tensors"
         verb = "is" if len(left) == 1 else "are"
@@ -45,15 +49,21 @@ def adapter_notes(folder: Path, held: Iterable[str]) -> Iterator[str]:
         yield f"every lora_B ({len(names)}) is zero: this adapter was never trained and changes nothing of its base"
 
 
-def _ignored_by_design(names: Iterable[str], model_class: str | None) -> list[str]:
-    """Those names that the class says it may find and not load."""
-    import transformers  # heavy
+def ignored_by_design(names: Iterable[str], built: type | None) -> tuple[str, ...]:
+    """Those names that the class, or the body that it is made of, says it may find and not load.
 
-    built = getattr(transformers, model_class or "", None)
-    patterns = getattr(built, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return [
-        name for name in names if any(re.search(pattern, name) for pattern in patterns) and not _COMPUTED.search(name)
-    ]
+    Up to 4.57 the pattern of GLM-4.5 stands in the class of the body, and a load of the whole model warns all the same.
+
+    Args:
+        names: of stored tensors.
+        built: a class of transformers or of a checkpoint's own code, None where it is not known.
+    """
+    beside = vars(sys.modules[built.__module__]).values() if built is not None else ()
+    classes = [built, *(each for each in beside if isinstance(each, type))]
+    patterns = {
+        pattern for each in classes for pattern in getattr(each, "_keys_to_ignore_on_load_unexpected", None) or ()
+    }
+    return tuple(name for name in names if any(re.search(pattern, name) for pattern in patterns))
 
 
 def _has_a_place(name: str, config: Mapping[str, Any]) -> bool:

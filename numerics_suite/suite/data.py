@@ -91,11 +91,11 @@ def _counted(settings: Settings, sample: Sample, subject: Subject) -> str:
     labels = batch.tensors.get("labels")
     if labels is None:
         return "no labels"
-    rows = counted_labels(labels, shifted=subject.task == "causal-lm")
-    count = f"{int(rows.sum())} {'label counts' if int(rows.sum()) == 1 else 'labels count'}"
+    number = int(counted_labels(labels, shifted=subject.task == "causal-lm").sum())
+    count = f"{number} {'label counts' if number == 1 else 'labels count'}"
     if subject.task == "sequence-classification":
         return count
-    empty = int((rows == 0).sum())
-    left = f", none in {empty} of them" if empty else ""
+    empty = sum(not labelled for labelled in batch.label_counts)
+    left = f"; of {len(batch.label_counts)} rows {empty} have none" if empty else ""
     tokens = int(batch.tensors["attention_mask"].sum())
     return f"of their {tokens} tokens {count}{left}, cut to {settings.seq_len} tokens (--seq-len)"

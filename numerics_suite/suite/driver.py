@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
-from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.devices import random_state
@@ -100,7 +101,15 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
         NotApplicableError: the check has nothing to ask here.
         CheckError: it measured nothing that a budget judges.
     """
-    with random_state.seeded(seed), preserved(evidence.model):
+    try:
+        kept: AbstractContextManager[None] = preserved(evidence.model)
+    except UnsupportedError:
+        if "checkpoint" not in spec.needs:
+            raise
+        kept = (
+            nullcontext()
+        )  # what the files alone show needs no model; the check raises the same where it asks for one
+    with random_state.seeded(seed), kept:
         return _ask(spec, evidence, seed=seed, max_examples=max_examples)
 
 

@@ -51,11 +51,12 @@ class Alarm:
 
     Attributes:
         step: the optimizer step.
-        kind: `logits`, `loss`, `gradient`, `parameter`, `inputs`, `loss-scale`, or the early warning's name.
+        kind: `logits`, `loss`, `gradient`, `parameter`, `inputs`, `loss-scale`, `unreached`, `unheld`, `rounded-update`, or the early warning's name.
         bad: `on_bad` applies; else it is an early warning.
         text: one clause for a person, without the step.
         cause: of the contract, where the figures alone tell.
         facts: the numbers beside it.
+        parameters: names of those that it is about.
     """
 
     step: int
@@ -64,3 +65,4 @@ class Alarm:
     text: str
     cause: str | None = None
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()

@@ -56,6 +56,7 @@ class Start:
         backward: False where the parameters are not those of the calls, so that only the forward pass goes wrong in the same place.
         parameters: what the model held there; empty for what it holds now.
         whole: every step up to the bad one is among the calls.
+        unheld: parameters that are meant to train and that no optimizer of the loop holds.
     """
 
     words: str
@@ -65,6 +66,7 @@ class Start:
     backward: bool = True
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     whole: bool = True
+    unheld: tuple[str, ...] = ()
 
     @property
     def first(self) -> int:
@@ -108,7 +110,7 @@ class CaughtStep(Evidence):
         super().__init__(subject, cell or home, request or Request(plan=_plan(start)))
         self.as_caught = self.cell.precision == own.name
         self.recipe = own if self.as_caught else self.recipe
-        self.first_step, self.origin = start.first, start.words
+        self.first_step, self.origin, self.unheld = start.first, start.words, start.unheld
 
     def _like(self, subject: Subject, cell: Cell, request: Request) -> Evidence:  # noqa: ARG002 - there is one subject
         like = CaughtStep(
@@ -187,7 +189,10 @@ class _KeptSteps(Trainer):
             calls.setdefault(call.step, []).append(_changed(model, call, caught))
         self.calls = calls
         loop = caught.start.loop
-        optimizers = [] if loop is None else [each.rebuilt(model) for each in loop.optimizers]
+        more = caught.unheld if plan.rebuilt else ()
+        states = () if loop is None else loop.optimizers
+        optimizers = [each.rebuilt(model, () if place else more) for place, each in enumerate(states)]
+        self.unheld = () if plan.rebuilt else caught.unheld
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             if plan.eps is not None and "eps" in group:
                 group["eps"] = plan.eps

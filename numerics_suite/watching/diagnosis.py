@@ -33,6 +33,7 @@ from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
+from numerics_suite.watching.updates import SILENT
 
 SMALL_BYTES = 64 << 20
 """Parameters up to this size are copied where nobody asked for it: within a loop that stops, and into a bundle."""
@@ -52,6 +53,8 @@ EXPLANATIONS = {
     "divergence": "Every value was finite until the optimizer's own steps carried the parameters away.",
     "loss-scaling": "No loss scale makes the gradients finite, so GradScaler skips every step and training only looks calm.",
     "no-counted-labels": "A loss is the mean over the labels that count; every label of this batch is -100, and 0/0 is NaN.",
+    "untrained-parameters": "Parameters that the loop means to train get no gradient, or no optimizer holds them: the loss may fall, and they stay as they are.",
+    "rounded-update": "The steps are smaller than the spacing of the parameters' dtype: less of them is held than one rounding of their sum would lose.",
     "unknown": "The value was seen and could not be produced again from what is at hand.",
 }
 
@@ -96,6 +99,8 @@ class Scene:
 
 def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     """The finding of a bad value: replayed, located, its cause named."""
+    if alarm.kind in SILENT:
+        return _silent(alarm, scene)
     bad = bad_parameters(scene.model)
     inputs = [named_inputs(scene.model, call) for call in scene.calls]
     name = next((name for given in inputs if (name := bad_input(given)) is not None), None)
@@ -133,6 +138,23 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
         remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
     return borne_out_of(found, scene.model)
+
+
+def _silent(alarm: Alarm, scene: Scene) -> Finding:
+    """The finding of training in which every value is finite, and parameters do not move."""
+    assert alarm.cause is not None
+    inputs = [named_inputs(scene.model, call) for call in scene.calls]
+    return Finding(
+        cause=alarm.cause,
+        title=f"{alarm.text}{f', first {alarm.parameters[0]}' if alarm.parameters else ''}: {alarm.cause}",
+        explanation=EXPLANATIONS[alarm.cause],
+        module=alarm.parameters[0].rpartition(".")[0] if alarm.parameters else None,
+        step=alarm.step,
+        parameters=alarm.parameters,
+        evidence=dict(alarm.facts),
+        batch=_batch(alarm.step, inputs),
+        remedies=untried((*REMEDIES[alarm.cause], *remedies_of(alarm.cause))),
+    )
 
 
 LABELLED = frozenset({"loss", "gradient"})

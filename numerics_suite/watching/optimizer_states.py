@@ -37,16 +37,17 @@ class OptimizerState:
     names: tuple[tuple[str, ...], ...]
     state: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def rebuilt(self, model: nn.Module) -> torch.optim.Optimizer:
+    def rebuilt(self, model: nn.Module, more: Sequence[str] = ()) -> torch.optim.Optimizer:
         """The same optimizer over a copy of the model.
 
         Args:
             model: with parameters of these names; in another dtype, the state follows it.
+            more: names of parameters that its first group holds besides.
         """
         named = dict(model.named_parameters())
         groups = [
-            {**options, "params": [named[name] for name in names]}
-            for options, names in zip(self.groups, self.names, strict=True)
+            {**options, "params": [named[name] for name in (*names, *(() if place else more))]}
+            for place, (options, names) in enumerate(zip(self.groups, self.names, strict=True))
         ]
         kind = getattr(torch.optim, self.kind)
         optimizer: torch.optim.Optimizer = kind(groups)
@@ -57,15 +58,20 @@ class OptimizerState:
         return optimizer
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState | None:
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, *, others: bool = False) -> OptimizerState | None:
     """The optimizer as it is now, copied; None where it is not torch's own or steps what is not this model's.
 
     Args:
         model: whose parameters have names.
         optimizer: the plain one.
+        others: leave out what is not this model's instead.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = [
+        {**group, "params": [p for p in group["params"] if not others or id(p) in names]}
+        for group in optimizer.param_groups
+    ]
+    held = [p for group in groups for p in group["params"]]
     kind = type(optimizer)
     if getattr(torch.optim, kind.__name__, None) is not kind or any(id(p) not in names or is_shard(p) for p in held):
         return None
@@ -76,8 +82,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerSta
     }
     return OptimizerState(
         kind=kind.__name__,
-        groups=tuple(_options(group) for group in optimizer.param_groups),
-        names=tuple(tuple(names[id(p)] for p in group["params"]) for group in optimizer.param_groups),
+        groups=tuple(_options(group) for group in groups),
+        names=tuple(tuple(names[id(p)] for p in group["params"]) for group in groups),
         state=state,
     )
 

@@ -23,7 +23,12 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.watching.caught_step import CaughtStep, undisturbed
 from numerics_suite.watching.diagnosis import Scene
 
-CHECKS = {"loss-scaling": "train.amp", "wrong-input-dtype": "inputs.pipeline"}
+CHECKS = {
+    "loss-scaling": "train.amp",
+    "wrong-input-dtype": "inputs.pipeline",
+    "untrained-parameters": "train.updates",
+    "rounded-update": "train.updates",
+}
 """By cause, the check that asks what the watch asked; all others are `train.finite`'s."""
 
 BEFORE_THE_STEP = frozenset({"clip-grad-norm", "lower-learning-rate", "larger-optimizer-eps"})

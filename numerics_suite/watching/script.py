@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import runpy
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from numerics_suite.watching.attaching import plain_model
-from numerics_suite.watching.patches import is_unheard
+from numerics_suite.watching.patches import is_unheard, listening
 from numerics_suite.watching.session import Watch, WatchSettings
+from numerics_suite.watching.updates import holds_copies
 
 
 class Finder:
@@ -39,6 +41,7 @@ class Finder:
         self.settings, self.on_bad, self.bundle = settings, on_bad, bundle
         self.watches: list[Watch] = []
         self._bound: set[int] = set()
+        self._made: list[weakref.ref[torch.optim.Optimizer]] = []
         self._stack = contextlib.ExitStack()
 
     @contextlib.contextmanager
@@ -51,6 +54,9 @@ class Finder:
         with contextlib.ExitStack() as stack:
             self._stack = stack
             stack.callback(register_optimizer_step_pre_hook(self._on_step).remove)
+            # Before any watch listens: the optimizer of a GradScaler is known to it then, whether or not it ever steps.
+            stack.enter_context(listening("scaler", self._on_scaler))
+            stack.enter_context(_optimizers_made(self._made))
             stack.enter_context(_outermost_calls(self._on_call))
             yield
 
@@ -61,15 +67,43 @@ class Finder:
         if any(p.requires_grad for p in inner.parameters()):
             watch = Watch(module, settings=self.settings, on_bad=self.on_bad, bundle=self.bundle)
             self.watches.append(self._stack.enter_context(watch))
+            for optimizer in filter(None, [reference() for reference in self._made]):
+                if _holds_of(optimizer, watch.model):
+                    watch.bind(optimizer)
+
+    def _on_scaler(self, _scaler: Any, optimizer: Any, *, before: bool) -> None:
+        if before and isinstance(inner := getattr(optimizer, "optimizer", optimizer), torch.optim.Optimizer):
+            self._on_step(inner, None, None)
 
     def _on_step(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         if is_unheard() or id(optimizer) in self._bound:
             return
         self._bound.add(id(optimizer))
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for watch in self.watches:
-            if any(id(p) in held for p in watch.model.parameters()):
-                watch.bind(optimizer)
+        owners = [watch for watch in self.watches if _holds_of(optimizer, watch.model)]
+        for watch in owners or [watch for watch in self.watches if holds_copies(optimizer, watch.model)]:
+            watch.bind(optimizer)
+
+
+def _holds_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return any(id(p) in held for p in model.parameters())
+
+
+@contextlib.contextmanager
+def _optimizers_made(made: list[weakref.ref[torch.optim.Optimizer]]) -> Iterator[None]:
+    """Within it each optimizer is noted as it is made, so that it is known before its first step."""
+    original = torch.optim.Optimizer.__init__
+
+    def patched(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not is_unheard():
+            made.append(weakref.ref(self))
+
+    torch.optim.Optimizer.__init__ = patched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.optim.Optimizer.__init__ = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

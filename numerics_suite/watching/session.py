@@ -18,7 +18,8 @@ from numerics_suite.core.records import Finding
 from numerics_suite.watching.alarms import Alarm, NumericsError, Reading
 from numerics_suite.watching.attaching import around_forward, around_step, plain_model, plain_optimizer
 from numerics_suite.watching.bundle import Caught
-from numerics_suite.watching.caught_step import bad_parameters
+from numerics_suite.watching.caught_step import Start, bad_parameters
+from numerics_suite.watching.confirmation import confirmed
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.gauges import Gauges, parameters_of
 from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
@@ -30,6 +31,7 @@ from numerics_suite.watching.patches import listening
 from numerics_suite.watching.response import OnBad, Response, checked_policy, early, logged, send, several_processes
 from numerics_suite.watching.ring import Ring
 from numerics_suite.watching.snapshots import Seen, Snapshots
+from numerics_suite.watching.updates import SILENT, UNREACHED, Updates
 
 KEPT_READINGS = 256
 UNREPRESENTABLE = "ids that bfloat16 cannot hold"
@@ -87,6 +89,7 @@ class Watch:
         self._ring, self._mailbox, self._judge = Ring(self.settings.ring), Mailbox(), Judge()
         self._gauges = Gauges(self.model)
         self._kept = Snapshots(self.model)
+        self._updates = Updates(self.model)
         self._updated_at = self._forwards = 0
         self._initially_bad: tuple[str, ...] = ()
         self._stepped: set[int] = set()
@@ -178,6 +181,7 @@ class Watch:
             self._mailbox.post(self.step, self._gauges.of_gradients(optimizer), scaled=scaled)
         if self._parameters_due:
             self._gauges.before_update(optimizer)
+        self._updates.before(optimizer, due=self._parameters_due)
         if self.settings.snapshot_every:
             self._ring.note(self.step, self._place_of(optimizer), rates_of(optimizer))
         skipping = self._response.on_bad == "skip"
@@ -200,7 +204,13 @@ class Watch:
         self._stepped.add(id(optimizer))
         if self._parameters_due:
             self._mailbox.post(self.step, self._gauges.of_update(optimizer))
+        self._mailbox.post(self.step, self._updates.after(optimizer))
         self._read()
+        if (
+            self.finding is None
+            and (alarm := self._updates.left_out(self.step, optimizer, self.optimizers)) is not None
+        ):
+            self._raise(alarm)
 
     @property
     def _due(self) -> bool:
@@ -280,10 +290,23 @@ class Watch:
             send(self.log, values, reading.step)
             for alarm in self._judge.judge(reading):
                 self._raise(alarm)
+            if self.finding is None and (lost := self._updates.rounded(reading, self._updates.rate)) is not None:
+                self._raise(lost)
             if 0.0 in reading.values.get(UNREPRESENTABLE, ()):
                 self._warn_of_rounding(reading.step)
 
-    def _raise(self, alarm: Alarm) -> None:
+    def _confirmed(self, alarm: Alarm) -> Alarm | None:
+        self._muted = True
+        try:
+            return confirmed(alarm, self._scene(alarm))
+        finally:
+            self._muted = False
+
+    def _raise(self, alarm: Alarm | None) -> None:
+        if alarm is not None and alarm.kind == UNREACHED:
+            alarm = self._confirmed(alarm)
+        if alarm is None:
+            return
         if not alarm.bad:
             self.warnings.append(alarm)
             early(alarm)
@@ -313,7 +336,7 @@ class Watch:
             model=self.model,
             optimizer=self.optimizers[0] if self.optimizers else None,
             calls=self._ring.of_step(alarm.step),
-            starts=self._kept.starts(seen, self.optimizers) if alone else (),
+            starts=self._starts(alarm, seen) if alone else (),
             snapshot=self._kept.parameters,
             snapshot_step=self._kept.step,
             updated=updated,
@@ -321,6 +344,11 @@ class Watch:
             scale=1.0 if scale is None else float(scale),
             replay=alone,
         )
+
+    def _starts(self, alarm: Alarm, seen: Seen) -> tuple[Start, ...]:
+        if alarm.kind in SILENT:
+            return self._kept.now(seen, self.optimizers, alarm.parameters)
+        return self._kept.starts(seen, self.optimizers)
 
     def _caught(self) -> Caught:
         return Caught(

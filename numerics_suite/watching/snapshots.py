@@ -115,6 +115,24 @@ class Snapshots:
             starts.append(Start(words="the current parameters, a step later", calls=own, backward=False))
         return tuple(sorted(starts, key=lambda start: not start.whole))
 
+    def now(self, seen: Seen, optimizers: Sequence[torch.optim.Optimizer], silent: Sequence[str]) -> tuple[Start, ...]:
+        """Where training that is finite and goes wrong can be taken further from: the parameters as they are, and the kept steps again.
+
+        Args:
+            seen: what is known.
+            optimizers: of the loop, as they are now; what they hold of other models is left out.
+            silent: parameters that do not move.
+        """
+        calls = list(seen.ring.calls)
+        if not calls:
+            return ()
+        states = [state_of(self.model, optimizer, others=True) for optimizer in optimizers]
+        held = tuple(state for state in states if state is not None)
+        loop = self._loop(seen, calls[0].step, held) if len(held) == len(states) else None
+        known = {name for state in held for names in state.names for name in names}
+        start = _start(f"the parameters after step {seen.step}, over the kept steps again", calls, seen, loop)
+        return (replace(start, unheld=tuple(name for name in silent if name not in known)),)
+
     def _loop(self, seen: Seen, first: int, optimizers: tuple[OptimizerState, ...] | None) -> Loop | None:
         if not optimizers:
             return None

@@ -11,7 +11,13 @@ CELL = ("fixture:glm4-tiny", "--precision", "bf16", "--attn", "sdpa", "-n", "0",
 FEW = ("--max-examples", "1", "--steps", "2", "--batch-size", "2", "--seq-len", "16")
 
 
-@pytest.mark.parametrize("device", [f"{DEVICE}:1", f"{DEVICE}:0,{DEVICE}:1"], ids=["the second", "both"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(f"{DEVICE}:1", marks=pytest.mark.slow, id="the second"),
+        pytest.param(f"{DEVICE}:0,{DEVICE}:1", id="both"),
+    ],
+)
 def test_a_cell_runs_on_any_index_and_spread_over_two(tmp_path: Path, device: str) -> None:
     """References and hooks follow each block to its device; none of the checks is skipped that runs on one."""
     there = check(tmp_path, *CELL, *FEW, "--device", device)

@@ -33,7 +33,7 @@ def stated_and_peak(folder: Path, *cells: str) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("subject", "precision"),
     [
-        ("glm4-tiny", "bf16"),
+        pytest.param("glm4-tiny", "bf16", marks=pytest.mark.slow),
         pytest.param("glm4-tiny", "fp32", marks=pytest.mark.slow),
         pytest.param("glm-tiny", "amp-bf16", marks=pytest.mark.slow),
         pytest.param("glm4-tiny", "fp16", marks=pytest.mark.slow),
@@ -61,7 +61,7 @@ ONE_CELL = (
 )
 
 
-@pytest.mark.parametrize("bytes_", [2_000_000, 6_000_000])
+@pytest.mark.parametrize("bytes_", [pytest.param(2_000_000, marks=pytest.mark.slow), 6_000_000])
 def test_running_out_of_memory_is_an_error_and_never_a_skip_or_a_pass(tmp_path: Path, bytes_: int) -> None:
     """With room for the model and not for a copy in float64, and with room for that and not for gradients."""
     ended = check(tmp_path, *ONE_CELL, "--max-examples", "1", "--steps", "1", NUMERICS_STANDIN_MEMORY=str(bytes_))

@@ -46,6 +46,7 @@ CHECKS = [
     "train.labels",
     "train.amp",
     "train.clip",
+    "train.updates",
     "baseline.semantics",
     "baseline.precision",
     "baseline.training",

@@ -77,6 +77,7 @@ def test_the_answer_as_json_and_quiet(capsys):
     }
 
 
+@pytest.mark.slow
 def test_all_default_cells_of_a_tiny_checkpoint_stay_below_100_kilobytes(capsys):
     assert main(["record", "fixture:glm4-tiny", "--baseline", "kept", "-n", "0"]) == 0
     capsys.readouterr()
@@ -84,6 +85,7 @@ def test_all_default_cells_of_a_tiny_checkpoint_stay_below_100_kilobytes(capsys)
     assert sum(len(content) for content in contents(Path("kept")).values()) < 100_000
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes_in_one_process_or_in_two():
     for name, workers in (("a", "0"), ("b", "2")):
         command = [sys.executable, "-m", "numerics_suite", "record", *TWO, "--baseline", name, "-n", workers, "--quiet"]
@@ -224,6 +226,7 @@ def test_interrupted_with_workers_it_ends_at_once_in_one_line():
     assert 1 <= len(load(Path("kept"))) < 8
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_whole_files():
     for moment in (0.5, 0.9):
         command = [*TWO, "--baseline", "kept", "-n", "0", "--force"]

@@ -58,6 +58,7 @@ def test_the_answer_as_json(capsys, results):
     assert json.loads(out) == {
         "schema_version": 1,
         "command": "report",
+        "complete": True,
         "verdict": "fail",
         "files": [f"r/{name}" for name in FILES],
         "notes": [],
@@ -257,6 +258,7 @@ def test_bisect_writes_a_report(capsys, world):
     assert Path("again/summary.md").read_text(encoding="utf-8") == summary
 
 
+@pytest.mark.slow
 def test_plain_pytest_writes_the_same(folder):
     options = [
         f"--numerics-{word}"

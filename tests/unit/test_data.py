@@ -12,7 +12,7 @@ from numerics_suite.core.records import Finding
 from numerics_suite.diagnosing.reproducer import reproducer
 from numerics_suite.inputs.data_batch import data_batch, encode
 from numerics_suite.inputs.data_file import read_sample
-from numerics_suite.inputs.labels import IGNORED, counted_labels
+from numerics_suite.inputs.labels import IGNORED, counted_labels, empty_batches
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.suite.session import SuiteSession
@@ -152,6 +152,27 @@ def test_a_prompt_that_fills_the_length_leaves_no_label(tmp_path):
     session, result = answered(data, 256)
     assert result.status == "passed"
     assert result.measurements["counted-labels"] >= 16
+
+
+def test_batches_that_are_expected_to_have_no_label():
+    counted = [0, 0, 0, 0, 0, 0, 3, 3]
+    # 15 of the 70 ways to take 4 of 8 rows take none of the last two; an epoch of 24 rows has 6 batches.
+    assert empty_batches(counted, batch=4, rows=24) == pytest.approx(6 * 15 / 70)
+    assert empty_batches(counted, batch=8, rows=800) == 0
+    assert empty_batches([0] * 8, batch=4, rows=24) == 6
+
+
+@pytest.mark.parametrize(("bare", "cause"), [(6, "no-counted-labels"), (2, None)])
+def test_some_rows_without_a_label_are_a_finding_where_a_batch_of_them_is_expected(tmp_path, bare, cause):
+    prompts = [f"{number} {LONG}" if number % 8 < bare else f"{number} " for number in range(24)]
+    data = written(tmp_path / "rows.jsonl", *({"prompt": prompt, "completion": "paris"} for prompt in prompts))
+    session, result = answered(data, 12, diagnose=False)
+    assert (result.finding and result.finding.cause) == cause
+    if result.finding is not None:
+        evidence = session.evidence(session.plan.cells[0])
+        script = reproducer("train.labels", result.finding, evidence, evidence.usable_own_batch)
+        assert script is not None
+        assert "batch of those rows in which no label counts" in script
 
 
 def test_no_rehearsal_of_another_batch_than_the_users(tmp_path):

@@ -244,6 +244,7 @@ def of_training() -> Iterator[Row]:
     yield Row(check="train.finite", measurement="non-finite", mutant="gradient-nan-in-backward")
     yield Row(check="train.descends", measurement="rise", mutant="gradient-against-the-loss")
     yield Row(check="train.grad-flow", measurement="dead", mutant="gradient-of-classifier-body-detached")
+    yield Row(check="train.updates", measurement="untrained", mutant="gradient-undone-by-a-copy")
     yield Row(check="train.accumulation", measurement="true-gradient", mutant="loss-mean-of-row-means")
     yield Row(check="train.accumulation", measurement="true-loss", model="loss_with_a_constant")
     checkpointing = "train.checkpointing"
@@ -283,6 +284,7 @@ ELSEWHERE = {
     *(("load.head-init", "uninitialised"), ("load.head-init", "gain")),
     *(("inputs.pipeline", name) for name in ("floating", "out-of-range", "looks-rounded")),
     ("train.labels", "no-counted-labels"),
+    ("train.updates", "lost"),
     *(("forward.headroom", "non-finite"), ("train.amp", "skipped-forever"), ("train.clip", "saved-by-clipping")),
 }
 """Shown by the article's defects, or where the user's own data are tested."""
@@ -323,6 +325,17 @@ def both_ways(row: Row, folder: Path, alone: ScriptProcess) -> None:
 )
 def test_a_script_of_each_measurement(row: Row, tmp_path: Path, alone: ScriptProcess) -> None:
     both_ways(row, tmp_path, alone)
+
+
+def test_a_script_of_updates_that_round_away(alone: ScriptProcess) -> None:
+    """The rate is the defect: at a usual one the same script ends well."""
+    source, small = "factory:unit.script_models:sound", {"precision": "bf16", "attn": "eager", **SMALL}
+    found = shown(source, "train.updates", measurement="lost", lr=6e-7, **small)
+    assert found.script is not None
+    ran = alone.run(found.script)
+    assert ran.reproduced, f"{ran.said}\n{found.script}"
+    ran = alone.run(found.script.replace("lr=6e-07", "lr=1e-4"))
+    assert ran.not_reproduced, f"{ran.said}\n{found.script}"
 
 
 @pytest.mark.parametrize("mutant", MODULES)

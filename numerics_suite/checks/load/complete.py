@@ -11,8 +11,10 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.subjects.adapters import adapter_task, read_adapter
+from numerics_suite.subjects.built import without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
+from numerics_suite.subjects.notes import ignored_by_design
 from numerics_suite.subjects.scales import without_scales
 from numerics_suite.subjects.tasks import CLASSIFICATION, head_parts, head_tensors
 
@@ -112,11 +114,12 @@ def _prefixes(one: str, other: str) -> tuple[str, str]:
 
 
 def _unexpected(loaded: Loaded) -> tuple[str, ...]:
-    """Stored tensors without a place, but for the head of the other task, which is dropped on purpose."""
-    if not loaded.new_head:
-        return loaded.unexpected
-    heads = {"lm_head", "output_layer", "score", "classifier", "classifier_head"}
-    return tuple(name for name in loaded.unexpected if not heads & set(name.split(".")))
+    """Stored tensors without a place, but for those left out by design: the plan names them, or they are the other task's head."""
+    left_out = set(ignored_by_design(loaded.unexpected, type(without_adapter(loaded.model))))
+    if loaded.new_head:
+        heads = {"lm_head", "output_layer", "score", "classifier", "classifier_head"}
+        left_out |= {name for name in loaded.unexpected if heads & set(name.split("."))}
+    return tuple(name for name in loaded.unexpected if name not in left_out)
 
 
 def _changed(evidence: Evidence, loaded: Loaded) -> Iterable[str]:

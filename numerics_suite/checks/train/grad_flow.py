@@ -37,9 +37,7 @@ def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
     if not run.gradient_norms or (run.bad is not None and run.bad.step == 1 and run.bad.kind != "parameter"):
         reason = "the first backward pass was not finite (train.finite)"
         raise NotApplicableError(reason)
-    dead = tuple(name for name in run.dead if not _unused(evidence, name))
-    apart = _apart(evidence, [name for name in dead if name in run.absent])
-    dead = tuple(name for name in dead if name not in apart)
+    dead = dead_parameters(evidence)
     absent = tuple(name for name in dead if name in run.absent)
     underflowed = dead and not absent and evidence.recipe.computes_in == "float16"
     yield Measurement(
@@ -52,6 +50,22 @@ def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
         cause="underflow" if underflowed and _alive_in_fp32(evidence, dead) else None,
         facts={"without any gradient": len(absent), "exactly zero": len(dead) - len(absent)} if dead else {},
     )
+
+
+def dead_parameters(evidence: Evidence) -> tuple[str, ...]:
+    """Names of the trained parameters whose gradient at the first step is absent or exactly zero, but for those that are so by design.
+
+    Args:
+        evidence: whose training run it is.
+    """
+    key = "train.grad-flow: dead"
+    if key not in evidence.memo:
+        run = evidence.trajectory
+        dead = [name for name in run.dead if not _unused(evidence, name)]
+        apart = _apart(evidence, [name for name in dead if name in run.absent])
+        evidence.memo[key] = tuple(name for name in dead if name not in apart)
+    found: tuple[str, ...] = evidence.memo[key]
+    return found
 
 
 def _unused(evidence: Evidence, name: str) -> bool:

@@ -15,7 +15,7 @@ from numerics_suite.engine import own_batch
 from numerics_suite.engine.calls import input_device, takes_decoder_ids
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
-from numerics_suite.inputs.labels import IGNORED, counted_labels
+from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.observing.comparing import differing_elements
 from numerics_suite.observing.loss_dtype import log_softmax_dtype
 from numerics_suite.observing.roundoff import unit_roundoff, wide
@@ -67,16 +67,18 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
 
 
 def _counted(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
-    """How many labels of the user's own batch count, and whether none does."""
-    rows = counted_labels(batch.tensors["labels"], shifted=evidence.subject.task == "causal-lm")
-    count, width = int(rows.sum()), int(batch.tensors["input_ids"].shape[1])
-    yield Measurement(name="counted-labels", value=count, unit="labels")
+    """How many labels of the user's own batch count, and in how many batches of an epoch none does."""
+    rows = own_batch.counted(evidence, batch)
+    yield Measurement(name="counted-labels", value=sum(rows), unit="labels")
     facts: dict[str, Fact] = {
         "batch": batch.drawn,
-        "tokens of a row": width,
+        "rows without a label that counts": f"{sum(not count for count in rows)} of {len(rows)}",
+        "rows of a batch (--batch-size)": evidence.request.rows,
+        "tokens of a row": int(batch.tensors["input_ids"].shape[1]),
         "cut to (--seq-len)": evidence.space.max_length,
     }
-    yield Measurement(name="no-counted-labels", value=int(not count), unit="batches", facts=facts)
+    empty = int(own_batch.empty_batches_of(evidence, batch))
+    yield Measurement(name="no-counted-labels", value=empty, unit="batches", facts=facts)
 
 
 def _without_labels(evidence: Evidence, batch: Batch) -> tuple[Batch, str]:

@@ -157,6 +157,60 @@ def _descends(scene: Scene) -> list[str] | None:
     ]
 
 
+def _unmoved(scene: Scene) -> list[str] | None:
+    begun = _begun(scene)
+    if begun is None:
+        return None
+    return [
+        *begun,
+        "first = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}",
+        _steps(scene),
+        *indented(_step(scene, *_clipping(scene.evidence.request.plan.max_grad_norm))),
+        *_loss(scene),
+        f"names = {written(list(scene.finding.parameters[:MOST_NAMES]))}",
+        "still = [name for name in names if torch.equal(model.get_parameter(name), first[name])]",
+        f'assert not still, f"{SYMPTOM}: {{len(still)}} parameters are what they were before the first step: {{still[:4]}}"',
+        'print("not reproduced: every parameter moves")',
+    ]
+
+
+def _lost(scene: Scene) -> list[str] | None:
+    begun, plan = _begun(scene), scene.evidence.request.plan
+    if begun is None:
+        return None
+    return [
+        *begun,
+        "held, meant = 0.0, 0.0",
+        _steps(scene),
+        *indented(
+            [
+                *_step(
+                    scene,
+                    *_clipping(plan.max_grad_norm),
+                    "moving = [p for p in model.parameters() if p.grad is not None]",
+                    "before = [p.detach().double() for p in moving]",
+                    "twins = [p.clone() for p in before]",
+                    "for twin, p in zip(twins, moving):",
+                    "    twin.grad = p.grad.double()",
+                    "options = {key: value for key, value in optimizer.param_groups[0].items() if key != 'params'}",
+                    "shadow = type(optimizer)([{**options, 'params': twins}])",
+                    "for twin, p in zip(twins, moving):",
+                    "    if optimizer.state[p]:",
+                    "        wide = {k: v.double() if v.shape == p.shape else v.clone() for k, v in optimizer.state[p].items()}",
+                    "        shadow.state[twin] = wide",
+                    "shadow.step()",
+                ),
+                "for p, old, new in zip(moving, before, twins):",
+                "    held += float(((p.detach().double() - old) * (new - old)).sum())",
+                "    meant += float((new - old).square().sum())",
+            ]
+        ),
+        "limit = torch.finfo(moving[0].dtype).eps / 2",
+        f'assert held / meant >= limit, f"{SYMPTOM}: the parameters hold {{held / meant:.2g}} of the steps, below the unit roundoff {{limit:.2g}}"',
+        'print(f"not reproduced: the parameters hold {held / meant:.2g} of the steps")',
+    ]
+
+
 # --- what one backward pass leaves ---------------------------------------------------------------------------------
 
 
@@ -221,6 +275,8 @@ TRAIN = {
     ("train.clip", "excess"): Body(lines=_excess),
     ("train.descends", "rise"): Body(lines=_descends),
     ("train.grad-flow", "dead"): Body(lines=_dead),
+    ("train.updates", "untrained"): Body(lines=_unmoved),
+    ("train.updates", "lost"): Body(lines=_lost),
     ("train.amp", "dtype-drift"): Body(lines=_drift),
     ("train.amp", "skipped-forever"): Body(lines=_skipped),
 }

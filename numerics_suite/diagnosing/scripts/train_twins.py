@@ -70,8 +70,13 @@ def loss_error(scene: Scene) -> list[str] | None:
 
 def _none_counts(scene: Scene) -> list[str] | None:
     shift = "[:, 1:]" if scene.evidence.subject.task == "causal-lm" or predicts_next_token(scene.evidence.model) else ""
+    bare = [
+        "# A batch of those rows in which no label counts:",
+        f"bare = (batch['labels']{shift} != -100).flatten(1).sum(dim=1) == 0",
+        "batch = {name: value[bare] for name, value in batch.items()} if bare.any() else batch",
+    ]
     return [
-        *(["batch = own_batch"] if scene.source == "factory" else []),
+        *(["batch = own_batch"] if scene.source == "factory" else bare),
         *under(scene, f"loss = model(**batch{uncached(scene)}).loss"),
         f"counted = int((batch['labels']{shift} != -100).sum())",
         f'assert counted, f"{SYMPTOM}: no label counts, every one is -100; the loss is {{loss.item()}}"',

@@ -36,6 +36,26 @@ BUDGETS = (
         remedies=("tune-loss-scale", "newer-version"),
     ),
     Budget(
+        check="train.updates",
+        measurement="untrained",
+        limit=0,
+        cause="untrained-parameters",
+        title="{value} trained parameters do not move: {parameters}",
+        reason="A parameter that is meant to train gets a gradient and is held by an optimizer, and a float64 step of its whole spacing moves it in "
+        "any precision. One that stays bit for bit is left out, or something writes its old value back.",
+        remedies=("non-reentrant-checkpointing", "rebuild-optimizer"),
+    ),
+    Budget(
+        check="train.updates",
+        measurement="lost",
+        limit=1,
+        cause="rounded-update",
+        title="updates round away: the {facts[dtype]} parameters hold {facts[share of the steps that is held]:.2g} of the steps at lr {facts[learning rate]:.2g}",
+        reason="Unit roundoff of the parameters' dtype over the share of the float64 steps that they hold (with three standard errors of the sample): "
+        "above 1 the dtype cannot tell what was held and all of the steps from the steps alone, so the run is one that did not train.",
+        remedies=("raise-learning-rate", "stochastic-rounding", "fp32-master-weights", "use-amp-bf16"),
+    ),
+    Budget(
         check="train.labels",
         measurement="loss-without-labels",
         limit=0,
@@ -67,9 +87,11 @@ BUDGETS = (
         measurement="no-counted-labels",
         limit=0,
         cause="no-counted-labels",
-        title="no label of {facts[batch]} counts: all are -100, in rows cut to {facts[cut to (--seq-len)]} tokens",
+        title="about {value:.0f} of the batches of an epoch have no label that counts: {facts[rows without a label that counts]} rows have "
+        "none when cut to {facts[cut to (--seq-len)]} tokens",
         reason="A loss is the mean over the labels that count; over none it is 0/0, or a step that learns nothing. A prompt that fills the "
-        "length leaves no room for what is to be learnt.",
+        "length leaves no room for what is to be learnt. A few such rows do no harm among others; a whole batch of them does, so what "
+        "counts is whether an epoch is expected to have one.",
         remedies=("count-labels",),
     ),
     Budget(

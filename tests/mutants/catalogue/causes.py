@@ -239,6 +239,10 @@ BY_CAUSE: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
+        ("untrained-parameters", "wrong-gradient"),
+        ("gradient-undone-by-a-copy",),
+    ),
+    (
         ("invalid-operation",),
         ("gradient-nan-in-backward",),
     ),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mutants.catalogue.record import ORACLE, Mutant
-from mutants.editing import NoSuchPlaceError, edit, edited, on, overridden
+from mutants.editing import NoSuchPlaceError, edit, edited, on, overridden, override
 
 ATTENTION, MLP, BLOCK = "model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.1"
 CHATGLM_STACK, CHATGLM_MLP = "transformer.encoder", "transformer.encoder.layers.1.mlp"
@@ -40,6 +40,17 @@ def _doubled(own: Any, self: Any, x: Any) -> Any:
 def _against_the_loss(own: Any, self: Any, x: Any) -> Any:
     output = own(self, x)
     return 2 * output.detach() - output
+
+
+def _with_its_first_value(linear: nn.Linear) -> None:
+    """The weight is copied from elsewhere before each call: what the optimizer did to it is gone."""
+    linear.first = linear.weight.detach().clone()  # type: ignore[assignment]
+    override(linear, forward=_rewritten)
+
+
+def _rewritten(own: Any, self: Any, x: Any) -> Any:
+    self.weight.data.copy_(self.first)
+    return own(self, x)
 
 
 def _nan_backwards(own: Any, self: Any, x: Any) -> Any:
@@ -130,6 +141,14 @@ MUTANTS = (
         expected_checks=(ORACLE, "train.grad-flow"),
         module_pattern=_name(MLP, "down_proj"),
         why="one weight was left frozen",
+    ),
+    Mutant(
+        id="gradient-undone-by-a-copy",
+        family="glm4",
+        apply=on(MLP + ".down_proj", _with_its_first_value),
+        expected_checks=("train.updates",),
+        module_pattern=_name(MLP, "down_proj"),
+        why="each call copies the weight from elsewhere, so that no step of the optimizer lasts",
     ),
     Mutant(
         id="gradient-spoiled-in-place",

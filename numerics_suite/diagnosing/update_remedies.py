@@ -1,0 +1,73 @@
+"""Remedies for training in which parameters do not move: how steps are held, how large they are, what holds the parameters, what is recomputed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from torch import nn
+
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.subjects.load import Loaded
+
+FASTER = (10.0, 100.0, 1000.0)
+"""Times the learning rate that is tried; the smallest one that helps is told."""
+
+NARROW = frozenset({"float16", "bfloat16"})
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers keeps a module's checkpointing function, a partial of torch's."""
+
+
+def higher_rates(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+    """The same training at higher learning rates.
+
+    Args:
+        evidence: a cell, or a step that the watch caught.
+    """
+    lr = evidence.request.plan.lr
+    for times in FASTER if lr > 0 else ():
+        yield evidence.variant(plan=evidence.with_plan(lr=lr * times)), f"lr {lr * times:.2g} (was {lr:.2g})"
+
+
+def rounded(evidence: Evidence, how: str) -> Iterator[tuple[Evidence, str]]:
+    """The same training with its steps held another way.
+
+    Args:
+        evidence: as above.
+        how: `master` or `stochastic`.
+    """
+    if evidence.recipe.parameters in NARROW:
+        yield evidence.variant(plan=evidence.with_plan(rounding=how)), ""
+
+
+def rebuilt_optimizer(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+    """Optimizers over the model's own parameters, where some are held by none.
+
+    Args:
+        evidence: as above.
+    """
+    if evidence.unheld:
+        yield evidence.variant(plan=evidence.with_plan(rebuilt=True)), f"with {len(evidence.unheld)} parameters more"
+
+
+def non_reentrant(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+    """Checkpoints that are not reentrant, where the model has reentrant ones.
+
+    Args:
+        evidence: as above.
+    """
+    if any(_is_reentrant(module) for module in evidence.model.modules()):
+        yield evidence.variant(change=_not_reentrant), "use_reentrant=False"
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    function = getattr(module, CHECKPOINT, None)
+    return isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is True
+
+
+def _not_reentrant(loaded: Loaded) -> Loaded:
+    for module in filter(_is_reentrant, loaded.model.modules()):
+        own: functools.partial[object] = getattr(module, CHECKPOINT)
+        words = {**own.keywords, "use_reentrant": False}
+        setattr(module, CHECKPOINT, functools.partial(own.func, *own.args, **words))
+    return loaded
