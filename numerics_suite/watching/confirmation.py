@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from numerics_suite.core.errors import NumericsSuiteError
-from numerics_suite.diagnosing.remedy_trials import NO_RUN, ask_once
+from numerics_suite.diagnosing.consequences import NO_RUN
+from numerics_suite.diagnosing.remedy_trials import ask_once
 from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.caught_step import undisturbed
 from numerics_suite.watching.diagnosis import Scene
