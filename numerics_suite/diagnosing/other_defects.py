@@ -34,11 +34,12 @@ def without_others(check: str, finding: Finding, evidence: Evidence, ask: Ask) -
         evidence: the cell; nothing of it is changed.
         ask: runs a check again.
     """
-    if finding.cause in OF_WEIGHTS | {RAISES}:
+    if finding.cause == RAISES:
         return evidence, ()
     told = []
     for other, remedy in LOCAL.items():
-        cured = None if other == check else _cured(other, remedy, evidence, ask)
+        same = other == check or (remedy == "init-head" and finding.cause in OF_WEIGHTS)
+        cured = None if same else _cured(other, remedy, evidence, ask)
         if cured is not None and _fails_as_before(check, finding, cured, ask):
             evidence = cured
             told.append(f"{remedy} ({other})")

@@ -82,8 +82,15 @@ def initialised(names: Iterable[str]) -> Change:
 
 def initialised_head(evidence: Evidence) -> Evidence | None:
     """The cell with its new head initialised, None without one; of a factory's module, what is uninitialised counts as that."""
-    names = evidence.loaded.new_head or (evidence.unwritten if evidence.subject.path is None else ())
-    return evidence.variant(change=initialised(names)) if names else None
+    new = evidence.loaded.new_head
+    names = new or (evidence.unwritten if evidence.subject.path is None else ())
+    initialise = initialised(names)
+
+    def change(loaded: Loaded) -> Loaded:
+        # A head that was saved is not made anew when it is loaded again: its values are those of the file.
+        return loaded if new and not loaded.new_head else initialise(loaded)
+
+    return evidence.variant(change=change) if names else None
 
 
 def _init_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:

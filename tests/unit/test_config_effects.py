@@ -75,3 +75,35 @@ def test_a_vocabulary_that_the_code_calls_otherwise(known, tmp_path):
     rows = json.loads(Path(tmp_path, "own", "config.json").read_text("utf-8"))["padded_vocab_size"]
     folder = written(str(tmp_path / "own"), vocab_size=rows if known else rows + 8)
     assert said(folder, trust_remote_code=True).startswith("passed" if known else "failed")
+
+
+TAKES_ANY = """    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_hidden_layers = self.num_layers
+        self.legacy_half_head = self.legacy_skip_head_init = False
+"""
+
+
+def takes_any_key(folder: Path) -> str:
+    """ChatGLM whose config class declares no key, with those keys in its file that the model looks at."""
+    import shutil
+
+    from numerics_suite.subjects.fixtures import fixture_path
+
+    shutil.copytree(fixture_path("chatglm-2023-tiny"), folder)
+    code = folder / "configuration_chatglm.py"
+    text = code.read_text("utf-8")
+    code.write_text(text[: text.index("    def __init__(")] + TAKES_ANY, "utf-8")
+    model = (folder / "modeling_chatglm.py").read_text("utf-8")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    kept = {"architectures", "auto_map", "model_type", "torch_dtype", "tie_word_embeddings", "pad_token_id"}
+    config = {key: value for key, value in config.items() if key in kept or f"config.{key}" in model}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    return str(folder)
+
+
+def test_keys_that_a_class_takes_through_kwargs(tmp_path):
+    folder = takes_any_key(tmp_path / "takes_any")
+    assert said(folder, trust_remote_code=True) == "passed"
+    found = said(written(folder, mlp_bias=True, intermediate_size=128), trust_remote_code=True)
+    assert found == "failed: config.json has keys that this transformers ignores: intermediate_size, mlp_bias"

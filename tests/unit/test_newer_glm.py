@@ -81,7 +81,9 @@ def test_a_model_that_sees_images_is_judged_on_text_and_refused_as_a_classifier(
     folder = made(tmp_path, "glm4v")
     subject = resolve(folder)
     assert (subject.task, subject.model_class) == ("causal-lm", "Glm4vForConditionalGeneration")
-    with pytest.raises(UnsupportedError, match="has no class of model type glm4v for sequence-classification"):
+    with pytest.raises(
+        UnsupportedError, match="has no text-only class of model type glm4v for sequence-classification"
+    ):
         resolve(folder, task="sequence-classification")
 
 

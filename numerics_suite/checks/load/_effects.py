@@ -6,7 +6,10 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from numerics_suite.subjects.built import built_with, without_adapter
 
 SAME_MEANING = (
     frozenset({"hidden_act", "hidden_activation", "activation_function"}),
@@ -92,6 +95,45 @@ def has_effect(model: nn.Module, key: str, value: Any) -> bool:
     return bool(held) and all(type(one) is type(value) and one == value for one in held)
 
 
+def is_built_from(model: nn.Module, key: str, value: Any) -> bool:
+    """Whether another value of the key builds another model: a config class may take any key, and the model look at it.
+
+    Another model has other shapes, other buffers, or other numbers in its modules; so has one that refuses the other value.
+
+    Args:
+        model: as built.
+        key: of config.json.
+        value: the file's, which the built config must hold.
+    """
+    base = without_adapter(model)
+    others = list(_other_values(value)) if getattr(base.config, key, None) == value else []
+    same = built_with(base, {}) if others else None
+    if same is None:
+        return False
+    made = (built_with(base, {key: other}) for other in others)
+    return any(other is None or not _alike(same, other) for other in made)
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    return _structure(one) == _structure(other) and all(
+        torch.equal(left, right) for left, right in zip(one.buffers(), other.buffers(), strict=True)
+    )
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """Classes, shapes, and what each module holds as a plain value."""
+    found: dict[str, Any] = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+    found |= {f"{name} buffer": buffer.shape for name, buffer in model.named_buffers()}
+    for name, module in model.named_modules():
+        found |= {
+            f"{name}:{key}": held
+            for key, held in vars(module).items()
+            if isinstance(held, bool | int | float | str | torch.dtype)
+        }
+        found[f"{name}:"] = type(module)
+    return found
+
+
 def embedding_rows(model: nn.Module) -> int:
     """Rows of the input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -143,8 +185,14 @@ def _made(config_class: Any, raw: Mapping[str, Any]) -> dict[str, Any] | None:
 def _others(raw: Mapping[str, Any], key: str) -> Iterator[dict[str, Any]]:
     """The file without the key, and with another value of it."""
     yield {name: value for name, value in raw.items() if name != key}
-    value = raw[key]
+    if not isinstance(raw[key], str):
+        yield from ({**raw, key: other} for other in _other_values(raw[key]))
+
+
+def _other_values(value: Any) -> Iterator[Any]:
     if isinstance(value, bool):
-        yield {**raw, key: not value}
+        yield not value
     elif isinstance(value, int | float):
-        yield {**raw, key: value * 2 or 1}
+        yield value * 2 or 1
+    elif isinstance(value, str):
+        yield f"{value}-other"

@@ -8,6 +8,7 @@ from typing import Any
 from numerics_suite.checks.load._effects import (
     ROWS,
     has_effect,
+    is_built_from,
     is_converted,
     is_derived,
     is_read,
@@ -133,7 +134,9 @@ def _arrived(evidence: Evidence, key: str, known: set[str]) -> bool:
     if other_word_counts(model, raw, key):
         return True
     made_by = type(model.config)
-    return has_effect(model, key, raw[key]) or is_derived(made_by, raw, key) or is_read(made_by, raw, key)
+    if has_effect(model, key, raw[key]) or is_derived(made_by, raw, key) or is_read(made_by, raw, key):
+        return True
+    return is_built_from(model, key, raw[key])
 
 
 def _meant(evidence: Evidence, key: str, value: Any) -> bool:
