@@ -10,7 +10,8 @@ from torch import Tensor
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.devices import random_state
-from numerics_suite.diagnosing.remedy_trials import NO_RUN, ask_once
+from numerics_suite.diagnosing.consequences import NO_RUN
+from numerics_suite.diagnosing.remedy_trials import ask_once
 from numerics_suite.engine.outputs import main_output
 from numerics_suite.observing.roundoff import rms
 from numerics_suite.watching.alarms import Alarm
