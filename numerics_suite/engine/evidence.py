@@ -191,8 +191,9 @@ class Evidence:
 
     @cached_property
     def broken(self) -> tuple[str, ...]:
-        """Names of the parameters that hold NaN or infinities as loaded."""
-        return tuple(name for name, p in self.model.named_parameters() if nonfinite_count(p.detach()))
+        """Names of the parameters that hold NaN or infinities as loaded, and of the buffers that hold NaN; -inf there is a mask."""
+        parameters = (name for name, p in self.model.named_parameters() if nonfinite_count(p.detach()))
+        return (*parameters, *(name for name, buffer in self.model.named_buffers() if nan_count(buffer)))
 
     @property
     def model(self) -> nn.Module:

@@ -106,6 +106,14 @@ def test_parameters_that_no_root_names_make_a_root():
     assert tree(head, failed("train.finite", "overflow", parameters=("head.weight",))) == [None, None]
 
 
+def test_stored_weights_that_overflow_in_the_dtype_of_the_load():
+    loaded = failed("load.finite", "overflow", parameters=("norm.weight",))
+    run = failed("forward.finite", "corrupt-weights", parameters=("norm.weight",))
+    assert tree(loaded, run) == [None, loaded.id]
+    at_an_op = failed("forward.finite", "overflow", parameters=("norm.weight",), op="aten.mul.Tensor")
+    assert tree(at_an_op, run) == [None, None]
+
+
 def test_what_the_roots_remedy_does_not_cure_is_a_root():
     def told(check, verified, *together):
         remedy = Remedy(name="init-head", description="d", verified=verified, together=together)

@@ -10,7 +10,7 @@ import torch
 from mutants.article_checkpoints import changed
 from mutants.driver import release
 from safetensors.torch import load_file, save_file
-from unit.test_clean_models import BODY, save
+from unit.test_clean_models import BODY, save, statuses
 from unit.test_loading_dtypes import MOE, answer
 
 from numerics_suite.cli.main import main
@@ -39,6 +39,21 @@ def test_a_buffer_that_the_load_leaves_unwritten(tmp_path, made):
     assert result.finding.cause == "uninitialised-buffer"
     assert result.finding.parameters == ("transformer.rotary_pos_emb.window",)
     assert list(remedies) in (["newer-version"], [])
+
+
+@pytest.mark.skipif(release() < (5,), reason="nothing is built on the meta device there")
+def test_what_an_unwritten_buffer_leaves_says_nothing_of_padding_or_of_the_file(tmp_path):
+    made = "self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)"
+    own = f'{made}\n        self.register_buffer("scale", torch.arange(8.0), persistent=False)'
+    folder = changed(tmp_path / tmp_path.name, "chatglm-tiny", code=(made, own))
+    code = folder / "modeling_chatglm.py"
+    text = code.read_text("utf-8").replace(
+        "self.word_embeddings(input_ids)", "self.word_embeddings(input_ids) * self.scale[1]"
+    )
+    code.write_text(text, "utf-8")
+    found = statuses(str(folder), ("load.*", "inputs.pipeline", "forward.batch"), "fp32", trust_remote_code=True)
+    assert {check for check, said in found.items() if said.startswith(("failed", "error"))} == {"load.finite"}
+    assert found["forward.batch"] == "skipped"
 
 
 def test_a_nan_that_the_code_itself_writes_is_not_uninitialised(tmp_path):
@@ -131,6 +146,18 @@ def test_the_stored_head_of_a_base_is_not_the_one_that_the_adapter_was_trained_w
     written = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**written, **said}))
     assert answer(folder, "load.complete", "fp32")[0].finding.cause == "lost-head"
+
+
+def test_an_adapter_on_a_base_of_another_size(tmp_path):
+    folder = adapter(tmp_path, head=True)
+    file = folder / "adapter_model.safetensors"
+    wide = {name: torch.zeros(2, 128) if "lora_A" in name else value for name, value in load_file(file).items()}
+    save_file(wide, file, metadata={"format": "pt"})
+    result, remedies = answer(folder, "load.complete", "fp32")
+    assert result.finding.cause == "lost-weights"
+    assert result.finding.evidence["measurement"] == "mismatched"
+    assert "lora_A" in result.finding.parameters[0]
+    assert set(remedies) == {"fix-config", "reload-weights"}
 
 
 def test_an_adapter_with_its_head_and_one_that_never_had_any(tmp_path):
