@@ -103,6 +103,9 @@ def _shows(root: Finding, finding: Finding) -> bool:
     """The same exception, the same op of the same module, or parameters that do not move for want of the gradient that the root misses."""
     if (root.cause, finding.cause) == ("dead-gradient", "untrained-parameters"):
         return bool(finding.parameters) and set(finding.parameters) <= set(root.parameters)
+    if (root.cause, finding.cause) == ("wrong-output-shape", RAISES):
+        # Without labels it runs: logits of each token and one label for each row do not fit in any loss.
+        return str(finding.evidence.get("call", "")).startswith("forward and backward")
     if finding.cause != root.cause:
         return False
     if finding.cause == RAISES:

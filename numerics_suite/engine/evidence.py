@@ -33,6 +33,7 @@ from numerics_suite.engine.rotary import longest_of_one_table, reads_table, rota
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
 from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.inputs.targets import targets_of
 from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id, special_ids
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects import compat
@@ -246,6 +247,7 @@ class Evidence:
             sides=self.family.padding_sides,
             task=self.subject.task,
             num_labels=self.num_labels,
+            targets=targets_of(config, self.num_labels),
             max_rows=most_rows(self.rows),
             max_length=min(self.request.length, self.longest),
             pools_by_pad=self.family.pooling == "pad-id",

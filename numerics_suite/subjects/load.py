@@ -233,7 +233,19 @@ def _new_head(subject: Subject, model: nn.Module, info: LoadingInfo) -> tuple[st
         return ()
     made = (*info.missing, *info.mismatched)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return tuple(name for name in head_tensors(made, family_of(subject.config), subject.task) if name in held)
+    heads = set(head_tensors(made, family_of(subject.config), subject.task))
+    if subject.task in CLASSIFICATION:
+        heads |= {name for name in made if _is_outside_body(model, name)}
+    return tuple(name for name in made if name in heads and name in held)
+
+
+def _is_outside_body(model: nn.Module, name: str) -> bool:
+    """Whether a parameter lies outside the body of its class: a classifier of remote code calls its head what it likes."""
+    inner = without_adapter(model)
+    body = getattr(inner, "base_model_prefix", "")
+    if not body or not isinstance(getattr(inner, body, None), nn.Module):
+        return False
+    return not name.removeprefix("base_model.model." if inner is not model else "").startswith(f"{body}.")
 
 
 def _unexpected(subject: Subject, info: LoadingInfo) -> tuple[str, ...]:

@@ -70,10 +70,19 @@ def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], 
         optimizer=plan.optimizer,
         lr=plan.lr,
         steps=plan.steps,
-        chance=math.log(first.num_labels) if task.endswith("classification") else None,
+        chance=_chance(first),
         runs=tuple(runs),
         recipe=recommend(runs, lr=plan.lr),
     )
+
+
+def _chance(evidence: Evidence) -> float | None:
+    """The loss of a classifier that knows nothing; of several classes at once each is a guess between two."""
+    if not evidence.subject.task.endswith("classification"):
+        return None
+    if evidence.subject.task == "token-classification":
+        return math.log(evidence.num_labels)
+    return {"classes": math.log(evidence.num_labels), "many": math.log(2)}.get(evidence.space.targets)
 
 
 def _run(evidence: Evidence) -> RehearsedRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_tied_embeddings_that_are_stored_alike(tmp_path, stored):
 
     folder = changed(tmp_path / tmp_path.name, "glm-tiny", config={"tie_word_embeddings": True}, tensors=alike)
     assert answer(folder, "load.tied", "fp32")[0].status == "passed"
+
+
+def test_a_new_head_under_a_name_of_its_own(tmp_path):
+    folder = changed(tmp_path / tmp_path.name, "chatglm-tiny")
+    code = folder / "modeling_chatglm.py"
+    code.write_text(code.read_text("utf-8").replace("classifier_head", "topics"), "utf-8")
+    found = statuses(str(folder), ("load.complete", "load.head-init"), "fp32", trust_remote_code=True, **CLASSIFY)
+    assert found == dict.fromkeys(found, "passed")
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"legacy_skip_head_init": True}), "utf-8")
+    said = statuses(str(folder), ("load.head-init",), "fp32", trust_remote_code=True, **CLASSIFY)["load.head-init"]
+    assert said == "failed: never initialised: topics.bias, topics.weight"
 
 
 # --- adapters ----------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def _rotary_table_is_right(evidence: Evidence) -> bool:
 def _harmless(section: _Section, key: str, known: set[str]) -> bool:
     """A null says nothing, a renamed key is read under its other name, and a release may hard-code the file's value."""
     raw = section.raw
-    if raw[key] is None or (key in {"partial_rotary_factor", "rope_theta"} and section.right_table):
+    if raw[key] is None or (key in {"partial_rotary_factor", "rope_theta", "rope_ratio"} and section.right_table):
         return True
     if key in RENAMED:
         return RENAMED[key] in raw
