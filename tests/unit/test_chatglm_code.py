@@ -33,6 +33,10 @@ SMALL = {
     "pad_token_id": 0,
     "eos_token_id": 2,
 }
+SPECIAL = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+)
 TEXTS = [
     f"the {noun} of {place} is {number} years old"
     for noun in ("king", "river", "song")
@@ -89,6 +93,15 @@ def vocabulary(file: Path) -> None:
     )  # fmt: skip
 
 
+def special(file: Path) -> None:
+    """The special tokens of GLM-4 behind the vocabulary of bytes, where its tokenizer's config names them by id."""
+    config = json.loads(file.read_text("utf-8"))
+    if config.get("tokenizer_class") == "ChatGLM4Tokenizer":
+        flags = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+        config["added_tokens_decoder"] = {str(256 + at): {"content": name, **flags} for at, name in enumerate(SPECIAL)}
+        file.write_text(json.dumps(config), "utf-8")
+
+
 def checkpoint(folder: Path, *, head: bool) -> str:
     """A tiny checkpoint of that code, with a classifier's head in its file or without."""
     folder /= folder.name
@@ -115,6 +128,7 @@ def test_its_tokenizer(tmp_path):
     for name in ("tokenization_chatglm.py", "tokenizer_config.json"):
         shutil.copy(Path(CODE, name), folder)
     vocabulary(Path(folder, "tokenizer.model"))
+    special(Path(folder, "tokenizer_config.json"))
     told, remedies = answer(folder, "inputs.pipeline", "fp32", attn=("default",), **{**TRUSTED, "diagnose": True})
     assert told.finding.cause == "tokenizer-incompatible"
     assert "padding_side" in told.finding.title
