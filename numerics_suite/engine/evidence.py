@@ -35,7 +35,7 @@ from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, train
 from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.inputs.targets import targets_of
 from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id, special_ids
-from numerics_suite.observing.finiteness import nan_count, nonfinite_count
+from numerics_suite.observing.finiteness import nan_count, not_finite
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
@@ -193,8 +193,7 @@ class Evidence:
     @cached_property
     def broken(self) -> tuple[str, ...]:
         """Names of the parameters that hold NaN or infinities as loaded, and of the buffers that hold NaN; -inf there is a mask."""
-        parameters = (name for name, p in self.model.named_parameters() if nonfinite_count(p.detach()))
-        return (*parameters, *(name for name, buffer in self.model.named_buffers() if nan_count(buffer)))
+        return not_finite(self.model)
 
     @property
     def model(self) -> nn.Module:

@@ -21,7 +21,7 @@ from numerics_suite.devices.kinds import parts_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
-from numerics_suite.subjects.built import built_buffers, without_adapter
+from numerics_suite.subjects.built import built_buffers, is_outside_body, without_adapter
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
@@ -234,18 +234,8 @@ def _new_head(subject: Subject, model: nn.Module, info: LoadingInfo) -> tuple[st
     made = (*info.missing, *info.mismatched)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     heads = set(head_tensors(made, family_of(subject.config), subject.task))
-    if subject.task in CLASSIFICATION:
-        heads |= {name for name in made if _is_outside_body(model, name)}
-    return tuple(name for name in made if name in heads and name in held)
-
-
-def _is_outside_body(model: nn.Module, name: str) -> bool:
-    """Whether a parameter lies outside the body of its class: a classifier of remote code calls its head what it likes."""
-    inner = without_adapter(model)
-    body = getattr(inner, "base_model_prefix", "")
-    if not body or not isinstance(getattr(inner, body, None), nn.Module):
-        return False
-    return not name.removeprefix("base_model.model." if inner is not model else "").startswith(f"{body}.")
+    outside = {name for name in made if subject.task in CLASSIFICATION and is_outside_body(model, name)}
+    return tuple(name for name in made if name in heads | outside and name in held)
 
 
 def _unexpected(subject: Subject, info: LoadingInfo) -> tuple[str, ...]:
@@ -272,22 +262,20 @@ def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple
         config.modules_to_save = [name for name in kept or () if any(name in each.split(".") for each in held)] or None
     # Without this peft would hold the adapter in float32 whatever was asked for.
     options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False, "local_files_only": True}
-    # An adapter that was trained on a base of another size: told by its tensors, as those of a checkpoint are.
-    options["ignore_mismatched_sizes"] = True
+    options["ignore_mismatched_sizes"] = True  # an adapter of another base is told by its tensors, as a checkpoint is
     model = PeftModel.from_pretrained(base, subject.path, config=config, **options)
-    asked = get_peft_model_state_dict(model)
-    wanted = set(asked)
-    apart = (name for name in wanted & held if tuple(stored[name][1]) != tuple(asked[name].shape))
+    wanted = get_peft_model_state_dict(model)
+    apart = (name for name in wanted.keys() & held if tuple(stored[name][1]) != tuple(wanted[name].shape))
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     # Before 0.18 peft says that an embedding is saved with the adapter, and it is not.
-    lacking = {name for name in wanted - held if held and not _is_embedding(name)}
+    lacking = {name for name in wanted.keys() - held if held and not _is_embedding(name)}
 
     def renamed(found: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"base_model.model.{name}" for name in found if f"base_model.model.{name}" in names)
 
     return model, LoadingInfo(
         missing=(*renamed(info.missing), *sorted(lacking)),
-        unexpected=(*info.unexpected, *sorted(held - wanted)),
+        unexpected=(*info.unexpected, *sorted(held - wanted.keys())),
         mismatched=(*renamed(info.mismatched), *sorted(apart)),
     )
 

@@ -108,7 +108,7 @@ def checkpoint(folder: Path, *, head: bool) -> str:
     folder.mkdir()
     for file in Path(CODE).glob("*.py"):
         shutil.copy(file, folder)
-    config = json.loads(Path(CODE, "config.json").read_text("utf-8")) | SMALL
+    config = json.loads(Path(CODE, "config.json").read_text("utf-8")) | SMALL | {"torch_dtype": "float16"}
     config.pop("quantization_bit", None)
     stored = tensors()
     if head:

@@ -84,6 +84,9 @@ DEFINING = frozenset(
 )
 """Keys that define what is computed. A key outside this list that a release does not know (a tool's own note) does no harm."""
 
+NEUTRAL = {"rope_ratio": 1}
+"""Values that change nothing: code without the key computes as with it. ChatGLM's ratio multiplies the rotary base."""
+
 TEXT = "text_config"
 """The section of a model of pictures in which its language part is described."""
 
@@ -202,7 +205,11 @@ def _rotary_table_is_right(evidence: Evidence) -> bool:
 def _harmless(section: _Section, key: str, known: set[str]) -> bool:
     """A null says nothing, a renamed key is read under its other name, and a release may hard-code the file's value."""
     raw = section.raw
-    if raw[key] is None or (key in {"partial_rotary_factor", "rope_theta", "rope_ratio"} and section.right_table):
+    if (
+        raw[key] is None
+        or raw[key] == NEUTRAL.get(key)
+        or (key in {"partial_rotary_factor", "rope_theta", "rope_ratio"} and section.right_table)
+    ):
         return True
     if key in RENAMED:
         return RENAMED[key] in raw
