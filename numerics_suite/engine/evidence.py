@@ -28,6 +28,7 @@ from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
+from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.engine.position_table import rows_of_position_table
 from numerics_suite.engine.rotary import longest_of_one_table, reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
@@ -113,6 +114,7 @@ class Evidence:
         self.family: Family = family_of(subject.config)
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
+        self.passes = PassStore()
         self.memo: dict[str, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
         self.runs: dict[tuple[Any, ...], Trajectory] = {}
@@ -215,6 +217,7 @@ class Evidence:
     def let_go(self) -> None:
         """Drop every answer kept; cycles inside a model would hold them until the collector comes by."""
         self._forwards.clear()
+        self.passes.clear()
         self.memo.clear()
 
     # --- inputs ----------------------------------------------------------------------------------------------------
@@ -305,6 +308,11 @@ class Evidence:
             # key: its softmax is 1, and queries and keys have no gradient by definition.
             length = max(length, min(3, self.longest))
         return training_batch(self.space, rows=self.rows, length=length, seed=self.request.seed)
+
+    @cached_property
+    def gradient_batch(self) -> Batch:
+        """The batch over which gradients are compared in float64."""
+        return self.training_batch
 
     # --- runs ------------------------------------------------------------------------------------------------------
 

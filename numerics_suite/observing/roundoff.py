@@ -19,6 +19,10 @@ in float64 the sum of its terms leaves 1e-16 of them, and no two orders of summa
 """
 
 
+_SAFE_SQUARES: Final = (1e-140, 1e140)
+"""Root mean squares whose square float64 holds with all its digits, with 20 orders of magnitude to spare for the elements."""
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Return the largest relative error of rounding once to `dtype`, half its epsilon: 2**-24 for float32."""
     return torch.finfo(dtype).eps / 2
@@ -40,7 +44,12 @@ def rms(values: Tensor) -> float:
     """Return the root mean square over all elements, in float64; NaN with a NaN, 0.0 for an empty tensor."""
     if values.numel() == 0:
         return 0.0
-    sizes = wide(values.abs())
+    values = wide(values)
+    root = float(torch.linalg.vector_norm(values)) / math.sqrt(values.numel())
+    # Squares from 1e-300 to 1e300 neither overflow nor lose digits; what lies beyond is scaled first, and NaN and inf named.
+    if _SAFE_SQUARES[0] < root < _SAFE_SQUARES[1]:
+        return root
+    sizes = values.abs()
     largest = sizes.max().item()
     if largest == 0.0 or not math.isfinite(largest):
         return float(largest)
@@ -56,7 +65,11 @@ def largest_difference(got: Tensor, want: Tensor) -> float:
         ValueError: The shapes differ.
     """
     _same_shape(got, want)
-    return 0.0 if got.numel() == 0 else float(_difference(got, want).max().item())
+    if got.numel() == 0:
+        return 0.0
+    largest = float((wide(got) - wide(want)).abs().max())
+    # Infinity less infinity is NaN: only then are the elements compared one by one.
+    return largest if math.isfinite(largest) else float(_difference(got, want).max().item())
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
