@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
+from numerics_suite.engine.true_passes import keeps_gradients
 from numerics_suite.oracles.trace import TURN, capture_states
 
-MEMO = "true gradient"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +51,22 @@ def true_gradient(evidence: Evidence) -> TrueRun:
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    if MEMO not in evidence.memo:
-        evidence.memo[MEMO] = true_run(evidence, evidence.gradient_batch.tensors, gradients=True)
-    found: TrueRun = evidence.memo[MEMO]
+    return kept_run(evidence, "gradient", lambda: true_run(evidence, evidence.gradient_batch.tensors, gradients=True))
+
+
+def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Result:
+    """A true fp64 run over the gradient batch in eval mode: computed once a cell, and of a small model once for equal cells.
+
+    Args:
+        evidence: the cell.
+        name: of what is run; two that do the same have the same name.
+        compute: runs it, if it is not kept.
+    """
+    store = evidence.true_passes.runs if keeps_gradients(evidence.model) else evidence.memo
+    key = f"true fp64: {name} over {batch_key(evidence.gradient_batch.tensors)}"
+    if key not in store:
+        store[key] = compute()
+    found: Result = store[key]
     return found
 
 

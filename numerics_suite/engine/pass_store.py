@@ -40,7 +40,7 @@ class PassStore:
         """The answer of a pass, float64 on the CPU.
 
         Args:
-            key: of the pass: its condition and :func:`~numerics_suite.engine.evidence.batch_key` of its batch.
+            key: of the pass: its condition and :func:`~numerics_suite.engine.digests.batch_key` of its batch.
             compute: runs it, if it is not held.
             held_in: dtype in which it is held if every number of it survives that.
         """

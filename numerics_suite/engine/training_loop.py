@@ -244,10 +244,10 @@ class Trainer:
             for name, g in gradients.items()
             if g.dtype != self.parameters[name].dtype
         }
-        total = sum(float(wide(g).abs().sum()) for g in gradients.values())
         # Adam's first step is lr in the direction of each gradient's sign; SGD's is lr times the gradient.
-        squares = sum(float(wide(g).square().sum()) for g in gradients.values())
-        self.predicted = self.plan.lr * (squares if self.plan.optimizer == "sgd" else total)
+        descends = self.plan.optimizer == "sgd"
+        norms = [float(torch.linalg.vector_norm(wide(g), 2 if descends else 1)) for g in gradients.values()]
+        self.predicted = self.plan.lr * sum(norm * norm if descends else norm for norm in norms)
 
     def step(self, step: int) -> None:
         """One optimizer step, checked after each of its parts.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import true_gradient
+from numerics_suite.checks._true_gradient import kept_run, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -38,11 +38,13 @@ def accumulation(evidence: Evidence) -> Iterable[Measurement]:
     # Only with a router's loss, switched off for this check alone, is the whole batch's gradient another than the cell's.
     full = None if adds_router_loss(evidence.model) else true_gradient(evidence).found
     with without_router_loss(evidence.model):
-        yield from _measured(evidence, rows, full or _true(evidence))
+        full = full or _true(evidence)
+        yield from _measured(
+            full, kept_run(evidence, "micro-batches", lambda: _true(evidence, _in_parts(evidence, rows)))
+        )
 
 
-def _measured(evidence: Evidence, rows: int, full: Fp64Run) -> Iterable[Measurement]:
-    parts = _true(evidence, _in_parts(evidence, rows))
+def _measured(full: Fp64Run, parts: Fp64Run) -> Iterable[Measurement]:
     assert parts.gradients is not None
     assert full.gradients is not None
     sums = {name: parts.gradients.get(name, torch.zeros_like(value)) for name, value in full.gradients.items()}
