@@ -154,11 +154,14 @@ def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: i
     """
     drawn = evidence.batch_plan.drawn if max_examples is None else max_examples
     for batch in evidence.planned_batches if max_examples is None else ():
-        if not batch.law_abiding and spec.id != PAD_INSIDE:
+        too_long = int(batch.tensors["input_ids"].shape[1]) + spec.adds > evidence.longest
+        if too_long or (not batch.law_abiding and spec.id != PAD_INSIDE):
             continue
         if _ask_batch(spec, evidence, batch, outcome):
             drawn = max(drawn, SEARCHED)
             break
+    if not outcome.examples:
+        drawn = drawn or SEARCHED
     if drawn:
         _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(drawn * spec.share)))
 
