@@ -125,7 +125,7 @@ def _moved(evidence: Evidence, model: nn.Module) -> float:
     """By how much true fp64 answers moved; a table that is neither stored nor in the config shows only here."""
     if not evidence.takes_ids or evidence.broken:  # what is not finite already says nothing about the files
         return 0.0
-    tensors = without_labels(evidence.training_batch.tensors)
+    tensors = without_labels(evidence.gradient_batch.tensors)
     call = caller(evidence, by_token=False)
     other = Runner(model, evidence.condition).true_fp64(tensors, call=call)
     try:
