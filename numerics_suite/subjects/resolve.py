@@ -11,7 +11,7 @@ from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedErr
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
 from numerics_suite.subjects import compat, fixtures, validate
-from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter
+from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter, refuse_unusable
 from numerics_suite.subjects.factory import PREFIX as FACTORY
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of
@@ -218,6 +218,8 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     notes = tuple(() if own_code or adapter is not None else checkpoint_notes(tensors, config, model_class))
     if adapter is not None:
         held = stored_tensors(place.path)
+        if not own_code:
+            refuse_unusable(place.path, folder, model_class, held)
         notes = tuple(adapter_notes(place.path, held))
         labels = labels or _adapter_labels(held, family, task)
         # A head that the adapter brings is not new.
