@@ -19,6 +19,7 @@ from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.lifeline import known
 from numerics_suite.core.registry import GROUPS
 from numerics_suite.core.switch import switch_kept
+from numerics_suite.core.text import harmless
 from numerics_suite.settings.options import add_pytest_options, from_pytest
 
 if TYPE_CHECKING:
@@ -178,13 +179,18 @@ class Asked:
         result, trace = self.session.answer(self.question)
         self.item.stash[result_key] = result
         if result.status == "skipped":
-            pytest.skip(result.reason or "")
+            pytest.skip(_shown(result.reason or ""))
         if result.status == "failed":
             from numerics_suite.reporting.text import finding_text
 
             pytest.fail(finding_text(result), pytrace=False)
         if result.status == "error":
-            pytest.fail(f"{result.id}: error: {result.reason}\n{trace}", pytrace=False)
+            pytest.fail(_shown(f"{result.id}: error: {result.reason}\n{trace}"), pytrace=False)
+
+
+def _shown(text: str) -> str:
+    """The text for pytest's terminal: a model's exceptions are shown, and steer neither a terminal nor GitHub's runner."""
+    return "\n".join(harmless(line) for line in text.splitlines())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
