@@ -7,13 +7,15 @@ the suite is named on the command line or `collect = true` asks for it.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.lifeline import known
@@ -98,7 +100,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.session import REPRODUCERS, SuiteSession
 
-    known().lost.update(getattr(config, "workerinput", {}).get("numerics_lost", {}))
+    workerinput = getattr(config, "workerinput", {})
+    known().lost.update(workerinput.get("numerics_lost", {}))
+    if workerinput.get("numerics_quiet") is False:
+        told = ExitStack()
+        told.enter_context(listening(_say))
+        config.add_cleanup(told.close)
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
     suite = SuiteSession(
         settings,
@@ -120,6 +127,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         gate = Gate(suite, run=config.pluginmanager.get_plugin("numerics-suite-run"))
         config.stash[gate_key] = gate
         config.pluginmanager.register(gate, "numerics-suite-gate")
+
+
+def _say(text: str) -> None:
+    """A line of a worker, whose standard output is xdist's."""
+    with suppress(OSError):
+        sys.stderr.write(f"numerics-suite: {harmless(text)}\n")
+        sys.stderr.flush()
 
 
 def _share_cores(config: pytest.Config) -> None:

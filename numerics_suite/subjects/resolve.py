@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
@@ -115,17 +116,19 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
         message = f"--name is given {len(names)} times for {len(sources)} subjects"
         raise BadInputError(message)
     given = [*names, *[None] * (len(sources) - len(names))]
-    subjects = tuple(
-        resolve(
-            source,
-            name=name,
-            task=task,
-            num_labels=num_labels,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
-        for source, name in zip(sources, given, strict=True)
-    )
+
+    def read(source: str, name: str | None) -> Subject:
+        with doing(f"reading {source}"):  # its digest is taken over every byte of it
+            return resolve(
+                source,
+                name=name,
+                task=task,
+                num_labels=num_labels,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+            )
+
+    subjects = tuple(read(source, name) for source, name in zip(sources, given, strict=True))
     seen: dict[str, str] = {}
     for subject in subjects:
         if subject.id in seen:

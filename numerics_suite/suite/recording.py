@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline, Recorded
 from numerics_suite.checks.baseline._difference import measured_as
+from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
@@ -133,12 +134,17 @@ def _measured_there(cell: Cell) -> _Answer:
 
 def _measured(session: SuiteSession, cell: Cell) -> _Answer:
     try:
-        evidence = session.evidence(cell)
-        if evidence.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
-            return _Answer(baseline=measured_as(evidence.request.baseline, evidence))
-        checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
-        return _Answer(baseline=measure_cell(evidence, checks=checks))
+        with doing(f"measuring {cell.id}"):
+            return _measured_now(session, cell)
     except NumericsSuiteError as error:
         return _Answer(error=" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001 - one cell's failure never hides the others
         return _Answer(error=error_line(error, cell.device))
+
+
+def _measured_now(session: SuiteSession, cell: Cell) -> _Answer:
+    evidence = session.evidence(cell)
+    if evidence.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
+        return _Answer(baseline=measured_as(evidence.request.baseline, evidence))
+    checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
+    return _Answer(baseline=measure_cell(evidence, checks=checks))
