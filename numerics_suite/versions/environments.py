@@ -130,13 +130,17 @@ def _ensure(recipe: Recipe, wanted: Wanted, say: Callable[[str], None]) -> Envir
         if marker is None or made:
             say(f"making an environment: {recipe.title}")
             title = f"making an environment: {recipe.title}"
-            with telling(lambda seconds: say(f"{title}: still installing after {seconds:.0f} s"), first=15):
+            with telling(lambda seconds: say(f"{title}: still installing after {seconds:.0f} s"), first=TELL_AFTER):
                 marker = _make(recipe, wanted, folder)
         _mark_used(folder)
         environment = _from_marker(folder, marker, made=made, use=locks.Use(locks_folder(), recipe.name))
     if made:
         retention.make_room(say)
     return environment
+
+
+TELL_AFTER = 15.0
+"""Seconds of installing before it is said to go on: torch takes minutes on a slow network."""
 
 
 def _from_marker(folder: Path, marker: Mapping[str, Any], *, made: bool, use: locks.Use) -> Environment:
