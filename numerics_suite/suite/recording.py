@@ -91,30 +91,56 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generato
         for cell in cells:
             yield cell, _measured(session, cell)
         return
-    others = set(multiprocessing.active_children())
     own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads_of_each(workers)}
     with variables(own):
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
-        )
-        try:
-            pending = {pool.submit(_measured_there, cell): cell for cell in cells}
-            for future in concurrent.futures.as_completed(pending):
-                yield pending[future], _answer_of(future)
-        except BaseException:
-            # A cell that is half measured is of no use to anybody: whoever stops the work does not wait for it.
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        lost: list[Cell] = []
+        with contextlib.closing(_in_workers(session, cells, workers)) as answers:
+            for cell, answer in answers:
+                if answer is None:
+                    lost.append(cell)
+                else:
+                    yield cell, answer
+        # A worker that dies takes the other workers' cells along. Each by itself shows which one it was.
+        for cell in lost:
+            with contextlib.closing(_in_workers(session, [cell], 1)) as answers:
+                for _, answer in answers:
+                    yield cell, answer or _Answer(error=DIED)
 
 
-def _answer_of(future: concurrent.futures.Future[_Answer]) -> _Answer:
+DIED = "a worker process ended before it had an answer: out of memory, or killed"
+
+
+def _in_workers(
+    session: SuiteSession, cells: list[Cell], workers: int
+) -> Generator[tuple[Cell, _Answer | None], None, None]:
+    """The cells as they are measured, None for those of which a worker's death left nothing."""
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
+    )
+    pending: dict[concurrent.futures.Future[_Answer], Cell] = {}
+    try:
+        for cell in cells:
+            try:
+                pending[pool.submit(_measured_there, cell)] = cell
+            except concurrent.futures.process.BrokenProcessPool:
+                yield cell, None
+        for future in concurrent.futures.as_completed(pending):
+            yield pending[future], _answer_of(future)
+    except BaseException:
+        # A cell that is half measured is of no use to anybody: whoever stops the work does not wait for it.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _answer_of(future: concurrent.futures.Future[_Answer]) -> _Answer | None:
     try:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool:
-        return _Answer(error="a worker process ended before it had an answer: out of memory, or killed")
+        return None
 
 
 _OWN: list[SuiteSession] = []
