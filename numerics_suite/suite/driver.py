@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
+from numerics_suite.core.activity import at, doing
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
@@ -116,7 +117,7 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | N
         kept = (
             nullcontext()
         )  # what the files alone show needs no model; the check raises the same where it asks for one
-    with random_state.seeded(seed), kept:
+    with random_state.seeded(seed), kept, doing(f"{spec.id}/{evidence.cell.id}"):
         return _ask(spec, evidence, seed=seed, max_examples=max_examples)
 
 
@@ -167,6 +168,7 @@ def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: i
 
 
 def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outcome) -> list[Breach]:
+    at(f"{spec.id}/{evidence.cell.id}, batch {outcome.examples + 1}")
     measurements = outcome.add(spec.function(evidence, batch))
     outcome.examples += 1
     breaches = judge(spec.id, measurements)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
@@ -82,6 +83,11 @@ def run_check(
         KeyboardInterrupt: the user stopped it before anything was asked.
         CheckError: pytest itself failed.
     """
+    with listening(terminal.say):
+        return _run_check(settings, terminal, reproducers, asks_index=asks_index)
+
+
+def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None, *, asks_index: bool) -> RunResult:
     plan = make_plan(settings)
     workers = worker_count(settings, plan)
     arguments = [

@@ -15,6 +15,7 @@ from typing import Any
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
 from numerics_suite.core import interrupts
+from numerics_suite.core.activity import doing
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.lifeline import known, lifeline
@@ -261,7 +262,8 @@ class SuiteSession:
         cell = question.cell
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
-            text = reproducer(question.check, found, evidence, batch)
+            with doing(f"{question.id}: writing a script that shows it"):
+                text = reproducer(question.check, found, evidence, batch)
             path = self.reproducers / self._script_name(key)
             try:
                 if text is not None:

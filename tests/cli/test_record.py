@@ -277,6 +277,23 @@ def test_a_worker_that_dies_is_an_error_of_its_cells(capsys, tmp_path, monkeypat
     assert "Traceback" not in done.stderr
 
 
+def test_cells_that_a_workers_death_took_along_are_measured_again_each_by_itself(monkeypatch):
+    asked = []
+
+    def in_workers(_session, cells, workers):
+        asked.append((cells, workers))
+        dies = len(cells) > 1
+        yield from (
+            (cell, None if (dies and cell != "first") or cell == "deadly" else f"{cell} measured") for cell in cells
+        )
+
+    monkeypatch.setattr(recording, "_in_workers", in_workers)
+    told = dict(recording._answers(None, ["first", "deadly", "beside", "later"], 2))
+    assert asked == [(["first", "deadly", "beside", "later"], 2), (["deadly"], 1), (["beside"], 1), (["later"], 1)]
+    assert told.pop("deadly").error == recording.DIED
+    assert told == {cell: f"{cell} measured" for cell in ("first", "beside", "later")}
+
+
 def test_help_has_examples_in_80_columns(capsys):
     assert main(["record", "--help"]) == 0
     out = capsys.readouterr().out
