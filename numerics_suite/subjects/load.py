@@ -253,8 +253,7 @@ def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     assert subject.path is not None
-    stored = tensor_headers(subject.path)
-    held = set(stored)
+    held = set(tensor_headers(subject.path))
     config: Any = PeftConfig.from_pretrained(subject.path)
     if subject.task in CLASSIFICATION and held and not head_tensors(held, family_of(subject.config), subject.task):
         # peft looks for the head of a classifier's adapter, and for the methods of a language model in a classifier.
@@ -262,21 +261,19 @@ def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple
         config.modules_to_save = [name for name in kept or () if any(name in each.split(".") for each in held)] or None
     # Without this peft would hold the adapter in float32 whatever was asked for.
     options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False, "local_files_only": True}
-    options["ignore_mismatched_sizes"] = True  # an adapter of another base is told by its tensors, as a checkpoint is
     model = PeftModel.from_pretrained(base, subject.path, config=config, **options)
-    wanted = get_peft_model_state_dict(model)
-    apart = (name for name in wanted.keys() & held if tuple(stored[name][1]) != tuple(wanted[name].shape))
+    wanted = set(get_peft_model_state_dict(model))
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     # Before 0.18 peft says that an embedding is saved with the adapter, and it is not.
-    lacking = {name for name in wanted.keys() - held if held and not _is_embedding(name)}
+    lacking = {name for name in wanted - held if held and not _is_embedding(name)}
 
     def renamed(found: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"base_model.model.{name}" for name in found if f"base_model.model.{name}" in names)
 
     return model, LoadingInfo(
         missing=(*renamed(info.missing), *sorted(lacking)),
-        unexpected=(*info.unexpected, *sorted(held - wanted.keys())),
-        mismatched=(*renamed(info.mismatched), *sorted(apart)),
+        unexpected=(*info.unexpected, *sorted(held - wanted)),
+        mismatched=renamed(info.mismatched),
     )
 
 
