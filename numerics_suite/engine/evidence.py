@@ -236,8 +236,7 @@ class Evidence:
     @cached_property
     def vocab_size(self) -> int:
         """Rows of the input embedding."""
-        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
-        return int(embedding.weight.shape[0])
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
     @cached_property
     def space(self) -> InputSpace:
@@ -297,8 +296,7 @@ class Evidence:
     @cached_property
     def batch_plan(self) -> BatchPlan:
         """How many batches its checks are asked of, and how large these are."""
-        known = self.subject.parameters
-        return self.request.effort.plan(sum(p.numel() for p in self.model.parameters()) if known is None else known)
+        return self.request.effort.plan(self.subject.parameters or sum(p.numel() for p in self.model.parameters()))
 
     @cached_property
     def planned_batches(self) -> tuple[Batch, ...]:
