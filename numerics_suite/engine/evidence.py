@@ -61,6 +61,7 @@ class Request:
         tokenizer: opens the subject's tokenizer; None where it has none.
         baseline: what was recorded of the cell, None where it is held to nothing.
         applicable: ids of the checks that have something to ask of the cell.
+        packing: the ways in which rows are packed; each that the installed release supports where empty.
     """
 
     seed: int = 0
@@ -71,6 +72,7 @@ class Request:
     tokenizer: Callable[[Subject], Any | None] = load_tokenizer
     baseline: CellBaseline | None = None
     applicable: tuple[str, ...] = ()
+    packing: tuple[str, ...] = ()
 
 
 def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:
