@@ -91,9 +91,7 @@ def row_alone(row: Tensor, evidence: Evidence) -> dict[str, Tensor]:
 
 
 def _told(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return tensors | (
-        {"position_ids": counted_positions(tensors["attention_mask"])} if takes_positions(model) else {}
-    )
+    return tensors | ({"position_ids": counted_positions(tensors["attention_mask"])} if takes_positions(model) else {})
 
 
 def ways_of(evidence: Evidence) -> Ways:
@@ -123,11 +121,14 @@ def _ways(evidence: Evidence) -> Ways:
         return Ways(asked=tuple(asked))
     who = f"transformers {compat.version()}" if known else type(evidence.model).__name__
     if not asked:
-        reason = f"{who} keeps packed rows apart neither by position_ids nor by {WORDS[other]}; train on {WORDS['rows']}"
+        reason = (
+            f"{who} keeps packed rows apart neither by position_ids nor by {WORDS[other]}; train on {WORDS['rows']}"
+        )
         return Ways(asked=(), left_out=reason)
     later = " (4.53.1 and newer do)" if known else ""
     return Ways(
-        asked=tuple(asked), left_out=f"{who} does not keep packed rows apart by position_ids{later}; {WORDS[other]} does"
+        asked=tuple(asked),
+        left_out=f"{who} does not keep packed rows apart by position_ids{later}; {WORDS[other]} does",
     )
 
 
