@@ -17,7 +17,7 @@ UNSUPPORTED = "not supported"
 """The fact that holds which part of a law the installed release or the model has no code for: where nothing fails, the check is a skip with it."""
 
 
-def law_measurements(
+def law_measurements(  # noqa: PLR0913 - the words of one measurement
     exact: float,
     rounded: float,
     unrounded: str = "",
