@@ -21,8 +21,12 @@ from numerics_suite.watching.patches import unheard
 FIRST = 3
 """Steps of each optimizer that are looked at from the start. One step may have met an odd batch, and a warm-up shows at the second."""
 
-SAMPLE = 4096
-"""Elements of each parameter whose step is taken again: of 10 parameters these are more than the 9/u = 2,304 that bfloat16 needs."""
+SAMPLE, ALTOGETHER = 4096, 1 << 16
+"""Elements of each parameter whose step is taken again, and of all together where they are few.
+
+To tell a share h from the unit roundoff u by three standard errors takes 9u/(u - h)² elements: 9/u = 2,304 in bfloat16 where none moves, 10,000 where half of that limit does.
+So one head in half precision beside float32 adapters (`modules_to_save`) is looked at in more of its elements than each of many parameters.
+"""
 
 HELD, MEANT, FOURTH = "held of the steps", "steps squared", "fourth powers of the steps"
 UNREACHED, UNHELD, ROUNDED = "unreached", "unheld", "rounded-update"
@@ -51,7 +55,8 @@ class Updates:
     def __init__(self, model: nn.Module) -> None:
         """Nothing was seen yet."""
         self.model = model
-        self._meter = UpdateMeter(SAMPLE, narrow=True)
+        narrow = sum(p.requires_grad and p.dtype.itemsize < torch.float32.itemsize for p in model.parameters())
+        self._meter = UpdateMeter(max(SAMPLE, ALTOGETHER // max(narrow, 1)), narrow=True)
         self._seen: dict[int, _Seen] = {}
         self._metering: set[int] = set()
         self._frozen = Frozen(model)
