@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families.checkpoints import build
@@ -119,3 +121,13 @@ def test_any_other_class_is_tried(name, asked, tmp_path):
     ways = ways_of(Evidence(subject, cell, Request()))
     assert ways.asked == asked
     assert bool(ways.left_out) == ("position_ids" not in asked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_a_mask_of_ones_own_is_no_sliding_window(name, tmp_path):
+    folder = build(name, tmp_path)
+    settings = settings_of("glm-tiny", "fp32", "eager", ("forward.packing",), seq_len=16)
+    session = MutantSession(replace(settings, subjects=(folder,)))
+    (question,) = session.plan.questions
+    assert session.answer(question)[0].status in {"passed", "skipped"}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from numerics_suite.checks._laws import UNSUPPORTED, is_rotary, law_measurements, skipped_law
+from numerics_suite.checks.forward.cache import window_of
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Batch, Fact, Measurement
@@ -39,24 +40,30 @@ def packing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if not batch.law_abiding or len(rows) < 2:
         yield from skipped_law()
         return
+    for way in ways.asked:
+        yield from _law(evidence, _within_window(evidence, rows, way), way, ways.left_out)
+
+
+def _law(evidence: Evidence, rows: list[Tensor], way: Way, left_out: str) -> Iterable[Measurement]:
     alone = [row_alone(row, evidence) for row in rows]
     true = torch.cat([true_answer(evidence, tensors)[0] for tensors in alone])
-    for way in ways.asked:
-        together = padded_rows(rows, evidence) if way == "rows" else packed(rows, way, evidence.model)
-        found = compare_law(
-            evidence,
-            true=true,
-            true_other=_tokens(true_answer(evidence, together), together, way),
-            other=_tokens(plain_answer(evidence, together), together, way),
-            base=lambda: torch.cat([rounded_answer(evidence, tensors)[0] for tensors in alone]),
-        )
-        facts: dict[str, Fact] = {"packed by": WORDS[way]}
-        facts |= {UNSUPPORTED: ways.left_out} if ways.left_out else {}
-        yield from law_measurements(
-            *found,
-            place=lambda way=way, together=together: _place(evidence, rows, true, together, way),  # type: ignore[misc]
-            facts=facts,
-        )
+    together = padded_rows(rows, evidence) if way == "rows" else packed(rows, way, evidence.model)
+    found = compare_law(
+        evidence,
+        true=true,
+        true_other=_tokens(true_answer(evidence, together), together, way),
+        other=_tokens(plain_answer(evidence, together), together, way),
+        base=lambda: torch.cat([rounded_answer(evidence, tensors)[0] for tensors in alone]),
+    )
+    facts: dict[str, Fact] = {"packed by": WORDS[way]}
+    facts |= {UNSUPPORTED: left_out} if left_out else {}
+    yield from law_measurements(*found, place=lambda: _place(evidence, rows, true, together, way), facts=facts)
+
+
+def _within_window(evidence: Evidence, rows: list[Tensor], way: Way) -> list[Tensor]:
+    """A mask of one's own takes the place of a sliding window's too, so what it says is the model's within the window only."""
+    window = window_of(evidence) if way == "block-mask" else None
+    return [row[:window] for row in rows]
 
 
 def _rows(evidence: Evidence, batch: Batch) -> list[Tensor]:
