@@ -163,12 +163,7 @@ class Evidence:
         held = dtype or self.recipe.parameters
         with doing(f"loading {self.subject.id} in {held}"):
             loaded = self._loader(
-                self.subject,
-                dtype=held,
-                attn=attn or self.cell.attn,
-                device=self.cell.device,
-                seed=seed,
-                poison=poison,
+                self.subject, dtype=held, attn=attn or self.cell.attn, device=self.cell.device, seed=seed, poison=poison
             )
             for change in self.changes:
                 loaded = change(loaded)
