@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.devices import random_state
@@ -154,18 +153,16 @@ class Evidence:
 
     def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:
         """A fresh model, in eval mode; dtype and attention are the cell's unless given."""
-        held = dtype or self.recipe.parameters
-        with doing(f"loading {self.subject.id} in {held}"):
-            loaded = self._loader(
-                self.subject,
-                dtype=held,
-                attn=attn or self.cell.attn,
-                device=self.cell.device,
-                seed=seed,
-                poison=poison,
-            )
-            for change in self.changes:
-                loaded = change(loaded)
+        loaded = self._loader(
+            self.subject,
+            dtype=dtype or self.recipe.parameters,
+            attn=attn or self.cell.attn,
+            device=self.cell.device,
+            seed=seed,
+            poison=poison,
+        )
+        for change in self.changes:
+            loaded = change(loaded)
         return loaded
 
     @cached_property
