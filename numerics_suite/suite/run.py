@@ -24,6 +24,7 @@ from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import cell_bytes
+from numerics_suite.suite.effort import effort_of
 from numerics_suite.suite.gate import Gate
 from numerics_suite.suite.planning import SuitePlan, make_plan
 
@@ -205,7 +206,7 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
             batch=settings.batch_size,
             seq=settings.seq_len,
-            examples=settings.max_examples,
+            examples=effort_of(settings).plan(subject.parameters or 0).batches,
         )
         skipped = {question.skip for question in asked if question.skip}
         note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)

@@ -184,6 +184,7 @@ def test_a_disk_that_fills_is_one_line_and_leaves_what_was_there(capsys, monkeyp
     assert contents(Path("kept")) == before
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_with_2_and_keeps_what_was_there_and_what_was_done(capsys):
     assert main(["record", *ONE, "--baseline", "kept"]) == 0
     capsys.readouterr()
@@ -208,6 +209,7 @@ def test_interrupted_it_ends_with_2_and_keeps_what_was_there_and_what_was_done(c
     assert not [path for path in Path("kept").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_interrupted_with_workers_it_ends_at_once_in_one_line():
     command = ["fixture:glm4-tiny", "fixture:glm-tiny", "--precision", "fp32,bf16", "--baseline", "kept", "-n", "2"]
     process = subprocess.Popen(

@@ -197,6 +197,7 @@ def script_of(folder, *words):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_of_an_adapter_puts_it_on_its_base(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -218,6 +219,7 @@ def test_the_script_of_an_adapter_puts_it_on_its_base(tmp_path):
     assert (healthy.returncode, healthy.stdout.splitlines()[-1]) == (0, "every value is finite"), healthy.stderr
 
 
+@pytest.mark.slow
 def test_a_script_that_cannot_run_does_not_say_that_it_reproduced(tmp_path):
     caught(tmp_path / "b")
     assert script_of(tmp_path / "b").returncode == 4, "the user's own class"
