@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.devices import random_state
@@ -62,6 +63,7 @@ class Request:
         tokenizer: opens the subject's tokenizer; None where it has none.
         baseline: what was recorded of the cell, None where it is held to nothing.
         applicable: ids of the checks that have something to ask of the cell.
+        packing: the ways in which rows are packed; each that the installed release supports where empty.
     """
 
     seed: int = 0
@@ -73,6 +75,7 @@ class Request:
     tokenizer: Callable[[Subject], Any | None] = load_tokenizer
     baseline: CellBaseline | None = None
     applicable: tuple[str, ...] = ()
+    packing: tuple[str, ...] = ()
 
 
 class Evidence:
@@ -157,16 +160,13 @@ class Evidence:
 
     def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:
         """A fresh model, in eval mode; dtype and attention are the cell's unless given."""
-        loaded = self._loader(
-            self.subject,
-            dtype=dtype or self.recipe.parameters,
-            attn=attn or self.cell.attn,
-            device=self.cell.device,
-            seed=seed,
-            poison=poison,
-        )
-        for change in self.changes:
-            loaded = change(loaded)
+        held = dtype or self.recipe.parameters
+        with doing(f"loading {self.subject.id} in {held}"):
+            loaded = self._loader(
+                self.subject, dtype=held, attn=attn or self.cell.attn, device=self.cell.device, seed=seed, poison=poison
+            )
+            for change in self.changes:
+                loaded = change(loaded)
         return loaded
 
     @cached_property

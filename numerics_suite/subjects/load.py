@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.arithmetic import deterministic_algorithms
@@ -91,7 +90,6 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
         CheckError: the load fails for another reason.
     """
     with ExitStack() as switches:
-        switches.enter_context(doing(f"loading {subject.id} in {dtype}"))
         if subject.kind != "factory":
             switches.enter_context(quiet_transformers())
             switches.enter_context(private_modules())
