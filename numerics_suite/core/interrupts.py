@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -50,6 +51,8 @@ def interruptible() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    lost = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if _is_ours(told) else lost(told)
     _request.at, _request.active = None, True
     for number in before:
         signal.signal(number, _interrupt)
@@ -58,7 +61,13 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        sys.unraisablehook = lost
         _request.at, _request.active = None, False
+
+
+def _is_ours(told: sys.UnraisableHookArgs) -> bool:
+    """Whether this is the interrupt, raised where exceptions are lost, as in a destructor: Python would print a traceback of it."""
+    return requested() and issubclass(told.exc_type, KeyboardInterrupt)
 
 
 def _interrupt(number: int, _frame: object) -> None:

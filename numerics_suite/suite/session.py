@@ -265,7 +265,7 @@ class SuiteSession:
         cell = question.cell
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
-            with doing(f"{question.id}: writing a script that shows it"):
+            with doing(f"{question.check}/{question.cell.id}: writing a script that shows it"):
                 text = reproducer(question.check, found, evidence, batch)
             path = self.reproducers / self._script_name(key)
             try:

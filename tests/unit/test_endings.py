@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,20 @@ def test_one_request_to_stop_interrupts_once_and_is_not_forgotten() -> None:
         with pytest.raises(KeyboardInterrupt):
             interrupts.stop_if_requested()
     assert not interrupts.requested()
+
+
+def test_a_request_that_a_destructor_loses_prints_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    class Asked:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = sys.unraisablehook
+    with interrupts.interruptible():
+        asked = Asked()
+        del asked
+        assert interrupts.requested()
+    assert sys.unraisablehook is before
+    assert capsys.readouterr().err == ""
 
 
 def test_no_more_workers_than_cells() -> None:

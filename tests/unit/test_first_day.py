@@ -93,8 +93,12 @@ def test_nothing_is_downloaded_that_could_not_be_read(absent, tmp_path, monkeypa
 
 
 def test_an_environment_that_takes_long_to_make_says_that_it_goes_on(tmp_path, monkeypatch):
+    said: list[str] = []
+
     def make(*_: object) -> dict[str, Any]:
-        time.sleep(0.1)
+        deadline = time.monotonic() + 30
+        while len(said) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
         return {}
 
     monkeypatch.setenv("NUMERICS_SUITE_CACHE", str(tmp_path))
@@ -102,7 +106,6 @@ def test_an_environment_that_takes_long_to_make_says_that_it_goes_on(tmp_path, m
     monkeypatch.setattr(environments, "_make", make)
     monkeypatch.setattr(environments, "_mark_used", lambda _: None)
     monkeypatch.setattr(environments, "_from_marker", lambda *_, **__: None)
-    said: list[str] = []
     environments._ensure(SimpleNamespace(name="one", title="transformers 5.0.0"), None, said.append)  # type: ignore[arg-type]
     assert said[0] == "making an environment: transformers 5.0.0"
     assert said[1].startswith("making an environment: transformers 5.0.0: still installing after ")

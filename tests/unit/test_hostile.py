@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -17,13 +19,21 @@ from unit.report_samples import bisection, comparison, regression
 from unit.sample_documents import HOSTILE
 from unit.sample_run import sample_run
 
+from numerics_suite.baselines.records import Recorded
+from numerics_suite.cli import main as command
+from numerics_suite.cli import supervisor
 from numerics_suite.cli.main import main
+from numerics_suite.cli.output import say
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
+from numerics_suite.diagnosing.scripts import parts
+from numerics_suite.diagnosing.scripts.scene import Scene
+from numerics_suite.plugin import _shown
 from numerics_suite.reporting.documents import Documents, read_documents
 from numerics_suite.reporting.github import annotation_lines
 from numerics_suite.reporting.matrix import matrix_to_json, table_lines
+from numerics_suite.reporting.recording import RecordTerminal
 from numerics_suite.reporting.results import to_json
 from numerics_suite.reporting.terminal import Terminal
 from numerics_suite.reporting.text import finding_text, summary_lines
@@ -198,3 +208,28 @@ def test_every_printer_shows_a_hostile_document_and_obeys_nothing_in_it(
     for _, holder, key in texts(sarif):
         assert all(line.isprintable() for line in holder[key].split("\n")), holder[key][:200]
         assert "](" not in holder[key]
+
+
+def test_what_an_exception_says_is_shown_and_not_obeyed(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _shown(f"load.finite/glm/bf16: error: {word}\nTraceback\n{word}")
+    cell = sample_run().checks[0].cell
+    RecordTerminal(stream=io.StringIO(), quiet=False).cell(Recorded(done=1, total=1, cell=cell, error=word), None)
+    supervisor._tell(3, word)
+    command._end(3, word)
+    say(f"note: {word}")
+    said = capsys.readouterr()
+    shown_and_not_obeyed(f"{printed}\n{said.out}{said.err}")
+
+
+def test_a_name_is_no_code_in_a_reproducer(word: str) -> None:
+    quote = 3 * '"'
+    for title in (word, f"{quote}\nimport os\n{quote}", f"\\{quote}", f"{word}{quote}+x+{quote}"):
+        cell = sample_run().checks[0].cell
+        found = SimpleNamespace(title=title, cause="unknown", module='a{__import__("os")}"; import os #')
+        scene: Any = SimpleNamespace(
+            finding=found, source="config", check="load.finite", evidence=SimpleNamespace(cell=cell)
+        )
+        (only,) = ast.parse("\n".join(parts._opening(scene))).body
+        assert isinstance(only, ast.Expr)
+        assert isinstance(only.value, ast.Constant)
+        assert not set(Scene.module.fget(scene)) & set("{}\"'\\")  # type: ignore[attr-defined]
