@@ -6,6 +6,7 @@ the suite is named on the command line or `collect = true` asks for it.
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -95,9 +96,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _share_cores(config)
     from numerics_suite.core.atomic import ensure_writable
     from numerics_suite.suite.gate import Gate
+    from numerics_suite.suite.resume import earlier_answers
     from numerics_suite.suite.session import REPRODUCERS, SuiteSession
 
-    known().lost.update(getattr(config, "workerinput", {}).get("numerics_lost", {}))
+    told: dict[str, Any] = getattr(config, "workerinput", {})
+    known().lost.update(told.get("numerics_lost", {}))
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
     suite = SuiteSession(
         settings,
@@ -111,12 +114,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             from numerics_suite.reporting.report import ensure_wanted
 
             ensure_wanted(settings.report, settings.junitxml, "--numerics-")
+        run = config.pluginmanager.get_plugin("numerics-suite-run")
+        if run is not None:
+            suite.plan, suite.answered = run.plan, run.answered
+        elif told:
+            suite.answered = json.loads(told.get("numerics_answers", "{}"))
+        elif settings.resume is not None:
+            suite.answered = earlier_answers(settings.resume, settings, suite.plan)
         suite.plan  # noqa: B018 - made here for its errors
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[session_key] = suite
     if not hasattr(config, "workerinput") and not config.getoption("collectonly", default=False):
-        gate = Gate(suite, run=config.pluginmanager.get_plugin("numerics-suite-run"))
+        gate = Gate(suite, run=run)
         config.stash[gate_key] = gate
         config.pluginmanager.register(gate, "numerics-suite-gate")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from numerics_suite.cli.output import (
     deliver,
@@ -108,7 +109,7 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
     with for_people(settings) as stream:
         terminal = Terminal(stream=stream, quiet=settings.quiet)
         try:
-            with unfinished_answer(settings.json, "check", checks=[]):
+            with unfinished_answer(settings.json, "check", **_so_far(settings)):
                 result = run_check(settings, terminal, asks_index=other_versions)
         finally:
             terminal.stop()
@@ -129,6 +130,19 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
     documents = Documents(runs=(Run(label="check", result=result),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
     return result.exit_status
+
+
+def _so_far(settings: Settings) -> dict[str, Any]:
+    """What the results file holds until the plan is made: the very answers that are resumed, where it is the same file."""
+    if settings.resume is None:
+        return {"checks": []}
+    from numerics_suite.reporting.documents import read_check
+
+    content, _ = read_check(settings.resume, "--resume")
+    if not settings.json or os.path.realpath(settings.json) != os.path.realpath(settings.resume):
+        return {"checks": []}
+    about = {name: value for name, value in content.items() if name != "command"}
+    return {**about, "complete": False, "verdict": "error", "exit_status": 3}
 
 
 def _with_other_versions(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:

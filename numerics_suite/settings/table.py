@@ -281,6 +281,14 @@ OPTIONS: tuple[Option, ...] = (
         group=OUTPUT,
     ),
     _option(
+        "resume",
+        "reuse the answers of a results file that has not all of them; exit 4 where anything that can change one differs",
+        metavar="FILE",
+        group=OUTPUT,
+        key=None,
+        path=True,
+    ),
+    _option(
         "allow_partial",
         "with --max-time: what was left out does not fail the run",
         form="flag",

@@ -17,6 +17,11 @@ DEFAULT, PYPROJECT, PYTEST, COMMAND_LINE = "default", "pyproject.toml", "pytest 
 DESTINATIONS = frozenset({"json", "junitxml", "report", "quiet", "list_only"})
 """Where the answer goes and not what was asked: two runs that differ in these alone give the same results file."""
 
+CHANGE_NO_ANSWER = DESTINATIONS | {
+    *("workers", "max_time", "allow_partial", "resume", "require_device", "collect", "allow_no_gpu", "origins")
+}
+"""Which questions are answered, by how many processes and what becomes of the answers, but not what any of them is."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -31,6 +36,7 @@ class Settings:
         workers: `auto`, or a number; 0 runs in the process itself.
         json: path of the results file, `-` for standard output.
         accept: findings that do not fail the run.
+        resume: results file of an earlier run whose answers are reused.
         collect: a bare `pytest` collects the suite.
         allow_no_gpu: `pytest -m gpu` without an accelerator is no failure.
         origins: field name to `default`, `pyproject.toml`, `pytest option` or `command line`; absent is `default`.
@@ -68,6 +74,7 @@ class Settings:
     workers: int | Literal["auto"] = "auto"
     list_only: bool = False
     max_time: float | None = None
+    resume: Path | None = None
     allow_partial: bool = False
     collect: bool = False
     allow_no_gpu: bool = False

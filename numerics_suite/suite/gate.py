@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections import Counter
@@ -26,10 +27,10 @@ from numerics_suite.engine.environment import describe_run
 from numerics_suite.reporting.results import STATUSES, check_from_json, indented, to_json, with_checks, write_results
 from numerics_suite.settings.accept import matches, reaches, stale
 from numerics_suite.settings.tree import Settings
-from numerics_suite.settings.tree import to_json as settings_to_json
 from numerics_suite.suite.endings import MISSING, TIME_LIMIT, ending
 from numerics_suite.suite.held_to import GROUP, left_out
 from numerics_suite.suite.planning import Question
+from numerics_suite.suite.provenance import input_digests, settings_as_used
 from numerics_suite.suite.session import SuiteSession
 
 if TYPE_CHECKING:
@@ -78,10 +79,15 @@ class Gate:
         self.result: RunResult | None = None
         self.started = datetime.now(tz=timezone.utc).astimezone()
         self._clock = time.perf_counter()
+        plan = suite.plan
+        self._settings_as_used = settings_as_used(self.settings, plan)
+        self._environment = {**describe_run(plan.device), "digests": input_digests(self.settings, plan)}
         if run is not None:
-            run.begin(suite.plan, describe_run(suite.plan.device))
-        self._written: list[str] = []
-        self._counted = Counter[str]()
+            run.begin(plan, self._environment)
+        self._written: dict[str, str] = {}
+        self._statuses: dict[str, tuple[str, ...]] = {}
+        for entry in {**suite.answered, **known().answers}.values():
+            self._write_down(entry)  # whatever ends this run, what an earlier one answered is in its file
         self._head = to_json(self._unfinished())
         self._offer()
 
@@ -99,8 +105,7 @@ class Gate:
             return
         result = check_from_json(written)
         self.answers[result.id] = result
-        self._written.append(indented(written))
-        self._counted.update([result.status, *(["findings"] if is_root(result) else [])])
+        self._write_down(written)
         self._offer()
         watched = lifeline()
         if watched is not None:
@@ -110,10 +115,17 @@ class Gate:
         if self.run is not None:
             self.run.progress(len(self.answers), len(self.expected), result)
 
+    def _write_down(self, entry: Mapping[str, Any]) -> None:
+        """Let an answer be in the file."""
+        result = check_from_json(entry)
+        self._written[result.id] = indented(entry)
+        self._statuses[result.id] = (result.status, *(["findings"] if is_root(result) else []))
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker what has ended an earlier process, so that it does not end this one too."""
+        """Tell a worker what is answered, and what has ended an earlier process, so that it does not end this one too."""
         node.workerinput["numerics_lost"] = dict(known().lost)
+        node.workerinput["numerics_answers"] = json.dumps({**self.suite.answered, **known().answers})
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:
@@ -171,8 +183,8 @@ class Gate:
             duration_s=round(time.perf_counter() - self._clock, 3),
             verdict=end.verdict,
             complete=end.complete,
-            environment=describe_run(self.suite.plan.device),
-            settings=self._settings_as_used(),
+            environment=self._environment,
+            settings=self._settings_as_used,
             subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),
             notes=(*notes, *broken),
@@ -223,12 +235,6 @@ class Gate:
         accepting = (e for e in self.settings.accept if matches(e, root, transformers.__version__, today))
         return any(reaches(entry, result) for entry in accepting)
 
-    def _settings_as_used(self) -> dict[str, Any]:
-        """Every option, with what `auto` and the device's default became."""
-        plan = self.suite.plan
-        used = {"device": plan.device, "precision": list(dict.fromkeys(cell.precision for cell in plan.cells))}
-        return {**settings_to_json(self.settings), **used}
-
     def _stopped(self, results: Sequence[CheckResult]) -> str:
         return f"interrupted: {len(results)} of {len(self.expected)} checks have an answer"
 
@@ -240,8 +246,8 @@ class Gate:
             duration_s=0.0,
             verdict="error",
             complete=False,
-            environment=describe_run(self.suite.plan.device),
-            settings=self._settings_as_used(),
+            environment=self._environment,
+            settings=self._settings_as_used,
             subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=(),
             exit_status=3,
@@ -249,8 +255,9 @@ class Gate:
 
     def _offer(self) -> None:
         """Let the answers so far be in the file within a second; each is turned into text once."""
-        answers = tuple(self._written)
-        counted = {status: self._counted[status] for status in (*STATUSES, "findings")}
+        answers = tuple(self._written.values())
+        totals = Counter(status for statuses in self._statuses.values() for status in statuses)
+        counted = {status: totals[status] for status in (*STATUSES, "findings")}
         head = {**self._head, "duration_s": round(time.perf_counter() - self._clock, 3), "counts": counted}
         self._file.offer(lambda: with_checks(head, answers))
 
@@ -258,6 +265,9 @@ class Gate:
         import transformers
 
         notes = [f"--data: {self.suite.plan.data}"] if self.suite.plan.data else []
+        if self.settings.resume is not None:
+            reused = sum(result.id in self.suite.answered for result in results)
+            notes.append(f"--resume: {reused} of {len(results)} answers are those of {self.settings.resume}")
         limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
         if limited:
             notes.append(f"--max-time: {limited} checks were not begun")

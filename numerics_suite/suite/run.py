@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import cell_bytes
 from numerics_suite.suite.gate import Gate
 from numerics_suite.suite.planning import SuitePlan, make_plan
+from numerics_suite.suite.resume import earlier_answers
 
 SUITE = Path(__file__).resolve().parent
 WORTH_WORKERS = 8
@@ -32,11 +34,25 @@ WORTH_WORKERS = 8
 
 
 class Run:
-    """What the command lends to the run: the terminal, and a place for the result."""
+    """What the command lends to the run: the terminal, the plan, and the answers that are there already.
 
-    def __init__(self, settings: Settings, terminal: Terminal, *, asks_index: bool = False) -> None:
+    Attributes:
+        plan: made before pytest begins, and only once: a plan reads every byte of a checkpoint.
+        answered: entries of `checks`, by id; with `--resume`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        terminal: Terminal,
+        plan: SuitePlan,
+        *,
+        answered: Mapping[str, Mapping[str, Any]] | None = None,
+        asks_index: bool = False,
+    ) -> None:
         """Print to this terminal as the run goes on."""
         self.settings, self.terminal, self.asks_index = settings, terminal, asks_index
+        self.plan, self.answered = plan, answered or {}
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """Print the header."""
@@ -81,7 +97,10 @@ def run_check(
         KeyboardInterrupt: the user stopped it before anything was asked.
         CheckError: pytest itself failed.
     """
-    plan = make_plan(settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages under test; as where questions are answered
+        plan = make_plan(settings)
+    answered = {} if settings.resume is None else earlier_answers(settings.resume, settings, plan)
     workers = worker_count(settings, plan)
     arguments = [
         str(SUITE),
@@ -97,7 +116,7 @@ def run_check(
     if workers:
         # Each cell may take its worker along, and none of them those that come after it.
         arguments += ["-n", str(workers), "--dist", "loadgroup", "--max-worker-restart", str(len(plan.cells))]
-    catcher = _Catcher(Run(settings, terminal, asks_index=asks_index))
+    catcher = _Catcher(Run(settings, terminal, plan, answered=answered, asks_index=asks_index))
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch, _clean_pytest_environment(workers, scratch):
         status = int(pytest.main(arguments, plugins=[catcher]))
     terminal.stop()
