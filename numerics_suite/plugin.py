@@ -95,6 +95,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     settings = _settings(config)
     _share_cores(config)
     from numerics_suite.core.atomic import ensure_writable
+    from numerics_suite.subjects.files import digests_from_json
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.resume import earlier_answers
     from numerics_suite.suite.session import REPRODUCERS, SuiteSession
@@ -119,6 +120,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             suite.plan, suite.answered = run.plan, run.answered
         elif told:
             suite.answered = json.loads(told.get("numerics_answers", "{}"))
+            digests_from_json(json.loads(told.get("numerics_digests", "[]")))
         elif settings.resume is not None:
             suite.answered = earlier_answers(settings.resume, settings, suite.plan)
         suite.plan  # noqa: B018 - made here for its errors
@@ -137,7 +139,9 @@ def _share_cores(config: pytest.Config) -> None:
     if workers > 1:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        from numerics_suite.core.machine import core_count
+
+        torch.set_num_threads(max(1, core_count() // workers))
 
 
 def _wants_gpu_only(config: pytest.Config) -> bool:

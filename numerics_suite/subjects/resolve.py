@@ -285,7 +285,7 @@ def _declared_dtype(config: Mapping[str, Any]) -> str | None:
 
 def _digest(place: _Place, folder: Path) -> str:
     if place.kind == "fixture":
-        return f"sha256:{fixtures.fixture_digest(place.path)}"
+        return f"sha256:{fixtures.known_digest(place.path)}"
     own = digest(place.path)
     return own if folder == place.path else joint_digest((own, digest(folder)))
 

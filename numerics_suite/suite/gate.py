@@ -27,6 +27,7 @@ from numerics_suite.engine.environment import describe_run
 from numerics_suite.reporting.results import STATUSES, check_from_json, indented, to_json, with_checks, write_results
 from numerics_suite.settings.accept import matches, reaches, stale
 from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.files import digests_to_json
 from numerics_suite.suite.endings import MISSING, TIME_LIMIT, ending
 from numerics_suite.suite.held_to import GROUP, left_out
 from numerics_suite.suite.planning import Question
@@ -125,6 +126,7 @@ class Gate:
     def pytest_configure_node(self, node: Any) -> None:
         """Tell a worker what is answered, and what has ended an earlier process, so that it does not end this one too."""
         node.workerinput["numerics_lost"] = dict(known().lost)
+        node.workerinput["numerics_digests"] = json.dumps(digests_to_json())
         node.workerinput["numerics_answers"] = json.dumps({**self.suite.answered, **known().answers})
 
     @pytest.hookimpl(optionalhook=True)

@@ -201,7 +201,7 @@ def threads_of_each(workers: int) -> str:
     Args:
         workers: processes, at least one.
     """
-    return str(max(1, (os.cpu_count() or 1) // workers))
+    return str(max(1, core_count() // workers))
 
 
 def plan_rows(settings: Settings) -> list[PlanRow]:
