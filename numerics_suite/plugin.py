@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from numerics_suite.core import progress
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.lifeline import known
@@ -121,6 +122,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         elif told:
             suite.answered = json.loads(told.get("numerics_answers", "{}"))
             digests_from_json(json.loads(told.get("numerics_digests", "[]")))
+            progress.tell_in(Path(told["numerics_board"]) if told.get("numerics_board") else None)
         elif settings.resume is not None:
             suite.answered = earlier_answers(settings.resume, settings, suite.plan)
         suite.plan  # noqa: B018 - made here for its errors

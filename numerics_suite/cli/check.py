@@ -90,11 +90,11 @@ def run(arguments: Sequence[str]) -> int:
 def _list(settings: Settings) -> int:
     from numerics_suite.reporting.plan import plan_to_json
     from numerics_suite.reporting.terminal import Terminal
-    from numerics_suite.suite.run import plan_rows
+    from numerics_suite.suite.run import planned
 
     with for_people(settings) as stream:
-        rows = plan_rows(settings)
-        Terminal(stream=stream, quiet=False).plan(rows)
+        rows, seconds = planned(settings)
+        Terminal(stream=stream, quiet=False).plan(rows, seconds)
     if settings.json:
         write_json(settings.json, plan_to_json(rows), 0)
     return 0

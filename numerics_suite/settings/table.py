@@ -263,7 +263,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _option(
         "list_only",
-        "print the planned cells with the memory that each may need, and run none",
+        "print the planned cells with the memory and time that each may need, and run none",
         form="flag",
         default=False,
         parse=parsers.switch,

@@ -89,6 +89,22 @@ def _activations(subject: Subject, width: int, *, training: bool, batch: int, se
     return block * (layers if training else 1) + logits * (2 if training else 1)
 
 
+def layer_count(subject: Subject) -> int:
+    """Blocks of the model, 1 where the config does not say."""
+    return _number(subject.config, "num_hidden_layers", "num_layers", "n_layer") or 1
+
+
+def product_weights(subject: Subject) -> int:
+    """Weights that a token is multiplied with: all but the embedding, unless that is the output layer too.
+
+    Of a mixture of experts all experts are counted: over a batch each of them gets tokens, and the references widen all of them.
+    """
+    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
+    embedding = hidden * _number(subject.config, "vocab_size", "padded_vocab_size")
+    tied = bool(subject.config.get("tie_word_embeddings")) and subject.task == "causal-lm"
+    return max((subject.parameters or 0) - (0 if tied else embedding), 0)
+
+
 def _words(subject: Subject) -> int:
     """Numbers of an answer at one token: the vocabulary, or the labels of a classifier."""
     if subject.task != "causal-lm":

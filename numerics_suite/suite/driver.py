@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
+from numerics_suite.core import progress
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
@@ -150,7 +151,7 @@ def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outco
 
 def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int) -> None:
     failing: set[Any] = set()
-    tries = 0
+    tries = drawn = 0
     room = max(1, min(evidence.space.max_length, evidence.longest - spec.adds))
     space = replace(evidence.space, max_length=room)
 
@@ -167,7 +168,9 @@ def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, m
     )
     @given(batch=batches(space, pad_inside=spec.id == "forward.finite"))
     def one(batch: Batch) -> None:
-        nonlocal tries
+        nonlocal tries, drawn
+        drawn += 1
+        progress.batch(drawn, max_examples)
         key = batch_key(batch.tensors)
         if key not in failing:
             # The search for a smaller batch ends here; those known to fail still do, so Hypothesis agrees.

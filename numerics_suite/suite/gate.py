@@ -126,6 +126,8 @@ class Gate:
     def pytest_configure_node(self, node: Any) -> None:
         """Tell a worker what is answered, and what has ended an earlier process, so that it does not end this one too."""
         node.workerinput["numerics_lost"] = dict(known().lost)
+        board = getattr(self.run, "board", None)
+        node.workerinput["numerics_board"] = None if board is None else str(board)
         node.workerinput["numerics_digests"] = json.dumps(digests_to_json())
         node.workerinput["numerics_answers"] = json.dumps({**self.suite.answered, **known().answers})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
-from numerics_suite.core import interrupts
+from numerics_suite.core import interrupts, progress
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.lifeline import known, lifeline
@@ -166,6 +166,7 @@ class SuiteSession:
         watched = lifeline()
         if watched is not None:
             watched.asking(question.cell.id, question.check)
+        progress.begin(question.check, question.cell.id)
         try:
             return self._judged(question, result), ""
         except (NotApplicableError, UnsupportedError) as error:
@@ -187,6 +188,8 @@ class SuiteSession:
             if isinstance(error, GeneratorExit):
                 raise
             return result("error", reason=stopped_line(error)), ""
+        finally:
+            progress.end()
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
