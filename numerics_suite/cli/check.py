@@ -16,6 +16,7 @@ from numerics_suite.cli.output import (
     write_json,
 )
 from numerics_suite.cli.parser import CommandParser
+from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
 if TYPE_CHECKING:
@@ -122,9 +123,15 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
             note = "interrupted after the checks, while remedies or rehearsals were tried"
             result = replace(result, complete=False, verdict="error", exit_status=2, notes=(*result.notes, note))
         terminal.rehearsals(result.rehearsals)
+        unwritten = None
         if settings.json and settings.json != "-":
-            write_json(settings.json, to_json(result))  # first: whoever stops the run may not wait for the rest
+            try:
+                write_json(settings.json, to_json(result))  # first: whoever stops the run may not wait for the rest
+            except BadInputError as error:  # a disk that is full now: what was found is still told
+                unwritten = error
         terminal.summary(result)
+        if unwritten is not None:
+            raise unwritten
     if settings.json == "-":
         write_json(settings.json, to_json(result))
     documents = Documents(runs=(Run(label="check", result=result),))

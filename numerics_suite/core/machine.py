@@ -55,9 +55,18 @@ def _quotas(root: Path) -> Iterator[tuple[float, float]]:
 
 def available_bytes() -> int | None:
     """Bytes of memory that can be had without swapping; None where the system does not say."""
+    return _memory("MemAvailable")
+
+
+def swap_bytes() -> int:
+    """Bytes to which memory can be swapped out, 0 where the system does not say."""
+    return _memory("SwapFree") or 0
+
+
+def _memory(name: str) -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass  # not Linux

@@ -52,11 +52,18 @@ def readable_seconds(seconds: float | None) -> str:
     """
     if seconds is None:
         return "?"
+    if seconds < 1:
+        return "<1 s"
     for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
         count = seconds / size
         if count < 99.5 or unit == "h":
             break
     return f"{count:.0f} {unit}" if count >= 9.5 or unit == "s" else f"{count:.1f} {unit}"
+
+
+def about_seconds(seconds: float) -> str:
+    """`about 6 min`, `less than 1 s`."""
+    return "less than 1 s" if seconds < 1 else f"about {readable_seconds(seconds)}"
 
 
 def plan_lines(rows: Sequence[PlanRow], seconds: float | None = None) -> list[Line]:
@@ -84,7 +91,7 @@ def plan_lines(rows: Sequence[PlanRow], seconds: float | None = None) -> list[Li
         )
     known = [row.bytes for row in rows if row.bytes is not None]
     largest = f"; the largest cell may need {readable_bytes(max(known))}" if known else ""
-    whole = "" if seconds is None else f"; about {readable_seconds(seconds)} on an idle machine"
+    whole = "" if seconds is None else f"; {about_seconds(seconds)} on an idle machine"
     lines.append(Line(f"{len(rows)} cells, {sum(row.checks for row in rows)} checks{largest}{whole}; nothing was run"))
     return lines
 

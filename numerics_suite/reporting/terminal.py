@@ -12,7 +12,7 @@ from rich.text import Text
 from numerics_suite import __version__
 from numerics_suite.core.text import listed
 from numerics_suite.reporting.lines import WIDTH, Line, sayable, wrapped
-from numerics_suite.reporting.plan import PlanRow, plan_lines, readable_seconds
+from numerics_suite.reporting.plan import PlanRow, about_seconds, plan_lines, readable_seconds
 from numerics_suite.reporting.rehearsal import rehearsal_lines
 from numerics_suite.reporting.streams import abandon
 from numerics_suite.reporting.summary import LABELS, STYLES, summary
@@ -182,7 +182,7 @@ class Terminal:
         if tenth > self._tenth and now - self._said >= QUIET_SECONDS:
             self._said, self._tenth = now, tenth
             left = self._left()
-            rest = "" if left is None or done == total else f", about {readable_seconds(left)} left"
+            rest = "" if left is None or done == total else f", {about_seconds(left)} left"
             text = f"{done} of {total} checks, {self._failed} not passed, {now - self._began:.0f} s{rest}"
             self._print([Line(text)])
 
@@ -324,5 +324,5 @@ def _subject_text(subject: Subject) -> str:
 def _plan_text(cells: Sequence[Cell], settings: Mapping[str, Any], seconds: float | None) -> str:
     trained = f"{settings.get('steps')} steps of {settings.get('optimizer')} at lr {settings.get('lr')}"
     drawn = f"{settings.get('max_examples')} examples, seed {settings.get('seed')}"
-    expected = "" if seconds is None else f"; about {readable_seconds(seconds)} on an idle machine"
+    expected = "" if seconds is None else f"; {about_seconds(seconds)} on an idle machine"
     return f"{len(cells)} cells; {drawn}; {trained}{expected}"

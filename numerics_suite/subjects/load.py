@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.machine import swap_bytes
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.arithmetic import deterministic_algorithms
-from numerics_suite.devices.kinds import parts_of
-from numerics_suite.devices.memory import reraise_if_fatal
+from numerics_suite.devices.kinds import CPU, kind_of, parts_of
+from numerics_suite.devices.memory import free_bytes, reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
 from numerics_suite.subjects.built import built_buffers, without_adapter
@@ -119,6 +120,7 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
         return _from_factory(subject, dtype=dtype, attn=attn, device=device)
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
+    _refuse_too_large(subject, dtype=dtype, device=device)
     # A cell of a subject that this release lacks ends here, and is skipped with this reason.
     validate.check_model_type(folder, subject.config, trust_remote_code=subject.trust_remote_code)
     with _failures(subject, attn):
@@ -140,6 +142,25 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
         dtype=dtype,
         remote_modules_dir=modules_folder() if own_code else None,
     )
+
+
+def _refuse_too_large(subject: Subject, *, dtype: str, device: str) -> None:
+    """See that the weights fit, before the system ends the process for them.
+
+    Raises:
+        CheckError: they do not, with the bytes asked and free.
+    """
+    parts = parts_of(device)
+    if subject.parameters is None or subject.quantized:
+        return
+    on_cpu = kind_of(parts[0]) == CPU
+    if on_cpu and dtype == subject.stored_dtype:
+        return  # mapped: the system takes pages back and reads them again
+    asked = subject.parameters * getattr(torch, dtype).itemsize // len(parts)
+    free = free_bytes(device) + (swap_bytes() if on_cpu else 0)
+    if asked > free:
+        message = f"out of memory on {parts[0]}: {asked} bytes asked for the weights in {dtype}, {free} bytes free"
+        raise CheckError(message)
 
 
 @contextmanager

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 OPS_OF_A_BLOCK = 60
 """Ops of one block of a forward pass, and as many around all blocks: 130 to 160 were counted in the passes of the six fixtures of two blocks."""
 
+BESIDES_OPS = 6.0
+"""Time of an op within a check over that of a small op that is only watched: the references widen and round what goes in and comes out,
+and batches are drawn, digested and compared. Measured over a whole cell of a tiny model, where calls are nearly all there is."""
+
 BESIDES_PRODUCTS = 1.9
 """Time of a check over that of its products alone: norms, activations, attention, roundings of the rounded run, comparisons, and
 products of other shapes than the one that is timed. 1.9 was measured over a whole cell of 28 million parameters (bf16, sdpa), 2.1 of 4 million."""
@@ -74,7 +78,7 @@ def pass_seconds(subject: Subject, cell: Cell, settings: Settings, speed: Speed)
     work = BESIDES_PRODUCTS * 2.0 * weights * settings.batch_size * settings.seq_len
     recipe = precision(cell.precision)
     return Pass(
-        ops=OPS_OF_A_BLOCK * (layer_count(subject) + 1) * speed.op_s,
+        ops=BESIDES_OPS * OPS_OF_A_BLOCK * (layer_count(subject) + 1) * speed.op_s,
         narrow=work / speed.products[recipe.computes_in],
         wide=work / speed.products["float64"] + (subject.parameters or 0) * speed.widening_s,
     )

@@ -24,6 +24,7 @@ from numerics_suite.core.tree import is_root
 from numerics_suite.diagnosing.consequences import as_tree
 from numerics_suite.diagnosing.versions_advice import without_newer
 from numerics_suite.engine.environment import describe_run
+from numerics_suite.reporting.plan import about_seconds
 from numerics_suite.reporting.results import STATUSES, check_from_json, indented, to_json, with_checks, write_results
 from numerics_suite.settings.accept import matches, reaches, stale
 from numerics_suite.settings.tree import Settings
@@ -274,13 +275,22 @@ class Gate:
             notes.append(f"--resume: {reused} of {len(results)} answers are those of {self.settings.resume}")
         limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
         if limited:
-            notes.append(f"--max-time: {limited} checks were not begun")
+            none = limited == sum(result.id not in self.suite.answered for result in results)
+            notes.append(f"--max-time: {limited} checks were not begun{self._smallest_cell() if none else ''}")
         halves = Counter(result.reason for result in results if result.status == "passed" and result.reason)
         notes += [f"{count} {'law' if count == 1 else 'laws'} {reason}" for reason, count in halves.items()]
         today = datetime.now(tz=timezone.utc).date()
         informing, missing = self._left_out()
         broken = [*stale(self.settings.accept, results, today, transformers.__version__), *missing]
         return [*notes, *informing], broken
+
+    def _smallest_cell(self) -> str:
+        """For a time limit within which no cell could be begun: what would be enough for one."""
+        seconds = Counter[str]()
+        for question, expected in getattr(self.run, "expected", {}).items():
+            seconds[question.partition("/")[2]] += expected
+        some = [one for one in seconds.values() if one]
+        return f"; the smallest cell is expected to take {about_seconds(min(some))}" if some else ""
 
     def _left_out(self) -> tuple[list[str], list[str]]:
         """What the baselines hold that this run did not cover, where it was to be held to them at all."""

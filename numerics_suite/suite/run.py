@@ -43,7 +43,8 @@ class Run:
     Attributes:
         plan: made before pytest begins, and only once: a plan reads every byte of a checkpoint.
         answered: entries of `checks`, by id; with `--resume`.
-        seconds: that it is expected to take, None where that is unknown.
+        expected: seconds of each question by id, empty where that is unknown.
+        seconds: that all of it is expected to take, None where that is unknown.
         board: folder in which workers tell what they are at.
     """
 
@@ -63,6 +64,7 @@ class Run:
         self.plan, self.answered, self.board = plan, answered or {}, board
         seconds = None if settings.quiet else seconds_of(settings, plan)
         left = {question: each for question, each in (seconds or {}).items() if question not in self.answered}
+        self.expected = seconds or {}
         self.seconds = None if seconds is None else run_seconds(left, workers)
         self._pace = Pace(left, workers)
 

@@ -115,10 +115,17 @@ def test_the_list_states_the_time_and_loads_no_model(
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "?"), (0.2, "0 s"), (41.4, "41 s"), (99.0, "99 s"), (126.0, "2.1 min"), (1800.0, "30 min"), (9000.0, "2.5 h"), (4e5, "111 h")],
+    [(None, "?"), (0.2, "<1 s"), (41.4, "41 s"), (99.0, "99 s"), (126.0, "2.1 min"), (1800.0, "30 min"), (9000.0, "2.5 h"), (4e5, "111 h")],
 )  # fmt: skip
 def test_seconds_are_readable(seconds: float | None, text: str) -> None:
     assert readable_seconds(seconds) == text
+
+
+def test_a_time_limit_below_the_smallest_cell_says_what_would_be_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--precision", "fp32", "--attn", "sdpa", "--checks", "load.*,forward.cache", "-n", "0")
+    assert main(["check", "fixture:glm4-tiny", *arguments, "--max-time", "0.000001"]) == 5
+    note = next(line for line in capsys.readouterr().out.splitlines() if "--max-time" in line)
+    assert "8 checks were not begun; the smallest cell is expected to take" in note
 
 
 # --- while it goes on ---

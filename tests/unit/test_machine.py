@@ -161,3 +161,22 @@ def test_weights_in_the_stored_dtype_are_mapped_and_not_copied(tmp_path: Path) -
         if any(begin <= parameter.data_ptr() < end for begin, end in ranges)
     ]
     assert mapped == [name for name, _ in model.named_parameters()]
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numerics_suite.core.errors import CheckError
+    from numerics_suite.subjects import load as loading
+
+    subject = resolve(str(fixture_path("glm4-tiny")))
+    assert subject.parameters is not None
+    monkeypatch.setattr(loading, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(loading, "swap_bytes", lambda: 500)
+    other = "float32" if subject.stored_dtype != "float32" else "bfloat16"
+    with pytest.raises(
+        CheckError, match=r"out of memory on cpu: \d+ bytes asked for the weights in \w+, 1500 bytes free"
+    ):
+        load(subject, dtype=other, attn="sdpa")
+    assert subject.stored_dtype is not None
+    load(subject, dtype=subject.stored_dtype, attn="sdpa")  # mapped: they need no memory of their own
+    monkeypatch.setattr(loading, "swap_bytes", lambda: 10**9)
+    load(subject, dtype=other, attn="sdpa")

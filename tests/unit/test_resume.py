@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from numerics_suite.cli.main import main
+from numerics_suite.core import answer_file
 
 MODEL = """
 import torch
@@ -85,6 +87,7 @@ def test_what_a_time_limit_left_out_and_what_failed_for_want_of_an_answer_is_ask
     assert check("--json", "out.json", "--max-time", "0.000001") == 5
     left_out = read()
     assert {entry["reason"] for entry in left_out["checks"]} == {"time limit"}
+    assert left_out["notes"] == ["--max-time: 6 checks were not begun"]
     assert check("--json", "out.json", "--resume", "out.json") == 0
     assert {entry["status"] for entry in read()["checks"]} == {"passed"}
     edited(checks__1__duration_s=12345.0)
@@ -170,3 +173,32 @@ def test_a_run_that_was_killed_before_its_plan_has_nothing_to_reuse(folder: Path
     Path("out.json").write_text(dump(unfinished("check", checks=[])), encoding="utf-8")
     assert check("--json", "out.json", "--resume", "out.json") == 0
     assert any("0 of 6 answers" in note for note in read()["notes"])
+
+
+def test_a_disk_that_is_full_hides_no_verdict_and_keeps_the_answers(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numerics_suite.core import atomic
+
+    real, written = atomic._replace, []
+
+    def full(target: Path, content: bytes) -> None:
+        if any(b'"check": "load.finite"' in earlier for earlier in written):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(content)
+        real(target, content)
+
+    monkeypatch.setattr(answer_file, "INTERVAL", 0.0)
+    monkeypatch.setattr(atomic, "_replace", full)
+    assert check("--json", "out.json", factory="broken") == 4
+    told = capsys.readouterr()
+    assert told.err == "numerics-suite: error: --json: cannot write out.json: No space left on device\n"
+    assert "FAIL: " in told.out
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    left = read()
+    assert (left["complete"], left["verdict"]) == (False, "error")
+    assert left["checks"]
+    assert check("--json", "out.json", "--resume", "out.json", factory="broken") == 1
+    assert any(f"{len(left['checks'])} of 6 answers" in note for note in read()["notes"])
