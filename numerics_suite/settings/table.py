@@ -96,6 +96,12 @@ OPTIONS: tuple[Option, ...] = (
         metavar="K",
     ),
     _option(
+        "layers",
+        "first:N or every:N: check a shallower model, made of the first N layers or of each Nth (default: all layers)",
+        parse=parsers.layers,
+        metavar="WHICH",
+    ),
+    _option(
         "precision",
         f"of {', '.join(PRECISIONS)} (default: what the device runs well)",
         form="list",

@@ -30,6 +30,7 @@ class Settings:
     Attributes:
         subjects: as typed, empty for the shipped fixtures.
         names: `--name`, for the first subjects in their order.
+        layers: `first:N` or `every:N`, None for all of them.
         precision: None for what the device runs well.
         checks: globs, empty for all.
         extensions: what other packages add takes part.
@@ -46,6 +47,7 @@ class Settings:
     names: tuple[str, ...] = ()
     task: str = "auto"
     num_labels: int | None = None
+    layers: str | None = None
     precision: tuple[str, ...] | None = None
     attn: tuple[str, ...] | None = ("eager", "sdpa")
     device: str = "auto"

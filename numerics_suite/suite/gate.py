@@ -270,6 +270,9 @@ class Gate:
         import transformers
 
         notes = [f"--data: {self.suite.plan.data}"] if self.suite.plan.data else []
+        if self.settings.layers is not None:
+            subjects = self.suite.plan.subjects.values()
+            notes += [f"{subject.id}: {note}" for subject in subjects for note in subject.notes if "--layers" in note]
         if self.settings.resume is not None:
             reused = sum(result.id in self.suite.answered for result in results)
             notes.append(f"--resume: {reused} of {len(results)} answers are those of {self.settings.resume}")
