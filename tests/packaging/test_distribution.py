@@ -112,7 +112,7 @@ def test_the_metadata_says_what_an_installer_and_a_lawyer_need(wheel: Path) -> N
     for name in metadata.get_all("License-File") or []:
         assert f"{folder}/licenses/{name}" in files
     assert f"{folder}/licenses/LICENSE" in files
-    assert "numerics-suite = numerics_suite.cli.main:main" in files[f"{folder}/entry_points.txt"].decode()
+    assert "numerics-suite = numerics_suite.cli.main:entry" in files[f"{folder}/entry_points.txt"].decode()
     assert "numerics_suite/py.typed" in files
 
 
