@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError
-from numerics_suite.core.machine import swap_bytes
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.arithmetic import deterministic_algorithms
-from numerics_suite.devices.kinds import CPU, kind_of, parts_of
-from numerics_suite.devices.memory import free_bytes, reraise_if_fatal
+from numerics_suite.devices.kinds import parts_of
+from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
 from numerics_suite.subjects.built import built_buffers, without_adapter
@@ -27,6 +26,7 @@ from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.files import pickle_files, safetensors_files, tensor_headers
+from numerics_suite.subjects.memory import refuse_too_large
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
 from numerics_suite.subjects.tasks import CLASSIFICATION, TASKS, head_tensors, task_of_class
@@ -120,7 +120,7 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
         return _from_factory(subject, dtype=dtype, attn=attn, device=device)
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
-    _refuse_too_large(subject, dtype=dtype, device=device)
+    refuse_too_large(subject, dtype, device)
     # A cell of a subject that this release lacks ends here, and is skipped with this reason.
     validate.check_model_type(folder, subject.config, trust_remote_code=subject.trust_remote_code)
     with _failures(subject, attn):
@@ -142,25 +142,6 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
         dtype=dtype,
         remote_modules_dir=modules_folder() if own_code else None,
     )
-
-
-def _refuse_too_large(subject: Subject, *, dtype: str, device: str) -> None:
-    """See that the weights fit, before the system ends the process for them.
-
-    Raises:
-        CheckError: they do not, with the bytes asked and free.
-    """
-    parts = parts_of(device)
-    if subject.parameters is None or subject.quantized:
-        return
-    on_cpu = kind_of(parts[0]) == CPU
-    if on_cpu and dtype == subject.stored_dtype:
-        return  # mapped: the system takes pages back and reads them again
-    asked = subject.parameters * getattr(torch, dtype).itemsize // len(parts)
-    free = free_bytes(device) + (swap_bytes() if on_cpu else 0)
-    if asked > free:
-        message = f"out of memory on {parts[0]}: {asked} bytes asked for the weights in {dtype}, {free} bytes free"
-        raise CheckError(message)
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def test_weights_in_the_stored_dtype_are_mapped_and_not_copied(tmp_path: Path) -
 
 def test_weights_that_do_not_fit_are_refused_with_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     from numerics_suite.core.errors import CheckError
-    from numerics_suite.subjects import load as loading
+    from numerics_suite.subjects import memory as loading
 
     subject = resolve(str(fixture_path("glm4-tiny")))
     assert subject.parameters is not None
