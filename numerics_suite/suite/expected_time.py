@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from numerics_suite.core.machine import core_count
 from numerics_suite.devices.precisions import precision
 from numerics_suite.subjects.memory import layer_count, product_weights
+from numerics_suite.suite.effort import effort_of
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Cell, Subject
@@ -104,27 +105,31 @@ def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[
         if question.skip is not None or question.error is not None:
             found[question.id] = 0.0
             continue
-        seconds = check_seconds(question, passes[question.cell], settings)
+        parameters = plan.subjects[question.cell.subject].parameters or 0
+        seconds = check_seconds(question, passes[question.cell], settings, parameters)
         if question.cell not in begun:
             begun.add(question.cell)
-            seconds += LOADING_S * (plan.subjects[question.cell.subject].parameters or 0)
+            seconds += LOADING_S * parameters
         found[question.id] = seconds
     return found
 
 
-def check_seconds(question: Question, one: Pass, settings: Settings) -> float:
+def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:
     """Seconds of one question.
 
     Args:
         question: that is not skipped.
         one: pass of its cell.
         settings: of the run.
+        parameters: of the model, by which `--effort` plans its batches.
     """
     costs = _costs().get(question.check, UNKNOWN)
+    # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
+    batches = effort_of(settings).plan(parameters).batches
 
     def times(kind: str) -> float:
         fixed, example, step = costs[kind]
-        return max(fixed + settings.max_examples * example + settings.steps * step, 0.0)
+        return max(fixed + batches * example + settings.steps * step, 0.0)
 
     return times("ops") * one.ops + times("narrow") * one.narrow + times("wide") * one.wide
 

@@ -131,6 +131,7 @@ class Gate:
         node.workerinput["numerics_board"] = None if board is None else str(board)
         node.workerinput["numerics_digests"] = json.dumps(digests_to_json())
         node.workerinput["numerics_answers"] = json.dumps({**self.suite.answered, **known().answers})
+        node.workerinput["numerics_quiet"] = self.settings.quiet
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from numerics_suite.core import progress
+from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
@@ -26,6 +27,7 @@ from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import cell_bytes
+from numerics_suite.suite.effort import effort_of
 from numerics_suite.suite.expected_time import dtypes_of, expected_seconds, run_seconds
 from numerics_suite.suite.gate import Gate
 from numerics_suite.suite.pace import Pace
@@ -115,6 +117,11 @@ def run_check(
         KeyboardInterrupt: the user stopped it before anything was asked.
         CheckError: pytest itself failed.
     """
+    with listening(terminal.say):
+        return _run_check(settings, terminal, reproducers, asks_index=asks_index)
+
+
+def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None, *, asks_index: bool) -> RunResult:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the packages under test; as where questions are answered
         plan = make_plan(settings)
@@ -255,7 +262,7 @@ def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
             batch=settings.batch_size,
             seq=settings.seq_len,
-            examples=settings.max_examples,
+            examples=effort_of(settings).plan(subject.parameters or 0).batches,
         )
         skipped = {question.skip for question in asked if question.skip}
         note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)

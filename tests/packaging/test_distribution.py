@@ -158,6 +158,7 @@ numerics_suite.watch(every="two")
 """
 
 
+@pytest.mark.slow
 def test_a_users_type_checker_sees_our_types(installed: Path, tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "user.py").write_text(TYPED, encoding="utf-8")
