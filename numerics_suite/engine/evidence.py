@@ -63,6 +63,7 @@ class Request:
         tokenizer: opens the subject's tokenizer; None where it has none.
         baseline: what was recorded of the cell, None where it is held to nothing.
         applicable: ids of the checks that have something to ask of the cell.
+        packing: the ways in which rows are packed; each that the installed release supports where empty.
     """
 
     seed: int = 0
@@ -74,6 +75,7 @@ class Request:
     tokenizer: Callable[[Subject], Any | None] = load_tokenizer
     baseline: CellBaseline | None = None
     applicable: tuple[str, ...] = ()
+    packing: tuple[str, ...] = ()
 
 
 class Evidence:
@@ -161,12 +163,7 @@ class Evidence:
         held = dtype or self.recipe.parameters
         with doing(f"loading {self.subject.id} in {held}"):
             loaded = self._loader(
-                self.subject,
-                dtype=held,
-                attn=attn or self.cell.attn,
-                device=self.cell.device,
-                seed=seed,
-                poison=poison,
+                self.subject, dtype=held, attn=attn or self.cell.attn, device=self.cell.device, seed=seed, poison=poison
             )
             for change in self.changes:
                 loaded = change(loaded)

@@ -59,10 +59,15 @@ def _forget_registered_classes() -> None:
     for name in [name for name in sys.modules if name.startswith("transformers.models.auto.")]:
         for mapping in list(vars(sys.modules[name]).values()):
             extra = vars(mapping).get("_extra_content") if hasattr(mapping, "__dict__") else None
-            for key, value in list(extra.items()) if isinstance(extra, dict) else ():
-                classes = value if isinstance(value, tuple) else (value,)
-                if any(getattr(each, "__module__", "").startswith(f"{_PACKAGE}.") for each in classes):
+            if isinstance(extra, dict):
+                for key in [key for key, value in extra.items() if _is_a_checkpoints(value)]:
                     del extra[key]
+
+
+def _is_a_checkpoints(registered: object) -> bool:
+    """Whether a class, or one of several, comes from a checkpoint's own code."""
+    classes = registered if isinstance(registered, tuple) else (registered,)
+    return any(getattr(each, "__module__", "").startswith(f"{_PACKAGE}.") for each in classes)
 
 
 def _let_be_found(folder: Path) -> None:

@@ -55,6 +55,8 @@ EXPLANATIONS = {
     "no-counted-labels": "A loss is the mean over the labels that count; every label of this batch is -100, and 0/0 is NaN.",
     "untrained-parameters": "Parameters that the loop means to train get no gradient, or no optimizer holds them: the loss may fall, and they stay as they are.",
     "rounded-update": "The steps are smaller than the spacing of the parameters' dtype: less of them is held than one rounding of their sum would lose.",
+    "wrong-gradient": "The optimizer steps by a gradient that no backward pass of this step wrote: weight decay and momentum move what was frozen.",
+    "untied-weights": "What the config ties is two tensors, so training moves one without the other, and a copy that is loaded again has one of them twice.",
     "unknown": "The value was seen and could not be produced again from what is at hand.",
 }
 
@@ -153,7 +155,7 @@ def _silent(alarm: Alarm, scene: Scene) -> Finding:
         parameters=alarm.parameters,
         evidence=dict(alarm.facts),
         batch=_batch(alarm.step, inputs),
-        remedies=untried((*REMEDIES[alarm.cause], *remedies_of(alarm.cause))),
+        remedies=untried((*REMEDIES.get(alarm.cause, ()), *remedies_of(alarm.cause))),
     )
 
 
