@@ -6,6 +6,7 @@ the suite is named on the command line or `collect = true` asks for it.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import ExitStack, suppress
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import interruptible
@@ -97,15 +99,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     settings = _settings(config)
     _share_cores(config)
     from numerics_suite.core.atomic import ensure_writable
+    from numerics_suite.subjects.files import digests_from_json
     from numerics_suite.suite.gate import Gate
+    from numerics_suite.suite.resume import earlier_answers
     from numerics_suite.suite.session import REPRODUCERS, SuiteSession
 
-    workerinput = getattr(config, "workerinput", {})
-    known().lost.update(workerinput.get("numerics_lost", {}))
-    if workerinput.get("numerics_quiet") is False:
-        told = ExitStack()
-        told.enter_context(listening(_say))
-        config.add_cleanup(told.close)
+    told: dict[str, Any] = getattr(config, "workerinput", {})
+    known().lost.update(told.get("numerics_lost", {}))
+    if told.get("numerics_quiet") is False:
+        heard = ExitStack()
+        heard.enter_context(listening(_say))
+        config.add_cleanup(heard.close)
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
     suite = SuiteSession(
         settings,
@@ -119,12 +123,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             from numerics_suite.reporting.report import ensure_wanted
 
             ensure_wanted(settings.report, settings.junitxml, "--numerics-")
+        run = config.pluginmanager.get_plugin("numerics-suite-run")
+        if run is not None:
+            suite.plan, suite.answered = run.plan, run.answered
+        elif told:
+            suite.answered = json.loads(told.get("numerics_answers", "{}"))
+            digests_from_json(json.loads(told.get("numerics_digests", "[]")))
+            progress.tell_in(Path(told["numerics_board"]) if told.get("numerics_board") else None)
+        elif settings.resume is not None:
+            suite.answered = earlier_answers(settings.resume, settings, suite.plan)
         suite.plan  # noqa: B018 - made here for its errors
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[session_key] = suite
     if not hasattr(config, "workerinput") and not config.getoption("collectonly", default=False):
-        gate = Gate(suite, run=config.pluginmanager.get_plugin("numerics-suite-run"))
+        gate = Gate(suite, run=run)
         config.stash[gate_key] = gate
         config.pluginmanager.register(gate, "numerics-suite-gate")
 
@@ -142,7 +155,9 @@ def _share_cores(config: pytest.Config) -> None:
     if workers > 1:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        from numerics_suite.core.machine import core_count
+
+        torch.set_num_threads(max(1, core_count() // workers))
 
 
 def _wants_gpu_only(config: pytest.Config) -> bool:

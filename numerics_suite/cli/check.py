@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from numerics_suite.cli.output import (
     deliver,
@@ -15,6 +16,7 @@ from numerics_suite.cli.output import (
     write_json,
 )
 from numerics_suite.cli.parser import CommandParser
+from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.options import add_cli_options, from_command_line
 
 if TYPE_CHECKING:
@@ -89,11 +91,11 @@ def run(arguments: Sequence[str]) -> int:
 def _list(settings: Settings) -> int:
     from numerics_suite.reporting.plan import plan_to_json
     from numerics_suite.reporting.terminal import Terminal
-    from numerics_suite.suite.run import plan_rows
+    from numerics_suite.suite.run import planned
 
     with for_people(settings) as stream:
-        rows = plan_rows(settings)
-        Terminal(stream=stream, quiet=False).plan(rows)
+        rows, seconds = planned(settings)
+        Terminal(stream=stream, quiet=False).plan(rows, seconds)
     if settings.json:
         write_json(settings.json, plan_to_json(rows), 0)
     return 0
@@ -108,7 +110,7 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
     with for_people(settings) as stream:
         terminal = Terminal(stream=stream, quiet=settings.quiet)
         try:
-            with unfinished_answer(settings.json, "check", checks=[]):
+            with unfinished_answer(settings.json, "check", **_so_far(settings)):
                 result = run_check(settings, terminal, asks_index=other_versions)
         finally:
             terminal.stop()
@@ -121,14 +123,33 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
             note = "interrupted after the checks, while remedies or rehearsals were tried"
             result = replace(result, complete=False, verdict="error", exit_status=2, notes=(*result.notes, note))
         terminal.rehearsals(result.rehearsals)
+        unwritten = None
         if settings.json and settings.json != "-":
-            write_json(settings.json, to_json(result))  # first: whoever stops the run may not wait for the rest
+            try:
+                write_json(settings.json, to_json(result))  # first: whoever stops the run may not wait for the rest
+            except BadInputError as error:  # a disk that is full now: what was found is still told
+                unwritten = error
         terminal.summary(result)
+        if unwritten is not None:
+            raise unwritten
     if settings.json == "-":
         write_json(settings.json, to_json(result))
     documents = Documents(runs=(Run(label="check", result=result),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
     return result.exit_status
+
+
+def _so_far(settings: Settings) -> dict[str, Any]:
+    """What the results file holds until the plan is made: the very answers that are resumed, where it is the same file."""
+    if settings.resume is None:
+        return {"checks": []}
+    from numerics_suite.reporting.documents import read_check
+
+    content, _ = read_check(settings.resume, "--resume")
+    if not settings.json or os.path.realpath(settings.json) != os.path.realpath(settings.resume):
+        return {"checks": []}
+    about = {name: value for name, value in content.items() if name != "command"}
+    return {**about, "complete": False, "verdict": "error", "exit_status": 3}
 
 
 def _with_other_versions(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:

@@ -3,19 +3,70 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, and no more than a container's quota of their time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    # Two and a half cores are two: a third worker would be stopped for half of every period, and the others with it.
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the control groups of this process grant, None where none of them limits it.
+
+    Args:
+        root: of the file system.
+    """
+    grants = [quota / period for quota, period in _quotas(root) if quota > 0 and period > 0]
+    return min(grants, default=None)
+
+
+def _quotas(root: Path) -> Iterator[tuple[float, float]]:
+    """Quota and period in microseconds of each group that the process is in, and of those above it; cgroups(7)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return  # not Linux
+    mounts = root / "sys/fs/cgroup"
+    for line in lines:
+        bases: tuple[Path, ...]
+        names: tuple[str, ...]
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2; beside version 1 it is mounted one folder deeper
+            bases, names = (mounts, mounts / "unified"), ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            bases, names = (mounts / controllers, mounts / "cpu"), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
+            continue
+        # In a container the path may be the host's, of which only the upper end is there.
+        inner = Path(path.lstrip("/"))
+        for folder in (base / part for base in bases for part in (inner, *inner.parents)):
+            try:
+                words = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+                quota, period = (float(word) for word in words)  # "max 100000" is no number, and no limit
+            except (OSError, ValueError):
+                continue
+            yield quota, period
 
 
 def available_bytes() -> int | None:
     """Bytes of memory that can be had without swapping; None where the system does not say."""
+    return _memory("MemAvailable")
+
+
+def swap_bytes() -> int:
+    """Bytes to which memory can be swapped out, 0 where the system does not say."""
+    return _memory("SwapFree") or 0
+
+
+def _memory(name: str) -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass  # not Linux

@@ -142,7 +142,7 @@ def read_documents(paths: Sequence[Path]) -> Documents:
     bisections: list[BisectFile] = []
     notes: list[str] = []
     for path in paths:
-        content = _read(path)
+        content = read_document(path)
         command = content.get("command")
         try:
             if command == "matrix":
@@ -173,7 +173,15 @@ def read_documents(paths: Sequence[Path]) -> Documents:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """The content of a file that `--json` wrote, as it stands there.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        BadInputError: it cannot be read, or holds no JSON object; the message names it.
+    """
     try:
         content = read_json_text(path)
     except OSError as error:
@@ -186,6 +194,27 @@ def _read(path: Path) -> dict[str, Any]:
         message = f"{path}: not a results file of this tool; give a file that --json wrote"
         raise BadInputError(message)
     return content
+
+
+def read_check(path: Path, option: str) -> tuple[dict[str, Any], RunResult]:
+    """A results file of `check`, as it stands there and as a record.
+
+    Args:
+        path: of the file.
+        option: that named it, for the message.
+
+    Raises:
+        BadInputError: it cannot be read, or is no such file; the message names it.
+    """
+    content = read_document(path)
+    if content.get("command") != "check":
+        message = f"{option} {path}: not a results file of check"
+        raise BadInputError(message)
+    try:
+        return content, from_json(content)
+    except BadInputError as error:
+        message = f"{option} {path}: {error}"
+        raise BadInputError(message) from None
 
 
 def _comparison(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -220,7 +249,7 @@ def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> Run | None:
     if found is None:
         notes.append(f"{cell.held.text}: {cell.results} is gone, so only its summary in {path.name} is told")
         return None
-    return Run(label=cell.held.text, result=from_json(_read(found)), path=found)
+    return Run(label=cell.held.text, result=from_json(read_document(found)), path=found)
 
 
 def _cell(content: Mapping[str, Any]) -> MatrixCell:

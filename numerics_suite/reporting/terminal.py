@@ -12,13 +12,13 @@ from rich.text import Text
 from numerics_suite import __version__
 from numerics_suite.core.text import listed
 from numerics_suite.reporting.lines import WIDTH, Line, sayable, wrapped
-from numerics_suite.reporting.plan import PlanRow, plan_lines
+from numerics_suite.reporting.plan import PlanRow, about_seconds, plan_lines, readable_seconds
 from numerics_suite.reporting.rehearsal import rehearsal_lines
 from numerics_suite.reporting.streams import abandon
 from numerics_suite.reporting.summary import LABELS, STYLES, summary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from rich.progress import Progress, TaskID
 
@@ -88,8 +88,10 @@ class Terminal:
         self._failed = 0
         self._said, self._tenth = time.monotonic(), 0
         self._began = self._said
+        self._at_work: Callable[[], Sequence[object]] = tuple
+        self._left: Callable[[], float | None] = _unknown
 
-    def header(
+    def header(  # noqa: PLR0913 - a line for each
         self,
         environment: Mapping[str, Any],
         subjects: Sequence[Subject],
@@ -97,6 +99,7 @@ class Terminal:
         settings: Mapping[str, Any],
         *,
         data: str = "",
+        seconds: float | None = None,
     ) -> None:
         """What will be run, on what, by what.
 
@@ -106,6 +109,7 @@ class Terminal:
             cells: planned.
             settings: of the results file.
             data: what is taken of `--data`.
+            seconds: that it is expected to take.
         """
         if self._quiet:
             return
@@ -121,13 +125,25 @@ class Terminal:
         for label, names in (("precisions", "precision"), ("attention", "attn")):
             lines += self._labelled(label, ", ".join(dict.fromkeys(getattr(cell, names) for cell in cells)))
         lines += self._labelled("data", data)
-        lines += self._labelled("plan", _plan_text(cells, settings))
+        lines += self._labelled("plan", _plan_text(cells, settings, seconds))
         # One line each, however long: it is searched for.
         lines += [Line(f"{'note':<12}{subject.id}: {note}", "yellow") for subject in subjects for note in subject.notes]
         self._print(lines)
 
     def _labelled(self, label: str, text: str) -> list[Line]:
         return wrapped(text, width=self.width, first=f"{label:<12}", style="cyan") if text else []
+
+    def follow(self, total: int, at_work: Callable[[], Sequence[object]], left: Callable[[], float | None]) -> None:
+        """Show from now on what is being asked, and how long the rest will take.
+
+        Args:
+            total: results expected.
+            at_work: what each process is at, in words; asked several times a second, from another thread.
+            left: seconds until the last result.
+        """
+        self._at_work, self._left = at_work, left
+        if self._live and not self._quiet and self._error is None:
+            self._advance(0, total)
 
     def progress(self, done: int, total: int, result: CheckResult) -> None:
         """One more result is there.
@@ -165,20 +181,41 @@ class Terminal:
         now, tenth = time.monotonic(), 10 * done // max(total, 1)
         if tenth > self._tenth and now - self._said >= QUIET_SECONDS:
             self._said, self._tenth = now, tenth
-            text = f"{done} of {total} checks, {self._failed} not passed, {now - self._began:.0f} s"
+            left = self._left()
+            rest = "" if left is None or done == total else f", {about_seconds(left)} left"
+            text = f"{done} of {total} checks, {self._failed} not passed, {now - self._began:.0f} s{rest}"
             self._print([Line(text)])
 
     def _advance(self, done: int, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+
+        class Live(ProgressColumn):
+            """Words that may change between two results."""
+
+            def __init__(self, words: Callable[[], str]) -> None:
+                super().__init__()
+                self.words = words
+
+            def render(self, task: object) -> Text:  # noqa: ARG002 - rich's signature
+                return Text(self.words(), no_wrap=True, overflow="ellipsis")
 
         if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
-            self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+            rest = (TimeElapsedColumn(), Live(self._left_words), Live(self._work_words))
+            self._progress = Progress(*columns, *rest, console=self._console, transient=True)
             self._task = self._progress.add_task(self._noun, total=total)
             self._progress.start()
         assert self._task is not None
         description = f"{self._noun}, {self._failed} not passed" if self._failed else self._noun
         self._progress.update(self._task, completed=done, total=total, description=description)
+
+    def _left_words(self) -> str:
+        left = self._left()
+        return "" if left is None else f"{readable_seconds(left)} left"
+
+    def _work_words(self) -> str:
+        now = [str(one) for one in self._at_work()]
+        return "" if not now else sayable(now[0] if len(now) == 1 else f"{now[0]} (+{len(now) - 1})", self._stream)
 
     def say(self, text: str) -> None:
         """One line while long work goes on.
@@ -229,13 +266,14 @@ class Terminal:
         """
         self._print(lines)
 
-    def plan(self, rows: Sequence[PlanRow]) -> None:
+    def plan(self, rows: Sequence[PlanRow], seconds: float | None = None) -> None:
         """What `--list` shows.
 
         Args:
             rows: in the order in which they would run.
+            seconds: that the whole run is expected to take.
         """
-        self._print(plan_lines(rows))
+        self._print(plan_lines(rows, seconds))
 
     def _print(self, lines: Sequence[Line]) -> None:
         if self._error is not None:
@@ -253,6 +291,10 @@ class Terminal:
         """Print no more, and let the run go on: its answer is also in the exit status and the results file."""
         self._error = error
         abandon(self._stream)
+
+
+def _unknown() -> None:
+    """Nobody said how long it takes."""
 
 
 def _coloured(style: str) -> str:
@@ -279,9 +321,10 @@ def _subject_text(subject: Subject) -> str:
     return f"{name}: {listed([fact for fact in facts if fact], 6)}"
 
 
-def _plan_text(cells: Sequence[Cell], settings: Mapping[str, Any]) -> str:
+def _plan_text(cells: Sequence[Cell], settings: Mapping[str, Any], seconds: float | None) -> str:
     trained = f"{settings.get('steps')} steps of {settings.get('optimizer')} at lr {settings.get('lr')}"
     asked = "max_examples" in settings.get("origins", {})
     how = f"{settings.get('max_examples')} examples" if asked else f"{settings.get('effort')} effort"
     drawn = f"{how}, seed {settings.get('seed')}"
-    return f"{len(cells)} cells; {drawn}; {trained}"
+    expected = "" if seconds is None else f"; {about_seconds(seconds)} on an idle machine"
+    return f"{len(cells)} cells; {drawn}; {trained}{expected}"

@@ -106,6 +106,14 @@ def train_scope(value: str) -> str:
     raise ValueError(message)
 
 
+def layers(value: str) -> str:
+    """`first:N` or `every:N`."""
+    if re.fullmatch(r"(first|every):0*[1-9][0-9]*", value):
+        return value
+    message = f"must be first:N or every:N with N of at least 1, not '{value}'"
+    raise ValueError(message)
+
+
 def check_glob(value: str) -> str:
     """A check id or a glob over check ids that matches at least one, of ours or of any other package that is installed."""
     ids = own_check_ids()

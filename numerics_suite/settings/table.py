@@ -96,6 +96,12 @@ OPTIONS: tuple[Option, ...] = (
         metavar="K",
     ),
     _option(
+        "layers",
+        "first:N or every:N: check a shallower model, made of the first N layers or of each Nth (default: all layers)",
+        parse=parsers.layers,
+        metavar="WHICH",
+    ),
+    _option(
         "precision",
         f"of {', '.join(PRECISIONS)} (default: what the device runs well)",
         form="list",
@@ -271,7 +277,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _option(
         "list_only",
-        "print the planned cells with the memory that each may need, and run none",
+        "print the planned cells with the memory and time that each may need, and run none",
         form="flag",
         default=False,
         parse=parsers.switch,
@@ -287,6 +293,14 @@ OPTIONS: tuple[Option, ...] = (
         parse=parsers.positive,
         metavar="SECONDS",
         group=OUTPUT,
+    ),
+    _option(
+        "resume",
+        "reuse the answers of a results file that has not all of them; exit 4 where anything that can change one differs",
+        metavar="FILE",
+        group=OUTPUT,
+        key=None,
+        path=True,
     ),
     _option(
         "allow_partial",

@@ -17,6 +17,11 @@ DEFAULT, PYPROJECT, PYTEST, COMMAND_LINE = "default", "pyproject.toml", "pytest 
 DESTINATIONS = frozenset({"json", "junitxml", "report", "quiet", "list_only"})
 """Where the answer goes and not what was asked: two runs that differ in these alone give the same results file."""
 
+CHANGE_NO_ANSWER = DESTINATIONS | {
+    *("workers", "max_time", "allow_partial", "resume", "require_device", "collect", "allow_no_gpu", "origins")
+}
+"""Which questions are answered, by how many processes and what becomes of the answers, but not what any of them is."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -25,12 +30,14 @@ class Settings:
     Attributes:
         subjects: as typed, empty for the shipped fixtures.
         names: `--name`, for the first subjects in their order.
+        layers: `first:N` or `every:N`, None for all of them.
         precision: None for what the device runs well.
         checks: globs, empty for all.
         extensions: what other packages add takes part.
         workers: `auto`, or a number; 0 runs in the process itself.
         json: path of the results file, `-` for standard output.
         accept: findings that do not fail the run.
+        resume: results file of an earlier run whose answers are reused.
         collect: a bare `pytest` collects the suite.
         allow_no_gpu: `pytest -m gpu` without an accelerator is no failure.
         origins: field name to `default`, `pyproject.toml`, `pytest option` or `command line`; absent is `default`.
@@ -40,6 +47,7 @@ class Settings:
     names: tuple[str, ...] = ()
     task: str = "auto"
     num_labels: int | None = None
+    layers: str | None = None
     precision: tuple[str, ...] | None = None
     attn: tuple[str, ...] | None = ("eager", "sdpa")
     device: str = "auto"
@@ -69,6 +77,7 @@ class Settings:
     workers: int | Literal["auto"] = "auto"
     list_only: bool = False
     max_time: float | None = None
+    resume: Path | None = None
     allow_partial: bool = False
     collect: bool = False
     allow_no_gpu: bool = False

@@ -6,10 +6,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,7 @@ _DTYPES: Mapping[str, tuple[str, float]] = {
 
 _AGAIN = "download or copy it again"
 _DIGESTED = ("*.json", "*.safetensors", "*.bin", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+_WEIGHTS = {".safetensors", ".bin"}
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -264,7 +266,51 @@ def _file_digest(file: Path) -> str:
     target = file.resolve()
     if file.is_symlink() and target.parent.name == "blobs" and _BLOB.fullmatch(target.name):
         return target.name
-    return sha256_of(file)
+    if file.suffix not in _WEIGHTS:
+        return sha256_of(file)  # small, and what it says decides what is run
+    return read_once((file,), lambda: sha256_of(file))
+
+
+FileState = tuple[str, int, int, int, int]
+"""Path, size, mtime_ns, ctime_ns and inode: whoever writes to a file changes one of them. Its ctime is the system's alone to set."""
+
+_digests: dict[tuple[FileState, ...], str] = {}
+
+
+def read_once(files: Iterable[Path], make: Callable[[], str]) -> str:
+    """The digest of files of many gigabytes, which this process, or the one that began it, reads once for each state of them.
+
+    Args:
+        files: that are digested.
+        make: reads them.
+    """
+    key = tuple(_state(file) for file in sorted(files))
+    if key not in _digests:
+        digest_ = make()
+        if key != tuple(_state(Path(state[0])) for state in key):
+            return digest_  # written to while it was read: of no state in particular
+        _digests[key] = digest_
+    return _digests[key]
+
+
+def _state(file: Path) -> FileState:
+    told = file.stat()
+    return str(file), told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino
+
+
+def digests_to_json() -> list[Any]:
+    """What :func:`read_once` knows, for a worker process, as JSON's own types."""
+    return [[[list(state) for state in key], value] for key, value in _digests.items()]
+
+
+def digests_from_json(content: Iterable[Any]) -> None:
+    """Take over what another process of this run has read.
+
+    Args:
+        content: of :func:`digests_to_json`.
+    """
+    for states, value in content:
+        _digests[tuple(tuple(state) for state in states)] = value
 
 
 def tree_digest(root: Path, files: Iterable[Path]) -> str:
@@ -277,9 +323,10 @@ def tree_digest(root: Path, files: Iterable[Path]) -> str:
     total = hashlib.sha256()
     named = {file.relative_to(root).as_posix(): file for file in files}
     for name in sorted(named):
-        content = named[name].read_bytes()
-        total.update(f"{name}\0{len(content)}\0".encode())
-        total.update(content)
+        with named[name].open("rb") as stream:
+            total.update(f"{name}\0{os.fstat(stream.fileno()).st_size}\0".encode())
+            while block := stream.read(1 << 20):
+                total.update(block)
     return total.hexdigest()
 
 

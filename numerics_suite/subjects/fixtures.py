@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, nearest
-from numerics_suite.subjects.files import tree_digest
+from numerics_suite.subjects.files import read_once, tree_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -127,6 +127,18 @@ def fixture_digest(path: Path) -> str:
     return tree_digest(path, (file for file in files if "__pycache__" not in file.relative_to(path).parts))
 
 
+def known_digest(path: Path) -> str:
+    """The :func:`fixture_digest` of a folder without code, read once in a run; a folder with code is always read.
+
+    Args:
+        path: of a fixture.
+    """
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if any(file.suffix == ".py" for file in files):
+        return fixture_digest(path)
+    return read_once(files, lambda: fixture_digest(path))
+
+
 def trusted_fixture(path: Path) -> bool:
     """May the code in this folder run without `--trust-remote-code`?
 
@@ -158,10 +170,10 @@ def build_real(cache_dir: Path) -> Path:
     Raises:
         BadInputError: `gguf` or `accelerate` is not installed, the weights are not there, or the folder cannot be written.
     """
-    source = _gguf_file(cache_dir)
     target = cache_dir / "fixtures" / f"{REAL_NAME}-{WHEEL_VERSION}-{_LAYOUT}"
     if (target / "config.json").is_file():
         return target
+    source = _gguf_file(cache_dir)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{REAL_NAME}-", dir=target.parent))

@@ -26,6 +26,7 @@ from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.files import pickle_files, safetensors_files, tensor_headers
+from numerics_suite.subjects.memory import refuse_too_large
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
 from numerics_suite.subjects.tasks import CLASSIFICATION, TASKS, head_tensors, task_of_class
@@ -119,6 +120,7 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
         return _from_factory(subject, dtype=dtype, attn=attn, device=device)
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
+    refuse_too_large(subject, dtype, device)
     # A cell of a subject that this release lacks ends here, and is skipped with this reason.
     validate.check_model_type(folder, subject.config, trust_remote_code=subject.trust_remote_code)
     with _failures(subject, attn):

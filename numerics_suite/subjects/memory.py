@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from numerics_suite.core.errors import CheckError
+from numerics_suite.core.machine import swap_bytes
 from numerics_suite.core.records import Subject
+from numerics_suite.devices.kinds import CPU, kind_of, parts_of
+from numerics_suite.devices.memory import free_bytes
 
 _WIDTHS: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 TRAINING_COPIES = 4
@@ -87,6 +91,46 @@ def _activations(subject: Subject, width: int, *, training: bool, batch: int, se
     block = tokens * hidden * KEPT_PER_BLOCK * width + batch * heads * seq * seq * 4  # eager's scores are float32
     logits = tokens * _words(subject) * (width + 4)  # and a float32 copy for the loss
     return block * (layers if training else 1) + logits * (2 if training else 1)
+
+
+def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
+    """See that the weights fit, before the system ends the process for them.
+
+    Args:
+        subject: about to be loaded.
+        dtype: of its parameters.
+        device: of the cell.
+
+    Raises:
+        CheckError: they do not, with the bytes asked and free.
+    """
+    parts = parts_of(device)
+    if subject.parameters is None or subject.quantized:
+        return
+    on_cpu = kind_of(parts[0]) == CPU
+    if on_cpu and dtype == subject.stored_dtype:
+        return  # mapped: the system takes pages back and reads them again
+    asked = subject.parameters * _WIDTHS.get(dtype, 4) // len(parts)
+    free = free_bytes(device) + (swap_bytes() if on_cpu else 0)
+    if asked > free:
+        message = f"out of memory on {parts[0]}: {asked} bytes asked for the weights in {dtype}, {free} bytes free"
+        raise CheckError(message)
+
+
+def layer_count(subject: Subject) -> int:
+    """Blocks of the model, 1 where the config does not say."""
+    return _number(subject.config, "num_hidden_layers", "num_layers", "n_layer") or 1
+
+
+def product_weights(subject: Subject) -> int:
+    """Weights that a token is multiplied with: all but the embedding, unless that is the output layer too.
+
+    Of a mixture of experts all experts are counted: over a batch each of them gets tokens, and the references widen all of them.
+    """
+    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
+    embedding = hidden * _number(subject.config, "vocab_size", "padded_vocab_size")
+    tied = bool(subject.config.get("tie_word_embeddings")) and subject.task == "causal-lm"
+    return max((subject.parameters or 0) - (0 if tied else embedding), 0)
 
 
 def _words(subject: Subject) -> int:

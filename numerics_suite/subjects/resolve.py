@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of
 from numerics_suite.subjects.files import digest, joint_digest, stored_dtype, stored_tensors
 from numerics_suite.subjects.hub import parse_hub_id, snapshot
+from numerics_suite.subjects.layers import shallower
 from numerics_suite.subjects.notes import adapter_notes, checkpoint_notes
 from numerics_suite.subjects.tasks import (
     CLASSIFICATION,
@@ -48,6 +49,7 @@ class _Wanted:
 
     task: str = "auto"
     num_labels: int | None = None
+    layers: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
@@ -58,6 +60,7 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
     name: str | None = None,
     task: str = "auto",
     num_labels: int | None = None,
+    layers: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Subject:
@@ -68,6 +71,7 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         name: `--name`; else the fixture's name, the hub id without revision, the directory's or the function's own name.
         task: `auto` or a task.
         num_labels: of a classification head; None takes the config's.
+        layers: `first:N` or `every:N` for a shallower model of the same weights, None for all layers.
         trust_remote_code: the checkpoint's own code may run.
         allow_pickle: pickled weights may be read.
 
@@ -81,10 +85,14 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
     wanted = _Wanted(
         task=task,
         num_labels=num_labels,
+        layers=layers,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
     if source.startswith(FACTORY):
+        if layers is not None:
+            message = f"--layers {layers}: {source} has no checkpoint files to make a shallower model of"
+            raise BadInputError(message)
         return _from_factory(source, name, wanted)
     return _from_files(source, _place(source, allow_pickle=allow_pickle), name, wanted)
 
@@ -95,6 +103,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
     *,
     task: str = "auto",
     num_labels: int | None = None,
+    layers: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[Subject, ...]:
@@ -105,6 +114,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
         names: of the first ones, in their order.
         task: as :func:`resolve`, and so the rest.
         num_labels: see there.
+        layers: see there.
         trust_remote_code: see there.
         allow_pickle: see there.
 
@@ -124,6 +134,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
                 name=name,
                 task=task,
                 num_labels=num_labels,
+                layers=layers,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
             )
@@ -209,6 +220,14 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
         validate.check_weights(place.path, allow_pickle=wanted.allow_pickle)
     config = validate.read_config(folder)
     trusted = wanted.trust_remote_code or fixtures.trusted_fixture(folder)
+    shallow: tuple[str, ...] = ()
+    if wanted.layers is not None:
+        if adapter is not None:
+            message = f"--layers {wanted.layers}: {source} is an adapter, which belongs to all layers of its base"
+            raise BadInputError(message)
+        validate.check_weights(folder, allow_pickle=wanted.allow_pickle)
+        folder, said = shallower(folder, config, wanted.layers)
+        place, shallow, config = replace(place, path=folder), (said,), validate.read_config(folder)
     validate.check_supported(folder, config, trust_remote_code=trusted)
     validate.check_weights(folder, allow_pickle=wanted.allow_pickle)
     family, tensors = family_of(config), stored_tensors(folder)
@@ -218,7 +237,7 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     new_head = needs_new_head(tensors, config, family, task, wanted.num_labels)
     labels, model_class = wanted.num_labels, _model_class(config, task, folder)
     own_code = validate.needs_remote_code(config)
-    notes = tuple(() if own_code or adapter is not None else checkpoint_notes(tensors, config, model_class))
+    notes = (*shallow, *(() if own_code or adapter is not None else checkpoint_notes(tensors, config, model_class)))
     if adapter is not None:
         held = stored_tensors(place.path)
         if not own_code:
@@ -290,7 +309,7 @@ def _declared_dtype(config: Mapping[str, Any]) -> str | None:
 
 def _digest(place: _Place, folder: Path) -> str:
     if place.kind == "fixture":
-        return f"sha256:{fixtures.fixture_digest(place.path)}"
+        return f"sha256:{fixtures.known_digest(place.path)}"
     own = digest(place.path)
     return own if folder == place.path else joint_digest((own, digest(folder)))
 

@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
+from numerics_suite.core import progress
 from numerics_suite.core.activity import at, doing
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement, Series
@@ -46,6 +47,7 @@ class Outcome:
         breaches: worst first, of the smallest failing batch; empty when every batch passed.
         batch: that batch.
         examples: batches asked.
+        planned: batches that are to be asked at most, 0 for a check without.
         latest: what the last batch measured.
         series: of the batch whose measurement of the series' name is worst; of the last one where there is none such.
     """
@@ -54,6 +56,7 @@ class Outcome:
     breaches: list[Breach] = field(default_factory=list)
     batch: Batch | None = None
     examples: int = 0
+    planned: int = 0
     latest: list[Measurement] = field(default_factory=list)
     series: dict[str, Series] = field(default_factory=dict)
 
@@ -154,7 +157,9 @@ def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: i
     stands in its place.
     """
     drawn = evidence.batch_plan.drawn if max_examples is None else max_examples
-    for batch in evidence.planned_batches if max_examples is None else ():
+    shared = evidence.planned_batches if max_examples is None else ()
+    outcome.planned = outcome.examples + len(shared) + math.ceil(drawn * spec.share)
+    for batch in shared:
         too_long = int(batch.tensors["input_ids"].shape[1]) + spec.adds > evidence.longest
         if too_long or (not batch.law_abiding and spec.id != PAD_INSIDE):
             continue
@@ -168,6 +173,7 @@ def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: i
 
 
 def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outcome) -> list[Breach]:
+    progress.batch(outcome.examples + 1, outcome.planned)
     at(f"{spec.id}/{evidence.cell.id}, batch {outcome.examples + 1}")
     measurements = outcome.add(spec.function(evidence, batch))
     outcome.examples += 1

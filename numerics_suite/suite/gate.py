@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections import Counter
@@ -23,13 +24,15 @@ from numerics_suite.core.tree import is_root
 from numerics_suite.diagnosing.consequences import as_tree
 from numerics_suite.diagnosing.versions_advice import without_newer
 from numerics_suite.engine.environment import describe_run
+from numerics_suite.reporting.plan import about_seconds
 from numerics_suite.reporting.results import STATUSES, check_from_json, indented, to_json, with_checks, write_results
 from numerics_suite.settings.accept import matches, reaches, stale
 from numerics_suite.settings.tree import Settings
-from numerics_suite.settings.tree import to_json as settings_to_json
+from numerics_suite.subjects.files import digests_to_json
 from numerics_suite.suite.endings import MISSING, TIME_LIMIT, ending
 from numerics_suite.suite.held_to import GROUP, left_out
 from numerics_suite.suite.planning import Question
+from numerics_suite.suite.provenance import input_digests, settings_as_used
 from numerics_suite.suite.session import SuiteSession
 
 if TYPE_CHECKING:
@@ -78,10 +81,15 @@ class Gate:
         self.result: RunResult | None = None
         self.started = datetime.now(tz=timezone.utc).astimezone()
         self._clock = time.perf_counter()
+        plan = suite.plan
+        self._settings_as_used = settings_as_used(self.settings, plan)
+        self._environment = {**describe_run(plan.device), "digests": input_digests(self.settings, plan)}
         if run is not None:
-            run.begin(suite.plan, describe_run(suite.plan.device))
-        self._written: list[str] = []
-        self._counted = Counter[str]()
+            run.begin(plan, self._environment)
+        self._written: dict[str, str] = {}
+        self._statuses: dict[str, tuple[str, ...]] = {}
+        for entry in {**suite.answered, **known().answers}.values():
+            self._write_down(entry)  # whatever ends this run, what an earlier one answered is in its file
         self._head = to_json(self._unfinished())
         self._offer()
 
@@ -99,8 +107,7 @@ class Gate:
             return
         result = check_from_json(written)
         self.answers[result.id] = result
-        self._written.append(indented(written))
-        self._counted.update([result.status, *(["findings"] if is_root(result) else [])])
+        self._write_down(written)
         self._offer()
         watched = lifeline()
         if watched is not None:
@@ -110,10 +117,20 @@ class Gate:
         if self.run is not None:
             self.run.progress(len(self.answers), len(self.expected), result)
 
+    def _write_down(self, entry: Mapping[str, Any]) -> None:
+        """Let an answer be in the file."""
+        result = check_from_json(entry)
+        self._written[result.id] = indented(entry)
+        self._statuses[result.id] = (result.status, *(["findings"] if is_root(result) else []))
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker what has ended an earlier process, so that it does not end this one too."""
+        """Tell a worker what is answered, and what has ended an earlier process, so that it does not end this one too."""
         node.workerinput["numerics_lost"] = dict(known().lost)
+        board = getattr(self.run, "board", None)
+        node.workerinput["numerics_board"] = None if board is None else str(board)
+        node.workerinput["numerics_digests"] = json.dumps(digests_to_json())
+        node.workerinput["numerics_answers"] = json.dumps({**self.suite.answered, **known().answers})
         node.workerinput["numerics_quiet"] = self.settings.quiet
 
     @pytest.hookimpl(optionalhook=True)
@@ -172,8 +189,8 @@ class Gate:
             duration_s=round(time.perf_counter() - self._clock, 3),
             verdict=end.verdict,
             complete=end.complete,
-            environment=describe_run(self.suite.plan.device),
-            settings=self._settings_as_used(),
+            environment=self._environment,
+            settings=self._settings_as_used,
             subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),
             notes=(*notes, *broken),
@@ -224,12 +241,6 @@ class Gate:
         accepting = (e for e in self.settings.accept if matches(e, root, transformers.__version__, today))
         return any(reaches(entry, result) for entry in accepting)
 
-    def _settings_as_used(self) -> dict[str, Any]:
-        """Every option, with what `auto` and the device's default became."""
-        plan = self.suite.plan
-        used = {"device": plan.device, "precision": list(dict.fromkeys(cell.precision for cell in plan.cells))}
-        return {**settings_to_json(self.settings), **used}
-
     def _stopped(self, results: Sequence[CheckResult]) -> str:
         return f"interrupted: {len(results)} of {len(self.expected)} checks have an answer"
 
@@ -241,8 +252,8 @@ class Gate:
             duration_s=0.0,
             verdict="error",
             complete=False,
-            environment=describe_run(self.suite.plan.device),
-            settings=self._settings_as_used(),
+            environment=self._environment,
+            settings=self._settings_as_used,
             subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=(),
             exit_status=3,
@@ -250,8 +261,9 @@ class Gate:
 
     def _offer(self) -> None:
         """Let the answers so far be in the file within a second; each is turned into text once."""
-        answers = tuple(self._written)
-        counted = {status: self._counted[status] for status in (*STATUSES, "findings")}
+        answers = tuple(self._written.values())
+        totals = Counter(status for statuses in self._statuses.values() for status in statuses)
+        counted = {status: totals[status] for status in (*STATUSES, "findings")}
         head = {**self._head, "duration_s": round(time.perf_counter() - self._clock, 3), "counts": counted}
         self._file.offer(lambda: with_checks(head, answers))
 
@@ -259,15 +271,30 @@ class Gate:
         import transformers
 
         notes = [f"--data: {self.suite.plan.data}"] if self.suite.plan.data else []
+        if self.settings.layers is not None:
+            subjects = self.suite.plan.subjects.values()
+            notes += [f"{subject.id}: {note}" for subject in subjects for note in subject.notes if "--layers" in note]
+        if self.settings.resume is not None:
+            reused = sum(result.id in self.suite.answered for result in results)
+            notes.append(f"--resume: {reused} of {len(results)} answers are those of {self.settings.resume}")
         limited = sum(result.status == "skipped" and result.reason == TIME_LIMIT for result in results)
         if limited:
-            notes.append(f"--max-time: {limited} checks were not begun")
+            none = limited == sum(result.id not in self.suite.answered for result in results)
+            notes.append(f"--max-time: {limited} checks were not begun{self._smallest_cell() if none else ''}")
         halves = Counter(result.reason for result in results if result.status == "passed" and result.reason)
         notes += [f"{count} {'law' if count == 1 else 'laws'} {reason}" for reason, count in halves.items()]
         today = datetime.now(tz=timezone.utc).date()
         informing, missing = self._left_out()
         broken = [*stale(self.settings.accept, results, today, transformers.__version__), *missing]
         return [*notes, *informing], broken
+
+    def _smallest_cell(self) -> str:
+        """For a time limit within which no cell could be begun: what would be enough for one."""
+        seconds = Counter[str]()
+        for question, expected in getattr(self.run, "expected", {}).items():
+            seconds[question.partition("/")[2]] += expected
+        some = [one for one in seconds.values() if one]
+        return f"; the smallest cell is expected to take {about_seconds(min(some))}" if some else ""
 
     def _left_out(self) -> tuple[list[str], list[str]]:
         """What the baselines hold that this run did not cover, where it was to be held to them at all."""

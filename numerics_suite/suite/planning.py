@@ -165,6 +165,7 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str], d
     options: dict[str, Any] = {
         "task": settings.task,
         "num_labels": settings.num_labels,
+        "layers": settings.layers,
         "trust_remote_code": settings.trust_remote_code,
         "allow_pickle": settings.allow_pickle,
     }

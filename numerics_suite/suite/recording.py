@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline, Recorded
@@ -17,6 +18,7 @@ from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.files import digests_from_json, digests_to_json
 from numerics_suite.suite.planning import SuitePlan, applicable_checks
 from numerics_suite.suite.run import threads_of_each, variables, worker_count
 from numerics_suite.suite.session import SuiteSession, error_line
@@ -116,7 +118,10 @@ def _in_workers(
     """The cells as they are measured, None for those of which a worker's death left nothing."""
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(session.settings, digests_to_json()),
     )
     pending: dict[concurrent.futures.Future[_Answer], Cell] = {}
     try:
@@ -147,10 +152,11 @@ _OWN: list[SuiteSession] = []
 """The session of this worker process."""
 
 
-def _begin(settings: Settings) -> None:
+def _begin(settings: Settings, digests: list[Any]) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # the terminal's Ctrl-C reaches every process; the first one acts on it
+    digests_from_json(digests)
     _OWN[:] = [SuiteSession(settings)]
 
 

@@ -217,7 +217,7 @@ def refuse_other_options(settings: Settings) -> None:
     Raises:
         BadInputError: such an option was given.
     """
-    for name in ("checks", "skip", "baseline", "report", "junitxml", "data"):
+    for name in ("checks", "skip", "baseline", "report", "junitxml", "data", "resume"):
         if settings.origin(name) == "command line":
             message = f"--{name} cannot go with --bundle, which asks one question"
             raise BadInputError(message)

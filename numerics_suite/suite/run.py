@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.interrupts import stop_if_requested
@@ -20,13 +22,17 @@ from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
 from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
+from numerics_suite.devices.speed import measure_speed
 from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import cell_bytes
 from numerics_suite.suite.effort import effort_of
+from numerics_suite.suite.expected_time import dtypes_of, expected_seconds, run_seconds
 from numerics_suite.suite.gate import Gate
+from numerics_suite.suite.pace import Pace
 from numerics_suite.suite.planning import SuitePlan, make_plan
+from numerics_suite.suite.resume import earlier_answers
 
 SUITE = Path(__file__).resolve().parent
 WORTH_WORKERS = 8
@@ -34,19 +40,47 @@ WORTH_WORKERS = 8
 
 
 class Run:
-    """What the command lends to the run: the terminal, and a place for the result."""
+    """What the command lends to the run: the terminal, the plan, and the answers that are there already.
 
-    def __init__(self, settings: Settings, terminal: Terminal, *, asks_index: bool = False) -> None:
+    Attributes:
+        plan: made before pytest begins, and only once: a plan reads every byte of a checkpoint.
+        answered: entries of `checks`, by id; with `--resume`.
+        expected: seconds of each question by id, empty where that is unknown.
+        seconds: that all of it is expected to take, None where that is unknown.
+        board: folder in which workers tell what they are at.
+    """
+
+    def __init__(  # noqa: PLR0913 - what the command lends
+        self,
+        settings: Settings,
+        terminal: Terminal,
+        plan: SuitePlan,
+        *,
+        answered: Mapping[str, Mapping[str, Any]] | None = None,
+        asks_index: bool = False,
+        workers: int = 0,
+        board: Path | None = None,
+    ) -> None:
         """Print to this terminal as the run goes on."""
         self.settings, self.terminal, self.asks_index = settings, terminal, asks_index
+        self.plan, self.answered, self.board = plan, answered or {}, board
+        seconds = None if settings.quiet else seconds_of(settings, plan)
+        left = {question: each for question, each in (seconds or {}).items() if question not in self.answered}
+        self.expected = seconds or {}
+        self.seconds = None if seconds is None else run_seconds(left, workers)
+        self._pace = Pace(left, workers)
 
     def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
         """Print the header."""
         subjects = tuple(plan.subjects.values())
-        self.terminal.header(environment, subjects, plan.cells, to_json(self.settings), data=plan.data)
+        told = to_json(self.settings)
+        self.terminal.header(environment, subjects, plan.cells, told, data=plan.data, seconds=self.seconds)
+        left = self._pace.left if self.seconds is not None else (lambda: None)
+        self.terminal.follow(len(plan.questions), lambda: progress.at_work(self.board), left)
 
     def progress(self, done: int, total: int, result: CheckResult) -> None:
         """Move the progress on."""
+        self._pace.answered(result.id, result.duration_s)
         self.terminal.progress(done, total, result)
 
 
@@ -88,7 +122,10 @@ def run_check(
 
 
 def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None, *, asks_index: bool) -> RunResult:
-    plan = make_plan(settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages under test; as where questions are answered
+        plan = make_plan(settings)
+    answered = {} if settings.resume is None else earlier_answers(settings.resume, settings, plan)
     workers = worker_count(settings, plan)
     arguments = [
         str(SUITE),
@@ -104,8 +141,13 @@ def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None,
     if workers:
         # Each cell may take its worker along, and none of them those that come after it.
         arguments += ["-n", str(workers), "--dist", "loadgroup", "--max-worker-restart", str(len(plan.cells))]
-    catcher = _Catcher(Run(settings, terminal, asks_index=asks_index))
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch, _clean_pytest_environment(workers, scratch):
+        board = Path(scratch) / "at-work"
+        board.mkdir()
+        run = Run(
+            settings, terminal, plan, answered=answered, asks_index=asks_index, workers=workers, board=board
+        )  # fmt: skip
+        catcher = _Catcher(run)
         status = int(pytest.main(arguments, plugins=[catcher]))
     terminal.stop()
     gate = catcher.gate
@@ -189,12 +231,26 @@ def threads_of_each(workers: int) -> str:
     Args:
         workers: processes, at least one.
     """
-    return str(max(1, (os.cpu_count() or 1) // workers))
+    return str(max(1, core_count() // workers))
 
 
-def plan_rows(settings: Settings) -> list[PlanRow]:
-    """The planned cells with the memory that each is expected to need, for `--list`."""
+def seconds_of(settings: Settings, plan: SuitePlan) -> dict[str, float] | None:
+    """What each question is expected to take, None on a device that has no float64, or that cannot be measured.
+
+    Args:
+        settings: of the run.
+        plan: made of them.
+    """
+    try:
+        return expected_seconds(plan, settings, measure_speed(plan.device, dtypes_of(plan)))
+    except (RuntimeError, TypeError, ValueError, MemoryError):
+        return None  # an estimate is no reason to end a run
+
+
+def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
+    """The planned cells with the memory and the time that each is expected to need, for `--list`, and the time of all."""
     plan = make_plan(settings)
+    seconds = seconds_of(settings, plan)
     rows = []
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
@@ -210,5 +266,6 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
         )
         skipped = {question.skip for question in asked if question.skip}
         note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)
-        rows.append(PlanRow(cell=cell, checks=sum(not q.skip for q in asked), bytes=size, note=note))
-    return rows
+        time_ = None if seconds is None else sum(seconds[question.id] for question in asked)
+        rows.append(PlanRow(cell=cell, checks=sum(not q.skip for q in asked), bytes=size, seconds=time_, note=note))
+    return rows, None if seconds is None else run_seconds(seconds, worker_count(settings, plan))

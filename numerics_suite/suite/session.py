@@ -14,7 +14,7 @@ from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY, UNSUPPORTED
-from numerics_suite.core import interrupts
+from numerics_suite.core import interrupts, progress
 from numerics_suite.core.activity import doing
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
@@ -23,7 +23,7 @@ from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subje
 from numerics_suite.core.registry import get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.diagnosing.consequences import raised
+from numerics_suite.diagnosing.consequences import RAISES, raised
 from numerics_suite.diagnosing.experiments import with_confidence
 from numerics_suite.diagnosing.findings import finding
 from numerics_suite.diagnosing.raising import model_raises
@@ -59,6 +59,7 @@ class SuiteSession:
         tries_remedies: with `--diagnose`, remedies are tried on copies; a table of many defects does without.
         deadline: seconds since the epoch after which no new cell is begun, None without `--max-time`.
         reproducers: folder of the scripts that show a finding alone.
+        answered: entries of `checks` of an earlier run that are taken over, by id; with `--resume`.
         lost: the cell in which the device failed for good, and how; no cell can run in this process after it.
     """
 
@@ -71,6 +72,7 @@ class SuiteSession:
         self._evidence: Evidence | None = None
         self._true_passes = TruePasses()
         self.lost: tuple[Cell, str] | None = None
+        self.answered: Mapping[str, Mapping[str, Any]] = {}
         self._raises: set[tuple[str, ...]] = set()
         self._roots: list[CheckResult] = []
 
@@ -153,8 +155,10 @@ class SuiteSession:
 
     def _settled(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult | None:
         """The result of a question that needs no run of the model, None of any other."""
-        if (earlier := known().answers.get(question.id)) is not None:
-            return check_from_json(earlier)
+        if (earlier := known().answers.get(question.id, self.answered.get(question.id))) is not None:
+            answered = check_from_json(earlier)
+            self._remember(answered)
+            return answered
         skip = question.skip or (TIME_LIMIT if self._out_of_time(question.cell) else None)
         if skip is not None:
             return result("skipped", reason=skip)
@@ -167,6 +171,7 @@ class SuiteSession:
         watched = lifeline()
         if watched is not None:
             watched.asking(question.cell.id, question.check)
+        progress.begin(question.check, question.cell.id)
         try:
             return self._judged(question, result), ""
         except (NotApplicableError, UnsupportedError) as error:
@@ -188,6 +193,8 @@ class SuiteSession:
             if isinstance(error, GeneratorExit):
                 raise
             return result("error", reason=stopped_line(error)), ""
+        finally:
+            progress.end()
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
@@ -233,8 +240,7 @@ class SuiteSession:
 
     def _failed(self, found: Finding, result: Callable[..., CheckResult], told: Mapping[str, object]) -> CheckResult:
         failed = result("failed", finding=found, **told)
-        if found.consequence_of is None:
-            self._roots.append(failed)
+        self._remember(failed)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
         if accepted is None:
             return failed
@@ -257,8 +263,19 @@ class SuiteSession:
             found = replace(found, remedies=())
             if (cell.id, *key) not in self._raises:
                 found = self._following(question, found, evidence) or found
-        self._raises |= {key, (cell.id, *key)}
         return self._failed(found, result, {})
+
+    def _remember(self, answered: CheckResult) -> None:
+        """Let later findings of the cell be told as consequences of this one, which an earlier process may have found."""
+        found, cell = answered.finding, answered.cell
+        if found is None:
+            return
+        if found.consequence_of is None:
+            self._roots.append(answered)
+        if found.cause == RAISES:
+            # The same exception in another cell, or at another check, is told without its remedies.
+            key = (cell.subject, cell.task, *raised(found))
+            self._raises |= {key, (cell.id, *key)}
 
     def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""

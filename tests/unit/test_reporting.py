@@ -366,19 +366,19 @@ def rows():
     cell = Cell(subject="m", precision="bf16", attn="sdpa", device="cpu", task="causal-lm")
     other = Cell(subject="m", precision="tf32", attn="sdpa", device="cpu", task="causal-lm")
     return [
-        PlanRow(cell=cell, checks=30, bytes=18_000_000_000),
+        PlanRow(cell=cell, checks=30, bytes=18_000_000_000, seconds=1500.0),
         PlanRow(cell=other, checks=0, bytes=None, note="tf32 needs an NVIDIA GPU"),
     ]
 
 
 def test_the_plan_as_a_table():
     stream = io.StringIO()
-    Terminal(stream=stream).plan(rows())
+    Terminal(stream=stream).plan(rows(), 1500.0)
     assert stream.getvalue().splitlines() == [
-        "subject  precision  attention  device  checks   memory",
-        "m        bf16       sdpa       cpu         30    18 GB",
-        "m        tf32       sdpa       cpu          0        ?  tf32 needs an NVIDIA GPU",
-        "2 cells, 30 checks; the largest cell may need 18 GB; nothing was run",
+        "subject  precision  attention  device  checks   memory     time",
+        "m        bf16       sdpa       cpu         30    18 GB   25 min",
+        "m        tf32       sdpa       cpu          0        ?        ?  tf32 needs an NVIDIA GPU",
+        "2 cells, 30 checks; the largest cell may need 18 GB; about 25 min on an idle machine; nothing was run",
     ]
 
 
@@ -387,7 +387,7 @@ def test_the_plan_as_json():
     assert (written["schema_version"], written["command"], len(written["planned"])) == (1, "check", 2)
     assert written["planned"][0] == {
         "subject": "m", "task": "causal-lm", "precision": "bf16", "attn": "sdpa", "device": "cpu", "checks": 30,
-        "bytes": 18_000_000_000, "note": "",
+        "bytes": 18_000_000_000, "seconds": 1500.0, "note": "",
     }  # fmt: skip
 
 

@@ -1,0 +1,144 @@
+"""How long will a check take? From the plan, a table of what checks run, and the speed of the device.
+
+A check is a number of forward passes of the training batch, in the cell's precision and in float64 (a backward pass is two).
+`check_costs.json` has these numbers, counted by `tools/measure_costs.py`; nothing in it was timed. A pass costs its products,
+`2 · weights · tokens` floating operations, the calls of its ops, and in float64 the widening of every weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from numerics_suite.core.machine import core_count
+from numerics_suite.devices.precisions import precision
+from numerics_suite.subjects.memory import layer_count, product_weights
+from numerics_suite.suite.effort import effort_of
+
+if TYPE_CHECKING:
+    from numerics_suite.core.records import Cell, Subject
+    from numerics_suite.devices.speed import Speed
+    from numerics_suite.settings.tree import Settings
+    from numerics_suite.suite.planning import Question, SuitePlan
+
+OPS_OF_A_BLOCK = 60
+"""Ops of one block of a forward pass, and as many around all blocks: 130 to 160 were counted in the passes of the six fixtures of two blocks."""
+
+BESIDES_OPS = 6.0
+"""Time of an op within a check over that of a small op that is only watched: the references widen and round what goes in and comes out,
+and batches are drawn, digested and compared. Measured over a whole cell of a tiny model, where calls are nearly all there is."""
+
+BESIDES_PRODUCTS = 1.9
+"""Time of a check over that of its products alone: norms, activations, attention, roundings of the rounded run, comparisons, and
+products of other shapes than the one that is timed. 1.9 was measured over a whole cell of 28 million parameters (bf16, sdpa), 2.1 of 4 million."""
+
+UNKNOWN = {"ops": [4.0, 1.0, 0.0], "narrow": [2.0, 0.5, 0.0], "wide": [2.0, 0.5, 0.0]}
+"""For a check of another package: about what a law costs."""
+
+LOADING_S = 3e-9
+"""Seconds of loading one parameter: reading, poisoning and digesting it."""
+
+
+@cache
+def _costs() -> Mapping[str, Mapping[str, Sequence[float]]]:
+    content: dict[str, dict[str, list[float]]] = json.loads(
+        Path(__file__).with_name("check_costs.json").read_text(encoding="utf-8")
+    )
+    return content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Seconds of one forward pass of the training batch.
+
+    Attributes:
+        ops: of its calls.
+        narrow: of its products in the cell's precision.
+        wide: in float64, with the weights made float64 first.
+    """
+
+    ops: float
+    narrow: float
+    wide: float
+
+
+def pass_seconds(subject: Subject, cell: Cell, settings: Settings, speed: Speed) -> Pass:
+    """What one forward pass of a cell costs.
+
+    Args:
+        subject: resolved.
+        cell: of the plan.
+        settings: rows and length of the training batch.
+        speed: of the cell's device, with the dtypes of :func:`dtypes_of`.
+    """
+    weights = product_weights(subject)
+    work = BESIDES_PRODUCTS * 2.0 * weights * settings.batch_size * settings.seq_len
+    recipe = precision(cell.precision)
+    return Pass(
+        ops=BESIDES_OPS * OPS_OF_A_BLOCK * (layer_count(subject) + 1) * speed.op_s,
+        narrow=work / speed.products[recipe.computes_in],
+        wide=work / speed.products["float64"] + (subject.parameters or 0) * speed.widening_s,
+    )
+
+
+def dtypes_of(plan: SuitePlan) -> tuple[str, ...]:
+    """Dtypes in which a plan's cells compute products."""
+    return ("float64", *dict.fromkeys(precision(cell.precision).computes_in for cell in plan.cells))
+
+
+def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[str, float]:
+    """Seconds that each question is expected to take in a process of its own, by id; 0 for one that is skipped.
+
+    Args:
+        plan: of the run.
+        settings: of the run.
+        speed: of the device.
+    """
+    passes = {cell: pass_seconds(plan.subjects[cell.subject], cell, settings, speed) for cell in plan.cells}
+    begun: set[Cell] = set()
+    found = {}
+    for question in plan.questions:
+        if question.skip is not None or question.error is not None:
+            found[question.id] = 0.0
+            continue
+        parameters = plan.subjects[question.cell.subject].parameters or 0
+        seconds = check_seconds(question, passes[question.cell], settings, parameters)
+        if question.cell not in begun:
+            begun.add(question.cell)
+            seconds += LOADING_S * parameters
+        found[question.id] = seconds
+    return found
+
+
+def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:
+    """Seconds of one question.
+
+    Args:
+        question: that is not skipped.
+        one: pass of its cell.
+        settings: of the run.
+        parameters: of the model, by which `--effort` plans its batches.
+    """
+    costs = _costs().get(question.check, UNKNOWN)
+    # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
+    batches = effort_of(settings).plan(parameters).batches
+
+    def times(kind: str) -> float:
+        fixed, example, step = costs[kind]
+        return max(fixed + batches * example + settings.steps * step, 0.0)
+
+    return times("ops") * one.ops + times("narrow") * one.narrow + times("wide") * one.wide
+
+
+def run_seconds(expected: Mapping[str, float], workers: int) -> float:
+    """Seconds of the whole run.
+
+    Args:
+        expected: of :func:`expected_seconds`.
+        workers: processes, 0 for one; they share the cores, so what one core does takes as many cores as there are.
+    """
+    return sum(expected.values()) / max(1, min(workers, core_count()))

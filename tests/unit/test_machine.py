@@ -1,0 +1,182 @@
+"""What a run takes of the machine: CPUs that it may use, bytes that it reads, memory that it maps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numerics_suite.core import machine
+from numerics_suite.subjects import files
+from numerics_suite.subjects.fixtures import fixture_path, trusted_fixture
+from numerics_suite.subjects.load import load
+from numerics_suite.subjects.resolve import resolve
+
+Grants = dict[str, str]
+
+
+@pytest.mark.parametrize(
+    ("groups", "grants", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        # The tightest of those above counts, and a path of the host that is not there counts for nothing.
+        ("0::/pod/one\n", {"pod/one/cpu.max": "max 100000", "pod/cpu.max": "400000 100000"}, 4.0),
+        ("0::/kubepods/x\n", {"cpu.max": "200000 100000"}, 2.0),
+        # Version 1, and both beside each other.
+        ("4:cpu,cpuacct:/d\n", {"cpu,cpuacct/d/cpu.cfs_quota_us": "50000", "cpu,cpuacct/d/cpu.cfs_period_us": "100000"}, 0.5),
+        ("1:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "unified/cpu.max": "300000 100000"}, 3.0),
+        ("5:devices:/\n", {}, None),
+    ],
+)  # fmt: skip
+def test_the_quota_of_a_container(tmp_path: Path, groups: str, grants: Grants, quota: float | None) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, content in grants.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    assert machine.cpu_quota(tmp_path) == quota
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 8), (2.9, 2), (0.5, 1), (64.0, 8)])
+def test_cores_are_those_that_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    assert machine.core_count() == cores
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are read to be digested."""
+    seen: list[str] = []
+    real = files.sha256_of
+
+    def counted(file: Path) -> str:
+        seen.append(file.name)
+        return real(file)
+
+    monkeypatch.setattr(files, "sha256_of", counted)
+    monkeypatch.setattr(files, "_digests", {})
+    return seen
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fixture_path("chatglm-tiny"), tmp_path / "copy"))
+
+
+def touched(weights: Path) -> None:
+    weights.touch()
+
+
+def replaced(weights: Path) -> None:
+    """Another file of the same size and time: only its inode and its ctime tell."""
+    told = weights.stat()
+    other = weights.with_name("other")
+    other.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    os.utime(other, ns=(told.st_atime_ns, told.st_mtime_ns))
+    other.replace(weights)
+
+
+def patched(weights: Path) -> None:
+    """One byte changed in its place, and the time set back."""
+    told = weights.stat()
+    with weights.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    os.utime(weights, ns=(told.st_atime_ns, told.st_mtime_ns))
+
+
+def test_weights_are_read_once_and_code_each_time(checkpoint: Path, reads: list[str]) -> None:
+    first = files.digest(checkpoint)
+    assert files.digest(checkpoint) == first
+    assert reads.count("model.safetensors") == 1
+    code = next(checkpoint.glob("*.py"))
+    assert reads.count(code.name) == 2
+    told = code.stat()
+    code.write_bytes(code.read_bytes()[:-1] + b" ")
+    os.utime(code, ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert files.digest(checkpoint) != first
+
+
+@pytest.mark.parametrize("change", [touched, replaced, patched])
+def test_weights_in_another_state_are_read_again(
+    checkpoint: Path, reads: list[str], change: Callable[[Path], None]
+) -> None:
+    first = files.digest(checkpoint)
+    change(checkpoint / "model.safetensors")
+    again = files.digest(checkpoint)
+    assert reads.count("model.safetensors") == 2
+    assert (again == first) == (change is touched)
+
+
+def test_a_worker_takes_over_what_was_read(checkpoint: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = files.digest(checkpoint)
+    told = files.digests_to_json()
+    monkeypatch.setattr(files, "_digests", {})
+    files.digests_from_json(told)
+    assert files.digest(checkpoint) == first
+    assert reads.count("model.safetensors") == 1
+
+
+def test_the_code_of_a_fixture_is_trusted_for_what_it_says_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    from numerics_suite.subjects import fixtures
+
+    root = Path(shutil.copytree(fixtures.fixtures_root(), tmp_path / "fixtures"))
+    monkeypatch.setattr(fixtures, "fixtures_root", lambda: root)
+    folder = root / "chatglm-tiny"
+    assert trusted_fixture(folder)
+    code = next(folder.glob("*.py"))
+    told = code.stat()
+    code.write_bytes(code.read_bytes()[:-1] + b" ")
+    os.utime(code, ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert not trusted_fixture(folder)
+    assert fixtures.known_digest(folder) == fixtures.fixture_digest(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_weights_in_the_stored_dtype_are_mapped_and_not_copied(tmp_path: Path) -> None:
+    """So processes that load one checkpoint share its pages."""
+    folder = Path(shutil.copytree(fixture_path("glm4-tiny"), tmp_path / "copy"))
+    subject = resolve(str(folder))
+    assert subject.stored_dtype is not None
+    model = load(subject, dtype=subject.stored_dtype, attn="sdpa", poison=True).model
+    ranges = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(folder / "model.safetensors"))
+    ]
+    mapped = [
+        name
+        for name, parameter in model.named_parameters()
+        if any(begin <= parameter.data_ptr() < end for begin, end in ranges)
+    ]
+    assert mapped == [name for name, _ in model.named_parameters()]
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numerics_suite.core.errors import CheckError
+    from numerics_suite.subjects import memory as loading
+
+    subject = resolve(str(fixture_path("glm4-tiny")))
+    assert subject.parameters is not None
+    monkeypatch.setattr(loading, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(loading, "swap_bytes", lambda: 500)
+    other = "float32" if subject.stored_dtype != "float32" else "bfloat16"
+    with pytest.raises(
+        CheckError, match=r"out of memory on cpu: \d+ bytes asked for the weights in \w+, 1500 bytes free"
+    ):
+        load(subject, dtype=other, attn="sdpa")
+    assert subject.stored_dtype is not None
+    load(subject, dtype=subject.stored_dtype, attn="sdpa")  # mapped: they need no memory of their own
+    monkeypatch.setattr(loading, "swap_bytes", lambda: 10**9)
+    load(subject, dtype=other, attn="sdpa")
