@@ -206,6 +206,7 @@ class _KeptSteps(Trainer):
             self.share *= self.start.scale if caught.as_caught else 1.0
         elif self.scaler.is_enabled():
             self.scaler.set_growth_interval(loop.growth_interval)
+            self.scaler.set_backoff_factor(loop.backoff)
 
     def numbers(self) -> Sequence[int]:
         """The kept steps, over and over."""

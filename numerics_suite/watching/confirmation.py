@@ -1,4 +1,4 @@
-"""Whether parameters without a gradient are a mistake or meant so: the kept steps are taken again, and `train.updates` asked."""
+"""Whether what the figures show is a mistake: the kept steps are taken again, and asked what the figures alone cannot tell."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from numerics_suite.checks.train.amp import LOST_SCALE
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.devices import random_state
 from numerics_suite.diagnosing.consequences import NO_RUN
@@ -47,6 +48,29 @@ def confirmed(alarm: Alarm, scene: Scene) -> Alarm | None:
             return unreached(alarm.step, kept, int(alarm.facts["parameters of the optimizer"])) if kept else None
     text = f"{alarm.text}, first {alarm.parameters[0]}; whether that is meant so could not be found out: {why}"
     return replace(alarm, bad=False, text=text)
+
+
+def never_fits(alarm: Alarm, scene: Scene) -> Alarm:
+    """The alarm of a scale that is halved again and again, made bad where no scale down to 1 lets any of the kept steps pass.
+
+    A scale that began too high is only on its way down; one whose gradients are not finite at 1 either skips every step. Where the
+    steps cannot be taken again the scale itself says so once it is below 1.
+
+    Args:
+        alarm: of kind `loss-scale-halving`.
+        scene: what a replay needs.
+    """
+    with undisturbed():
+        for start in scene.starts:
+            try:
+                caught = scene.caught(start)
+                run = caught.train(replace(caught.once, init_scale=LOST_SCALE))
+            except (NumericsSuiteError, *NO_RUN):
+                continue
+            if 0 < len(run.gradient_norms) == run.skipped and caught.recipe.loss_scaling:
+                text = f"the GradScaler skips every step: the gradients of the last {start.steps} are not finite at a scale of {LOST_SCALE:g} either"
+                return replace(alarm, kind="loss-scale", bad=True, text=text)
+    return alarm
 
 
 @torch.no_grad()

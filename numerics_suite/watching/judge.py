@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from numerics_suite.checks.train.amp import LOST_SCALE
 from numerics_suite.watching.alarms import Alarm, Reading
 
+HALVED = "loss-scale-halving"
+"""Kind of the alarm of a loss scale that was halved too often in a row."""
+
 HEADROOM_BITS = 3.0
 """Warn when logits are within 8 times of the largest number of their dtype.
 
@@ -31,6 +34,10 @@ HALVINGS_AT_START = 8
 A gradient element of a sane loss is below 2^8, which fits after 8 halvings; the ninth in a row says
 that an element is larger than 256, or is not finite at any scale.
 """
+
+HALVINGS_TO_ONE = 17
+"""Halvings that take torch's first scale, 65,536, below 1. A scaler that has skipped as many steps in a row and whose scale is more than
+half of what it was searches no more: its backoff is 1 or nearly, it is made anew in each step, or the loop sets its scale."""
 
 HALVINGS_LATER = 3
 """The most after a step that fitted: growth by 2 each 2,000 steps explains one, the noise of a batch two more; the fourth in a row says that
@@ -68,6 +75,8 @@ class Judge:
         self.room: deque[float] = deque(maxlen=HEADROOM_WINDOW)
         self.scale: float | None = None
         self.halvings = 0
+        self.skips = 0
+        self.skipped_from = math.nan
         self.fitted = False
         self._raised: set[str] = set()
 
@@ -81,6 +90,7 @@ class Judge:
         yield from self._norm(reading)
         yield from self._update(reading)
         yield from self._scale(reading)
+        yield from self._skipped(reading)
 
     def _bad(self, reading: Reading) -> Iterator[Alarm]:
         for name, kind, plural in (
@@ -153,6 +163,19 @@ class Judge:
             self.fitted = self.fitted or value >= before
             yield from self._halved(reading.step, value)
 
+    def _skipped(self, reading: Reading) -> Iterator[Alarm]:
+        for skipped in reading.values.get("skipped step", ()):
+            if skipped and not self.skips:
+                self.skipped_from = self.scale or math.nan
+            self.skips = self.skips + 1 if skipped else 0
+            scale = self.scale or math.nan
+            if self.skips == HALVINGS_TO_ONE and scale > self.skipped_from / 2:
+                text = f"the GradScaler skips every step: {self.skips} in a row, and its scale stays at {scale:.4g}"
+                facts = {"loss scale": scale, "steps skipped in a row": self.skips}
+                yield Alarm(
+                    step=reading.step, kind="loss-scale", bad=True, text=text, cause="loss-scaling", facts=facts
+                )
+
     def _halved(self, step: int, value: float) -> Iterator[Alarm]:
         allowed = HALVINGS_LATER if self.fitted else HALVINGS_AT_START
         facts = {"loss scale": value, "halvings in a row": self.halvings, "allowed in a row": allowed}
@@ -161,7 +184,7 @@ class Judge:
             yield Alarm(step=step, kind="loss-scale", bad=True, text=text, cause="loss-scaling", facts=facts)
             return
         text = f"the loss scale was halved {self.halvings} times in a row, to {value:g}"
-        alarm = Alarm(step=step, kind="loss-scale-halving", bad=False, text=text, cause="loss-scaling", facts=facts)
+        alarm = Alarm(step=step, kind=HALVED, bad=False, text=text, cause="loss-scaling", facts=facts)
         yield from self._once(alarm, wrong=self.halvings > allowed)
 
 

@@ -6,11 +6,11 @@ import contextlib
 import functools
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ from numerics_suite.watching.alarms import Alarm, NumericsError, Reading
 from numerics_suite.watching.attaching import around_forward, around_step, plain_model, plain_optimizer
 from numerics_suite.watching.bundle import Caught
 from numerics_suite.watching.caught_step import bad_parameters
-from numerics_suite.watching.confirmation import confirmed
+from numerics_suite.watching.confirmation import confirmed, never_fits
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.gauges import Gauges, parameters_of
 from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
-from numerics_suite.watching.judge import Judge
+from numerics_suite.watching.judge import HALVED, HALVINGS_AT_START, Judge
 from numerics_suite.watching.mailbox import Mailbox
 from numerics_suite.watching.norms import is_shard
 from numerics_suite.watching.optimizer_states import rates_of
@@ -33,6 +33,11 @@ from numerics_suite.watching.response import OnBad, Response, checked_policy, ea
 from numerics_suite.watching.ring import Ring
 from numerics_suite.watching.snapshots import Seen, Snapshots
 from numerics_suite.watching.updates import SILENT, UNREACHED, Updates
+
+Asked = TypeVar("Asked", Alarm, "Alarm | None")
+
+ONGOING = SILENT | {"loss-scale", HALVED}
+"""Kinds of alarms of what goes on: the kept steps, taken further from the parameters as they are, show it again."""
 
 KEPT_READINGS = 256
 UNREPRESENTABLE = "ids that bfloat16 cannot hold"
@@ -96,6 +101,7 @@ class Watch:
         self._stepped: set[int] = set()
         self._hidden: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._muted = False
+        self._found_inf: Tensor | None = None
         self._stack = contextlib.ExitStack()
 
     @property
@@ -185,6 +191,9 @@ class Watch:
         self._updates.before(optimizer, due=self._parameters_due)
         if self.settings.snapshot_every:
             self._ring.note(self.step, self._place_of(optimizer), rates_of(optimizer))
+        # A fused optimizer is stepped all the same, and leaves out within its kernel what the scaler has found.
+        found = getattr(optimizer, "found_inf", None)
+        self._found_inf = found.detach().clone() if isinstance(found, Tensor) else None
         skipping = self._response.on_bad == "skip"
         # A device two steps behind has a whole step queued: a wait for it then leaves it busy, and bounds how late a bad value is told.
         self._read(wait=skipping, through=self.step - 2)
@@ -211,7 +220,7 @@ class Watch:
             self.finding is None
             and (alarm := self._updates.left_out(self.step, optimizer, self.optimizers)) is not None
         ):
-            alarm = self._confirmed(alarm) if alarm.kind == UNREACHED else alarm
+            alarm = self._asked(confirmed, alarm) if alarm.kind == UNREACHED else alarm
             self._raise(alarm) if alarm is not None else None
 
     @property
@@ -280,9 +289,13 @@ class Watch:
             scale = scaler._scale  # noqa: SLF001 - get_scale() would wait for the device
             if scale is not None:
                 self._mailbox.post(max(self.step, 1), [("loss scale", scale.detach().clone())], scaled=True)
-        elif id(inner) not in self._stepped:
-            self._stepped.add(id(inner))
-            self._read()
+            return
+        skipped = id(inner) not in self._stepped
+        self._stepped.add(id(inner))
+        found, self._found_inf = self._found_inf, None
+        told = torch.tensor(float(skipped)) if found is None else found
+        self._mailbox.post(max(self.step, 1), [("skipped step", told)], scaled=True)
+        self._read()
 
     def _read(self, *, wait: bool = False, through: int = 0) -> None:
         for reading in self._mailbox.ready(wait=wait, through=through):
@@ -291,16 +304,18 @@ class Watch:
             self.values |= values
             send(self.log, values, reading.step)
             for alarm in self._judge.judge(reading):
-                self._raise(alarm)
+                asked = alarm.kind == HALVED and self.finding is None and self._judge.halvings > HALVINGS_AT_START
+                self._raise(self._asked(never_fits, alarm) if asked else alarm)
             if self.finding is None and (lost := self._updates.rounded(reading, self._updates.rate)) is not None:
                 self._raise(lost)
             if 0.0 in reading.values.get(UNREPRESENTABLE, ()):
                 self._warn_of_rounding(reading.step)
 
-    def _confirmed(self, alarm: Alarm) -> Alarm | None:
+    def _asked(self, question: Callable[[Alarm, Scene], Asked], alarm: Alarm) -> Asked:
+        """What the kept steps say when they are taken again."""
         self._muted = True
         try:
-            return confirmed(alarm, self._scene(alarm))
+            return question(alarm, self._scene(alarm))
         finally:
             self._muted = False
 
@@ -331,7 +346,7 @@ class Watch:
             ring=self._ring,
         )
         silent = functools.partial(self._kept.now, silent=alarm.parameters)
-        starts = silent if alarm.kind in SILENT else self._kept.starts
+        starts = silent if alarm.kind in ONGOING else self._kept.starts
         return Scene(
             model=self.model,
             optimizer=self.optimizers[0] if self.optimizers else None,

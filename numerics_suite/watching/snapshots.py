@@ -17,7 +17,7 @@ from numerics_suite.watching.norms import local
 from numerics_suite.watching.optimizer_states import Loop, OptimizerState, state_of
 from numerics_suite.watching.ring import Call, Ring
 
-GROWTH_INTERVAL = 2000
+GROWTH_INTERVAL, BACKOFF = 2000, 0.5
 """Of torch's GradScaler."""
 
 FIRST_LOSSES = 8
@@ -146,6 +146,7 @@ class Snapshots:
             scaled=scaled,
             scale=_scale(seen, first),
             growth_interval=seen.scaler.get_growth_interval() if scaled else GROWTH_INTERVAL,
+            backoff=_backoff(seen) if scaled else BACKOFF,
             began=_began(seen.readings, first),
             norms=_by_step([reading for reading in seen.readings if not reading.scaled], "gradient norm"),
         )
@@ -158,6 +159,14 @@ def _start(words: str, calls: Sequence[Call], seen: Seen, loop: Loop | None) -> 
 def _scale(seen: Seen, step: int) -> float:
     now = 1.0 if seen.scaler is None else float(seen.scaler.get_scale())
     return _by_step(seen.readings, "loss scale").get(step, now)
+
+
+def _backoff(seen: Seen) -> float:
+    """By what the scale was multiplied at the last step that was skipped: loops that set it, or make a scaler for each step, have their own."""
+    scales, skipped = _by_step(seen.readings, "loss scale"), _by_step(seen.readings, "skipped step")
+    last = next((step for step in sorted(scales, reverse=True) if skipped.get(step - 1) and step - 1 in scales), None)
+    own = float(seen.scaler.get_backoff_factor())
+    return own if last is None else min(1.0, scales[last] / scales[last - 1])
 
 
 def _began(readings: Sequence[Reading], start: int) -> float:

@@ -39,19 +39,24 @@ def caught(model, optimizer, *, steps=12, clip=None, before=None, **kwargs):
     return finding, {remedy.name: remedy for remedy in finding.remedies}
 
 
-def scaled_loop(model, optimizer, **kwargs):
-    """As :func:`caught`, of a loop with autocast to float16 and a GradScaler."""
-    scaler = torch.amp.GradScaler("cpu")
+def scaled_steps(model, optimizer, steps, **scaling):
+    """A loop with autocast to float16 and a GradScaler."""
+    scaler = torch.amp.GradScaler("cpu", **scaling)
+    for step in range(1, steps):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(input_ids=ids(step), labels=ids(step))["loss"]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def scaled_loop(model, optimizer, **scaling):
+    """As :func:`caught`, of such a loop."""
     with warnings.catch_warnings(), pytest.raises(NumericsError) as error:
         warnings.simplefilter("ignore")
-        with watch(model, optimizer, **kwargs):
-            for step in range(1, 60):
-                with torch.autocast("cpu", dtype=torch.float16):
-                    loss = model(input_ids=ids(step), labels=ids(step))["loss"]
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
+        with watch(model, optimizer):
+            scaled_steps(model, optimizer, 60, **scaling)
     finding = error.value.finding
     return finding, {remedy.name: remedy for remedy in finding.remedies}
 
@@ -257,11 +262,32 @@ def test_what_goes_wrong_only_once_verifies_nothing():
 def test_gradients_beyond_float16_are_cured_by_a_wider_format_and_by_no_scale():
     model = Loud(None, factor=1e9)
     finding, remedies = scaled_loop(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
-    assert finding.cause == "loss-scaling"
+    assert (finding.cause, finding.step) == ("loss-scaling", 10)
     assert remedies["tune-loss-scale"].verified is False
     assert "the loss scaler skips every step" in remedies["tune-loss-scale"].effect
     assert remedies["disable-amp"].verified is True
     assert remedies["use-amp-bf16"].verified is True
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scale_that_never_comes_down_is_cured_by_a_lower_one(fused):
+    model = Decoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+    finding, remedies = scaled_loop(model, optimizer, init_scale=2.0**40, backoff_factor=0.9999)
+    assert (finding.cause, finding.step) == ("loss-scaling", 17)
+    assert remedies["tune-loss-scale"].verified is True
+    assert remedies["tune-loss-scale"].effect.startswith("scale 4096: finite")
+    assert remedies["use-amp-bf16"].verified is True
+
+
+def test_a_scale_that_began_far_too_high_is_left_to_come_down():
+    model = Decoder()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with watch(model, optimizer := torch.optim.AdamW(model.parameters(), lr=1e-4)) as it:
+            scaled_steps(model, optimizer, 30, init_scale=2.0**36)
+    assert it.finding is None
+    assert [str(each.message) for each in told] == ["step 10: the loss scale was halved 9 times in a row, to 1.34218e+08"]
 
 
 def test_gradients_that_are_never_finite_are_cured_by_nothing():
