@@ -54,6 +54,7 @@ EXPLANATIONS = {
     "loss-scaling": "No loss scale makes the gradients finite, so GradScaler skips every step and training only looks calm.",
     "no-counted-labels": "A loss is the mean over the labels that count; every label of this batch is -100, and 0/0 is NaN.",
     "untrained-parameters": "Parameters that the loop means to train get no gradient, or no optimizer holds them: the loss may fall, and they stay as they are.",
+    "dead-gradient": "The loss depends on these parameters and their gradient is absent or exactly zero: a branch is detached, or a backward pass returns zeros, in the module that is named.",
     "rounded-update": "The steps are smaller than the spacing of the parameters' dtype: less of them is held than one rounding of their sum would lose.",
     "unknown": "The value was seen and could not be produced again from what is at hand.",
 }
@@ -148,7 +149,7 @@ def _silent(alarm: Alarm, scene: Scene) -> Finding:
         cause=alarm.cause,
         title=f"{alarm.text}{f', first {alarm.parameters[0]}' if alarm.parameters else ''}: {alarm.cause}",
         explanation=EXPLANATIONS[alarm.cause],
-        module=alarm.parameters[0].rpartition(".")[0] if alarm.parameters else None,
+        module=alarm.module or (alarm.parameters[0].rpartition(".")[0] if alarm.parameters else None),
         step=alarm.step,
         parameters=alarm.parameters,
         evidence=dict(alarm.facts),

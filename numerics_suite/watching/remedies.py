@@ -27,6 +27,7 @@ CHECKS = {
     "loss-scaling": "train.amp",
     "wrong-input-dtype": "inputs.pipeline",
     "untrained-parameters": "train.updates",
+    "dead-gradient": "train.grad-flow",
     "rounded-update": "train.updates",
 }
 """By cause, the check that asks what the watch asked; all others are `train.finite`'s."""

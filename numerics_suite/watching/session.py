@@ -32,7 +32,7 @@ from numerics_suite.watching.patches import listening
 from numerics_suite.watching.response import OnBad, Response, checked_policy, early, logged, send, several_processes
 from numerics_suite.watching.ring import Ring
 from numerics_suite.watching.snapshots import Seen, Snapshots
-from numerics_suite.watching.updates import SILENT, UNREACHED, Updates
+from numerics_suite.watching.updates import SILENT, UNREACHED, ZERO, Updates
 
 Asked = TypeVar("Asked", Alarm, "Alarm | None")
 
@@ -216,12 +216,11 @@ class Watch:
             self._mailbox.post(self.step, self._gauges.of_update(optimizer))
         self._mailbox.post(self.step, self._updates.after(optimizer))
         self._read()
-        if (
-            self.finding is None
-            and (alarm := self._updates.left_out(self.step, optimizer, self.optimizers)) is not None
-        ):
-            alarm = self._asked(confirmed, alarm) if alarm.kind == UNREACHED else alarm
-            self._raise(alarm) if alarm is not None else None
+        for alarm in self._updates.left_out(self.step, optimizer, self.optimizers):
+            asked = alarm.kind in {UNREACHED, ZERO}
+            found = self._asked(confirmed, alarm) if asked and self.finding is None else alarm
+            if found is not None and self.finding is None:
+                self._raise(found)
 
     @property
     def _due(self) -> bool:
