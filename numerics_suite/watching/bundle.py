@@ -27,10 +27,11 @@ from numerics_suite.engine.environment import describe_environment
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.watching.alarms import Alarm, Reading
 from numerics_suite.watching.caught_step import Start
-from numerics_suite.watching.diagnosis import SMALL_BYTES, Scene
+from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.norms import local
 from numerics_suite.watching.reproducer_script import SCRIPT
 from numerics_suite.watching.ring import Call
+from numerics_suite.watching.snapshots import SMALL_BYTES
 
 KIND = "numerics-suite watch bundle"
 SCHEMA_VERSION = 1

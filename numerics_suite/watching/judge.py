@@ -62,6 +62,20 @@ so a clean start stays below.
 """
 
 
+ROSE = "loss-rose"
+"""Kind of the alarm of a loss that stays far above where training began."""
+
+RISE, RISE_SHARE = math.log(2), 0.5
+"""A loss counts as risen by a factor of 2 of the likelihood and half of where it began, whichever is more.
+
+One is what a rise means where the loss is in nats, the other where it is not. A batch that is harder, or a rate that is high at first, moves a
+loss by tenths of a nat; what a loss of 2 that stays at 3 has lost is more than the first epochs of a usual fine-tuning gain."""
+
+RISEN_FOR, RISEN_AT_MOST = 4, 16
+"""Steps in a row for which it must have: half of all steps so far, within these bounds. Of n losses that are drawn alike, the last half lies above all of
+the first in one of C(n, n/2) cases, which is 1 of 70 at 8; the rest is found out by a replay, which asks again when twice as many steps are over."""
+
+
 class Judge:
     """Keeps the little history that the early warnings need and turns readings into alarms.
 
@@ -78,6 +92,9 @@ class Judge:
         self.skips = 0
         self.skipped_from = math.nan
         self.fitted = False
+        self.began = math.nan
+        self.risen_since = 0
+        self.asked_at = 0
         self._raised: set[str] = set()
 
     def judge(self, reading: Reading) -> Iterator[Alarm]:
@@ -91,6 +108,7 @@ class Judge:
         yield from self._update(reading)
         yield from self._scale(reading)
         yield from self._skipped(reading)
+        yield from self._rose(reading)
 
     def _bad(self, reading: Reading) -> Iterator[Alarm]:
         for name, kind, plural in (
@@ -162,6 +180,23 @@ class Judge:
             self.halvings = self.halvings + 1 if value < before else 0
             self.fitted = self.fitted or value >= before
             yield from self._halved(reading.step, value)
+
+    def _rose(self, reading: Reading) -> Iterator[Alarm]:
+        losses = reading.values.get("loss", ())
+        if not losses:
+            return
+        loss = min(losses)
+        if reading.step <= 1:  # of several passes the largest: the batches of one step differ
+            self.began = max((*losses, *filter(math.isfinite, [self.began])))
+        high = loss > self.began + max(RISE, RISE_SHARE * abs(self.began))
+        self.risen_since = (self.risen_since or reading.step) if high else 0
+        risen = reading.step - self.risen_since + 1 if self.risen_since else 0
+        enough = min(max(RISEN_FOR, math.ceil(reading.step / 2)), RISEN_AT_MOST)
+        if risen >= enough and reading.step >= 2 * self.asked_at:
+            self.asked_at = reading.step
+            text = f"the loss is {loss:.4g} and began at {self.began:.4g}; it has been as high for {risen} steps"
+            facts = {"loss": loss, "first loss": self.began, "steps": risen}
+            yield Alarm(step=reading.step, kind=ROSE, bad=False, text=text, cause="divergence", facts=facts)
 
     def _skipped(self, reading: Reading) -> Iterator[Alarm]:
         for skipped in reading.values.get("skipped step", ()):

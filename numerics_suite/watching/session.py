@@ -22,9 +22,10 @@ from numerics_suite.watching.bundle import Caught
 from numerics_suite.watching.caught_step import bad_parameters
 from numerics_suite.watching.confirmation import confirmed, never_fits
 from numerics_suite.watching.diagnosis import Scene
+from numerics_suite.watching.divergence import diverged
 from numerics_suite.watching.gauges import Gauges, parameters_of
 from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
-from numerics_suite.watching.judge import HALVED, HALVINGS_AT_START, Judge
+from numerics_suite.watching.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.watching.mailbox import Mailbox
 from numerics_suite.watching.norms import is_shard
 from numerics_suite.watching.optimizer_states import rates_of
@@ -189,7 +190,7 @@ class Watch:
         if self._parameters_due:
             self._gauges.before_update(optimizer)
         self._updates.before(optimizer, due=self._parameters_due)
-        if self.settings.snapshot_every:
+        if self._kept.step:
             self._ring.note(self.step, self._place_of(optimizer), rates_of(optimizer))
         # A fused optimizer is stepped all the same, and leaves out within its kernel what the scaler has found.
         found = getattr(optimizer, "found_inf", None)
@@ -240,7 +241,9 @@ class Watch:
         self._stepped.clear()
         self._gauges.new_step()
         every = self.settings.snapshot_every
-        if every and (self.step - 1) % every == 0 and self.finding is None:
+        # The state before the first step costs one copy of a small model, and is what tells a batch from a state that went wrong.
+        first = self.step == 1 and self._kept.is_small and not several_processes()
+        if (first or (every and (self.step - 1) % every == 0)) and self.finding is None:
             # The copy waits for the device as well, and spoiled parameters must not replace good ones.
             self._read(wait=True)
             self._kept.take(self.step, self.optimizers)
@@ -303,12 +306,20 @@ class Watch:
             self.values |= values
             send(self.log, values, reading.step)
             for alarm in self._judge.judge(reading):
-                asked = alarm.kind == HALVED and self.finding is None and self._judge.halvings > HALVINGS_AT_START
-                self._raise(self._asked(never_fits, alarm) if asked else alarm)
+                question = self._question(alarm)
+                self._raise(alarm if question is None else self._asked(question, alarm))
             if self.finding is None and (lost := self._updates.rounded(reading, self._updates.rate)) is not None:
                 self._raise(lost)
             if 0.0 in reading.values.get(UNREPRESENTABLE, ()):
                 self._warn_of_rounding(reading.step)
+
+    def _question(self, alarm: Alarm) -> Callable[[Alarm, Scene], Alarm] | None:
+        """What a replay is asked of an early sign before it is told."""
+        if self.finding is not None:
+            return None
+        if alarm.kind == HALVED and self._judge.halvings > HALVINGS_AT_START:
+            return never_fits
+        return diverged if alarm.kind == ROSE else None
 
     def _asked(self, question: Callable[[Alarm, Scene], Asked], alarm: Alarm) -> Asked:
         """What the kept steps say when they are taken again."""
@@ -345,7 +356,7 @@ class Watch:
             ring=self._ring,
         )
         silent = functools.partial(self._kept.now, silent=alarm.parameters)
-        starts = silent if alarm.kind in ONGOING else self._kept.starts
+        starts = silent if alarm.kind in ONGOING else self._kept.both if alarm.kind == ROSE else self._kept.starts
         return Scene(
             model=self.model,
             optimizer=self.optimizers[0] if self.optimizers else None,

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.watching.alarms import Reading
 from numerics_suite.watching.caught_step import Start
-from numerics_suite.watching.norms import local
+from numerics_suite.watching.norms import is_shard, local
 from numerics_suite.watching.optimizer_states import Loop, OptimizerState, state_of
 from numerics_suite.watching.ring import Call, Ring
+
+SMALL_BYTES = 64 << 20
+"""Parameters up to this size are copied where nobody asked for it: before the first step, within a loop that stops, and into a bundle."""
 
 GROWTH_INTERVAL, BACKOFF = 2000, 0.5
 """Of torch's GradScaler."""
@@ -114,6 +117,23 @@ class Snapshots:
         elif own and not starts and not seen.spoiled:
             starts.append(Start(words="the current parameters, a step later", calls=own, backward=False))
         return tuple(sorted(starts, key=lambda start: not start.whole))
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a copy is made though nobody asked for one."""
+        parameters = list(self.model.parameters())
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        return size <= SMALL_BYTES and not any(is_shard(p) or p.is_meta for p in parameters)
+
+    def both(self, seen: Seen, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Start, ...]:
+        """The state that was kept, and the state as it is, each over the kept steps.
+
+        Args:
+            seen: what is known.
+            optimizers: of the loop, as they are now.
+        """
+        kept = [start for start in self.starts(seen, optimizers) if start.parameters]
+        return (*kept, *self.now(seen, optimizers, ()))
 
     def now(self, seen: Seen, optimizers: Sequence[torch.optim.Optimizer], silent: Sequence[str]) -> tuple[Start, ...]:
         """Where training that is finite and goes wrong can be taken further from: the parameters as they are, and the kept steps again.
