@@ -99,7 +99,7 @@ def _split(arguments: list[str], parser: argparse.ArgumentParser) -> tuple[list[
 def _watched(path: Path, arguments: list[str], given: argparse.Namespace) -> int:
     from numerics_suite.watching.alarms import NumericsError
     from numerics_suite.watching.script import Finder, run_script
-    from numerics_suite.watching.session import WatchSettings
+    from numerics_suite.watching.watch_settings import WatchSettings
 
     try:
         settings = WatchSettings(

@@ -167,7 +167,9 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
 def _on(subject: Subject, bundle: Bundle, scene: Scene) -> Finding | None:
     """The finding on another model, with none of its remedies tried yet."""
     found, trained = bundle.finding, trained_again(scene, bundle.step)
-    if check_of(found) != ITS_OWN_CHECK:  # neither the batch's dtype nor a loss scale is a matter of where a value begins
+    if (
+        check_of(found) != ITS_OWN_CHECK
+    ):  # neither the batch's dtype nor a loss scale is a matter of where a value begins
         trained = None
         where = run_again(scene, {}, backward=True)
         if where is None and not breaks(check_of(found), scene.caught(scene.starts[0])):

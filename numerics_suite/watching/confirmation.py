@@ -62,7 +62,11 @@ def confirmed(alarm: Alarm, scene: Scene) -> Alarm | None:
 def _named(alarm: Alarm, caught: CaughtStep, names: Sequence[str]) -> Alarm | None:
     """The alarm with its cause; None where the loss does not depend on the parameters."""
     if alarm.kind == ZERO:
-        kept = [name for name in names if not loss_is_flat(caught, [name])] if len(names) <= FEW else _moving(caught, names)
+        kept = (
+            [name for name in names if not loss_is_flat(caught, [name])]
+            if len(names) <= FEW
+            else _moving(caught, names)
+        )
         return dead(alarm, kept, end_of_gradient(caught, kept)) if kept else None
     if not _depends_on(caught, names):
         return None

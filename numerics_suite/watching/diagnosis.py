@@ -32,8 +32,8 @@ from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
-from numerics_suite.watching.judge import ROSE
 from numerics_suite.watching.divergence import THE_STATE, blame, growth_facts
+from numerics_suite.watching.judge import ROSE
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
 from numerics_suite.watching.snapshots import SMALL_BYTES
 from numerics_suite.watching.updates import SILENT

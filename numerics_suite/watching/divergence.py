@@ -48,11 +48,11 @@ class Growth:
         return {"update that grew first": self.parameter, "in step": self.step, "update-to-weight ratio": self.ratio}
 
 
-def diverged(alarm: Alarm, scene: Scene) -> Alarm:
-    """The alarm of a loss that rose, made bad where the loop's own steps are what raised it.
+def diverged(alarm: Alarm, scene: Scene) -> Alarm | None:
+    """The alarm of a loss that rose, made bad where the loop's own steps are what raised it; None where they are not.
 
     The state before them has a lower loss on each of the kept batches, and trained from there in the same way it loses it again. Where the older
-    state is as bad on them the batches are harder, and where training from there descends the rise may pass: both stay an early warning.
+    state is as bad on them the batches are harder, and where training from there descends the rise may pass. Where nobody can tell it is an early warning.
 
     Args:
         alarm: of kind `loss-rose`.
@@ -69,14 +69,18 @@ def diverged(alarm: Alarm, scene: Scene) -> Alarm:
                 return _told(alarm, "the loss is computed outside of the model")
             rises = [new - old for old, new in zip(before, after, strict=False)]
             if min(rises) <= 0 or median(rises) < max(RISE, RISE_SHARE * abs(fmean(before))):
-                return _told(alarm, f"the state {older.words.removeprefix('the snapshot from ')} loses as much on these batches")
+                return None
             caught = scene.caught(older)
             if not runs_away(caught):
-                return _told(alarm, f"taken again with {older.words}, these steps lower it")
+                return None
             growth = first_to_grow(scene.caught(older))
         except (NumericsSuiteError, *NO_RUN) as error:
             return _told(alarm, " ".join(str(error).split()))
-    facts: dict[str, Fact] = {LOSS_NOW: fmean(after), "loss on them with the older state": fmean(before), "caused by": THE_STATE}
+    facts: dict[str, Fact] = {
+        LOSS_NOW: fmean(after),
+        "loss on them with the older state": fmean(before),
+        "caused by": THE_STATE,
+    }
     facts |= growth.facts if growth is not None else {}
     module = growth.parameter.rpartition(".")[0] if growth is not None else None
     text = f"the loss is {alarm.facts['loss']:.4g} and began at {alarm.facts['first loss']:.4g}: on the same batches the older state has {fmean(before):.4g}"

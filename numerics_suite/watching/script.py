@@ -17,8 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from numerics_suite.watching.attaching import plain_model
 from numerics_suite.watching.patches import is_unheard, listening
-from numerics_suite.watching.session import Watch, WatchSettings
+from numerics_suite.watching.session import Watch
 from numerics_suite.watching.updates import holds_copies
+from numerics_suite.watching.watch_settings import WatchSettings
 
 
 class Finder:
@@ -77,7 +78,9 @@ class Finder:
                     f"{name}: no torch.optim.Optimizer stepped it, so its values were looked at, and neither steps nor updates"
                 )
             if watch.finding is not None and self.on_bad == "stop" and not stopped:
-                found.append(f"{name}: the script caught the NumericsError and went on; nothing was watched from there on")
+                found.append(
+                    f"{name}: the script caught the NumericsError and went on; nothing was watched from there on"
+                )
         return found
 
     def _on_call(self, module: nn.Module) -> None:

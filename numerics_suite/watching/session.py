@@ -7,10 +7,10 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from numerics_suite.watching.confirmation import confirmed, never_fits
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.divergence import diverged
 from numerics_suite.watching.gauges import Gauges, parameters_of
-from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
+from numerics_suite.watching.inputs import ID_BATCHES, rounded_ids, token_ids, unrepresentable
 from numerics_suite.watching.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.watching.mailbox import Mailbox
 from numerics_suite.watching.norms import is_shard
@@ -34,32 +34,13 @@ from numerics_suite.watching.response import OnBad, Response, checked_policy, ea
 from numerics_suite.watching.ring import Ring
 from numerics_suite.watching.snapshots import Seen, Snapshots
 from numerics_suite.watching.updates import SILENT, UNREACHED, ZERO, Updates
-
-Asked = TypeVar("Asked", Alarm, "Alarm | None")
+from numerics_suite.watching.watch_settings import WatchSettings
 
 ONGOING = SILENT | {"loss-scale", HALVED}
 """Kinds of alarms of what goes on: the kept steps, taken further from the parameters as they are, show it again."""
 
 KEPT_READINGS = 256
 UNREPRESENTABLE = "ids that bfloat16 cannot hold"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchSettings:
-    """How often the watch looks and what it keeps; see :func:`watch`."""
-
-    every: int = 1
-    every_parameters: int = 20
-    snapshot_every: int = 0
-    ring: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuse what means nothing."""
-        for name, least in (("every", 1), ("every_parameters", 1), ("snapshot_every", 0), ("ring", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                message = f"watch: {name} must be a whole number of at least {least}, not {value!r}"
-                raise ValueError(message)
 
 
 class Watch:
@@ -261,18 +242,6 @@ class Watch:
             elif self._forwards <= ID_BATCHES and name == "input_ids" and (count := unrepresentable(ids)) is not None:
                 self._mailbox.post(self.step, [(UNREPRESENTABLE, count)])
 
-    def _warn_of_rounding(self, step: int) -> None:
-        calls = self._ring.of_step(step)
-        ids = [
-            ids for call in calls for name, ids in token_ids(self.model, call.args, call.kwargs) if name == "input_ids"
-        ]
-        bits = max(map(rounding_bits, ids), default=0.0)
-        if bits >= CHANCE_BITS and not any(alarm.kind == "rounded-ids" for alarm in self.warnings):
-            text = f"every id of input_ids equals its own rounding to bfloat16, by chance in 1 of 2^{bits:.0f} batches: they were cast on the way"
-            facts = {"bits of chance": bits}
-            alarm = Alarm(step=step, kind="rounded-ids", bad=False, text=text, cause="wrong-input-dtype", facts=facts)
-            self._raise(alarm)
-
     def _on_norm(self, gradients: Sequence[Tensor], order: float, norm: Tensor) -> None:
         if not self._muted and self._due:
             self._gauges.take_norm(gradients, order, norm)
@@ -307,13 +276,17 @@ class Watch:
             send(self.log, values, reading.step)
             for alarm in self._judge.judge(reading):
                 question = self._question(alarm)
-                self._raise(alarm if question is None else self._asked(question, alarm))
+                found = alarm if question is None else self._asked(question, alarm)
+                if found is not None:
+                    self._raise(found)
             if self.finding is None and (lost := self._updates.rounded(reading, self._updates.rate)) is not None:
                 self._raise(lost)
             if 0.0 in reading.values.get(UNREPRESENTABLE, ()):
-                self._warn_of_rounding(reading.step)
+                seen = any(alarm.kind == "rounded-ids" for alarm in self.warnings)
+                if not seen and (cast := rounded_ids(self.model, self._ring.of_step(reading.step))) is not None:
+                    self._raise(cast)
 
-    def _question(self, alarm: Alarm) -> Callable[[Alarm, Scene], Alarm] | None:
+    def _question(self, alarm: Alarm) -> Callable[[Alarm, Scene], Alarm | None] | None:
         """What a replay is asked of an early sign before it is told."""
         if self.finding is not None:
             return None
@@ -321,7 +294,7 @@ class Watch:
             return never_fits
         return diverged if alarm.kind == ROSE else None
 
-    def _asked(self, question: Callable[[Alarm, Scene], Asked], alarm: Alarm) -> Asked:
+    def _asked(self, question: Callable[[Alarm, Scene], Alarm | None], alarm: Alarm) -> Alarm | None:
         """What the kept steps say when they are taken again."""
         self._muted = True
         try:

@@ -168,7 +168,11 @@ def _counted(count: int) -> str:
 
 def _unheld(step: int, names: Sequence[str], facts: dict[str, Fact], *, idle: bool) -> Alarm:
     count = facts["parameters of other tensors"]
-    other = "nothing that the optimizer holds gets one" if idle and not count else f"{_counted(count)} of the optimizer not the model's"
+    other = (
+        "nothing that the optimizer holds gets one"
+        if idle and not count
+        else f"{_counted(count)} of the optimizer not the model's"
+    )
     return Alarm(
         step=step,
         kind=UNHELD,
@@ -213,7 +217,14 @@ def dead(alarm: Alarm, names: Sequence[str], module: str | None) -> Alarm:
     facts = {counted: len(names), "parameters of the optimizer": alarm.facts["parameters of the optimizer"]}
     text = f"{len(names)} parameters that the loss depends on get {what}{where}"
     return replace(
-        alarm, kind=DEAD, bad=True, cause="dead-gradient", text=text, facts=facts, parameters=tuple(names), module=module
+        alarm,
+        kind=DEAD,
+        bad=True,
+        cause="dead-gradient",
+        text=text,
+        facts=facts,
+        parameters=tuple(names),
+        module=module,
     )
 
 

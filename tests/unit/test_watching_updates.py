@@ -121,7 +121,9 @@ def test_a_detached_branch_that_the_loss_depends_on(cut):
     model.layers[1].up.register_forward_hook(lambda _module, _args, output: cut(output))
     finding = caught(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     assert (finding.cause, finding.step, finding.module) == ("dead-gradient", 3, "layers.1.up")
-    assert set(finding.parameters) == {f"layers.1.{name}" for name in ("norm.weight", "norm.bias", "up.weight", "up.bias")}
+    assert set(finding.parameters) == {
+        f"layers.1.{name}" for name in ("norm.weight", "norm.bias", "up.weight", "up.bias")
+    }
     assert finding.remedies == ()
 
 
