@@ -32,7 +32,7 @@ from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
-from numerics_suite.watching.divergence import THE_STATE, blame, growth_facts
+from numerics_suite.watching.divergence import THE_BATCH, blame, growth_facts
 from numerics_suite.watching.judge import ROSE
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
 from numerics_suite.watching.snapshots import SMALL_BYTES
@@ -152,8 +152,8 @@ RUN_AWAY = frozenset({"divergence", "overflow", "invalid-operation", "unknown"})
 def _carried_away(cause: str, origin: Origin | None, facts: Mapping[str, Fact]) -> str:
     """`divergence` where what overflows has float32's range and an older state is finite on the same batch: only steps lead there."""
     wide = origin is not None and origin.dtype in {"float32", "bfloat16", "float64"}
-    by_state = str(facts.get("caused by", "")).startswith(THE_STATE)
-    return "divergence" if cause == "overflow" and wide and by_state else cause
+    moved = not str(facts.get("caused by", THE_BATCH)).startswith(THE_BATCH)
+    return "divergence" if cause == "overflow" and wide and moved else cause
 
 
 def _silent(alarm: Alarm, scene: Scene) -> Finding:

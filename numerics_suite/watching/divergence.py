@@ -133,8 +133,8 @@ def first_to_grow(caught: CaughtStep) -> Growth | None:
     return largest
 
 
-THE_STATE = "the state"
-"""How the fact `caused by` begins where the parameters are what is wrong."""
+THE_STATE, THE_BATCH = "the state", "the batch:"
+"""How the fact `caused by` begins where the parameters are what is wrong, and where the batch alone is."""
 
 
 def growth_facts(scene: Scene) -> Mapping[str, Fact]:
@@ -167,7 +167,7 @@ def blame(scene: Scene, step: int) -> Mapping[str, Fact]:
     try:
         with undisturbed():
             if not _is_finite(scene.caught(older), step):
-                return {"caused by": "the batch: it is not finite with the older state either"}
+                return {"caused by": f"{THE_BATCH} it is not finite with the older state either"}
             own = next((start for start in scene.starts if not start.parameters), None)
             other = [call for call in older.calls if call.step < step]
             if own is None or scene.updated or not other:

@@ -375,10 +375,10 @@ def watch(  # noqa: PLR0913 - the public keywords
         optimizer: of torch or accelerate's wrapper, or several.
         every: look at each so many-th step.
         every_parameters: at the parameters, each so many-th.
-        snapshot_every: keep a copy of the parameters and of the optimizers' states on the CPU each so many steps; 0 keeps none, and then
-            a value that is seen after the optimizer's step can only be sought in the forward pass, as long as the parameters are still
-            finite. A ring of as many steps lets every step since the snapshot be taken again.
-        ring: steps whose batches and random states are kept.
+        snapshot_every: keep a copy of the parameters and of the optimizers' states on the CPU each so many steps; 0 keeps the one from before
+            the first step alone, of parameters of at most 64 MiB. Without any, a value that is seen after the optimizer's step can only be
+            sought in the forward pass, as long as the parameters are still finite. A ring of as many steps lets every step since the snapshot be taken again.
+        ring: steps whose batches and random states are kept; the first 12 all are, while their inputs take at most 1 MiB.
         on_bad: what to do at the first bad value: `stop` raises :class:`NumericsError`, `warn` goes on, `skip` waits for the device
             before each step and keeps the optimizer from the bad ones (outside the bound on the watch's cost; an optimizer that takes a closure
             computes its gradients within the step and cannot be kept from it), a callable gets the finding and may return one of these words.
