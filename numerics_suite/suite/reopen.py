@@ -122,7 +122,8 @@ def _precision(bundle: Bundle) -> str:
     """The recipe that the watched model was trained by: its dtype and its autocast sections."""
     autocast = next((dtype for call in bundle.calls for dtype in call.autocast.values()), None)
     lower = None if autocast is None else str(autocast).removeprefix("torch.")
-    return precision_name(str(bundle.content["model"]["dtype"]), lower)
+    model = bundle.content["model"]
+    return precision_name(str(model.get("trained_dtype") or model["dtype"]), lower)
 
 
 def _tried_again(bundle: Bundle, device: str) -> Finding:

@@ -26,7 +26,7 @@ from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.watching.alarms import Alarm, Reading
-from numerics_suite.watching.caught_step import Start
+from numerics_suite.watching.caught_step import Start, usual_dtype
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.divergence import LOSS_NOW
 from numerics_suite.watching.norms import local
@@ -185,6 +185,7 @@ def _model_to_json(scene: Scene) -> dict[str, Any]:
         "adapter": _adapter_to_json(model),
         "attn": getattr(config, "_attn_implementation", None),
         "dtype": max(set(dtypes), key=dtypes.count) if dtypes else None,
+        "trained_dtype": usual_dtype(p for p in model.parameters() if p.requires_grad),
         "training": model.training,
         "trained": sum(p.requires_grad for p in model.parameters()),
     }

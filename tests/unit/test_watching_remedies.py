@@ -23,7 +23,7 @@ from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.suite.reopen import reopen
 from numerics_suite.watching import ring
 from numerics_suite.watching.bundle_reader import read_bundle
-from numerics_suite.watching.caught_step import CaughtStep, Start, copied
+from numerics_suite.watching.caught_step import CaughtStep, Start, copied, recipe_of
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.optimizer_states import Loop, loop_from_json, state_of
 from numerics_suite.watching.remedies import with_remedies_tried
@@ -154,6 +154,15 @@ def test_a_ring_that_lacks_steps_is_said(monkeypatch):
     monkeypatch.setattr(ring, "EARLY", 0)
     _, remedies = caught(*diverging(60.0), steps=60, snapshot_every=100, ring=2)
     assert "with the snapshot from before step 1 and the steps from 3 on" in remedies["clip-grad-norm"].effect
+
+
+@pytest.mark.parametrize(("adapter", "precision"), [(torch.float32, "fp32"), (torch.float16, "pure-fp16")])
+def test_what_is_trained_names_the_recipe(adapter, precision):
+    model = Decoder(dtype=torch.float16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(requires_grad=name.startswith("lm_head"))
+    model.lm_head.to(adapter)
+    assert recipe_of(model, Start(words="", calls=())).name == precision
 
 
 def test_the_rates_of_each_step_are_those_of_the_schedule():
