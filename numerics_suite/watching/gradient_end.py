@@ -47,7 +47,7 @@ def _listener(name: str, outputs: dict[str, bool | None]) -> Callable[[nn.Module
             outputs[name] = outputs[name] or bool(gradient.any())
 
         for tensor in live:
-            tensor.register_hook(arrived)
+            tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     return hook
 

@@ -103,8 +103,8 @@ class _Replays:
         """Whether a step was taken before, so that what acts on steps can be tried; None where nothing goes bad."""
         if self.check != ITS_OWN_CHECK:
             # What a loss that rises from an older state runs into may be no number any more.
-            bad = runs_away(caught) if self.check == DESCENDS else breaks(self.check, caught)
-            return True if bad else None
+            again = runs_away(caught) if self.check == DESCENDS else breaks(self.check, caught)
+            return True if again else None
         bad = caught.train(caught.once).bad
         if bad is None or bad.step > max(self.step, caught.first_step):
             return None

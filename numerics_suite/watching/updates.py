@@ -166,7 +166,7 @@ def _counted(count: int) -> str:
     return "1 parameter is" if count == 1 else f"{count} parameters are"
 
 
-def _unheld(step: int, names: Sequence[str], facts: dict[str, Fact], *, idle: bool) -> Alarm:
+def _unheld(step: int, names: Sequence[str], facts: dict[str, int], *, idle: bool) -> Alarm:
     count = facts["parameters of other tensors"]
     other = (
         "nothing that the optimizer holds gets one"
@@ -179,7 +179,7 @@ def _unheld(step: int, names: Sequence[str], facts: dict[str, Fact], *, idle: bo
         bad=True,
         text=f"{_counted(len(names))} of the model with a gradient in no optimizer, and {other}",
         cause="untrained-parameters",
-        facts=facts,
+        facts=dict(facts),
         parameters=tuple(names),
     )
 
