@@ -15,6 +15,7 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.strategies import pad_rows
+from numerics_suite.inputs.targets import is_row_of_numbers
 from numerics_suite.inputs.vocabulary import InputSpace, Side
 from numerics_suite.subjects.files import read_json
 from numerics_suite.subjects.load import IDS
@@ -155,7 +156,10 @@ def _labels(space: InputSpace, ids: Tensor, mask: Tensor, seed: int) -> Tensor:
     numbers = torch.from_numpy((hashed(f"labels of {seed}", rows * width) >> np.uint64(8)).astype(np.int64))
     numbers = numbers.reshape(rows, width)
     if space.task == "sequence-classification":
-        return numbers[:, 0] % space.num_labels if space.num_labels > 1 else 1 + numbers[:, 0] % 5
+        if is_row_of_numbers(space.targets, space.num_labels):
+            drawn = numbers.repeat(1, -(-space.num_labels // width))[:, : space.num_labels]
+            return (drawn % 2 if space.targets == "many" else 1 + drawn % 5).float()
+        return 1 + numbers[:, 0] % 5 if space.targets == "numbers" else numbers[:, 0] % space.num_labels
     labels = ids.clone() if space.task == "causal-lm" else numbers % space.num_labels
     labels[mask == 0] = IGNORED
     if space.task == "causal-lm":

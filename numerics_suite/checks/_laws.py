@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
 from numerics_suite.core.exact import AGREED
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.engine.evidence import Evidence
 
 TRUE_ONLY = "judged in true fp64 only"
 """The fact that holds why a law was not judged in the cell's own precision."""
 
+UNSUPPORTED = "not supported"
+"""The fact that holds which part of a law the installed release or the model has no code for: where nothing fails, the check is a skip with it."""
 
-def law_measurements(
+
+def law_measurements(  # noqa: PLR0913 - the words of one measurement
     exact: float,
     rounded: float,
     unrounded: str = "",
     *,
     place: Callable[[], str | None] | None = None,
     cause: str | None = None,
+    facts: Mapping[str, Fact] | None = None,
 ) -> Iterable[Measurement]:
     """`true` (`max|a-b|/rms` in true fp64) and `rounded` (error in p in units of the inherent error).
 
@@ -31,11 +35,13 @@ def law_measurements(
             float64 form.
         place: finds the module in which the two true fp64 runs part; asked only where they do.
         cause: of the first, where it is another than the law's own.
+        facts: of both.
     """
+    told = dict(facts or {})
     module = place() if place is not None and not exact <= AGREED else None
-    yield Measurement(name="true", value=exact, unit="ratio", module=module, cause=cause)
-    facts = {TRUE_ONLY: unrounded} if unrounded else {}
-    yield Measurement(name="rounded", value=rounded, unit="ratio", module=module, facts=facts)
+    yield Measurement(name="true", value=exact, unit="ratio", module=module, cause=cause, facts=told)
+    told = told | ({TRUE_ONLY: unrounded} if unrounded else {})
+    yield Measurement(name="rounded", value=rounded, unit="ratio", module=module, facts=told)
 
 
 def is_rotary(evidence: Evidence) -> Callable[[nn.Module], bool]:

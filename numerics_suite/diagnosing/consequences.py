@@ -103,6 +103,9 @@ def _shows(root: Finding, finding: Finding) -> bool:
     """The same exception, the same op of the same module, or parameters that do not move for want of the gradient that the root misses."""
     if (root.cause, finding.cause) == ("dead-gradient", "untrained-parameters"):
         return bool(finding.parameters) and set(finding.parameters) <= set(root.parameters)
+    if (root.cause, finding.cause) == ("wrong-output-shape", RAISES):
+        # Without labels it runs: logits of each token and one label for each row do not fit in any loss.
+        return str(finding.evidence.get("call", "")).startswith("forward and backward")
     if finding.cause != root.cause:
         return False
     if finding.cause == RAISES:
@@ -122,13 +125,18 @@ def raised(finding: Finding) -> tuple[str, str]:
     return str(finding.evidence.get("exception", "")).partition(":")[0], str(finding.evidence.get("line", ""))
 
 
+def _leaves_unsound(root: Finding) -> bool:
+    """Whether the root's parameters may be found not finite; so are stored ones that overflow in the dtype of the load, at no op."""
+    return root.cause in UNSOUND | LACKING or (root.cause == "overflow" and root.op is None)
+
+
 def _of_parameters(finding: Finding, roots: Sequence[CheckResult]) -> CheckResult | None:
     """The first root that names a parameter of the finding, where roots name them all: one that is new is another defect."""
     if finding.cause not in UNSOUND or not finding.parameters:
         return None
     left, first = set(finding.parameters), None
     for root in roots:
-        if root.finding is None or root.finding.cause not in UNSOUND | LACKING:
+        if root.finding is None or not _leaves_unsound(root.finding):
             continue
         named = left & set(root.finding.parameters)
         first = first or (root if named else None)

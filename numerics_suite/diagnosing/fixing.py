@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from numerics_suite.checks.load.config import TEXT
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding, Subject
 from numerics_suite.diagnosing.rewriting import (
@@ -99,9 +100,25 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
     if measurement == "ignored-dtype":
         return of_dtype(raw, evidence.recipe.parameters, compat.dtype_keyword())
     of_rotary = ("rotary-excess", "rotary-scale")
+    if any(name.startswith(f"{TEXT}.") for name in finding.parameters):
+        return _of_text_part(evidence, finding.parameters)
     of_table = measurement in of_rotary or any(f"also {name}" in finding.evidence for name in of_rotary)
     keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters
     return in_words_that_are_read(raw, known, keys)
+
+
+def _of_text_part(evidence: Evidence, keys: tuple[str, ...]) -> Rewriting:
+    """The file with another `text_config`, the section that says what the language part of a model of pictures is."""
+    raw, section = evidence.subject.config, f"{TEXT}."
+    known = compat.known_config_keys(type(getattr(evidence.model.config, TEXT)))
+    part = in_words_that_are_read(raw[TEXT], known, (key.removeprefix(section) for key in keys))
+    return replace(
+        part,
+        config={**raw, TEXT: part.config},
+        meaning={**raw, TEXT: part.meaning},
+        written={f"{section}{key}": value for key, value in part.written.items()},
+        dropped=tuple(f"{section}{key}" for key in part.dropped),
+    )
 
 
 def _of_own_code(evidence: Evidence) -> Rewriting:

@@ -8,6 +8,10 @@ from dataclasses import replace
 
 from numerics_suite.engine.training_loop import Plan
 
+LOWEST = -8
+HIGHEST = {"sgd": 2}
+"""Exponents of the decades that are searched; an Adam, whose step of each element is about the rate, is searched up to 1."""
+
 DECADES = 4
 BISECTIONS = 3
 
@@ -29,6 +33,36 @@ def learning_rates(plan: Plan, holds: Callable[[Plan], bool]) -> float | None:
     if good is None:
         return None
     return between_rates(plan, good, bad, holds)
+
+
+def largest_stable_rate(plan: Plan, holds: Callable[[Plan], bool]) -> tuple[float | None, bool]:
+    """The largest stable learning rate whatever the plan's, to within a factor of 1.4, and whether it is the highest that was tried.
+
+    The decades are searched from the highest downwards. Upwards from the plan's rate the search ends where a rate is too small to show: in bfloat16
+    the loss of a run at 6e-7 falls or rises by its rounding. A decade counts where the one below it holds too, since a few wild steps may end below
+    the first loss by luck; if there is none such, the highest that holds.
+
+    Args:
+        plan: of everything but the rate.
+        holds: trains with a plan and says whether that is stable.
+
+    Returns:
+        None and False without any.
+    """
+    held: dict[int, bool] = {}
+
+    def stable(exponent: int) -> bool:
+        if exponent not in held:
+            held[exponent] = holds(replace(plan, lr=10.0**exponent))
+        return held[exponent]
+
+    top = HIGHEST.get(plan.optimizer, 0)
+    decades = range(top, LOWEST - 1, -1)
+    found = next((each for each in decades if stable(each) and (each == LOWEST or stable(each - 1))), None)
+    found = next((each for each in decades if stable(each)), None) if found is None else found
+    if found is None or found == top:
+        return None if found is None else 10.0**top, found == top
+    return between_rates(plan, 10.0**found, 10.0 ** (found + 1), holds), False
 
 
 def between_rates(plan: Plan, good: float, bad: float, holds: Callable[[Plan], bool]) -> float:

@@ -23,6 +23,7 @@ from numerics_suite.diagnosing.loading_cures import cast_copies, loaded_with_dty
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.float32_modules import hold_in_float32
 from numerics_suite.engine.own_batch import empty_batches_of
+from numerics_suite.engine.packed_rows import WORDS, ways_of
 from numerics_suite.inputs.labels import IGNORED, no_label_counts
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.load import IDS, Loaded
@@ -311,6 +312,14 @@ def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
         yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
 
 
+def _separate_rows(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+    """The other ways to pack that the model supports, then no packing."""
+    failing = finding.evidence.get("packed by")
+    for way in (*ways_of(evidence).asked, "rows"):
+        if WORDS[way] != failing:
+            yield Attempt(evidence=evidence.variant(packing=(way,)), how=f"by {WORDS[way]}")
+
+
 def _copies(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
     return lambda evidence, finding: (Attempt(evidence=copy, how=how) for copy, how in copies(evidence, finding))
 
@@ -320,6 +329,7 @@ CURES: dict[str, Cure] = {
     "default-input-dtypes": _default_dtypes,
     "fix-tokenizer": _tokenizer,
     "set-pad-token": _pad_token,
+    "separate-rows": _separate_rows,
     "fix-padding": _one_side,
     "count-labels": _count_labels,
     "fix-config": _config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from numerics_suite.engine.evidence import Evidence
@@ -13,7 +14,7 @@ from numerics_suite.subjects.load import Loaded
 FASTER = (10.0, 100.0, 1000.0)
 """Times the learning rate that is tried; the smallest one that helps is told."""
 
-NARROW = frozenset({"float16", "bfloat16"})
+NARROW = frozenset({torch.float16, torch.bfloat16})
 CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers keeps a module's checkpointing function, a partial of torch's."""
 
@@ -36,7 +37,8 @@ def rounded(evidence: Evidence, how: str) -> Iterator[tuple[Evidence, str]]:
         evidence: as above.
         how: `master` or `stochastic`.
     """
-    if evidence.recipe.parameters in NARROW:
+    # A head in half precision may stand beside adapters in float32, whatever the cell's own precision is.
+    if any(p.dtype in NARROW for p in evidence.model.parameters()):
         yield evidence.variant(plan=evidence.with_plan(rounding=how)), ""
 
 

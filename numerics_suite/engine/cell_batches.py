@@ -10,6 +10,7 @@ from numerics_suite.engine import own_batch
 from numerics_suite.engine.position_table import rows_of_position_table
 from numerics_suite.engine.rotary import longest_of_one_table
 from numerics_suite.inputs.strategies import long_row, planned_batches, training_batch
+from numerics_suite.inputs.targets import targets_of
 from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id, special_ids
 from numerics_suite.subjects import compat
 
@@ -40,6 +41,7 @@ def input_space(evidence: Evidence) -> InputSpace:
         sides=evidence.family.padding_sides,
         task=evidence.subject.task,
         num_labels=evidence.num_labels,
+        targets=targets_of(config, evidence.num_labels),
         max_rows=most_rows(evidence.rows),
         max_length=min(evidence.request.length, evidence.longest),
         pools_by_pad=evidence.family.pooling == "pad-id",

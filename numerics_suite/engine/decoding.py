@@ -96,6 +96,7 @@ def _step(
     if step is None:
         # Code that only ever prepares one token is called as a loop of the user's own would call it.
         step = {"input_ids": ids[:, start:], "attention_mask": mask, "use_cache": True, **cache}
+        positions = "counted" if own and takes_positions(model) else positions
     elif not own:
         step.pop("position_ids", None)
     if positions == "counted":

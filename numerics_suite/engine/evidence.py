@@ -36,7 +36,7 @@ from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, train
 from numerics_suite.engine.true_passes import TruePasses, TrueStore
 from numerics_suite.inputs.effort import BatchPlan, Effort
 from numerics_suite.inputs.vocabulary import InputSpace
-from numerics_suite.observing.finiteness import nan_count, nonfinite_count
+from numerics_suite.observing.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
@@ -63,6 +63,7 @@ class Request:
         tokenizer: opens the subject's tokenizer; None where it has none.
         baseline: what was recorded of the cell, None where it is held to nothing.
         applicable: ids of the checks that have something to ask of the cell.
+        packing: the ways in which rows are packed; each that the installed release supports where empty.
     """
 
     seed: int = 0
@@ -74,6 +75,7 @@ class Request:
     tokenizer: Callable[[Subject], Any | None] = load_tokenizer
     baseline: CellBaseline | None = None
     applicable: tuple[str, ...] = ()
+    packing: tuple[str, ...] = ()
 
 
 class Evidence:
@@ -161,12 +163,7 @@ class Evidence:
         held = dtype or self.recipe.parameters
         with doing(f"loading {self.subject.id} in {held}"):
             loaded = self._loader(
-                self.subject,
-                dtype=held,
-                attn=attn or self.cell.attn,
-                device=self.cell.device,
-                seed=seed,
-                poison=poison,
+                self.subject, dtype=held, attn=attn or self.cell.attn, device=self.cell.device, seed=seed, poison=poison
             )
             for change in self.changes:
                 loaded = change(loaded)
@@ -198,8 +195,8 @@ class Evidence:
 
     @cached_property
     def broken(self) -> tuple[str, ...]:
-        """Names of the parameters that hold NaN or infinities as loaded."""
-        return tuple(name for name, p in self.model.named_parameters() if nonfinite_count(p.detach()))
+        """Names of the parameters that hold NaN or infinities as loaded, and of the buffers that hold NaN; -inf there is a mask."""
+        return not_finite(self.model)
 
     @property
     def model(self) -> nn.Module:
@@ -236,8 +233,7 @@ class Evidence:
     @cached_property
     def vocab_size(self) -> int:
         """Rows of the input embedding."""
-        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
-        return int(embedding.weight.shape[0])
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
     @cached_property
     def space(self) -> InputSpace:
@@ -297,8 +293,7 @@ class Evidence:
     @cached_property
     def batch_plan(self) -> BatchPlan:
         """How many batches its checks are asked of, and how large these are."""
-        known = self.subject.parameters
-        return self.request.effort.plan(sum(p.numel() for p in self.model.parameters()) if known is None else known)
+        return self.request.effort.plan(self.subject.parameters or sum(p.numel() for p in self.model.parameters()))
 
     @cached_property
     def planned_batches(self) -> tuple[Batch, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.inputs.targets import Targets, is_row_of_numbers
 
 LONGEST_LINE = 1 << 24
 """Bytes of a line: a row is held in memory whole, a file never."""
@@ -31,7 +32,7 @@ class Example:
         text: the text, or the prompt.
         completion: what follows the prompt.
         messages: `role` and `content` of each.
-        label: of a text: a class, or the number that a regression learns; None without.
+        label: of a text: a class, the number that a regression learns, or a list of numbers, one for each output; None without.
     """
 
     where: str
@@ -39,7 +40,7 @@ class Example:
     text: str = ""
     completion: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
-    label: float | None = None
+    label: float | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +100,14 @@ def read_sample(path: Path, *, size: int, seed: int, check: Callable[[Example], 
     return Sample(examples=tuple(counted[place] for place in given), counted=counted, rows=rows, seed=seed)
 
 
-def check_label(example: Example, task: str, num_labels: int) -> None:
+def check_label(example: Example, task: str, num_labels: int, targets: Targets) -> None:
     """Refuse a row that a classifier cannot take.
 
     Args:
         example: one row.
         task: a sequence classifier needs a label on every line.
-        num_labels: 1 means regression, which takes any number.
+        num_labels: outputs of its head.
+        targets: a regression takes any number, and several classes at once take 0 or 1 for each.
 
     Raises:
         BadInputError: naming the line, the label and `--num-labels`.
@@ -116,13 +118,32 @@ def check_label(example: Example, task: str, num_labels: int) -> None:
             return
         message = f"{example.where}: sequence classification needs a 'label' on every line"
         raise BadInputError(message)
-    if sequence and num_labels == 1:
+    if sequence and is_row_of_numbers(targets, num_labels):
+        _check_row(example, num_labels, targets)
+        return
+    if isinstance(label, tuple):
+        message = f"{example.where}: 'label' is a list of {len(label)} numbers, and this model learns one for each text"
+        raise BadInputError(message)
+    if sequence and targets == "numbers":
         return
     if label < 0 or not isinstance(label, int):
         message = f"{example.where}: label {label} is no class; classes are whole numbers from 0"
         raise BadInputError(message)
     if label >= num_labels:
         message = f"{example.where}: label {label} needs --num-labels {label + 1} or more, not {num_labels}"
+        raise BadInputError(message)
+
+
+def _check_row(example: Example, num_labels: int, targets: Targets) -> None:
+    label = example.label
+    kind = "0 or 1 for each class" if targets == "many" else "a number for each output"
+    if not isinstance(label, tuple) or len(label) != num_labels:
+        given = f"a list of {len(label)}" if isinstance(label, tuple) else str(label)
+        message = f"{example.where}: 'label' must be a list of {num_labels}, {kind} (problem_type in config.json), not {given}"
+        raise BadInputError(message)
+    # Between 0 and 1 it is the share of raters who saw that class.
+    if targets == "many" and not all(0 <= number <= 1 for number in label):
+        message = f"{example.where}: 'label' must hold {kind}, not {list(label)}"
         raise BadInputError(message)
 
 
@@ -200,13 +221,18 @@ def _filled(value: str, key: str, where: str) -> str:
     return value
 
 
-def _label(record: Mapping[str, Any], where: str) -> float | None:
+def _label(record: Mapping[str, Any], where: str) -> float | tuple[float, ...] | None:
     label = record.get("label")
-    wrong = not isinstance(label, int | float) or isinstance(label, bool) or not math.isfinite(label)
-    if label is not None and wrong:
-        message = f"{where}: 'label' must be a number, not {label!r}"
-        raise BadInputError(message)
-    return label
+    if label is None or _is_number(label):
+        return label
+    if isinstance(label, list) and label and all(map(_is_number, label)):
+        return tuple(label)
+    message = f"{where}: 'label' must be a number or a list of numbers, not {label!r}"
+    raise BadInputError(message)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _messages(messages: object, where: str) -> tuple[Mapping[str, str], ...]:

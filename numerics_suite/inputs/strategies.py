@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from numerics_suite.core.records import Batch
 from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.inputs.targets import is_row_of_numbers
 from numerics_suite.inputs.vocabulary import InputSpace
 
 CONTENTS = ("uniform", "repeated", "edges", "specials")
@@ -63,11 +64,14 @@ def draw_labels(ids: torch.Tensor, mask: torch.Tensor, space: InputSpace, source
 
     Returns:
         int64 `[batch, sequence]` for language modelling and token classification, `[batch]` for sequence
-        classification.
+        classification; float32 `[batch, labels]` for a regression of several numbers, and for several classes at once.
     """
     if space.task == "sequence-classification":
-        # One label means regression: ratings of 1 to 5, since a fresh head answers 0 and would have nothing to learn.
-        choices = range(1, 6) if space.num_labels == 1 else range(space.num_labels)
+        # A regression learns ratings of 1 to 5, since a fresh head answers 0 and would have nothing to learn.
+        choices = {"classes": range(space.num_labels), "numbers": range(1, 6), "many": range(2)}[space.targets]
+        if is_row_of_numbers(space.targets, space.num_labels):
+            rows = [[float(source.choice(choices)) for _ in range(space.num_labels)] for _ in range(ids.shape[0])]
+            return torch.tensor(rows, dtype=torch.float32)
         return torch.tensor([source.choice(choices) for _ in range(ids.shape[0])], dtype=torch.int64)
     if space.task == "token-classification":
         labels = torch.tensor([[source.randrange(space.num_labels) for _ in row] for row in ids.tolist()])

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from numerics_suite.inputs.targets import Targets
+
 Side = Literal["left", "right"]
 
 
@@ -33,6 +35,7 @@ class InputSpace:
         sides: the padding sides that the family declares.
         task: decides the labels.
         num_labels: classes of a classification head.
+        targets: what a sequence classifier's label is.
         max_rows: most rows of a batch.
         max_length: most tokens of a row.
         pools_by_pad: the classifier finds the last token by pad id, so a pad id among real tokens moves it.
@@ -44,6 +47,7 @@ class InputSpace:
     sides: tuple[Side, ...] = ("left", "right")
     task: str = "causal-lm"
     num_labels: int = 2
+    targets: Targets = "classes"
     max_rows: int = 8
     max_length: int = 64
     pools_by_pad: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def nonfinite_count(tensor: Tensor) -> int:
@@ -25,3 +25,13 @@ def nonfinite_count(tensor: Tensor) -> int:
 def nan_count(tensor: Tensor) -> int:
     """Number of NaN elements, complex ones with a NaN in either part among them."""
     return int(torch.isnan(tensor).sum()) if tensor.is_floating_point() or tensor.is_complex() else 0
+
+
+def not_finite(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that hold NaN or infinities, and of the buffers that hold NaN: -inf there is a mask.
+
+    Args:
+        model: as loaded.
+    """
+    parameters = (name for name, p in model.named_parameters() if nonfinite_count(p.detach()))
+    return (*parameters, *(name for name, buffer in model.named_buffers() if nan_count(buffer)))

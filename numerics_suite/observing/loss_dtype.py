@@ -18,7 +18,7 @@ from numerics_suite.observing.roundoff import unit_roundoff
 
 
 class _LogSoftmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the coarsest float that a log-softmax puts out."""
+    """Notes the coarsest float in which log-probabilities are computed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -30,11 +30,14 @@ class _LogSoftmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._log_softmax.default and isinstance(result, Tensor):  # noqa: SLF001 - the op's name
             self.coarsest = max(self.coarsest, result.dtype, key=unit_roundoff)
+        # Of several classes at once: log sigmoid is computed in the logits' own dtype, and only then meets float32 targets.
+        if func is torch.ops.aten.binary_cross_entropy_with_logits.default:
+            self.coarsest = max(self.coarsest, args[0].dtype, key=unit_roundoff)
         return result
 
 
 def log_softmax_dtype(run: Callable[[], object]) -> torch.dtype:
-    """The coarsest float that a log-softmax within `run()` puts out; float64 where there is none.
+    """The coarsest float in which `run()` computes log-probabilities; float64 where it computes none.
 
     Args:
         run: a forward pass with labels.

@@ -25,6 +25,20 @@ def without_adapter(model: nn.Module) -> nn.Module:
     return unwrapped
 
 
+def is_outside_body(model: nn.Module, name: str) -> bool:
+    """Whether a parameter lies outside the body of its class: a classifier of remote code calls its head what it likes.
+
+    Args:
+        model: of transformers or of peft.
+        name: of a parameter of it.
+    """
+    inner = without_adapter(model)
+    body = getattr(inner, "base_model_prefix", "")
+    if not body or not isinstance(getattr(inner, body, None), nn.Module):
+        return False
+    return not name.removeprefix("base_model.model." if inner is not model else "").startswith(f"{body}.")
+
+
 def built_buffers(model: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor] | None:
     """The buffers of another model of the same class and config, by name, as its constructor makes them.
 

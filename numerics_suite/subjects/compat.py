@@ -49,6 +49,15 @@ def release() -> Release:
     return tuple(int(part) for part in re.findall(r"\d+", version())[:3])
 
 
+def packs_by_positions() -> bool:
+    """Whether this release builds the masks of packed rows from `position_ids` that start again: from 4.53.1 on."""
+    try:
+        from transformers import masking_utils  # heavy
+    except ImportError:
+        return False
+    return hasattr(masking_utils, "find_packed_sequence_indices")
+
+
 def dtype_keyword() -> str:
     """The keyword of `from_pretrained` for the dtype."""
     return "dtype" if release() >= DTYPE_RENAMED else "torch_dtype"

@@ -21,7 +21,7 @@ from numerics_suite.devices.kinds import parts_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
-from numerics_suite.subjects.built import built_buffers, without_adapter
+from numerics_suite.subjects.built import built_buffers, is_outside_body, without_adapter
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
@@ -233,7 +233,9 @@ def _new_head(subject: Subject, model: nn.Module, info: LoadingInfo) -> tuple[st
         return ()
     made = (*info.missing, *info.mismatched)
     held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return tuple(name for name in head_tensors(made, family_of(subject.config), subject.task) if name in held)
+    heads = set(head_tensors(made, family_of(subject.config), subject.task))
+    outside = {name for name in made if subject.task in CLASSIFICATION and is_outside_body(model, name)}
+    return tuple(name for name in made if name in heads | outside and name in held)
 
 
 def _unexpected(subject: Subject, info: LoadingInfo) -> tuple[str, ...]:

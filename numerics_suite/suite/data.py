@@ -10,6 +10,7 @@ from numerics_suite.core.records import Batch, Subject
 from numerics_suite.inputs.data_batch import data_batch
 from numerics_suite.inputs.data_file import Example, Sample, check_label, read_sample
 from numerics_suite.inputs.labels import counted_labels
+from numerics_suite.inputs.targets import targets_of
 from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
@@ -32,7 +33,7 @@ def sample_of(settings: Settings, subjects: Mapping[str, Subject] | None = None)
 
     def check(example: Example) -> None:
         for subject in classifiers:
-            check_label(example, subject.task, subject.num_labels)
+            check_label(example, subject.task, subject.num_labels, targets_of(subject.config, subject.num_labels))
 
     size = most_rows(settings.batch_size)
     return read_sample(settings.data, size=size, seed=settings.seed, check=check if classifiers else None)

@@ -10,15 +10,12 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
 from numerics_suite.devices.precisions import precision
-from numerics_suite.diagnosing.learning_rates import between_rates, learning_rates
+from numerics_suite.diagnosing.learning_rates import largest_stable_rate
 from numerics_suite.diagnosing.recipe import CLIP, recommend
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.training_loop import Plan, Trajectory
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
-
-UPWARD = 3
-"""Decades above the learning rate asked in which a larger stable one is looked for."""
 
 EXPLODED = 2.0
 """A run whose loss ever exceeds this many times its first is not stable, whatever it ends at."""
@@ -70,17 +67,26 @@ def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], 
         optimizer=plan.optimizer,
         lr=plan.lr,
         steps=plan.steps,
-        chance=math.log(first.num_labels) if task.endswith("classification") else None,
+        chance=_chance(first),
         runs=tuple(runs),
         recipe=recommend(runs, lr=plan.lr),
     )
+
+
+def _chance(evidence: Evidence) -> float | None:
+    """The loss of a classifier that knows nothing; of several classes at once each is a guess between two."""
+    if not evidence.subject.task.endswith("classification"):
+        return None
+    if evidence.subject.task == "token-classification":
+        return math.log(evidence.num_labels)
+    return {"classes": math.log(evidence.num_labels), "many": math.log(2)}.get(evidence.space.targets)
 
 
 def _run(evidence: Evidence) -> RehearsedRun:
     logits = evidence.forward(evidence.training_batch)["logits"]
     plain = evidence.trajectory
     clipped = evidence.train(evidence.with_plan(max_grad_norm=CLIP))
-    stable, at_least = _largest_stable(evidence, plain)
+    stable, at_least = _largest_stable(evidence)
     return RehearsedRun(
         precision=evidence.cell.precision,
         largest_logit=float(logits.abs().max()),
@@ -110,19 +116,10 @@ def is_stable(run: Trajectory) -> bool:
     )
 
 
-def _largest_stable(evidence: Evidence, asked: Trajectory) -> tuple[float | None, bool]:
+def _largest_stable(evidence: Evidence) -> tuple[float | None, bool]:
     """The largest stable learning rate, and whether the search ended at its upper end."""
 
     def holds(plan: Plan) -> bool:
-        return is_stable(evidence.train(plan))
+        return is_stable(evidence.trajectory if plan == evidence.request.plan else evidence.train(plan))
 
-    plan = evidence.request.plan
-    if not is_stable(asked):
-        return learning_rates(plan, holds), False
-    good = plan.lr
-    for decade in range(1, UPWARD + 1):
-        higher = plan.lr * 10**decade
-        if not holds(replace(plan, lr=higher)):
-            return between_rates(plan, good, higher, holds), False
-        good = higher
-    return good, True
+    return largest_stable_rate(evidence.request.plan, holds)

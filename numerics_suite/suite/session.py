@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
-from numerics_suite.checks._laws import TRUE_ONLY
+from numerics_suite.checks._laws import TRUE_ONLY, UNSUPPORTED
 from numerics_suite.core import interrupts
 from numerics_suite.core.activity import doing
 from numerics_suite.core.atomic import write_atomic
@@ -202,6 +202,9 @@ class SuiteSession:
             "series": tuple(with_limits(question.check, series) for series in outcome.series.values()),
         }
         if not outcome.breaches:
+            unsupported = _fact(outcome, UNSUPPORTED)
+            if unsupported is not None:
+                return result("skipped", reason=unsupported)
             return result("passed", reason=_half_judged(outcome), **told)
         found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
         found = self._diagnosed(question, found, evidence)
@@ -305,9 +308,14 @@ def _numbers(outcome: Outcome) -> dict[str, float]:
 
 def _half_judged(outcome: Outcome) -> str | None:
     """Why a law was judged in true fp64 only, naming the op; None where it was judged in the precision too."""
-    reasons = (measurement.facts.get(TRUE_ONLY) for measurement in outcome.worst.values())
-    reason = next((reason for reason in reasons if reason), None)
+    reason = _fact(outcome, TRUE_ONLY)
     return None if reason is None else f"{TRUE_ONLY}: {reason}"
+
+
+def _fact(outcome: Outcome, name: str) -> str | None:
+    """The fact of that name that a measurement has, None where none has it."""
+    held = (measurement.facts.get(name) for measurement in outcome.worst.values())
+    return next((str(value) for value in held if value), None)
 
 
 def stopped_line(error: BaseException) -> str:

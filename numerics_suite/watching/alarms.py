@@ -51,7 +51,7 @@ class Alarm:
 
     Attributes:
         step: the optimizer step.
-        kind: `logits`, `loss`, `gradient`, `parameter`, `inputs`, `loss-scale`, `unreached`, `unheld`, `zero-gradient`, `dead-gradient`, `rounded-update`, or the early warning's name.
+        kind: `logits`, `loss`, `gradient`, `parameter`, `inputs`, `loss-scale`, `unreached`, `unheld`, `zero-gradient`, `dead-gradient`, `rounded-update`, `frozen`, `untied`, or the early warning's name.
         bad: `on_bad` applies; else it is an early warning.
         text: one clause for a person, without the step.
         cause: of the contract, where the figures alone tell.

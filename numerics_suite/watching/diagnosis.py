@@ -56,6 +56,8 @@ EXPLANATIONS = {
     "untrained-parameters": "Parameters that the loop means to train get no gradient, or no optimizer holds them: the loss may fall, and they stay as they are.",
     "dead-gradient": "The loss depends on these parameters and their gradient is absent or exactly zero: a branch is detached, or a backward pass returns zeros, in the module that is named.",
     "rounded-update": "The steps are smaller than the spacing of the parameters' dtype: less of them is held than one rounding of their sum would lose.",
+    "wrong-gradient": "The optimizer steps by a gradient that no backward pass of this step wrote: weight decay and momentum move what was frozen.",
+    "untied-weights": "What the config ties is two tensors, so training moves one without the other, and a copy that is loaded again has one of them twice.",
     "unknown": "The value was seen and could not be produced again from what is at hand.",
 }
 
@@ -169,7 +171,7 @@ def _silent(alarm: Alarm, scene: Scene) -> Finding:
         parameters=alarm.parameters,
         evidence=dict(alarm.facts),
         batch=_batch(alarm.step, inputs),
-        remedies=untried((*REMEDIES[alarm.cause], *remedies_of(alarm.cause))),
+        remedies=untried((*REMEDIES.get(alarm.cause, ()), *remedies_of(alarm.cause))),
     )
 
 

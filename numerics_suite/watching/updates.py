@@ -15,18 +15,23 @@ from torch import Tensor, nn
 from numerics_suite.core.records import Fact
 from numerics_suite.engine.updates import HeldShare, UpdateMeter, held_share
 from numerics_suite.watching.alarms import Alarm, Reading
+from numerics_suite.watching.frozen import FROZEN, UNTIED, Frozen, untied
 from numerics_suite.watching.norms import each_norm, floating, is_shard
 from numerics_suite.watching.patches import unheard
 
 FIRST = 3
 """Steps of each optimizer that are looked at from the start. One step may have met an odd batch, and a warm-up shows at the second."""
 
-SAMPLE = 4096
-"""Elements of each parameter whose step is taken again: of 10 parameters these are more than the 9/u = 2,304 that bfloat16 needs."""
+SAMPLE, ALTOGETHER = 4096, 1 << 16
+"""Elements of each parameter whose step is taken again, and of all together where they are few.
+
+To tell a share h from the unit roundoff u by three standard errors takes 9u/(u - h)² elements: 9/u = 2,304 in bfloat16 where none moves, 10,000 where half of that limit does.
+So one head in half precision beside float32 adapters (`modules_to_save`) is looked at in more of its elements than each of many parameters.
+"""
 
 HELD, MEANT, FOURTH = "held of the steps", "steps squared", "fourth powers of the steps"
 UNREACHED, UNHELD, ROUNDED, ZERO, DEAD = "unreached", "unheld", "rounded-update", "zero-gradient", "dead-gradient"
-SILENT = frozenset({UNREACHED, UNHELD, ROUNDED, ZERO, DEAD})
+SILENT = frozenset({UNREACHED, UNHELD, ROUNDED, ZERO, DEAD, FROZEN, UNTIED})
 """Kinds of alarms in which every value is finite."""
 
 
@@ -53,9 +58,11 @@ class Updates:
     def __init__(self, model: nn.Module) -> None:
         """Nothing was seen yet."""
         self.model = model
-        self._meter = UpdateMeter(SAMPLE, narrow=True)
+        narrow = sum(p.requires_grad and p.dtype.itemsize < torch.float32.itemsize for p in model.parameters())
+        self._meter = UpdateMeter(max(SAMPLE, ALTOGETHER // max(narrow, 1)), narrow=True)
         self._seen: dict[int, _Seen] = {}
         self._metering: set[int] = set()
+        self._frozen = Frozen(model)
 
     def before(self, optimizer: torch.optim.Optimizer, *, due: bool) -> None:
         """An optimizer is about to step.
@@ -67,6 +74,7 @@ class Updates:
         seen = self._seen.setdefault(id(optimizer), _Seen(steps=0, reached=set()))
         seen.steps += 1
         rate = max((float(g["lr"]) for g in optimizer.param_groups if isinstance(g.get("lr"), float)), default=0.0)
+        self._frozen.before(optimizer)
         seen.rising, seen.rate = seen.steps == 1 or rate > seen.rate, rate
         if seen.steps <= FIRST:
             everything = (*self.model.parameters(), *_held_by(optimizer))
@@ -99,7 +107,7 @@ class Updates:
     def left_out(
         self, step: int, optimizer: torch.optim.Optimizer, every: Sequence[torch.optim.Optimizer]
     ) -> Iterator[Alarm]:
-        """After the optimizer's first steps, the parameters that none of them trained; nothing at any other time.
+        """The parameters that this step moved though they are frozen; after the optimizer's first steps, those that none of them trained.
 
         Args:
             step: of the watch.
@@ -107,7 +115,10 @@ class Updates:
             every: all of the loop, as far as they are known.
         """
         seen = self._seen.get(id(optimizer))
-        if seen is None or seen.steps != FIRST:
+        moved = self._frozen.moved(step)
+        if moved is not None:
+            yield moved
+        if moved is not None or seen is None or seen.steps != FIRST:
             return
         named = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
         own = _held_by(optimizer)
@@ -134,6 +145,8 @@ class Updates:
         flat = tuple(named[id(p)] for p in own if id(p) in named and id(p) in seen.reached - moving)
         if flat and moving:
             yield zero_gradient(step, flat, len(own))
+        if (loose := untied(step, self.model, held & seen.reached)) is not None:
+            yield loose
 
     def rounded(self, reading: Reading, rate: float) -> Alarm | None:
         """The alarm of a reading whose steps are lost, None where they are held.

@@ -28,6 +28,7 @@ CHECKS = [
     "forward.finite",
     "forward.headroom",
     "forward.padding",
+    "forward.packing",
     "forward.batch",
     "forward.causal",
     "forward.cache",

@@ -51,8 +51,16 @@ def copy_of(fixture: str, folder: Path) -> Path:
         ("glm-tiny", b'{"text": "a"}\n{oops\n', ["line 2", "not JSON"]),
         ("glm-tiny", b"[1]\n", ["line 1", "'text'"]),
         ("glm-tiny", b'{"text": " "}\n', ["line 1", "'text' is empty"]),
-        ("glm-tiny", b'{"text": "a", "label": "x"}\n', ["line 1", "'label' must be a number, not 'x'"]),
-        ("glm-tiny", b'{"text": "a", "label": NaN}\n', ["line 1", "'label' must be a number, not nan"]),
+        (
+            "glm-tiny",
+            b'{"text": "a", "label": "x"}\n',
+            ["line 1", "'label' must be a number or a list of numbers, not 'x'"],
+        ),
+        (
+            "glm-tiny",
+            b'{"text": "a", "label": NaN}\n',
+            ["line 1", "'label' must be a number or a list of numbers, not nan"],
+        ),
         ("glm-tiny", b'{"text": "a"}\n\xff\n', ["line 2", "not UTF-8"]),
         ("glm-tiny", b"[" * 100_000, ["line 1", "nested too deeply"]),
         ("glm-tiny", b'{"text": "a", "label": ' + b"1" * 5000 + b"}", ["line 1", "not JSON that can be read"]),

@@ -52,6 +52,22 @@ def rows_alone_coarse() -> nn.Module:
     return _with("model.layers.1.mlp", coarse)
 
 
+def packed_rows_coarse() -> nn.Module:
+    """In 16 bits rows without a mask get another answer."""
+
+    def coarse(own: Any, self: Any, *args: Any, **given: Any) -> Any:
+        self.layers[1].mlp.coarse = given.get("attention_mask") is None
+        return own(self, *args, **given)
+
+    def scaled(own: Any, self: Any, x: Any) -> Any:
+        return own(self, x) * (1.25 if self.coarse and x.dtype in NARROW else 1.0)
+
+    model = _with("model.layers.1.mlp", scaled)
+    model.model.layers[1].mlp.coarse = False
+    overridden("model", forward=coarse)(model)
+    return model
+
+
 def odd_widths_coarse() -> nn.Module:
     """In 16 bits rows of odd width get another answer."""
 

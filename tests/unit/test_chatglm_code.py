@@ -6,6 +6,7 @@ It holds `configuration_chatglm.py`, `modeling_chatglm.py` and what they import,
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import transformers
 from safetensors.torch import save_file
 from unit.test_chatglm_2023 import TRUSTED, failed
 from unit.test_clean_models import statuses
+from unit.test_loading_dtypes import answer
 
 CODE = os.environ.get("NUMERICS_CHATGLM_CODE", "")
 SMALL = {
@@ -28,7 +30,19 @@ SMALL = {
     "multi_query_group_num": 2,
     "padded_vocab_size": 512,
     "seq_length": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
 }
+SPECIAL = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+)
+TEXTS = [
+    f"the {noun} of {place} is {number} years old"
+    for noun in ("king", "river", "song")
+    for place in ("spain", "france")
+    for number in range(40)
+]
 # transformers 5 has neither `use_return_dict` nor the config keys by which this code lives.
 pytestmark = [
     pytest.mark.slow,
@@ -65,13 +79,36 @@ def tensors() -> dict[str, torch.Tensor]:
     return found
 
 
+def vocabulary(file: Path) -> None:
+    """A vocabulary of bytes in the form that the tokenizer reads: tiktoken's ranks for GLM-4, sentencepiece before it."""
+    if "tiktoken" in Path(CODE, "tokenization_chatglm.py").read_text("utf-8"):
+        pytest.importorskip("tiktoken")
+        ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
+        file.write_text("\n".join(ranks), "utf-8")
+        return
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(file.with_suffix("")), vocab_size=300, byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+
+
+def special(file: Path) -> None:
+    """The special tokens of GLM-4 behind the vocabulary of bytes, where its tokenizer's config names them by id."""
+    config = json.loads(file.read_text("utf-8"))
+    if config.get("tokenizer_class") == "ChatGLM4Tokenizer":
+        flags = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+        config["added_tokens_decoder"] = {str(256 + at): {"content": name, **flags} for at, name in enumerate(SPECIAL)}
+        file.write_text(json.dumps(config), "utf-8")
+
+
 def checkpoint(folder: Path, *, head: bool) -> str:
     """A tiny checkpoint of that code, with a classifier's head in its file or without."""
     folder /= folder.name
     folder.mkdir()
     for file in Path(CODE).glob("*.py"):
         shutil.copy(file, folder)
-    config = json.loads(Path(CODE, "config.json").read_text("utf-8")) | SMALL
+    config = json.loads(Path(CODE, "config.json").read_text("utf-8")) | SMALL | {"torch_dtype": "float16"}
     config.pop("quantization_bit", None)
     stored = tensors()
     if head:
@@ -83,6 +120,19 @@ def checkpoint(folder: Path, *, head: bool) -> str:
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
+
+
+def test_its_tokenizer(tmp_path):
+    """Written before 4.45, its `_pad` takes no `padding_side`; the change that is tried is verified, also where the head is new."""
+    folder = checkpoint(tmp_path, head=False)
+    for name in ("tokenization_chatglm.py", "tokenizer_config.json"):
+        shutil.copy(Path(CODE, name), folder)
+    vocabulary(Path(folder, "tokenizer.model"))
+    special(Path(folder, "tokenizer_config.json"))
+    told, remedies = answer(folder, "inputs.pipeline", "fp32", attn=("default",), **{**TRUSTED, "diagnose": True})
+    assert told.finding.cause == "tokenizer-incompatible"
+    assert "padding_side" in told.finding.title
+    assert remedies["fix-tokenizer"].verified
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -72,6 +72,13 @@ def bert(folder: Path, **config: object) -> str:
     return save(folder, "BertForSequenceClassification", "BertConfig", **{**BODY, "intermediate_size": 64, **config})
 
 
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_a_label_is_a_row_of_numbers(tmp_path, kind):
+    folder = bert(tmp_path, num_labels=3, problem_type=kind)
+    found = statuses(folder, ("reference.gradient", "train.labels", "train.descends"), attn=("default",))
+    assert found == dict.fromkeys(found, "passed")
+
+
 def test_an_encoder_is_not_causal_and_pools_its_own_way(tmp_path):
     found = statuses(bert(tmp_path, num_labels=3))
     assert found["forward.causal"] == found["forward.pooling"] == "skipped"

@@ -106,6 +106,22 @@ def test_parameters_that_no_root_names_make_a_root():
     assert tree(head, failed("train.finite", "overflow", parameters=("head.weight",))) == [None, None]
 
 
+def test_a_loss_that_takes_no_logits_of_each_token():
+    shape = failed("forward.pooling", "wrong-output-shape")
+    seen = {"exception": "ValueError: Expected input batch_size (8)", "line": "modeling_x.py:12"}
+    trained = failed("train.finite", "model-raises", evidence=seen | {"call": "forward and backward"})
+    assert tree(shape, trained) == [None, shape.id]
+    assert tree(shape, failed("train.finite", "model-raises", evidence=seen | {"call": "forward"})) == [None, None]
+
+
+def test_stored_weights_that_overflow_in_the_dtype_of_the_load():
+    loaded = failed("load.finite", "overflow", parameters=("norm.weight",))
+    run = failed("forward.finite", "corrupt-weights", parameters=("norm.weight",))
+    assert tree(loaded, run) == [None, loaded.id]
+    at_an_op = failed("forward.finite", "overflow", parameters=("norm.weight",), op="aten.mul.Tensor")
+    assert tree(at_an_op, run) == [None, None]
+
+
 def test_what_the_roots_remedy_does_not_cure_is_a_root():
     def told(check, verified, *together):
         remedy = Remedy(name="init-head", description="d", verified=verified, together=together)

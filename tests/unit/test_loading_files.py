@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from mutants.article_checkpoints import changed
 from mutants.driver import release
 from safetensors.torch import load_file, save_file
-from unit.test_clean_models import BODY, save
+from unit.test_clean_models import BODY, save, statuses
 from unit.test_loading_dtypes import MOE, answer
 
 from numerics_suite.cli.main import main
@@ -39,6 +40,21 @@ def test_a_buffer_that_the_load_leaves_unwritten(tmp_path, made):
     assert result.finding.cause == "uninitialised-buffer"
     assert result.finding.parameters == ("transformer.rotary_pos_emb.window",)
     assert list(remedies) in (["newer-version"], [])
+
+
+@pytest.mark.skipif(release() < (5,), reason="nothing is built on the meta device there")
+def test_what_an_unwritten_buffer_leaves_says_nothing_of_padding_or_of_the_file(tmp_path):
+    made = "self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)"
+    own = f'{made}\n        self.register_buffer("scale", torch.arange(8.0), persistent=False)'
+    folder = changed(tmp_path / tmp_path.name, "chatglm-tiny", code=(made, own))
+    code = folder / "modeling_chatglm.py"
+    text = code.read_text("utf-8").replace(
+        "self.word_embeddings(input_ids)", "self.word_embeddings(input_ids) * self.scale[1]"
+    )
+    code.write_text(text, "utf-8")
+    found = statuses(str(folder), ("load.*", "inputs.pipeline", "forward.batch"), "fp32", trust_remote_code=True)
+    assert {check for check, said in found.items() if said.startswith(("failed", "error"))} == {"load.finite"}
+    assert found["forward.batch"] == "skipped"
 
 
 def test_a_nan_that_the_code_itself_writes_is_not_uninitialised(tmp_path):
@@ -82,6 +98,18 @@ def test_tied_embeddings_that_are_stored_alike(tmp_path, stored):
 
     folder = changed(tmp_path / tmp_path.name, "glm-tiny", config={"tie_word_embeddings": True}, tensors=alike)
     assert answer(folder, "load.tied", "fp32")[0].status == "passed"
+
+
+def test_a_new_head_under_a_name_of_its_own(tmp_path):
+    folder = changed(tmp_path / tmp_path.name, "chatglm-tiny")
+    code = folder / "modeling_chatglm.py"
+    code.write_text(code.read_text("utf-8").replace("classifier_head", "topics"), "utf-8")
+    found = statuses(str(folder), ("load.complete", "load.head-init"), "fp32", trust_remote_code=True, **CLASSIFY)
+    assert found == dict.fromkeys(found, "passed")
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"legacy_skip_head_init": True}), "utf-8")
+    said = statuses(str(folder), ("load.head-init",), "fp32", trust_remote_code=True, **CLASSIFY)["load.head-init"]
+    assert said == "failed: never initialised: topics.bias, topics.weight"
 
 
 # --- adapters ----------------------------------------------------------------------------------------------------

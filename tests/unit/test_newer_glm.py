@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from mutants.driver import release
 from unit.test_clean_models import SMALL, assert_clean, save, statuses
@@ -68,6 +71,39 @@ def test_a_clean_one_is_quiet(tmp_path, name):
     found = statuses(made(tmp_path, name), QUICK)
     assert_clean(found)
     assert found["load.complete"] == found["load.dtype"] == found["forward.padding"] == "passed"
+
+
+def nested(folder, **changes):
+    """The folder with more in the section of its text part."""
+    path = Path(folder, "config.json")
+    raw = json.loads(path.read_text("utf-8"))
+    raw["text_config"] |= changes
+    path.write_text(json.dumps(raw), "utf-8")
+    return folder
+
+
+def test_what_the_file_says_of_the_text_part(tmp_path):
+    """A key of `text_config` that no class reads is told with its section, and one that says the same in another word is not."""
+    folder = made(tmp_path, "glm4v")
+    assert statuses(nested(folder, ffn_hidden_size=64), ("load.config",))["load.config"] == (
+        "failed: config.json has keys that this transformers ignores: text_config.ffn_hidden_size"
+    )
+
+
+def test_another_value_than_the_file_has_for_the_text_part(tmp_path, monkeypatch):
+    folder = made(tmp_path, "glm4v")
+    import transformers
+
+    own = transformers.Glm4vForConditionalGeneration.__init__
+
+    def other(self, config, *args, **kwargs):
+        config.text_config.rms_norm_eps = 0.5
+        own(self, config, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Glm4vForConditionalGeneration, "__init__", other)
+    assert statuses(nested(folder, rms_norm_eps=1e-5), ("load.config",))["load.config"] == (
+        "failed: the model was built with other values than config.json says: text_config.rms_norm_eps"
+    )
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mutants.article_checkpoints import changed
+from unit.test_clean_models import statuses
 
 from numerics_suite.cli.main import main
 from numerics_suite.subjects.fixtures import fixture_path
@@ -285,6 +286,12 @@ def test_logits_for_each_token_where_rows_were_meant(tmp_path):
     cause, remedies = told(answer)
     assert (cause, remedies) == ("wrong-output-shape", {"fix-config": None})
     assert "must be" not in answer["finding"]["title"]
+
+
+def test_logits_for_each_token_are_no_error_of_the_laws(tmp_path):
+    folder = changed(tmp_path / "unpooled", "chatglm-tiny-classifier", code=(POOLED, POOLED.removesuffix("[:, -1]")))
+    found = statuses(str(folder), ("inputs.pipeline", "forward.padding"), "fp32", trust_remote_code=True)
+    assert found == dict.fromkeys(found, "passed")
 
 
 def test_a_config_that_names_the_other_class_is_fixed(tmp_path):

@@ -240,6 +240,8 @@ def of_forward() -> Iterator[Row]:
     yield Row(check="forward.padding", measurement="rounded", model="odd_widths_coarse", cell=bf16, slow=True)
     yield Row(check="forward.batch", measurement="true", mutant="embedding-permuted-by-batch")
     yield Row(check="forward.batch", measurement="rounded", model="rows_alone_coarse", cell=bf16)
+    yield Row(check="forward.packing", measurement="true", mutant="packing-positions-ignored-by-the-mask")
+    yield Row(check="forward.packing", measurement="rounded", model="packed_rows_coarse", cell=bf16)
     yield Row(check="forward.causal", measurement="true", mutant="attention-heads-not-brought-back")
     many = {**bf16, "max_examples": 40}
     yield Row(check="forward.causal", measurement="rounded", model="futures_coarse", cell=many, slow=True)

@@ -314,3 +314,28 @@ def test_the_loop_is_what_it_would_be_without_the_watch():
         results.append([*(p.detach().clone() for p in model.parameters()), torch.rand(())])
         torch.manual_seed(0)
     assert all(torch.equal(one, other) for one, other in zip(results[0][:-1], results[1][:-1], strict=True))
+
+
+class HalfHead(Decoder):
+    """A head in bfloat16 behind a float32 body, as `modules_to_save` of an adapter over a bfloat16 base."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head.to(torch.bfloat16)
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        logits = self.lm_head(hidden.to(torch.bfloat16)).float()
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_a_head_in_half_precision_beside_float32():
+    model = HalfHead()
+    finding = caught(model, torch.optim.AdamW(model.parameters(), lr=6e-7), steps=4)
+    assert (finding.cause, finding.evidence["dtype"]) == ("rounded-update", "bfloat16")
+    assert 0 < finding.evidence["share of the steps that is held"] < 2**-8
+    assert verified(finding)["fp32-master-weights"] is True
+    model = HalfHead()
+    quiet(model, torch.optim.AdamW(model.parameters(), lr=1e-4))

@@ -26,6 +26,9 @@ from numerics_suite.engine.references import (
 from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.observing.roundoff import relative_error
 
+POOLED = 2
+"""Dimensions of logits that are one row for each row."""
+
 EXTRA = 3
 """Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""
 
@@ -121,13 +124,12 @@ def _tokens(answer: Tensor, real: Tensor) -> Tensor:
 
 
 def _pooled(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
-    """The pooled logits under more padding, in true fp64."""
-    errors = [
-        relative_error(
-            true_answer(evidence, more, by_token=False),
-            true_answer(evidence, plain, by_token=False),
-        )
-        for plain, more in _pairs(evidence, batch)
+    """The pooled logits under more padding, in true fp64; nothing of logits of each token, which forward.pooling tells."""
+    pairs = [
+        tuple(true_answer(evidence, tensors, by_token=False) for tensors in pair) for pair in _pairs(evidence, batch)
     ]
+    if any(base.dim() > POOLED for base, _ in pairs):
+        return
+    errors = [relative_error(other, base) for base, other in pairs]
     worst = next((error for error in errors if error != error), max(errors, default=0.0))
     yield Measurement(name="true-pooled", value=worst, unit="ratio")

@@ -51,6 +51,8 @@ def padding_moves(evidence: Evidence, collated: Mapping[str, Any]) -> Measuremen
         answer = true_answer(evidence, padded, by_token=by_token)
     except NotApplicableError:
         return None
+    if not by_token and answer.dim() > 2:  # logits of each token where one row was meant: forward.pooling tells it
+        return None
     together = answer[:, real] if by_token else answer
     side = "left" if not bool(real[0]) else "right"
     facts: dict[str, Fact] = {

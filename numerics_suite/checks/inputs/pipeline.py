@@ -13,6 +13,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.inputs.targets import is_row_of_numbers
 from numerics_suite.subjects.tasks import CLASSIFICATION
 from numerics_suite.subjects.tokenizers import TokenizerRaisesError, tokenizer_failures
 
@@ -84,8 +85,8 @@ def _count(name: str, found: list[str], unit: str) -> Measurement:
 
 
 def _real_labels(evidence: Evidence, name: str) -> bool:
-    """Regression labels are floating by definition."""
-    return name == "labels" and (evidence.num_labels == 1 or not evidence.takes_ids)
+    """The labels of a regression, and of several classes at once, are floating by definition."""
+    return name == "labels" and (not evidence.takes_ids or evidence.space.targets != "classes")
 
 
 def _looks_rounded(ids: torch.Tensor) -> bool:
@@ -142,8 +143,10 @@ def _collate(evidence: Evidence, tokenizer: Any, encoded: list[Any]) -> dict[str
         return {name: torch.tensor([value]) for name, value in longest.items()}
     rows = [dict(item) for item in encoded]
     if evidence.subject.task == "sequence-classification":
+        number = max(evidence.num_labels, 1)
+        several = is_row_of_numbers(evidence.space.targets, number)
         for index, row in enumerate(rows):
-            row["label"] = index % max(evidence.num_labels, 1)
+            row["label"] = [float(index % 2)] * number if several else index % number
     return dict(DataCollatorWithPadding(tokenizer, return_tensors="pt")(rows))
 
 

@@ -69,7 +69,8 @@ def _lost_head(evidence: Evidence) -> tuple[str, ...]:
         adapter.get("modules_to_save") or ()
     ):
         return ()
-    return head_tensors((name for name, _ in evidence.model.named_parameters()), family, subject.task)
+    named = head_tensors((name for name, _ in evidence.model.named_parameters()), family, subject.task)
+    return named or evidence.loaded.new_head
 
 
 def _renamed(evidence: Evidence, loaded: Loaded) -> Measurement:

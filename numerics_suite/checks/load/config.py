@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from numerics_suite.checks.load._effects import (
     ROWS,
@@ -81,8 +84,36 @@ DEFINING = frozenset(
 )
 """Keys that define what is computed. A key outside this list that a release does not know (a tool's own note) does no harm."""
 
+NEUTRAL = {"rope_ratio": 1}
+"""Values that change nothing: code without the key computes as with it. ChatGLM's ratio multiplies the rotary base."""
+
+TEXT = "text_config"
+"""The section of a model of pictures in which its language part is described."""
+
 RENAMED = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
 """One thing under two names: harmless where the other name says the same or is what this release reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Section:
+    """A part of config.json and the model that it is of: the file itself, and what it says of the text part of a model of pictures.
+
+    Attributes:
+        prefix: before each of its keys, empty for the file itself.
+        raw: what the file says.
+        model: that is built from it; its config is what was made of the section.
+        right_table: the rotary table is the one that the file defines, though a release may not read every key.
+    """
+
+    prefix: str
+    raw: Mapping[str, Any]
+    model: nn.Module
+    right_table: bool
+
+    @property
+    def built(self) -> Any:
+        """The config that was made of the section."""
+        return self.model.config
 
 
 @check(scope="subject", needs=("checkpoint",))
@@ -91,32 +122,18 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
 
     A key counts as ignored if this release does not read it and the model lacks its effect.
     """
-    built = evidence.model.config
-    raw = evidence.subject.config
-    known = known_config_keys(type(built))
-    right_table = _rotary_table_is_right(evidence)
-    ignored = tuple(
-        sorted(
-            key
-            for key in raw
-            if key in DEFINING
-            and key not in known
-            and not _harmless(key, raw, known, right_table=right_table)
-            and not _arrived(evidence, key, known)
-        )
-    )
+    ignored: list[str] = []
+    differing: dict[str, tuple[Any, Any]] = {}
+    for section in _sections(evidence):
+        ignored += sorted(f"{section.prefix}{key}" for key in _ignored(section))
+        differing |= {f"{section.prefix}{key}": values for key, values in _differing(section)}
     yield Measurement(
         name="ignored",
         value=len(ignored),
         unit="keys",
         facts={"keys": ", ".join(ignored)} if ignored else {},
-        parameters=ignored,
+        parameters=tuple(ignored),
     )
-    differing = {
-        key: (raw[key], value)
-        for key, value in _as_built(raw, built, known)
-        if not _equal(raw[key], value) and not _meant(evidence, key, value)
-    }
     yield Measurement(
         name="differing",
         value=len(differing),
@@ -126,23 +143,50 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _arrived(evidence: Evidence, key: str, known: set[str]) -> bool:
+def _sections(evidence: Evidence) -> Iterator[_Section]:
+    """The file, and its `text_config` where a part of the model is built from it."""
+    model, raw = evidence.model, evidence.subject.config
+    yield _Section(prefix="", raw=raw, model=model, right_table=_rotary_table_is_right(evidence))
+    inner, made = raw.get(TEXT), getattr(model.config, TEXT, None)
+    part = next(
+        (part for part in model.modules() if made is not None and type(getattr(part, "config", None)) is type(made)),
+        None,
+    )
+    if isinstance(inner, Mapping) and part is not None:
+        yield _Section(prefix=f"{TEXT}.", raw=inner, model=part, right_table=False)
+
+
+def _ignored(section: _Section) -> Iterator[str]:
+    known = known_config_keys(type(section.built))
+    for key in section.raw:
+        unread = key in DEFINING and key not in known
+        if unread and not _harmless(section, key, known) and not _arrived(section, key, known):
+            yield key
+
+
+def _differing(section: _Section) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for key, value in _as_built(section.raw, section.built, known_config_keys(type(section.built))):
+        if not _equal(section.raw[key], value) and not _meant(section, key, value):
+            yield key, (section.raw[key], value)
+
+
+def _arrived(section: _Section, key: str, known: set[str]) -> bool:
     """Whether a key that no class declares is read all the same, or the model has what it says without reading it."""
-    raw, model = evidence.subject.config, evidence.model
+    raw, model = section.raw, section.model
     if key == "rope_parameters" and isinstance(raw[key], Mapping) and rope_is_built(model, raw[key], known):
         return True
     if other_word_counts(model, raw, key):
         return True
-    made_by = type(model.config)
+    made_by = type(section.built)
     if has_effect(model, key, raw[key]) or is_derived(made_by, raw, key) or is_read(made_by, raw, key):
         return True
     return is_built_from(model, key, raw[key])
 
 
-def _meant(evidence: Evidence, key: str, value: Any) -> bool:
+def _meant(section: _Section, key: str, value: Any) -> bool:
     """Whether another value than the file's is what the release makes of it, or the model has the file's all the same."""
-    raw, model = evidence.subject.config, evidence.model
-    return is_converted(type(model.config), raw, key, value) or (key in ROWS and has_effect(model, key, raw[key]))
+    raw, model = section.raw, section.model
+    return is_converted(type(section.built), raw, key, value) or (key in ROWS and has_effect(model, key, raw[key]))
 
 
 def _rotary_table_is_right(evidence: Evidence) -> bool:
@@ -158,9 +202,14 @@ def _rotary_table_is_right(evidence: Evidence) -> bool:
         return False
 
 
-def _harmless(key: str, raw: Mapping[str, Any], known: set[str], *, right_table: bool) -> bool:
+def _harmless(section: _Section, key: str, known: set[str]) -> bool:
     """A null says nothing, a renamed key is read under its other name, and a release may hard-code the file's value."""
-    if raw[key] is None or (key in {"partial_rotary_factor", "rope_theta"} and right_table):
+    raw = section.raw
+    if (
+        raw[key] is None
+        or raw[key] == NEUTRAL.get(key)
+        or (key in {"partial_rotary_factor", "rope_theta", "rope_ratio"} and section.right_table)
+    ):
         return True
     if key in RENAMED:
         return RENAMED[key] in raw

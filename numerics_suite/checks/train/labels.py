@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Measurement
@@ -16,6 +17,7 @@ from numerics_suite.engine.calls import input_device, takes_decoder_ids
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
 from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.inputs.targets import Targets
 from numerics_suite.observing.comparing import differing_elements
 from numerics_suite.observing.loss_dtype import log_softmax_dtype
 from numerics_suite.observing.roundoff import unit_roundoff, wide
@@ -23,7 +25,7 @@ from numerics_suite.observing.roundoff import unit_roundoff, wide
 
 @check(batches=True, trains=True, needs=("token-ids",))
 def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
-    """Is the loss the cross entropy over the labels that count, and are absent labels no loss?
+    """Is the loss the one that the labels that count define, and are absent labels no loss?
 
     Held against a few lines in float64 on the model's own logits. A drawn batch without a label that counts has NaN as its
     loss by torch's definition, and is no finding; the user's own is one. The loss that balances a mixture's experts is part of the loss by
@@ -50,7 +52,7 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         facts={"labels": "the logits differ between a call with labels and one without"},
     )
     got = _cross_entropy(evidence, batch, with_labels)
-    wanted = defined_loss(without["logits"], batch.tensors["labels"], task, evidence.num_labels)
+    wanted = defined_loss(without["logits"], batch.tensors["labels"], task, evidence.space.targets)
     if torch.isnan(wanted):
         yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
         return
@@ -113,18 +115,24 @@ def _cross_entropy(evidence: Evidence, batch: Batch, with_labels: Mapping[str, T
         return evidence.forward(batch, labels=True)["loss"]
 
 
-def defined_loss(logits: Tensor, targets: Tensor, task: str, num_labels: int) -> Tensor:
+def defined_loss(logits: Tensor, targets: Tensor, task: str, targets_are: Targets) -> Tensor:
     """The loss by definition, float64: mean negative log-likelihood of the labels that count.
+
+    Of several classes at once it is the mean of -log sigmoid(logit) for those that hold and -log(1 - sigmoid(logit)) for
+    the others; of a regression the mean squared error.
 
     Args:
         logits: `[batch, sequence, classes]`, or `[batch, classes]` for sequence classification.
-        targets: int64 `[batch, sequence]` or `[batch]`; -100 does not count. For one label: regression targets.
+        targets: int64 `[batch, sequence]` or `[batch]`, where -100 does not count; or numbers, `[batch]` or `[batch, labels]`.
         task: language modelling predicts the next token, so its labels are shifted by one.
-        num_labels: 1 means regression by mean squared error.
+        targets_are: what a sequence classifier's label is.
     """
     scores, wanted = logits.detach().cpu().double(), targets.cpu()
-    if task == "sequence-classification" and num_labels == 1:
-        return (scores.squeeze(-1) - wanted.double()).square().mean()
+    if task == "sequence-classification" and targets_are != "classes":
+        numbers = wanted.double().reshape(scores.shape)
+        if targets_are == "many":
+            return functional.binary_cross_entropy_with_logits(scores, numbers)
+        return (scores - numbers).square().mean()
     if task == "causal-lm":
         scores, wanted = scores[:, :-1], wanted[:, 1:]
     scores, wanted = scores.reshape(-1, scores.shape[-1]), wanted.reshape(-1)

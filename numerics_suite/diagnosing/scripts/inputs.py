@@ -125,7 +125,7 @@ def _given(scene: Scene) -> list[str]:
 
 def _floating(scene: Scene) -> list[str] | None:
     names = ["input_ids", "attention_mask", "position_ids", "token_type_ids"]
-    names += ["labels"] if scene.evidence.num_labels != 1 else []
+    names += ["labels"] if scene.evidence.space.targets == "classes" else []
     return [
         *_given(scene),
         f"names = [name for name in {names!r} if name in batch]",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from numerics_suite.checks.forward.packing import MOST_ROWS, MOST_TOKENS
 from numerics_suite.checks.forward.padding import EXTRA
 from numerics_suite.core.exact import AGREED
 from numerics_suite.diagnosing.scripts.parts import indented, loading, ready, uncached, under
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
+from numerics_suite.engine.packed_rows import WORDS
 from numerics_suite.judging.budgets.forward import ROUNDED_LAW
 
 Law = Callable[[Scene], list[str]]
@@ -89,6 +91,38 @@ def _cache(scene: Scene) -> list[str]:
     ]
 
 
+def _packing(scene: Scene) -> list[str]:
+    vocab, pad = scene.evidence.vocab_size, scene.evidence.space.pad_id
+    way = next((way for way, words in WORDS.items() if words == scene.finding.evidence.get("packed by")), "")
+    mask = {
+        "position_ids": ["mask, more = None, {}"],
+        "cu_seqlens": [
+            "edges = torch.tensor([0, *lengths], device=ids.device).cumsum(0).to(torch.int32)",
+            "mask, longest = None, max(lengths)",
+            "more = {'cu_seq_lens_q': edges, 'cu_seq_lens_k': edges, 'max_length_q': longest, 'max_length_k': longest}",
+        ],
+        "block-mask": [
+            "row_of = torch.arange(len(rows), device=ids.device).repeat_interleave(torch.tensor(lengths, device=ids.device))",
+            "dtype, more = next(model.parameters()).dtype, {}",
+            "mask = torch.zeros(len(row_of), len(row_of), dtype=dtype, device=ids.device)",
+            "mask = mask.masked_fill(~(row_of[:, None] == row_of).tril(), torch.finfo(dtype).min)[None, None]",
+        ],
+    }
+    return [
+        f"rows = [row[seen] for row, seen in zip(ids[:{MOST_ROWS}], real)]",
+        "if len(rows) == 1:",
+        f"    other = (rows[0] + 1) % {vocab}",
+        f"    rows = [torch.where(other == {pad}, (other + 1) % {vocab}, other), *rows]",
+        f"rows = [row[:{MOST_TOKENS}] for row in rows]",
+        "lengths = [len(row) for row in rows]",
+        "places = [torch.arange(n, device=ids.device)[None] for n in lengths]",
+        "usual = [run(model, row[None], torch.ones_like(row[None]), position_ids=at)[0] for row, at in zip(rows, places)]",
+        "usual = torch.cat(usual)",
+        *mask[way],
+        "other = run(model, torch.cat(rows)[None], mask, position_ids=torch.cat(places, dim=1), **more)[0]",
+    ]
+
+
 def _attention(_: Scene) -> list[str]:
     return ["usual, other = run(second, ids, mask)[real], run(model, ids, mask)[real]"]
 
@@ -109,14 +143,15 @@ def _run(scene: Scene) -> list[str]:
     """`run`: the answer by token, or the pooled logits."""
     by_token = scene.measurement != "true-pooled" and scene.evidence.subject.task == "sequence-classification"
     states, answer = (", output_hidden_states=True", "hidden_states[-1]") if by_token else ("", "logits")
+    more = ", **more" if scene.check == "forward.packing" else ""
     return [
         *_second(scene),
         "ids, mask = batch['input_ids'], batch['attention_mask']",
         "real = mask.bool()",
         "",
         "",
-        "def run(model, ids, mask):",
-        f"    return model(input_ids=ids, attention_mask=mask{uncached(scene)}{states}).{answer}",
+        f"def run(model, ids, mask{more}):",
+        f"    return model(input_ids=ids, attention_mask=mask{uncached(scene)}{states}{more}).{answer}",
         "",
         "",
     ]
@@ -170,6 +205,7 @@ def _law(law: Law, told: str, *, rows: int = 1) -> dict[str, Body]:
 _BY_LAW = {
     "padding": _law(_padding, "padding changes the answers"),
     "batch": _law(_batch, "a row's answer depends on the other rows", rows=2),
+    "packing": _law(_packing, "rows packed into one row see each other"),
     "causal": _law(_causal, "a later token changes the answers before it"),
     "cache": _law(_cache, "decoding with the cache is not the full forward pass"),
     "attention": _law(_attention, "attention implementations disagree"),

@@ -46,9 +46,10 @@ def _logits_changed(scene: Scene) -> list[str] | None:
 
 def loss_error(scene: Scene) -> list[str] | None:
     """The cross entropy of torch, in float64, over the logits that the model itself gives."""
-    task, labels = scene.evidence.subject.task, scene.evidence.num_labels
-    if task == "sequence-classification" and labels == 1:
-        wanted = ["wanted = torch.nn.functional.mse_loss(scores.squeeze(-1), targets.double())"]
+    task, targets = scene.evidence.subject.task, scene.evidence.space.targets
+    if task == "sequence-classification" and targets != "classes":
+        loss = "mse_loss" if targets == "numbers" else "binary_cross_entropy_with_logits"
+        wanted = [f"wanted = torch.nn.functional.{loss}(scores, targets.double().reshape(scores.shape))"]
     else:
         shift = ["scores, targets = scores[:, :-1], targets[:, 1:]"] if task == "causal-lm" else []
         wanted = [

@@ -32,6 +32,7 @@ class Family:
         mlp_classes: class names of its feed-forward part.
         block_classes: class names of its decoder block.
         embedding_suffixes: how the name of the stored input embedding ends.
+        packs: its class in transformers keeps packed rows apart by `position_ids` where the release can, and by a block-diagonal mask in any.
         has_oracle: its definition is written in `oracles/`, or comes with it in :class:`AddedFamily`.
     """
 
@@ -50,6 +51,7 @@ class Family:
     mlp_classes: tuple[str, ...] = ()
     block_classes: tuple[str, ...] = ()
     embedding_suffixes: tuple[str, ...] = ("embed_tokens.weight",)
+    packs: bool = False
     has_oracle: bool = False
 
     def kind_of(self, class_name: str) -> Kind | None:

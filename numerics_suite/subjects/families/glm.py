@@ -14,5 +14,6 @@ GLM = Family(
     attention_classes=("GlmAttention", "GlmSdpaAttention", "GlmFlashAttention2"),
     mlp_classes=("GlmMLP",),
     block_classes=("GlmDecoderLayer",),
+    packs=True,
     has_oracle=True,
 )

@@ -13,5 +13,6 @@ GLM4 = Family(
     attention_classes=("Glm4Attention",),
     mlp_classes=("Glm4MLP",),
     block_classes=("Glm4DecoderLayer",),
+    packs=True,
     has_oracle=True,
 )

@@ -13,4 +13,5 @@ GLM4_MOE = Family(
     attention_classes=("Glm4MoeAttention",),
     mlp_classes=("Glm4MoeMLP", "Glm4MoeMoE"),
     block_classes=("Glm4MoeDecoderLayer",),
+    packs=True,
 )

@@ -101,6 +101,10 @@ BY_CAUSE: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("norm-over-sequence",),
     ),
     (
+        ("packing-leak", "semantic-error"),
+        ("packing-positions-ignored-by-the-mask", "packing-mask-read-by-its-last-row"),
+    ),
+    (
         ("batch-leak", "semantic-error"),
         ("norm-over-batch", "batch-values-centred", "embedding-permuted-by-batch"),
     ),

@@ -1,0 +1,164 @@
+"""Rows packed into one row: the ways to tell a model where each of them ends, and which of these its code supports.
+
+A padding-free collator lays the rows of a batch end to end and tells the model in one of these ways that they are rows by themselves:
+
+- `position_ids` that start again at every row, no mask and no cache. transformers builds the masks from them from 4.53.1 on.
+- their offsets as FlashAttention takes them, `cu_seq_lens_q` and `cu_seq_lens_k`, beside the `position_ids`.
+- a block-diagonal mask `[1, 1, tokens, tokens]`, added to the scores: 0 where a token sees another, the dtype's minimum elsewhere. Only an
+  added one holds in every attention: eager attention takes a boolean mask for numbers to add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.exact import AGREED
+from numerics_suite.engine.decoding import counted_positions, takes_positions
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import true_answer
+from numerics_suite.inputs.strategies import pad_rows
+from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.subjects import compat, generation
+
+Way = Literal["position_ids", "cu_seqlens", "block-mask", "rows"]
+
+WORDS: dict[str, str] = {
+    "position_ids": "position_ids that start again",
+    "cu_seqlens": "cu_seqlens for flash attention",
+    "block-mask": "a block-diagonal 4-D attention_mask",
+    "rows": "rows of their own, padded",
+}
+"""Each way in a reader's words; the last one is what packing is compared with, and the way out where none holds."""
+
+REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+"""What code raises that was not written for a way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """How rows may be packed for one model.
+
+    Attributes:
+        asked: those that its code supports.
+        left_out: why `position_ids`, which collators use, are none of them, and what to use instead; "" where they are.
+    """
+
+    asked: tuple[Way, ...]
+    left_out: str = ""
+
+
+def packed(rows: Sequence[Tensor], way: Way, model: nn.Module) -> dict[str, Any]:
+    """What the model is called with for rows that are packed into one row.
+
+    Args:
+        rows: ids of each, without padding.
+        way: how the model is told where they end, not `rows`.
+        model: in whose dtype a mask is.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    tensors: dict[str, Any] = {"input_ids": torch.cat(list(rows))[None]}
+    if takes_positions(model):
+        tensors["position_ids"] = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    if way == "cu_seqlens":
+        edges = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(lengths.max())
+        tensors |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+    if way == "block-mask":
+        row_of = torch.arange(len(rows)).repeat_interleave(lengths)
+        seen = (row_of[:, None] == row_of[None]).tril()
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        tensors["attention_mask"] = mask[None, None]
+    return tensors
+
+
+def padded_rows(rows: Sequence[Tensor], evidence: Evidence) -> dict[str, Tensor]:
+    """The same rows each in a row of its own, padded on a side that the family declares."""
+    lists = [row.tolist() for row in rows]
+    ids, mask = pad_rows(lists, evidence.family.padding_sides[0], evidence.space.pad_id)
+    return _told({"input_ids": ids, "attention_mask": mask}, evidence.model)
+
+
+def row_alone(row: Tensor, evidence: Evidence) -> dict[str, Tensor]:
+    """One of them alone, told the same positions: a model's own may begin elsewhere (RoBERTa's do)."""
+    ids = row[None]
+    return _told({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, evidence.model)
+
+
+def _told(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return tensors | ({"position_ids": counted_positions(tensors["attention_mask"])} if takes_positions(model) else {})
+
+
+def ways_of(evidence: Evidence) -> Ways:
+    """How rows may be packed for the cell's model.
+
+    Of families whose code is known the release alone decides. Any other class is tried on two rows: it supports `position_ids` where they
+    make it separate anything at all, and the other ways where they separate the two.
+    """
+    if evidence.request.packing:
+        return Ways(asked=evidence.request.packing)  # type: ignore[arg-type]
+    if "packing" not in evidence.memo:
+        evidence.memo["packing"] = _ways(evidence)
+    found = evidence.memo["packing"]
+    assert isinstance(found, Ways)
+    return found
+
+
+def _ways(evidence: Evidence) -> Ways:
+    flash = evidence.loaded.attn.startswith("flash_attention")
+    known = evidence.family.packs and not flash
+    release = compat.packs_by_positions() if known else _separates(evidence)
+    asked: list[Way] = ["position_ids"] if release else []
+    other: Way = "cu_seqlens" if flash else "block-mask"
+    if known or _separates_wholly(evidence, other):
+        asked.append(other)
+    if release:
+        return Ways(asked=tuple(asked))
+    who = f"transformers {compat.version()}" if known else type(evidence.model).__name__
+    if not asked:
+        reason = (
+            f"{who} keeps packed rows apart neither by position_ids nor by {WORDS[other]}; train on {WORDS['rows']}"
+        )
+        return Ways(asked=(), left_out=reason)
+    later = " (4.53.1 and newer do)" if known else ""
+    return Ways(
+        asked=tuple(asked),
+        left_out=f"{who} does not keep packed rows apart by position_ids{later}; {WORDS[other]} does",
+    )
+
+
+def _two_rows(evidence: Evidence) -> list[Tensor]:
+    """Three tokens and two others, none of them padding."""
+    pad, size = evidence.space.pad_id, evidence.vocab_size
+    ids = torch.tensor([token for token in range(min(size, 6)) if token != pad])
+    return [ids[:3], ids[-2:]]
+
+
+def _separates(evidence: Evidence) -> bool:
+    """Whether the model's masks depend on `position_ids` where it is given none.
+
+    A state that is rolled on from token to token ends at no row, whatever the masks say.
+    """
+    if not takes_positions(evidence.model) or generation.is_stateful(evidence.model):
+        return False
+    told = packed(_two_rows(evidence), "position_ids", evidence.model)
+    whole = told | {"attention_mask": torch.ones_like(told["input_ids"])}
+    try:
+        return not relative_error(true_answer(evidence, told), true_answer(evidence, whole)) <= AGREED
+    except REFUSALS:
+        return False
+
+
+def _separates_wholly(evidence: Evidence, way: Way) -> bool:
+    rows = _two_rows(evidence)
+    alone = torch.cat([true_answer(evidence, row_alone(row, evidence))[0] for row in rows])
+    try:
+        together = true_answer(evidence, packed(rows, way, evidence.model))[0]
+        return relative_error(together, alone) <= AGREED
+    except REFUSALS:
+        return False
