@@ -100,7 +100,7 @@ def _split(arguments: list[str], parser: argparse.ArgumentParser) -> tuple[list[
 def _watched(path: Path, arguments: list[str], given: argparse.Namespace) -> int:
     from numerics_suite.watching.alarms import NumericsError
     from numerics_suite.watching.script import Finder, run_script
-    from numerics_suite.watching.session import WatchSettings
+    from numerics_suite.watching.watch_settings import WatchSettings
 
     try:
         settings = WatchSettings(
@@ -141,11 +141,12 @@ def _ended(finder: Finder, given: argparse.Namespace, status: int, *, stopped: b
         sys.stderr.write(f"numerics-suite: step {watch.finding.step}: {harmless(watch.finding.title)}\n")
         if watch.bundle_path is not None and not given.quiet:
             sys.stderr.write(f"numerics-suite: numerics-suite check --bundle {watch.bundle_path}\n")
-    if not finder.watches and not given.quiet:
-        sys.stderr.write("numerics-suite: no module was trained, so nothing was watched\n")
+    notes = finder.notes(stopped=stopped)
+    for note in [] if given.quiet else notes:
+        sys.stderr.write(f"numerics-suite: {note}\n")
     ended = 1 if stopped or (caught and not status) else status
     if given.json:
-        document = _as_json(finder, [watch.finding for watch in caught if watch.finding], status)
+        document = {**_as_json(finder, [watch.finding for watch in caught if watch.finding], status), "notes": notes}
         write_json(
             given.json, {**document, "verdict": "fail" if caught else VERDICTS.get(status and 3, "error")}, status
         )

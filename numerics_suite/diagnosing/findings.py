@@ -56,15 +56,20 @@ def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None,
         parameters=measured.parameters,
         evidence=facts,
         batch=batch_as_json(batch) if batch is not None else None,
-        remedies=untried(tuple(dict.fromkeys((*_remedies(worst, breaches[1:]), *remedies_of(cause))))),
+        remedies=untried(tuple(dict.fromkeys((*_remedies(worst, breaches[1:], cause), *remedies_of(cause))))),
     )
 
 
-def _remedies(worst: Breach, others: Sequence[Breach]) -> tuple[str, ...]:
+OF_NO_HELP = {"dead-gradient": frozenset({"tune-loss-scale"})}
+"""By cause, remedies of its budget that are for another one: a gradient that only float16 loses is `underflow`."""
+
+
+def _remedies(worst: Breach, others: Sequence[Breach], cause: str) -> tuple[str, ...]:
     """The worst breach's, and those of other breaches at its module: what is wrong there may be seen best in another number."""
     module = worst.measurement.module
     alike = [other for other in others if module is not None and other.measurement.module == module]
-    return tuple(dict.fromkeys(name for breach in (worst, *alike) for name in breach.budget.remedies))
+    named = dict.fromkeys(name for breach in (worst, *alike) for name in breach.budget.remedies)
+    return tuple(name for name in named if name not in OF_NO_HELP.get(cause, ()))
 
 
 def title(breach: Breach) -> str:

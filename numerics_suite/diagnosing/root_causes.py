@@ -59,6 +59,7 @@ REMEDIES = {
     "wrong-input-dtype": ("default-input-dtypes",),
     "out-of-range-input": (),
     "no-counted-labels": ("count-labels",),
+    "dead-gradient": (),
     "untrained-parameters": ("non-reentrant-checkpointing", "rebuild-optimizer"),
     "rounded-update": ("raise-learning-rate", "stochastic-rounding", "fp32-master-weights", "use-amp-bf16"),
 }

@@ -58,8 +58,17 @@ def non_reentrant(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
     Args:
         evidence: as above.
     """
-    if any(_is_reentrant(module) for module in evidence.model.modules()):
+    if has_reentrant_checkpoints(evidence.model):
         yield evidence.variant(change=_not_reentrant), "use_reentrant=False"
+
+
+def has_reentrant_checkpoints(model: nn.Module) -> bool:
+    """Whether a module of it recomputes its forward pass in the reentrant way.
+
+    Args:
+        model: of any class.
+    """
+    return any(_is_reentrant(module) for module in model.modules())
 
 
 def _is_reentrant(module: nn.Module) -> bool:

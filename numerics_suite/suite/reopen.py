@@ -34,7 +34,7 @@ from numerics_suite.watching.bundle_reader import (
 )
 from numerics_suite.watching.caught_step import Start, precision_name
 from numerics_suite.watching.diagnosis import Scene, run_again, trained_again
-from numerics_suite.watching.remedies import CHECKS, left_untried, with_remedies_tried
+from numerics_suite.watching.remedies import ITS_OWN_CHECK, check_of, left_untried, with_remedies_tried
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Task
@@ -123,7 +123,8 @@ def _precision(bundle: Bundle) -> str:
     """The recipe that the watched model was trained by: its dtype and its autocast sections."""
     autocast = next((dtype for call in bundle.calls for dtype in call.autocast.values()), None)
     lower = None if autocast is None else str(autocast).removeprefix("torch.")
-    return precision_name(str(bundle.content["model"]["dtype"]), lower)
+    model = bundle.content["model"]
+    return precision_name(str(model.get("trained_dtype") or model["dtype"]), lower)
 
 
 def _tried_again(bundle: Bundle, device: str) -> Finding:
@@ -172,10 +173,12 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
 def _on(subject: Subject, bundle: Bundle, scene: Scene) -> Finding | None:
     """The finding on another model, with none of its remedies tried yet."""
     found, trained = bundle.finding, trained_again(scene, bundle.step)
-    if found.cause in CHECKS:  # neither the batch's dtype nor a loss scale is a matter of where a value begins
+    if (
+        check_of(found) != ITS_OWN_CHECK
+    ):  # neither the batch's dtype nor a loss scale is a matter of where a value begins
         trained = None
         where = run_again(scene, {}, backward=True)
-        if where is None and not breaks(CHECKS[found.cause], scene.caught(scene.starts[0])):
+        if where is None and not breaks(check_of(found), scene.caught(scene.starts[0])):
             return None
     elif trained is None and (where := run_again(scene, {}, backward=True)) is None:
         return None

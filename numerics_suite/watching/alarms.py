@@ -51,12 +51,13 @@ class Alarm:
 
     Attributes:
         step: the optimizer step.
-        kind: `logits`, `loss`, `gradient`, `parameter`, `inputs`, `loss-scale`, `unreached`, `unheld`, `rounded-update`, `frozen`, `untied`, or the early warning's name.
+        kind: `logits`, `loss`, `gradient`, `parameter`, `inputs`, `loss-scale`, `unreached`, `unheld`, `zero-gradient`, `dead-gradient`, `rounded-update`, `frozen`, `untied`, or the early warning's name.
         bad: `on_bad` applies; else it is an early warning.
         text: one clause for a person, without the step.
         cause: of the contract, where the figures alone tell.
         facts: the numbers beside it.
         parameters: names of those that it is about.
+        module: where it lies, None for that of the first parameter.
     """
 
     step: int
@@ -66,3 +67,4 @@ class Alarm:
     cause: str | None = None
     facts: Mapping[str, Fact] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
+    module: str | None = None

@@ -26,11 +26,13 @@ from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.watching.alarms import Alarm, Reading
-from numerics_suite.watching.caught_step import Start
-from numerics_suite.watching.diagnosis import SMALL_BYTES, Scene
+from numerics_suite.watching.caught_step import Start, usual_dtype
+from numerics_suite.watching.diagnosis import Scene
+from numerics_suite.watching.divergence import LOSS_NOW
 from numerics_suite.watching.norms import local
 from numerics_suite.watching.reproducer_script import SCRIPT
 from numerics_suite.watching.ring import Call
+from numerics_suite.watching.snapshots import SMALL_BYTES
 
 KIND = "numerics-suite watch bundle"
 SCHEMA_VERSION = 1
@@ -98,7 +100,7 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
     tensors: dict[str, Tensor] = {}
     calls = [_call_to_json(call, index, tensors) for index, call in enumerate(caught.calls)]
     save_file(tensors, folder / BATCHES)
-    written, parameters, start = _parameters(scene)
+    written, parameters, start = _parameters(scene, finding)
     if parameters:
         save_file(parameters, folder / PARAMETERS)
     loop, states = start.loop if start is not None else None, dict[str, Tensor]()
@@ -133,11 +135,12 @@ def _fill(folder: Path, finding: Finding, scene: Scene, caught: Caught) -> None:
             os.fsync(file.fileno())
 
 
-def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor], Start | None]:
+def _parameters(scene: Scene, finding: Finding) -> tuple[str | None, dict[str, Tensor], Start | None]:
     """Which parameters are written, in words, they, and the start of a replay that they are for."""
     named = {name: local(p.detach()) for name, p in scene.model.named_parameters()}
     small = sum(p.numel() * p.element_size() for p in named.values()) <= SMALL_BYTES
-    for start in scene.starts:
+    # An older state is of use where the step goes bad from there again: what the script itself wrote into the model since then it lacks.
+    for start in sorted(scene.starts, key=lambda start: bool(start.parameters) and not _shows(start, finding)):
         if start.parameters:
             words = f"snapshot from before step {scene.snapshot_step}"
             return words, {name: _stored(value) for name, value in start.parameters.items()}, start
@@ -149,6 +152,12 @@ def _parameters(scene: Scene) -> tuple[str | None, dict[str, Tensor], Start | No
     if scene.updated or not scene.replay or not small:
         return None, {}, None
     return "those of the bad step", {name: _stored(p) for name, p in named.items()}, None
+
+
+def _shows(start: Start, finding: Finding) -> bool:
+    """Whether the finding came about again from there."""
+    replay = str(finding.evidence.get("replay", ""))
+    return LOSS_NOW in finding.evidence or (start.words in replay and "stayed finite" not in replay)
 
 
 def _what_can_be_replayed(written: str | None, start: Start | None, step: int) -> str:
@@ -176,6 +185,7 @@ def _model_to_json(scene: Scene) -> dict[str, Any]:
         "adapter": _adapter_to_json(model),
         "attn": getattr(config, "_attn_implementation", None),
         "dtype": max(set(dtypes), key=dtypes.count) if dtypes else None,
+        "trained_dtype": usual_dtype(p for p in model.parameters() if p.requires_grad),
         "training": model.training,
         "trained": sum(p.requires_grad for p in model.parameters()),
     }

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from numerics_suite.watching.session import Watch, WatchSettings
+from numerics_suite.watching.session import Watch
+from numerics_suite.watching.watch_settings import WatchSettings
 
 
 class NumericsCallback(TrainerCallback):  # type: ignore[misc]

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median_low
@@ -206,6 +206,7 @@ class _KeptSteps(Trainer):
             self.share *= self.start.scale if caught.as_caught else 1.0
         elif self.scaler.is_enabled():
             self.scaler.set_growth_interval(loop.growth_interval)
+            self.scaler.set_backoff_factor(loop.backoff)
 
     def numbers(self) -> Sequence[int]:
         """The kept steps, over and over."""
@@ -296,14 +297,25 @@ def recipe_of(model: nn.Module, start: Start) -> Precision:
         model: as watched.
         start: the calls and the loop.
     """
-    dtypes = [str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()]
-    dtype: Any = max(set(dtypes), key=dtypes.count) if dtypes else "float32"
+    dtype: Any = usual_dtype(model.parameters()) or "float32"
+    # What is trained names the recipe: a float16 base under a float32 adapter is no training in float16.
+    trained = usual_dtype(p for p in model.parameters() if p.requires_grad) or dtype
     sections = (str(dtype).removeprefix("torch.") for call in start.calls for dtype in call.autocast.values())
     autocast: Any = next(sections, None)
     scaled = start.loop is not None and start.loop.scaled
     return replace(
-        PRECISIONS[precision_name(dtype, autocast)], parameters=dtype, autocast=autocast, loss_scaling=scaled
+        PRECISIONS[precision_name(trained, autocast)], parameters=dtype, autocast=autocast, loss_scaling=scaled
     )
+
+
+def usual_dtype(parameters: Iterable[Tensor]) -> str | None:
+    """The dtype of most of the floating parameters, such as `float32`; None of none.
+
+    Args:
+        parameters: of a model.
+    """
+    dtypes = [str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()]
+    return max(dict.fromkeys(dtypes), key=dtypes.count) if dtypes else None
 
 
 def precision_name(dtype: str, autocast: str | None) -> str:

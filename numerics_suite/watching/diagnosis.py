@@ -32,11 +32,11 @@ from numerics_suite.observing.locate import Origin, find_origin
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
+from numerics_suite.watching.divergence import THE_BATCH, blame, growth_facts
+from numerics_suite.watching.judge import ROSE
 from numerics_suite.watching.ring import Call, as_called, same_buffers, with_values
+from numerics_suite.watching.snapshots import SMALL_BYTES
 from numerics_suite.watching.updates import SILENT
-
-SMALL_BYTES = 64 << 20
-"""Parameters up to this size are copied where nobody asked for it: within a loop that stops, and into a bundle."""
 
 SECONDS = 60.0
 """As long as a loop that stops is kept for its remedies."""
@@ -50,10 +50,11 @@ EXPLANATIONS = {
     "invalid-operation": "The op's inputs are finite and its result is not: it divided by zero or left its domain.",
     "fully-masked-row": "A softmax over a row whose every score is masked is 0/0.",
     "optimizer-underflow": "Gradients were finite, the optimizer's eps is 0 in the parameters' dtype, and 0/0 is NaN.",
-    "divergence": "Every value was finite until the optimizer's own steps carried the parameters away.",
+    "divergence": "The optimizer's own steps carried the parameters away: what was finite, or low, before them no longer is.",
     "loss-scaling": "No loss scale makes the gradients finite, so GradScaler skips every step and training only looks calm.",
     "no-counted-labels": "A loss is the mean over the labels that count; every label of this batch is -100, and 0/0 is NaN.",
     "untrained-parameters": "Parameters that the loop means to train get no gradient, or no optimizer holds them: the loss may fall, and they stay as they are.",
+    "dead-gradient": "The loss depends on these parameters and their gradient is absent or exactly zero: a branch is detached, or a backward pass returns zeros, in the module that is named.",
     "rounded-update": "The steps are smaller than the spacing of the parameters' dtype: less of them is held than one rounding of their sum would lose.",
     "wrong-gradient": "The optimizer steps by a gradient that no backward pass of this step wrote: weight decay and momentum move what was frozen.",
     "untied-weights": "What the config ties is two tensors, so training moves one without the other, and a copy that is loaded again has one of them twice.",
@@ -101,7 +102,7 @@ class Scene:
 
 def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     """The finding of a bad value: replayed, located, its cause named."""
-    if alarm.kind in SILENT:
+    if alarm.kind in SILENT or alarm.kind == ROSE:
         return _silent(alarm, scene)
     bad = bad_parameters(scene.model)
     inputs = [named_inputs(scene.model, call) for call in scene.calls]
@@ -119,6 +120,10 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
         origin, how = _replayed(alarm, scene, bad)
         cause = _cause(alarm, scene, origin, bad)
     facts: dict[str, Fact] = {**alarm.facts, "replay": how}
+    if alarm.kind in {"logits", "loss", "gradient"} and cause in RUN_AWAY:
+        facts |= blame(scene, alarm.step)
+        cause = _carried_away(cause, origin, facts)
+        facts |= growth_facts(scene) if cause == "divergence" else {}
     if origin is not None:
         facts |= origin_facts(origin)
     if bad:
@@ -142,15 +147,26 @@ def finding_of(alarm: Alarm, scene: Scene) -> Finding:
     return borne_out_of(found, scene.model)
 
 
+RUN_AWAY = frozenset({"divergence", "overflow", "invalid-operation", "unknown"})
+"""Causes of a value that may be due to where the steps have led."""
+
+
+def _carried_away(cause: str, origin: Origin | None, facts: Mapping[str, Fact]) -> str:
+    """`divergence` where what overflows has float32's range and an older state is finite on the same batch: only steps lead there."""
+    wide = origin is not None and origin.dtype in {"float32", "bfloat16", "float64"}
+    moved = not str(facts.get("caused by", THE_BATCH)).startswith(THE_BATCH)
+    return "divergence" if cause == "overflow" and wide and moved else cause
+
+
 def _silent(alarm: Alarm, scene: Scene) -> Finding:
-    """The finding of training in which every value is finite, and parameters do not move."""
+    """The finding of training in which every value is finite, and parameters do not move, or the loss rises."""
     assert alarm.cause is not None
     inputs = [named_inputs(scene.model, call) for call in scene.calls]
     return Finding(
         cause=alarm.cause,
         title=f"{alarm.text}{f', first {alarm.parameters[0]}' if alarm.parameters else ''}: {alarm.cause}",
         explanation=EXPLANATIONS[alarm.cause],
-        module=alarm.parameters[0].rpartition(".")[0] if alarm.parameters else None,
+        module=alarm.module or (alarm.parameters[0].rpartition(".")[0] if alarm.parameters else None),
         step=alarm.step,
         parameters=alarm.parameters,
         evidence=dict(alarm.facts),

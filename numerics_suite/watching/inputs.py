@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from numerics_suite.engine.calls import takes_token_ids
+from numerics_suite.watching.alarms import Alarm
 from numerics_suite.watching.norms import local
+from numerics_suite.watching.ring import Call
 
 ID_NAMES = ("input_ids", "position_ids", "token_type_ids")
 """Inputs that count or name something, so that no rounding is harmless."""
@@ -51,3 +53,20 @@ def rounding_bits(ids: Tensor) -> float:
         return 0.0
     distinct = torch.unique(local(ids.detach()).cpu().double()).tolist()
     return math.fsum(math.floor(math.log2(value)) - 7 for value in distinct if value >= 256)
+
+
+def rounded_ids(model: nn.Module, calls: Sequence[Call]) -> Alarm | None:
+    """The early warning of ids that equal their own rounding too well for chance; None where chance explains it.
+
+    Args:
+        model: that takes them.
+        calls: of one step.
+    """
+    given = [ids for call in calls for name, ids in token_ids(model, call.args, call.kwargs) if name == "input_ids"]
+    bits = max(map(rounding_bits, given), default=0.0)
+    if bits < CHANCE_BITS:
+        return None
+    text = f"every id of input_ids equals its own rounding to bfloat16, by chance in 1 of 2^{bits:.0f} batches: they were cast on the way"
+    facts = {"bits of chance": bits}
+    step = calls[0].step
+    return Alarm(step=step, kind="rounded-ids", bad=False, text=text, cause="wrong-input-dtype", facts=facts)

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from numerics_suite.checks.train.amp import LOST_SCALE
 from numerics_suite.watching.alarms import Alarm, Reading
 
+HALVED = "loss-scale-halving"
+"""Kind of the alarm of a loss scale that was halved too often in a row."""
+
 HEADROOM_BITS = 3.0
 """Warn when logits are within 8 times of the largest number of their dtype.
 
@@ -31,6 +34,10 @@ HALVINGS_AT_START = 8
 A gradient element of a sane loss is below 2^8, which fits after 8 halvings; the ninth in a row says
 that an element is larger than 256, or is not finite at any scale.
 """
+
+HALVINGS_TO_ONE = 17
+"""Halvings that take torch's first scale, 65,536, below 1. A scaler that has skipped as many steps in a row and whose scale is more than
+half of what it was searches no more: its backoff is 1 or nearly, it is made anew in each step, or the loop sets its scale."""
 
 HALVINGS_LATER = 3
 """The most after a step that fitted: growth by 2 each 2,000 steps explains one, the noise of a batch two more; the fourth in a row says that
@@ -55,6 +62,20 @@ so a clean start stays below.
 """
 
 
+ROSE = "loss-rose"
+"""Kind of the alarm of a loss that stays far above where training began."""
+
+RISE, RISE_SHARE = math.log(2), 0.5
+"""A loss counts as risen by a factor of 2 of the likelihood and half of where it began, whichever is more.
+
+One is what a rise means where the loss is in nats, the other where it is not. A batch that is harder, or a rate that is high at first, moves a
+loss by tenths of a nat; what a loss of 2 that stays at 3 has lost is more than the first epochs of a usual fine-tuning gain."""
+
+RISEN_FOR, RISEN_AT_MOST = 4, 16
+"""Steps in a row for which it must have: half of all steps so far, within these bounds. Of n losses that are drawn alike, the last half lies above all of
+the first in one of C(n, n/2) cases, which is 1 of 70 at 8; the rest is found out by a replay, which asks again when twice as many steps are over."""
+
+
 class Judge:
     """Keeps the little history that the early warnings need and turns readings into alarms.
 
@@ -68,7 +89,12 @@ class Judge:
         self.room: deque[float] = deque(maxlen=HEADROOM_WINDOW)
         self.scale: float | None = None
         self.halvings = 0
+        self.skips = 0
+        self.skipped_from = math.nan
         self.fitted = False
+        self.began = math.nan
+        self.risen_since = 0
+        self.asked_at = 0
         self._raised: set[str] = set()
 
     def judge(self, reading: Reading) -> Iterator[Alarm]:
@@ -81,6 +107,8 @@ class Judge:
         yield from self._norm(reading)
         yield from self._update(reading)
         yield from self._scale(reading)
+        yield from self._skipped(reading)
+        yield from self._rose(reading)
 
     def _bad(self, reading: Reading) -> Iterator[Alarm]:
         for name, kind, plural in (
@@ -153,6 +181,36 @@ class Judge:
             self.fitted = self.fitted or value >= before
             yield from self._halved(reading.step, value)
 
+    def _rose(self, reading: Reading) -> Iterator[Alarm]:
+        losses = reading.values.get("loss", ())
+        if not losses:
+            return
+        loss = min(losses)
+        if reading.step <= 1:  # of several passes the largest: the batches of one step differ
+            self.began = max((*losses, *filter(math.isfinite, [self.began])))
+        high = loss > self.began + max(RISE, RISE_SHARE * abs(self.began))
+        self.risen_since = (self.risen_since or reading.step) if high else 0
+        risen = reading.step - self.risen_since + 1 if self.risen_since else 0
+        enough = min(max(RISEN_FOR, math.ceil(reading.step / 2)), RISEN_AT_MOST)
+        if risen >= enough and reading.step >= 2 * self.asked_at:
+            self.asked_at = reading.step
+            text = f"the loss is {loss:.4g} and began at {self.began:.4g}; it has been as high for {risen} steps"
+            facts = {"loss": loss, "first loss": self.began, "steps": risen}
+            yield Alarm(step=reading.step, kind=ROSE, bad=False, text=text, cause="divergence", facts=facts)
+
+    def _skipped(self, reading: Reading) -> Iterator[Alarm]:
+        for skipped in reading.values.get("skipped step", ()):
+            if skipped and not self.skips:
+                self.skipped_from = self.scale or math.nan
+            self.skips = self.skips + 1 if skipped else 0
+            scale = self.scale or math.nan
+            if self.skips == HALVINGS_TO_ONE and scale > self.skipped_from / 2:
+                text = f"the GradScaler skips every step: {self.skips} in a row, and its scale stays at {scale:.4g}"
+                facts = {"loss scale": scale, "steps skipped in a row": self.skips}
+                yield Alarm(
+                    step=reading.step, kind="loss-scale", bad=True, text=text, cause="loss-scaling", facts=facts
+                )
+
     def _halved(self, step: int, value: float) -> Iterator[Alarm]:
         allowed = HALVINGS_LATER if self.fitted else HALVINGS_AT_START
         facts = {"loss scale": value, "halvings in a row": self.halvings, "allowed in a row": allowed}
@@ -161,7 +219,7 @@ class Judge:
             yield Alarm(step=step, kind="loss-scale", bad=True, text=text, cause="loss-scaling", facts=facts)
             return
         text = f"the loss scale was halved {self.halvings} times in a row, to {value:g}"
-        alarm = Alarm(step=step, kind="loss-scale-halving", bad=False, text=text, cause="loss-scaling", facts=facts)
+        alarm = Alarm(step=step, kind=HALVED, bad=False, text=text, cause="loss-scaling", facts=facts)
         yield from self._once(alarm, wrong=self.halvings > allowed)
 
 

@@ -17,7 +17,7 @@ RATES = ("lr", "betas", "momentum", "weight_decay")
 """What a scheduler may change from step to step."""
 
 
-PLAIN, BY_STEP = ("start", "max_norm", "scaled", "scale", "growth_interval", "began"), ("rates", "norms")
+PLAIN, BY_STEP = ("start", "max_norm", "scaled", "scale", "growth_interval", "backoff", "began"), ("rates", "norms")
 """Fields of a :class:`Loop` that a bundle holds as they are, and those that it holds by step."""
 
 
@@ -128,6 +128,7 @@ class Loop:
         scaled: a GradScaler is at work.
         scale: what it multiplied the loss of the first step by, 1 without one.
         growth_interval: steps after which it doubles that.
+        backoff: what it multiplies that by at a step that it skips, as it was seen where it skipped any.
         norms: by step, the total gradient norm that was read, before clipping.
         began: the loss that training began with, NaN where that was not read.
     """
@@ -139,6 +140,7 @@ class Loop:
     scaled: bool = False
     scale: float = 1.0
     growth_interval: int = 2000
+    backoff: float = 0.5
     norms: Mapping[int, float] = field(default_factory=dict)
     began: float = math.nan
 
@@ -176,7 +178,7 @@ def loop_from_json(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         tensors: what it was given, filled.
     """
     return Loop(
-        **{name: revived(written[name]) for name in PLAIN},
+        **{name: revived(written[name]) for name in PLAIN if name in written},
         optimizers=tuple(_state_from_json(each, tensors) for each in written["optimizers"]),
         rates={int(step): [_tuples(groups) for groups in rates] for step, rates in written["rates"].items()},
         norms={int(step): float(revived(norm)) for step, norm in written["norms"].items()},

@@ -22,14 +22,29 @@ from numerics_suite.diagnosing.remedy_trials import (
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.watching.caught_step import CaughtStep, undisturbed
 from numerics_suite.watching.diagnosis import Scene
+from numerics_suite.watching.divergence import DESCENDS, LOSS_NOW, runs_away
+
+ITS_OWN_CHECK = "train.finite"
+"""What the watch asks in each step, this check asks of a few."""
 
 CHECKS = {
     "loss-scaling": "train.amp",
     "wrong-input-dtype": "inputs.pipeline",
     "untrained-parameters": "train.updates",
+    "dead-gradient": "train.grad-flow",
     "rounded-update": "train.updates",
 }
-"""By cause, the check that asks what the watch asked; all others are `train.finite`'s."""
+"""By cause, the check that asks what the watch asked; all others are :data:`ITS_OWN_CHECK`'s."""
+
+
+def check_of(finding: Finding) -> str:
+    """The check that asks what the watch asked of that finding.
+
+    Args:
+        finding: of the watch.
+    """
+    return DESCENDS if LOSS_NOW in finding.evidence else CHECKS.get(finding.cause, ITS_OWN_CHECK)
+
 
 BEFORE_THE_STEP = frozenset({"clip-grad-norm", "lower-learning-rate", "larger-optimizer-eps"})
 """Remedies that act when an optimizer steps: where the step's own passes go bad they must be tried on the steps before."""
@@ -45,7 +60,7 @@ def with_remedies_tried(finding: Finding, scene: Scene) -> Finding:
         finding: of the watch; remedies that have been tried stay as they are.
         scene: what a replay needs; its model is left as it is.
     """
-    check = CHECKS.get(finding.cause, "train.finite")
+    check = check_of(finding)
     known = tuple(remedy for remedy in finding.remedies if remedy.verified is not None)
     asked = replace(finding, remedies=tuple(remedy for remedy in finding.remedies if remedy.verified is None))
     until = time.monotonic() + scene.seconds
@@ -86,8 +101,10 @@ class _Replays:
 
     def _goes_bad(self, caught: CaughtStep) -> bool | None:
         """Whether a step was taken before, so that what acts on steps can be tried; None where nothing goes bad."""
-        if self.check != "train.finite":
-            return True if breaks(self.check, caught) else None
+        if self.check != ITS_OWN_CHECK:
+            # What a loss that rises from an older state runs into may be no number any more.
+            again = runs_away(caught) if self.check == DESCENDS else breaks(self.check, caught)
+            return True if again else None
         bad = caught.train(caught.once).bad
         if bad is None or bad.step > max(self.step, caught.first_step):
             return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from numerics_suite.devices import random_state
 from numerics_suite.devices.arithmetic import autocast_as, autocast_dtypes
@@ -21,6 +21,10 @@ Rates = tuple[Mapping[str, Any], ...]
 
 CLONED_BYTES = 1 << 20
 """Inputs up to this size are copied, so that a loop that refills its buffers does not change them; larger ones are referred to."""
+
+
+EARLY = 12
+"""Steps from the first one on that are all kept while their inputs are small: what fails this soon can be taken again from the beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,7 @@ class Ring:
         self.steps = max(1, steps)
         self.calls: deque[Call] = deque()
         self.rates: dict[int, dict[int, Rates]] = {}
+        self._early = True
 
     def add(self, step: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> None:
         """Keep a call that is about to be made.
@@ -60,7 +65,8 @@ class Ring:
             kwargs: inputs by name.
             device: of the model, whose random state is kept beside the CPU's.
         """
-        while self.calls and self.calls[0].step <= step - self.steps:
+        self._early = self._early and step <= EARLY and _is_small((args, kwargs))
+        while not self._early and self.calls and self.calls[0].step <= step - self.steps:
             self.rates.pop(self.calls.popleft().step, None)
         kept_args, kept_kwargs = tree_map_only(Tensor, _kept, (args, dict(kwargs)))
         call = Call(
@@ -85,6 +91,11 @@ class Ring:
     def of_step(self, step: int) -> list[Call]:
         """The calls of one step, first to last."""
         return [call for call in self.calls if call.step == step]
+
+
+def _is_small(inputs: Any) -> bool:
+    """Whether they are copied anyway, and take next to nothing."""
+    return sum(leaf.nbytes for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)) <= CLONED_BYTES
 
 
 def _kept(tensor: Tensor) -> Tensor:

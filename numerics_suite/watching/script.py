@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import runpy
 import sys
 import weakref
@@ -16,8 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from numerics_suite.watching.attaching import plain_model
 from numerics_suite.watching.patches import is_unheard, listening
-from numerics_suite.watching.session import Watch, WatchSettings
+from numerics_suite.watching.session import Watch
 from numerics_suite.watching.updates import holds_copies
+from numerics_suite.watching.watch_settings import WatchSettings
 
 
 class Finder:
@@ -59,6 +61,27 @@ class Finder:
             stack.enter_context(_optimizers_made(self._made))
             stack.enter_context(_outermost_calls(self._on_call))
             yield
+
+    def notes(self, *, stopped: bool) -> list[str]:
+        """What the watch could not see of the script, a line each.
+
+        Args:
+            stopped: the script ended where the watch stopped it.
+        """
+        if not self.watches:
+            return ["no module was trained in this process, so nothing was watched; other processes are not"]
+        found = []
+        for watch in self.watches:
+            name = type(watch.model).__name__
+            if not watch.optimizers:
+                found.append(
+                    f"{name}: no torch.optim.Optimizer stepped it, so its values were looked at, and neither steps nor updates"
+                )
+            if watch.finding is not None and self.on_bad == "stop" and not stopped:
+                found.append(
+                    f"{name}: the script caught the NumericsError and went on; nothing was watched from there on"
+                )
+        return found
 
     def _on_call(self, module: nn.Module) -> None:
         if is_unheard() or not torch.is_grad_enabled() or any(watch.called is module for watch in self.watches):
@@ -122,11 +145,25 @@ def _outermost_calls(told: Any) -> Iterator[None]:
         finally:
             nn.Module.__call__ = patched  # type: ignore[method-assign]
 
+    own_compile = torch.compile
+
+    @functools.wraps(own_compile)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        # A compiled module keeps the method that it finds now, and traces it: it must be torch's own.
+        before = nn.Module.__call__
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+        try:
+            return own_compile(*args, **kwargs)
+        finally:
+            nn.Module.__call__ = before  # type: ignore[method-assign]
+
     nn.Module.__call__ = patched  # type: ignore[method-assign]
+    torch.compile = compiled
     try:
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
+        torch.compile = own_compile
 
 
 def run_script(script: Path, arguments: Sequence[str], finder: Finder) -> int:

@@ -6,8 +6,8 @@ import contextlib
 import functools
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,11 +20,12 @@ from numerics_suite.watching.alarms import Alarm, NumericsError, Reading
 from numerics_suite.watching.attaching import around_forward, around_step, plain_model, plain_optimizer
 from numerics_suite.watching.bundle import Caught
 from numerics_suite.watching.caught_step import bad_parameters
-from numerics_suite.watching.confirmation import confirmed
+from numerics_suite.watching.confirmation import confirmed, never_fits
 from numerics_suite.watching.diagnosis import Scene
+from numerics_suite.watching.divergence import diverged
 from numerics_suite.watching.gauges import Gauges, parameters_of
-from numerics_suite.watching.inputs import CHANCE_BITS, ID_BATCHES, rounding_bits, token_ids, unrepresentable
-from numerics_suite.watching.judge import Judge
+from numerics_suite.watching.inputs import ID_BATCHES, rounded_ids, token_ids, unrepresentable
+from numerics_suite.watching.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.watching.mailbox import Mailbox
 from numerics_suite.watching.norms import is_shard
 from numerics_suite.watching.optimizer_states import rates_of
@@ -32,28 +33,14 @@ from numerics_suite.watching.patches import listening
 from numerics_suite.watching.response import OnBad, Response, checked_policy, early, logged, send, several_processes
 from numerics_suite.watching.ring import Ring
 from numerics_suite.watching.snapshots import Seen, Snapshots
-from numerics_suite.watching.updates import SILENT, UNREACHED, Updates
+from numerics_suite.watching.updates import SILENT, UNREACHED, ZERO, Updates
+from numerics_suite.watching.watch_settings import WatchSettings
+
+ONGOING = SILENT | {"loss-scale", HALVED}
+"""Kinds of alarms of what goes on: the kept steps, taken further from the parameters as they are, show it again."""
 
 KEPT_READINGS = 256
 UNREPRESENTABLE = "ids that bfloat16 cannot hold"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchSettings:
-    """How often the watch looks and what it keeps; see :func:`watch`."""
-
-    every: int = 1
-    every_parameters: int = 20
-    snapshot_every: int = 0
-    ring: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuse what means nothing."""
-        for name, least in (("every", 1), ("every_parameters", 1), ("snapshot_every", 0), ("ring", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                message = f"watch: {name} must be a whole number of at least {least}, not {value!r}"
-                raise ValueError(message)
 
 
 class Watch:
@@ -96,6 +83,7 @@ class Watch:
         self._stepped: set[int] = set()
         self._hidden: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._muted = False
+        self._found_inf: Tensor | None = None
         self._stack = contextlib.ExitStack()
 
     @property
@@ -183,8 +171,11 @@ class Watch:
         if self._parameters_due:
             self._gauges.before_update(optimizer)
         self._updates.before(optimizer, due=self._parameters_due)
-        if self.settings.snapshot_every:
+        if self._kept.step:
             self._ring.note(self.step, self._place_of(optimizer), rates_of(optimizer))
+        # A fused optimizer is stepped all the same, and leaves out within its kernel what the scaler has found.
+        found = getattr(optimizer, "found_inf", None)
+        self._found_inf = found.detach().clone() if isinstance(found, Tensor) else None
         skipping = self._response.on_bad == "skip"
         # A device two steps behind has a whole step queued: a wait for it then leaves it busy, and bounds how late a bad value is told.
         self._read(wait=skipping, through=self.step - 2)
@@ -207,12 +198,11 @@ class Watch:
             self._mailbox.post(self.step, self._gauges.of_update(optimizer))
         self._mailbox.post(self.step, self._updates.after(optimizer))
         self._read()
-        if (
-            self.finding is None
-            and (alarm := self._updates.left_out(self.step, optimizer, self.optimizers)) is not None
-        ):
-            alarm = self._confirmed(alarm) if alarm.kind == UNREACHED else alarm
-            self._raise(alarm) if alarm is not None else None
+        for alarm in self._updates.left_out(self.step, optimizer, self.optimizers):
+            asked = alarm.kind in {UNREACHED, ZERO}
+            found = self._asked(confirmed, alarm) if asked and self.finding is None else alarm
+            if found is not None and self.finding is None:
+                self._raise(found)
 
     @property
     def _due(self) -> bool:
@@ -232,7 +222,9 @@ class Watch:
         self._stepped.clear()
         self._gauges.new_step()
         every = self.settings.snapshot_every
-        if every and (self.step - 1) % every == 0 and self.finding is None:
+        # The state before the first step costs one copy of a small model, and is what tells a batch from a state that went wrong.
+        first = self.step == 1 and self._kept.is_small and not several_processes()
+        if (first or (every and (self.step - 1) % every == 0)) and self.finding is None:
             # The copy waits for the device as well, and spoiled parameters must not replace good ones.
             self._read(wait=True)
             self._kept.take(self.step, self.optimizers)
@@ -249,18 +241,6 @@ class Watch:
                 self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=text, cause="wrong-input-dtype"))
             elif self._forwards <= ID_BATCHES and name == "input_ids" and (count := unrepresentable(ids)) is not None:
                 self._mailbox.post(self.step, [(UNREPRESENTABLE, count)])
-
-    def _warn_of_rounding(self, step: int) -> None:
-        calls = self._ring.of_step(step)
-        ids = [
-            ids for call in calls for name, ids in token_ids(self.model, call.args, call.kwargs) if name == "input_ids"
-        ]
-        bits = max(map(rounding_bits, ids), default=0.0)
-        if bits >= CHANCE_BITS and not any(alarm.kind == "rounded-ids" for alarm in self.warnings):
-            text = f"every id of input_ids equals its own rounding to bfloat16, by chance in 1 of 2^{bits:.0f} batches: they were cast on the way"
-            facts = {"bits of chance": bits}
-            alarm = Alarm(step=step, kind="rounded-ids", bad=False, text=text, cause="wrong-input-dtype", facts=facts)
-            self._raise(alarm)
 
     def _on_norm(self, gradients: Sequence[Tensor], order: float, norm: Tensor) -> None:
         if not self._muted and self._due:
@@ -280,9 +260,13 @@ class Watch:
             scale = scaler._scale  # noqa: SLF001 - get_scale() would wait for the device
             if scale is not None:
                 self._mailbox.post(max(self.step, 1), [("loss scale", scale.detach().clone())], scaled=True)
-        elif id(inner) not in self._stepped:
-            self._stepped.add(id(inner))
-            self._read()
+            return
+        skipped = id(inner) not in self._stepped
+        self._stepped.add(id(inner))
+        found, self._found_inf = self._found_inf, None
+        told = torch.tensor(float(skipped)) if found is None else found
+        self._mailbox.post(max(self.step, 1), [("skipped step", told)], scaled=True)
+        self._read()
 
     def _read(self, *, wait: bool = False, through: int = 0) -> None:
         for reading in self._mailbox.ready(wait=wait, through=through):
@@ -291,16 +275,30 @@ class Watch:
             self.values |= values
             send(self.log, values, reading.step)
             for alarm in self._judge.judge(reading):
-                self._raise(alarm)
+                question = self._question(alarm)
+                found = alarm if question is None else self._asked(question, alarm)
+                if found is not None:
+                    self._raise(found)
             if self.finding is None and (lost := self._updates.rounded(reading, self._updates.rate)) is not None:
                 self._raise(lost)
             if 0.0 in reading.values.get(UNREPRESENTABLE, ()):
-                self._warn_of_rounding(reading.step)
+                seen = any(alarm.kind == "rounded-ids" for alarm in self.warnings)
+                if not seen and (cast := rounded_ids(self.model, self._ring.of_step(reading.step))) is not None:
+                    self._raise(cast)
 
-    def _confirmed(self, alarm: Alarm) -> Alarm | None:
+    def _question(self, alarm: Alarm) -> Callable[[Alarm, Scene], Alarm | None] | None:
+        """What a replay is asked of an early sign before it is told."""
+        if self.finding is not None:
+            return None
+        if alarm.kind == HALVED and self._judge.halvings > HALVINGS_AT_START:
+            return never_fits
+        return diverged if alarm.kind == ROSE else None
+
+    def _asked(self, question: Callable[[Alarm, Scene], Alarm | None], alarm: Alarm) -> Alarm | None:
+        """What the kept steps say when they are taken again."""
         self._muted = True
         try:
-            return confirmed(alarm, self._scene(alarm))
+            return question(alarm, self._scene(alarm))
         finally:
             self._muted = False
 
@@ -331,7 +329,7 @@ class Watch:
             ring=self._ring,
         )
         silent = functools.partial(self._kept.now, silent=alarm.parameters)
-        starts = silent if alarm.kind in SILENT else self._kept.starts
+        starts = silent if alarm.kind in ONGOING else self._kept.both if alarm.kind == ROSE else self._kept.starts
         return Scene(
             model=self.model,
             optimizer=self.optimizers[0] if self.optimizers else None,
@@ -377,10 +375,10 @@ def watch(  # noqa: PLR0913 - the public keywords
         optimizer: of torch or accelerate's wrapper, or several.
         every: look at each so many-th step.
         every_parameters: at the parameters, each so many-th.
-        snapshot_every: keep a copy of the parameters and of the optimizers' states on the CPU each so many steps; 0 keeps none, and then
-            a value that is seen after the optimizer's step can only be sought in the forward pass, as long as the parameters are still
-            finite. A ring of as many steps lets every step since the snapshot be taken again.
-        ring: steps whose batches and random states are kept.
+        snapshot_every: keep a copy of the parameters and of the optimizers' states on the CPU each so many steps; 0 keeps the one from before
+            the first step alone, of parameters of at most 64 MiB. Without any, a value that is seen after the optimizer's step can only be
+            sought in the forward pass, as long as the parameters are still finite. A ring of as many steps lets every step since the snapshot be taken again.
+        ring: steps whose batches and random states are kept; the first 12 all are, while their inputs take at most 1 MiB.
         on_bad: what to do at the first bad value: `stop` raises :class:`NumericsError`, `warn` goes on, `skip` waits for the device
             before each step and keeps the optimizer from the bad ones (outside the bound on the watch's cost; an optimizer that takes a closure
             computes its gradients within the step and cannot be kept from it), a callable gets the finding and may return one of these words.

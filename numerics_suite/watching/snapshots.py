@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from numerics_suite.observing.finiteness import nonfinite_count
 from numerics_suite.watching.alarms import Reading
 from numerics_suite.watching.caught_step import Start
-from numerics_suite.watching.norms import local
+from numerics_suite.watching.norms import is_shard, local
 from numerics_suite.watching.optimizer_states import Loop, OptimizerState, state_of
 from numerics_suite.watching.ring import Call, Ring
 
-GROWTH_INTERVAL = 2000
+SMALL_BYTES = 64 << 20
+"""Parameters up to this size are copied where nobody asked for it: before the first step, within a loop that stops, and into a bundle."""
+
+GROWTH_INTERVAL, BACKOFF = 2000, 0.5
 """Of torch's GradScaler."""
 
 FIRST_LOSSES = 8
@@ -115,6 +118,23 @@ class Snapshots:
             starts.append(Start(words="the current parameters, a step later", calls=own, backward=False))
         return tuple(sorted(starts, key=lambda start: not start.whole))
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a copy is made though nobody asked for one."""
+        parameters = list(self.model.parameters())
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        return size <= SMALL_BYTES and not any(is_shard(p) or p.is_meta for p in parameters)
+
+    def both(self, seen: Seen, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Start, ...]:
+        """The state that was kept, and the state as it is, each over the kept steps.
+
+        Args:
+            seen: what is known.
+            optimizers: of the loop, as they are now.
+        """
+        kept = [start for start in self.starts(seen, optimizers) if start.parameters]
+        return (*kept, *self.now(seen, optimizers, ()))
+
     def now(self, seen: Seen, optimizers: Sequence[torch.optim.Optimizer], silent: Sequence[str]) -> tuple[Start, ...]:
         """Where training that is finite and goes wrong can be taken further from: the parameters as they are, and the kept steps again.
 
@@ -146,6 +166,7 @@ class Snapshots:
             scaled=scaled,
             scale=_scale(seen, first),
             growth_interval=seen.scaler.get_growth_interval() if scaled else GROWTH_INTERVAL,
+            backoff=_backoff(seen) if scaled else BACKOFF,
             began=_began(seen.readings, first),
             norms=_by_step([reading for reading in seen.readings if not reading.scaled], "gradient norm"),
         )
@@ -158,6 +179,14 @@ def _start(words: str, calls: Sequence[Call], seen: Seen, loop: Loop | None) -> 
 def _scale(seen: Seen, step: int) -> float:
     now = 1.0 if seen.scaler is None else float(seen.scaler.get_scale())
     return _by_step(seen.readings, "loss scale").get(step, now)
+
+
+def _backoff(seen: Seen) -> float:
+    """By what the scale was multiplied at the last step that was skipped: loops that set it, or make a scaler for each step, have their own."""
+    scales, skipped = _by_step(seen.readings, "loss scale"), _by_step(seen.readings, "skipped step")
+    last = next((step for step in sorted(scales, reverse=True) if skipped.get(step - 1) and step - 1 in scales), None)
+    own = float(seen.scaler.get_backoff_factor())
+    return own if last is None else min(1.0, scales[last] / scales[last - 1])
 
 
 def _began(readings: Sequence[Reading], start: int) -> float:

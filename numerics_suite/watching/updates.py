@@ -6,8 +6,8 @@ more in float64, on a sample: about ten small kernels a parameter, and none wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from numerics_suite.core.records import Fact
 from numerics_suite.engine.updates import HeldShare, UpdateMeter, held_share
 from numerics_suite.watching.alarms import Alarm, Reading
 from numerics_suite.watching.frozen import FROZEN, UNTIED, Frozen, untied
+from numerics_suite.watching.norms import each_norm, floating, is_shard
 from numerics_suite.watching.patches import unheard
 
 FIRST = 3
@@ -29,8 +30,8 @@ So one head in half precision beside float32 adapters (`modules_to_save`) is loo
 """
 
 HELD, MEANT, FOURTH = "held of the steps", "steps squared", "fourth powers of the steps"
-UNREACHED, UNHELD, ROUNDED = "unreached", "unheld", "rounded-update"
-SILENT = frozenset({UNREACHED, UNHELD, ROUNDED, FROZEN, UNTIED})
+UNREACHED, UNHELD, ROUNDED, ZERO, DEAD = "unreached", "unheld", "rounded-update", "zero-gradient", "dead-gradient"
+SILENT = frozenset({UNREACHED, UNHELD, ROUNDED, ZERO, DEAD, FROZEN, UNTIED})
 """Kinds of alarms in which every value is finite."""
 
 
@@ -41,6 +42,8 @@ class _Seen:
     steps: int
     reached: set[int]
     """Parameters, by id, that had a gradient in one of its first steps."""
+    norms: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
+    """Parameters, by id, and the norms of their gradients in these steps, on their device."""
     rate: float = 0.0
     rising: bool = True
 
@@ -76,6 +79,7 @@ class Updates:
         if seen.steps <= FIRST:
             everything = (*self.model.parameters(), *_held_by(optimizer))
             seen.reached.update(id(p) for p in everything if p.grad is not None)
+            seen.norms += _gradient_norms(_held_by(optimizer))
         if due or seen.steps <= FIRST:
             with unheard():
                 self._meter.before(optimizer)
@@ -102,10 +106,8 @@ class Updates:
 
     def left_out(
         self, step: int, optimizer: torch.optim.Optimizer, every: Sequence[torch.optim.Optimizer]
-    ) -> Alarm | None:
+    ) -> Iterator[Alarm]:
         """The parameters that this step moved though they are frozen; after the optimizer's first steps, those that none of them trained.
-
-        None where there are none.
 
         Args:
             step: of the watch.
@@ -114,32 +116,37 @@ class Updates:
         """
         seen = self._seen.get(id(optimizer))
         moved = self._frozen.moved(step)
+        if moved is not None:
+            yield moved
         if moved is not None or seen is None or seen.steps != FIRST:
-            return moved
+            return
         named = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
         own = _held_by(optimizer)
         strangers = [p for p in own if id(p) not in named and id(p) not in seen.reached]
         held = {id(p) for each in every for p in _held_by(each)}
         parameters = dict(self.model.named_parameters())
+        # Made before peft or a freeze: whatever the optimizer holds gets no gradient, so its steps change nothing.
+        idle = not any(id(p) in seen.reached for group in optimizer.param_groups for p in group["params"])
         unheld = [
             name
             for key, name in named.items()
-            if key not in held and key in seen.reached and any(_same_kind(parameters[name], p) for p in strangers)
+            if key not in held
+            and key in seen.reached
+            and (idle or any(_same_kind(parameters[name], p) for p in strangers))
         ]
         if unheld:
-            return Alarm(
-                step=step,
-                kind=UNHELD,
-                bad=True,
-                text=f"{_counted(len(unheld))} of the model with a gradient in no optimizer, and {_counted(len(strangers))} of the optimizer not the model's",
-                cause="untrained-parameters",
-                facts={"parameters in no optimizer": len(unheld), "parameters of other tensors": len(strangers)},
-                parameters=tuple(unheld),
-            )
+            facts = {"parameters in no optimizer": len(unheld), "parameters of other tensors": len(strangers)}
+            yield _unheld(step, unheld, facts, idle=idle)
+            return
         without = tuple(named[id(p)] for p in own if id(p) in named and id(p) not in seen.reached)
         if without and len(without) < len(own):
-            return unreached(step, without, len(own))
-        return untied(step, self.model, held & seen.reached)
+            yield unreached(step, without, len(own))
+        moving = {key for keys, norms in seen.norms for key, norm in zip(keys, norms.tolist(), strict=True) if norm}
+        flat = tuple(named[id(p)] for p in own if id(p) in named and id(p) in seen.reached - moving)
+        if flat and moving:
+            yield zero_gradient(step, flat, len(own))
+        if (loose := untied(step, self.model, held & seen.reached)) is not None:
+            yield loose
 
     def rounded(self, reading: Reading, rate: float) -> Alarm | None:
         """The alarm of a reading whose steps are lost, None where they are held.
@@ -172,6 +179,68 @@ def _counted(count: int) -> str:
     return "1 parameter is" if count == 1 else f"{count} parameters are"
 
 
+def _unheld(step: int, names: Sequence[str], facts: dict[str, int], *, idle: bool) -> Alarm:
+    count = facts["parameters of other tensors"]
+    other = (
+        "nothing that the optimizer holds gets one"
+        if idle and not count
+        else f"{_counted(count)} of the optimizer not the model's"
+    )
+    return Alarm(
+        step=step,
+        kind=UNHELD,
+        bad=True,
+        text=f"{_counted(len(names))} of the model with a gradient in no optimizer, and {other}",
+        cause="untrained-parameters",
+        facts=dict(facts),
+        parameters=tuple(names),
+    )
+
+
+def zero_gradient(step: int, names: Sequence[str], count: int) -> Alarm:
+    """The alarm of parameters whose every gradient was exactly zero.
+
+    Args:
+        step: of the watch.
+        names: of them.
+        count: how many the optimizer holds.
+    """
+    return Alarm(
+        step=step,
+        kind=ZERO,
+        bad=True,
+        text=f"{len(names)} of {count} parameters of the optimizer got a gradient of exactly zero in {FIRST} steps",
+        cause="dead-gradient",
+        facts={"exactly zero": len(names), "parameters of the optimizer": count},
+        parameters=tuple(names),
+    )
+
+
+def dead(alarm: Alarm, names: Sequence[str], module: str | None) -> Alarm:
+    """The alarm of parameters that the loss depends on and that get no gradient, or one of exactly zero.
+
+    Args:
+        alarm: as it was raised.
+        names: those that the loss depends on.
+        module: in which the gradient ends, None where that could not be told.
+    """
+    what = "no gradient" if alarm.kind == UNREACHED else "a gradient of exactly zero"
+    where = f", which ends in {module}" if module else ""
+    counted = "without any gradient" if alarm.kind == UNREACHED else "exactly zero"
+    facts = {counted: len(names), "parameters of the optimizer": alarm.facts["parameters of the optimizer"]}
+    text = f"{len(names)} parameters that the loss depends on get {what}{where}"
+    return replace(
+        alarm,
+        kind=DEAD,
+        bad=True,
+        cause="dead-gradient",
+        text=text,
+        facts=facts,
+        parameters=tuple(names),
+        module=module,
+    )
+
+
 def unreached(step: int, names: Sequence[str], count: int) -> Alarm:
     """The alarm of parameters that got no gradient.
 
@@ -199,6 +268,19 @@ def _shares(reading: Reading) -> list[HeldShare]:
             sums = (values[-1], *(reading.values[f"{other} ({dtype})"][-1] for other in (MEANT, FOURTH)))
             found.append(held_share(dtype, *sums))
     return [share for share in found if share is not None]
+
+
+@torch.no_grad()
+def _gradient_norms(parameters: Sequence[Tensor]) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Of each device, the parameters by id and the norms of their gradients; a norm that underflows is asked again by a replay in float64."""
+    whole = [p for p in parameters if p.grad is not None and not is_shard(p.grad) and floating([p.grad])]
+    norms = each_norm(floating(p.grad for p in whole if p.grad is not None))
+    groups: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+    for parameter, norm in zip(whole, norms, strict=True):
+        keys, found = groups.setdefault(norm.device, ([], []))
+        keys.append(id(parameter))
+        found.append(norm.float())
+    return [(tuple(keys), torch.stack(found)) for keys, found in groups.values()]
 
 
 def _held_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:

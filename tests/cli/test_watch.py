@@ -148,7 +148,7 @@ def test_a_scripts_own_error_is_shown_as_python_shows_it(tmp_path):
     assert 'fails.py", line 6' in done.stderr.splitlines()[1]
     assert "ValueError: its own" in done.stderr
     assert "numerics_suite" not in done.stderr.replace(
-        "numerics-suite: no module was trained, so nothing was watched", ""
+        "numerics-suite: no module was trained in this process, so nothing was watched; other processes are not", ""
     )
 
 
@@ -156,7 +156,10 @@ def test_sys_exit_with_a_text_and_nothing_trained(tmp_path):
     (tmp_path / "ends.py").write_text("import sys\nsys.exit('enough')\n", encoding="utf-8")
     done = command("watch", "ends.py", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["enough", "numerics-suite: no module was trained, so nothing was watched"]
+    assert done.stderr.splitlines() == [
+        "enough",
+        "numerics-suite: no module was trained in this process, so nothing was watched; other processes are not",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ TABLE = (
         factory="floating_ids", cause="wrong-input-dtype", check="inputs.pipeline", remedies=("default-input-dtypes",)
     ),
     Defect(factory="root_of_zero", cause="invalid-operation"),
+    Defect(factory="detached", cause="dead-gradient", check="train.grad-flow"),
     Defect(factory="nan_in_the_batch", cause="out-of-range-input"),
     Defect(factory="broken_sdpa", cause="invalid-operation", remedies=("eager-attention",)),
     Defect(
@@ -268,6 +269,17 @@ class Regression(nn.Module):
     def forward(self, features):
         output = self.layer(features)
         return {"logits": output, "loss": output.square().mean()}
+
+
+class Detached(Layer):
+    """What the layer adds is cut off from the loss."""
+
+    def forward(self, hidden):
+        return hidden + (super().forward(hidden) - hidden).detach()
+
+
+def detached():
+    return Model(Detached), batch()
 
 
 def nan_in_the_batch():

@@ -135,6 +135,15 @@ def test_the_search_of_a_scaler_is_no_defect():
     assert alarms(of("loss scale", [64.0, 64.0, 32.0, 16.0, 8.0, 4.0])) == [("loss-scale-halving", 6)]
 
 
+def test_a_scale_that_stays_where_every_step_is_skipped_is_bad():
+    readings = [
+        Reading(step=step, values={"loss scale": (2.0**40 * 0.999**step,), "skipped step": (1.0,)})
+        for step in range(1, 30)
+    ]
+    assert ("loss-scale", 17) in alarms(readings)
+    assert alarms(of("skipped step", [1.0] * 16 + [0.0] + [1.0] * 16)) == []
+
+
 def test_a_gradient_overflow_is_the_scalers_business():
     assert alarms(of("gradient norm", [float("inf")], scaled=True)) == []
     assert alarms(of("gradient norm", [float("inf")])) == [("gradient", 1)]

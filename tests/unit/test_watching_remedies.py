@@ -21,12 +21,14 @@ from numerics_suite.diagnosing.remedy_register import untried
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.suite.reopen import reopen
+from numerics_suite.watching import ring
 from numerics_suite.watching.bundle_reader import read_bundle
-from numerics_suite.watching.caught_step import CaughtStep, Start, copied
+from numerics_suite.watching.caught_step import CaughtStep, Start, copied, recipe_of
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.optimizer_states import Loop, loop_from_json, state_of
 from numerics_suite.watching.remedies import with_remedies_tried
 from numerics_suite.watching.ring import Ring
+from numerics_suite.watching.snapshots import Snapshots
 
 
 def caught(model, optimizer, *, steps=12, clip=None, before=None, **kwargs):
@@ -39,19 +41,24 @@ def caught(model, optimizer, *, steps=12, clip=None, before=None, **kwargs):
     return finding, {remedy.name: remedy for remedy in finding.remedies}
 
 
-def scaled_loop(model, optimizer, **kwargs):
-    """As :func:`caught`, of a loop with autocast to float16 and a GradScaler."""
-    scaler = torch.amp.GradScaler("cpu")
+def scaled_steps(model, optimizer, steps, **scaling):
+    """A loop with autocast to float16 and a GradScaler."""
+    scaler = torch.amp.GradScaler("cpu", **scaling)
+    for step in range(1, steps):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(input_ids=ids(step), labels=ids(step))["loss"]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def scaled_loop(model, optimizer, **scaling):
+    """As :func:`caught`, of such a loop."""
     with warnings.catch_warnings(), pytest.raises(NumericsError) as error:
         warnings.simplefilter("ignore")
-        with watch(model, optimizer, **kwargs):
-            for step in range(1, 60):
-                with torch.autocast("cpu", dtype=torch.float16):
-                    loss = model(input_ids=ids(step), labels=ids(step))["loss"]
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
+        with watch(model, optimizer):
+            scaled_steps(model, optimizer, 60, **scaling)
     finding = error.value.finding
     return finding, {remedy.name: remedy for remedy in finding.remedies}
 
@@ -95,9 +102,8 @@ def test_a_learning_rate_is_cured_by_a_lower_one_and_clipping_is_said_to_hide():
 def test_one_batch_whose_gradient_blows_up_is_cured_by_clipping():
     model = Loud(ids(4))
     finding, remedies = caught(model, torch.optim.SGD(model.parameters(), lr=0.1), snapshot_every=3)
-    assert finding.step == 5
+    assert (finding.cause, finding.step) == ("divergence", 5)
     assert remedies["clip-grad-norm"].verified is True
-    assert remedies["use-amp-bf16"].verified is None, "float32 has no wider range than bfloat16"
 
 
 def test_a_loop_that_clips_already_is_not_told_to():
@@ -144,9 +150,19 @@ def test_spoiled_parameters_do_not_replace_a_good_snapshot():
     assert all(torch.isfinite(value).all() for value in w._kept.parameters.values())
 
 
-def test_a_ring_that_lacks_steps_is_said():
+def test_a_ring_that_lacks_steps_is_said(monkeypatch):
+    monkeypatch.setattr(ring, "EARLY", 0)
     _, remedies = caught(*diverging(60.0), steps=60, snapshot_every=100, ring=2)
     assert "with the snapshot from before step 1 and the steps from 3 on" in remedies["clip-grad-norm"].effect
+
+
+@pytest.mark.parametrize(("adapter", "precision"), [(torch.float32, "fp32"), (torch.float16, "pure-fp16")])
+def test_what_is_trained_names_the_recipe(adapter, precision):
+    model = Decoder(dtype=torch.float16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(requires_grad=name.startswith("lm_head"))
+    model.lm_head.to(adapter)
+    assert recipe_of(model, Start(words="", calls=())).name == precision
 
 
 def test_the_rates_of_each_step_are_those_of_the_schedule():
@@ -181,13 +197,19 @@ def test_what_a_loop_multiplies_its_losses_by_is_read_off_its_gradient_norm(tmp_
 # --- without one -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_snapshot_what_a_step_spoiled_is_not_tried():
+@pytest.fixture
+def no_first_snapshot(monkeypatch):
+    """As of a model that is too large to be copied unasked."""
+    monkeypatch.setattr(Snapshots, "is_small", False)
+
+
+def test_without_a_snapshot_what_a_step_spoiled_is_not_tried(no_first_snapshot):
     _, remedies = caught(*half())
     assert {remedy.verified for remedy in remedies.values()} == {None}
     assert "no snapshot was kept (snapshot_every)" in remedies["larger-optimizer-eps"].effect
 
 
-def test_without_a_snapshot_the_steps_own_passes_are_tried_and_what_acts_before_is_not():
+def test_without_a_snapshot_the_steps_own_passes_are_tried_and_what_acts_before_is_not(no_first_snapshot):
     model = Decoder(dtype=torch.float16)
     with torch.no_grad():
         for name, value in (("up.weight", 100.0), ("norm.weight", 6000.0), ("norm.bias", 30000.0)):
@@ -209,7 +231,7 @@ def test_a_head_that_nobody_wrote_is_initialised_and_trains():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     _, remedies = caught(model, optimizer)
     assert remedies["init-head"].verified is True
-    assert "in 6 steps, with the parameters of step 1" in remedies["init-head"].effect
+    assert "in 6 steps, with the snapshot from before step 1" in remedies["init-head"].effect
     assert torch.isnan(model.lm_head.weight).all(), "a copy was initialised"
 
 
@@ -242,10 +264,10 @@ def test_what_goes_wrong_only_once_verifies_nothing():
     finding, _ = caught(model, torch.optim.SGD(model.parameters(), lr=0.1), snapshot_every=2)
     assert finding.cause == "unknown"
     asked = replace(finding, remedies=untried(("lower-learning-rate", "use-amp-bf16", "keep-in-fp32")))
-    ring = Ring(1)
-    ring.add(3, (), {"input_ids": ids(3), "labels": ids(3)}, torch.device("cpu"))
-    start = Start(words="the parameters of step 3", calls=ring.calls)
-    scene = Scene(model=model, optimizer=None, calls=list(ring.calls), starts=(start,))
+    kept = Ring(1)
+    kept.add(3, (), {"input_ids": ids(3), "labels": ids(3)}, torch.device("cpu"))
+    start = Start(words="the parameters of step 3", calls=kept.calls)
+    scene = Scene(model=model, optimizer=None, calls=list(kept.calls), starts=(start,))
     tried = with_remedies_tried(asked, scene).remedies
     assert {remedy.verified for remedy in tried} == {None}
     assert "stays finite when it runs again, from the parameters of step 3" in tried[0].effect
@@ -257,11 +279,34 @@ def test_what_goes_wrong_only_once_verifies_nothing():
 def test_gradients_beyond_float16_are_cured_by_a_wider_format_and_by_no_scale():
     model = Loud(None, factor=1e9)
     finding, remedies = scaled_loop(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
-    assert finding.cause == "loss-scaling"
+    assert (finding.cause, finding.step) == ("loss-scaling", 10)
     assert remedies["tune-loss-scale"].verified is False
     assert "the loss scaler skips every step" in remedies["tune-loss-scale"].effect
     assert remedies["disable-amp"].verified is True
     assert remedies["use-amp-bf16"].verified is True
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scale_that_never_comes_down_is_cured_by_a_lower_one(fused):
+    model = Decoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+    finding, remedies = scaled_loop(model, optimizer, init_scale=2.0**40, backoff_factor=0.9999)
+    assert (finding.cause, finding.step) == ("loss-scaling", 17)
+    assert remedies["tune-loss-scale"].verified is True
+    assert remedies["tune-loss-scale"].effect.startswith("scale 4096: finite")
+    assert remedies["use-amp-bf16"].verified is True
+
+
+def test_a_scale_that_began_far_too_high_is_left_to_come_down():
+    model = Decoder()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with watch(model, optimizer := torch.optim.AdamW(model.parameters(), lr=1e-4)) as it:
+            scaled_steps(model, optimizer, 30, init_scale=2.0**36)
+    assert it.finding is None
+    assert [str(each.message) for each in told] == [
+        "step 10: the loss scale was halved 9 times in a row, to 1.34218e+08"
+    ]
 
 
 def test_gradients_that_are_never_finite_are_cured_by_nothing():
@@ -359,12 +404,12 @@ def test_a_loop_is_kept_for_a_minute_and_no_longer():
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     finding, _ = caught(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    ring = Ring(1)
-    ring.add(1, (), {"input_ids": ids(1), "labels": ids(1)}, torch.device("cpu"))
-    start = Start(words="the parameters of step 1", calls=ring.calls)
+    kept = Ring(1)
+    kept.add(1, (), {"input_ids": ids(1), "labels": ids(1)}, torch.device("cpu"))
+    start = Start(words="the parameters of step 1", calls=kept.calls)
     asked = replace(finding, remedies=untried(("init-head",)))
     bad = ("lm_head.weight",)
-    scene = Scene(model=model, optimizer=None, calls=list(ring.calls), starts=(start,), initially_bad=bad)
+    scene = Scene(model=model, optimizer=None, calls=list(kept.calls), starts=(start,), initially_bad=bad)
     (remedy,) = with_remedies_tried(asked, scene).remedies
     assert remedy.verified is True
     (remedy,) = with_remedies_tried(asked, replace(scene, seconds=0)).remedies
@@ -375,7 +420,7 @@ def test_a_loop_is_kept_for_a_minute_and_no_longer():
 def test_a_script_whose_optimizer_is_found_at_its_first_step_is_replayed(tmp_path):
     """The snapshot of step 1 is taken before the optimizer is known, and replays open no watch of their own."""
     from numerics_suite.watching.script import Finder, run_script
-    from numerics_suite.watching.session import WatchSettings
+    from numerics_suite.watching.watch_settings import WatchSettings
 
     script = tmp_path / "script.py"
     script.write_text(

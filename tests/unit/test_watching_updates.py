@@ -103,13 +103,75 @@ def test_what_gets_no_gradient_by_design(dropped):
     quiet(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
 
 
-def test_a_detached_branch_that_the_loss_depends_on():
+class NoGradient(torch.autograd.Function):
+    """Hands its input on, and zeros back."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 0
+
+
+@pytest.mark.parametrize("cut", [torch.detach, NoGradient.apply])
+def test_a_detached_branch_that_the_loss_depends_on(cut):
     model = Decoder()
-    model.layers[0].up.register_forward_hook(lambda _module, _args, output: output.detach())
+    model.layers[1].up.register_forward_hook(lambda _module, _args, output: cut(output))
     finding = caught(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
-    assert finding.cause == "untrained-parameters"
-    assert "layers.0.up.weight" in finding.parameters
-    assert not any(verified(finding).values())
+    assert (finding.cause, finding.step, finding.module) == ("dead-gradient", 3, "layers.1.up")
+    assert set(finding.parameters) == {
+        f"layers.1.{name}" for name in ("norm.weight", "norm.bias", "up.weight", "up.bias")
+    }
+    assert finding.remedies == ()
+
+
+class Mixture(nn.Module):
+    """Adds nothing of its parts, as loops do that must give every parameter a gradient; its router only picks."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused, self.router, self.gate = nn.Linear(32, 32), nn.Linear(32, 4), nn.Linear(32, 32, bias=False)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, hidden):
+        picked = self.router(hidden).topk(2).indices.sum(-1, keepdim=True)
+        routed = 0.0 * self.router(hidden).sum() + 0.01 * picked
+        return hidden + 0.0 * self.unused(hidden).sum() + routed + self.gate(hidden)
+
+
+@pytest.mark.parametrize("way", ["parts that add nothing", "gradients that the loop clears", "hooks that freeze"])
+def test_gradients_of_zero_that_are_meant(way):
+    model = Decoder()
+    if way == "parts that add nothing":
+        model.layers.append(Mixture())
+    if way == "hooks that freeze":
+        model.embed.weight.register_hook(torch.zeros_like)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with watch(model, optimizer) as it:
+        for step in range(1, 6):
+            optimizer.zero_grad()
+            model(input_ids=ids(step), labels=ids(step))["loss"].backward()
+            if way == "gradients that the loop clears":
+                model.embed.weight.grad.zero_()
+            optimizer.step()
+    assert it.finding is None
+    assert not it.warnings
+
+
+def test_an_adapter_whose_second_half_is_zero_while_the_rate_warms_up():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(target_modules=["up"], lora_dropout=0.1), Decoder())
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (step - 4) / 10))
+    with watch(model, optimizer) as it:
+        for step in range(1, 7):
+            train(model, optimizer, 1, start=step)
+            scheduler.step()
+    assert it.finding is None
+    assert not it.warnings
 
 
 def test_a_model_that_is_too_large_to_copy_is_warned_of(monkeypatch):
@@ -150,6 +212,17 @@ def test_an_optimizer_from_before_a_resize():
     model.embed = nn.Embedding(VOCAB + 8, 32)
     finding = caught(model, optimizer)
     assert (finding.cause, finding.parameters) == ("untrained-parameters", ("embed.weight",))
+    assert verified(finding)["rebuild-optimizer"] is True
+
+
+def test_an_optimizer_from_before_an_adapter():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = Decoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model = inject_adapter_in_model(LoraConfig(target_modules=["up"]), model)
+    finding = caught(model, optimizer)
+    assert (finding.cause, len(finding.parameters)) == ("untrained-parameters", 4)
     assert verified(finding)["rebuild-optimizer"] is True
 
 

@@ -99,7 +99,7 @@ def _apart(evidence: Evidence, absent: Sequence[str]) -> frozenset[str]:
         kind = evidence.family.kind_of(type(modules[part]).__name__) if part else None
         if part and kind is None and LAYER.sub(".N.", name) not in layers:
             whole.append(name)
-    return frozenset(fixed | (set(whole) if _loss_is_flat(evidence, whole) else set()))
+    return frozenset(fixed | (set(whole) if loss_is_flat(evidence, whole) else set()))
 
 
 def _whole_part(name: str, reached: Iterable[str]) -> str:
@@ -112,8 +112,13 @@ def _whole_part(name: str, reached: Iterable[str]) -> str:
     return ""
 
 
-def _loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
-    """Whether the true fp64 loss is the same once the parameters are moved, by a millionth of their size."""
+def loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
+    """Whether the true fp64 loss is the same once the parameters are moved, by a millionth of their size.
+
+    Args:
+        evidence: whose model is copied.
+        names: of the parameters.
+    """
     if not names:
         return True
     model = evidence.copy_model().double()
