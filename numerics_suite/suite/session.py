@@ -35,6 +35,7 @@ from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
+from numerics_suite.judging.known_faults import reason_to_accept
 from numerics_suite.judging.verdicts import with_limits
 from numerics_suite.reporting.results import check_from_json
 from numerics_suite.settings.accept import matches
@@ -228,9 +229,8 @@ class SuiteSession:
         if found.consequence_of is None:
             self._roots.append(failed)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
-        if accepted is None:
-            return failed
-        return result("accepted", finding=found, reason=accepted.reason, **told)
+        reason = _known_reason(failed.check, found) if accepted is None else accepted.reason
+        return failed if reason is None else result("accepted", finding=found, reason=reason, **told)
 
     def _raised(self, question: Question, error: Exception, result: Callable[..., CheckResult]) -> CheckResult | None:
         """A failure of the check where the model's own code raised; None where that is an error of something else."""
@@ -289,6 +289,12 @@ class SuiteSession:
 
         today = datetime.now(tz=timezone.utc).date()
         return matches(entry, failed, transformers.__version__, today)  # type: ignore[arg-type]
+
+
+def _known_reason(check: str, found: Finding) -> str | None:
+    import transformers
+
+    return reason_to_accept(check, found, transformers.__version__)
 
 
 def _numbers(outcome: Outcome) -> dict[str, float]:

@@ -47,6 +47,7 @@ CHECKS = [
     "train.amp",
     "train.clip",
     "train.updates",
+    "train.trainer",
     "baseline.semantics",
     "baseline.precision",
     "baseline.training",

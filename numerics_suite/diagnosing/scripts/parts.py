@@ -102,6 +102,7 @@ def _opening(scene: Scene) -> list[str]:
     cell, finding = scene.evidence.cell, scene.finding
     told = textwrap.wrap(f"{finding.title}.".replace('"""', "'''").replace("\\", "/"), WIDTH)
     needs = "the function that makes the model" if scene.source == "factory" else "these two alone"
+    needs = "accelerate beside these two" if scene.check == "train.trainer" else needs
     return [
         '"""' + told[0],
         *told[1:],
