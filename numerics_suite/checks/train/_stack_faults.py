@@ -114,13 +114,13 @@ def fault_of_smoothing(stack: Stack, step: Step, times: float, differs: Callable
     return Fault(kind="smoothed-means", where=_path(LabelSmoother, "__call__"), sentence=sentence, source=line)
 
 
-def fault_of_packing(cached: bool) -> Fault:  # noqa: FBT001 - one question
+def fault_of_packing(*, with_cache: bool) -> Fault:
     """Why rows packed into one do not learn what they learn by themselves.
 
     Args:
-        cached: the model itself, called with its cache on, packs wrongly.
+        with_cache: the gradient is the one that the model itself gives with its cache on.
     """
-    if cached:
+    if with_cache:
         sentence = "the Trainer leaves the cache on, with which rows that are packed into one see each other"
         return _in_trainer("cache-on", "compute_loss", sentence)
     from transformers import DataCollatorWithFlattening  # heavy
@@ -129,7 +129,7 @@ def fault_of_packing(cached: bool) -> Fault:  # noqa: FBT001 - one question
     return Fault(kind="unknown", where=_path(DataCollatorWithFlattening, "__call__"), sentence=sentence)
 
 
-def fault_of_checkpointing(reentrant: bool) -> Fault:  # noqa: FBT001 - one question
+def fault_of_checkpointing(*, reentrant: bool) -> Fault:
     """Why checkpointing by the Trainer gives another gradient than checkpointing without it.
 
     Args:

@@ -23,7 +23,6 @@ from numerics_suite.engine.installed_trainer import Step, Way, trainer_step, who
 from numerics_suite.engine.references import trusted
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 
-
 TIMES = "times the whole batch's gradient"
 """Name of the projection of the gradient that was handed over on the one that is wanted."""
 
@@ -197,15 +196,13 @@ def _packing(stack: Stack, whole: Step) -> Iterator[Trial]:
         return
     if not apart:
         return
-    yield Trial(
-        name="padding-free",
-        words="a padding-free collator",
-        wanted=whole,
-        step=trainer_step(stack.model, stack.unpadded(), Way(collator=collator())),
-        fault=lambda _: faults.fault_of_packing(
-            _differs(whole_gradient(stack.model, tensors, _own_loss, use_cache=True), whole)
-        ),
-    )
+    step = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
+
+    def fault(_times: float) -> faults.Fault:
+        cached = whole_gradient(stack.model, tensors, _own_loss, use_cache=True)
+        return faults.fault_of_packing(with_cache=not _differs(step, cached))
+
+    yield Trial(name="padding-free", words="a padding-free collator", wanted=whole, step=step, fault=fault)
 
 
 def _checkpointing(stack: Stack, whole: Step, *, reentrant: bool) -> Trial:
@@ -220,7 +217,9 @@ def _checkpointing(stack: Stack, whole: Step, *, reentrant: bool) -> Trial:
         wanted=whole,
         step=trainer_step(stack.model, stack.rows(), Way(arguments=arguments)),
         fault=lambda _: (
-            None if _checkpoints_wrongly(stack, whole, arguments) else faults.fault_of_checkpointing(reentrant)
+            None
+            if _checkpoints_wrongly(stack, whole, arguments)
+            else faults.fault_of_checkpointing(reentrant=reentrant)
         ),
     )
 
