@@ -124,7 +124,7 @@ def test_a_trainer_that_counts_another_number_of_labels(stack, monkeypatch):
 
     monkeypatch.setattr(Trainer, "get_batch_samples", counts_every_label)
     trial = check_file._counting(stack)
-    assert off(trial) == "miscount at transformers.trainer.Trainer.get_batch_samples"
+    assert off(trial) == "miscount of GlmForCausalLM at transformers.trainer.Trainer.get_batch_samples"
     assert "counts 25 labels where 24 are predicted" in trial.fault(1.0).sentence
 
 
@@ -206,6 +206,19 @@ def test_a_loss_of_its_own_definition_is_no_question_about_the_trainer(stack, mo
         check_file._whole(stack)
 
 
+def test_dropout_is_off_where_checkpointing_recomputes_too(tmp_path):
+    shape = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64, "bos_token_id": 1}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape)).save_pretrained(tmp_path)
+    asked = stack_of(evidence_of(tmp_path))
+    assert asked.model.config.resid_pdrop == 0
+    whole = check_file._whole(asked)
+    assert [off(check_file._checkpointing(asked, whole, reentrant=reentrant)) for reentrant in (True, False)] == [
+        None,
+        None,
+    ]
+
+
 def test_the_process_is_as_it_was(stack, monkeypatch):
     from accelerate.state import AcceleratorState, PartialState
 
@@ -260,6 +273,8 @@ SWALLOWED = "ignored-count at transformers.modeling_layers.GenericForSequenceCla
         (("ignored-count at transformers_modules.mine.ChatGLMForSequenceClassification.forward",), "5.24.0", False),
         (("smoothed-means at transformers.trainer_pt_utils.LabelSmoother.__call__",), "5.14.1", True),
         (("smoothed-means at transformers.trainer_pt_utils.LabelSmoother.__call__",), "5.15.0", False),
+        (("miscount of GPT2LMHeadModel at transformers.trainer.Trainer.get_batch_samples",), "5.24.0", True),
+        (("miscount of GlmForCausalLM at transformers.trainer.Trainer.get_batch_samples",), "5.24.0", False),
         ((), "5.24.0", False),
     ],
 )

@@ -102,6 +102,7 @@ def stack_of(evidence: Evidence) -> Stack:
     )
     answers, whole = _labels(batch.tensors, evidence.subject.task)
     model = evidence.copy_model().to(CPU)
+    _without_dropout(model)
     return Stack(
         model=model, task=evidence.subject.task, tensors={**batch.tensors, "labels": answers}, from_the_first=whole
     )
@@ -125,6 +126,20 @@ def _refuse_unsuited(evidence: Evidence) -> None:
             f"of the class {type(inner).__name__}"
         )
         raise NotApplicableError(reason)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Every probability at zero, in modules and in the config that they read.
+
+    A dispatch or function mode does not reach what checkpointing recomputes within the backward pass; a dropout of zero is the identity
+    there too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # noqa: SLF001 - the base of all
+            module.p = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            held = vars(owner) if hasattr(owner, "__dict__") else {}
+            held.update({name: 0.0 for name, value in held.items() if isinstance(value, float) and "drop" in name})
 
 
 def _labels(tensors: Mapping[str, Any], task: str) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,9 @@ def fault_of_counting(stack: Stack, step: Step, times: float) -> Fault:
     handed = step.handed[-1] if step.handed else None
     if handed is not None and handed != stack.counted:
         sentence = f"the Trainer counts {handed:.0f} labels where {stack.counted} are predicted: a row's first label has no prediction"
-        return _in_trainer("miscount", "get_batch_samples", sentence, "_get_num_items_in_batch")
+        return _in_trainer(
+            f"miscount of {type(stack.plain).__name__}", "get_batch_samples", sentence, "_get_num_items_in_batch"
+        )
     return fault_of_count(stack, step, times)
 
 
