@@ -7,18 +7,21 @@ the suite is named on the command line or `collect = true` asks for it.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.lifeline import known
 from numerics_suite.core.registry import GROUPS
 from numerics_suite.core.switch import switch_kept
+from numerics_suite.core.text import harmless
 from numerics_suite.settings.options import add_pytest_options, from_pytest
 
 if TYPE_CHECKING:
@@ -97,7 +100,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from numerics_suite.suite.gate import Gate
     from numerics_suite.suite.session import REPRODUCERS, SuiteSession
 
-    known().lost.update(getattr(config, "workerinput", {}).get("numerics_lost", {}))
+    workerinput = getattr(config, "workerinput", {})
+    known().lost.update(workerinput.get("numerics_lost", {}))
+    if workerinput.get("numerics_quiet") is False:
+        told = ExitStack()
+        told.enter_context(listening(_say))
+        config.add_cleanup(told.close)
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
     suite = SuiteSession(
         settings,
@@ -119,6 +127,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         gate = Gate(suite, run=config.pluginmanager.get_plugin("numerics-suite-run"))
         config.stash[gate_key] = gate
         config.pluginmanager.register(gate, "numerics-suite-gate")
+
+
+def _say(text: str) -> None:
+    """A line of a worker, whose standard output is xdist's."""
+    with suppress(OSError):
+        sys.stderr.write(f"numerics-suite: {harmless(text)}\n")
+        sys.stderr.flush()
 
 
 def _share_cores(config: pytest.Config) -> None:
@@ -178,13 +193,18 @@ class Asked:
         result, trace = self.session.answer(self.question)
         self.item.stash[result_key] = result
         if result.status == "skipped":
-            pytest.skip(result.reason or "")
+            pytest.skip(_shown(result.reason or ""))
         if result.status == "failed":
             from numerics_suite.reporting.text import finding_text
 
             pytest.fail(finding_text(result), pytrace=False)
         if result.status == "error":
-            pytest.fail(f"{result.id}: error: {result.reason}\n{trace}", pytrace=False)
+            pytest.fail(_shown(f"{result.id}: error: {result.reason}\n{trace}"), pytrace=False)
+
+
+def _shown(text: str) -> str:
+    """The text for pytest's terminal: a model's exceptions are shown, and steer neither a terminal nor GitHub's runner."""
+    return "\n".join(harmless(line) for line in text.splitlines())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -188,10 +188,8 @@ def _reloaded(
     """The answer of the copy that came back from files, at the last tokens of one row: past a window, if there is one."""
     model = evidence.model
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as folder:
-        for trip in range(TRIPS):
-            where = Path(folder, str(trip))
-            where.mkdir()
-            model = saved_and_loaded(evidence, model, where)
+        for _ in range(TRIPS):
+            model = saved_and_loaded(evidence, model, Path(folder))
     call = watched(trace_call(evidence, loss=False), tensors, modules)
     run = run_true_fp64(model, evidence.inputs_in(tensors), call=call)
     name, answer = main_output(run.outputs)

@@ -14,6 +14,7 @@ from numerics_suite.cli.supervisor import SUPERVISED, supervised
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError, nearest
 from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.switch import switch_kept
+from numerics_suite.core.text import harmless
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,8 +154,6 @@ def _end(status: int, text: str) -> int:
     """One line on standard error, and the traceback for whoever asked for it."""
     if os.environ.get("NUMERICS_SUITE_DEBUG") == "1":
         traceback.print_exc()
-    from numerics_suite.reporting.lines import harmless
-
     line = harmless(" ".join(text.split()))
     try:
         sys.stderr.write(f"numerics-suite: {line}\n")

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from numerics_suite.core.text import harmless
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def say(line: str) -> None:
     """One line of the answer, on standard output."""
     try:
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{harmless(line)}\n")
     except BrokenPipeError:
         from numerics_suite.reporting.streams import abandon
 

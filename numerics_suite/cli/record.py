@@ -105,17 +105,19 @@ def write_baselines(
         BadInputError: the input cannot be used, or the folder cannot be written.
     """
     from numerics_suite.baselines.store import check_writable
+    from numerics_suite.core.activity import listening
     from numerics_suite.reporting.recording import RecordTerminal
     from numerics_suite.suite.recording import record_cells, recording_session, skipped_cells
 
+    printer = RecordTerminal(stream=stream, quiet=settings.quiet)
     session = recording_session(settings)
-    skipped = skipped_cells(session.plan)
+    with listening(printer.say):
+        skipped = skipped_cells(session.plan)
     cells = [cell for cell in session.plan.cells if cell not in skipped]
     if not cells:
         message = f"nothing to record: {'; '.join(dict.fromkeys(skipped.values()))}"
         raise BadInputError(message)
     check_writable(folder, cells, force=force)
-    printer = RecordTerminal(stream=stream, quiet=settings.quiet)
     written = Written(folder, force=force, printer=printer)
 
     def take(recorded: Recorded) -> None:
@@ -124,7 +126,8 @@ def write_baselines(
         offer(baselines=content["baselines"], errors=content["errors"])
 
     try:
-        record_cells(settings, take, session)
+        with listening(printer.say):
+            record_cells(settings, take, session)
     finally:
         printer.stop()
     return written

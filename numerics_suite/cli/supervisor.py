@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.deaths import RSS_UNIT, death_text
 from numerics_suite.core.lifeline import Known, Lifeline, hold, lifeline
+from numerics_suite.core.text import harmless
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +85,7 @@ def supervised(arguments: list[str], main: Callable[[list[str]], int]) -> int:
 
 def _tell(status: int, text: str) -> int:
     try:
-        sys.stderr.write(f"numerics-suite: {text}\n")
+        sys.stderr.write(f"numerics-suite: {harmless(text)}\n")
         sys.stderr.flush()
     except OSError:
         pass  # nobody reads it

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.cli.output import VERDICTS, only_json_on_stdout, refuse_unwritable, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.text import harmless
 
 if TYPE_CHECKING:
     import argparse
@@ -137,7 +138,7 @@ def _ended(finder: Finder, given: argparse.Namespace, status: int, *, stopped: b
     sys.stdout.flush()
     for watch in caught:
         assert watch.finding is not None
-        sys.stderr.write(f"numerics-suite: step {watch.finding.step}: {watch.finding.title}\n")
+        sys.stderr.write(f"numerics-suite: step {watch.finding.step}: {harmless(watch.finding.title)}\n")
         if watch.bundle_path is not None and not given.quiet:
             sys.stderr.write(f"numerics-suite: numerics-suite check --bundle {watch.bundle_path}\n")
     if not finder.watches and not given.quiet:

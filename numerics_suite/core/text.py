@@ -14,3 +14,16 @@ def listed(items: Sequence[str], limit: int) -> str:
     """
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def harmless(text: str) -> str:
+    """A line that a terminal or a CI system shows and does not obey.
+
+    GitHub's runner takes a printed line as a command where it begins with `::`, in its older form with `##[` anywhere.
+
+    Args:
+        text: one line; whatever a checkpoint or a results file holds may be in it.
+    """
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text).replace("##[", "## [")
+    begin = len(shown) - len(shown.lstrip())
+    return f"{shown[:begin]}: {shown[begin + 1 :]}" if shown.startswith("::", begin) else shown

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
+from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.records import Finding, Measurement, Remedy
 from numerics_suite.core.registry import get_check
@@ -175,7 +176,8 @@ class _Trial:
         if name not in cures() and name != LOWER_RATE:
             return replace(untried, effect=NOT_HERE.get(name, NOT_APPLIED))
         try:
-            seen = self._learning_rate() if name == LOWER_RATE else self._first_that_works(name)
+            with doing(f"{self.check} on {self.evidence.cell.id}: trying {name}"):
+                seen = self._learning_rate() if name == LOWER_RATE else self._first_that_works(name)
         except (NotApplicableError, UnsupportedError, TimeOverError) as error:
             return replace(untried, effect=str(error))
         except Exception as error:  # noqa: BLE001 - a cure that cannot be tried never hides the finding

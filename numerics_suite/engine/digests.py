@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,3 +22,9 @@ def tensor_digest(tensors: Iterable[Tensor]) -> str:
         found.update(f"{held.dtype}{tuple(held.shape)}".encode())
         found.update(held.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A hashable key of the batch's contents."""
+    held = sorted(tensors.items())
+    return tuple((name, tensor_digest([each]) if isinstance(each, Tensor) else repr(each)) for name, each in held)

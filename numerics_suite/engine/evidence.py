@@ -17,25 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
-from numerics_suite.engine import own_batch
+from numerics_suite.engine import cell_batches, own_batch
 from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
-from numerics_suite.engine.digests import tensor_digest
+from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
-from numerics_suite.engine.position_table import rows_of_position_table
-from numerics_suite.engine.rotary import longest_of_one_table, reads_table, rotary_table
+from numerics_suite.engine.pass_store import PassStore
+from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
-from numerics_suite.inputs.strategies import training_batch
-from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id, special_ids
+from numerics_suite.engine.true_passes import TruePasses, TrueStore
+from numerics_suite.inputs.effort import BatchPlan, Effort
+from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observing.finiteness import nan_count, nonfinite_count
-from numerics_suite.subjects import compat
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
@@ -56,6 +57,7 @@ class Request:
         seed: `--seed`.
         rows: `--batch-size`.
         length: `--seq-len`.
+        effort: how many batches are examined, and how large they are.
         plan: how cells are trained.
         data: the user's own batch as a tokenizer makes it, None without `--data`.
         tokenizer: opens the subject's tokenizer; None where it has none.
@@ -66,17 +68,12 @@ class Request:
     seed: int = 0
     rows: int = 4
     length: int = 64
+    effort: Effort = field(default_factory=Effort)
     plan: Plan = field(default_factory=Plan)
     data: Callable[[Subject, InputSpace, Any], Batch] | None = None
     tokenizer: Callable[[Subject], Any | None] = load_tokenizer
     baseline: CellBaseline | None = None
     applicable: tuple[str, ...] = ()
-
-
-def batch_key(tensors: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A hashable key of the batch's contents."""
-    held = sorted(tensors.items())
-    return tuple((name, tensor_digest([each]) if isinstance(each, Tensor) else repr(each)) for name, each in held)
 
 
 class Evidence:
@@ -98,7 +95,13 @@ class Evidence:
     unheld: tuple[str, ...] = ()
 
     def __init__(
-        self, subject: Subject, cell: Cell, request: Request, loader: Callable[..., Loaded] | None = None
+        self,
+        subject: Subject,
+        cell: Cell,
+        request: Request,
+        loader: Callable[..., Loaded] | None = None,
+        *,
+        shared: TruePasses | None = None,
     ) -> None:
         """Nothing is loaded until a check asks.
 
@@ -107,12 +110,14 @@ class Evidence:
             cell: where it runs.
             request: batch shape, seed, training plan.
             loader: replaces :func:`numerics_suite.subjects.load.load`, for models that are changed in a test.
+            shared: the true fp64 passes of the run's earlier cells; None shares with none.
         """
         self.subject, self.cell, self.request = subject, cell, request
         self.recipe: Precision = precision(cell.precision)
         self.family: Family = family_of(subject.config)
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
+        self.passes, self._shared = PassStore(), shared
         self.memo: dict[str, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
         self.runs: dict[tuple[Any, ...], Trajectory] = {}
@@ -153,16 +158,18 @@ class Evidence:
 
     def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:
         """A fresh model, in eval mode; dtype and attention are the cell's unless given."""
-        loaded = self._loader(
-            self.subject,
-            dtype=dtype or self.recipe.parameters,
-            attn=attn or self.cell.attn,
-            device=self.cell.device,
-            seed=seed,
-            poison=poison,
-        )
-        for change in self.changes:
-            loaded = change(loaded)
+        held = dtype or self.recipe.parameters
+        with doing(f"loading {self.subject.id} in {held}"):
+            loaded = self._loader(
+                self.subject,
+                dtype=held,
+                attn=attn or self.cell.attn,
+                device=self.cell.device,
+                seed=seed,
+                poison=poison,
+            )
+            for change in self.changes:
+                loaded = change(loaded)
         return loaded
 
     @cached_property
@@ -215,6 +222,8 @@ class Evidence:
     def let_go(self) -> None:
         """Drop every answer kept; cycles inside a model would hold them until the collector comes by."""
         self._forwards.clear()
+        self.passes.clear()
+        self.__dict__.pop("true_passes", None)  # which other cells may still read
         self.memo.clear()
 
     # --- inputs ----------------------------------------------------------------------------------------------------
@@ -233,30 +242,12 @@ class Evidence:
     @cached_property
     def space(self) -> InputSpace:
         """What batches may be drawn."""
-        if not self.takes_ids:
-            reason = "a plain module: no token ids can be drawn for it"
-            raise NotApplicableError(reason)
-        config = compat.config_values(self.model)
-        pads = pad_id(config)
-        return InputSpace(
-            vocab_size=self.vocab_size,
-            pad_id=pads if 0 <= pads < self.vocab_size else 0,
-            special_ids=special_ids(config, self.vocab_size),
-            sides=self.family.padding_sides,
-            task=self.subject.task,
-            num_labels=self.num_labels,
-            max_rows=most_rows(self.rows),
-            max_length=min(self.request.length, self.longest),
-            pools_by_pad=self.family.pooling == "pad-id",
-        )
+        return cell_batches.input_space(self)
 
     @cached_property
     def longest(self) -> int:
         """Most tokens of a row that config and position table allow, with one rotary table for all lengths."""
-        config = compat.config_values(self.model)
-        limits = [config.get(key) for key in ("max_position_embeddings", "seq_length", "n_positions")]
-        limits += [longest_of_one_table(config), rows_of_position_table(self.model)]
-        return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
+        return cell_batches.longest_row(self.model)
 
     @property
     def num_labels(self) -> int:
@@ -296,15 +287,23 @@ class Evidence:
     @cached_property
     def training_batch(self) -> Batch:
         """The fixed batch that the cell trains on; the user's own where there is one with a label that counts."""
-        own = self.usable_own_batch
-        if own is not None and own_batch.can_be_trained_on(self, own):
-            return own
-        length = self.space.max_length
-        if self.subject.task == "causal-lm":
-            # The last token's answer has no label. Of two tokens only the first is trained on, whose attention has one
-            # key: its softmax is 1, and queries and keys have no gradient by definition.
-            length = max(length, min(3, self.longest))
-        return training_batch(self.space, rows=self.rows, length=length, seed=self.request.seed)
+        return cell_batches.of_training(self)
+
+    @cached_property
+    def gradient_batch(self) -> Batch:
+        """The batch over which gradients are compared in float64: the training batch, or one with fewer tokens of a large model."""
+        return cell_batches.of_gradients(self)
+
+    @cached_property
+    def batch_plan(self) -> BatchPlan:
+        """How many batches its checks are asked of, and how large these are."""
+        known = self.subject.parameters
+        return self.request.effort.plan(sum(p.numel() for p in self.model.parameters()) if known is None else known)
+
+    @cached_property
+    def planned_batches(self) -> tuple[Batch, ...]:
+        """The batches that every check examines, so that their passes are shared; none where Hypothesis draws all of them."""
+        return cell_batches.planned(self)
 
     # --- runs ------------------------------------------------------------------------------------------------------
 
@@ -326,6 +325,11 @@ class Evidence:
             keywords: more keywords of the call.
         """
         return self.runner.forward(tensors, **keywords)
+
+    @cached_property
+    def true_passes(self) -> TrueStore:
+        """The true fp64 passes of the cell: an earlier cell's too, where both are the same in true fp64."""
+        return TrueStore() if self._shared is None else self._shared.of(self)
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:

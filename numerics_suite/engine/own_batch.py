@@ -55,8 +55,15 @@ def counted(evidence: Evidence, batch: Batch) -> tuple[int, ...]:
     return batch.label_counts or tuple(labels.tolist())
 
 
+def is_the_factorys(evidence: Evidence, batch: Batch) -> bool:
+    """Whether it is trained on as it stands: nobody cuts a factory's batch, or draws its rows."""
+    return evidence.loaded.batch is not None and batch is evidence.usable_own_batch
+
+
 def empty_batches_of(evidence: Evidence, batch: Batch) -> float:
     """How many batches of an epoch over the user's rows are expected to have no label that counts, at least 1 where no row has one."""
+    if is_the_factorys(evidence, batch):
+        return float(not can_be_trained_on(evidence, batch))
     found = empty_batches(counted(evidence, batch), batch=evidence.request.rows, rows=batch.rows_in_file)
     return found if can_be_trained_on(evidence, batch) else max(1.0, found)
 

@@ -12,21 +12,42 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence, batch_key
+from numerics_suite.engine.digests import batch_key
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.layout import STATES, batch_first, sequence_first
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observing.roundoff import relative_error, rms
-from numerics_suite.subjects.memory import KEPT_BYTES
+
+TRUE = "fp64"
+"""The condition of the true fp64 run."""
 
 
-def _kept(evidence: Evidence, kind: str, tensors: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
-    store: dict[Any, Tensor] = evidence.memo.setdefault("twins", {})
-    key = (kind, batch_key(tensors))
-    if key not in store:
-        store[key] = make()
-        while len(store) > 1 and sum(value.nbytes for value in store.values()) > KEPT_BYTES:
-            store.pop(next(iter(store)))
-    return store[key]
+def _read(evidence: Evidence, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+    """The answer of a pass from the cell's store; every condition but true fp64 computes in the cell's own dtype."""
+    if condition.startswith(TRUE):
+        return evidence.true_passes.answers.read((condition, batch_key(tensors)), compute)
+    return evidence.passes.read((condition, batch_key(tensors)), compute, dtype_of(evidence.recipe.computes_in))
+
+
+def true_pass(evidence: Evidence, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
+    """The answer of a true fp64 pass in which a call of its own runs the model, float64 on the CPU.
+
+    Args:
+        evidence: the cell.
+        tensors: what the call is given.
+        call: gives an output `answer`.
+        name: of the call: two that do the same have the same name.
+
+    Raises:
+        NotApplicableError: something could not be lifted to float64; such a run is no reference.
+    """
+
+    def make() -> Tensor:
+        run = evidence.runner.true_fp64(tensors, call=call)
+        trusted(run.left_out)
+        return run.outputs["answer"].cpu()
+
+    return _read(evidence, f"{TRUE} {name}", tensors, make)
 
 
 def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,14 +110,8 @@ def true_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: boo
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    given = without_labels(tensors)
-
-    def make() -> Tensor:
-        run = evidence.runner.true_fp64(given, call=caller(evidence, by_token=by_token))
-        trusted(run.left_out)
-        return run.outputs["answer"].cpu()
-
-    return _kept(evidence, f"fp64 {by_token}", given, make)
+    call = caller(evidence, by_token=by_token)
+    return true_pass(evidence, without_labels(tensors), call, f"by token: {by_token}")
 
 
 def trusted(left_out: tuple[str, ...]) -> None:
@@ -133,7 +148,7 @@ def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: 
             raise NotApplicableError(no_reference(run.left_out, kind="rounded"))
         return run.outputs["answer"].cpu()
 
-    return _kept(evidence, f"rounded {by_token}", given, make)
+    return _read(evidence, f"rounded {by_token}", given, make)
 
 
 def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
@@ -143,9 +158,9 @@ def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bo
     def make() -> Tensor:
         call = caller(evidence, by_token=by_token)
         answer: Tensor = evidence.runner.apply(lambda: call(evidence.model, given)["answer"])
-        return answer.cpu().double()
+        return answer
 
-    return _kept(evidence, f"plain {by_token}", given, make)
+    return _read(evidence, f"plain {by_token}", given, make)
 
 
 def is_reference_itself(evidence: Evidence) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
     from numerics_suite.engine.evidence import Evidence
 
 
-def saved_and_loaded(evidence: Evidence, model: nn.Module, folder: Path) -> nn.Module:
+def saved_and_loaded(evidence: Evidence, model: nn.Module, parent: Path) -> nn.Module:
     """The model after one way through files, at the precision and on the device of the cell.
 
     Args:
         evidence: of the cell; its subject has a path.
         model: with `save_pretrained`; the cell's own, or one that came back from here.
-        folder: exists and is empty.
+        parent: the copy is saved into a new folder in it.
     """
     assert evidence.subject.path is not None
+    # transformers keeps a checkpoint's own code in memory by the folder's name, so no two copies share a name.
+    folder = Path(tempfile.mkdtemp(dir=parent))
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
     # save_pretrained leaves code of the checkpoint's own where it was; without it the copy cannot be opened.

@@ -97,6 +97,7 @@ class Trajectory:
         trained: names of the trained parameters.
         unmoved: those that steps should have moved and that are what they were before the first; those of no optimizer among them.
         held: how much of the steps the parameters narrower than float32 hold, by dtype.
+        clipped_copy: what clipping would make of its gradients, None where it clips them itself or no step is above the norm.
     """
 
     losses: tuple[float, ...]
@@ -114,6 +115,26 @@ class Trajectory:
     trained: tuple[str, ...] = ()
     unmoved: tuple[str, ...] = ()
     held: tuple[HeldShare, ...] = ()
+    clipped_copy: ClippedCopy | None = None
+
+
+RECIPE_NORM = 1.0
+"""The norm that GLM-4's fine-tuning recipes clip to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClippedCopy:
+    """What clipping to :data:`RECIPE_NORM` makes of the gradients of a run that is not clipped.
+
+    Attributes:
+        step: the first whose gradients are above that norm.
+        before: their total norm.
+        after: that of a copy of them that was clipped.
+    """
+
+    step: int
+    before: float
+    after: float
 
 
 class HaltedError(Exception):
@@ -170,6 +191,7 @@ class Trainer:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.clipped: dict[int, float] = {}
+        self.clipped_copy: ClippedCopy | None = None
         self.loss, self.taken = float("nan"), 0
         self.scales: list[float] = []
         self.skipped = 0
@@ -222,10 +244,10 @@ class Trainer:
             for name, g in gradients.items()
             if g.dtype != self.parameters[name].dtype
         }
-        total = sum(float(wide(g).abs().sum()) for g in gradients.values())
         # Adam's first step is lr in the direction of each gradient's sign; SGD's is lr times the gradient.
-        squares = sum(float(wide(g).square().sum()) for g in gradients.values())
-        self.predicted = self.plan.lr * (squares if self.plan.optimizer == "sgd" else total)
+        descends = self.plan.optimizer == "sgd"
+        norms = [float(torch.linalg.vector_norm(wide(g), 2 if descends else 1)) for g in gradients.values()]
+        self.predicted = self.plan.lr * sum(norm * norm if descends else norm for norm in norms)
 
     def step(self, step: int) -> None:
         """One optimizer step, checked after each of its parts.
@@ -256,6 +278,8 @@ class Trainer:
         if self.plan.max_grad_norm is not None and not overflowed and self.optimizers:
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.plan.max_grad_norm)
             self.clipped[step] = float(torch.nn.utils.get_total_norm(list(gradients.values())))
+        elif self.clipped_copy is None and not overflowed and self.norms and self.norms[-1] > RECIPE_NORM:
+            self.clipped_copy = _clipped_copy(step, self.norms[-1], gradients)
         self.update(step)
         if self.scaler.is_enabled():
             self.scales.append(float(self.scaler.get_scale()))
@@ -326,7 +350,19 @@ class Trainer:
             trained=tuple(self.parameters),
             unmoved=(*self.unheld, *meter.unmoved(self.parameters)),
             held=meter.shares(),
+            clipped_copy=self.clipped_copy,
         )
+
+
+def _clipped_copy(step: int, norm: float, gradients: Mapping[str, Tensor]) -> ClippedCopy:
+    """What torch's clipping makes of these gradients, which stay as they are."""
+    holders = [gradient.detach() for gradient in gradients.values()]
+    copies = [holder.clone() for holder in holders]
+    for holder, own in zip(holders, copies, strict=True):
+        holder.grad = own
+    torch.nn.utils.clip_grad_norm_(holders, RECIPE_NORM)
+    after = torch.nn.utils.get_total_norm(copies)
+    return ClippedCopy(step=step, before=norm, after=float(after))
 
 
 def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: Plan) -> Trainer:

@@ -141,3 +141,63 @@ def training_batch(space: InputSpace, *, rows: int, length: int, seed: int) -> B
         content_seed=source.randrange(2**32),
         pad_inside=False,
     )
+
+
+LONG_ROW_BYTES = 2**30
+"""Of the largest tensors of a pass over one long row in float64: the scores of one block, and the answer. A constant and not
+what is free, so that a row is as long on every machine."""
+
+
+def planned_batches(space: InputSpace, *, rows: int, length: int, seed: int) -> tuple[Batch, ...]:
+    """Three batches without chance in their shape: rows of one length, of several lengths, and these with a pad id inside.
+
+    Every kind of contents stands in a row of each where there are four rows. The first has no padding: the law of padding adds
+    columns to it on every side. The second is padded on the left where the family allows it, which moves positions. Of the
+    third no law is asked.
+
+    Args:
+        space: what may be drawn.
+        rows: of each.
+        length: of the longest row.
+        seed: `--seed`.
+    """
+    shares = (1.0, 0.5, 0.75, 0.0)
+    uneven = [max(1, round(length * shares[row % 4])) for row in range(rows)]
+    return tuple(
+        build_batch(
+            space,
+            lengths=lengths,
+            contents=[CONTENTS[(row + turn) % len(CONTENTS)] for row in range(rows)],
+            side="left" if "left" in space.sides else space.sides[0],
+            content_seed=random.Random(f"planned {turn} {seed}").randrange(2**32),  # noqa: S311 - test data, not a secret
+            pad_inside=turn == 2,
+        )
+        for turn, lengths in enumerate(([length] * rows, uneven, uneven))
+    )
+
+
+def long_row(space: InputSpace, longest: int, *, heads: int, seed: int) -> Batch | None:
+    """One row as long as the config allows, and as fits into :data:`LONG_ROW_BYTES`; None where the planned rows are as long.
+
+    Args:
+        space: what may be drawn.
+        longest: tokens that the config allows.
+        heads: of attention, each of which holds the square of the length.
+        seed: `--seed`.
+    """
+    words = space.vocab_size if space.task == "causal-lm" else space.num_labels
+    length, most = space.max_length, LONG_ROW_BYTES // 8
+    while length < longest and heads * (2 * length) ** 2 + words * 2 * length <= most:
+        length *= 2
+    length = min(length, longest)
+    if length <= space.max_length:
+        return None
+    source = random.Random(f"long {seed}")  # noqa: S311 - test data, not a secret
+    return build_batch(
+        space,
+        lengths=[length],
+        contents=["uniform"],
+        side=space.sides[0],
+        content_seed=source.randrange(2**32),
+        pad_inside=False,
+    )

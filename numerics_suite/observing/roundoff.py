@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 CANCELLED: Final = 1e-12
 """A gradient this small beside the model's largest (root mean squares) is what is left of terms that cancel.
@@ -17,6 +17,13 @@ CANCELLED: Final = 1e-12
 Attention does not change when every key moves alike, so without rotary positions the gradient of a key's bias is zero;
 in float64 the sum of its terms leaves 1e-16 of them, and no two orders of summation leave the same.
 """
+
+
+_SAFE_SQUARES: Final = (1e-280, 1e280)
+"""Sums of squares of which float64 holds all digits, with 20 orders of magnitude to spare for the elements."""
+
+_PART: Final = 1 << 18
+"""Elements that are compared at a time: fresh memory for a whole embedding costs ten times what comparing it does."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -40,11 +47,31 @@ def rms(values: Tensor) -> float:
     """Return the root mean square over all elements, in float64; NaN with a NaN, 0.0 for an empty tensor."""
     if values.numel() == 0:
         return 0.0
+    norms = [float(torch.linalg.vector_norm(wide(part))) for (part,) in _parts(values)]
+    squares = sum(norm * norm for norm in norms)
+    # Squares from 1e-280 to 1e280 neither overflow nor lose digits; what lies beyond is scaled first, and NaN and inf named.
+    if _SAFE_SQUARES[0] < squares < _SAFE_SQUARES[1]:
+        return math.sqrt(squares / values.numel())
     sizes = wide(values.abs())
     largest = sizes.max().item()
     if largest == 0.0 or not math.isfinite(largest):
         return float(largest)
     return float((sizes / largest).square().mean().sqrt().item() * largest)
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The elements of tensors of one shape, :data:`_PART` of each at a time."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), _PART):
+        yield tuple(each[start : start + _PART] for each in flat)
+
+
+def _size(values: Tensor) -> float:
+    """The largest absolute value; NaN with a NaN."""
+    if values.is_complex() or values.numel() == 0:
+        return float(values.abs().max()) if values.numel() else 0.0
+    least, most = torch.aminmax(values)
+    return float(torch.maximum(-least, most))
 
 
 def largest_difference(got: Tensor, want: Tensor) -> float:
@@ -56,7 +83,11 @@ def largest_difference(got: Tensor, want: Tensor) -> float:
         ValueError: The shapes differ.
     """
     _same_shape(got, want)
-    return 0.0 if got.numel() == 0 else float(_difference(got, want).max().item())
+    if got.numel() == 0:
+        return 0.0
+    largest = [_size(wide(one) - wide(other)) for one, other in _parts(got, want)]
+    # Infinity less infinity is NaN: only then are the elements compared one by one.
+    return max(largest) if all(map(math.isfinite, largest)) else float(_difference(got, want).max().item())
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -87,7 +118,7 @@ def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     for name, wanted in want.items():
         if name in got:
             cancelled = sizes[name] <= CANCELLED * largest
-            scale = largest if cancelled else largest_difference(wanted, torch.zeros_like(wanted))
+            scale = largest if cancelled else _size(wanted)
             errors[name] = _ratio(largest_difference(got[name], wanted), scale)
     return errors
 

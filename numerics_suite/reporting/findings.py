@@ -42,6 +42,7 @@ RERUN_OPTIONS = (
     "lr",
     "max_grad_norm",
     "train_scope",
+    "effort",
     "max_examples",
     "batch_size",
     "seq_len",

@@ -5,7 +5,15 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
+from numerics_suite.core.text import harmless
+
 WIDTH = 80
+
+NARROWEST = 20
+"""Columns that a label leaves for its text at least; behind a longer one the lines that follow begin near the margin."""
+
+LONGEST = 4_000
+"""Letters of one text that are shown; whoever wrote a results file decides how long its texts are."""
 
 SIMPLER = str.maketrans(
     {
@@ -40,17 +48,14 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in joined)
 
 
-def harmless(text: str) -> str:
-    """A line that a terminal or a CI system shows and does not obey.
-
-    GitHub's runner takes a printed line as a command where it begins with `::`, in its older form with `##[` anywhere.
+def shortened(text: str, most: int) -> str:
+    """The text, or as much of it as there is room for, with how much is missing.
 
     Args:
-        text: one line; whatever a checkpoint or a results file holds may be in it.
+        text: one line.
+        most: letters.
     """
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text).replace("##[", "## [")
-    begin = len(shown) - len(shown.lstrip())
-    return f"{shown[:begin]}: {shown[begin + 1 :]}" if shown.startswith("::", begin) else shown
+    return text if len(text) <= most else f"{text[:most].rstrip()}… ({len(text) - most:,} letters more)"
 
 
 def sayable(text: str, stream: object) -> str:
@@ -80,9 +85,9 @@ def wrapped(text: str, *, width: int, first: str = "", rest: str | None = None, 
         rest: what the others begin with, None for as many spaces.
         style: of `first`, or of everything where there is no `first`.
     """
-    begin = " " * len(first) if rest is None else rest
+    begin = " " * (len(first) if len(first) <= width - NARROWEST else 4) if rest is None else rest
     parts = textwrap.wrap(
-        printable(text),
+        shortened(printable(text), LONGEST),
         width=width,
         initial_indent=first,
         subsequent_indent=begin,

@@ -41,7 +41,7 @@ class MatrixTerminal(Terminal):
             versions: of the cell.
             what: in a few words.
         """
-        if not self._quiet and what.startswith(("making", "waiting")):
+        if not self._quiet and what not in {"environment", "running"}:
             self._print(wrapped(f"{versions.text}: {what}", width=self.width, rest="  ", style="dim"))
 
     def done(self, cell: MatrixCell, done: int, total: int) -> None:

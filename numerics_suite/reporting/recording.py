@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from numerics_suite.baselines.draws import ROUNDOFF
+from numerics_suite.core.text import harmless
 from numerics_suite.reporting.lines import Line
 from numerics_suite.reporting.streams import abandon
 from numerics_suite.reporting.terminal import Terminal
@@ -52,7 +53,7 @@ class RecordTerminal(Terminal):
             self._print([Line(text)])
             return
         try:
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(f"{harmless(text)}\n")
             sys.stderr.flush()
         except OSError:
             abandon(sys.stderr)

@@ -48,7 +48,12 @@ def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False) -> list[
     lines = _table(run.checks, width)
     for number, group in enumerate(groups, start=1):
         lines += [Line(""), *block(group, number=number, run=run, width=width)]
-    for section in (_errors(run, width), _accepted(run, width), _skipped(run, width), _notes(run, width)):
+    for section in (
+        _errors(run, width),
+        _accepted(run, width),
+        _skipped(run, width),
+        _notes(run, width, told_before="--data: "),
+    ):
         if section:
             lines += [Line(""), *section]
     return [*lines, Line(""), *verdict_lines(run)]
@@ -211,5 +216,7 @@ def _asked(results: Sequence[CheckResult]) -> str:
     return f"{', '.join(checks)} on {listed(subjects, 3)} in {listed(precisions, 4)}"
 
 
-def _notes(run: RunResult, width: int) -> list[Line]:
-    return [line for note in run.notes for line in wrapped(note, width=width, first="note: ", style="bold yellow")]
+def _notes(run: RunResult, width: int, told_before: str | None = None) -> list[Line]:
+    """What a person should know; not what the head of the run has said already."""
+    notes = [note for note in run.notes if told_before is None or not note.startswith(told_before)]
+    return [line for note in notes for line in wrapped(note, width=width, first="note: ", style="bold yellow")]

@@ -281,5 +281,7 @@ def _subject_text(subject: Subject) -> str:
 
 def _plan_text(cells: Sequence[Cell], settings: Mapping[str, Any]) -> str:
     trained = f"{settings.get('steps')} steps of {settings.get('optimizer')} at lr {settings.get('lr')}"
-    drawn = f"{settings.get('max_examples')} examples, seed {settings.get('seed')}"
+    asked = "max_examples" in settings.get("origins", {})
+    how = f"{settings.get('max_examples')} examples" if asked else f"{settings.get('effort')} effort"
+    drawn = f"{how}, seed {settings.get('seed')}"
     return f"{len(cells)} cells; {drawn}; {trained}"

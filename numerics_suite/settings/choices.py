@@ -6,6 +6,7 @@ TASKS = ("auto", "causal-lm", "sequence-classification", "token-classification")
 PRECISIONS = ("fp64", "fp32", "tf32", "bf16", "fp16", "amp-bf16", "amp-fp16", "pure-fp16")
 ATTENTIONS = ("default", "eager", "sdpa", "flash_attention_2", "flex_attention")
 OPTIMIZERS = ("adamw", "adam", "sgd")
+EFFORTS = ("quick", "standard", "thorough")
 TRAIN_SCOPES = ("auto", "full", "head", "last:K", "lora")
 CAUSES = (
     "uninitialised-parameters",

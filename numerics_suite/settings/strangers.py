@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numerics_suite.core.text import harmless
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -49,7 +51,7 @@ def without_strangers_wishes(
         ignored.append("accept")
     if ignored and file not in _said:
         _said.add(file)
-        text = f"numerics-suite: {file} lies in a checkpoint's folder; ignored there: {', '.join(ignored)}\n"
+        text = f"numerics-suite: {harmless(str(file))} lies in a checkpoint's folder; ignored there: {', '.join(ignored)}\n"
         with contextlib.suppress(OSError):
             sys.stderr.write(text)
     return left, ()

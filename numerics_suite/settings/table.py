@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from numerics_suite.settings import parsers
-from numerics_suite.settings.choices import ATTENTIONS, OPTIMIZERS, PRECISIONS, TASKS
+from numerics_suite.settings.choices import ATTENTIONS, EFFORTS, OPTIMIZERS, PRECISIONS, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,8 +178,16 @@ OPTIONS: tuple[Option, ...] = (
         group=TRAIN,
     ),
     _option(
+        "effort",
+        "quick, standard or thorough: how many batches and how long, from the model's size (default: standard)",
+        default="standard",
+        parse=parsers.one_of("effort", EFFORTS),
+        metavar="EFFORT",
+        group=INPUT,
+    ),
+    _option(
         "max_examples",
-        "batches that Hypothesis draws per check (default: 10)",
+        "batches that Hypothesis draws per check (default: --effort's, 10 for a small model)",
         default=10,
         parse=parsers.integer(1),
         metavar="N",

@@ -54,6 +54,7 @@ class Settings:
     lr: float = 1e-4
     max_grad_norm: float | None = None
     train_scope: str = "auto"
+    effort: str = "standard"
     max_examples: int = 10
     seed: int = 0
     batch_size: int = 4

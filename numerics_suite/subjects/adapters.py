@@ -9,9 +9,10 @@ from typing import Any
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Task
-from numerics_suite.subjects import fixtures
-from numerics_suite.subjects.files import read_json
+from numerics_suite.subjects import compat, fixtures
+from numerics_suite.subjects.files import StoredTensor, read_json
 from numerics_suite.subjects.hub import parse_hub_id, snapshot
+from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.tasks import task_of_class
 
 _TASKS: Mapping[str, Task] = {
@@ -19,6 +20,10 @@ _TASKS: Mapping[str, Task] = {
     "SEQ_CLS": "sequence-classification",
     "TOKEN_CLS": "token-classification",
 }
+
+
+DECOMPOSED = ("corda", "eva", "loftq", "lora_ga", "olora", "orthogonal", "pissa")
+"""Ways to begin that decompose the base's weights, which the meta device does not hold."""
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
@@ -32,6 +37,42 @@ def read_adapter(folder: Path) -> dict[str, Any]:
         message = f"{folder} is an adapter, and peft is not installed: pip install 'numerics-suite[peft]'"
         raise BadInputError(message)
     return content
+
+
+def refuse_unusable(folder: Path, base: Path, model_class: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """See that peft takes the adapter and puts it on its base, on torch's meta device, which holds shapes and no numbers.
+
+    Args:
+        folder: of the adapter.
+        base: folder of its base.
+        model_class: of transformers, that the base is loaded as; another one is not looked at.
+        tensors: what the adapter's files hold.
+
+    Raises:
+        BadInputError: it does not; each check that loads it would fail.
+    """
+    import peft  # heavy
+    import torch
+    import transformers
+
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config: Any = peft.PeftConfig.from_pretrained(str(folder))
+            built = getattr(transformers, model_class, None)
+            if built is None:
+                return
+            config.task_type = config.modules_to_save = None  # what stands around the layers is the loader's affair
+            if str(getattr(config, "init_lora_weights", "")).startswith(DECOMPOSED):
+                config.init_lora_weights = False
+            model: Any = peft.get_peft_model(built(transformers.AutoConfig.from_pretrained(base)), config)
+            shapes = {name: tuple(value.shape) for name, value in peft.get_peft_model_state_dict(model).items()}
+    except Exception as error:  # noqa: BLE001 - peft raises what it likes
+        message = f"{folder / 'adapter_config.json'}: peft {peft.__version__} refuses it: {compat.last_line(error)}"
+        raise BadInputError(message) from None
+    for name, tensor in tensors.items():
+        if "lora_" in name and name in shapes and tuple(tensor.shape) != shapes[name]:
+            message = f"{folder}: {name} has shape {list(tensor.shape)}, and adapter_config.json makes it {list(shapes[name])}"
+            raise BadInputError(message)
 
 
 def adapter_task(adapter: Mapping[str, Any]) -> Task | None:

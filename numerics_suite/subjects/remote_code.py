@@ -47,6 +47,27 @@ def private_modules() -> Iterator[Path]:
     finally:
         dynamic_module_utils.HF_MODULES_CACHE = usual
         _let_be_found(Path(usual))
+        _forget_registered_classes()
+
+
+def _forget_registered_classes() -> None:
+    """Take a checkpoint's classes out of the auto classes, which register them for its config's class and prefer them from then on.
+
+    A second checkpoint whose configuration file is the same has that same config class, and would be built from the first
+    one's modeling code.
+    """
+    for name in [name for name in sys.modules if name.startswith("transformers.models.auto.")]:
+        for mapping in list(vars(sys.modules[name]).values()):
+            extra = vars(mapping).get("_extra_content") if hasattr(mapping, "__dict__") else None
+            if isinstance(extra, dict):
+                for key in [key for key, value in extra.items() if _is_a_checkpoints(value)]:
+                    del extra[key]
+
+
+def _is_a_checkpoints(registered: object) -> bool:
+    """Whether a class, or one of several, comes from a checkpoint's own code."""
+    classes = registered if isinstance(registered, tuple) else (registered,)
+    return any(getattr(each, "__module__", "").startswith(f"{_PACKAGE}.") for each in classes)
 
 
 def _let_be_found(folder: Path) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
 from numerics_suite.subjects import compat, fixtures, validate
-from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter
+from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter, refuse_unusable
 from numerics_suite.subjects.factory import PREFIX as FACTORY
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of
@@ -115,17 +116,19 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
         message = f"--name is given {len(names)} times for {len(sources)} subjects"
         raise BadInputError(message)
     given = [*names, *[None] * (len(sources) - len(names))]
-    subjects = tuple(
-        resolve(
-            source,
-            name=name,
-            task=task,
-            num_labels=num_labels,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
-        for source, name in zip(sources, given, strict=True)
-    )
+
+    def read(source: str, name: str | None) -> Subject:
+        with doing(f"reading {source}"):  # its digest is taken over every byte of it
+            return resolve(
+                source,
+                name=name,
+                task=task,
+                num_labels=num_labels,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+            )
+
+    subjects = tuple(read(source, name) for source, name in zip(sources, given, strict=True))
     seen: dict[str, str] = {}
     for subject in subjects:
         if subject.id in seen:
@@ -218,6 +221,8 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     notes = tuple(() if own_code or adapter is not None else checkpoint_notes(tensors, config, model_class))
     if adapter is not None:
         held = stored_tensors(place.path)
+        if not own_code:
+            refuse_unusable(place.path, folder, model_class, held)
         notes = tuple(adapter_notes(place.path, held))
         labels = labels or _adapter_labels(held, family, task)
         # A head that the adapter brings is not new.

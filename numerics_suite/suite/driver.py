@@ -11,15 +11,23 @@ from typing import Any
 import hypothesis
 from hypothesis import HealthCheck, Phase, given
 
+from numerics_suite.core.activity import at, doing
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.devices import random_state
-from numerics_suite.engine.evidence import Evidence, batch_key
+from numerics_suite.engine.digests import batch_key
+from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.lifting import preserved
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judging.verdicts import Breach, judge
 from numerics_suite.suite.endings import NO_BATCH
+
+PAD_INSIDE = "forward.finite"
+"""The check that is asked of a pad id among real tokens too."""
+
+SEARCHED = 10
+"""Batches drawn, before a check's share is taken, in search of a smaller one where a planned batch fails."""
 
 SHRINKS = 60
 """Batches tried to make a failing one smaller: rows and lengths are a few choices each, and every try runs the model."""
@@ -85,7 +93,7 @@ def _says_more(new: Measurement, held: Measurement) -> bool:
     return new.value == held.value and bool(new.facts) and not held.facts
 
 
-def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> Outcome:
+def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | None = None) -> Outcome:
     """Ask a check of a cell; what it or the model's own code leaves behind never reaches the next one.
 
     Random numbers begin at the seed, and afterwards the model's attributes, buffers, hooks and config are as they were: a
@@ -95,7 +103,7 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
         spec: the check.
         evidence: the cell.
         seed: same seed, same batches; another seed, others.
-        max_examples: batches that Hypothesis draws.
+        max_examples: batches that Hypothesis draws, and no planned ones; None for what the cell's effort plans.
 
     Raises:
         NotApplicableError: the check has nothing to ask here.
@@ -109,11 +117,11 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) ->
         kept = (
             nullcontext()
         )  # what the files alone show needs no model; the check raises the same where it asks for one
-    with random_state.seeded(seed), kept:
+    with random_state.seeded(seed), kept, doing(f"{spec.id}/{evidence.cell.id}"):
         return _ask(spec, evidence, seed=seed, max_examples=max_examples)
 
 
-def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -> Outcome:
+def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | None) -> Outcome:
     outcome = Outcome()
     if not spec.of_broken and evidence.broken:
         reason = f"weights are not finite: {evidence.broken[0]} (load.finite, load.head-init)"
@@ -133,13 +141,34 @@ def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int) -
         if outcome.breaches:
             return outcome
     if evidence.takes_ids:
-        _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(max_examples * spec.share)))
+        _ask_drawn(spec, evidence, outcome, seed=seed, max_examples=max_examples)
     if outcome.examples == 0:
         raise NotApplicableError(NO_BATCH)
     return outcome
 
 
+def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int | None) -> None:
+    """Ask it of the planned batches, whose passes other checks share, and of those that Hypothesis draws.
+
+    A planned batch that breaks a law is examined alone: Hypothesis looks for the smallest one that does, and what it finds
+    stands in its place.
+    """
+    drawn = evidence.batch_plan.drawn if max_examples is None else max_examples
+    for batch in evidence.planned_batches if max_examples is None else ():
+        too_long = int(batch.tensors["input_ids"].shape[1]) + spec.adds > evidence.longest
+        if too_long or (not batch.law_abiding and spec.id != PAD_INSIDE):
+            continue
+        if _ask_batch(spec, evidence, batch, outcome):
+            drawn = max(drawn, SEARCHED)
+            break
+    if not outcome.examples:
+        drawn = drawn or SEARCHED
+    if drawn:
+        _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(drawn * spec.share)))
+
+
 def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outcome) -> list[Breach]:
+    at(f"{spec.id}/{evidence.cell.id}, batch {outcome.examples + 1}")
     measurements = outcome.add(spec.function(evidence, batch))
     outcome.examples += 1
     breaches = judge(spec.id, measurements)
@@ -165,7 +194,7 @@ def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, m
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.target, Phase.shrink) if spec.seeks else (Phase.generate, Phase.shrink),
     )
-    @given(batch=batches(space, pad_inside=spec.id == "forward.finite"))
+    @given(batch=batches(space, pad_inside=spec.id == PAD_INSIDE))
     def one(batch: Batch) -> None:
         nonlocal tries
         key = batch_key(batch.tensors)

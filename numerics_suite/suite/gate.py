@@ -114,6 +114,7 @@ class Gate:
     def pytest_configure_node(self, node: Any) -> None:
         """Tell a worker what has ended an earlier process, so that it does not end this one too."""
         node.workerinput["numerics_lost"] = dict(known().lost)
+        node.workerinput["numerics_quiet"] = self.settings.quiet
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:

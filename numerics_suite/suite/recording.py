@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline, Recorded
 from numerics_suite.checks.baseline._difference import measured_as
+from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
@@ -90,30 +91,56 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generato
         for cell in cells:
             yield cell, _measured(session, cell)
         return
-    others = set(multiprocessing.active_children())
     own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads_of_each(workers)}
     with variables(own):
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
-        )
-        try:
-            pending = {pool.submit(_measured_there, cell): cell for cell in cells}
-            for future in concurrent.futures.as_completed(pending):
-                yield pending[future], _answer_of(future)
-        except BaseException:
-            # A cell that is half measured is of no use to anybody: whoever stops the work does not wait for it.
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        lost: list[Cell] = []
+        with contextlib.closing(_in_workers(session, cells, workers)) as answers:
+            for cell, answer in answers:
+                if answer is None:
+                    lost.append(cell)
+                else:
+                    yield cell, answer
+        # A worker that dies takes the other workers' cells along. Each by itself shows which one it was.
+        for cell in lost:
+            with contextlib.closing(_in_workers(session, [cell], 1)) as answers:
+                for _, answer in answers:
+                    yield cell, answer or _Answer(error=DIED)
 
 
-def _answer_of(future: concurrent.futures.Future[_Answer]) -> _Answer:
+DIED = "a worker process ended before it had an answer: out of memory, or killed"
+
+
+def _in_workers(
+    session: SuiteSession, cells: list[Cell], workers: int
+) -> Generator[tuple[Cell, _Answer | None], None, None]:
+    """The cells as they are measured, None for those of which a worker's death left nothing."""
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(session.settings,)
+    )
+    pending: dict[concurrent.futures.Future[_Answer], Cell] = {}
+    try:
+        for cell in cells:
+            try:
+                pending[pool.submit(_measured_there, cell)] = cell
+            except concurrent.futures.process.BrokenProcessPool:
+                yield cell, None
+        for future in concurrent.futures.as_completed(pending):
+            yield pending[future], _answer_of(future)
+    except BaseException:
+        # A cell that is half measured is of no use to anybody: whoever stops the work does not wait for it.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _answer_of(future: concurrent.futures.Future[_Answer]) -> _Answer | None:
     try:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool:
-        return _Answer(error="a worker process ended before it had an answer: out of memory, or killed")
+        return None
 
 
 _OWN: list[SuiteSession] = []
@@ -133,12 +160,17 @@ def _measured_there(cell: Cell) -> _Answer:
 
 def _measured(session: SuiteSession, cell: Cell) -> _Answer:
     try:
-        evidence = session.evidence(cell)
-        if evidence.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
-            return _Answer(baseline=measured_as(evidence.request.baseline, evidence))
-        checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
-        return _Answer(baseline=measure_cell(evidence, checks=checks))
+        with doing(f"measuring {cell.id}"):
+            return _measured_now(session, cell)
     except NumericsSuiteError as error:
         return _Answer(error=" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001 - one cell's failure never hides the others
         return _Answer(error=error_line(error, cell.device))
+
+
+def _measured_now(session: SuiteSession, cell: Cell) -> _Answer:
+    evidence = session.evidence(cell)
+    if evidence.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
+        return _Answer(baseline=measured_as(evidence.request.baseline, evidence))
+    checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
+    return _Answer(baseline=measure_cell(evidence, checks=checks))

@@ -22,6 +22,7 @@ from numerics_suite.subjects.load import load, place
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite.endings import ending
 from numerics_suite.suite.gate import subject_facts
+from numerics_suite.suite.session import error_line
 from numerics_suite.watching.bundle_reader import (
     Bundle,
     bad_calls,
@@ -131,12 +132,16 @@ def _tried_again(bundle: Bundle, device: str) -> Finding:
         model = place(built_model(bundle), device)
     except NotApplicableError as error:
         return left_untried(bundle.finding, str(error))
-    start = bundle.start()
-    scene = scene_of(bundle, model, () if start is None else (start,))
-    found = bundle.finding
-    if found.op is None and (trained := trained_again(scene, bundle.step)) is not None:
-        found = borne_out_of(_found_again(found, *trained), model)
-    return with_remedies_tried(found, scene)
+    try:
+        start = bundle.start()
+        scene = scene_of(bundle, model, () if start is None else (start,))
+        found = bundle.finding
+        if found.op is None and (trained := trained_again(scene, bundle.step)) is not None:
+            found = borne_out_of(_found_again(found, *trained), model)
+        return with_remedies_tried(found, scene)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # A bundle that somebody edited may hold calls that its model does not take.
+        return left_untried(bundle.finding, f"not tried: its steps cannot be taken again ({error_line(error)})")
 
 
 def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResult:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
@@ -23,6 +24,7 @@ from numerics_suite.reporting.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import cell_bytes
+from numerics_suite.suite.effort import effort_of
 from numerics_suite.suite.gate import Gate
 from numerics_suite.suite.planning import SuitePlan, make_plan
 
@@ -81,6 +83,11 @@ def run_check(
         KeyboardInterrupt: the user stopped it before anything was asked.
         CheckError: pytest itself failed.
     """
+    with listening(terminal.say):
+        return _run_check(settings, terminal, reproducers, asks_index=asks_index)
+
+
+def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None, *, asks_index: bool) -> RunResult:
     plan = make_plan(settings)
     workers = worker_count(settings, plan)
     arguments = [
@@ -199,7 +206,7 @@ def plan_rows(settings: Settings) -> list[PlanRow]:
             training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
             batch=settings.batch_size,
             seq=settings.seq_len,
-            examples=settings.max_examples,
+            examples=effort_of(settings).plan(subject.parameters or 0).batches,
         )
         skipped = {question.skip for question in asked if question.skip}
         note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)

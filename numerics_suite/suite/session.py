@@ -15,6 +15,7 @@ from typing import Any
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY
 from numerics_suite.core import interrupts
+from numerics_suite.core.activity import doing
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.lifeline import known, lifeline
@@ -33,6 +34,7 @@ from numerics_suite.diagnosing.versions_advice import PIN, borne_out, clean_on_a
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import Plan
+from numerics_suite.engine.true_passes import TruePasses
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judging.known_faults import reason_to_accept
@@ -42,6 +44,7 @@ from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.data import batch_of, sample_of
 from numerics_suite.suite.driver import Outcome, ask
+from numerics_suite.suite.effort import effort_of
 from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
@@ -67,6 +70,7 @@ class SuiteSession:
         self._reproducers: dict[tuple[str, ...], str | None] = {}
         self.deadline, self.reproducers = deadline, reproducers
         self._evidence: Evidence | None = None
+        self._true_passes = TruePasses()
         self.lost: tuple[Cell, str] | None = None
         self._raises: set[tuple[str, ...]] = set()
         self._roots: list[CheckResult] = []
@@ -87,7 +91,7 @@ class SuiteSession:
                 self._evidence = None
                 memory.release(previous)
             subject = self.plan.subjects[cell.subject]
-            self._evidence = Evidence(subject, cell, self._request(subject, cell))
+            self._evidence = Evidence(subject, cell, self._request(subject, cell), shared=self._true_passes)
         return self._evidence
 
     def _request(self, subject: Subject, cell: Cell) -> Request:
@@ -108,6 +112,7 @@ class SuiteSession:
             seed=settings.seed,
             rows=settings.batch_size,
             length=settings.seq_len,
+            effort=effort_of(settings),
             plan=plan,
             data=self._data if settings.data is not None else None,
             baseline=self._baseline(cell),
@@ -192,7 +197,7 @@ class SuiteSession:
     def _judged(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult:
         spec = get_check(question.check)
         evidence = self.evidence(question.cell)
-        outcome = ask(spec, evidence, seed=self.settings.seed, max_examples=self.settings.max_examples)
+        outcome = ask(spec, evidence, seed=self.settings.seed)
         told = {
             "measurements": _numbers(outcome),
             "series": tuple(with_limits(question.check, series) for series in outcome.series.values()),
@@ -257,7 +262,8 @@ class SuiteSession:
         cell = question.cell
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
-            text = reproducer(question.check, found, evidence, batch)
+            with doing(f"{question.id}: writing a script that shows it"):
+                text = reproducer(question.check, found, evidence, batch)
             path = self.reproducers / self._script_name(key)
             try:
                 if text is not None:
@@ -280,7 +286,7 @@ class SuiteSession:
 
     def _ask_again(self, check: str, cured: Evidence) -> Answer:
         """A check of a cured copy, with the batches that this run draws."""
-        outcome = ask(get_check(check), cured, seed=self.settings.seed, max_examples=self.settings.max_examples)
+        outcome = ask(get_check(check), cured, seed=self.settings.seed)
         return Answer(breaches=outcome.breaches, measurements=_numbers(outcome))
 
     @staticmethod

@@ -13,12 +13,12 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numerics_suite.core.activity import telling
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.versions import building, locks, retention
@@ -27,7 +27,7 @@ from numerics_suite.versions.recipes import Recipe, Wanted, make_recipe
 from numerics_suite.versions.running_copy import running_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Environment", "Wanted", "ensure"]
 
@@ -129,7 +129,8 @@ def _ensure(recipe: Recipe, wanted: Wanted, say: Callable[[str], None]) -> Envir
         made = marker is None or marker["layout"] != LAYOUT or marker["recipe"] != recipe.to_json()
         if marker is None or made:
             say(f"making an environment: {recipe.title}")
-            with _telling_on(say, recipe.title):
+            title = f"making an environment: {recipe.title}"
+            with telling(lambda seconds: say(f"{title}: still installing after {seconds:.0f} s"), first=TELL_AFTER):
                 marker = _make(recipe, wanted, folder)
         _mark_used(folder)
         environment = _from_marker(folder, marker, made=made, use=locks.Use(locks_folder(), recipe.name))
@@ -138,26 +139,8 @@ def _ensure(recipe: Recipe, wanted: Wanted, say: Callable[[str], None]) -> Envir
     return environment
 
 
-TELL_EVERY = 15.0
-"""Seconds between two lines while an environment is made: installing torch takes minutes on a slow network."""
-
-
-@contextlib.contextmanager
-def _telling_on(say: Callable[[str], None], title: str) -> Iterator[None]:
-    """Say that the work goes on, and for how long it has."""
-    done, begun = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not done.wait(TELL_EVERY):
-            say(f"making an environment: {title}: still installing after {time.monotonic() - begun:.0f} s")
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        done.set()
-        teller.join()
+TELL_AFTER = 15.0
+"""Seconds of installing before it is said to go on: torch takes minutes on a slow network."""
 
 
 def _from_marker(folder: Path, marker: Mapping[str, Any], *, made: bool, use: locks.Use) -> Environment:

@@ -152,12 +152,11 @@ def failed(reason: str) -> dict[str, Any]:
     }
 
 
-def reason_of(status: int, log: Path) -> str:
-    """One line for a process that ended without an answer.
+def tail(log: Path) -> list[str]:
+    """The last lines of a process's output, without blanks at their ends.
 
     Args:
-        status: as `Popen.returncode`.
-        log: its output.
+        log: its output; need not be there yet.
     """
     try:
         with log.open("rb") as file:
@@ -165,7 +164,17 @@ def reason_of(status: int, log: Path) -> str:
             text = file.read().decode("utf-8", "replace")
     except OSError:
         text = ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def reason_of(status: int, log: Path) -> str:
+    """One line for a process that ended without an answer.
+
+    Args:
+        status: as `Popen.returncode`.
+        log: its output.
+    """
+    lines = tail(log)
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
         memory = ", as when memory runs out" if -status == signal.SIGKILL else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from numerics_suite.core.activity import telling
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
 from numerics_suite.versions.answers import cell_of, minor_of
@@ -17,13 +19,17 @@ from numerics_suite.versions.asked import Known, digests
 from numerics_suite.versions.changes import with_changes
 from numerics_suite.versions.environments import ensure
 from numerics_suite.versions.extensions import left_out_notes
-from numerics_suite.versions.job import Job, for_a_cell
-from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, failed
+from numerics_suite.versions.job import LOG, Job, for_a_cell
+from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, failed, tail
 from numerics_suite.versions.kept import Kept
 from numerics_suite.versions.recipes import Wanted, make_recipe
 
 if TYPE_CHECKING:
     from numerics_suite.settings.tree import Settings
+
+
+PROGRESS = re.compile(r"\d+ of \d+ checks|\d+ s so far$")
+"""In lines that a run prints of how far it is."""
 
 
 class Audience(Protocol):
@@ -136,7 +142,8 @@ def in_environments(jobs: Jobs) -> Execute:
             raise Stopped
         tell("environment")
         if job.wanted is None:
-            return jobs.run(RunningEnvironment(), job, folder)
+            with telling(lambda seconds: tell(f"running for {seconds:.0f} s{_said_last(folder)}")):
+                return jobs.run(RunningEnvironment(), job, folder)
         try:
             environment = ensure(job.wanted, on_progress=tell)
         except UnsupportedError:
@@ -145,11 +152,18 @@ def in_environments(jobs: Jobs) -> Execute:
             raise
         tell("running")
         try:
-            return jobs.run(environment, job, folder)
+            with telling(lambda seconds: tell(f"running for {seconds:.0f} s{_said_last(folder)}")):
+                return jobs.run(environment, job, folder)
         finally:
             environment.release()
 
     return execute
+
+
+def _said_last(folder: Path) -> str:
+    """What a job's process said last of how far it is, with a colon before it; empty where it said nothing yet."""
+    said = [line for line in tail(folder / LOG) if PROGRESS.search(line)]
+    return f": {said[-1]}" if said else ""
 
 
 def planned(plan: Plan, kept: Kept) -> list[tuple[Versions, bool]]:

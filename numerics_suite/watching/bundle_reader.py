@@ -18,6 +18,7 @@ from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
+from numerics_suite.core.typed import refuse_other_shape, refuse_wrong_types
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.watching.bundle import BATCHES, JSON_NAME, KIND, OPTIMIZER, PARAMETERS, SCHEMA_VERSION
@@ -25,6 +26,28 @@ from numerics_suite.watching.caught_step import Start, bad_parameters
 from numerics_suite.watching.diagnosis import Scene
 from numerics_suite.watching.optimizer_states import Loop, loop_from_json
 from numerics_suite.watching.ring import Call
+
+NUMBER = (int, float, str)
+"""A text for one that is not finite."""
+
+TEXT_OR_NONE = (str, type(None))
+SHAPE = {
+    **dict.fromkeys(("created_at!", "replay!", "parameters_are!"), str),
+    "step!": int,
+    "loss_scale!": NUMBER,
+    "environment!": {"packages!": dict},
+    "model!": {
+        **dict.fromkeys(("class!", "module!", "dtype!"), str),
+        "config!": (dict, type(None)),
+        "adapter!": (dict, type(None)),
+        "attn!": TEXT_OR_NONE,
+        "training!": bool,
+    },
+    "calls!": [{"step!": int, "args!": list, "kwargs!": dict, "autocast!": dict, "rng!": dict}],
+    "finding!": dict,
+    "files!": dict,
+}
+"""What is read of `bundle.json`, here and where a bundle is reopened."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +117,8 @@ def read_bundle(path: Path) -> Bundle:
             message = f"--bundle: {file} was changed or is torn: its SHA-256 is not the one in {JSON_NAME}"
             raise BadInputError(message)
     try:
+        refuse_other_shape(content, SHAPE, "bundle")
+        float(revived(content["loss_scale"]))
         tensors = load_file(path / BATCHES)
         calls = tuple(call for written in content["calls"] if (call := _call(written, tensors)) is not None)
         loop = content.get("loop")
@@ -105,7 +130,7 @@ def read_bundle(path: Path) -> Bundle:
             parameters=_tensors(path / PARAMETERS),
             loop=None if loop is None else loop_from_json(loop, _tensors(path / OPTIMIZER)),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SafetensorError, OSError) as error:
         message = f"--bundle: {path} cannot be read: {type(error).__name__}: {error}"
         raise BadInputError(message) from None
 
@@ -134,6 +159,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _finding(written: Mapping[str, Any], path: Path) -> Finding:
     finding = finding_from_json(written)
+    refuse_wrong_types(finding, "finding.")
     return finding if finding.reproducer is None else replace(finding, reproducer=str(path / finding.reproducer))
 
 
@@ -145,8 +171,16 @@ def _call(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Call | N
     except _NotKept:
         return None
     rng = {name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8) for name, text in written["rng"].items()}
-    autocast = {kind: getattr(torch, name) for kind, name in written["autocast"].items()}
+    autocast = {kind: _dtype(name) for kind, name in written["autocast"].items()}
     return Call(step=written["step"], args=args, kwargs=kwargs, rng=rng, autocast=autocast)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        message = f"{name} is no dtype"
+        raise TypeError(message)
+    return found
 
 
 class _NotKept(Exception):  # noqa: N818 - a signal within this file, not an error
@@ -154,7 +188,7 @@ class _NotKept(Exception):  # noqa: N818 - a signal within this file, not an err
 
 
 def _unpacked(value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    (kind, inner) = next(iter(value.items()))
+    ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
     if kind == "dict":
@@ -237,11 +271,13 @@ def built_model(bundle: Bundle) -> nn.Module:
         with quiet_transformers():
             config = kind.config_class.from_dict(revived(told["config"]))
             config._attn_implementation = told["attn"]  # noqa: SLF001 - as from_pretrained sets it
-            model: nn.Module = kind(config)
+            with torch.device("meta"):  # a config of any size costs nothing there
+                fits = holds_all_of(bundle, kind(config))
+            model: nn.Module = kind(config) if fits else nn.Module()
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         reason = f"not tried: {told['class']} cannot be built from the bundle's config ({type(error).__name__})"
         raise NotApplicableError(reason) from error
-    if not holds_all_of(bundle, model):
+    if not fits:
         reason = f"not tried: the parameters in the bundle are not those of {told['class']} as this release builds it"
         raise NotApplicableError(reason)
     return with_stored_parameters(bundle, model)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from numerics_suite.core.records import Finding
+from numerics_suite.core.text import harmless
 from numerics_suite.watching.alarms import Alarm, NumericsError, NumericsWarning, Reading
 from numerics_suite.watching.bundle import SCRIPT_NAME, Caught, write_bundle
 from numerics_suite.watching.diagnosis import Scene, finding_of
@@ -60,7 +61,7 @@ def send(log: Any, values: dict[str, float], step: int) -> None:
 
 def early(alarm: Alarm) -> None:
     """Warn of what is not bad yet."""
-    warnings.warn(f"step {alarm.step}: {alarm.text}", NumericsWarning, stacklevel=2)
+    warnings.warn(harmless(f"step {alarm.step}: {alarm.text}"), NumericsWarning, stacklevel=2)
 
 
 def several_processes() -> bool:
@@ -116,7 +117,7 @@ class Response:
         action = self.on_bad(self.finding) if callable(self.on_bad) else self.on_bad
         line = self.line(alarm)
         if action in {"warn", "skip"}:
-            warnings.warn(line, NumericsWarning, stacklevel=2)
+            warnings.warn(harmless(line), NumericsWarning, stacklevel=2)
         return line if action == "stop" else None
 
     def _with_remedies(self, finding: Finding, scene: Scene) -> Finding:

@@ -11,12 +11,9 @@ CELL = ("fixture:glm4-tiny", "--precision", "bf16", "--attn", "sdpa", "-n", "0",
 FEW = ("--max-examples", "1", "--steps", "2", "--batch-size", "2", "--seq-len", "16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param(f"{DEVICE}:1", marks=pytest.mark.slow, id="the second"),
-        pytest.param(f"{DEVICE}:0,{DEVICE}:1", id="both"),
-    ],
+    "device", [pytest.param(f"{DEVICE}:1", id="the second"), pytest.param(f"{DEVICE}:0,{DEVICE}:1", id="both")]
 )
 def test_a_cell_runs_on_any_index_and_spread_over_two(tmp_path: Path, device: str) -> None:
     """References and hooks follow each block to its device; none of the checks is skipped that runs on one."""
@@ -27,6 +24,7 @@ def test_a_cell_runs_on_any_index_and_spread_over_two(tmp_path: Path, device: st
     assert {result["device"] for result in there.results["checks"]} == {device}
 
 
+@pytest.mark.slow
 def test_references_run_on_the_cpu_where_the_device_has_no_float64(tmp_path: Path) -> None:
     there = check(tmp_path, *CELL, *FEW, "--device", DEVICE, NUMERICS_STANDIN_NO_FLOAT64="1")
     assert not there.wrong(), there.said
@@ -58,6 +56,7 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path: Path, device: str, mes
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_fused_kernel_with_noise_fails_the_local_reference_and_is_named(tmp_path: Path, precision: str) -> None:
     cell = ("fixture:glm4-tiny", "--precision", precision, "--attn", "sdpa", "--checks", "reference.local", "-n", "0")
     sound = check(tmp_path, *cell, "--device", DEVICE, "--no-diagnose")

@@ -33,6 +33,7 @@ def test_the_whole_grid_gives_the_cpus_answers(tmp_path: Path, subject: str) -> 
     assert there.statuses() == here.statuses()
 
 
+@pytest.mark.slow
 def test_a_stand_in_is_no_accelerator_of_this_machine(tmp_path: Path) -> None:
     cells = ("fixture:glm4-tiny", "--precision", "fp32", "--attn", "eager", "--checks", "load.finite")
     assert {found["device"] for found in check(tmp_path, *cells).results["checks"]} == {"cpu"}

@@ -62,6 +62,7 @@ ONE_CELL = (
 
 
 @pytest.mark.parametrize("bytes_", [pytest.param(2_000_000, marks=pytest.mark.slow), 6_000_000])
+@pytest.mark.slow
 def test_running_out_of_memory_is_an_error_and_never_a_skip_or_a_pass(tmp_path: Path, bytes_: int) -> None:
     """With room for the model and not for a copy in float64, and with room for that and not for gradients."""
     ended = check(tmp_path, *ONE_CELL, "--max-examples", "1", "--steps", "1", NUMERICS_STANDIN_MEMORY=str(bytes_))
@@ -84,6 +85,7 @@ def test_a_model_that_does_not_fit_is_an_error_of_its_cell(tmp_path: Path) -> No
     assert ended.said == "" or "Traceback" not in ended.said
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_for_good_ends_its_worker_and_the_remaining_cells_run_in_a_new_one(tmp_path: Path) -> None:
     cells = (
         *("fixture:glm4-tiny", "--precision", "fp32,bf16", "--attn", "eager", "--device", DEVICE),

@@ -27,7 +27,7 @@ def test_figures_are_read_when_they_have_arrived_and_a_spread_model_is_watched(b
     assert (bundle / "bundle.json").exists() or list(bundle.glob("*.json"))
 
 
-@pytest.mark.parametrize("device", ["cpu", DEVICE])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), DEVICE])
 def test_a_bundle_caught_on_one_device_replays_on_another(bundle: Path, tmp_path: Path, device: str) -> None:
     out = tmp_path / "out.json"
     command = [

@@ -156,6 +156,7 @@ def test_the_page_is_walked_with_tab(opened: Any) -> None:
         assert style == "solid"
 
 
+@pytest.mark.slow
 def test_rows_of_the_map_can_be_joined(opened: Any) -> None:
     with opened("many_cells") as page:
         assert page.locator(".map").get_attribute("aria-rowcount") == "126"

@@ -180,6 +180,7 @@ def test_an_added_remedy_is_tried_for_a_cause_of_ours(folder, path):
     assert (tried["acme.float32-head"], tried["keep-in-fp32"]) == (True, False)
 
 
+@pytest.mark.slow
 def test_under_pytest_the_check_is_an_item_like_any_other_also_in_workers(folder, path):
     named = ("--numerics-subject", "fixture:glm4-tiny", "--numerics-precision", "bf16", "--numerics-attn", "sdpa,eager")
     suite = ("pytest", "--pyargs", "numerics_suite.suite", "-p", "no:cacheprovider", "-v", *named)
@@ -196,6 +197,7 @@ def test_under_pytest_the_check_is_an_item_like_any_other_also_in_workers(folder
     assert "only checks of other packages match it, and extensions are off" in off.stdout + off.stderr
 
 
+@pytest.mark.slow
 def test_in_an_environment_of_another_version_it_takes_no_part_though_it_is_on_the_path(tmp_path, path, monkeypatch):
     monkeypatch.delenv("NUMERICS_SUITE_EXTENSIONS")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))

@@ -184,6 +184,7 @@ def test_a_disk_that_fills_is_one_line_and_leaves_what_was_there(capsys, monkeyp
     assert contents(Path("kept")) == before
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_with_2_and_keeps_what_was_there_and_what_was_done(capsys):
     assert main(["record", *ONE, "--baseline", "kept"]) == 0
     capsys.readouterr()
@@ -208,6 +209,7 @@ def test_interrupted_it_ends_with_2_and_keeps_what_was_there_and_what_was_done(c
     assert not [path for path in Path("kept").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_interrupted_with_workers_it_ends_at_once_in_one_line():
     command = ["fixture:glm4-tiny", "fixture:glm-tiny", "--precision", "fp32,bf16", "--baseline", "kept", "-n", "2"]
     process = subprocess.Popen(
@@ -273,6 +275,23 @@ def test_a_worker_that_dies_is_an_error_of_its_cells(capsys, tmp_path, monkeypat
     assert done.returncode == 3
     assert done.stderr.count("ERROR a worker process ended before it had an answer") == 2
     assert "Traceback" not in done.stderr
+
+
+def test_cells_that_a_workers_death_took_along_are_measured_again_each_by_itself(monkeypatch):
+    asked = []
+
+    def in_workers(_session, cells, workers):
+        asked.append((cells, workers))
+        dies = len(cells) > 1
+        yield from (
+            (cell, None if (dies and cell != "first") or cell == "deadly" else f"{cell} measured") for cell in cells
+        )
+
+    monkeypatch.setattr(recording, "_in_workers", in_workers)
+    told = dict(recording._answers(None, ["first", "deadly", "beside", "later"], 2))
+    assert asked == [(["first", "deadly", "beside", "later"], 2), (["deadly"], 1), (["beside"], 1), (["later"], 1)]
+    assert told.pop("deadly").error == recording.DIED
+    assert told == {cell: f"{cell} measured" for cell in ("first", "beside", "later")}
 
 
 def test_help_has_examples_in_80_columns(capsys):

@@ -46,6 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_an_error_of_its_cell_and_the_others_are_answered(folder: Path) -> None:
     subjects = ("factory:made_here:make", "factory:made_here:sound", "--name", "dies", "--name", "sound", "-n", "1")
     status, results, said = check(folder, *subjects, "--precision", "fp32")

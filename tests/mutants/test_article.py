@@ -286,6 +286,7 @@ def _command(*arguments: str, cwd: Path) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(out.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_command_on_a_nan_weight(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("glm-tiny", tensors=spoiled(float("nan")))
     status, results = _command(str(folder), "--precision", "bf16", "--checks", "load.*", cwd=tmp_path)
@@ -311,6 +312,7 @@ def test_the_command_on_an_uninitialised_head(checkpoint: Callable[..., Path], t
     assert [row["finding"]["cause"] for row in results["checks"]] == ["uninitialised-parameters"]
 
 
+@pytest.mark.slow
 def test_the_command_on_a_clean_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     status, results = _command(str(checkpoint("glm-tiny")), "--precision", "bf16", "--checks", "load.*", cwd=tmp_path)
     assert (status, results["verdict"]) == (0, "pass")

@@ -79,6 +79,7 @@ def test_a_check_of_baselines_catches_a_defect(name, check, cause, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in FAILS}))
+@pytest.mark.slow
 def test_the_clean_cell_passes_every_check_of_its_baseline(name, tmp_path):
     results = list(answers(session(of(name), tmp_path, changed=False), CHECKS))
     assert [result.status for result in results if result.status != "skipped"] == ["passed"] * len(results)

@@ -25,10 +25,19 @@ from numerics_suite.suite import driver
 
 FAMILIES = ("glm", "glm4", "chatglm")
 TASKS = ("", "-classifier")
-PRECISIONS = ("fp32", "bf16", "fp16", "amp-bf16")
+DEFAULTS = ("fp32", "bf16", "amp-bf16")
+"""Precisions in which the suite asks every check of the same fixtures anyway."""
+PRECISIONS = (*DEFAULTS, "fp16")
 REAL = [mutant for mutant in MUTANTS if not mutant.equivalent]
 FEW = 4
 """Batches where nothing may be raised; `test_clean_model_raises_nothing_over_seeds` draws the full number."""
+
+QUICK = {
+    next(mutant.id for mutant in reversed(REAL) if check in mutant.expected_checks)
+    for mutant in REAL
+    for check in mutant.expected_checks
+}
+"""For each check one mutant that it must catch; the others are `slow`."""
 
 MISSED = {mutant.id for mutant in REAL if not mutant.expected_checks}
 """Defects that no check sees; `docs/mutants.md` says why."""
@@ -64,7 +73,14 @@ def _asked(mutant: Mutant) -> list[CheckResult]:
     return results
 
 
-@pytest.mark.parametrize("mutant", [m for m in REAL if m.id not in MISSED], ids=lambda mutant: mutant.id)
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(mutant, id=mutant.id, marks=[] if mutant.id in QUICK else pytest.mark.slow)
+        for mutant in REAL
+        if mutant.id not in MISSED
+    ],
+)
 def test_defect_is_caught_and_placed(mutant: Mutant) -> None:
     _needs(mutant.family)
     try:
@@ -88,8 +104,8 @@ def test_equivalent_mutant_raises_nothing(mutant: Mutant) -> None:
     assert not [result for result in results if result.status in {"failed", "error"}], describe(results)
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("attn", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
+@pytest.mark.parametrize("precision", [*(pytest.param(name, marks=pytest.mark.slow) for name in DEFAULTS), "fp16"])
 @pytest.mark.parametrize("fixture", [f"{family}-tiny{task}" for family in FAMILIES for task in TASKS])
 def test_clean_model_raises_nothing(fixture: str, precision: str, attn: str) -> None:
     _needs(fixture.partition("-")[0])

@@ -112,7 +112,7 @@ def test_the_metadata_says_what_an_installer_and_a_lawyer_need(wheel: Path) -> N
     for name in metadata.get_all("License-File") or []:
         assert f"{folder}/licenses/{name}" in files
     assert f"{folder}/licenses/LICENSE" in files
-    assert "numerics-suite = numerics_suite.cli.main:main" in files[f"{folder}/entry_points.txt"].decode()
+    assert "numerics-suite = numerics_suite.cli.main:entry" in files[f"{folder}/entry_points.txt"].decode()
     assert "numerics_suite/py.typed" in files
 
 
@@ -158,6 +158,7 @@ numerics_suite.watch(every="two")
 """
 
 
+@pytest.mark.slow
 def test_a_users_type_checker_sees_our_types(installed: Path, tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "user.py").write_text(TYPED, encoding="utf-8")

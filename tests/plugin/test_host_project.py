@@ -60,6 +60,7 @@ def test_gpu_run_without_an_accelerator_is_not_green(host):
     assert "no accelerator is visible" in run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_gpu_run_without_an_accelerator_may_be_allowed(host):
     assert run_pytest(host, "-m", "gpu", "--numerics-allow-no-gpu").returncode == 0
 

@@ -288,6 +288,7 @@ def test_a_real_cell_checks_and_records_in_one_process(tmp_path):
     assert {"imports", "check", "record"} == set(done["times"])
 
 
+@pytest.mark.slow
 def test_a_real_cell_tells_bad_input_from_what_these_versions_lack(tmp_path):
     import shutil
 
@@ -332,6 +333,7 @@ def test_checks_leave_the_path_alone(tmp_path):
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
+@pytest.mark.slow
 def test_scripts_of_one_release_lie_apart_from_anothers_also_where_workers_write_them(tmp_path, monkeypatch):
     from numerics_suite.subjects import compat
     from numerics_suite.suite.session import REPRODUCERS

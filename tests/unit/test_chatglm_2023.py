@@ -83,6 +83,7 @@ def test_a_row_that_is_not_the_last(tmp_path):
     assert said.startswith("failed: the classifier reads another position than the last real token")
 
 
+@pytest.mark.slow
 def test_decoding_that_is_wrong_with_positions_too(tmp_path):
     lost = (
         "torch.cat((past[0], key)), torch.cat((past[1], value))",

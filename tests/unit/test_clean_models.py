@@ -252,14 +252,27 @@ def no_label_counts() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return language_model(input_ids=ids, labels=ids)
 
 
+def some_labels_count() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Of two rows in fourteen: the batch is one, whatever --batch-size says."""
+    ids = torch.arange(1, 43).reshape(14, 3)
+    return language_model(input_ids=ids, labels=torch.where(torch.arange(14)[:, None] % 7 == 0, ids, -100))
+
+
 def with_positions() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     ids = torch.arange(1, 15).reshape(2, 7)
     return language_model(input_ids=ids, labels=ids, position_ids=torch.arange(0, 14, 2).expand(2, -1))
 
 
-@pytest.mark.parametrize("name", ["nested", "lstm", "normed", "ids_only", "no_label_counts", "with_positions"])
+@pytest.mark.parametrize("name", ["nested", "lstm", "normed", "ids_only", "some_labels_count", "with_positions"])
 def test_a_factory(name):
     assert_clean(statuses(f"factory:{__name__}:{name}", precision="fp32"))
+
+
+def test_a_factory_whose_batch_has_no_label_that_counts():
+    found = statuses(f"factory:{__name__}:no_label_counts", precision="fp32")
+    title = "failed: no label counts in the factory's own batch: 14 of 14 rows have none"
+    assert found.pop("train.labels") == title
+    assert_clean(found)
 
 
 @pytest.mark.parametrize("name", ["integral", "frozen"])

@@ -288,6 +288,7 @@ def test_makers_at_once_make_one(wheels):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
+@pytest.mark.slow
 def test_makers_killed_at_random_moments_leave_nothing_that_is_used(wheels):
     chance = random.Random(6)
     for _ in range(12):

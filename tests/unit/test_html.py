@@ -429,6 +429,7 @@ def big() -> str:
     return render(report_samples.many_cells())
 
 
+@pytest.mark.slow
 def test_5000_cells_stay_small(big: str) -> None:
     assert len(big.encode()) < LARGEST
     page = Page(big)

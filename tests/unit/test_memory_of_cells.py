@@ -17,6 +17,7 @@ from numerics_suite.suite.session import SuiteSession
 FOUR_CELLS = ("fixture:glm4-tiny", "--precision", "fp32,bf16", "--attn", "eager,sdpa", "--max-examples", "1")
 
 
+@pytest.mark.slow
 def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the other attention's twin, and the copies of two trips through files, stand beside a cell's own model."""
     models: list[weakref.ref[Any]] = []

@@ -80,6 +80,7 @@ def outcomes(tool, monkeypatch, **verdicts):
 # --- parts that are measured -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_run_alone_and_are_merged_into_one_file(tool, tmp_path, page, capsys):
     file = tmp_path / "figures.json"
     assert tool.script.main(["--part", "tf32", "--part", "mutants", *SMALL, "--json", str(file)]) == 0
@@ -97,6 +98,7 @@ def test_parts_run_alone_and_are_merged_into_one_file(tool, tmp_path, page, caps
     assert page.read_text(encoding="utf-8").count(tool.page.NOT_RUN) == len(NAMES)
 
 
+@pytest.mark.slow
 def test_the_constants_stand_beside_their_limits(tool, tmp_path):
     file = tmp_path / "figures.json"
     assert tool.script.main(["--part", "ratios", *SMALL, "--json", str(file)]) == 0

@@ -204,6 +204,7 @@ def _without_map(folder: Path) -> None:
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_its_other_checks_take_a_row_at_a_time(tmp_path):
     folder = copy_of("glm-tiny-classifier", tmp_path / "mine", config={"pad_token_id": None})
     for check in ("forward.padding", "forward.pooling", "forward.batch", "train.finite", "train.labels"):

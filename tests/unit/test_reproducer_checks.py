@@ -43,6 +43,19 @@ WHEN_SAVED = """    def save_pretrained(self, *args, **words):
         super().save_pretrained(*args, **{**words, "state_dict": held})
 
 """
+NARROWED_AFTER_A_SAVE = """    def save_pretrained(self, folder, *args, **words):
+        super().save_pretrained(folder, *args, **words)
+        with open(f"{folder}/saved", "w"):
+            pass
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **words):
+        made = super().from_pretrained(folder, *args, **words)
+        if __import__("os").path.exists(f"{folder}/saved"):
+            (made[0] if isinstance(made, tuple) else made).transformer.output_layer.half()
+        return made
+
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +213,7 @@ def of_load() -> Iterator[Row]:
     rounded = CAST.format(cast="[setattr(b, 'data', b.data.half()) for b in model.buffers()]")
     yield Row(check="load.dtype", measurement="rounded-buffers", copy=of_code(rounded))
     yield Row(check="load.roundtrip", measurement="differing", copy=of_code(WHEN_SAVED))
+    yield Row(check="load.roundtrip", measurement="other-dtype", copy=of_code(NARROWED_AFTER_A_SAVE))
     yield Row(check="load.tied", measurement="wrongly-tied", model="untied")
 
 

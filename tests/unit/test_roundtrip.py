@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from torch import nn
 from unit.test_clean_models import BODY, save, statuses
+
+from numerics_suite.subjects.fixtures import fixture_path
 
 CHECK = ("load.roundtrip",)
 GROUPED = {**BODY, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "sliding_window": 32}
@@ -93,3 +96,20 @@ def test_code_comes_along(monkeypatch):
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", bare)
     assert statuses("fixture:chatglm-tiny", CHECK) == {"load.roundtrip": "passed"}
+
+
+def test_code_of_another_folder_of_the_same_name_takes_no_part(tmp_path):
+    """transformers registers a class for a config's class and prefers it from then on."""
+    asked = ("forward.finite", "load.roundtrip")
+    sound, broken = (shutil.copytree(fixture_path("chatglm-tiny"), tmp_path / name / "model") for name in ("a", "b"))
+    code = broken / "modeling_chatglm.py"
+    logits = "self.transformer.output_layer(body.last_hidden_state[:, -logits_to_keep:])"
+    text = code.read_text(encoding="utf-8")
+    assert text.count(logits) == 1
+    code.write_text(text.replace(logits, f'{logits} * float("nan")'), encoding="utf-8")
+    for _ in range(2):
+        found = statuses(str(sound), asked, trust_remote_code=True, diagnose=False)
+        assert found == dict.fromkeys(asked, "passed")
+        found = statuses(str(broken), asked, trust_remote_code=True, diagnose=False)
+        assert found["forward.finite"].startswith("failed")
+        assert found["load.roundtrip"] == "passed"

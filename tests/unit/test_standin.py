@@ -16,7 +16,7 @@ SUPPORTED = sys.platform == "linux" and hasattr(getattr(torch._C, "_acc", None),
 
 
 @pytest.mark.skipif(not SUPPORTED, reason="PyTorch's Python backends came with 2.9; the stand-in knows Linux only")
-@pytest.mark.parametrize("part", ["models", "the rest"])
+@pytest.mark.parametrize("part", [pytest.param("models", marks=pytest.mark.slow), "the rest"])
 def test_selftest(part: str) -> None:
     files = sorted((STANDIN / "selftest").glob("*.py"))
     chosen = [file for file in files if (file.stem == "models") == (part == "models")]

@@ -392,6 +392,7 @@ WRITER = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_whole_baseline_is_left(tmp_path):
     """Fifty random moments of a process that saves without a pause."""
     draw = random.Random(0)

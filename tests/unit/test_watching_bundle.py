@@ -148,7 +148,7 @@ def test_inputs_that_a_loop_refills_are_kept_as_they_were(tmp_path):
         (lambda b: (b / "reproduce.py").write_text("print()", encoding="utf-8"), "was changed or is torn"),
         (lambda b: rewrite(b, schema_version=9), "has schema_version 9; this release reads 1"),
         (lambda b: rewrite(b, finding={"cause": "overflow"}), "cannot be read: KeyError"),
-        (lambda b: rewrite(b, calls=[{"step": 1}]), "cannot be read: KeyError"),
+        (lambda b: rewrite(b, calls=[{"step": 1}]), "calls[0].args must be list"),
     ],
 )
 def test_a_torn_or_foreign_bundle_is_refused_in_one_line(tmp_path, damage, text):
@@ -197,6 +197,7 @@ def script_of(folder, *words):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_of_an_adapter_puts_it_on_its_base(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -218,6 +219,7 @@ def test_the_script_of_an_adapter_puts_it_on_its_base(tmp_path):
     assert (healthy.returncode, healthy.stdout.splitlines()[-1]) == (0, "every value is finite"), healthy.stderr
 
 
+@pytest.mark.slow
 def test_a_script_that_cannot_run_does_not_say_that_it_reproduced(tmp_path):
     caught(tmp_path / "b")
     assert script_of(tmp_path / "b").returncode == 4, "the user's own class"

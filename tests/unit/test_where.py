@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import numerics_suite
 
 SCRIPT = """\
@@ -22,6 +24,7 @@ print(model_line(), own_function())
 """
 
 
+@pytest.mark.slow
 def test_through_a_link_our_own_frames_are_still_ours(tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "numerics_suite").symlink_to(

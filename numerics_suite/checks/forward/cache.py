@@ -15,7 +15,15 @@ from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine import decoding
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.references import caller, compare_law, rounded_answer, true_answer, trusted, without_labels
+from numerics_suite.engine.references import (
+    caller,
+    compare_law,
+    rounded_answer,
+    true_answer,
+    true_pass,
+    trusted,
+    without_labels,
+)
 from numerics_suite.engine.router_loss import without_router_loss
 from numerics_suite.observing.parting import Side, first_parting
 from numerics_suite.observing.roundoff import relative_error
@@ -68,12 +76,12 @@ def _in_steps(
     real = tensors["attention_mask"].bool()
     decode = decoding.with_cache(cuts, positions=positions)
     plain = evidence.runner.apply(lambda: decode(evidence.model, tensors)["answer"])
-    true, stepped = true_answer(evidence, tensors)[real], _true(evidence, tensors, decode)[real]
+    true, stepped = true_answer(evidence, tensors)[real], _true_steps(evidence, tensors, cuts, positions)[real]
     whole, base = caller(evidence, by_token=True), lambda: rounded_answer(evidence, tensors)[real]
     if positions == "generate" and not relative_error(stepped, true) <= AGREED:
         # `generate` may count otherwise than the model itself (RoBERTa's own positions begin after its pad id): with and
         # without the cache are then compared under the positions of `generate`.
-        counted = _true(evidence, tensors, decoding.without_cache)[real]
+        counted = _true_whole(evidence, tensors)[real]
         if relative_error(stepped, counted) <= AGREED:
             true, whole, base = counted, decoding.without_cache, lambda: _rounded(evidence, tensors)[real]
     found = compare_law(evidence, true=true, true_other=stepped, other=plain.cpu().double()[real], base=base)
@@ -101,10 +109,17 @@ def _rounded(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
     return run.outputs["answer"].cpu()
 
 
-def _true(evidence: Evidence, tensors: Mapping[str, Any], call: decoding.Call) -> Tensor:
-    run = evidence.runner.true_fp64(tensors, call=call)
-    trusted(run.left_out)
-    return run.outputs["answer"].cpu()
+def _true_whole(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
+    """The true fp64 answer of one call without a cache."""
+    return true_pass(evidence, tensors, decoding.without_cache, "without a cache")
+
+
+def _true_steps(
+    evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], positions: decoding.Positions = "generate"
+) -> Tensor:
+    """The true fp64 answer of decoding in steps."""
+    call = decoding.with_cache(cuts, positions=positions)
+    return true_pass(evidence, tensors, call, f"steps at {list(cuts)}, positions of {positions}")
 
 
 def _cause(evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], exact: float) -> str | None:
@@ -112,8 +127,8 @@ def _cause(evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], 
     if exact <= AGREED or not decoding.takes_positions(evidence.model):
         return None
     real = tensors["attention_mask"].bool()
-    told = _true(evidence, tensors, decoding.with_cache(cuts, positions="counted"))[real]
-    whole = _true(evidence, tensors, decoding.without_cache)[real]
+    told = _true_steps(evidence, tensors, cuts, "counted")[real]
+    whole = _true_whole(evidence, tensors)[real]
     return "wrong-positions" if relative_error(told, whole) <= AGREED else None
 
 
@@ -129,9 +144,7 @@ def _after_right_padding(evidence: Evidence, batch: Batch) -> Iterable[Measureme
     real = tensors["attention_mask"].bool()
     cuts = [int(real.shape[1]) - 1]
     decode = decoding.with_cache(cuts)
-    exact = relative_error(
-        _true(evidence, tensors, decode)[real], _true(evidence, tensors, decoding.without_cache)[real]
-    )
+    exact = relative_error(_true_steps(evidence, tensors, cuts)[real], _true_whole(evidence, tensors)[real])
     whole, cut = (
         Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
         for call in (decoding.without_cache, decode)
@@ -168,8 +181,7 @@ def _past_window(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     steps = range(window - 1, window + BEYOND) if is_stateful(evidence.model) else (window - 1, window)
     cuts = list(steps)
-    decode = decoding.with_cache(cuts)
-    exact = relative_error(_true(evidence, tensors, decode), true_answer(evidence, tensors))
+    exact = relative_error(_true_steps(evidence, tensors, cuts), true_answer(evidence, tensors))
     yield Measurement(
         name="true",
         value=exact,

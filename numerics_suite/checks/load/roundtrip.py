@@ -41,7 +41,7 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
         trip, changes = 0, _Changes()
         while trip < TRIPS and not changes.names and not changes.dtypes:
             trip += 1
-            model = _saved_and_loaded(evidence, model, Path(folder, str(trip)))
+            model = _saved_and_loaded(evidence, model, Path(folder))
             changes = _changes(evidence, model)
     tensor = next(iter(changes.tensors), "")
     yield Measurement(
@@ -125,23 +125,21 @@ def _moved(evidence: Evidence, model: nn.Module) -> float:
     """By how much true fp64 answers moved; a table that is neither stored nor in the config shows only here."""
     if not evidence.takes_ids or evidence.broken:  # what is not finite already says nothing about the files
         return 0.0
-    tensors = without_labels(evidence.training_batch.tensors)
+    tensors = without_labels(evidence.gradient_batch.tensors)
     call = caller(evidence, by_token=False)
     other = Runner(model, evidence.condition).true_fp64(tensors, call=call)
     try:
-        return (
-            0.0
-            if other.left_out
-            else relative_error(other.outputs["answer"].cpu(), true_answer(evidence, tensors, by_token=False))
-        )
+        before = true_answer(evidence, tensors, by_token=False)
     except NotApplicableError:
         return 0.0
+    if other.left_out or not bool(before.isfinite().all()):
+        return 0.0
+    return relative_error(other.outputs["answer"].cpu(), before)
 
 
 def _saved_and_loaded(
     evidence: Evidence, model: nn.Module | Mapping[str, Tensor], folder: Path
 ) -> nn.Module | Mapping[str, Tensor]:
-    folder.mkdir()
     if isinstance(model, Mapping):
         return model
     if evidence.subject.path is None or not hasattr(model, "save_pretrained"):

@@ -64,12 +64,12 @@ def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
 
 
 def _batch(evidence: Evidence) -> Mapping[str, Any]:
-    """The training batch; one with more tokens where it is too small to tell a ratio of two errors from chance.
+    """The batch of gradients; one with more tokens where it is too small to tell a ratio of two errors from chance.
 
     Both errors are draws. Of n numbers a root mean square strays by 1 / sqrt(2 n), so a thousand hold the ratio to a few
     per cent. An output holds no more numbers that are free than the hidden state it is computed from.
     """
-    batch = evidence.training_batch
+    batch = evidence.gradient_batch
     width = _free_width(evidence)
     if int(batch.tensors["attention_mask"].sum()) * width >= ENOUGH:
         return batch.tensors

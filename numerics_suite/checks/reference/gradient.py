@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.checks._true_gradient import true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -44,27 +45,25 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     refuse_without_ids(evidence)
     if routes(evidence.model):
         raise NotApplicableError(routed_reason())
-    tensors = evidence.training_batch.tensors
+    tensors = evidence.gradient_batch.tensors
     call = differentiated(evidence)
-    if not evidence.takes_ids and "loss" not in evidence.forward(evidence.training_batch):
+    if not evidence.takes_ids and "loss" not in evidence.forward(evidence.gradient_batch):
         reason = "a plain module whose output has no loss"
         raise NotApplicableError(reason)
-    true_run = evidence.runner.true_fp64(tensors, gradients=True, call=call)
-    trusted(true_run.left_out)
+    true = _true(evidence, call)
     rounded_run = evidence.runner.rounded(tensors, gradients=True, call=call)
     trusted(rounded_run.left_out)
-    assert true_run.gradients is not None
     assert rounded_run.gradients is not None
     own: dict[str, Tensor] = {}
     kinks = Kinks()
     with kinks:
         yield _coarser(evidence, lambda: own.update(own_gradients(evidence, tensors)))
-    lost = tuple(name for name in true_run.gradients if name not in own)
+    lost = tuple(name for name in true if name not in own)
     yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
     if kinks.found:
         # Rounding that moves an activation over the kink switches its gradient on or off, by any amount.
         return
-    ratios = _ratios(own, true_run.gradients, rounded_run.gradients, evidence)
+    ratios = _ratios(own, true, rounded_run.gradients, evidence)
     if not ratios:
         reason = "the loss reaches no parameter"
         raise NotApplicableError(reason)
@@ -86,6 +85,15 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
         else float("nan"),
         unit="ratio",
     )
+
+
+def _true(evidence: Evidence, call: Caller) -> Mapping[str, Tensor]:
+    """The true fp64 gradients of what is differentiated: the loss, whose gradients other checks read too, or a classifier's states."""
+    if evidence.subject.task != "sequence-classification":
+        return true_gradient(evidence).gradients
+    run = evidence.runner.true_fp64(evidence.gradient_batch.tensors, gradients=True, call=call)
+    trusted(run.left_out)
+    return run.gradients or {}
 
 
 def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:

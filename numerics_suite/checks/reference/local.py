@@ -28,7 +28,7 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
     refuse_without_ids(evidence)
-    tensors = evidence.inputs_of(evidence.training_batch)
+    tensors = evidence.inputs_of(evidence.gradient_batch)
     with evidence.condition.arithmetic():
         found = local_errors(evidence.model, tensors, autocast=evidence.condition.autocast)
     judged = [error for error in found if not error.left_out and error.dtype != "float64"]

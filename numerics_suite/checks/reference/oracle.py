@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from numerics_suite.checks._true_gradient import TrueRun, true_gradient, true_run
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
@@ -17,8 +17,7 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.layout import batch_first, sequence_first
-from numerics_suite.engine.references import trusted
-from numerics_suite.engine.rotary import rotary_table, table_at_length
+from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
@@ -32,33 +31,12 @@ from numerics_suite.oracles import (
     tensor_weights,
 )
 from numerics_suite.oracles.run import ANSWER, OracleRun
-from numerics_suite.oracles.trace import TURN, capture_states, first_difference, table_of, turn_scale
+from numerics_suite.oracles.trace import capture_states, first_difference, table_of, turn_scale
 from numerics_suite.oracles.weights import Weights
 
 LONGEST_BATCH = 1024
 """Tokens of the batch on the other side of a length that changes the rotary table: attention's float64 scores grow with the
 square. Beyond it only the table is judged, whose length costs nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """The model's true fp64 run of one batch.
-
-    Attributes:
-        batch: what it was given.
-        length: greatest position plus 1.
-        found: what it gave.
-        rotary: module path of the rotary embedding, None where there is none.
-        table: the frequencies that this run read out of the model, float64; None where it read none.
-        turn: cosines and sines as complex numbers; None in a layout that is not known.
-    """
-
-    batch: Mapping[str, Tensor]
-    length: int
-    found: Fp64Run
-    rotary: str | None
-    table: Tensor | None
-    turn: Tensor | None
 
 
 @check(needs=("token-ids",))
@@ -71,14 +49,14 @@ def oracle(evidence: Evidence) -> Iterable[Measurement]:
         reason = f"no definition of the family '{evidence.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
     weights = _weights(evidence)
-    training = evidence.training_batch.tensors
+    training = evidence.gradient_batch.tensors
     other = _length_beyond_boundary(evidence, _length(training))
     wrong_table = yield from _tables(evidence, [_length(training), *([] if other is None else [other])])
-    yield from _against_definition(evidence, weights, _run(evidence, training, gradients=True), wrong_table=wrong_table)
+    yield from _against_definition(evidence, weights, true_gradient(evidence), wrong_table=wrong_table)
     if other is not None and min(3, evidence.longest) <= other <= LONGEST_BATCH:
         batch = training_batch(evidence.space, rows=1, length=other, seed=evidence.request.seed).tensors
         yield from _against_definition(
-            evidence, weights, _run(evidence, batch, gradients=False), wrong_table=wrong_table
+            evidence, weights, true_run(evidence, batch, gradients=False), wrong_table=wrong_table
         )
 
 
@@ -119,40 +97,13 @@ def _tables(evidence: Evidence, lengths: Sequence[int]) -> Generator[Measurement
     return wrong
 
 
-def _run(evidence: Evidence, batch: Mapping[str, Tensor], *, gradients: bool) -> _Run:
-    """The true fp64 run, and what its rotary embedding did in it: some scalings compute the table anew in each run."""
-    path, held = _rotary_module(evidence), evidence.rotary_table
-    seen: dict[str, Tensor] = {}
-
-    def call(model: Any, tensors: Mapping[str, Any]) -> Any:
-        with capture_states(model, [f"{path}{TURN}"]) as states:
-            output = call_model(model, tensors)
-        seen.update(states)
-        if held is not None and (table := rotary_table(model)) is not None:
-            seen["table"] = table[1]
-        return output
-
-    found = evidence.runner.true_fp64(batch, gradients=gradients, call=call)
-    trusted(found.left_out)
-    turn, table = seen.get(f"{path}{TURN}"), seen.get("table")
-    return _Run(batch=batch, length=_length(batch), found=found, rotary=path, table=table, turn=turn)
-
-
-def _rotary_module(evidence: Evidence) -> str | None:
-    """Path of the rotary embedding: what holds the table that is read, else the module of that kind."""
-    if evidence.rotary_table is not None:
-        return evidence.rotary_table[0].rpartition(".")[0]
-    kinds = {name: evidence.family.kind_of(type(module).__name__) for name, module in evidence.model.named_modules()}
-    return next((name for name, kind in kinds.items() if kind == "rotary"), None)
-
-
-def _made_in_the_call(evidence: Evidence, run: _Run) -> Generator[Measurement, None, bool]:
+def _made_in_the_call(evidence: Evidence, run: TrueRun) -> Generator[Measurement, None, bool]:
     """Measure the table of code that holds none, or one that it never reads: the turns of position 1, in true fp64."""
     table = table_of(run.turn) if run.table is None else None
     if table is None:
         return False
-    exact = exact_rotary(evidence.family.name, _config(evidence), run.length)
-    roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table, run.length)
+    exact = exact_rotary(evidence.family.name, _config(evidence), _length(run.batch))
+    roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table, _length(run.batch))
     facts: dict[str, float | str] = {"roundoffs from the exact table": roundoffs, "table": "made in each call"}
     yield Measurement(
         name="rotary-excess", value=roundoffs / exact.allowed, unit="ratio", module=run.rotary, facts=facts
@@ -160,7 +111,9 @@ def _made_in_the_call(evidence: Evidence, run: _Run) -> Generator[Measurement, N
     return not roundoffs <= exact.allowed
 
 
-def _against_definition(evidence: Evidence, weights: Weights, run: _Run, *, wrong_table: bool) -> Iterable[Measurement]:
+def _against_definition(
+    evidence: Evidence, weights: Weights, run: TrueRun, *, wrong_table: bool
+) -> Iterable[Measurement]:
     wrong_table = (yield from _made_in_the_call(evidence, run)) or wrong_table
     wanted = _definition(evidence, run, weights, gradients=run.found.gradients is not None)
     logits = relative_error(*_compared(run.found, wanted, run.batch))
@@ -186,11 +139,11 @@ def _against_definition(evidence: Evidence, weights: Weights, run: _Run, *, wron
         )
 
 
-def _scale(evidence: Evidence, run: _Run) -> Measurement | None:
+def _scale(evidence: Evidence, run: TrueRun) -> Measurement | None:
     """How far `cos² + sin²` is from the square of what the config scales them by."""
     if run.turn is None:
         return None
-    exact = exact_rotary(evidence.family.name, _config(evidence), run.length).scale
+    exact = exact_rotary(evidence.family.name, _config(evidence), _length(run.batch)).scale
     ends = turn_scale(run.turn)
     apart = max((abs(end - exact) for end in ends), key=lambda value: (value != value, value))
     facts = {"cosines and sines are scaled by": max(ends, key=lambda end: abs(end - exact)), "config.json says": exact}
@@ -215,7 +168,7 @@ def _weights(evidence: Evidence) -> Weights:
 
 
 def _definition(
-    evidence: Evidence, run: _Run, weights: Weights, *, gradients: bool = False, trace: bool = False
+    evidence: Evidence, run: TrueRun, weights: Weights, *, gradients: bool = False, trace: bool = False
 ) -> OracleRun:
     model = evidence.model
     head = {name: model.get_parameter(name).detach().cpu() for name in evidence.loaded.new_head}
@@ -265,7 +218,7 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
 
 
-def _first_apart(evidence: Evidence, run: _Run, weights: Weights, wanted_gradients: OracleRun) -> str | None:
+def _first_apart(evidence: Evidence, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:
     """The first block and sub-module where the model and its definition part, forward or else backward."""
     wanted = _definition(evidence, run, weights, trace=True)
     states: dict[str, Tensor] = {}

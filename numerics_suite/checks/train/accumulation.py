@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from numerics_suite.checks._true_gradient import kept_run, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.outputs import scalar_loss
 from numerics_suite.engine.references import trusted
-from numerics_suite.engine.router_loss import without_router_loss
+from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
+from numerics_suite.engine.runner import Caller
+from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 
@@ -26,46 +31,55 @@ def accumulation(evidence: Evidence) -> Iterable[Measurement]:
     In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. The
     loss that balances a mixture's experts is no mean over labels, and is left out.
     """
-    with without_router_loss(evidence.model):
-        yield from _measured(evidence)
-
-
-def _measured(evidence: Evidence) -> Iterable[Measurement]:
-    tensors = evidence.training_batch.tensors
-    rows = int(tensors["input_ids"].shape[0])
+    rows = int(evidence.gradient_batch.tensors["input_ids"].shape[0])
     if rows < 2:
         reason = "one row cannot be cut into micro-batches (--batch-size 1)"
         raise NotApplicableError(reason)
-    total = counted(tensors["labels"], evidence.subject.task)
-    loss, sums = 0.0, dict[str, Tensor]()
-    # Unequal on purpose: one row, then the rest. Each run's gradients are dropped before the next run makes its own.
-    for start, stop in ((0, 1), (1, rows)):
-        part = {name: value[start:stop] for name, value in tensors.items()}
-        share = counted(part["labels"], evidence.subject.task) / total
-        if share:
-            loss += share * _add_gradients(evidence, part, share, sums)
-    full = evidence.runner.true_fp64(tensors, gradients=True)
-    trusted(full.left_out)
+    # Only with a router's loss, switched off for this check alone, is the whole batch's gradient another than the cell's.
+    full = None if adds_router_loss(evidence.model) else true_gradient(evidence).found
+    with without_router_loss(evidence.model):
+        full = full or _true(evidence)
+        yield from _measured(
+            full, kept_run(evidence, "micro-batches", lambda: _true(evidence, _in_parts(evidence, rows)))
+        )
+
+
+def _measured(full: Fp64Run, parts: Fp64Run) -> Iterable[Measurement]:
+    assert parts.gradients is not None
     assert full.gradients is not None
-    sums = {name: sums.get(name, torch.zeros_like(value)) for name, value in full.gradients.items()}
+    sums = {name: parts.gradients.get(name, torch.zeros_like(value)) for name, value in full.gradients.items()}
     yield Measurement(
         name="true-loss",
-        value=relative_error(torch.tensor(loss, dtype=torch.float64), full.outputs["loss"].cpu()),
+        value=relative_error(parts.outputs["loss"].cpu(), full.outputs["loss"].cpu()),
         unit="ratio",
     )
     yield _worst(sums, full.gradients)
 
 
-def _add_gradients(evidence: Evidence, part: dict[str, Tensor], share: float, sums: dict[str, Tensor]) -> float:
-    """Add the share of a micro-batch's gradients to `sums`; returns its loss."""
-    run = evidence.runner.true_fp64(part, gradients=True)
+def _true(evidence: Evidence, call: Caller = call_model) -> Fp64Run:
+    run = evidence.runner.true_fp64(evidence.gradient_batch.tensors, gradients=True, call=call)
     trusted(run.left_out)
-    for name, value in (run.gradients or {}).items():
-        if name in sums:
-            sums[name].add_(value, alpha=share)
-        else:
-            sums[name] = value.mul_(share)
-    return float(run.outputs["loss"])
+    return run
+
+
+def _in_parts(evidence: Evidence, rows: int) -> Caller:
+    """Calls the model on micro-batches, whose losses are added up, each weighted by the labels that it counts.
+
+    Their gradients add up in the parameters, as in a loop that accumulates.
+    """
+    task = evidence.subject.task
+
+    def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        total, losses = counted(tensors["labels"], task), []
+        # Unequal on purpose: one row, and the rest before it, so that dropout that is left on draws otherwise than for the
+        # whole batch. The mean over no label is NaN by definition, and weighs nothing.
+        for start, stop in ((1, rows), (0, 1)):
+            part = {name: value[start:stop] for name, value in tensors.items()}
+            if share := counted(part["labels"], task) / total:
+                losses.append(share * scalar_loss(call_model(model, part)))
+        return {"loss": torch.stack(losses).sum()}
+
+    return call
 
 
 def counted(labels: Tensor, task: str) -> int:

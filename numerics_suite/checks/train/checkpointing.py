@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from numerics_suite.checks._true_gradient import true_gradient
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
@@ -16,7 +18,7 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.dropout import WithoutDropout
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
-from numerics_suite.engine.true_fp64 import Fp64Run, run_true_fp64
+from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observing.roundoff import gradient_errors
 
 
@@ -29,28 +31,20 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
     if not getattr(evidence.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
-    tensors = evidence.training_batch.tensors
-    plain = run_true_fp64(evidence.model, tensors, gradients=True, stream=False, call=_training_call())
-    trusted(plain.left_out)
-    yield _by_mode(evidence, tensors, plain)
+    evaluated, tensors = _in_eval_mode(evidence), evidence.gradient_batch.tensors
+    plain = _in_training_mode(evidence.model, tensors)
+    by_mode = _worst("true-training-mode", plain, evaluated)
+    yield by_mode
+    if by_mode.value <= AGREED:
+        # One function: with checkpointing it is compared with what is held anyway, and a third set of gradients is dropped.
+        plain = evaluated
     model = evidence.copy_model()
     # The recomputation runs within the backward pass, beyond the call that turns dropout off.
     options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), WithoutDropout())}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-    again = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call())
-    trusted(again.left_out)
-    assert plain.gradients is not None
-    assert again.gradients is not None
-    lost = tuple(name for name in plain.gradients if name not in again.gradients)
-    errors = gradient_errors(again.gradients, plain.gradients)
-    worst = max(errors, key=lambda name: nan_last(errors[name]))
-    yield Measurement(
-        name="true-gradient",
-        value=errors[worst],
-        unit="ratio",
-        module=worst.rpartition(".")[0],
-        parameters=(worst,),
-    )
+    again = _in_training_mode(model, tensors)
+    lost = tuple(name for name in plain if name not in again)
+    yield _worst("true-gradient", again, {name: value for name, value in plain.items() if name in again})
     yield Measurement(
         name="lost",
         value=len(lost),
@@ -60,22 +54,31 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _by_mode(evidence: Evidence, tensors: Mapping[str, Tensor], training: Fp64Run) -> Measurement:
-    """Loss and gradients of training mode without dropout against eval mode: they are one function."""
-    evaluated = run_true_fp64(evidence.model, tensors, gradients=True, stream=False)
-    assert evaluated.gradients is not None
-    assert training.gradients is not None
-    errors = {
-        **dict.fromkeys(evaluated.gradients, float("inf")),
-        **gradient_errors(training.gradients, evaluated.gradients),
-    }
+def _in_eval_mode(evidence: Evidence) -> Mapping[str, Tensor]:
+    """The cell's true fp64 gradients; of a large model whose blocks cannot be taken one by one those of a run of its own."""
+    try:
+        return true_gradient(evidence).gradients
+    except NotApplicableError:
+        run = run_true_fp64(evidence.model, evidence.gradient_batch.tensors, gradients=True, stream=False)
+        trusted(run.left_out)
+        assert run.gradients is not None
+        return run.gradients
+
+
+def _in_training_mode(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The true fp64 gradients in training mode, without dropout."""
+    run = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call())
+    trusted(run.left_out)
+    assert run.gradients is not None
+    return run.gradients
+
+
+def _worst(name: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Measurement:
+    """The error of the parameter whose gradient is worst; one that is not there is infinitely wrong."""
+    errors = {**dict.fromkeys(wanted, float("inf")), **gradient_errors(got, wanted)}
     worst = max(errors, key=lambda name: nan_last(errors[name]))
     return Measurement(
-        name="true-training-mode",
-        value=errors[worst],
-        unit="ratio",
-        module=worst.rpartition(".")[0],
-        parameters=(worst,),
+        name=name, value=errors[worst], unit="ratio", module=worst.rpartition(".")[0], parameters=(worst,)
     )
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from numerics_suite.checks.train._curves import clipped_norms, gradient_norms, losses
+from numerics_suite.checks.train._curves import clipped_norms, gradient_norms, losses, over_steps
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.training_loop import Trajectory
+from numerics_suite.engine.training_loop import RECIPE_NORM, Trajectory
 
-LIMIT = 1.0
-"""The norm that GLM-4's fine-tuning recipes clip to."""
+LIMIT = RECIPE_NORM
+"""What the run is clipped to where `--max-grad-norm` names nothing."""
 
 
 @check(trains=True)
@@ -23,9 +23,12 @@ def clip(evidence: Evidence) -> Iterable[Measurement | Series]:
     Where clipping to 1.0 keeps a run finite that is not finite without, that is said: the gradients explode.
     """
     asked = evidence.request.plan.max_grad_norm
-    limit = asked if asked is not None else LIMIT
-    run = evidence.trajectory if asked is not None else evidence.train(evidence.with_plan(max_grad_norm=limit))
     free = evidence.trajectory
+    if asked is None and _tells_all(free, evidence):
+        yield from _of_copy(free)
+        return
+    limit = asked if asked is not None else LIMIT
+    run = free if asked is not None else evidence.train(evidence.with_plan(max_grad_norm=limit))
     yield from (*losses(run), *gradient_norms(run), *clipped_norms(run))
     if run.bad is not None and (free.bad is None or run.bad.step <= free.bad.step):
         if free.bad is not None:
@@ -37,18 +40,61 @@ def clip(evidence: Evidence) -> Iterable[Measurement | Series]:
         reason = "no step came as far as clipping"
         raise NotApplicableError(reason)
     largest = max(run.clipped_norms)
-    yield Measurement(
-        name="excess",
-        value=max(0.0, largest / limit - 1.0) if math.isfinite(largest) else largest,
-        unit="ratio",
-        facts={"largest norm after clipping": largest, "limit": limit, "largest before": max(run.gradient_norms)},
-    )
+    yield _excess(largest, limit, max(run.gradient_norms))
     yield Measurement(
         name="saved-by-clipping",
         value=int(_exploded(free) and not _exploded(run)),
         unit="runs",
         step=free.bad.step if free.bad else None,
         facts={"without clipping": _curve(free), "with clipping": _curve(run)},
+    )
+
+
+def _tells_all(free: Trajectory, evidence: Evidence) -> bool:
+    """Whether the run without clipping shows what clipping does, so that no second run is needed.
+
+    It stays finite, and clipped gradients are the same ones times a factor below 1: an Adam's step does not depend on
+    the factor, and that of plain descent only gets smaller. Float16 is the exception, where the square of a small gradient
+    is 0 and the step is divided by it. What is left to ask is the clipping itself, and a copy of the gradients answers.
+    """
+    dtypes = {str(parameter.dtype) for parameter in evidence.model.parameters()}
+    copy = free.clipped_copy
+    return (
+        bool(free.gradient_norms)
+        and not _exploded(free)
+        and "torch.float16" not in dtypes
+        and (copy is None or math.isfinite(copy.after))
+    )
+
+
+def _of_copy(free: Trajectory) -> Iterable[Measurement | Series]:
+    """What is measured where nothing had to be clipped, or where a copy of one step's gradients was."""
+    yield from (*losses(free), *gradient_norms(free))
+    copy, norms = free.clipped_copy, [norm for norm in free.gradient_norms if math.isfinite(norm)]
+    if copy is None:
+        if not norms:  # the loss scaler skipped every step
+            reason = "no step came as far as clipping"
+            raise NotApplicableError(reason)
+        yield _excess(max(norms), LIMIT, max(norms))
+    else:
+        yield from over_steps("clipped-norm", "norm", [copy.after], [copy.step])
+        yield _excess(copy.after, LIMIT, copy.before)
+    yield Measurement(name="saved-by-clipping", value=0, unit="runs", facts={"without clipping": _curve(free)})
+
+
+def _excess(largest: float, limit: float, before: float) -> Measurement:
+    """By how much a norm after clipping is above the limit.
+
+    Args:
+        largest: of the norms after clipping.
+        limit: that it is clipped to.
+        before: the largest norm before clipping.
+    """
+    return Measurement(
+        name="excess",
+        value=max(0.0, largest / limit - 1.0) if math.isfinite(largest) else largest,
+        unit="ratio",
+        facts={"largest norm after clipping": largest, "limit": limit, "largest before": before},
     )
 
 

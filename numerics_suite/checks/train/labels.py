@@ -70,14 +70,16 @@ def _counted(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """How many labels of the user's own batch count, and in how many batches of an epoch none does."""
     rows = own_batch.counted(evidence, batch)
     yield Measurement(name="counted-labels", value=sum(rows), unit="labels")
-    facts: dict[str, Fact] = {
-        "batch": batch.drawn,
-        "rows without a label that counts": f"{sum(not count for count in rows)} of {len(rows)}",
-        "rows of a batch (--batch-size)": evidence.request.rows,
-        "tokens of a row": int(batch.tensors["input_ids"].shape[1]),
-        "cut to (--seq-len)": evidence.space.max_length,
-    }
-    empty = int(own_batch.empty_batches_of(evidence, batch))
+    length = int(batch.tensors["input_ids"].shape[1])
+    facts: dict[str, Fact] = {"batch": batch.drawn, "tokens of a row": length}
+    empty, without = int(own_batch.empty_batches_of(evidence, batch)), f"{rows.count(0)} of {len(rows)} rows have none"
+    if own_batch.is_the_factorys(evidence, batch):
+        facts["without a label that counts"] = f"the factory's own batch: {without}"
+    else:
+        facts["rows of a batch (--batch-size)"] = evidence.request.rows
+        facts["without a label that counts"] = (
+            f"about {empty} of the batches of an epoch: {without} when cut to {evidence.space.max_length} tokens (--seq-len)"
+        )
     yield Measurement(name="no-counted-labels", value=empty, unit="batches", facts=facts)
 
 

@@ -85,7 +85,7 @@ def _observed(scene: Scene, path: str, *, whole: bool) -> list[str]:
 def _judged(scene: Scene, what: str, at: str = "") -> list[str]:
     return [
         f"apart = float((output - wanted){at}.abs().max() / wanted{at}.square().mean().sqrt())",
-        f'assert apart <= {AGREED!r}, f"{SYMPTOM}: {scene.finding.module} is {{apart:.2g}} away from {what}, in float64"',
+        f'assert apart <= {AGREED!r}, f"{SYMPTOM}: {scene.module} is {{apart:.2g}} away from {what}, in float64"',
         f'print(f"not reproduced: the module is {what} to {{apart:.2g}}")',
     ]
 
@@ -183,14 +183,14 @@ def _block(scene: Scene, oracle: Oracle) -> list[str] | None:
     parts = ["input_layernorm", attention, "post_attention_layernorm", "mlp", *([attended, gated] if sandwich else [])]
     return [
         f"unused = [name for name in {parts!r} if name not in seen]",
-        f'assert not unused, f"{SYMPTOM}: {scene.finding.module} never calls {{unused}}"',
+        f'assert not unused, f"{SYMPTOM}: {scene.module} never calls {{unused}}"',
         f"state = x + seen['{attended}'][1]",
         "pairs = {",
         *(f"    {name!r}: {pair}," for name, pair in pairs),
         "}",
         "wrong = {name: float((a - b).abs().max() / b.square().mean().sqrt()) for name, (a, b) in pairs.items()}",
         f"wrong = {{name: apart for name, apart in wrong.items() if not apart <= {AGREED!r}}}",
-        f'assert not wrong, f"{SYMPTOM}: {scene.finding.module} does otherwise: {{wrong}}"',
+        f'assert not wrong, f"{SYMPTOM}: {scene.module} does otherwise: {{wrong}}"',
         'print("not reproduced: the block adds what it should")',
     ]
 

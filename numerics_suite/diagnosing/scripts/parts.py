@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numerics_suite.core.text import harmless
 from numerics_suite.diagnosing.scripts.scene import Scene
 from numerics_suite.observing.finiteness import nan_count
 from numerics_suite.subjects import compat
@@ -100,7 +101,9 @@ def script(scene: Scene, *, model: bool, batch: bool, fills: bool, body: Iterabl
 
 def _opening(scene: Scene) -> list[str]:
     cell, finding = scene.evidence.cell, scene.finding
-    told = textwrap.wrap(f"{finding.title}.".replace('"""', "'''").replace("\\", "/"), WIDTH)
+    told = textwrap.wrap(
+        harmless(" ".join(f"{finding.title}.".split())).replace('"""', "'''").replace("\\", "/"), WIDTH
+    )
     needs = "the function that makes the model" if scene.source == "factory" else "these two alone"
     needs = "accelerate beside these two" if scene.check == "train.trainer" else needs
     return [

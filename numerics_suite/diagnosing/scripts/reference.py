@@ -54,7 +54,7 @@ def _local(scene: Scene) -> list[str] | None:
         f"roundoff = torch.finfo(torch.{dtype}).eps / 2",
         *(composed if scene.measurement == "composed" else [*single, *large]),
         f"allowed = {scene.allowed * allowance!r}",
-        f'assert found <= allowed, f"{SYMPTOM}: {scene.finding.module} errs {{found:.3g}} units of its own rounding, {{allowed:.3g}} allowed"',
+        f'assert found <= allowed, f"{SYMPTOM}: {scene.module} errs {{found:.3g}} units of its own rounding, {{allowed:.3g}} allowed"',
         'print(f"not reproduced: it errs {found:.3g} units of its own rounding")',
     ]
 

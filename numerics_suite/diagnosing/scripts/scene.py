@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +46,11 @@ class Scene:
     def measurement(self) -> str:
         """Name of the measurement that was over its budget."""
         return str(self.finding.evidence.get("measurement", ""))
+
+    @property
+    def module(self) -> str:
+        """The finding's module within a text of the script: a name with anything else in it would be code there."""
+        return re.sub(r"[^\w.\[\]-]", "?", self.finding.module or "the model")
 
     @property
     def allowed(self) -> float:

@@ -88,8 +88,7 @@ BUDGETS = (
         measurement="no-counted-labels",
         limit=0,
         cause="no-counted-labels",
-        title="about {value:.0f} of the batches of an epoch have no label that counts: {facts[rows without a label that counts]} rows have "
-        "none when cut to {facts[cut to (--seq-len)]} tokens",
+        title="no label counts in {facts[without a label that counts]}",
         reason="A loss is the mean over the labels that count; over none it is 0/0, or a step that learns nothing. A prompt that fills the "
         "length leaves no room for what is to be learnt. A few such rows do no harm among others; a whole batch of them does, so what "
         "counts is whether an epoch is expected to have one.",

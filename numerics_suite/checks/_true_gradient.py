@@ -1,0 +1,101 @@
+"""The float64 gradient of a cell: computed once and read by the definition, the reference, accumulation and checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.digests import batch_key
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.references import trusted
+from numerics_suite.engine.rotary import rotary_table
+from numerics_suite.engine.true_fp64 import Fp64Run
+from numerics_suite.engine.true_passes import keeps_gradients
+from numerics_suite.oracles.trace import TURN, capture_states
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrueRun:
+    """A true fp64 run of one batch, and what its rotary embedding did in it: some scalings compute the table anew in each run.
+
+    Attributes:
+        batch: what it was given.
+        found: what it gave.
+        rotary: module path of the rotary embedding, None where there is none.
+        table: the frequencies that this run read out of the model, float64; None where it read none.
+        turn: cosines and sines as complex numbers; None in a layout that is not known.
+    """
+
+    batch: Mapping[str, Any]
+    found: Fp64Run
+    rotary: str | None
+    table: Tensor | None
+    turn: Tensor | None
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Of the loss, by parameter name, float64: read by several checks, so no check may write to them."""
+        assert self.found.gradients is not None
+        return self.found.gradients
+
+
+def true_gradient(evidence: Evidence) -> TrueRun:
+    """The true fp64 run of the cell's gradient batch, forward and backward, in eval mode.
+
+    Raises:
+        NotApplicableError: something could not be lifted to float64; such a run is no reference.
+    """
+    return kept_run(evidence, "gradient", lambda: true_run(evidence, evidence.gradient_batch.tensors, gradients=True))
+
+
+def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Result:
+    """A true fp64 run over the gradient batch in eval mode: computed once a cell, and of a small model once for equal cells.
+
+    Args:
+        evidence: the cell.
+        name: of what is run; two that do the same have the same name.
+        compute: runs it, if it is not kept.
+    """
+    store = evidence.true_passes.runs if keeps_gradients(evidence.model) else evidence.memo
+    key = f"true fp64: {name} over {batch_key(evidence.gradient_batch.tensors)}"
+    if key not in store:
+        store[key] = compute()
+    found: Result = store[key]
+    return found
+
+
+def true_run(evidence: Evidence, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:
+    """A true fp64 run, and what its rotary embedding did in it.
+
+    Raises:
+        NotApplicableError: something could not be lifted to float64; such a run is no reference.
+    """
+    path, held = _rotary_module(evidence), evidence.rotary_table
+    seen: dict[str, Tensor] = {}
+
+    def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
+        with capture_states(model, [f"{path}{TURN}"]) as states:
+            output = call_model(model, tensors)
+        seen.update(states)
+        if held is not None and (table := rotary_table(model)) is not None:
+            seen["table"] = table[1]
+        return output
+
+    found = evidence.runner.true_fp64(batch, gradients=gradients, call=call)
+    trusted(found.left_out)
+    turn, table = seen.get(f"{path}{TURN}"), seen.get("table")
+    return TrueRun(batch=batch, found=found, rotary=path, table=table, turn=turn)
+
+
+def _rotary_module(evidence: Evidence) -> str | None:
+    """Path of the rotary embedding: what holds the table that is read, else the module of that kind."""
+    if evidence.rotary_table is not None:
+        return evidence.rotary_table[0].rpartition(".")[0]
+    kinds = {name: evidence.family.kind_of(type(module).__name__) for name, module in evidence.model.named_modules()}
+    return next((name for name, kind in kinds.items() if kind == "rotary"), None)

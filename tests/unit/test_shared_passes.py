@@ -1,0 +1,183 @@
+"""A pass runs once: checks of a cell read one answer, and cells that are the same in true fp64 share theirs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from numerics_suite.checks._laws import law_measurements
+from numerics_suite.checks.forward.causal import causal
+from numerics_suite.checks.reference.gradient import gradient
+from numerics_suite.checks.reference.oracle import oracle
+from numerics_suite.checks.train.accumulation import accumulation
+from numerics_suite.checks.train.clip import clip
+from numerics_suite.core.registry import CheckSpec
+from numerics_suite.engine import runner
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.pass_store import PassStore
+from numerics_suite.engine.references import compare_law, plain_answer, rounded_answer, true_answer
+from numerics_suite.engine.training_loop import Trainer
+from numerics_suite.engine.true_passes import TruePasses
+from numerics_suite.settings.tree import Settings
+from numerics_suite.suite.driver import ask
+from numerics_suite.suite.session import SuiteSession
+
+
+def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[Evidence]:
+    settings = Settings(
+        subjects=("fixture:glm4-tiny",), precision=precision, attn=("sdpa",), device="cpu", effort=effort, **changes
+    )
+    session = SuiteSession(settings)
+    shared = TruePasses()
+    return [
+        Evidence(
+            session.plan.subjects[cell.subject],
+            cell,
+            session._request(session.plan.subjects[cell.subject], cell),
+            shared=shared,
+        )
+        for cell in session.plan.cells
+    ]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each reference runs."""
+    counts: Counter[str] = Counter()
+    for name in ("run_true_fp64", "run_rounded"):
+        inner = getattr(runner, name)
+
+        def counted(*args: Any, inner: Any = inner, name: str = name, **kwargs: Any) -> Any:
+            counts[name + (" gradients" if kwargs.get("gradients") else "")] += 1
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(runner, name, counted)
+    return counts
+
+
+def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:
+    (evidence,) = cells()
+    ask(causal, evidence, seed=0)
+    before = dict(ran)
+    assert before["run_rounded"] == 2
+
+    def unchanged(evidence: Evidence, batch: Any) -> Any:
+        """Is the answer the answer?"""
+        true = true_answer(evidence, batch.tensors)
+        found = compare_law(
+            evidence,
+            true=true,
+            true_other=true,
+            other=plain_answer(evidence, batch.tensors),
+            base=lambda: rounded_answer(evidence, batch.tensors),
+        )
+        yield from law_measurements(*found)
+
+    outcome = ask(CheckSpec(id="forward.causal", function=unchanged, batches=True), evidence, seed=0)
+    assert outcome.examples == 2
+    assert not outcome.breaches
+    assert outcome.worst["rounded"].value > 0
+    assert dict(ran) == before
+
+
+def test_one_float64_gradient_serves_every_check_that_compares_with_it(ran: Counter[str]) -> None:
+    (evidence,) = cells("standard", steps=1)
+    for check in (gradient, oracle, accumulation):
+        assert not ask(check, evidence, seed=0).breaches
+    # The probe, the gradient and the micro-batches.
+    assert ran["run_true_fp64 gradients"] == 3
+
+
+def test_cells_with_equal_numbers_share_their_true_passes(ran: Counter[str]) -> None:
+    first, second = cells(precision=("fp32", "bf16"))
+    ask(causal, first, seed=0)
+    passes = ran["run_true_fp64"]
+    assert passes == 4
+    assert not ask(causal, second, seed=0).breaches
+    assert second.true_passes is first.true_passes
+    assert ran["run_true_fp64"] == passes
+    assert ran["run_rounded"] == 4  # of its own precision each
+
+
+def test_a_model_that_computes_otherwise_in_its_own_dtype_shares_nothing() -> None:
+    first, second = cells(precision=("fp32", "bf16"))
+
+    class Normaliser(nn.Module):
+        """Gemma's: a constant in the dtype of the parameters, so that it is another number in each."""
+
+        def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.inner, self.constant = inner, float(torch.tensor(64**0.5 + 0.01, dtype=dtype))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.inner(ids) * self.constant
+            return found
+
+    for evidence, dtype in ((first, torch.float32), (second, torch.bfloat16)):
+        body = evidence.model.get_submodule("model")
+        weight = body.embed_tokens.weight
+        body.embed_tokens.forward = Normaliser(nn.Embedding.from_pretrained(weight.detach()), dtype).forward
+    assert first.true_passes is not second.true_passes
+
+
+def test_a_changed_parameter_shares_nothing() -> None:
+    first, second = cells(precision=("fp32", "bf16"))
+    with torch.no_grad():
+        next(second.model.parameters())[0, 0] += 1
+    assert first.true_passes is not second.true_passes
+
+
+def test_clipping_needs_no_second_run_where_the_first_says_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    (evidence,) = cells(steps=2)
+    runs: list[Trainer] = []
+    inner = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: runs.append(self) or inner(self))
+    outcome = ask(clip, evidence, seed=0)
+    assert len(runs) == 1
+    assert outcome.worst["excess"].value < 2**-6
+    copy = evidence.trajectory.clipped_copy
+    assert copy is not None
+    assert copy.before > 1 >= copy.after * (1 - 2**-6)
+    assert outcome.series["clipped-norm"].values == (copy.after,)
+
+
+def test_clipping_trains_again_where_parameters_are_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The square of a small gradient is 0 there, and the step is divided by it."""
+    (evidence,) = cells(precision=("pure-fp16",), steps=1, optimizer="sgd")
+    runs: list[Trainer] = []
+    inner = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: runs.append(self) or inner(self))
+    ask(clip, evidence, seed=0)
+    assert len(runs) == 2
+
+
+# --- the store -----------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_computed_once_and_the_least_recent_goes_first() -> None:
+    store, computed = PassStore(most_bytes=2 * 8 * 100), []
+
+    def read(key: str) -> torch.Tensor:
+        return store.read(key, lambda: computed.append(key) or torch.full((100,), 1 / 3, dtype=torch.float64))
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        assert bool((read(key) == 1 / 3).all())
+    assert computed == ["a", "b", "c", "b"]
+    assert len(store) == 2
+    assert store.nbytes <= store.most_bytes
+
+
+@pytest.mark.parametrize(
+    ("values", "nbytes"), [([1.0, 0.5], 4), ([1.0, 1 / 3], 16), ([1.0, float("nan")], 16), ([1.0, float("inf")], 4)]
+)
+def test_an_answer_is_held_narrow_only_where_that_holds_the_same_numbers(values: list[float], nbytes: int) -> None:
+    store, answer = PassStore(), torch.tensor(values, dtype=torch.float64)
+    for _ in range(2):
+        found = store.read("a", lambda: answer, torch.bfloat16)
+        assert found.dtype == torch.float64
+        assert torch.equal(found.nan_to_num(7), answer.nan_to_num(7))
+    assert store.nbytes == nbytes
