@@ -120,7 +120,7 @@ def fault_of_packing(*, with_cache: bool) -> Fault:
     """Why rows packed into one do not learn what they learn by themselves.
 
     Args:
-        with_cache: the gradient is the one that the model itself gives with its cache on.
+        with_cache: with `use_cache=False` in the model's config the Trainer's gradient is right.
     """
     if with_cache:
         sentence = "the Trainer leaves the cache on, with which rows that are packed into one see each other"

@@ -203,8 +203,13 @@ def _packing(stack: Stack, whole: Step) -> Iterator[Trial]:
     step = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
 
     def fault(_times: float) -> faults.Fault:
-        cached = whole_gradient(stack.model, tensors, _own_loss, use_cache=True)
-        return faults.fault_of_packing(with_cache=not _differs(step, cached))
+        config = stack.plain.config
+        before, config.use_cache = config.use_cache, False
+        try:
+            again = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
+        finally:
+            config.use_cache = before
+        return faults.fault_of_packing(with_cache=not _differs(again, whole))
 
     yield Trial(name="padding-free", words="a padding-free collator", wanted=whole, step=step, fault=fault)
 
