@@ -203,7 +203,7 @@ def _packing(stack: Stack, whole: Step) -> Iterator[Trial]:
     step = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
 
     def fault(_times: float) -> faults.Fault:
-        config = stack.plain.config
+        config: Any = stack.plain.config
         before, config.use_cache = config.use_cache, False
         try:
             again = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
