@@ -37,6 +37,7 @@ from numerics_suite.engine.training_loop import Plan
 from numerics_suite.engine.true_passes import TruePasses
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
+from numerics_suite.judging.known_faults import reason_to_accept
 from numerics_suite.judging.verdicts import with_limits
 from numerics_suite.reporting.results import check_from_json
 from numerics_suite.settings.accept import matches
@@ -242,9 +243,8 @@ class SuiteSession:
         failed = result("failed", finding=found, **told)
         self._remember(failed)
         accepted = next((entry for entry in self.settings.accept if self._accepts(entry, failed)), None)
-        if accepted is None:
-            return failed
-        return result("accepted", finding=found, reason=accepted.reason, **told)
+        reason = _known_reason(failed.check, found) if accepted is None else accepted.reason
+        return failed if reason is None else result("accepted", finding=found, reason=reason, **told)
 
     def _raised(self, question: Question, error: Exception, result: Callable[..., CheckResult]) -> CheckResult | None:
         """A failure of the check where the model's own code raised; None where that is an error of something else."""
@@ -315,6 +315,12 @@ class SuiteSession:
 
         today = datetime.now(tz=timezone.utc).date()
         return matches(entry, failed, transformers.__version__, today)  # type: ignore[arg-type]
+
+
+def _known_reason(check: str, found: Finding) -> str | None:
+    import transformers
+
+    return reason_to_accept(check, found, transformers.__version__)
 
 
 def _numbers(outcome: Outcome) -> dict[str, float]:

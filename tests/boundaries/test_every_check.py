@@ -48,6 +48,7 @@ CHECKS = [
     "train.amp",
     "train.clip",
     "train.updates",
+    "train.trainer",
     "baseline.semantics",
     "baseline.precision",
     "baseline.training",

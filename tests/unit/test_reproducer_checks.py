@@ -267,6 +267,7 @@ def of_training() -> Iterator[Row]:
     yield Row(check=checkpointing, measurement="true-gradient", mutant="checkpointing-drops-residual-gradient")
     yield Row(check=checkpointing, measurement="true-training-mode", mutant="training-scales-states")
     yield Row(check=checkpointing, measurement="lost", mutant="checkpointing-detaches")
+    yield Row(check="train.trainer", measurement="accumulation", mutant="loss-swallows-the-count")
     cell = {"precision": "amp-bf16", "optimizer": "sgd"}
     yield Row(check="train.amp", measurement="dtype-drift", model="weight_narrowed_by_a_step", cell=cell)
 
@@ -305,8 +306,12 @@ ELSEWHERE = {
 }
 """Shown by the article's defects, or where the user's own data are tested."""
 
-PATCHED = {("train.clip", "excess"), ("train.clip", "non-finite")}
-"""Only torch's own clipping could be at fault."""
+PATCHED = {
+    *(("train.clip", "excess"), ("train.clip", "non-finite")),
+    *(("train.trainer", f"{kind}-checkpointing") for kind in ("reentrant", "non-reentrant")),
+    *(("train.trainer", name) for name in ("label-count", "label-smoothing", "padding-free", "clipping")),
+}
+"""Only torch's own clipping, or the installed Trainer, could be at fault."""
 
 MODULES = (
     *("norm-gain-missing", "mlp-gate-and-up-swapped", "attention-scale-missing", "attention-scale-missing-chatglm"),

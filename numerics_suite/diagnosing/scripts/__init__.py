@@ -13,6 +13,7 @@ from numerics_suite.diagnosing.scripts.reference import REFERENCE
 from numerics_suite.diagnosing.scripts.scene import SYMPTOM, Body, Scene
 from numerics_suite.diagnosing.scripts.train import TRAIN
 from numerics_suite.diagnosing.scripts.train_twins import TRAIN_TWINS
+from numerics_suite.diagnosing.scripts.trainer import TRAINER
 
 __all__ = ["BODIES", "SYMPTOM", "WITHOUT", "Body", "Scene"]
 
@@ -23,6 +24,7 @@ BODIES: Mapping[tuple[str, str], Body] = {
     **LAWS,
     **TRAIN,
     **TRAIN_TWINS,
+    **TRAINER,
     **REFERENCE,
     **ORACLE,
 }

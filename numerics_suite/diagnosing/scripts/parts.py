@@ -105,6 +105,7 @@ def _opening(scene: Scene) -> list[str]:
         harmless(" ".join(f"{finding.title}.".split())).replace('"""', "'''").replace("\\", "/"), WIDTH
     )
     needs = "the function that makes the model" if scene.source == "factory" else "these two alone"
+    needs = "accelerate beside these two" if scene.check == "train.trainer" else needs
     return [
         '"""' + told[0],
         *told[1:],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Budget
 
 BUDGETS = (
@@ -194,5 +195,22 @@ BUDGETS = (
         title="activation checkpointing loses the gradient of {value} parameters: {parameters}",
         reason="These parameters have a gradient without checkpointing and none with it.",
         remedies=("newer-version",),
+    ),
+    *(
+        Budget(
+            check="train.trainer",
+            measurement=way,
+            limit=AGREED,
+            cause="wrong-gradient",
+            title="with {facts[with]}, the installed Trainer hands the optimizer {facts[times the whole batch's gradient]:.3g} times the whole "
+            "batch's gradient (off by {value:.2g}): {facts[fault]}",
+            reason="However a batch is cut, packed, recomputed or clipped, its loss is the mean over all of its labels that count, and the gradient that "
+            "the optimizer gets is that loss's. In true fp64 both agree to 1e-10, or the installed packages train on another loss. The checkpoint "
+            "has no part in it.",
+        )
+        for way in (
+            *("label-count", "accumulation", "label-smoothing", "padding-free"),
+            *("reentrant-checkpointing", "non-reentrant-checkpointing", "clipping"),
+        )
     ),
 )

@@ -60,6 +60,15 @@ def _inputs_scored(own: Any, *, pooled_logits: Any, **kwargs: Any) -> Any:
 
 MUTANTS = (
     Mutant(
+        id="loss-swallows-the-count",
+        family="chatglm",
+        apply=edited(
+            "", "forward", "_causal_loss(logits, labels, num_items_in_batch)", "_causal_loss(logits, labels, None)"
+        ),
+        expected_checks=("train.trainer",),
+        why="the class takes num_items_in_batch and does not hand it to its loss, so that accumulation adds up means",
+    ),
+    Mutant(
         id="loss-labels-not-shifted",
         family="glm",
         apply=other_loss(_not_shifted),

@@ -1,0 +1,195 @@
+"""What the installed training stack is judged on: a model of the subject's class, and a batch whose rows count unequally many labels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.devices.kinds import CPU
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.inputs.strategies import build_batch
+
+MOST_ROWS = 4
+"""Micro-batches of one row each: enough to tell a mean of means, and a sum of means, from the mean."""
+
+LONGEST_ROW = 10
+"""Tokens of the longest row; each further row has two fewer."""
+
+MOST_BYTES = 1 << 30
+"""A model whose float64 parameters take more is not run here; with gradients and what they are compared with it is four times that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """What is trained, and on what.
+
+    Attributes:
+        model: a copy of the subject's model on the CPU.
+        task: of the subject.
+        tensors: the whole batch, of whose rows no first token counts, as of rows that begin with a prompt.
+        from_the_first: labels with which the first token of a row that has no padding before it counts too.
+    """
+
+    model: nn.Module
+    task: str
+    tensors: Mapping[str, Tensor]
+    from_the_first: Tensor
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model without peft's wrapper."""
+        model: Any = self.model
+        inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return inner
+
+    @property
+    def counted(self) -> int:
+        """Labels that enter the mean."""
+        return count(self.tensors["labels"], self.task)
+
+    def rows(self, tensors: Mapping[str, Tensor] | None = None) -> list[dict[str, Tensor]]:
+        """The batch as a data set has it: a dict for each row."""
+        given = self.tensors if tensors is None else tensors
+        return [{name: value[row] for name, value in given.items()} for row in range(len(given["input_ids"]))]
+
+    def unpadded(self) -> list[dict[str, list[int]]]:
+        """The rows without their padding and their mask, as padding-free collators want them."""
+        mask = self.tensors["attention_mask"].bool()
+        names = ("input_ids", "labels")
+        return [{name: self.tensors[name][row][mask[row]].tolist() for name in names} for row in range(len(mask))]
+
+    def packed(self) -> dict[str, Tensor]:
+        """All rows in one, without padding; positions begin anew with each row, and no row's first token is a label of the row before."""
+        rows = self.unpadded()
+        ids = [token for row in rows for token in row["input_ids"]]
+        labels = [label for row in rows for label in (IGNORED, *row["labels"][1:])]
+        positions = [place for row in rows for place in range(len(row["input_ids"]))]
+        named = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        return {name: torch.tensor([values]) for name, values in named.items()}
+
+
+def stack_of(evidence: Evidence) -> Stack:
+    """The subject's model and a batch for it.
+
+    Raises:
+        NotApplicableError: the Trainer cannot be asked of it.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        reason = "transformers' Trainer needs accelerate: pip install 'numerics-suite[accelerate]'"
+        raise NotApplicableError(reason)
+    _refuse_unsuited(evidence)
+    space = evidence.space
+    rows = min(MOST_ROWS, evidence.rows)
+    if rows < 2:
+        reason = "one row cannot be cut into micro-batches"
+        raise NotApplicableError(f"{reason} (--batch-size 1)" if evidence.request.rows == 1 else reason)
+    longest = min(LONGEST_ROW, space.max_length)
+    lengths = [max(longest - 2 * row, min(3, longest)) for row in range(rows)]
+    batch = build_batch(
+        space,
+        lengths=lengths,
+        contents=["uniform"] * rows,
+        side=space.sides[0],
+        content_seed=evidence.request.seed % 2**32,
+        pad_inside=False,
+    )
+    answers, whole = _labels(batch.tensors, evidence.subject.task)
+    model = evidence.copy_model().to(CPU)
+    _without_dropout(model)
+    return Stack(
+        model=model, task=evidence.subject.task, tensors={**batch.tensors, "labels": answers}, from_the_first=whole
+    )
+
+
+def _refuse_unsuited(evidence: Evidence) -> None:
+    from transformers import PreTrainedModel  # heavy
+
+    model: Any = evidence.model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        reason = f"transformers' Trainer is asked of its own models, and {type(inner).__name__} is no PreTrainedModel"
+        raise NotApplicableError(reason)
+    if "," in evidence.cell.device:
+        reason = "the installed packages are judged on one device: name one"
+        raise NotApplicableError(reason)
+    needed = 8 * sum(parameter.numel() for parameter in model.parameters())
+    if needed > MOST_BYTES:
+        reason = (
+            f"{needed / 2**30:.1f} GiB of parameters in float64; the installed packages are judged as well on a small checkpoint "
+            f"of the class {type(inner).__name__}"
+        )
+        raise NotApplicableError(reason)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Every probability at zero, in modules and in the config that they read.
+
+    A dispatch or function mode does not reach what checkpointing recomputes within the backward pass; a dropout of zero is the identity
+    there too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # noqa: SLF001 - the base of all
+            module.p = 0.0
+        for owner in (module, getattr(module, "config", None)):
+            held = vars(owner) if hasattr(owner, "__dict__") else {}
+            held.update({name: 0.0 for name, value in held.items() if isinstance(value, float) and "drop" in name})
+
+
+def _labels(tensors: Mapping[str, Any], task: str) -> tuple[Tensor, Tensor]:
+    """Labels of the answers alone, and those that count from the first token on; both the same where nothing is shifted."""
+    labels, ids = tensors["labels"], tensors["input_ids"]
+    if task == "sequence-classification":
+        return labels, labels
+    real = tensors["attention_mask"].bool()
+    if task == "token-classification":
+        every = torch.where(real, torch.where(labels == IGNORED, torch.zeros_like(labels), labels), IGNORED)
+        return every, every
+    first = real & (real.cumsum(dim=1) == 1)
+    answers = torch.where(real & ~first, ids, IGNORED)
+    # What follows padding would be predicted from it; only in the first column does a label have no prediction at all.
+    whole = answers.clone()
+    whole[:, 0] = torch.where(real[:, 0], ids[:, 0], whole[:, 0])
+    return answers, whole
+
+
+def count(labels: Tensor, task: str) -> int:
+    """Labels that enter the mean: after the shift for language models, all rows of a sequence classifier."""
+    if task == "sequence-classification":
+        return int(labels.shape[0])
+    return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
+
+
+def smoothed(stack: Stack, epsilon: float, *, shifted: bool) -> Any:
+    """The loss with label smoothing by its definition: (1 - ε) of the label's surprisal and ε of the mean over all classes.
+
+    Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016), section 7; the mean over the labels that count.
+
+    Args:
+        stack: its labels.
+        epsilon: the share of the uniform distribution.
+        shifted: the labels are those of the next token.
+
+    Returns:
+        a function of the model's output.
+    """
+    targets = stack.tensors["labels"]
+
+    def loss(output: Any) -> Tensor:
+        scores, wanted = output["logits"], targets
+        if shifted:
+            scores, wanted = scores[:, :-1], wanted[:, 1:]
+        surprisal = -torch.log_softmax(scores.reshape(-1, scores.shape[-1]), dim=-1)
+        wanted = wanted.reshape(-1)
+        kept = wanted != IGNORED
+        surprisal, wanted = surprisal[kept], wanted[kept]
+        own: Tensor = surprisal.gather(1, wanted.unsqueeze(1)).mean()
+        return (1 - epsilon) * own + epsilon * surprisal.mean()
+
+    return loss

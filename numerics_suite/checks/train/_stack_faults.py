@@ -1,0 +1,185 @@
+"""Where in the installed training stack a wrong gradient comes from: one small experiment for each way that failed.
+
+A fault is written as `KIND at MODULE.CLASS.FUNCTION`, by which `judging/known_faults.py` knows those that releases have, with a
+sentence for people and the line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.checks.train._stack_batch import Stack, smoothed
+from numerics_suite.engine.installed_trainer import Step, Way, loss_with, trainer_step, whole_gradient
+
+SMOOTHING = 0.1
+"""The share that label smoothing is asked with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What is wrong, in whose code.
+
+    Attributes:
+        kind: one word or two, as in `ignored-count`.
+        where: `module.Class.function`.
+        sentence: what is wrong, for the finding's title.
+        source: `file.py:123`.
+    """
+
+    kind: str
+    where: str
+    sentence: str
+    source: str | None = None
+
+    def __str__(self) -> str:
+        """As `judging/known_faults.py` matches it."""
+        return f"{self.kind} at {self.where}"
+
+
+def fault_of_count(stack: Stack, step: Step, times: float) -> Fault:
+    """Why the labels of all micro-batches are not what the loss is divided by.
+
+    Args:
+        stack: model and batch.
+        step: the Trainer's, whose gradient is wrong.
+        times: how many times the whole batch's gradient it is, by projection.
+    """
+    model = stack.plain
+    owner = _owner(model)
+    name = f"{owner.__name__}.forward"
+    if None in step.handed or not step.handed:
+        # A mean of n means is about the gradient itself, a sum of them about n times it; between the two lies the root of n.
+        if times > len(step.handed) ** 0.5 > 1:
+            sentence = f"without a num_items_in_batch for {name} the Trainer adds up the micro-batches' means undivided"
+            return _in_trainer("undivided-sum", "training_step", sentence)
+        if not _takes_items(model):
+            line = loss_with(model, stack.tensors)[1]
+            sentence = f"{name} takes no num_items_in_batch, so each micro-batch's loss is a mean over its own labels"
+            return Fault(kind="no-count", where=_path(owner, "forward"), sentence=sentence, source=line)
+        return _in_trainer("unhanded-count", "compute_loss", f"the Trainer hands {name} no num_items_in_batch")
+    single, line = loss_with(model, stack.tensors, num_items_in_batch=torch.tensor(stack.counted))
+    double, _ = loss_with(model, stack.tensors, num_items_in_batch=torch.tensor(2 * stack.counted))
+    if single and abs(double / single - 1) < 0.25:  # where the count is used, twice the count halves the loss
+        sentence = f"{name} accepts num_items_in_batch and never hands it to the loss"
+        return Fault(kind="ignored-count", where=_path(owner, "forward"), sentence=sentence, source=line)
+    return _in_trainer("unknown", "training_step", "neither the class's loss nor the count of labels explains it")
+
+
+def fault_of_counting(stack: Stack, step: Step, times: float) -> Fault:
+    """Why a single micro-batch is divided by another number than that of its labels.
+
+    Args:
+        stack: model and batch.
+        step: the Trainer's, whose gradient is wrong.
+        times: see :func:`fault_of_count`.
+    """
+    handed = step.handed[-1] if step.handed else None
+    if handed is not None and handed != stack.counted:
+        sentence = f"the Trainer counts {handed:.0f} labels where {stack.counted} are predicted: a row's first label has no prediction"
+        return _in_trainer(
+            f"miscount of {type(stack.plain).__name__}", "get_batch_samples", sentence, "_get_num_items_in_batch"
+        )
+    return fault_of_count(stack, step, times)
+
+
+def fault_of_smoothing(stack: Stack, step: Step, times: float, differs: Callable[[Step, Step], bool]) -> Fault:
+    """Why label smoothing gives another gradient.
+
+    Args:
+        stack: model and batch.
+        step: the Trainer's, whose gradient is wrong.
+        times: see :func:`fault_of_count`.
+        differs: whether two gradients are unequal.
+    """
+    way = Way(arguments={"label_smoothing_factor": SMOOTHING})
+    once = trainer_step(stack.model, stack.rows(), way)
+    unshifted = smoothed(stack, SMOOTHING, shifted=False)
+    if stack.task == "causal-lm" and not differs(once, whole_gradient(stack.model, stack.tensors, unshifted)):
+        sentence = (
+            f"the Trainer shifts labels only for the class names that it knows, and {type(stack.plain).__name__} is none: each token "
+            "learns itself"
+        )
+        return _in_trainer("unshifted-labels", "compute_loss", sentence)
+    if not _takes_items(stack.plain):
+        return fault_of_count(stack, step, times)
+    from transformers.trainer_pt_utils import LabelSmoother  # heavy
+
+    sentence = "LabelSmoother takes the mean over each micro-batch's labels, and the Trainer adds these up"
+    line = next((line for line in reversed(step.lines) if line.startswith("trainer_pt_utils.py")), None)
+    return Fault(kind="smoothed-means", where=_path(LabelSmoother, "__call__"), sentence=sentence, source=line)
+
+
+def fault_of_packing(*, with_cache: bool) -> Fault:
+    """Why rows packed into one do not learn what they learn by themselves.
+
+    Args:
+        with_cache: with `use_cache=False` in the model's config the Trainer's gradient is right.
+    """
+    if with_cache:
+        sentence = "the Trainer leaves the cache on, with which rows that are packed into one see each other"
+        return _in_trainer("cache-on", "compute_loss", sentence)
+    from transformers import DataCollatorWithFlattening  # heavy
+
+    sentence = "what DataCollatorWithFlattening makes of the rows is not what they are by themselves"
+    return Fault(kind="unknown", where=_path(DataCollatorWithFlattening, "__call__"), sentence=sentence)
+
+
+def fault_of_checkpointing(*, reentrant: bool) -> Fault:
+    """Why checkpointing by the Trainer gives another gradient than checkpointing without it.
+
+    Args:
+        reentrant: the kind of it.
+    """
+    kind = "reentrant" if reentrant else "non-reentrant"
+    return _in_trainer("checkpointing", "train", f"{kind} checkpointing that the Trainer turns on changes the gradient")
+
+
+def fault_of_clipping() -> Fault:
+    """Why a clipped gradient is not the gradient clipped."""
+    from accelerate import Accelerator  # heavy
+
+    sentence = "what Accelerator.clip_grad_norm_ leaves is not the whole batch's gradient, clipped"
+    where = _path(Accelerator, "clip_grad_norm_")
+    return Fault(kind="clipping", where=where, sentence=sentence, source=_line(Accelerator.clip_grad_norm_))
+
+
+def _in_trainer(kind: str, function: str, sentence: str, inner: str = "") -> Fault:
+    from transformers import Trainer  # heavy
+
+    found = getattr(Trainer, inner, None) or getattr(Trainer, function, None)
+    where = f"{Trainer.__module__}.{Trainer.__name__}.{function}"
+    return Fault(kind=kind, where=where, sentence=sentence, source=None if found is None else _line(found))
+
+
+def _line(function: Callable[..., Any]) -> str | None:
+    try:
+        code = inspect.unwrap(function).__code__
+    except AttributeError:
+        return None
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
+
+
+def _path(owner: type, function: str) -> str:
+    return f"{owner.__module__}.{owner.__name__}.{function}"
+
+
+def _owner(model: nn.Module) -> type:
+    """The class that defines the model's `forward`, as of the generic classifier that many classes share."""
+    return next(each for each in type(model).__mro__ if "forward" in vars(each))
+
+
+def _takes_items(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return "num_items_in_batch" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def taught(tensors: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+    """The batch with other labels."""
+    return {**tensors, "labels": labels}

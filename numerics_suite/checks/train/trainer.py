@@ -1,0 +1,261 @@
+"""train.trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from numerics_suite.checks.train import _stack_faults as faults
+from numerics_suite.checks.train._stack_batch import Stack, smoothed, stack_of
+from numerics_suite.checks.train.labels import defined_loss
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.exact import AGREED
+from numerics_suite.core.numbers import nan_last
+from numerics_suite.core.records import Fact, Measurement
+from numerics_suite.core.registry import check
+from numerics_suite.engine.calls import takes_decoder_ids
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.installed_trainer import Step, Way, trainer_step, whole_gradient
+from numerics_suite.engine.references import trusted
+from numerics_suite.observing.roundoff import gradient_errors, relative_error
+
+TIMES = "times the whole batch's gradient"
+"""Name of the projection of the gradient that was handed over on the one that is wanted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One way to train, the gradient it must give, and the gradient it gave.
+
+    Attributes:
+        name: of the measurement.
+        words: the way, as in "with NAME".
+        wanted: the whole batch's gradient.
+        step: the Trainer's.
+        fault: finds whose fault a difference is, given how many times the whole batch's gradient was handed over; None where it is the model's own, which other checks report.
+    """
+
+    name: str
+    words: str
+    wanted: Step
+    step: Step
+    fault: Callable[[float], faults.Fault | None]
+
+
+@check(scope="subject", trains=True, needs=("token-ids",))
+def trainer(evidence: Evidence) -> Iterable[Measurement]:
+    """Do the installed Trainer, accelerate and peft hand the optimizer the gradient of the whole batch's loss?
+
+    In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, label smoothing, a
+    padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
+    """
+    stack = stack_of(evidence)
+    try:
+        trials = list(_trials(stack))
+    except ImportError as error:
+        reason = f"transformers' Trainer cannot be made: {str(error).strip().splitlines()[0]}"
+        raise NotApplicableError(reason) from error
+    found: dict[str, tuple[Trial, Measurement]] = {}
+    facts: dict[str, Fact] = {}
+    for trial in trials:
+        trusted((*trial.wanted.left_out, *trial.step.left_out))
+        measured = _measured(trial)
+        if not measured.value <= AGREED:
+            fault = trial.fault(float(measured.facts[TIMES]))
+            if fault is None:
+                continue
+            facts[f"fault of {trial.name}"] = str(fault)
+            told: dict[str, Fact] = {"with": trial.words, "fault": fault.sentence}
+            measured = replace(measured, source=fault.source, facts={**measured.facts, **told})
+        found[trial.name] = trial, measured
+    for _, measured in found.values():
+        yield replace(measured, facts={**measured.facts, **facts}) if "fault" in measured.facts else measured
+
+
+def _measured(trial: Trial) -> Measurement:
+    """The worst difference of a parameter's gradient; one that is not handed over at all differs by all that it is."""
+    wanted = {name: value for name, value in trial.wanted.gradients.items() if bool(value.any())}
+    got = {name: trial.step.gradients.get(name, torch.zeros_like(value)) for name, value in wanted.items()}
+    errors = gradient_errors(got, wanted)
+    worst = max(errors, key=lambda name: nan_last(errors[name]))
+    size = sum(float(value.square().sum()) for value in wanted.values())
+    factor = sum(float((got[name] * value).sum()) for name, value in wanted.items()) / size
+    return Measurement(
+        name=trial.name,
+        value=errors[worst],
+        unit="ratio",
+        facts={TIMES: factor, "most in": worst},
+    )
+
+
+def _differs(got: Step, wanted: Step) -> bool:
+    errors = gradient_errors(got.gradients, wanted.gradients)
+    return not all(error <= AGREED for error in errors.values())
+
+
+# --- the ways --------------------------------------------------------------------------------------------------------
+
+
+def _own_loss(output: Any) -> Tensor:
+    loss: Tensor = output["loss"]
+    return loss
+
+
+def _trials(stack: Stack) -> Iterator[Trial]:
+    whole = _whole(stack)
+    rows = len(stack.tensors["input_ids"])
+    shifts = stack.task == "causal-lm" and not takes_decoder_ids(stack.plain)
+    if shifts:
+        yield _counting(stack)
+    step = trainer_step(stack.model, stack.rows(), Way(micro_batches=rows))
+    yield Trial(
+        name="accumulation",
+        words=f"gradient accumulation over {rows} micro-batches",
+        wanted=whole,
+        step=step,
+        fault=lambda times: faults.fault_of_count(stack, step, times),
+    )
+    if _smooths(stack):
+        yield _smoothing(stack, rows)
+    if shifts:
+        yield from _packing(stack, whole)
+    if getattr(stack.plain, "supports_gradient_checkpointing", False):
+        for reentrant in (True, False):
+            with suppress(CheckpointError):  # it does not recompute what it computed: `train.checkpointing` tells
+                yield _checkpointing(stack, whole, reentrant=reentrant)
+    yield _clipping(stack, whole)
+
+
+def _whole(stack: Stack) -> Step:
+    """The gradient of the class's own loss over the whole batch.
+
+    Raises:
+        NotApplicableError: that loss is not the one by definition: the class is at fault, and `train.labels` says so.
+    """
+    pair: dict[str, Tensor] = {}
+
+    def loss_of(output: Any) -> Tensor:
+        labels, config = stack.tensors["labels"], stack.plain.config
+        pair["defined"] = defined_loss(output["logits"], labels, stack.task, int(getattr(config, "num_labels", 2)))
+        pair["own"] = _own_loss(output)
+        return pair["own"]
+
+    whole = whole_gradient(stack.model, stack.tensors, loss_of)
+    if not relative_error(pair["own"].detach(), pair["defined"]) <= AGREED:
+        reason = "the class's own loss is not that of the labels that count (train.labels)"
+        raise NotApplicableError(reason)
+    return whole
+
+
+def _counting(stack: Stack) -> Trial:
+    from_the_first = replace(stack, tensors=faults.taught(stack.tensors, stack.from_the_first))
+    step = trainer_step(stack.model, from_the_first.rows(), Way())
+    return Trial(
+        name="label-count",
+        words="labels that count from a row's first token on",
+        wanted=whole_gradient(stack.model, from_the_first.tensors, _own_loss),
+        step=step,
+        fault=lambda times: faults.fault_of_counting(from_the_first, step, times),
+    )
+
+
+def _smooths(stack: Stack) -> bool:
+    """Label smoothing is for classes, and the Trainer takes the labels away from a decoder that reads them."""
+    config = stack.plain.config
+    single = getattr(config, "problem_type", None) in {None, "single_label_classification"}
+    classes = stack.task == "causal-lm" or (single and int(getattr(config, "num_labels", 0)) > 1)
+    return classes and not takes_decoder_ids(stack.plain)
+
+
+def _smoothing(stack: Stack, rows: int) -> Trial:
+    way = Way(micro_batches=rows, arguments={"label_smoothing_factor": faults.SMOOTHING})
+    step = trainer_step(stack.model, stack.rows(), way)
+    loss = smoothed(stack, faults.SMOOTHING, shifted=stack.task == "causal-lm")
+    return Trial(
+        name="label-smoothing",
+        words=f"label smoothing and {rows} micro-batches",
+        wanted=whole_gradient(stack.model, stack.tensors, loss),
+        step=step,
+        fault=lambda times: faults.fault_of_smoothing(stack, step, times, _differs),
+    )
+
+
+def _packing(stack: Stack, whole: Step) -> Iterator[Trial]:
+    """Rows packed into one, where the model itself, without its cache, keeps them apart by their positions."""
+    import transformers
+
+    collator = getattr(transformers, "DataCollatorWithFlattening", None)
+    if collator is None:
+        return
+    tensors = stack.packed()
+    try:
+        apart = not _differs(whole_gradient(stack.model, tensors, _own_loss), whole)
+    except (RuntimeError, ValueError, TypeError):  # no position_ids, or none of that form
+        return
+    if not apart:
+        return
+    step = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
+
+    def fault(_times: float) -> faults.Fault:
+        config: Any = stack.plain.config
+        before, config.use_cache = config.use_cache, False
+        try:
+            again = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
+        finally:
+            config.use_cache = before
+        return faults.fault_of_packing(with_cache=not _differs(again, whole))
+
+    yield Trial(name="padding-free", words="a padding-free collator", wanted=whole, step=step, fault=fault)
+
+
+def _checkpointing(stack: Stack, whole: Step, *, reentrant: bool) -> Trial:
+    arguments: Mapping[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+    kind = "reentrant" if reentrant else "non-reentrant"
+    return Trial(
+        name=f"{kind}-checkpointing",
+        words=f"{kind} checkpointing",
+        wanted=whole,
+        step=trainer_step(stack.model, stack.rows(), Way(arguments=arguments)),
+        fault=lambda _: (
+            None
+            if _checkpoints_wrongly(stack, whole, arguments)
+            else faults.fault_of_checkpointing(reentrant=reentrant)
+        ),
+    )
+
+
+def _checkpoints_wrongly(stack: Stack, whole: Step, arguments: Mapping[str, Any]) -> bool:
+    """Whether the model does so without the Trainer too: `train.checkpointing` says so."""
+    model: Any = stack.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments["gradient_checkpointing_kwargs"])
+    try:
+        again = whole_gradient(model, stack.tensors, _own_loss)
+    finally:
+        model.gradient_checkpointing_disable()
+    return whole.gradients.keys() != again.gradients.keys() or _differs(again, whole)
+
+
+def _clipping(stack: Stack, whole: Step) -> Trial:
+    """Half of the norm, by torch's own function: the whole batch's gradient is clipped, not each micro-batch's."""
+    leaves = [torch.nn.Parameter(torch.zeros_like(value)) for value in whole.gradients.values()]
+    for leaf, value in zip(leaves, whole.gradients.values(), strict=True):
+        leaf.grad = value.clone()
+    limit = 0.5 * float(torch.nn.utils.get_total_norm(list(whole.gradients.values())))
+    torch.nn.utils.clip_grad_norm_(leaves, limit)
+    clipped = {name: leaf.grad for name, leaf in zip(whole.gradients, leaves, strict=True) if leaf.grad is not None}
+    return Trial(
+        name="clipping",
+        words="clipping to half the norm",
+        wanted=replace(whole, gradients=clipped),
+        step=trainer_step(stack.model, stack.rows(), Way(arguments={"max_grad_norm": limit})),
+        fault=lambda _: faults.fault_of_clipping(),
+    )
