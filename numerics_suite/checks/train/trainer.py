@@ -23,6 +23,7 @@ from numerics_suite.engine.calls import takes_decoder_ids
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.installed_trainer import Step, Way, trainer_step, whole_gradient
 from numerics_suite.engine.references import trusted
+from numerics_suite.inputs.targets import targets_of
 from numerics_suite.observing.roundoff import gradient_errors, relative_error
 
 TIMES = "times the whole batch's gradient"
@@ -141,8 +142,9 @@ def _whole(stack: Stack) -> Step:
     pair: dict[str, Tensor] = {}
 
     def loss_of(output: Any) -> Tensor:
-        labels, config = stack.tensors["labels"], stack.plain.config
-        pair["defined"] = defined_loss(output["logits"], labels, stack.task, int(getattr(config, "num_labels", 2)))
+        config: Any = stack.plain.config
+        targets = targets_of(config.to_dict(), int(getattr(config, "num_labels", 2)))
+        pair["defined"] = defined_loss(output["logits"], stack.tensors["labels"], stack.task, targets)
         pair["own"] = _own_loss(output)
         return pair["own"]
 
