@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from numerics_suite.judging.assertions import (
+    from numerics_suite.judgement.assertions import (
         assert_batch_invariant,
         assert_causal,
         assert_finite,
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
         assert_matches_reference,
         assert_padding_invariant,
     )
-    from numerics_suite.watching.alarms import NumericsError, NumericsWarning
-    from numerics_suite.watching.callback import NumericsCallback
-    from numerics_suite.watching.session import watch
+    from numerics_suite.training_watch.alarms import NumericsError, NumericsWarning
+    from numerics_suite.training_watch.callback import NumericsCallback
+    from numerics_suite.training_watch.session import watch
 
 __all__ = [
     "NumericsCallback",
@@ -39,10 +39,10 @@ __version__ = "0.1.0"
 
 
 _HOMES = {
-    "NumericsCallback": "numerics_suite.watching.callback",
-    "NumericsError": "numerics_suite.watching.alarms",
-    "NumericsWarning": "numerics_suite.watching.alarms",
-    "watch": "numerics_suite.watching.session",
+    "NumericsCallback": "numerics_suite.training_watch.callback",
+    "NumericsError": "numerics_suite.training_watch.alarms",
+    "NumericsWarning": "numerics_suite.training_watch.alarms",
+    "watch": "numerics_suite.training_watch.session",
 }
 """Where the public names are; the assertions are in the one place of theirs."""
 
@@ -52,6 +52,6 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         import importlib
 
-        return getattr(importlib.import_module(_HOMES.get(name, "numerics_suite.judging.assertions")), name)
+        return getattr(importlib.import_module(_HOMES.get(name, "numerics_suite.judgement.assertions")), name)
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
         Subject,
     )
     from numerics_suite.core.registry import AddedCheck, CheckSpec, check
-    from numerics_suite.diagnosing.remedies import Attempt
-    from numerics_suite.diagnosing.remedy_register import AddedRemedy
+    from numerics_suite.definitions.config import OracleUnavailable, read_rope
+    from numerics_suite.definitions.definition import Context, Head, Oracle
+    from numerics_suite.definitions.parts import Place, activation, attend, frequencies, rotate
+    from numerics_suite.diagnosis.remedies import Attempt
+    from numerics_suite.diagnosis.remedy_register import AddedRemedy
     from numerics_suite.engine.evidence import Evidence
     from numerics_suite.engine.references import plain_answer, rounded_answer, true_answer
-    from numerics_suite.oracles.config import OracleUnavailable, read_rope
-    from numerics_suite.oracles.definition import Context, Head, Oracle
-    from numerics_suite.oracles.parts import Place, activation, attend, frequencies, rotate
-    from numerics_suite.reporting.documents import Documents, Run
+    from numerics_suite.reports.documents import Documents, Run
     from numerics_suite.subjects.families.family import AddedFamily, Family
     from numerics_suite.subjects.load import Loaded
 
@@ -49,12 +49,12 @@ _HOMES = {
         "Subject",
     ),
     "numerics_suite.core.registry": ("AddedCheck", "CheckSpec", "check"),
-    "numerics_suite.diagnosing.remedy_register": ("AddedRemedy",),
-    "numerics_suite.diagnosing.remedies": ("Attempt",),
-    "numerics_suite.oracles.config": ("OracleUnavailable", "read_rope"),
-    "numerics_suite.oracles.definition": ("Context", "Head", "Oracle"),
-    "numerics_suite.oracles.parts": ("Place", "activation", "attend", "frequencies", "rotate"),
-    "numerics_suite.reporting.documents": ("Documents", "Run"),
+    "numerics_suite.diagnosis.remedy_register": ("AddedRemedy",),
+    "numerics_suite.diagnosis.remedies": ("Attempt",),
+    "numerics_suite.definitions.config": ("OracleUnavailable", "read_rope"),
+    "numerics_suite.definitions.definition": ("Context", "Head", "Oracle"),
+    "numerics_suite.definitions.parts": ("Place", "activation", "attend", "frequencies", "rotate"),
+    "numerics_suite.reports.documents": ("Documents", "Run"),
     "numerics_suite.engine.evidence": ("Evidence",),
     "numerics_suite.engine.references": ("plain_answer", "rounded_answer", "true_answer"),
     "numerics_suite.subjects.families.family": ("AddedFamily", "Family"),

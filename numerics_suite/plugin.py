@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from numerics_suite.core.records import CheckResult
-    from numerics_suite.suite.gate import Gate
+    from numerics_suite.suite.collector import Gate
     from numerics_suite.suite.planning import Question
     from numerics_suite.suite.session import SuiteSession
 
@@ -100,7 +100,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _share_cores(config)
     from numerics_suite.core.atomic import ensure_writable
     from numerics_suite.subjects.files import digests_from_json
-    from numerics_suite.suite.gate import Gate
+    from numerics_suite.suite.collector import Gate
     from numerics_suite.suite.resume import earlier_answers
     from numerics_suite.suite.session import REPRODUCERS, SuiteSession
 
@@ -120,7 +120,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if settings.json and settings.json != "-":
             ensure_writable(Path(settings.json), "--numerics-json")
         if settings.report or settings.junitxml:
-            from numerics_suite.reporting.report import ensure_wanted
+            from numerics_suite.reports.report import ensure_wanted
 
             ensure_wanted(settings.report, settings.junitxml, "--numerics-")
         run = config.pluginmanager.get_plugin("numerics-suite-run")
@@ -210,7 +210,7 @@ class Asked:
         if result.status == "skipped":
             pytest.skip(_shown(result.reason or ""))
         if result.status == "failed":
-            from numerics_suite.reporting.text import finding_text
+            from numerics_suite.reports.text import finding_text
 
             pytest.fail(finding_text(result), pytrace=False)
         if result.status == "error":
@@ -303,7 +303,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report.numerics_item = _question(item) is not None  # type: ignore[attr-defined]
     result = item.stash.get(result_key, None)
     if result is not None and report.when == "call":
-        from numerics_suite.reporting.results import check_to_json
+        from numerics_suite.reports.results import check_to_json
 
         report.numerics_result = check_to_json(result)  # type: ignore[attr-defined]
         report.numerics_gives_up = item.config.stash[session_key].lost is not None  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from accelerator_parts import PARTS, Part, Value
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.numbers import jsonable, revived
-from numerics_suite.reporting.results import dump
+from numerics_suite.reports.results import dump
 
 MARKS = ("<!-- figures: begin -->", "<!-- figures: end -->")
 NOT_RUN = "not run yet"

@@ -40,7 +40,7 @@ from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.memory import release
 from numerics_suite.devices.precisions import PRECISIONS
 from numerics_suite.engine.environment import package_versions
-from numerics_suite.judging.budgets import budgets_of
+from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.subjects.fixtures import fixture_names
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.registry import get_check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.judging.budgets import budgets_of
+from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
 

@@ -22,16 +22,16 @@ import numerics_suite
 from numerics_suite.cli.main import COMMANDS
 from numerics_suite.core.records import Budget
 from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check
-from numerics_suite.diagnosing.experiments import DECISIVE
-from numerics_suite.diagnosing.remedies import CURES
-from numerics_suite.diagnosing.remedy_words import COST, DESCRIPTIONS
-from numerics_suite.diagnosing.root_causes import REMEDIES
-from numerics_suite.judging.budgets import all_budgets, budgets_of
+from numerics_suite.diagnosis.experiments import DECISIVE
+from numerics_suite.diagnosis.remedies import CURES
+from numerics_suite.diagnosis.remedy_words import COST, DESCRIPTIONS
+from numerics_suite.diagnosis.root_causes import REMEDIES
+from numerics_suite.judgement.budgets import all_budgets, budgets_of
 from numerics_suite.settings import choices
 from numerics_suite.settings.accept import AcceptEntry
 from numerics_suite.settings.table import OPTIONS, Option
 
-REPORTING = Path(numerics_suite.__file__).parent / "reporting"
+REPORTING = Path(numerics_suite.__file__).parent / "reports"
 SCHEMAS = {"check": "schema.json", "matrix": "schema-matrix.json", "bisect": "schema-bisect.json"}
 
 ASKED = {"subject": "once for each subject", "precision": "once in each precision", "cell": "in every cell"}

@@ -30,7 +30,7 @@ OUTSIDE = {
     "CHANGELOG.md": "project/changelog.md",
     "LICENSE": "project/LICENSE",
     "action.yml": "examples/action.yml",
-    **{f"numerics_suite/reporting/{name}": f"reference/{name}" for name in reference.SCHEMAS.values()},
+    **{f"numerics_suite/reports/{name}": f"reference/{name}" for name in reference.SCHEMAS.values()},
 }
 """Files of the repository outside docs/ that are part of the site, and where they stand in it."""
 

@@ -18,7 +18,7 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
-from numerics_suite.observing.roundoff import wide
+from numerics_suite.observations.roundoff import wide
 
 SCALE: Final = 65536.0
 """Torch's first loss scale, a power of two: it moves no bit of a gradient that does not overflow or underflow."""

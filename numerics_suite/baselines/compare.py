@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numerics_suite.baselines.contracts import ContractChange, contract_changes
-from numerics_suite.baselines.draws import ROUNDOFF, accumulation, two_draws
-from numerics_suite.baselines.fusing import Fusion, fused_parameters, together
-from numerics_suite.baselines.growth import Errors, compared, even, gradient_growth
-from numerics_suite.baselines.inlining import inlined
-from numerics_suite.baselines.matching import (
+from numerics_suite.baselines.batch_match import (
     CANCELLED,
     Matching,
     deviation,
@@ -23,7 +18,12 @@ from numerics_suite.baselines.matching import (
     sketch_deviation,
     worst,
 )
-from numerics_suite.baselines.placing import gradient_place, module_place
+from numerics_suite.baselines.contracts import ContractChange, contract_changes
+from numerics_suite.baselines.error_ratio import Errors, compared, even, gradient_growth
+from numerics_suite.baselines.fused_experts import Fusion, fused_parameters, together
+from numerics_suite.baselines.inline_arrays import inlined
+from numerics_suite.baselines.localize import gradient_place, module_place
+from numerics_suite.baselines.sampling_error import ROUNDOFF, accumulation, two_draws
 from numerics_suite.baselines.tensors import TensorChange, tensor_changes
 from numerics_suite.baselines.training_change import CurveChange, curve_change, lost_curve
 from numerics_suite.core.errors import BadInputError

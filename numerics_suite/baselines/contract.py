@@ -18,7 +18,7 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs, main_output
-from numerics_suite.observing.roundoff import rms, unit_roundoff, wide
+from numerics_suite.observations.roundoff import rms, unit_roundoff, wide
 from numerics_suite.subjects.load import default_dtype
 
 SAME_ROUNDOFFS: Final = 64

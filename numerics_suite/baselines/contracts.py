@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from numerics_suite.baselines.draws import two_draws
+from numerics_suite.baselines.sampling_error import two_draws
 
 CLOSE: Final = 1e-10
 """Relative difference of two numbers that are computed in float64 from the same values."""

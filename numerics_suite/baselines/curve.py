@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.checkpointed import checkpointed
-from numerics_suite.baselines.records import Curve
+from numerics_suite.baselines.records import TrainingCurve
 from numerics_suite.baselines.trace import Trace, trace_call
 from numerics_suite.devices import random_state
 from numerics_suite.devices.precisions import SERVING_REASON
@@ -21,7 +21,7 @@ from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import where_float64_is
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import no_reference
-from numerics_suite.engine.training_loop import Plan, make_optimizer, train
+from numerics_suite.engine.training_loop import TrainingPlan, make_optimizer, train
 from numerics_suite.engine.true_fp64 import run_true_fp64
 
 LARGE: Final = 10**9
@@ -49,7 +49,7 @@ def why_untrained(evidence: Evidence, found: Trace) -> str:
     return found.no_gradients
 
 
-def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace) -> Curve:
+def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace) -> TrainingCurve:
     """The curve of the cell, or why it has none.
 
     Args:
@@ -60,7 +60,7 @@ def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace)
     scope = scope_of(evidence.model)
     reason = why_untrained(evidence, found)
     if reason:
-        return Curve(scope=scope, reason=reason)
+        return TrainingCurve(scope=scope, reason=reason)
     plan = replace(evidence.request.plan, scope=scope)
     dtype = torch.float64 if evidence.recipe.parameters == "float64" else None
     with trainable(evidence, scope, dtype) as model, random_state.torch_seeded(evidence.request.seed):
@@ -68,7 +68,7 @@ def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace)
     true_losses, true_norms, left_out = _true_curve(evidence, tensors, plan)
     if left_out:
         reason = no_reference(left_out)
-    return Curve(
+    return TrainingCurve(
         losses=_filled(seen.losses, plan.steps + 1),
         norms=_filled(seen.gradient_norms, plan.steps),
         true_losses=() if left_out else true_losses,
@@ -112,7 +112,7 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _true_curve(
-    evidence: Evidence, tensors: Mapping[str, Any], plan: Plan
+    evidence: Evidence, tensors: Mapping[str, Any], plan: TrainingPlan
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
     """Losses, norms, and what could not be lifted: gradients of true fp64 runs, and the optimizer's steps in float64.
 

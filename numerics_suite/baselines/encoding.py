@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numerics_suite.baselines.matching import CANCELLED
+from numerics_suite.baselines.batch_match import CANCELLED
 from numerics_suite.baselines.packing import Packer, joined, narrowed, repeated
 from numerics_suite.baselines.reading import Node
 from numerics_suite.baselines.records import (
     AnswerRecord,
     CellBaseline,
-    Curve,
     GradientRecord,
     ModuleRecord,
     Sketch,
     StoredBatch,
     TensorRecord,
+    TrainingCurve,
 )
 from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell
@@ -70,7 +70,7 @@ def _cell(item: CellBaseline, parts: Parts, packer: Packer) -> dict[str, Any]:
         "headroom_module": item.headroom_module,
         "true_loss": jsonable(packer.number("true_loss", item.true_loss)),
         "bits": dict(item.bits),
-        "curve": {field.name: jsonable(getattr(item.curve, field.name)) for field in fields(Curve)},
+        "curve": {field.name: jsonable(getattr(item.curve, field.name)) for field in fields(TrainingCurve)},
         "left_out": dict(item.left_out),
         "subject": parts.put("subject", jsonable(item.subject)),
         "environment": parts.put("environment", jsonable(item.environment)),
@@ -234,7 +234,7 @@ class Decoder:
             bits=node.get("bits").text_table(),
             headroom_bits=node.get("headroom_bits").number(),
             headroom_module=node.get("headroom_module").optional_text(),
-            curve=Curve(
+            curve=TrainingCurve(
                 **{name: curve.get(name).numbers() for name in SERIES},
                 scope=curve.get("scope").text(),
                 reason=curve.get("reason").text(),

@@ -17,10 +17,10 @@ from numerics_suite.baselines import bits
 from numerics_suite.baselines.batches import draw_batches, draw_uses, tensors_of, training_of
 from numerics_suite.baselines.contract import contract
 from numerics_suite.baselines.curve import training_curve
-from numerics_suite.baselines.draws import ROUNDOFF
-from numerics_suite.baselines.head import head_by_formula, head_statistics
-from numerics_suite.baselines.precision import Seen, errors, gradient_errors, module_errors, run_cell
-from numerics_suite.baselines.records import CellBaseline, Curve, ModuleRecord, Sketch, StoredBatch
+from numerics_suite.baselines.deterministic_head import head_by_formula, head_statistics
+from numerics_suite.baselines.precision import CellRuns, errors, gradient_errors, module_errors, run_cell
+from numerics_suite.baselines.records import CellBaseline, ModuleRecord, Sketch, StoredBatch, TrainingCurve
+from numerics_suite.baselines.sampling_error import ROUNDOFF
 from numerics_suite.baselines.sketch import Sketcher
 from numerics_suite.baselines.tensors import tensor_records
 from numerics_suite.baselines.trace import ModuleTrace, Trace, answer_record, answer_records, trace
@@ -32,8 +32,8 @@ from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment, describe_machine
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import no_reference
-from numerics_suite.observing.local_error import LocalError
-from numerics_suite.observing.roundoff import unit_roundoff
+from numerics_suite.observations.local_error import LocalError
+from numerics_suite.observations.roundoff import unit_roundoff
 from numerics_suite.subjects.quiet import quiet_transformers
 
 NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent")
@@ -118,7 +118,13 @@ def _true_runs(evidence: Evidence, batches: tuple[StoredBatch, ...]) -> Trace:
 
 
 def _record(
-    evidence: Evidence, found: Trace, seen: Seen, *, batches: tuple[StoredBatch, ...], curve: Curve, **parts: Any
+    evidence: Evidence,
+    found: Trace,
+    seen: CellRuns,
+    *,
+    batches: tuple[StoredBatch, ...],
+    curve: TrainingCurve,
+    **parts: Any,
 ) -> CellBaseline:
     digests = dict(seen.bits)
     if not curve.reason:
@@ -187,7 +193,7 @@ def _subject_facts(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _recipe(evidence: Evidence, curve: Curve) -> dict[str, Any]:
+def _recipe(evidence: Evidence, curve: TrainingCurve) -> dict[str, Any]:
     request = evidence.request
     return {
         "task": evidence.subject.task,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from numerics_suite.baselines.compare import Deviation, Difference
-from numerics_suite.baselines.growth import Errors
+from numerics_suite.baselines.error_ratio import Errors
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.text import listed

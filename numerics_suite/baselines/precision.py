@@ -30,16 +30,16 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import is_reference_itself, routed_reason, routes
-from numerics_suite.observing.headroom import Headroom, headroom
-from numerics_suite.observing.local_error import LocalError, local_errors
-from numerics_suite.observing.roundoff import CANCELLED, rms
+from numerics_suite.observations.headroom import Headroom, headroom
+from numerics_suite.observations.local_error import LocalError, local_errors
+from numerics_suite.observations.roundoff import CANCELLED, rms
 
 REFERENCE = "fp64 is the reference itself"
 TOO_LARGE = "above a billion parameters"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class CellRuns:
     """The cell's own runs.
 
     Attributes:
@@ -55,7 +55,7 @@ class Seen:
     gradients: dict[str, Sketch]
 
 
-def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> Seen:
+def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> CellRuns:
     """Run all batches in the cell's precision.
 
     Args:
@@ -88,7 +88,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
             reraise_if_fatal(error)
             left_out["bits.decoding"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     digests = {name: tensor_digest(parts) for name, parts in raw.items()}
-    return Seen(answers=answers, bits=digests, least=least, gradients=gradients)
+    return CellRuns(answers=answers, bits=digests, least=least, gradients=gradients)
 
 
 def _forward(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Headroom]]:
@@ -137,7 +137,7 @@ def _training_numbers(
 
 
 def errors(
-    evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, seen: Seen, left_out: dict[str, str]
+    evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, seen: CellRuns, left_out: dict[str, str]
 ) -> tuple[float, float, int]:
     """Error of the cell, that of its rounded run (NaN where it was not measured), and the free numbers in them.
 
@@ -206,7 +206,7 @@ def _decoded_rounded(evidence: Evidence, batches: Sequence[StoredBatch]) -> dict
     return {} if run.left_out else {DECODED: run.outputs[DECODED].double().cpu()}
 
 
-def gradient_errors(found: Trace, seen: Seen) -> tuple[GradientRecord, ...]:
+def gradient_errors(found: Trace, seen: CellRuns) -> tuple[GradientRecord, ...]:
     """The true gradients with their errors in the cell's precision.
 
     Args:

@@ -127,7 +127,7 @@ class TensorRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
+class TrainingCurve:
     """Training on the stored batch: in the cell's precision and in true fp64.
 
     Attributes:
@@ -193,7 +193,7 @@ class CellBaseline:
     bits: Mapping[str, str]
     headroom_bits: float
     headroom_module: str | None
-    curve: Curve
+    curve: TrainingCurve
     contract: Mapping[str, Any]
     checks: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)

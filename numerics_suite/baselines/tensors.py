@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from numerics_suite.baselines.matching import sketch_deviation
+from numerics_suite.baselines.batch_match import sketch_deviation
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from numerics_suite.baselines.fusing import Fusion
+    from numerics_suite.baselines.fused_experts import Fusion
     from numerics_suite.baselines.records import CellBaseline, TensorRecord
 
 SAME: Final = 1e-12

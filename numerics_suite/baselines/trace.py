@@ -24,9 +24,9 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.true_fp64 import run_true_fp64
-from numerics_suite.observing.calls import watched_calls
-from numerics_suite.observing.roundoff import rms
-from numerics_suite.observing.tokens import token_rows
+from numerics_suite.observations.calls import watched_calls
+from numerics_suite.observations.roundoff import rms
+from numerics_suite.observations.tokens import token_rows
 
 DECODES_BELOW: Final = 10**9
 """Parameters up to which decoding is asked in true fp64, which reads the whole model once a piece."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from numerics_suite.baselines.draws import ROUNDOFF
-from numerics_suite.baselines.matching import deviation, worst
+from numerics_suite.baselines.batch_match import deviation, worst
+from numerics_suite.baselines.sampling_error import ROUNDOFF
 
 if TYPE_CHECKING:
-    from numerics_suite.baselines.records import CellBaseline, Curve
+    from numerics_suite.baselines.records import CellBaseline, TrainingCurve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def curve_change(old: CellBaseline, new: CellBaseline) -> CurveChange | None:
     )
 
 
-def lost_curve(old: Curve, new: Curve) -> list[str]:
+def lost_curve(old: TrainingCurve, new: TrainingCurve) -> list[str]:
     """The parts of the curve that are no longer measured.
 
     Args:
@@ -73,7 +73,7 @@ def _series(old: Sequence[float], new: Sequence[float]) -> float:
     return deviation(left, right, float(np.max(np.abs(left), initial=0.0)))
 
 
-def _first_nonfinite(old: Curve, new: Curve) -> int | None:
+def _first_nonfinite(old: TrainingCurve, new: TrainingCurve) -> int | None:
     """The first step at which the new curve is not finite while the old one is finite throughout that far."""
     for step, (left, right) in enumerate(zip(old.losses, new.losses, strict=False), start=1):
         if not math.isfinite(left):
@@ -101,10 +101,10 @@ def _growth(old: CellBaseline, new: CellBaseline) -> float:
     return theirs / size if size else (math.inf if theirs else 0.0)
 
 
-def _distance(curve: Curve) -> float:
+def _distance(curve: TrainingCurve) -> float:
     pairs = zip(curve.losses, curve.true_losses, strict=False)
     return worst([abs(loss - true) for loss, true in pairs]) if curve.losses else 0.0
 
 
-def _size(curve: Curve) -> float:
+def _size(curve: TrainingCurve) -> float:
     return max((abs(loss) for loss in curve.true_losses if math.isfinite(loss)), default=0.0)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from numerics_suite.definitions.trace import TURN, capture_states
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.evidence import Evidence
@@ -15,7 +16,6 @@ from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.engine.true_passes import keeps_gradients
-from numerics_suite.oracles.trace import TURN, capture_states
 
 Result = TypeVar("Result")
 

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numerics_suite.core.versions import BisectResult
-    from numerics_suite.reporting.bisect import BisectTerminal
+    from numerics_suite.reports.bisect import BisectTerminal
     from numerics_suite.settings.tree import Settings
     from numerics_suite.versions.candidates import Candidate
-    from numerics_suite.versions.kept import Kept
-    from numerics_suite.versions.matrix import Plan
+    from numerics_suite.versions.matrix import MatrixPlan
+    from numerics_suite.versions.result_store import ResultStore
 
 EXAMPLES = """\
   numerics-suite bisect ./my-checkpoint --good 5.7.0 --bad 5.24.0
@@ -127,13 +127,13 @@ def _refuse_contradictions(own: Mapping[str, Any], subjects: Sequence[str]) -> N
 def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.core.machine import core_count
     from numerics_suite.core.numbers import revived
-    from numerics_suite.reporting.bisect import BisectTerminal, bisect_to_json
-    from numerics_suite.reporting.documents import BisectFile, Documents
-    from numerics_suite.versions.asked import know
+    from numerics_suite.reports.bisect import BisectTerminal, bisect_to_json
+    from numerics_suite.reports.documents import BisectFile, Documents
     from numerics_suite.versions.extensions import without_extensions
+    from numerics_suite.versions.fingerprints import know
     from numerics_suite.versions.job import for_a_cell
-    from numerics_suite.versions.kept import Kept
-    from numerics_suite.versions.matrix import Plan
+    from numerics_suite.versions.matrix import MatrixPlan
+    from numerics_suite.versions.result_store import ResultStore
 
     settings = without_extensions(settings)
     prepared = for_a_cell(settings)
@@ -143,10 +143,10 @@ def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
     baseline = baseline_of(settings, [known.name])
     jobs = jobs_of(own["jobs"], known.weight_bytes)
     threads = max(1, core_count() // min(jobs, 2))
-    plan = Plan(
+    plan = MatrixPlan(
         settings=prepared, known=(known,), cells=(), cwd=Path.cwd(), threads=threads, baseline=baseline, record=False
     )
-    kept = Kept(Path(own["out"] or OUT))
+    kept = ResultStore(Path(own["out"] or OUT))
     unanswered = unfinished_answer(settings.json, "bisect", last_good=None, first_bad=None, tested=[], finding=None)
     with for_people(settings) as stream, unanswered as offer:
         terminal = BisectTerminal(stream=stream, quiet=settings.quiet, on_steps=lambda steps: offer(tested=steps))
@@ -160,10 +160,10 @@ def _bisect(settings: Settings, own: Mapping[str, Any]) -> int:
 
 
 def _search(  # noqa: PLR0913 - keywords
-    plan: Plan,
+    plan: MatrixPlan,
     what: str,
     candidates: Sequence[Candidate],
-    kept: Kept,
+    kept: ResultStore,
     terminal: BisectTerminal,
     *,
     note: str,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from numerics_suite.versions.retention import Entry
+    from numerics_suite.versions.retention import StoredItem
 
 EXAMPLES = """\
   numerics-suite cache list
@@ -109,8 +109,8 @@ def _clean(given: argparse.Namespace) -> dict[str, Any]:
     chosen = _chosen(given, entries())
     if chosen and not given.yes:
         _ask(chosen)
-    removed: list[Entry] = []
-    kept: list[Entry] = []
+    removed: list[StoredItem] = []
+    kept: list[StoredItem] = []
     for entry in chosen:
         gone = remove(entry)
         (removed if gone else kept).append(entry)
@@ -121,7 +121,7 @@ def _clean(given: argparse.Namespace) -> dict[str, Any]:
     return {"removed": [_row(entry) for entry in removed], "kept": [_row(entry) for entry in kept]}
 
 
-def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
+def _chosen(given: argparse.Namespace, found: Sequence[StoredItem]) -> list[StoredItem]:
     if given.all:
         return list(found)
     if given.unused:
@@ -132,10 +132,10 @@ def _chosen(given: argparse.Namespace, found: Sequence[Entry]) -> list[Entry]:
     return _named(given.names, found)
 
 
-def _named(names: Sequence[str], found: Sequence[Entry]) -> list[Entry]:
+def _named(names: Sequence[str], found: Sequence[StoredItem]) -> list[StoredItem]:
     from fnmatch import fnmatchcase
 
-    chosen: dict[str, Entry] = {}
+    chosen: dict[str, StoredItem] = {}
     for name in names:
         matched = [entry for entry in found if fnmatchcase(entry.name, name)]
         if not matched:
@@ -145,13 +145,13 @@ def _named(names: Sequence[str], found: Sequence[Entry]) -> list[Entry]:
     return list(chosen.values())
 
 
-def _over(limit: str, found: Sequence[Entry]) -> list[Entry]:
+def _over(limit: str, found: Sequence[StoredItem]) -> list[StoredItem]:
     """Environments, those used longest ago first, without which the rest fits."""
     from numerics_suite.versions.retention import disk_use, parse_size
 
     most = parse_size(limit)
     kept = [entry for entry in found if entry.kind == "environment"]
-    chosen: list[Entry] = []
+    chosen: list[StoredItem] = []
     while kept and disk_use(kept) > most:
         chosen.append(kept.pop())
     return chosen
@@ -168,7 +168,7 @@ def _days(text: str) -> float:
     return days
 
 
-def _ask(chosen: Sequence[Entry]) -> None:
+def _ask(chosen: Sequence[StoredItem]) -> None:
     """Ask the person at the terminal.
 
     Raises:
@@ -185,7 +185,7 @@ def _ask(chosen: Sequence[Entry]) -> None:
         raise BadInputError(message)
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: StoredItem) -> dict[str, Any]:
     return {
         "name": entry.name,
         "kind": entry.kind,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numerics_suite.core.records import RunResult
-    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.reports.terminal import Terminal
     from numerics_suite.settings.tree import Settings
 
 TRIED = ".numerics/tried"
@@ -89,8 +89,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _list(settings: Settings) -> int:
-    from numerics_suite.reporting.plan import plan_to_json
-    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.reports.plan import plan_to_json
+    from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.run import planned
 
     with for_people(settings) as stream:
@@ -102,9 +102,9 @@ def _list(settings: Settings) -> int:
 
 
 def _check(settings: Settings, *, other_versions: bool) -> int:
-    from numerics_suite.reporting.documents import Documents, Run
-    from numerics_suite.reporting.results import to_json
-    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.reports.documents import Documents, Run
+    from numerics_suite.reports.results import to_json
+    from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.run import run_check
 
     with for_people(settings) as stream:
@@ -143,7 +143,7 @@ def _so_far(settings: Settings) -> dict[str, Any]:
     """What the results file holds until the plan is made: the very answers that are resumed, where it is the same file."""
     if settings.resume is None:
         return {"checks": []}
-    from numerics_suite.reporting.documents import read_check
+    from numerics_suite.reports.documents import read_check
 
     content, _ = read_check(settings.resume, "--resume")
     if not settings.json or os.path.realpath(settings.json) != os.path.realpath(settings.resume):
@@ -155,12 +155,12 @@ def _so_far(settings: Settings) -> dict[str, Any]:
 def _with_other_versions(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
     """The result with the remedies that are another release tried."""
     from numerics_suite.versions.jobs import Jobs
-    from numerics_suite.versions.kept import Kept
     from numerics_suite.versions.matrix import in_environments
     from numerics_suite.versions.remedying import try_versions
+    from numerics_suite.versions.result_store import ResultStore
 
     processes = Jobs()
-    with Kept(Path(TRIED), "--try-versions") as kept:
+    with ResultStore(Path(TRIED), "--try-versions") as kept:
         try:
             return try_versions(result, settings, kept, in_environments(processes), terminal.say)
         finally:
@@ -178,9 +178,9 @@ def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> Run
 
 
 def _reopen(settings: Settings, bundle: Path) -> int:
-    from numerics_suite.reporting.results import to_json
-    from numerics_suite.reporting.terminal import Terminal
-    from numerics_suite.suite.reopen import refuse_other_options, reopen
+    from numerics_suite.reports.results import to_json
+    from numerics_suite.reports.terminal import Terminal
+    from numerics_suite.suite.bundle_replay import refuse_other_options, reopen
 
     refuse_other_options(settings)
     with for_people(settings) as stream:

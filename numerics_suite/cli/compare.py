@@ -13,7 +13,7 @@ from numerics_suite.core.errors import BadInputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numerics_suite.judging.kinds import Comparison
+    from numerics_suite.judgement.classify import Comparison
 
 EXAMPLES = """\
   numerics-suite compare baselines-old baselines-new
@@ -72,9 +72,9 @@ def run(arguments: Sequence[str]) -> int:
     refuse_undeliverable(report)
     from numerics_suite.baselines.store import load
     from numerics_suite.core.numbers import revived
-    from numerics_suite.judging.kinds import FAILING, compare_baselines
-    from numerics_suite.reporting.comparison import comparison_to_json
-    from numerics_suite.reporting.documents import ComparisonFile, Documents
+    from numerics_suite.judgement.classify import FAILING, compare_baselines
+    from numerics_suite.reports.comparison import comparison_to_json
+    from numerics_suite.reports.documents import ComparisonFile, Documents
 
     old, new = (Path(folder) for folder in given.folders)
     found = compare_baselines(load(old), load(new), pairs)
@@ -91,11 +91,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def _print(found: Sequence[Comparison], *, old: str, new: str, quiet: bool) -> None:
     """In colour where somebody watches; plain lines elsewhere, and no library for colours is loaded."""
-    from numerics_suite.reporting.comparison import comparison_lines
-    from numerics_suite.reporting.lines import sayable
+    from numerics_suite.reports.comparison import comparison_lines
+    from numerics_suite.reports.lines import sayable
 
     if sys.stdout.isatty():
-        from numerics_suite.reporting.terminal import Terminal
+        from numerics_suite.reports.terminal import Terminal
 
         terminal = Terminal(stream=sys.stdout)
         terminal.show(comparison_lines(found, old=old, new=new, quiet=quiet, width=terminal.width))

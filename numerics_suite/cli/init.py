@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import IO
 
-    from numerics_suite.adopting.pieces import Piece
-    from numerics_suite.adopting.workflows import Host
+    from numerics_suite.adoption.pieces import Piece
+    from numerics_suite.adoption.workflows import Host
     from numerics_suite.settings.tree import Settings
 
 SHIPPED = ("fixture:glm4-tiny", "fixture:glm4-tiny-classifier")
@@ -83,8 +83,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _init(settings: Settings, own: dict[str, Any], stream: IO[str]) -> tuple[dict[str, Any], int]:
     """See that everything can be used, then write, then record: nothing is left of a mistyped command."""
-    from numerics_suite.adopting.pieces import pieces_of, write
-    from numerics_suite.reporting.adoption import AdoptionPrinter
+    from numerics_suite.adoption.pieces import pieces_of, write
+    from numerics_suite.reports.adoption import AdoptionPrinter
 
     folder = Path.cwd()
     if not settings.subjects:
@@ -141,7 +141,7 @@ def _with_precisions(settings: Settings) -> Settings:
 
 
 def _host(folder: Path, asked: str) -> Host | None:
-    from numerics_suite.adopting.workflows import HOSTS, host_of
+    from numerics_suite.adoption.workflows import HOSTS, host_of
 
     if asked == "auto":
         return host_of(folder)

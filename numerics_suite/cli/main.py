@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     except SystemExit as ending:
         return _end(INTERNAL, f"internal error: code that the command ran called sys.exit({ending.code!r})")
     except BrokenPipeError:  # of help or a list
-        from numerics_suite.reporting.streams import abandon
+        from numerics_suite.reports.streams import abandon
 
         abandon(sys.stdout)
         return 0
@@ -114,7 +114,7 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        from numerics_suite.reporting.streams import abandon
+        from numerics_suite.reports.streams import abandon
 
         abandon(sys.stdout)
 
@@ -167,7 +167,7 @@ def _of_os_error(error: OSError) -> tuple[int, str]:
     """A disk that is full is the user's to repair; what else the system refuses was not foreseen."""
     import errno
 
-    from numerics_suite.reporting.streams import abandon
+    from numerics_suite.reports.streams import abandon
 
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
         abandon(sys.stdout)

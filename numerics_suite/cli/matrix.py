@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.reports.terminal import Terminal
     from numerics_suite.settings.tree import Settings
-    from numerics_suite.versions.kept import Kept
-    from numerics_suite.versions.matrix import Plan
+    from numerics_suite.versions.matrix import MatrixPlan
+    from numerics_suite.versions.result_store import ResultStore
 
 EXAMPLES = """\
   numerics-suite matrix ./my-checkpoint --transformers 4.57.6,5.24.0
@@ -111,14 +111,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.core.machine import core_count
-    from numerics_suite.versions.asked import know_all
+    from numerics_suite.versions.combinations import resolve_all
     from numerics_suite.versions.extensions import without_extensions
-    from numerics_suite.versions.kept import Kept
+    from numerics_suite.versions.fingerprints import know_all
     from numerics_suite.versions.matrix import make_plan
-    from numerics_suite.versions.wanted import resolve_all
+    from numerics_suite.versions.result_store import ResultStore
 
     if own["ray"]:
-        from numerics_suite.versions.spreading import refuse_without_ray
+        from numerics_suite.versions.ray_backend import refuse_without_ray
 
         refuse_without_ray()
     settings = without_extensions(settings)
@@ -128,7 +128,7 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     versions = resolve_all(own["transformers"], own["torch"], own["python"], pre=own["pre"])
     threads = max(1, core_count() // jobs)
     plan = make_plan(settings, known, versions, cwd=Path.cwd(), threads=threads, baseline=baseline)
-    kept = Kept(Path(own["out"] or OUT))
+    kept = ResultStore(Path(own["out"] or OUT))
     with for_people(settings) as stream:
         if settings.list_only:
             status, content = _list(plan, kept, stream)
@@ -143,15 +143,15 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
 
 
 def _deliver(settings: Settings, folder: Path) -> None:
-    from numerics_suite.reporting.documents import read_documents
-    from numerics_suite.reporting.matrix import KEPT
+    from numerics_suite.reports.documents import read_documents
+    from numerics_suite.reports.matrix import KEPT
 
     silent = settings.quiet or settings.json == "-"
     deliver(read_documents([folder / KEPT]), settings.report, settings.junitxml, silent=silent)
 
 
-def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]:
-    from numerics_suite.reporting.matrix import MatrixTerminal, planned_to_json
+def _list(plan: MatrixPlan, kept: ResultStore, stream: IO[str]) -> tuple[int, dict[str, Any]]:
+    from numerics_suite.reports.matrix import MatrixTerminal, planned_to_json
     from numerics_suite.versions.matrix import planned
 
     rows = planned(plan, kept)
@@ -161,8 +161,8 @@ def _list(plan: Plan, kept: Kept, stream: IO[str]) -> tuple[int, dict[str, Any]]
 
 def _run(  # noqa: PLR0913 - keywords
     settings: Settings,
-    plan: Plan,
-    kept: Kept,
+    plan: MatrixPlan,
+    kept: ResultStore,
     stream: IO[str],
     *,
     jobs: int,
@@ -170,15 +170,15 @@ def _run(  # noqa: PLR0913 - keywords
     offer: Callable[..., None],
 ) -> tuple[int, dict[str, Any]]:
     from numerics_suite.core.atomic import write_atomic
-    from numerics_suite.reporting.matrix import KEPT, MatrixTerminal, kept_json, matrix_to_json
-    from numerics_suite.reporting.results import dump
+    from numerics_suite.reports.matrix import KEPT, MatrixTerminal, kept_json, matrix_to_json
+    from numerics_suite.reports.results import dump
     from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments, run_matrix
 
     terminal = MatrixTerminal(stream=stream, quiet=settings.quiet, on_cells=lambda cells: offer(cells=cells))
     with kept, telling_what_is_kept(terminal, kept):
         if ray:
-            from numerics_suite.versions.spreading import Cluster
+            from numerics_suite.versions.ray_backend import Cluster
 
             with Cluster(ray) as cluster:
                 result = run_matrix(plan, kept, cluster.execute, terminal, jobs=len(plan.cells), stop=cluster.stop)
@@ -191,7 +191,7 @@ def _run(  # noqa: PLR0913 - keywords
 
 
 @contextmanager
-def telling_what_is_kept(terminal: Terminal, kept: Kept) -> Iterator[None]:
+def telling_what_is_kept(terminal: Terminal, kept: ResultStore) -> Iterator[None]:
     """When the user stops the run, say what a second run will find.
 
     Args:
@@ -243,7 +243,7 @@ def baseline_of(settings: Settings, subjects: Sequence[str]) -> Path | None:
     Raises:
         BadInputError: it holds none, or was named and holds those of other subjects alone: each environment would refuse it.
     """
-    from numerics_suite.suite.held_to import baselines_of
+    from numerics_suite.suite.baseline_selection import baselines_of
 
     found = baselines_of(settings)
     if found is None:

@@ -13,7 +13,7 @@ from numerics_suite.core.text import harmless
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from numerics_suite.reporting.documents import Documents
+    from numerics_suite.reports.documents import Documents
     from numerics_suite.settings.tree import Settings
 
 
@@ -22,7 +22,7 @@ def say(line: str) -> None:
     try:
         sys.stdout.write(f"{harmless(line)}\n")
     except BrokenPipeError:
-        from numerics_suite.reporting.streams import abandon
+        from numerics_suite.reports.streams import abandon
 
         abandon(sys.stdout)
 
@@ -59,7 +59,7 @@ def write_json(target: str, content: Mapping[str, Any], status: int | None = Non
     """
     from numerics_suite.core.atomic import write_atomic
     from numerics_suite.core.errors import BadInputError
-    from numerics_suite.reporting.results import dump
+    from numerics_suite.reports.results import dump
 
     if status is not None:
         content = {"complete": True, "verdict": VERDICTS.get(status, "error"), **content}
@@ -70,7 +70,7 @@ def write_json(target: str, content: Mapping[str, Any], status: int | None = Non
         sys.stdout.write(dump(content))
         sys.stdout.flush()
     except OSError as error:
-        from numerics_suite.reporting.streams import abandon
+        from numerics_suite.reports.streams import abandon
 
         abandon(sys.stdout)
         if isinstance(error, BrokenPipeError):
@@ -93,7 +93,7 @@ def unfinished_answer(target: str | None, command: str, **content: Any) -> Itera
     """
     from numerics_suite.core.answer_file import AnswerFile
     from numerics_suite.core.errors import BadInputError
-    from numerics_suite.reporting.results import dump, unfinished
+    from numerics_suite.reports.results import dump, unfinished
 
     file = AnswerFile(target)
 
@@ -156,7 +156,7 @@ def refuse_undeliverable(report: Path | None, junitxml: Path | None = None) -> N
         BadInputError: it has none.
     """
     if report is not None or junitxml is not None:
-        from numerics_suite.reporting.report import ensure_wanted
+        from numerics_suite.reports.report import ensure_wanted
 
         ensure_wanted(report, junitxml)
 
@@ -173,8 +173,8 @@ def deliver(documents: Documents, report: Path | None, junitxml: Path | None = N
     Raises:
         BadInputError: a file cannot be written.
     """
-    from numerics_suite.reporting.github import tell_github
-    from numerics_suite.reporting.report import HTML, write_wanted
+    from numerics_suite.reports.github import tell_github
+    from numerics_suite.reports.report import HTML, write_wanted
 
     write_wanted(documents, report, junitxml)
     if report is not None and not silent:

@@ -106,7 +106,7 @@ def write_baselines(
     """
     from numerics_suite.baselines.store import check_writable
     from numerics_suite.core.activity import listening
-    from numerics_suite.reporting.recording import RecordTerminal
+    from numerics_suite.reports.recording import RecordTerminal
     from numerics_suite.suite.recording import record_cells, recording_session, skipped_cells
 
     printer = RecordTerminal(stream=stream, quiet=settings.quiet)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
-    from numerics_suite.reporting.documents import Documents
+    from numerics_suite.reports.documents import Documents
 
 EXAMPLES = """\
   numerics-suite report results.json --out report
@@ -71,9 +71,9 @@ def run(arguments: Sequence[str]) -> int:
     refuse_unwritable(given.json)
     if given.no_extensions:
         switch_off()
-    from numerics_suite.reporting.documents import read_documents
-    from numerics_suite.reporting.github import tell_github
-    from numerics_suite.reporting.report import ensure_report, verdict_of, write_report
+    from numerics_suite.reports.documents import read_documents
+    from numerics_suite.reports.github import tell_github
+    from numerics_suite.reports.report import ensure_report, verdict_of, write_report
 
     folder = Path(given.out)
     documents = _labelled(read_documents(list(_files(given.results))))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.deaths import RSS_UNIT, death_text
-from numerics_suite.core.lifeline import Known, Lifeline, hold, lifeline
+from numerics_suite.core.lifeline import EarlierAnswers, Lifeline, hold, lifeline
 from numerics_suite.core.text import harmless
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class _Run:
     """One process of the run, seen from outside."""
 
     pid: int
-    known: Known
+    known: EarlierAnswers
     status: int | None = None
     at: list[str] | None = None
     ended: float | None = None
@@ -65,7 +65,7 @@ def supervised(arguments: list[str], main: Callable[[list[str]], int]) -> int:
     """
     if not hasattr(os, "fork") or threading.active_count() > 1:
         return main(arguments)
-    known = Known()
+    known = EarlierAnswers()
     signals = _Signals()
     while True:
         run, ending, peak = _one(arguments, main, known, signals)
@@ -113,7 +113,7 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
 def _one(
-    arguments: list[str], main: Callable[[list[str]], int], known: Known, signals: _Signals
+    arguments: list[str], main: Callable[[list[str]], int], known: EarlierAnswers, signals: _Signals
 ) -> tuple[_Run | None, int, int | None]:
     """Fork and follow one process: what it told, how it ended and its peak memory; in that process None and its status."""
     told, telling = os.pipe()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numerics_suite.core.records import Finding
-    from numerics_suite.watching.script import Finder
+    from numerics_suite.training_watch.script import Finder
 
 EXAMPLES = """\
   numerics-suite watch train.py --epochs 3
@@ -98,9 +98,9 @@ def _split(arguments: list[str], parser: argparse.ArgumentParser) -> tuple[list[
 
 
 def _watched(path: Path, arguments: list[str], given: argparse.Namespace) -> int:
-    from numerics_suite.watching.alarms import NumericsError
-    from numerics_suite.watching.script import Finder, run_script
-    from numerics_suite.watching.watch_settings import WatchSettings
+    from numerics_suite.training_watch.alarms import NumericsError
+    from numerics_suite.training_watch.script import Finder, run_script
+    from numerics_suite.training_watch.watch_settings import WatchSettings
 
     try:
         settings = WatchSettings(

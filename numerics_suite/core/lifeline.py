@@ -15,7 +15,7 @@ from typing import Any
 
 
 @dataclass(slots=True, kw_only=True)
-class Known:
+class EarlierAnswers:
     """What earlier processes of this run left.
 
     Attributes:
@@ -59,15 +59,15 @@ class Lifeline:
 
 
 _held: list[Lifeline] = []
-_known = Known()
+_known = EarlierAnswers()
 
 
-def known() -> Known:
+def known() -> EarlierAnswers:
     """What earlier processes of this run left; empty in the first one."""
     return _known
 
 
-def hold(lifeline: Lifeline, earlier: Known) -> None:
+def hold(lifeline: Lifeline, earlier: EarlierAnswers) -> None:
     """From now on this process tells what it does.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from numerics_suite.engine.calls import input_device, to_device
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.training_loop import Plan, trainer_of
+from numerics_suite.engine.training_loop import TrainingPlan, trainer_of
 from numerics_suite.subjects.quiet import quiet_transformers
 
 TENSORS = frozenset({"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"})
@@ -69,7 +69,7 @@ def _trained(evidence: Evidence, tensors: Mapping[str, Any], *, checkpointing: b
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    trainer_of(model, tensors, condition=evidence.condition, plan=Plan(steps=1)).step(1)
+    trainer_of(model, tensors, condition=evidence.condition, plan=TrainingPlan(steps=1)).step(1)
 
 
 def _generated(evidence: Evidence, tensors: Mapping[str, Any]) -> object:

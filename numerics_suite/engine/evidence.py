@@ -32,11 +32,11 @@ from numerics_suite.engine.pad_token import lacks_pad_token
 from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
-from numerics_suite.engine.training_loop import Plan, Trainer, Trajectory, trainer_of
+from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
 from numerics_suite.engine.true_passes import TruePasses, TrueStore
 from numerics_suite.inputs.effort import BatchPlan, Effort
 from numerics_suite.inputs.vocabulary import InputSpace
-from numerics_suite.observing.finiteness import nan_count, not_finite
+from numerics_suite.observations.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
@@ -70,7 +70,7 @@ class Request:
     rows: int = 4
     length: int = 64
     effort: Effort = field(default_factory=Effort)
-    plan: Plan = field(default_factory=Plan)
+    plan: TrainingPlan = field(default_factory=TrainingPlan)
     data: Callable[[Subject, InputSpace, Any], Batch] | None = None
     tokenizer: Callable[[Subject], Any | None] = load_tokenizer
     baseline: CellBaseline | None = None
@@ -131,7 +131,7 @@ class Evidence:
         precision_name: str | None = None,
         attn: str | None = None,
         change: Callable[[Loaded], Loaded] | None = None,
-        plan: Plan | None = None,
+        plan: TrainingPlan | None = None,
         **request: Any,
     ) -> Evidence:
         """Evidence of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
@@ -369,7 +369,7 @@ class Evidence:
             self.runs[conditions] = self.train(request.plan)
         return self.runs[conditions]
 
-    def train(self, plan: Plan, recipe: Precision | None = None) -> Trajectory:
+    def train(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trajectory:
         """Train a copy of the cell's model on the fixed batch.
 
         Args:
@@ -379,7 +379,7 @@ class Evidence:
         with random_state.seeded(self.request.seed):
             return self.trainer(plan, recipe).run()
 
-    def trainer(self, plan: Plan, recipe: Precision | None = None) -> Trainer:
+    def trainer(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trainer:
         """A run over the fixed batch that is still to be made, on a copy of the cell's model; as :meth:`train`."""
         model = self.copy_model()
         freeze_to_scope(model, plan.scope, self.family)
@@ -391,6 +391,6 @@ class Evidence:
         condition = self.condition if recipe is None else replace(self.condition, precision=recipe)
         return trainer_of(model, self.training_batch.tensors, condition=condition, plan=plan)
 
-    def with_plan(self, **changes: Any) -> Plan:
+    def with_plan(self, **changes: Any) -> TrainingPlan:
         """The request's plan with some fields changed."""
         return replace(self.request.plan, **changes)

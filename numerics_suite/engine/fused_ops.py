@@ -17,7 +17,7 @@ from numerics_suite.devices.device import has_float64
 from numerics_suite.devices.kinds import CPU
 from numerics_suite.engine import attention_ops
 from numerics_suite.engine.calls import to_device
-from numerics_suite.observing.roundoff import unit_roundoff
+from numerics_suite.observations.roundoff import unit_roundoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -83,7 +83,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class OpPlan:
     """What was learned once about an op overload.
 
     Attributes:
@@ -121,10 +121,10 @@ _EXACT: Final = _GATHERS | frozenset(
 _TRUSTED_NAMESPACES: Final = frozenset(
     {"aten", "prim", "prims", "c10d", "_c10d_functional", "_c10d_functional_autograd", "flex_lib"}
 )
-_PLANS: Final[dict[Any, Plan]] = {}
+_PLANS: Final[dict[Any, OpPlan]] = {}
 
 
-def plan_of(func: Any) -> Plan:
+def plan_of(func: Any) -> OpPlan:
     """Return what is known of `func`, an `OpOverload`; worked out at its first use."""
     plan = _PLANS.get(func)
     if plan is None:
@@ -132,33 +132,33 @@ def plan_of(func: Any) -> Plan:
     return plan
 
 
-def _work_out(func: Any) -> Plan:  # noqa: PLR0911 - one return per kind
+def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
     schema = func._schema  # noqa: SLF001 - the only way to the schema of an overload
     packet = schema.name.split("::")[1]
     name = packet.removesuffix("_") if schema.is_mutable else packet
     if schema.name == "prim::device" or torch.Tag.inplace_view in func.tags:
         # A tensor subclass is asked for its device by an op that has no registered kernel; no number is in it.
-        return Plan(kind=Kind.VIEW)
+        return OpPlan(kind=Kind.VIEW)
     seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name
     if schema.is_mutable:
         return _work_out_mutable(schema, Kind.RANDOM if seeded else Kind.MUTABLE)
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):  # noqa: SLF001
-        return Plan(kind=Kind.COMPOSITE)
+        return OpPlan(kind=Kind.COMPOSITE)
     if any(result.alias_info is not None for result in schema.returns):
-        return Plan(kind=Kind.VIEW)
+        return OpPlan(kind=Kind.VIEW)
     if func.namespace not in _TRUSTED_NAMESPACES:
-        return Plan(kind=Kind.FOREIGN)
+        return OpPlan(kind=Kind.FOREIGN)
     if seeded:
-        return Plan(kind=Kind.RANDOM)
+        return OpPlan(kind=Kind.RANDOM)
     flags = [place for place, argument in enumerate(schema.arguments) if argument.name == "half_to_float"]
-    return Plan(
+    return OpPlan(
         kind=Kind.EXACT if name in _EXACT else Kind.COMPUTE,
         gathers=name in _GATHERS,
         narrow_flag=flags[0] if flags else -1,
     )
 
 
-def _work_out_mutable(schema: Any, kind: Kind) -> Plan:
+def _work_out_mutable(schema: Any, kind: Kind) -> OpPlan:
     written: list[int] = []
     names: list[str] = []
     owner: dict[frozenset[str], int | str] = {}
@@ -172,7 +172,7 @@ def _work_out_mutable(schema: Any, kind: Kind) -> Plan:
         None if result.alias_info is None else owner.get(frozenset(result.alias_info.before_set))
         for result in schema.returns
     )
-    return Plan(kind=kind, written=tuple(written), written_names=tuple(names), returned=returned)
+    return OpPlan(kind=kind, written=tuple(written), written_names=tuple(names), returned=returned)
 
 
 def widen(value: Any) -> Any:
@@ -199,7 +199,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def write_through(func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def write_through(func: Any, plan: OpPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an in-place op in double and store the result, rounded, where the program meant it to go."""
     wide_args = [widen(argument) for argument in args]
     wide_kwargs = {name: widen(argument) for name, argument in kwargs.items()}
@@ -220,7 +220,7 @@ def write_through(func: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str
     return mapped if isinstance(result, tuple) else (mapped[0] if mapped else result)
 
 
-def writes_lower(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def writes_lower(plan: OpPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors of a lower float that the op would write to."""
     targets = [args[place] for place in plan.written if place < len(args)]
     targets += [kwargs[name] for name in plan.written_names if name in kwargs]

@@ -22,7 +22,7 @@ from numerics_suite.engine.decoding import counted_positions, takes_positions
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import true_answer
 from numerics_suite.inputs.strategies import pad_rows
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observations.roundoff import relative_error
 from numerics_suite.subjects import compat, generation
 
 Way = Literal["position_ids", "cu_seqlens", "block-mask", "rows"]

@@ -16,7 +16,7 @@ from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.layout import STATES, batch_first, sequence_first
 from numerics_suite.engine.runner import Caller
-from numerics_suite.observing.roundoff import relative_error, rms
+from numerics_suite.observations.roundoff import relative_error, rms
 
 TRUE = "fp64"
 """The condition of the true fp64 run."""

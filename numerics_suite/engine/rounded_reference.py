@@ -75,7 +75,7 @@ class RoundOnce(lifting.LeanMode):
             return func(*args, **kwargs)
         return self._compute(func, plan, args, kwargs)
 
-    def _compute(self, func: Any, plan: lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, func: Any, plan: lifting.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
         key = (func, tuple(map(_signature, args)), tuple((name, _signature(value)) for name, value in kwargs.items()))
         dtypes = self._dtypes.get(key)
         if dtypes is None:

@@ -20,8 +20,8 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
 from numerics_suite.engine.updates import HeldShare, UpdateMeter, metered
-from numerics_suite.observing.finiteness import nonfinite_count
-from numerics_suite.observing.roundoff import wide
+from numerics_suite.observations.finiteness import nonfinite_count
+from numerics_suite.observations.roundoff import wide
 
 Forward = Callable[[], Mapping[str, Tensor]]
 """One forward pass of a step, with gradients: its floating outputs by name."""
@@ -30,7 +30,7 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """How a cell is trained.
 
     Attributes:
@@ -146,7 +146,7 @@ class HaltedError(Exception):
         self.bad = bad
 
 
-def make_optimizer(plan: Plan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(plan: TrainingPlan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The plan's optimizer, with torch's defaults but for what the plan says.
 
     Args:
@@ -178,7 +178,7 @@ class Trainer:
         self,
         model: nn.Module,
         condition: Condition,
-        plan: Plan,
+        plan: TrainingPlan,
         forwards: Callable[[int], Sequence[Forward]],
         optimizers: Sequence[torch.optim.Optimizer] | None = None,
     ) -> None:
@@ -365,7 +365,7 @@ def _clipped_copy(step: int, norm: float, gradients: Mapping[str, Tensor]) -> Cl
     return ClippedCopy(step=step, before=norm, after=float(after))
 
 
-def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: Plan) -> Trainer:
+def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: TrainingPlan) -> Trainer:
     """A run over one fixed batch.
 
     The model is left as the last step left it; hand in a copy. Dropout is on only where the model was in training
@@ -385,6 +385,6 @@ def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condi
     return Trainer(model, condition, plan, lambda _step: (forward,))
 
 
-def train(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: Plan) -> Trajectory:
+def train(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: TrainingPlan) -> Trajectory:
     """Train the model in place for `plan.steps` steps on one batch and say what happened: see :func:`trainer_of`."""
     return trainer_of(model, tensors, condition=condition, plan=plan).run()

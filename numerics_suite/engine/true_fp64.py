@@ -94,7 +94,7 @@ class LiftToFp64(lifting.LeanMode):
                 return self._write_through(func, plan, args, kwargs, lower)
         return self._compute(func, plan, args, kwargs)
 
-    def _compute(self, func: Any, plan: lifting.Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, func: Any, plan: lifting.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs:
             kwargs = {name: widen(argument) for name, argument in kwargs.items()}
         if plan.gathers:
@@ -129,7 +129,7 @@ class LiftToFp64(lifting.LeanMode):
     def _write_through(
         self,
         func: Any,
-        plan: lifting.Plan,
+        plan: lifting.OpPlan,
         args: Any,
         kwargs: dict[str, Any],
         lower: list[Tensor],

@@ -14,7 +14,7 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.devices import random_state
 from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.inputs.strategies import training_batch
-from numerics_suite.observing.roundoff import gradient_errors, relative_error
+from numerics_suite.observations.roundoff import gradient_errors, relative_error
 from numerics_suite.subjects.memory import KEPT_BYTES
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from numerics_suite.devices.device import has_float64
-from numerics_suite.observing.roundoff import unit_roundoff
+from numerics_suite.observations.roundoff import unit_roundoff
 
 ELEMENTWISE = (
     torch.optim.Adam,

@@ -41,7 +41,7 @@ MOST_RATIO = 1.5
 
 
 @dataclass(slots=True)
-class Call:
+class ModelCall:
     """One forward pass of a whole model."""
 
     kwargs: dict[str, Any]
@@ -133,13 +133,13 @@ class Recorder:
         return watched
 
 
-def _call(module: nn.Module, kwargs: dict[str, Any]) -> Call:
+def _call(module: nn.Module, kwargs: dict[str, Any]) -> ModelCall:
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     kept = {
         name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in kwargs.items()
     }
-    return Call(
+    return ModelCall(
         kwargs=kept,
         gradients=torch.is_grad_enabled(),
         training=module.training,
@@ -161,7 +161,7 @@ def replay(work: Work, path: Path) -> None:
     for step in work.steps:
         if isinstance(step, Load):
             step.cls.from_pretrained(step.path if Path(str(step.path)).exists() else path, **step.kwargs)
-        elif isinstance(step, Call):
+        elif isinstance(step, ModelCall):
             output = _replay_call(model, step)
         elif step == "backward" and output is not None:
             optimizer.zero_grad(set_to_none=True)
@@ -174,7 +174,7 @@ def replay(work: Work, path: Path) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _replay_call(model: nn.Module, call: Call) -> Any:
+def _replay_call(model: nn.Module, call: ModelCall) -> Any:
     model.train(call.training)
     kwargs = {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in call.kwargs.items()}
     for name, value in kwargs.items():
@@ -232,8 +232,8 @@ def measure(precision: str, checks: tuple[str, ...], skip: tuple[str, ...]) -> d
         seconds["bare"].append(time.perf_counter() - middle)
         seconds["harness"].append(middle - start)
     best = {name: min(values) for name, values in seconds.items()}
-    counts = {"loads": work.count(Load), "passes": work.count(Call), "backward": work.count("backward")}
-    twins = sum(isinstance(step, Call) and step.twin for step in work.steps)
+    counts = {"loads": work.count(Load), "passes": work.count(ModelCall), "backward": work.count("backward")}
+    twins = sum(isinstance(step, ModelCall) and step.twin for step in work.steps)
     return {**best, "ratio": best["harness"] / best["bare"], **counts, "steps": work.count("step"), "twins": twins}
 
 

@@ -15,7 +15,7 @@ from numerics_suite.devices.precisions import PRECISIONS
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.runner import forward_pass
-from numerics_suite.engine.training_loop import Plan
+from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.subjects.resolve import resolve_all
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _bare_step(evidence: Evidence) -> Callable[[], object]:
 
 def _watched_step(evidence: Evidence) -> Callable[[], object]:
     """The step as `train.*` takes it: every loss, gradient, parameter and optimizer state is asked for non-finite values."""
-    trainer = evidence.trainer(Plan())
+    trainer = evidence.trainer(TrainingPlan())
 
     def step() -> object:
         trainer.step(len(trainer.norms) + 1)

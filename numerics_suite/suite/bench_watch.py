@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from numerics_suite.devices.device import accelerator
 from numerics_suite.devices.host_copy import synchronize
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.watching.session import Watch
-from numerics_suite.watching.watch_settings import WatchSettings
+from numerics_suite.training_watch.session import Watch
+from numerics_suite.training_watch.watch_settings import WatchSettings
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

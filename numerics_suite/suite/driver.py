@@ -21,7 +21,7 @@ from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.lifting import preserved
 from numerics_suite.inputs.strategies import batches
-from numerics_suite.judging.verdicts import Breach, judge
+from numerics_suite.judgement.verdicts import Breach, judge
 from numerics_suite.suite.endings import NO_BATCH
 
 PAD_INSIDE = "forward.finite"

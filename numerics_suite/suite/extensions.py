@@ -9,8 +9,8 @@ from typing import get_args
 from numerics_suite.core.extensions import CHECKS, extensions
 from numerics_suite.core.records import Budget
 from numerics_suite.core.registry import GROUPS, AddedCheck, Scope, added_check
-from numerics_suite.diagnosing.remedy_register import added_remedies, is_remedy
-from numerics_suite.judging.verdicts import is_cause
+from numerics_suite.diagnosis.remedy_register import added_remedies, is_remedy
+from numerics_suite.judgement.verdicts import is_cause
 from numerics_suite.subjects.families import added_families
 
 TITLE_FIELDS = frozenset({"value", "limit", "module", "parameters", "step", "facts"})

@@ -15,10 +15,10 @@ from numerics_suite.devices.precisions import SERVING_REASON, Precision, precisi
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.subjects.resolve import factory_subject, resolve_all, unsupported_subject
+from numerics_suite.suite.baseline_selection import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
 from numerics_suite.suite.data import checked_data
 from numerics_suite.suite.endings import NO_BATCH
 from numerics_suite.suite.extensions import load_extensions
-from numerics_suite.suite.held_to import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
 
 if TYPE_CHECKING:
     from numerics_suite.baselines.store import Baselines

@@ -10,10 +10,10 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Cell
 from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
 from numerics_suite.devices.precisions import precision
-from numerics_suite.diagnosing.learning_rates import largest_stable_rate
-from numerics_suite.diagnosing.recipe import CLIP, recommend
+from numerics_suite.diagnosis.learning_rates import largest_stable_rate
+from numerics_suite.diagnosis.recipe import CLIP, recommend
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.training_loop import Plan, Trajectory
+from numerics_suite.engine.training_loop import TrainingPlan, Trajectory
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
 
@@ -119,7 +119,7 @@ def is_stable(run: Trajectory) -> bool:
 def _largest_stable(evidence: Evidence) -> tuple[float | None, bool]:
     """The largest stable learning rate, and whether the search ended at its upper end."""
 
-    def holds(plan: Plan) -> bool:
+    def holds(plan: TrainingPlan) -> bool:
         return is_stable(evidence.trajectory if plan == evidence.request.plan else evidence.train(plan))
 
     return largest_stable_rate(evidence.request.plan, holds)

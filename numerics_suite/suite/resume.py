@@ -8,7 +8,7 @@ from numerics_suite import __version__
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.engine.environment import describe_run
-from numerics_suite.reporting.documents import read_check
+from numerics_suite.reports.documents import read_check
 from numerics_suite.settings.tree import CHANGE_NO_ANSWER
 from numerics_suite.suite.endings import UNASKED
 from numerics_suite.suite.provenance import input_digests, named_differences, settings_as_used

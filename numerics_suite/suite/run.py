@@ -23,13 +23,13 @@ from numerics_suite.core.records import CheckResult, RunResult
 from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 from numerics_suite.devices.speed import measure_speed
-from numerics_suite.reporting.terminal import PlanRow, Terminal
+from numerics_suite.reports.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import cell_bytes
+from numerics_suite.suite.collector import Gate
 from numerics_suite.suite.effort import effort_of
 from numerics_suite.suite.expected_time import dtypes_of, expected_seconds, run_seconds
-from numerics_suite.suite.gate import Gate
 from numerics_suite.suite.pace import Pace
 from numerics_suite.suite.planning import SuitePlan, make_plan
 from numerics_suite.suite.resume import earlier_answers
@@ -39,7 +39,7 @@ WORTH_WORKERS = 8
 """Cells from which on starting worker processes, which import torch once each, is paid back."""
 
 
-class Run:
+class RunContext:
     """What the command lends to the run: the terminal, the plan, and the answers that are there already.
 
     Attributes:
@@ -144,7 +144,7 @@ def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None,
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch, _clean_pytest_environment(workers, scratch):
         board = Path(scratch) / "at-work"
         board.mkdir()
-        run = Run(
+        run = RunContext(
             settings, terminal, plan, answered=answered, asks_index=asks_index, workers=workers, board=board
         )  # fmt: skip
         catcher = _Catcher(run)
@@ -163,7 +163,7 @@ def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None,
 class _Catcher:
     """Lends the run to the plugin; keeps its gate, and what went wrong where there is none."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunContext) -> None:
         self.run = run
         self.gate: Gate | None = None
         self.complaint: str | None = None

@@ -23,23 +23,23 @@ from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subje
 from numerics_suite.core.registry import get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.diagnosing.consequences import RAISES, raised
-from numerics_suite.diagnosing.experiments import with_confidence
-from numerics_suite.diagnosing.findings import finding
-from numerics_suite.diagnosing.raising import model_raises
-from numerics_suite.diagnosing.remedy_trials import Answer, try_remedies
-from numerics_suite.diagnosing.reproducer import reproducer
-from numerics_suite.diagnosing.roots import following
-from numerics_suite.diagnosing.versions_advice import PIN, borne_out, clean_on_a_fixture, without_pin
+from numerics_suite.diagnosis.consequences import RAISES, raised
+from numerics_suite.diagnosis.experiments import with_confidence
+from numerics_suite.diagnosis.findings import finding
+from numerics_suite.diagnosis.raising import model_raises
+from numerics_suite.diagnosis.remedy_trials import CheckAnswer, try_remedies
+from numerics_suite.diagnosis.reproducer import reproducer
+from numerics_suite.diagnosis.roots import following
+from numerics_suite.diagnosis.versions_advice import PIN, borne_out, clean_on_a_fixture, without_pin
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.engine.scope import choose_scope
-from numerics_suite.engine.training_loop import Plan
+from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.engine.true_passes import TruePasses
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
-from numerics_suite.judging.known_faults import reason_to_accept
-from numerics_suite.judging.verdicts import with_limits
-from numerics_suite.reporting.results import check_from_json
+from numerics_suite.judgement.known_faults import reason_to_accept
+from numerics_suite.judgement.verdicts import with_limits
+from numerics_suite.reports.results import check_from_json
 from numerics_suite.settings.accept import matches
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.data import batch_of, sample_of
@@ -103,7 +103,7 @@ class SuiteSession:
             scope = choose_scope(
                 subject, cell.precision, cell.device, rows=settings.batch_size, length=settings.seq_len
             )
-        plan = Plan(
+        plan = TrainingPlan(
             steps=settings.steps,
             optimizer=settings.optimizer,
             lr=settings.lr,
@@ -304,10 +304,10 @@ class SuiteSession:
         first = not any(list(other[:-1]) == cell for other in self._reproducers)
         return f"{'-'.join(cell if first else key)}.py"
 
-    def _ask_again(self, check: str, cured: Evidence) -> Answer:
+    def _ask_again(self, check: str, cured: Evidence) -> CheckAnswer:
         """A check of a cured copy, with the batches that this run draws."""
         outcome = ask(get_check(check), cured, seed=self.settings.seed)
-        return Answer(breaches=outcome.breaches, measurements=_numbers(outcome))
+        return CheckAnswer(breaches=outcome.breaches, measurements=_numbers(outcome))
 
     @staticmethod
     def _accepts(entry: object, failed: CheckResult) -> bool:

@@ -12,20 +12,24 @@ from numerics_suite.core.errors import BadInputError, NumericsSuiteError
 from numerics_suite.core.records import CheckResult
 from numerics_suite.core.versions import BisectResult, BisectStep, StepVerdict
 from numerics_suite.settings.tree import COMMAND_LINE, Settings
-from numerics_suite.versions.answers import read_run
-from numerics_suite.versions.asked import know
 from numerics_suite.versions.candidates import Candidate
+from numerics_suite.versions.cell_results import read_run
+from numerics_suite.versions.fingerprints import know
 from numerics_suite.versions.job import BASELINE
-from numerics_suite.versions.kept import Kept
-from numerics_suite.versions.matrix import Execute, Plan, answer, side_by_side
+from numerics_suite.versions.matrix import Execute, MatrixPlan, answer, side_by_side
+from numerics_suite.versions.result_store import ResultStore
 from numerics_suite.versions.revisions import brought
-from numerics_suite.versions.search import Answer, search
+from numerics_suite.versions.search import ItemVerdict, search
 
 BASELINE_CHECKS = "baseline.*"
-ANSWERS: dict[Answer, StepVerdict] = {Answer.GOOD: "good", Answer.BAD: "bad", Answer.UNTESTABLE: "untestable"}
+ANSWERS: dict[ItemVerdict, StepVerdict] = {
+    ItemVerdict.GOOD: "good",
+    ItemVerdict.BAD: "bad",
+    ItemVerdict.UNTESTABLE: "untestable",
+}
 
 
-class Audience(Protocol):
+class BisectListener(Protocol):
     """Who follows the search."""
 
     def doing(self, label: str, what: str) -> None:
@@ -79,11 +83,11 @@ class Bisection:
         recorded: a baseline of the good end decides.
     """
 
-    plan: Plan
+    plan: MatrixPlan
     candidates: Sequence[Candidate]
-    kept: Kept
+    kept: ResultStore
     execute: Execute
-    audience: Audience
+    audience: BisectListener
     jobs: int
     stop: Callable[[], None]
     named: bool
@@ -203,13 +207,13 @@ class Bisection:
         return f"the bad end {self.bad.label} does not hold: nothing fails there{held} ({told})"
 
     def _tell_ends(self, good: Heard, bad: Heard) -> None:
-        for candidate, heard, verdict in ((self.bad, bad, Answer.BAD), (self.good, good, Answer.GOOD)):
+        for candidate, heard, verdict in ((self.bad, bad, ItemVerdict.BAD), (self.good, good, ItemVerdict.GOOD)):
             self._tell(candidate, heard, verdict)
             self.heard[candidate.label] = heard
 
     # --- one version ---------------------------------------------------------------------------------------------------
 
-    def _judge(self, candidate: Candidate, settings: Settings, deciding: Sequence[str]) -> Answer:
+    def _judge(self, candidate: Candidate, settings: Settings, deciding: Sequence[str]) -> ItemVerdict:
         known = self.heard.get(candidate.label)
         heard = known or self._hear(candidate, settings)
         self.heard[candidate.label] = heard
@@ -218,12 +222,12 @@ class Bisection:
             self._tell(candidate, replace(heard, reason=reason), given)
         return given
 
-    def _tell(self, candidate: Candidate, heard: Heard, given: Answer) -> None:
+    def _tell(self, candidate: Candidate, heard: Heard, given: ItemVerdict) -> None:
         step = BisectStep(
             version=candidate.label,
             verdict=ANSWERS[given],
             duration_s=heard.duration_s,
-            reason=heard.reason if given is Answer.UNTESTABLE else None,
+            reason=heard.reason if given is ItemVerdict.UNTESTABLE else None,
             reused=heard.reused,
         )
         self.tested.append(step)
@@ -270,15 +274,15 @@ def _deciding(good: Heard, bad: Heard) -> list[str]:
     return [key for key in bad.having("failed") if key in passing]
 
 
-def _judged(heard: Heard, deciding: Sequence[str]) -> tuple[Answer, str | None]:
+def _judged(heard: Heard, deciding: Sequence[str]) -> tuple[ItemVerdict, str | None]:
     """A version is bad where a deciding check fails, good where all that were asked pass, else untestable."""
     if heard.reason is not None:
-        return Answer.UNTESTABLE, heard.reason
+        return ItemVerdict.UNTESTABLE, heard.reason
     asked = [heard.results[key] for key in deciding if key in heard.results]
     if any(result.status == "failed" for result in asked):
-        return Answer.BAD, None
+        return ItemVerdict.BAD, None
     wrong = next((result for result in asked if result.status == "error"), None)
     if wrong is None and any(result.status in {"passed", "accepted"} for result in asked):
-        return Answer.GOOD, None
+        return ItemVerdict.GOOD, None
     told = wrong or next(iter(asked), None)
-    return Answer.UNTESTABLE, (told.reason if told is not None else "the deciding checks were not asked")
+    return ItemVerdict.UNTESTABLE, (told.reason if told is not None else "the deciding checks were not asked")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError
 from numerics_suite.core.switch import switch_off
-from numerics_suite.reporting.results import dump
+from numerics_suite.reports.results import dump
 from numerics_suite.versions.job import BASELINE, DONE, RESULTS, Job, read_job, sources_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _run(job: Job, folder: Path, done: dict[str, Any]) -> None:
         result = _check(job, done, clock)
         if result is None:
             return
-        from numerics_suite.reporting.results import write_results
+        from numerics_suite.reports.results import write_results
 
         write_results(folder / RESULTS, result)
         done["results"] = True
@@ -79,7 +79,7 @@ def _run(job: Job, folder: Path, done: dict[str, Any]) -> None:
 
 def _check(job: Job, done: dict[str, Any], clock: _Clock) -> RunResult | None:
     """Run the suite; None where these versions can build none of the subjects."""
-    from numerics_suite.reporting.terminal import Terminal
+    from numerics_suite.reports.terminal import Terminal
     from numerics_suite.subjects import compat
     from numerics_suite.suite.run import run_check
     from numerics_suite.suite.session import REPRODUCERS

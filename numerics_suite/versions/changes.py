@@ -99,7 +99,7 @@ def compared(against: str, old: Baselines, new: Baselines) -> Iterator[Change]:
         old: baselines.
         new: baselines.
     """
-    from numerics_suite.judging.kinds import compare_baselines
+    from numerics_suite.judgement.classify import compare_baselines
 
     for comparison in compare_baselines(old, new):
         judged, cell = comparison.judged, comparison.cell

@@ -24,7 +24,7 @@ from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.versions import building, locks, retention
 from numerics_suite.versions.markers import LAYOUT, MARKER, environments_folder, locks_folder, read_marker
 from numerics_suite.versions.recipes import Recipe, Wanted, make_recipe
-from numerics_suite.versions.running_copy import running_copy
+from numerics_suite.versions.self_link import running_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.machine import available_bytes, core_count
-from numerics_suite.reporting.results import dump
+from numerics_suite.reports.results import dump
 from numerics_suite.versions.installers import end_running
 from numerics_suite.versions.job import DONE, JOB, LOG, Job
-from numerics_suite.versions.kept import read_done
+from numerics_suite.versions.result_store import read_done
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from numerics_suite.core.activity import telling
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
-from numerics_suite.versions.answers import cell_of, minor_of
-from numerics_suite.versions.asked import Known, digests
+from numerics_suite.versions.cell_results import cell_of, minor_of
 from numerics_suite.versions.changes import with_changes
 from numerics_suite.versions.environments import ensure
 from numerics_suite.versions.extensions import left_out_notes
+from numerics_suite.versions.fingerprints import KnownSubject, digests
 from numerics_suite.versions.job import LOG, Job, for_a_cell
 from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, failed, tail
-from numerics_suite.versions.kept import Kept
 from numerics_suite.versions.recipes import Wanted, make_recipe
+from numerics_suite.versions.result_store import ResultStore
 
 if TYPE_CHECKING:
     from numerics_suite.settings.tree import Settings
@@ -32,7 +32,7 @@ PROGRESS = re.compile(r"\d+ of \d+ checks|\d+ s so far$")
 """In lines that a run prints of how far it is."""
 
 
-class Audience(Protocol):
+class MatrixListener(Protocol):
     """Who follows the cells."""
 
     def doing(self, versions: Versions, what: str) -> None:
@@ -43,7 +43,7 @@ class Audience(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class MatrixPlan:
     """What is run.
 
     Attributes:
@@ -58,7 +58,7 @@ class Plan:
     """
 
     settings: Settings
-    known: tuple[Known, ...]
+    known: tuple[KnownSubject, ...]
     cells: tuple[Versions, ...]
     cwd: Path
     threads: int
@@ -99,13 +99,13 @@ def wanted_of(versions: Versions) -> Wanted:
 
 def make_plan(  # noqa: PLR0913 - keywords
     settings: Settings,
-    known: tuple[Known, ...],
+    known: tuple[KnownSubject, ...],
     cells: Sequence[Versions],
     *,
     cwd: Path,
     threads: int,
     baseline: Path | None,
-) -> Plan:
+) -> MatrixPlan:
     """The plan of a matrix.
 
     Args:
@@ -116,7 +116,7 @@ def make_plan(  # noqa: PLR0913 - keywords
         threads: of each cell's process.
         baseline: the folder of baselines that the cells are held to, None without.
     """
-    return Plan(
+    return MatrixPlan(
         settings=for_a_cell(settings),
         known=known,
         cells=tuple(dict.fromkeys(cells)),
@@ -166,7 +166,7 @@ def _said_last(folder: Path) -> str:
     return f": {said[-1]}" if said else ""
 
 
-def planned(plan: Plan, kept: Kept) -> list[tuple[Versions, bool]]:
+def planned(plan: MatrixPlan, kept: ResultStore) -> list[tuple[Versions, bool]]:
     """The cells, and whether each is done already.
 
     Args:
@@ -184,10 +184,10 @@ def planned(plan: Plan, kept: Kept) -> list[tuple[Versions, bool]]:
 
 
 def run_matrix(  # noqa: PLR0913 - keywords
-    plan: Plan,
-    kept: Kept,
+    plan: MatrixPlan,
+    kept: ResultStore,
     execute: Execute,
-    audience: Audience,
+    audience: MatrixListener,
     *,
     jobs: int,
     stop: Callable[[], None],
@@ -220,7 +220,9 @@ def run_matrix(  # noqa: PLR0913 - keywords
     return MatrixResult(cells=compared, folder=kept.folder, duration_s=duration, notes=(*notes, *left_out_notes()))
 
 
-def _one(plan: Plan, versions: Versions, kept: Kept, execute: Execute, audience: Audience) -> MatrixCell:
+def _one(
+    plan: MatrixPlan, versions: Versions, kept: ResultStore, execute: Execute, audience: MatrixListener
+) -> MatrixCell:
     """The cell of one environment; whatever goes wrong in it stays in it."""
     try:
         job = plan.job(wanted_of(versions))
@@ -247,7 +249,9 @@ def _filled(versions: Versions) -> Versions:
     return Versions(transformers=transformers, torch=recipe.torch, python=minor_of(recipe.python))
 
 
-def answer(job: Job, kept: Kept, execute: Execute, tell: Callable[[str], None]) -> tuple[dict[str, Any], Path, bool]:
+def answer(
+    job: Job, kept: ResultStore, execute: Execute, tell: Callable[[str], None]
+) -> tuple[dict[str, Any], Path, bool]:
     """What a job says: kept from an earlier run, or run now and then kept.
 
     Args:
@@ -283,7 +287,7 @@ def _line(error: Exception) -> str:
     return str(error)
 
 
-def _refuse_if_all(cells: Sequence[MatrixCell], known: Sequence[Known]) -> None:
+def _refuse_if_all(cells: Sequence[MatrixCell], known: Sequence[KnownSubject]) -> None:
     """Where the input can be used in no cell, the command line is wrong and not the versions."""
     reasons = {cell.reason for cell in cells}
     if len(reasons) == 1 and all(cell.bad_input for cell in cells) and known:

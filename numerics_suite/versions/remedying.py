@@ -15,16 +15,16 @@ from packaging.version import Version
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, Finding, Remedy, RunResult
 from numerics_suite.core.registry import own_check_ids
-from numerics_suite.diagnosing.remedy_register import useful_first
+from numerics_suite.diagnosis.remedy_register import useful_first
 from numerics_suite.settings.tree import COMMAND_LINE, Settings
-from numerics_suite.versions.answers import read_run
-from numerics_suite.versions.asked import know_all
+from numerics_suite.versions.cell_results import read_run
 from numerics_suite.versions.extensions import WHY
+from numerics_suite.versions.fingerprints import know_all
 from numerics_suite.versions.index import released
 from numerics_suite.versions.job import for_a_cell
-from numerics_suite.versions.kept import Kept
-from numerics_suite.versions.matrix import Execute, Plan, answer
+from numerics_suite.versions.matrix import Execute, MatrixPlan, answer
 from numerics_suite.versions.recipes import Wanted
+from numerics_suite.versions.result_store import ResultStore
 
 NEWER, PIN = "newer-version", "pin-version"
 NEAREST = 2
@@ -32,7 +32,7 @@ NEAREST = 2
 
 
 def try_versions(
-    result: RunResult, settings: Settings, kept: Kept, execute: Execute, tell: Callable[[str], None]
+    result: RunResult, settings: Settings, kept: ResultStore, execute: Execute, tell: Callable[[str], None]
 ) -> RunResult:
     """The result with `newer-version` and `pin-version` tried for every finding that has them.
 
@@ -75,7 +75,7 @@ class _Trial:
     """Asks checks in other environments."""
 
     def __init__(
-        self, *, result: RunResult, settings: Settings, kept: Kept, execute: Execute, tell: Callable[[str], None]
+        self, *, result: RunResult, settings: Settings, kept: ResultStore, execute: Execute, tell: Callable[[str], None]
     ) -> None:
         self.result, self.settings, self.kept, self.execute, self.tell = result, settings, kept, execute, tell
 
@@ -101,7 +101,7 @@ class _Trial:
             },
         )
         try:
-            plan = Plan(
+            plan = MatrixPlan(
                 settings=settings, known=know_all(self.settings), cells=(), cwd=Path.cwd(), threads=1, record=False
             )
             job = plan.job(Wanted(transformers=version))

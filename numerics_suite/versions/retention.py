@@ -37,7 +37,7 @@ _look_again_at = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class StoredItem:
     """Something kept between runs.
 
     Attributes:
@@ -90,7 +90,7 @@ def size_limit() -> int:
         raise BadInputError(message) from None
 
 
-def entries() -> list[Entry]:
+def entries() -> list[StoredItem]:
     """Everything in the cache, used last first."""
     folders = list(_folders())
     files = {folder: _files(folder) for _, folder in folders}
@@ -99,7 +99,7 @@ def entries() -> list[Entry]:
     return sorted(listed, key=lambda entry: (-entry.used_at, entry.name))
 
 
-def disk_use(listed: Sequence[Entry]) -> int:
+def disk_use(listed: Sequence[StoredItem]) -> int:
     """Bytes that the entries take together, shared files counted once."""
     files: Files = {}
     for entry in listed:
@@ -116,7 +116,7 @@ def _folders() -> Iterator[tuple[str, Path]]:
             )
 
 
-def _entry(kind: str, folder: Path, files: Files, owners: Counter[tuple[int, int]]) -> Entry:
+def _entry(kind: str, folder: Path, files: Files, owners: Counter[tuple[int, int]]) -> StoredItem:
     marker = read_marker(folder) if kind == "environment" else None
     witness = folder / (MARKER if kind == "environment" else "config.json")
     finished = marker is not None if kind == "environment" else witness.is_file() and not folder.name.startswith(".")
@@ -125,7 +125,7 @@ def _entry(kind: str, folder: Path, files: Files, owners: Counter[tuple[int, int
         title = ", ".join(f"{name} {marker['versions'][name]}" for name in names)
     else:
         title = folder.name.removeprefix(".") if finished else "unfinished"
-    return Entry(
+    return StoredItem(
         name=folder.name,
         kind=kind,
         path=folder,
@@ -165,7 +165,7 @@ def _files(folder: Path) -> Files:
     return found
 
 
-def remove(entry: Entry) -> bool:
+def remove(entry: StoredItem) -> bool:
     """Remove one entry, unless a process uses or makes it.
 
     Returns:

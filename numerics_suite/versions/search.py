@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class Answer(Enum):
+class ItemVerdict(Enum):
     """What asking one item gave."""
 
     GOOD = "good"
@@ -26,7 +26,7 @@ class EndError(Exception):
         answer: what it gave.
     """
 
-    def __init__(self, end: str, answer: Answer) -> None:
+    def __init__(self, end: str, answer: ItemVerdict) -> None:
         """Which end, and what it gave."""
         super().__init__(f"the {end} end is {answer.value}")
         self.end, self.answer = end, answer
@@ -46,10 +46,10 @@ class Boundary(Generic[Item]):
     last_good: Item
     first_bad: Item
     between: tuple[Item, ...]
-    answers: Mapping[int, Answer]
+    answers: Mapping[int, ItemVerdict]
 
 
-def search(items: Sequence[Item], ask: Callable[[Item], Answer]) -> Boundary[Item]:
+def search(items: Sequence[Item], ask: Callable[[Item], ItemVerdict]) -> Boundary[Item]:
     """Find two items, one good and one bad, with nothing but untestable ones between; each is asked at most once.
 
     The last item is asked first, then the first one. With one change in the list and no untestable item it takes
@@ -66,26 +66,26 @@ def search(items: Sequence[Item], ask: Callable[[Item], Answer]) -> Boundary[Ite
     if len(items) < 2:
         message = f"a search needs two ends, and there are {len(items)} items"
         raise ValueError(message)
-    answers: dict[int, Answer] = {}
+    answers: dict[int, ItemVerdict] = {}
 
-    def answer(index: int) -> Answer:
+    def answer(index: int) -> ItemVerdict:
         answers[index] = ask(items[index])
         return answers[index]
 
     low, high = 0, len(items) - 1
-    for end, index, wanted in (("bad", high, Answer.BAD), ("good", low, Answer.GOOD)):
+    for end, index, wanted in (("bad", high, ItemVerdict.BAD), ("good", low, ItemVerdict.GOOD)):
         if answer(index) is not wanted:
             raise EndError(end, answers[index])
     while (middle := _middle(low, high, answers)) is not None:
         given = answer(middle)
-        if given is Answer.GOOD:
+        if given is ItemVerdict.GOOD:
             low = middle
-        elif given is Answer.BAD:
+        elif given is ItemVerdict.BAD:
             high = middle
     return Boundary(last_good=items[low], first_bad=items[high], between=tuple(items[low + 1 : high]), answers=answers)
 
 
-def _middle(low: int, high: int, answers: Mapping[int, Answer]) -> int | None:
+def _middle(low: int, high: int, answers: Mapping[int, ItemVerdict]) -> int | None:
     """The index nearest the middle that was not asked yet, None where all were."""
     middle = (low + high) // 2
     left = [index for index in range(low + 1, high) if index not in answers]

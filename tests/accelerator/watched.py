@@ -11,8 +11,8 @@ from torch import nn
 
 import numerics_suite
 from numerics_suite.devices.host_copy import copy_to_host
-from numerics_suite.watching.mailbox import Mailbox
-from numerics_suite.watching.norms import total_norm
+from numerics_suite.training_watch.async_metrics import Mailbox
+from numerics_suite.training_watch.norms import total_norm
 
 HERE, THERE = "standin:0", "standin:1"
 

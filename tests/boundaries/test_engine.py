@@ -34,11 +34,11 @@ NAMES = frozenset(
 
 EXEMPT = {
     "numerics_suite/engine/weight_stream.py": {"get_rng_state", "set_rng_state"},  # with torch's own helper for devices
-    "numerics_suite/watching/patches.py": {"GradScaler"},  # the user's scaler is watched
+    "numerics_suite/training_watch/patches.py": {"GradScaler"},  # the user's scaler is watched
     "numerics_suite/suite/bench_watch.py": {"manual_seed"},
     "numerics_suite/suite/bench_overhead.py": {"get_autocast_dtype", "is_autocast_enabled", "autocast"},
     "numerics_suite/suite/bench_steps.py": {"GradScaler"},
-    "numerics_suite/versions/spreading.py": {"Event"},  # threading's
+    "numerics_suite/versions/ray_backend.py": {"Event"},  # threading's
 }
 
 

@@ -9,9 +9,9 @@ import pytest
 from boundaries.source_tree import ROOT
 
 from numerics_suite.core.registry import check_ids, get_check
-from numerics_suite.diagnosing.remedy_words import DESCRIPTIONS
-from numerics_suite.diagnosing.root_causes import LOCATED, REMEDIES
-from numerics_suite.judging.budgets import all_budgets, budgets_of
+from numerics_suite.diagnosis.remedy_words import DESCRIPTIONS
+from numerics_suite.diagnosis.root_causes import LOCATED, REMEDIES
+from numerics_suite.judgement.budgets import all_budgets, budgets_of
 from numerics_suite.settings.choices import CAUSES as ACCEPTED_CAUSES
 
 CHECKS = [

@@ -21,17 +21,17 @@ ORDER = (
     "subjects",
     "inputs",
     "engine",
-    "oracles",
-    "observing",
+    "definitions",
+    "observations",
     "baselines",
     "checks",
-    "judging",
-    "diagnosing",
-    "watching",
-    "reporting",
+    "judgement",
+    "diagnosis",
+    "training_watch",
+    "reports",
     "suite",
     "versions",
-    "adopting",
+    "adoption",
     "extending",
     "plugin",
     "cli",
@@ -39,7 +39,7 @@ ORDER = (
 )
 """The stages, earliest first."""
 
-LEAVES = frozenset({"numerics_suite.observing.finiteness", "numerics_suite.observing.roundoff"})
+LEAVES = frozenset({"numerics_suite.observations.finiteness", "numerics_suite.observations.roundoff"})
 """Plain arithmetic on tensors that `engine` needs too. They import nothing of the package, so nothing runs in a circle."""
 
 LIGHT = ("core", "settings", "extending", "plugin", "cli", "__main__", "numerics_suite")
@@ -79,15 +79,15 @@ def test_the_leaves_import_nothing_of_the_package() -> None:
 
 
 def test_a_backward_import_is_seen() -> None:
-    text = "from numerics_suite.core import errors\ndef late():\n    from numerics_suite.suite.gate import Gate\n"
+    text = "from numerics_suite.core import errors\ndef late():\n    from numerics_suite.suite.collector import Gate\n"
     wrong = source_tree.SourceFile(path="wrong.py", module="numerics_suite.engine.wrong", lines=3, tree=ast.parse(text))
     assert backward_imports((wrong,)) == [
-        "wrong.py:3: numerics_suite.engine.wrong imports numerics_suite.suite.gate",
+        "wrong.py:3: numerics_suite.engine.wrong imports numerics_suite.suite.collector",
     ]
 
 
 def test_type_checking_imports_do_not_count() -> None:
-    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from numerics_suite.suite.gate import Gate\n"
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from numerics_suite.suite.collector import Gate\n"
     file = source_tree.SourceFile(path="a.py", module="numerics_suite.core.a", lines=3, tree=ast.parse(text))
     assert not list(imports_of(file))
 

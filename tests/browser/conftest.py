@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from unit import report_samples
 
-from numerics_suite.reporting.html import write_html
+from numerics_suite.reports.html import write_html
 
 FLAGS = (
     "--no-sandbox",

@@ -22,7 +22,7 @@ from numerics_suite.subjects.fixtures import fixture_path
 
 RELEASES = [f"5.{minor}.0" for minor in range(12)]
 SCHEMA = json.loads(
-    (Path(numerics_suite.__file__).parent / "reporting" / "schema-bisect.json").read_text(encoding="utf-8")
+    (Path(numerics_suite.__file__).parent / "reports" / "schema-bisect.json").read_text(encoding="utf-8")
 )
 
 

@@ -15,9 +15,9 @@ from unit.sample_documents import run_of, uninitialised
 from unit.sample_run import result
 
 from numerics_suite.cli.main import COMMANDS, main
-from numerics_suite.reporting.comment import MARKER
-from numerics_suite.reporting.report import FILES
-from numerics_suite.reporting.results import write_results
+from numerics_suite.reports.comment import MARKER
+from numerics_suite.reports.report import FILES
+from numerics_suite.reports.results import write_results
 from numerics_suite.settings.table import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from unit.extensions_on_path import install_example, write_extension
 
 import numerics_suite
-from numerics_suite.reporting.results import load_schema
+from numerics_suite.reports.results import load_schema
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.fixtures import fixture_path
-from numerics_suite.versions.asked import know_all
+from numerics_suite.versions.fingerprints import know_all
 from numerics_suite.versions.job import RESULTS, for_a_cell
 from numerics_suite.versions.jobs import Jobs, RunningEnvironment
-from numerics_suite.versions.matrix import Plan
+from numerics_suite.versions.matrix import MatrixPlan
 
 CELL = ("--precision", "bf16", "--attn", "sdpa", "-n", "0")
 INSTALLED = Path(numerics_suite.__file__).parents[1]
@@ -206,7 +206,9 @@ def test_in_an_environment_of_another_version_it_takes_no_part_though_it_is_on_t
     )
     given = {"subjects": ["fixture:glm4-tiny"], "precision": "bf16", "attn": "sdpa", "skip": left_out}
     settings = for_a_cell(from_command_line(given, tmp_path))
-    job = Plan(settings=settings, known=know_all(settings), cells=(), cwd=tmp_path, threads=1, record=False).job(None)
+    job = MatrixPlan(settings=settings, known=know_all(settings), cells=(), cwd=tmp_path, threads=1, record=False).job(
+        None
+    )
     done = Jobs().run(RunningEnvironment(), job, tmp_path)
     assert done["status"] == "passed", done
     results = json.loads((tmp_path / RESULTS).read_text(encoding="utf-8"))

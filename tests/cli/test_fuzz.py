@@ -108,8 +108,8 @@ def documents() -> list[dict[str, Any]]:
 
     from numerics_suite.core.findings import finding_to_json
     from numerics_suite.core.numbers import jsonable
-    from numerics_suite.reporting.matrix import matrix_to_json
-    from numerics_suite.reporting.results import to_json
+    from numerics_suite.reports.matrix import matrix_to_json
+    from numerics_suite.reports.results import to_json
 
     matrix = regression(with_runs=False).matrices[0].result
     cells = tuple(replace(cell, results=None) for cell in matrix.cells)

@@ -21,7 +21,7 @@ from numerics_suite.cli.main import main
 RELEASES = ["5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.3.1"]
 SUBJECTS = ("fixture:glm-tiny", "fixture:glm4-tiny")
 SCHEMA = json.loads(
-    (Path(numerics_suite.__file__).parent / "reporting" / "schema-matrix.json").read_text(encoding="utf-8")
+    (Path(numerics_suite.__file__).parent / "reports" / "schema-matrix.json").read_text(encoding="utf-8")
 )
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(numerics_suite.__file__).parents[1])}
 
@@ -315,16 +315,16 @@ def test_no_network_and_no_uv_are_one_line(world, key, line):
 
 
 def test_without_ray_it_says_how_to_install_it(world, monkeypatch):
-    monkeypatch.setattr("numerics_suite.versions.spreading.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("numerics_suite.versions.ray_backend.importlib.util.find_spec", lambda _: None)
     status, _, err = world.matrix("--transformers", "5.0.0", "--ray", "auto")
     assert status == 4
     assert err == "numerics-suite: error: --ray needs Ray, which is not installed: pip install 'numerics-suite[ray]'\n"
 
 
 def test_two_runs_never_share_a_folder(world, tmp_path):
-    from numerics_suite.versions.kept import Kept
+    from numerics_suite.versions.result_store import ResultStore
 
-    with Kept(tmp_path / "out"):
+    with ResultStore(tmp_path / "out"):
         status, _, err = world.matrix("--transformers", "5.0.0", "--out", "out")
     assert (status, err.count("\n")) == (4, 1)
     assert "another run is writing" in err

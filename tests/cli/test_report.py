@@ -17,8 +17,8 @@ from unit.test_documents import matrix_in
 from numerics_suite.baselines.store import save
 from numerics_suite.cli import check
 from numerics_suite.cli.main import main
-from numerics_suite.reporting.report import FILES
-from numerics_suite.reporting.results import write_results
+from numerics_suite.reports.report import FILES
+from numerics_suite.reports.results import write_results
 
 FEW = ("fixture:glm4-tiny", "--precision", "fp32", "--attn", "sdpa", "--checks", "load.config", "-n", "0")
 
@@ -198,7 +198,7 @@ def test_the_key_of_pyproject_is_a_folder_beside_it(capsys, folder):
 
 
 def test_a_report_that_cannot_be_written_at_the_end_is_said(capsys, folder, monkeypatch):
-    from numerics_suite.reporting import report
+    from numerics_suite.reports import report
 
     monkeypatch.setattr(report, "ensure_report", lambda *_: None)
     (folder / "file").write_text("x")

@@ -13,8 +13,8 @@ import torch
 
 from numerics_suite.cli.main import main
 from numerics_suite.core.json_text import DEEPEST, parse_json, read_bytes
-from numerics_suite.observing.finiteness import nan_count, nonfinite_count
-from numerics_suite.reporting.lines import harmless
+from numerics_suite.observations.finiteness import nan_count, nonfinite_count
+from numerics_suite.reports.lines import harmless
 from numerics_suite.settings import strangers
 from numerics_suite.settings.options import from_command_line
 

@@ -129,7 +129,7 @@ def test_every_end_has_its_status_and_its_line(capsys, monkeypatch, raised, stat
         raise raised
 
     monkeypatch.setattr(check, "_check", fail)
-    monkeypatch.setattr("numerics_suite.reporting.streams.os.dup2", lambda *_: None)
+    monkeypatch.setattr("numerics_suite.reports.streams.os.dup2", lambda *_: None)
     assert ended(capsys, "check") == (status, "", f"numerics-suite: {line}\n")
 
 

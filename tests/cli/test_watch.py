@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 import numerics_suite
-from numerics_suite.reporting.results import load_schema
+from numerics_suite.reports.results import load_schema
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(numerics_suite.__file__).parents[1])}
 

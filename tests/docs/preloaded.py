@@ -27,9 +27,9 @@ PRELOADED = (
     "hypothesis",
     "pytest",
     "numerics_suite.engine.evidence",
-    "numerics_suite.judging.assertions",
-    "numerics_suite.reporting.terminal",
-    "numerics_suite.watching.session",
+    "numerics_suite.judgement.assertions",
+    "numerics_suite.reports.terminal",
+    "numerics_suite.training_watch.session",
 )
 READY = b"ready"
 

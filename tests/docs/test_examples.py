@@ -10,7 +10,7 @@ import torch
 from docs.pages import blocks_of
 
 from numerics_suite.core.records import Batch, Budget
-from numerics_suite.judging.verdicts import within
+from numerics_suite.judgement.verdicts import within
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
 

@@ -12,8 +12,8 @@ from docs.pages import ROOT
 import numerics_suite
 from numerics_suite.cli.main import COMMANDS
 from numerics_suite.core.registry import check_ids, get_check
-from numerics_suite.diagnosing.remedy_words import DESCRIPTIONS
-from numerics_suite.judging.budgets import all_budgets
+from numerics_suite.diagnosis.remedy_words import DESCRIPTIONS
+from numerics_suite.judgement.budgets import all_budgets
 from numerics_suite.settings import choices
 from numerics_suite.settings.table import OPTIONS
 

@@ -78,7 +78,7 @@ def judged(mutant: Mutant) -> Row:
     from mutants.driver import is_named
     from numerics_suite.baselines.compare import difference
     from numerics_suite.baselines.measure import measure_cell
-    from numerics_suite.judging.kinds import FAILING, judge_difference
+    from numerics_suite.judgement.classify import FAILING, judge_difference
 
     torch.set_num_threads(1)
     with warnings.catch_warnings():

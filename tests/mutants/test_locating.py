@@ -10,7 +10,7 @@ from mutants.editing import NoSuchPlaceError
 from mutants.locating import row_of
 from mutants.locating_defects import DEFECTS, Defect
 from mutants.remedies import ARTICLE, CURES, defects, reason_of, tried
-from numerics_suite.observing.locate import find_origin
+from numerics_suite.observations.bad_value_location import find_origin
 
 SAMPLE = (
     "norm-without-fp32-fp16",

@@ -19,7 +19,7 @@ from mutants.driver import MutantSession, answers, describe
 from mutants.editing import on
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import CheckResult
-from numerics_suite.oracles import exact_inv_freq
+from numerics_suite.definitions import exact_inv_freq
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.compat import release
 

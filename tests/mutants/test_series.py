@@ -10,7 +10,7 @@ from torch import nn
 
 from mutants.catalogue import MUTANTS
 from mutants.driver import MutantSession, answers, describe, run_mutant, settings_of
-from numerics_suite.judging.verdicts import within
+from numerics_suite.judgement.verdicts import within
 
 
 def over(results) -> list[str]:

@@ -52,7 +52,7 @@ def install(world: Path, put: Any, releases: list[str], asked: list[str] | None 
     """
     from packaging.version import Version
 
-    from numerics_suite.versions import candidates, matrix, wanted
+    from numerics_suite.versions import candidates, combinations, matrix
     from numerics_suite.versions.recipes import make_recipe
     from numerics_suite.versions.specs import choose
 
@@ -77,7 +77,7 @@ def install(world: Path, put: Any, releases: list[str], asked: list[str] | None 
         return [str(version) for version in choose(package, spec, known, pre=pre)]
 
     put(matrix, "ensure", ensure)
-    put(wanted, "resolve", resolve)
+    put(combinations, "resolve", resolve)
     put(candidates, "released", lambda *_, **__: known)
 
 
@@ -87,7 +87,7 @@ def install(world: Path, put: Any, releases: list[str], asked: list[str] | None 
 def cell(path: Path) -> None:
     """Answer a job as the world says."""
     from numerics_suite.core.atomic import write_atomic
-    from numerics_suite.reporting.results import dump, write_results
+    from numerics_suite.reports.results import dump, write_results
     from numerics_suite.versions.cell import end_with_parent
     from numerics_suite.versions.job import BASELINE, DONE, RESULTS, read_job
 

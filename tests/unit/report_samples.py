@@ -13,8 +13,8 @@ from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunR
 from numerics_suite.core.registry import check_ids
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
-from numerics_suite.judging.budgets import budgets_of
-from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents, Matrix, Run
+from numerics_suite.judgement.budgets import budgets_of
+from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents, Matrix, Run
 
 VERSIONS = (
     "5.6.2", "5.7.0", "5.8.0", "5.8.1", "5.9.0", "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1",

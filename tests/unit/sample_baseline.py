@@ -12,12 +12,12 @@ import numpy as np
 from numerics_suite.baselines.records import (
     AnswerRecord,
     CellBaseline,
-    Curve,
     GradientRecord,
     ModuleRecord,
     Sketch,
     StoredBatch,
     TensorRecord,
+    TrainingCurve,
 )
 from numerics_suite.core.records import Cell
 
@@ -124,7 +124,7 @@ def baseline(
         bits={"logits": f"l-{precision}-{attn}", "loss": "x", "gradients": "g", "decoding": "d", "cell": f"c-{precision}-{attn}"},
         headroom_bits=110.5,
         headroom_module="model.layers.0.mlp",
-        curve=Curve(
+        curve=TrainingCurve(
             losses=(6.26, 6.11, 5.98, 5.84, 5.71, 5.6), norms=(1.0, 1.1, 1.0, 0.9, 0.9),
             true_losses=(6.25, 6.10, 5.97, 5.83, 5.70, 5.59), true_norms=(1.0, 1.1, 1.0, 0.9, 0.9),
         ),

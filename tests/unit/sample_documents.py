@@ -11,7 +11,7 @@ from unit.sample_run import evidence, finding, result, sample_run
 
 from numerics_suite.core.records import CheckResult, Finding, Remedy, RunResult
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
-from numerics_suite.reporting.documents import BisectFile, ComparisonFile, Documents, Matrix, Run
+from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents, Matrix, Run
 
 HOSTILE = (
     "`tick` ``two`` | pipe \\| <script>alert(1)</script> ]]> --> <!-- @octocat #1 ::error::x %0A\r\nnext\x00\x1b[31m \ud800 "

@@ -10,8 +10,8 @@ from mutants.driver import MutantSession
 from numerics_suite.core.errors import BadInputError, NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Finding
 from numerics_suite.core.registry import get_check
-from numerics_suite.diagnosing.findings import finding
-from numerics_suite.diagnosing.reproducer import reproducer
+from numerics_suite.diagnosis.findings import finding
+from numerics_suite.diagnosis.reproducer import reproducer
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask

@@ -12,8 +12,8 @@ import pytest
 
 from numerics_suite.core import activity
 from numerics_suite.core.activity import at, doing, listening, telling
-from numerics_suite.diagnosing import remedy_trials
-from numerics_suite.reporting.terminal import Terminal
+from numerics_suite.diagnosis import remedy_trials
+from numerics_suite.reports.terminal import Terminal
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.suite.run import run_check
 from numerics_suite.versions.job import LOG

@@ -13,8 +13,8 @@ from numerics_suite.engine import runner
 from numerics_suite.engine.flash_registry import flash_attention_by_formula
 from numerics_suite.engine.rounded_reference import RoundedRun, RoundOnce, run_rounded
 from numerics_suite.engine.true_fp64 import LiftToFp64, run_true_fp64
-from numerics_suite.observing.local_error import local_errors
-from numerics_suite.observing.roundoff import rms
+from numerics_suite.observations.local_error import local_errors
+from numerics_suite.observations.roundoff import rms
 from numerics_suite.subjects.compat import ATTENTION_BY_FUNCTION, release
 
 BY_FUNCTION = pytest.mark.skipif(release() < ATTENTION_BY_FUNCTION, reason="attention is a class before 4.48")

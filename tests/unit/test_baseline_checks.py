@@ -15,7 +15,7 @@ from numerics_suite.baselines.store import load, save
 from numerics_suite.cli.main import main
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import RunResult
-from numerics_suite.reporting.terminal import Terminal
+from numerics_suite.reports.terminal import Terminal
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.settings.tree import PYPROJECT
 from numerics_suite.suite.planning import applicable_checks, make_plan

@@ -17,11 +17,11 @@ from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.settings.tree import to_json
 from numerics_suite.versions import job as job_files
-from numerics_suite.versions.asked import know, know_all
+from numerics_suite.versions.fingerprints import know, know_all
 from numerics_suite.versions.job import Job, for_a_cell, read_job, settings_from_json, source_digest
 from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, reason_of
-from numerics_suite.versions.kept import Kept, read_done
-from numerics_suite.versions.matrix import Plan
+from numerics_suite.versions.matrix import MatrixPlan
+from numerics_suite.versions.result_store import ResultStore, read_done
 
 GIVEN = {
     "subjects": ["fixture:glm4-tiny"], "names": ["mine"], "precision": "bf16,fp32", "attn": "sdpa", "seed": "7", "lr": "0.001",
@@ -35,7 +35,7 @@ def a_job(folder: Path, **changes) -> Job:
             {"subjects": ["fixture:glm4-tiny"], "precision": "bf16", "attn": "sdpa", "checks": "load.*"}, folder
         )
     )
-    plan = Plan(settings=settings, known=know_all(settings), cells=(), cwd=folder, threads=1, record=False)
+    plan = MatrixPlan(settings=settings, known=know_all(settings), cells=(), cwd=folder, threads=1, record=False)
     return replace(plan.job(None), **changes)
 
 
@@ -90,7 +90,7 @@ def test_a_name_changes_with_all_that_an_answer_depends_on(tmp_path):
 def test_the_parent_imports_no_torch(tmp_path):
     script = (
         "import sys\nfrom numerics_suite.cli.main import main\n"
-        "import numerics_suite.versions.bisect, numerics_suite.versions.changes, numerics_suite.judging.kinds\n"
+        "import numerics_suite.versions.bisect, numerics_suite.versions.changes, numerics_suite.judgement.classify\n"
         f"status = main(['matrix', 'fixture:glm-tiny', '--python', '3.11', '--list', '--out', {str(tmp_path / 'out')!r}])\n"
         "print(status, sorted({'torch', 'transformers', 'hypothesis', 'pytest'} & set(sys.modules)))\n"
     )
@@ -124,7 +124,7 @@ def test_a_factory_is_known_by_its_file(tmp_path, monkeypatch):
 
 
 def test_what_is_unfinished_never_counts(tmp_path):
-    with Kept(tmp_path / "out") as kept:
+    with ResultStore(tmp_path / "out") as kept:
         place = kept.begin("name")
         (place / "done.json").write_text(
             json.dumps({"status": "passed", "results": False, "reason": None}), encoding="utf-8"
@@ -133,7 +133,7 @@ def test_what_is_unfinished_never_counts(tmp_path):
         assert kept.publish("name", place) == tmp_path / "out" / "name"
         assert kept.find("name") is not None
         kept.begin("other")
-    with Kept(tmp_path / "out") as kept:
+    with ResultStore(tmp_path / "out") as kept:
         assert not list((tmp_path / "out" / ".unfinished").iterdir())
         assert kept.count() == 1
 
@@ -156,12 +156,12 @@ def test_only_whole_answers_are_reused(tmp_path, done, results, found):
     (place / "done.json").write_text(done, encoding="utf-8")
     if results:
         (place / "results.json").write_text("{}", encoding="utf-8")
-    with Kept(tmp_path) as kept:
+    with ResultStore(tmp_path) as kept:
         assert (kept.find("name") is not None) is found
 
 
 def test_an_error_makes_room_for_the_next_answer(tmp_path):
-    with Kept(tmp_path) as kept:
+    with ResultStore(tmp_path) as kept:
         for status in ("error", "passed"):
             place = kept.begin("name")
             (place / "done.json").write_text(
@@ -175,10 +175,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with (
         pytest.raises(BadInputError, match=r"--out: cannot write .*file/out: Not a directory"),
-        Kept(tmp_path / "file" / "out"),
+        ResultStore(tmp_path / "file" / "out"),
     ):
         pass
-    with pytest.raises(BadInputError, match=r"--out: cannot write /proc/"), Kept(Path("/proc/out")):
+    with pytest.raises(BadInputError, match=r"--out: cannot write /proc/"), ResultStore(Path("/proc/out")):
         pass
 
 
@@ -249,7 +249,7 @@ def test_stopping_ends_an_installer_and_leaves_no_answer(tmp_path, monkeypatch):
     threading.Timer(1.0, jobs.stop).start()
     begun = time.monotonic()
     job = a_job(tmp_path, wanted=Wanted(transformers="5.0.0"))
-    with Kept(tmp_path / "out") as kept:
+    with ResultStore(tmp_path / "out") as kept:
         with pytest.raises(Stopped):
             matrix.answer(job, kept, matrix.in_environments(jobs), lambda _: None)
         assert kept.count() == 0
@@ -296,7 +296,7 @@ def test_a_real_cell_tells_bad_input_from_what_these_versions_lack(tmp_path):
 
     given = {"subjects": ["fixture:chatglm-tiny"], "task": "token-classification", "precision": "bf16", "attn": "sdpa"}
     settings = for_a_cell(from_command_line(given, tmp_path))
-    job = Plan(settings=settings, known=know_all(settings), cells=(), cwd=tmp_path, threads=1).job(None)
+    job = MatrixPlan(settings=settings, known=know_all(settings), cells=(), cwd=tmp_path, threads=1).job(None)
     (tmp_path / "a").mkdir()
     done = Jobs().run(RunningEnvironment(), job, tmp_path / "a")
     assert (done["status"], done["results"]) == ("unsupported", False), done

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from unit.sample_run import by_module, evidence, finding, over_steps, result, sample_run
 
-from numerics_suite.reporting.charts import STEPS, side_by_side, sparkline, told
-from numerics_suite.reporting.findings import block, grouped
-from numerics_suite.reporting.lines import sayable
-from numerics_suite.reporting.terminal import Terminal
+from numerics_suite.reports.charts import STEPS, side_by_side, sparkline, told
+from numerics_suite.reports.findings import block, grouped
+from numerics_suite.reports.lines import sayable
+from numerics_suite.reports.terminal import Terminal
 
 
 def charts(*series, step=None, status="failed", width=80, **fields):

@@ -12,9 +12,9 @@ from torch.nn import functional
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.dropout import WithoutDropout
 from numerics_suite.engine.outputs import floating_outputs
-from numerics_suite.observing.kinks import Kinks
-from numerics_suite.observing.local_error import local_errors
-from numerics_suite.observing.roundoff import gradient_errors
+from numerics_suite.observations.local_error import local_errors
+from numerics_suite.observations.nondifferentiable import Kinks
+from numerics_suite.observations.roundoff import gradient_errors
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.families import family_of
 from numerics_suite.suite.session import SuiteSession

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from unit.sample_baseline import baseline, moved_sketch, renamed, sketch, with_bits, with_module
 
+from numerics_suite.baselines.batch_match import deviation, modules_matched
 from numerics_suite.baselines.compare import difference
-from numerics_suite.baselines.draws import accumulation, two_draws
-from numerics_suite.baselines.matching import deviation, modules_matched
 from numerics_suite.baselines.records import CellBaseline
+from numerics_suite.baselines.sampling_error import accumulation, two_draws
 from numerics_suite.baselines.store import Baselines
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.judging.kinds import Judged, compare_baselines, judge_difference
+from numerics_suite.judgement.classify import Judged, compare_baselines, judge_difference
 
 OLD = baseline()
 NORM, ATTENTION, Q = "model.layers.1.input_layernorm", "model.layers.1.self_attn", "model.layers.1.self_attn.q_proj"

@@ -17,22 +17,22 @@ from unit.sample_run import finding, result
 
 from numerics_suite.core.records import Remedy, RunResult
 from numerics_suite.core.tree import is_root
-from numerics_suite.diagnosing import roots
-from numerics_suite.diagnosing.consequences import as_tree
-from numerics_suite.diagnosing.remedies import Attempt
-from numerics_suite.diagnosing.remedy_trials import Answer
-from numerics_suite.reporting.documents import Documents, Run
-from numerics_suite.reporting.findings import grouped
-from numerics_suite.reporting.github import annotation_lines
-from numerics_suite.reporting.junit import junit_xml
-from numerics_suite.reporting.markdown import summary_markdown
-from numerics_suite.reporting.sarif import sarif_log
-from numerics_suite.reporting.summary import summary
-from numerics_suite.reporting.telling.places import places_of
-from numerics_suite.reporting.telling.problems import problems_of
+from numerics_suite.diagnosis import roots
+from numerics_suite.diagnosis.consequences import as_tree
+from numerics_suite.diagnosis.remedies import Attempt
+from numerics_suite.diagnosis.remedy_trials import CheckAnswer
+from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.findings import grouped
+from numerics_suite.reports.github import annotation_lines
+from numerics_suite.reports.junit import junit_xml
+from numerics_suite.reports.markdown import summary_markdown
+from numerics_suite.reports.sarif import sarif_log
+from numerics_suite.reports.summary import summary
+from numerics_suite.reports.view.places import places_of
+from numerics_suite.reports.view.problems import problems_of
 from numerics_suite.settings.accept import AcceptEntry
 from numerics_suite.settings.tree import Settings
-from numerics_suite.suite.gate import Gate
+from numerics_suite.suite.collector import Gate
 from numerics_suite.suite.session import SuiteSession
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -264,7 +264,7 @@ def told_by(remedy, passes):
 
     def ask(check, cured):
         assert (check, type(cured)) == ("train.descends", Cured)
-        return Answer(breaches=() if passes else ("worse",), measurements={})
+        return CheckAnswer(breaches=() if passes else ("worse",), measurements={})
 
     return roots.following(second.check, second.finding, None, [root], ask), root
 

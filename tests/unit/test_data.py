@@ -9,7 +9,7 @@ import pytest
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Finding
-from numerics_suite.diagnosing.reproducer import reproducer
+from numerics_suite.diagnosis.reproducer import reproducer
 from numerics_suite.inputs.data_batch import data_batch, encode
 from numerics_suite.inputs.data_file import read_sample
 from numerics_suite.inputs.labels import IGNORED, counted_labels, empty_batches

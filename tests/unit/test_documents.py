@@ -11,9 +11,9 @@ from unit.sample_run import sample_run
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
-from numerics_suite.reporting.documents import read_documents
-from numerics_suite.reporting.matrix import matrix_to_json
-from numerics_suite.reporting.results import dump, to_json
+from numerics_suite.reports.documents import read_documents
+from numerics_suite.reports.matrix import matrix_to_json
+from numerics_suite.reports.results import dump, to_json
 
 
 def matrix_in(folder: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from numerics_suite.core.errors import CheckError
 from numerics_suite.core.records import Budget, Cell, CheckResult, Measurement
-from numerics_suite.judging.verdicts import judge, within
+from numerics_suite.judgement.verdicts import judge, within
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask
 from numerics_suite.suite.endings import NO_BATCH, TIME_LIMIT, ending

@@ -20,7 +20,7 @@ from numerics_suite.core import interrupts
 from numerics_suite.core.answer_file import AnswerFile
 from numerics_suite.core.deaths import death_text
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.reporting.results import check_to_json, dump, indented, to_json, unfinished, with_checks
+from numerics_suite.reports.results import check_to_json, dump, indented, to_json, unfinished, with_checks
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite import session as suite_session
 from numerics_suite.suite.run import worker_count
@@ -66,7 +66,7 @@ def test_a_results_file_put_together_from_parts_is_the_whole_one() -> None:
 
 def test_an_unfinished_document_is_of_the_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    from numerics_suite.reporting.results import load_schema
+    from numerics_suite.reports.results import load_schema
 
     document = unfinished("check", checks=[])
     jsonschema.validate(json.loads(dump(document)), load_schema())
@@ -119,12 +119,14 @@ def test_each_cause_has_a_reproducer_of_its_own(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_matrix_refuses_baselines_of_other_subjects_before_it_installs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from numerics_suite.suite import held_to
+    from numerics_suite.suite import baseline_selection
 
     class Baselines(list[Any]):
         folder = Path("kept")
 
-    monkeypatch.setattr(held_to, "baselines_of", lambda _: Baselines([result("forward.finite", "bf16").cell]))
+    monkeypatch.setattr(
+        baseline_selection, "baselines_of", lambda _: Baselines([result("forward.finite", "bf16").cell])
+    )
     subject = result("forward.finite", "bf16").cell.subject
     named = Settings(baseline=Path("kept"))
     assert baseline_of(named, [subject, "another"]) == Path("kept")

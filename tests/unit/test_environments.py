@@ -17,7 +17,7 @@ from unit.package_index import RUNNING_TORCH, RUNNING_TRANSFORMERS, only_from, w
 
 import numerics_suite
 from numerics_suite.core.errors import BadInputError, UnsupportedError
-from numerics_suite.versions import building, environments, installers, locks, retention, running_copy
+from numerics_suite.versions import building, environments, installers, locks, retention, self_link
 from numerics_suite.versions.environments import Wanted, ensure
 from numerics_suite.versions.markers import MARKER, environments_folder, locks_folder, read_marker
 
@@ -108,12 +108,12 @@ def test_the_fixtures_are_found_through_the_link(wheels):
 
 
 def test_where_links_are_impossible_the_package_is_copied(wheels, monkeypatch):
-    monkeypatch.setattr(running_copy, "_link", lambda *_: False)
+    monkeypatch.setattr(self_link, "_link", lambda *_: False)
     environment = ensure(Wanted(transformers="4.50.0"))
     program = "from numerics_suite.subjects.fixtures import fixture_path; print(fixture_path('glm4-tiny'))"
     found = Path(asked(environment, program))
     assert (found / "config.json").is_file()
-    assert running_copy.sites_folder() in found.parents
+    assert self_link.sites_folder() in found.parents
     assert environment.variables() == environment.variables()
 
 

@@ -15,8 +15,8 @@ from numerics_suite.core import progress
 from numerics_suite.core.records import Cell, Subject
 from numerics_suite.core.registry import own_check_ids
 from numerics_suite.devices.speed import Speed, measure_speed
-from numerics_suite.reporting.plan import readable_seconds
-from numerics_suite.reporting.terminal import Terminal
+from numerics_suite.reports.plan import readable_seconds
+from numerics_suite.reports.terminal import Terminal
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite import pace as pace_module
 from numerics_suite.suite.expected_time import (

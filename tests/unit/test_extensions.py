@@ -24,15 +24,15 @@ from numerics_suite.core import switch
 from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.records import Budget, Measurement, Remedy
 from numerics_suite.core.registry import check, check_ids, get_check, own_check_ids
-from numerics_suite.diagnosing import remedy_register as added_remedies
-from numerics_suite.diagnosing.remedy_register import cost_of, cures, remedies_of
-from numerics_suite.diagnosing.remedy_words import COST
-from numerics_suite.judging.budgets import budgets_of
-from numerics_suite.judging.verdicts import judge
-from numerics_suite.oracles import oracle_for
-from numerics_suite.reporting.added import write_added
-from numerics_suite.reporting.documents import Documents, Run
-from numerics_suite.reporting.results import load_schema, to_json
+from numerics_suite.definitions import oracle_for
+from numerics_suite.diagnosis import remedy_register as added_remedies
+from numerics_suite.diagnosis.remedy_register import cost_of, cures, remedies_of
+from numerics_suite.diagnosis.remedy_words import COST
+from numerics_suite.judgement.budgets import budgets_of
+from numerics_suite.judgement.verdicts import judge
+from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.plugins import write_added
+from numerics_suite.reports.results import load_schema, to_json
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects import families
 from numerics_suite.subjects.families import added_families, family_of

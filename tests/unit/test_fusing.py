@@ -10,10 +10,10 @@ import torch
 from unit.sample_baseline import baseline, moved_sketch, sketch, with_bits
 
 from numerics_suite.baselines.compare import difference
-from numerics_suite.baselines.fusing import fusions, part_of
+from numerics_suite.baselines.fused_experts import fusions, part_of
 from numerics_suite.baselines.records import GradientRecord, ModuleRecord, TensorRecord
 from numerics_suite.baselines.sketch import sketch as sketched
-from numerics_suite.judging.kinds import judge_difference
+from numerics_suite.judgement.classify import judge_difference
 
 EXPERTS, WIDE, INNER = 4, 12, 6
 BLOCK = "model.layers.1.mlp"

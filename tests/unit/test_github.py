@@ -10,9 +10,9 @@ import pytest
 from unit.sample_documents import HOSTILE, everything, hostile_finding, matrix_document, run_of, uninitialised
 from unit.sample_run import finding, result, sample_run
 
-from numerics_suite.reporting import github
-from numerics_suite.reporting.documents import Documents, Run
-from numerics_suite.reporting.github import annotation_lines, tell_github
+from numerics_suite.reports import github
+from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.github import annotation_lines, tell_github
 
 COMMAND = re.compile(r"::(error|notice) ((?:[a-z]+=[^:,\r\n]*)(?:,[a-z]+=[^:,\r\n]*)*)::([^\r\n]*)")
 

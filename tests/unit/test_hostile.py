@@ -27,16 +27,16 @@ from numerics_suite.cli.output import say
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
-from numerics_suite.diagnosing.scripts import parts
-from numerics_suite.diagnosing.scripts.scene import Scene
+from numerics_suite.diagnosis.scripts import parts
+from numerics_suite.diagnosis.scripts.scene import ScriptContext
 from numerics_suite.plugin import _shown
-from numerics_suite.reporting.documents import Documents, read_documents
-from numerics_suite.reporting.github import annotation_lines
-from numerics_suite.reporting.matrix import matrix_to_json, table_lines
-from numerics_suite.reporting.recording import RecordTerminal
-from numerics_suite.reporting.results import to_json
-from numerics_suite.reporting.terminal import Terminal
-from numerics_suite.reporting.text import finding_text, summary_lines
+from numerics_suite.reports.documents import Documents, read_documents
+from numerics_suite.reports.github import annotation_lines
+from numerics_suite.reports.matrix import matrix_to_json, table_lines
+from numerics_suite.reports.recording import RecordTerminal
+from numerics_suite.reports.results import to_json
+from numerics_suite.reports.terminal import Terminal
+from numerics_suite.reports.text import finding_text, summary_lines
 
 BENIGN = "word"
 WORDS = {
@@ -232,4 +232,4 @@ def test_a_name_is_no_code_in_a_reproducer(word: str) -> None:
         (only,) = ast.parse("\n".join(parts._opening(scene))).body
         assert isinstance(only, ast.Expr)
         assert isinstance(only.value, ast.Constant)
-        assert not set(Scene.module.fget(scene)) & set("{}\"'\\")  # type: ignore[attr-defined]
+        assert not set(ScriptContext.module.fget(scene)) & set("{}\"'\\")  # type: ignore[attr-defined]

@@ -21,10 +21,10 @@ import numerics_suite
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import RunResult
 from numerics_suite.core.versions import MatrixResult
-from numerics_suite.reporting.documents import Documents, Matrix, Run
-from numerics_suite.reporting.html import render, write_html
-from numerics_suite.reporting.html.assets import STATIC
-from numerics_suite.reporting.telling.reproducers import MARK
+from numerics_suite.reports.documents import Documents, Matrix, Run
+from numerics_suite.reports.html import render, write_html
+from numerics_suite.reports.html.assets import STATIC
+from numerics_suite.reports.view.reproducers import MARK
 
 LARGEST = 8_000_000
 """Bytes of a page of 5,000 cells."""
@@ -383,7 +383,7 @@ def test_a_file_that_is_no_reproducer_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_what_a_reproducer_says_of_itself_is_what_the_page_looks_for() -> None:
-    folder = Path(numerics_suite.__file__).parent / "diagnosing"
+    folder = Path(numerics_suite.__file__).parent / "diagnosis"
     assert any(MARK in file.read_text(encoding="utf-8") for file in folder.rglob("*.py"))
 
 

@@ -17,7 +17,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.core.registry import get_check
 from numerics_suite.engine.installed_trainer import Way, trainer_step
-from numerics_suite.judging.known_faults import KNOWN_FAULTS, reason_to_accept
+from numerics_suite.judgement.known_faults import KNOWN_FAULTS, reason_to_accept
 from numerics_suite.settings.tree import Settings
 
 pytest.importorskip("accelerate")

@@ -12,8 +12,8 @@ from unit.sample_documents import HOSTILE, bisect_document, comparison_document,
 from unit.sample_run import result, sample_run
 
 from numerics_suite.core.versions import MatrixResult
-from numerics_suite.reporting.documents import Documents, Matrix, Run
-from numerics_suite.reporting.junit import fit, junit_xml
+from numerics_suite.reports.documents import Documents, Matrix, Run
+from numerics_suite.reports.junit import fit, junit_xml
 
 SCHEMA = Path(__file__).resolve().parents[1] / "schemas" / "junit-10.xsd"
 

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 from numerics_suite.engine.true_fp64 import run_true_fp64
-from numerics_suite.observing.headroom import headroom
-from numerics_suite.observing.local_error import first_over, local_errors
+from numerics_suite.observations.headroom import headroom
+from numerics_suite.observations.local_error import first_over, local_errors
 
 LOWER = (torch.bfloat16, torch.float16)
 CONSTANTS = {

@@ -24,12 +24,12 @@ from unit.sample_documents import (
 from unit.sample_run import finding, result, sample_run
 
 from numerics_suite.core.records import RunResult
-from numerics_suite.reporting.against import against
-from numerics_suite.reporting.comment import MARKER, MOST_LETTERS, comment_markdown
-from numerics_suite.reporting.documents import Documents, Run
-from numerics_suite.reporting.lines import printable
-from numerics_suite.reporting.markdown import summary_markdown
-from numerics_suite.reporting.markup import code, fenced, joined, table, text, without_folders
+from numerics_suite.reports.against import against
+from numerics_suite.reports.comment import MARKER, MOST_LETTERS, comment_markdown
+from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.lines import printable
+from numerics_suite.reports.markdown import summary_markdown
+from numerics_suite.reports.markup import code, fenced, joined, table, text, without_folders
 
 GITHUBS = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 

@@ -14,13 +14,13 @@ from torch import nn
 from numerics_suite.baselines import curve as curves
 from numerics_suite.baselines.batches import draw_batches, tensors_of
 from numerics_suite.baselines.contract import accepted_names
-from numerics_suite.baselines.head import formula_values
+from numerics_suite.baselines.deterministic_head import formula_values
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.sketch import PROJECTIONS, Sketcher, condensed, sketch, uniform
 from numerics_suite.baselines.trace import trace
 from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.engine.evidence import Evidence, Request
-from numerics_suite.engine.training_loop import Plan
+from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import load
 from numerics_suite.suite.planning import applicable_checks, make_plan
@@ -361,7 +361,7 @@ def test_a_head_that_nobody_initialised_is_recorded_as_nan():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_true_curve_is_that_of_a_training_in_float64(optimizer):
-    plan = Plan(steps=3, optimizer=optimizer, lr=1e-2, max_grad_norm=1.0)
+    plan = TrainingPlan(steps=3, optimizer=optimizer, lr=1e-2, max_grad_norm=1.0)
     found = measured("fixture:glm4-tiny", precision="fp32", plan=plan).curve
     exact = measured("fixture:glm4-tiny", precision="fp64", plan=plan).curve
     assert found.true_losses == pytest.approx(exact.losses, rel=1e-11)

@@ -18,8 +18,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from numerics_suite.engine.true_fp64 import run_true_fp64
-from numerics_suite.oracles import (
+from numerics_suite.definitions import (
     ANSWER,
     OracleUnavailable,
     capture_states,
@@ -32,16 +31,17 @@ from numerics_suite.oracles import (
     run_oracle,
     tensor_weights,
 )
-from numerics_suite.oracles.glm import Glm
-from numerics_suite.oracles.glm4 import Glm4
-from numerics_suite.oracles.run import CHUNK_ROWS
-from numerics_suite.oracles.trace import agree
+from numerics_suite.definitions.glm import Glm
+from numerics_suite.definitions.glm4 import Glm4
+from numerics_suite.definitions.run import CHUNK_ROWS
+from numerics_suite.definitions.trace import agree
+from numerics_suite.engine.true_fp64 import run_true_fp64
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from numerics_suite.core.records import Task
-    from numerics_suite.oracles import OracleRun, Weights
+    from numerics_suite.definitions import OracleRun, Weights
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 TASKS: dict[Task, str] = {
@@ -646,5 +646,5 @@ def test_no_more_than_a_block_or_a_chunk_is_ever_upcast(vocabulary: int, gradien
 
 
 def test_importing_the_oracles_imports_no_transformers() -> None:
-    code = "import sys, numerics_suite.oracles; sys.exit('transformers' in sys.modules)"
+    code = "import sys, numerics_suite.definitions; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from unit.sample_baseline import baseline, moved_sketch, renamed
 
+from numerics_suite.baselines.batch_match import modules_matched
 from numerics_suite.baselines.compare import difference
-from numerics_suite.baselines.matching import modules_matched
-from numerics_suite.baselines.placing import module_place
+from numerics_suite.baselines.localize import module_place
 from numerics_suite.baselines.records import ModuleRecord
 from numerics_suite.baselines.trace import watched
-from numerics_suite.judging.kinds import judge_difference
+from numerics_suite.judgement.classify import judge_difference
 
 ROWS, TOKENS, WIDTH = 2, 5, 6
 

@@ -11,9 +11,9 @@ import pytest
 from unit.sample_run import sample_run
 
 from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
-from numerics_suite.diagnosing.recipe import MARGIN, recommend
-from numerics_suite.reporting.rehearsal import rehearsal_lines
-from numerics_suite.reporting.results import from_json, to_json
+from numerics_suite.diagnosis.recipe import MARGIN, recommend
+from numerics_suite.reports.rehearsal import rehearsal_lines
+from numerics_suite.reports.results import from_json, to_json
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.rehearsal import is_stable, rehearse
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from numerics_suite.core.errors import UnsupportedError
 from numerics_suite.core.records import Finding, Remedy
-from numerics_suite.diagnosing.learning_rates import learning_rates
-from numerics_suite.diagnosing.remedies import CURES, in_float32, initialised_head
-from numerics_suite.diagnosing.remedy_trials import NOT_HERE, try_remedies
-from numerics_suite.diagnosing.remedy_words import COST, DESCRIPTIONS
-from numerics_suite.engine.training_loop import Plan, Trainer
+from numerics_suite.diagnosis.learning_rates import learning_rates
+from numerics_suite.diagnosis.remedies import CURES, in_float32, initialised_head
+from numerics_suite.diagnosis.remedy_trials import NOT_HERE, try_remedies
+from numerics_suite.diagnosis.remedy_words import COST, DESCRIPTIONS
+from numerics_suite.engine.training_loop import Trainer, TrainingPlan
 from numerics_suite.suite.planning import Question
 
 
@@ -109,10 +109,10 @@ def test_a_learning_rate_that_is_too_large_is_lowered_to_the_largest_that_holds(
 
 def test_the_search_for_a_learning_rate_ends_within_a_factor_of_the_boundary():
     boundary = 3.3e-3
-    found = learning_rates(Plan(lr=1.0), lambda plan: plan.lr <= boundary)
+    found = learning_rates(TrainingPlan(lr=1.0), lambda plan: plan.lr <= boundary)
     assert found is not None
     assert boundary / 1.4 <= found <= boundary
-    assert learning_rates(Plan(lr=1.0), lambda _: False) is None
+    assert learning_rates(TrainingPlan(lr=1.0), lambda _: False) is None
 
 
 def broken_sdpa(model):

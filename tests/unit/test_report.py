@@ -14,13 +14,13 @@ from unit.sample_documents import HOSTILE, everything, hostile_run, run_of
 from unit.sample_run import result, sample_run
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.reporting import report
-from numerics_suite.reporting.documents import Documents, Run, read_documents
-from numerics_suite.reporting.github import annotation_lines
-from numerics_suite.reporting.lines import printable
-from numerics_suite.reporting.report import FILES, ensure_report, ensure_wanted, verdict_of, write_report, write_wanted
-from numerics_suite.reporting.results import dump, to_json, write_results
-from numerics_suite.reporting.summary import summary
+from numerics_suite.reports import report
+from numerics_suite.reports.documents import Documents, Run, read_documents
+from numerics_suite.reports.github import annotation_lines
+from numerics_suite.reports.lines import printable
+from numerics_suite.reports.report import FILES, ensure_report, ensure_wanted, verdict_of, write_report, write_wanted
+from numerics_suite.reports.results import dump, to_json, write_results
+from numerics_suite.reports.summary import summary
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 

@@ -18,9 +18,9 @@ from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.records import Cell, Finding, Remedy, Subject
-from numerics_suite.reporting.findings import block, grouped
-from numerics_suite.reporting.plan import PlanRow, plan_to_json, readable_bytes
-from numerics_suite.reporting.results import (
+from numerics_suite.reports.findings import block, grouped
+from numerics_suite.reports.plan import PlanRow, plan_to_json, readable_bytes
+from numerics_suite.reports.results import (
     check_from_json,
     check_to_json,
     dump,
@@ -29,8 +29,8 @@ from numerics_suite.reporting.results import (
     to_json,
     write_results,
 )
-from numerics_suite.reporting.terminal import COLOURS, Terminal
-from numerics_suite.reporting.text import finding_text, summary_lines
+from numerics_suite.reports.terminal import COLOURS, Terminal
+from numerics_suite.reports.text import finding_text, summary_lines
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "summary.txt"
 

@@ -18,10 +18,10 @@ from unit.script_of import shown
 from unit.script_process import surroundings
 
 from numerics_suite.core.records import Batch
-from numerics_suite.diagnosing import reproducer as module
-from numerics_suite.diagnosing.reproducer import SYMPTOM, cut_down, fails, reproducer
-from numerics_suite.diagnosing.scripts import BODIES
-from numerics_suite.diagnosing.scripts.parts import LONGEST
+from numerics_suite.diagnosis import reproducer as module
+from numerics_suite.diagnosis.reproducer import SYMPTOM, cut_down, fails, reproducer
+from numerics_suite.diagnosis.scripts import BODIES
+from numerics_suite.diagnosis.scripts.parts import LONGEST
 from numerics_suite.suite import session as suite_session
 
 

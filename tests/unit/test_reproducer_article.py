@@ -27,7 +27,7 @@ from mutants.driver import release
 from unit.script_of import shown
 from unit.script_process import ScriptProcess, script_process
 
-from numerics_suite.diagnosing.scripts.parts import LONGEST
+from numerics_suite.diagnosis.scripts.parts import LONGEST
 from numerics_suite.subjects.fixtures import fixture_path
 
 SMALL = {"seq_len": 12, "batch_size": 2}

@@ -17,9 +17,9 @@ from mutants.driver import release
 from unit.script_of import UnseenError, shown
 from unit.script_process import ScriptProcess, script_process
 
-from numerics_suite.diagnosing.reproducer import fails
-from numerics_suite.diagnosing.scripts import BODIES, WITHOUT
-from numerics_suite.judging.budgets import all_budgets
+from numerics_suite.diagnosis.reproducer import fails
+from numerics_suite.diagnosis.scripts import BODIES, WITHOUT
+from numerics_suite.judgement.budgets import all_budgets
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.suite import driver
 

@@ -168,7 +168,7 @@ def test_what_is_no_results_file_is_refused(
 
 
 def test_a_run_that_was_killed_before_its_plan_has_nothing_to_reuse(folder: Path) -> None:
-    from numerics_suite.reporting.results import dump, unfinished
+    from numerics_suite.reports.results import dump, unfinished
 
     Path("out.json").write_text(dump(unfinished("check", checks=[])), encoding="utf-8")
     assert check("--json", "out.json", "--resume", "out.json") == 0

@@ -12,11 +12,7 @@ import transformers
 from mpmath import mp, mpf
 from unit.test_oracles import CONFIG, build, compare, make_batch, stored
 
-from numerics_suite.devices.condition import Condition
-from numerics_suite.devices.precisions import precision
-from numerics_suite.engine.rotary import longest_of_one_table, table_at_length
-from numerics_suite.engine.runner import Runner
-from numerics_suite.oracles import (
+from numerics_suite.definitions import (
     OracleUnavailable,
     exact_inv_freq,
     exact_rotary,
@@ -24,7 +20,11 @@ from numerics_suite.oracles import (
     rotary_budget,
     rotary_roundoffs,
 )
-from numerics_suite.oracles.trace import first_difference, turn_scale
+from numerics_suite.definitions.trace import first_difference, turn_scale
+from numerics_suite.devices.condition import Condition
+from numerics_suite.devices.precisions import precision
+from numerics_suite.engine.rotary import longest_of_one_table, table_at_length
+from numerics_suite.engine.runner import Runner
 from numerics_suite.subjects.compat import release
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import nn
 
 from numerics_suite.engine.rounded_reference import run_rounded
 from numerics_suite.engine.true_fp64 import run_true_fp64
-from numerics_suite.observing.roundoff import rms
+from numerics_suite.observations.roundoff import rms
 
 LOWER = (torch.bfloat16, torch.float16)
 

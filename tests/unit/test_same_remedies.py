@@ -15,11 +15,11 @@ from numerics_suite import NumericsError, watch
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.arithmetic import deterministic_algorithms
 from numerics_suite.devices.precisions import precision
-from numerics_suite.diagnosing.versions_advice import without_newer
+from numerics_suite.diagnosis.versions_advice import without_newer
 from numerics_suite.engine.training_loop import OPTIMIZERS
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import convert
-from numerics_suite.suite.reopen import reopen
+from numerics_suite.suite.bundle_replay import reopen
 from numerics_suite.suite.session import SuiteSession
 
 STEPS = 6

@@ -22,9 +22,9 @@ from unit.sample_run import finding, result, sample_run
 
 from numerics_suite.core.records import SubjectFacts
 from numerics_suite.core.registry import own_check_ids
-from numerics_suite.reporting.documents import Documents, Run
-from numerics_suite.reporting.sarif import LONGEST_MESSAGE, LONGEST_RULE, question_of, sarif_log, sarif_text
-from numerics_suite.reporting.sources import Sources, in_packages
+from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.sarif import LONGEST_MESSAGE, LONGEST_RULE, question_of, sarif_log, sarif_text
+from numerics_suite.reports.sources import Sources, in_packages
 
 SCHEMA = json.loads(
     (Path(__file__).resolve().parents[1] / "schemas" / "sarif-2.1.0-rtm.5.json").read_text(encoding="utf-8")
@@ -241,7 +241,7 @@ def test_what_is_no_source_is_none(repository, source):
 
 
 def test_a_large_repository_is_left_alone(repository, monkeypatch):
-    monkeypatch.setattr("numerics_suite.reporting.sources.MOST_FILES", 1)
+    monkeypatch.setattr("numerics_suite.reports.sources.MOST_FILES", 1)
     assert place("my_model.py:7") is None
 
 

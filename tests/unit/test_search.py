@@ -8,27 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numerics_suite.versions.search import Answer, EndError, search
+from numerics_suite.versions.search import EndError, ItemVerdict, search
 
-GOOD, BAD, UNTESTABLE = Answer.GOOD, Answer.BAD, Answer.UNTESTABLE
+GOOD, BAD, UNTESTABLE = ItemVerdict.GOOD, ItemVerdict.BAD, ItemVerdict.UNTESTABLE
 
 
 @st.composite
-def histories(draw: st.DrawFn, *, monotone: bool = True) -> list[Answer]:
+def histories(draw: st.DrawFn, *, monotone: bool = True) -> list[ItemVerdict]:
     """Answers of a list whose first is good and whose last is bad."""
     count = draw(st.integers(2, 80))
     first_bad = draw(st.integers(1, count - 1))
     history = [GOOD if index < first_bad else BAD for index in range(count)]
     for index in draw(st.sets(st.integers(1, count - 1))) if count > 2 else ():
         if index != count - 1:
-            history[index] = UNTESTABLE if monotone else draw(st.sampled_from(Answer))
+            history[index] = UNTESTABLE if monotone else draw(st.sampled_from(ItemVerdict))
     return history
 
 
-def asked(history: list[Answer]):
+def asked(history: list[ItemVerdict]):
     questions: list[int] = []
 
-    def ask(index: int) -> Answer:
+    def ask(index: int) -> ItemVerdict:
         questions.append(index)
         return history[index]
 

@@ -13,8 +13,8 @@ from unit.sample_run import sample_run
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Budget, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
-from numerics_suite.judging.verdicts import with_limits
-from numerics_suite.reporting.results import dump, from_json, load_schema, to_json
+from numerics_suite.judgement.verdicts import with_limits
+from numerics_suite.reports.results import dump, from_json, load_schema, to_json
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import Outcome, ask
 from numerics_suite.suite.planning import Question

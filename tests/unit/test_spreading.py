@@ -12,7 +12,7 @@ import pytest
 
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.versions.jobs import RunningEnvironment
-from numerics_suite.versions.spreading import stage
+from numerics_suite.versions.ray_backend import stage
 
 
 def test_a_node_gets_a_copy_that_knows_what_it_needs(tmp_path):

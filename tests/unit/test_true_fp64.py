@@ -9,7 +9,7 @@ from torch import nn
 
 from numerics_suite.engine import true_fp64 as module_under_test
 from numerics_suite.engine.true_fp64 import run_true_fp64, true_fp64
-from numerics_suite.observing.roundoff import largest_difference, relative_error, rms, rms_error_in_roundoffs
+from numerics_suite.observations.roundoff import largest_difference, relative_error, rms, rms_error_in_roundoffs
 
 EXACT = 1e-13
 FAMILIES = ("GlmForCausalLM", "Glm4ForCausalLM", "Glm4ForSequenceClassification")

@@ -16,7 +16,7 @@ from numerics_suite.baselines.compare import difference
 from numerics_suite.baselines.measure import _modules  # the states as they are stored
 from numerics_suite.baselines.trace import answer_record
 from numerics_suite.baselines.uses import run_uses
-from numerics_suite.judging.kinds import judge_difference
+from numerics_suite.judgement.classify import judge_difference
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -11,8 +11,8 @@ from unit import same_defects
 from unit.sample_run import finding
 
 from numerics_suite.core.records import Cell, Remedy
-from numerics_suite.diagnosing import versions_advice
-from numerics_suite.diagnosing.remedy_trials import ask_once
+from numerics_suite.diagnosis import versions_advice
+from numerics_suite.diagnosis.remedy_trials import ask_once
 from numerics_suite.engine.evidence import Evidence, Request
 from numerics_suite.subjects.resolve import resolve_all
 

@@ -14,8 +14,8 @@ from unit.watched_models import Decoder, ids, train
 
 import numerics_suite
 from numerics_suite import NumericsError, NumericsWarning, watch
-from numerics_suite.watching import gauges, mailbox
-from numerics_suite.watching.patches import TAPS
+from numerics_suite.training_watch import async_metrics, gauges
+from numerics_suite.training_watch.patches import TAPS
 
 LATE = 3
 """Looks at the mailbox before a figure has arrived from a pretended device: those of one step."""
@@ -39,7 +39,7 @@ class LateEvent:
 @pytest.fixture
 def late(monkeypatch):
     """Figures arrive as a busy device's do: not before the next step."""
-    monkeypatch.setattr(mailbox, "copy_to_host", lambda packed: (packed.clone(), LateEvent()))
+    monkeypatch.setattr(async_metrics, "copy_to_host", lambda packed: (packed.clone(), LateEvent()))
 
 
 def pair(seed=0, lr=1e-3, **kwargs):
@@ -55,7 +55,7 @@ def untouched(model, optimizer):
         own
         and steps
         and all(
-            not tap.methods and getattr(tap.owner, tap.name).__module__ != "numerics_suite.watching.patches"
+            not tap.methods and getattr(tap.owner, tap.name).__module__ != "numerics_suite.training_watch.patches"
             for tap in TAPS.values()
         )
     )
@@ -171,7 +171,7 @@ def test_a_gradient_broken_at_step_k_is_located_in_the_backward_pass():
 
 
 def test_late_figures_are_read_one_step_later(late, monkeypatch):
-    monkeypatch.setattr("numerics_suite.watching.snapshots.Snapshots.is_small", False)
+    monkeypatch.setattr("numerics_suite.training_watch.snapshots.Snapshots.is_small", False)
     model, optimizer = pair()
     with pytest.raises(NumericsError) as caught, watch(model, optimizer) as w:
         train(model, optimizer, 9, before=breaks_at(model, 5))

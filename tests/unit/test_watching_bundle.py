@@ -16,13 +16,13 @@ from unit.watched_models import Decoder, ids, train
 from numerics_suite import NumericsError, NumericsWarning, watch
 from numerics_suite.cli.main import main
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.reporting.findings import rerun_words
+from numerics_suite.reports.findings import rerun_words
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
-from numerics_suite.suite.reopen import reopen
-from numerics_suite.watching import bundle as bundles
-from numerics_suite.watching.bundle_reader import read_bundle, scene_of
-from numerics_suite.watching.diagnosis import run_again
+from numerics_suite.suite.bundle_replay import reopen
+from numerics_suite.training_watch import bundle as bundles
+from numerics_suite.training_watch.bundle_reader import read_bundle, scene_of
+from numerics_suite.training_watch.diagnosis import run_again
 
 
 def replay(bundle, model):
@@ -46,7 +46,7 @@ def caught(folder, *, k=3, **kwargs):
 
 
 def test_a_bundle_comes_back_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("numerics_suite.watching.snapshots.Snapshots.is_small", False)
+    monkeypatch.setattr("numerics_suite.training_watch.snapshots.Snapshots.is_small", False)
     model, error = caught(tmp_path / "b", ring=2)
     assert error.bundle == str(tmp_path / "b")
     assert str(error).endswith(f"(bundle: {tmp_path / 'b'})")

@@ -11,8 +11,8 @@ import torch
 from unit.watched_models import Decoder, Loud, train
 
 from numerics_suite import NumericsError, watch
-from numerics_suite.watching.alarms import Reading
-from numerics_suite.watching.judge import ROSE, Judge
+from numerics_suite.training_watch.alarms import Reading
+from numerics_suite.training_watch.judge import ROSE, Judge
 
 
 def caught(model, optimizer, steps=12, clip=None):
@@ -78,7 +78,7 @@ def test_how_long_and_how_high(losses, steps):
 
 
 def test_where_no_older_state_is_at_hand_it_is_a_warning(monkeypatch):
-    monkeypatch.setattr("numerics_suite.watching.snapshots.Snapshots.is_small", False)
+    monkeypatch.setattr("numerics_suite.training_watch.snapshots.Snapshots.is_small", False)
     model = Decoder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

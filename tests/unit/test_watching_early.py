@@ -12,11 +12,11 @@ from torch import nn
 from unit.watched_models import Decoder, ids, train
 
 from numerics_suite import NumericsError, NumericsWarning, watch
-from numerics_suite.watching import judge
-from numerics_suite.watching.alarms import Reading
-from numerics_suite.watching.inputs import rounding_bits
-from numerics_suite.watching.judge import Judge, quantile, slope
-from numerics_suite.watching.norms import largest, samples, total_norm, update_ratio
+from numerics_suite.training_watch import judge
+from numerics_suite.training_watch.alarms import Reading
+from numerics_suite.training_watch.inputs import rounding_bits
+from numerics_suite.training_watch.judge import Judge, quantile, slope
+from numerics_suite.training_watch.norms import largest, samples, total_norm, update_ratio
 
 HALF_MAX = 65504.0
 

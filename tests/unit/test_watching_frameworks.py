@@ -13,7 +13,7 @@ from unit.watched_models import Decoder, ids, train
 
 from numerics_suite import NumericsCallback, NumericsError, watch
 from numerics_suite.subjects.fixtures import fixture_path
-from numerics_suite.watching.patches import TAPS
+from numerics_suite.training_watch.patches import TAPS
 
 TEXTS = Path(__file__).resolve().parents[2] / "fixtures" / "texts.jsonl"
 

@@ -17,18 +17,18 @@ from unit.watched_models import Decoder, Loud, ids, train
 
 from numerics_suite import NumericsError, watch
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.diagnosing.remedy_register import untried
+from numerics_suite.diagnosis.remedy_register import untried
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
-from numerics_suite.suite.reopen import reopen
-from numerics_suite.watching import ring
-from numerics_suite.watching.bundle_reader import read_bundle
-from numerics_suite.watching.caught_step import CaughtStep, Start, copied, recipe_of
-from numerics_suite.watching.diagnosis import Scene
-from numerics_suite.watching.optimizer_states import Loop, loop_from_json, state_of
-from numerics_suite.watching.remedies import with_remedies_tried
-from numerics_suite.watching.ring import Ring
-from numerics_suite.watching.snapshots import Snapshots
+from numerics_suite.suite.bundle_replay import reopen
+from numerics_suite.training_watch import ring
+from numerics_suite.training_watch.bundle_reader import read_bundle
+from numerics_suite.training_watch.caught_step import CaughtStep, Start, copied, recipe_of
+from numerics_suite.training_watch.diagnosis import CaughtContext
+from numerics_suite.training_watch.optimizer_states import Loop, loop_from_json, state_of
+from numerics_suite.training_watch.remedies import with_remedies_tried
+from numerics_suite.training_watch.ring import Ring
+from numerics_suite.training_watch.snapshots import Snapshots
 
 
 def caught(model, optimizer, *, steps=12, clip=None, before=None, **kwargs):
@@ -267,7 +267,7 @@ def test_what_goes_wrong_only_once_verifies_nothing():
     kept = Ring(1)
     kept.add(3, (), {"input_ids": ids(3), "labels": ids(3)}, torch.device("cpu"))
     start = Start(words="the parameters of step 3", calls=kept.calls)
-    scene = Scene(model=model, optimizer=None, calls=list(kept.calls), starts=(start,))
+    scene = CaughtContext(model=model, optimizer=None, calls=list(kept.calls), starts=(start,))
     tried = with_remedies_tried(asked, scene).remedies
     assert {remedy.verified for remedy in tried} == {None}
     assert "stays finite when it runs again, from the parameters of step 3" in tried[0].effect
@@ -409,7 +409,7 @@ def test_a_loop_is_kept_for_a_minute_and_no_longer():
     start = Start(words="the parameters of step 1", calls=kept.calls)
     asked = replace(finding, remedies=untried(("init-head",)))
     bad = ("lm_head.weight",)
-    scene = Scene(model=model, optimizer=None, calls=list(kept.calls), starts=(start,), initially_bad=bad)
+    scene = CaughtContext(model=model, optimizer=None, calls=list(kept.calls), starts=(start,), initially_bad=bad)
     (remedy,) = with_remedies_tried(asked, scene).remedies
     assert remedy.verified is True
     (remedy,) = with_remedies_tried(asked, replace(scene, seconds=0)).remedies
@@ -419,8 +419,8 @@ def test_a_loop_is_kept_for_a_minute_and_no_longer():
 
 def test_a_script_whose_optimizer_is_found_at_its_first_step_is_replayed(tmp_path):
     """The snapshot of step 1 is taken before the optimizer is known, and replays open no watch of their own."""
-    from numerics_suite.watching.script import Finder, run_script
-    from numerics_suite.watching.watch_settings import WatchSettings
+    from numerics_suite.training_watch.script import Finder, run_script
+    from numerics_suite.training_watch.watch_settings import WatchSettings
 
     script = tmp_path / "script.py"
     script.write_text(

@@ -175,9 +175,9 @@ def test_an_adapter_whose_second_half_is_zero_while_the_rate_warms_up():
 
 
 def test_a_model_that_is_too_large_to_copy_is_warned_of(monkeypatch):
-    from numerics_suite.watching import diagnosis
+    from numerics_suite.training_watch import diagnosis
 
-    monkeypatch.setattr(diagnosis.Scene, "caught", functools.partialmethod(_refused))
+    monkeypatch.setattr(diagnosis.CaughtContext, "caught", functools.partialmethod(_refused))
     model = Checkpointed(reentrant=True)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
     with (

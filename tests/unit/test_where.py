@@ -12,10 +12,10 @@ import pytest
 import numerics_suite
 
 SCRIPT = """\
-from numerics_suite.observing.where import model_line
+from numerics_suite.observations.module_trace import model_line
 
 def own_function():
-    from numerics_suite.observing.where import Stack
+    from numerics_suite.observations.module_trace import Stack
     stack = Stack()
     stack.enter("layer")
     return stack.place(None).source  # place() asks from inside the package

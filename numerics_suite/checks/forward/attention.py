@@ -21,7 +21,7 @@ from numerics_suite.engine.references import (
     without_labels,
 )
 from numerics_suite.engine.runner import Runner
-from numerics_suite.observing.parting import Side, first_parting
+from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.subjects.load import Loaded
 
 

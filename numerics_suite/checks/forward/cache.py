@@ -25,8 +25,8 @@ from numerics_suite.engine.references import (
     without_labels,
 )
 from numerics_suite.engine.router_loss import without_router_loss
-from numerics_suite.observing.parting import Side, first_parting
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observations.divergence import Side, first_parting
+from numerics_suite.observations.roundoff import relative_error
 from numerics_suite.subjects.generation import is_stateful
 
 HOLE = 3

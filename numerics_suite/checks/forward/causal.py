@@ -19,7 +19,7 @@ from numerics_suite.engine.references import (
     true_answer,
     without_labels,
 )
-from numerics_suite.observing.parting import Side, first_parting
+from numerics_suite.observations.divergence import Side, first_parting
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))

@@ -8,8 +8,8 @@ from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs
-from numerics_suite.observing.comparing import differing_elements
-from numerics_suite.observing.repeating import unsteady_module
+from numerics_suite.observations.comparison import differing_elements
+from numerics_suite.observations.repeatability import unsteady_module
 
 
 @check(batches=True)

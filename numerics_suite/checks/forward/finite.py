@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.observing.finiteness import nonfinite_count
+from numerics_suite.observations.finiteness import nonfinite_count
 
 
 @check(batches=True, of_broken=True)

@@ -13,8 +13,8 @@ from numerics_suite.engine.blocks import decoder_blocks
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.runner import forward_pass
-from numerics_suite.observing.headroom import Headroom
-from numerics_suite.observing.headroom import headroom as headroom_by_module
+from numerics_suite.observations.headroom import Headroom
+from numerics_suite.observations.headroom import headroom as headroom_by_module
 
 
 @check(batches=True, seeks="largest-activation")

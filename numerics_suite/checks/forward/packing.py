@@ -16,8 +16,8 @@ from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.packed_rows import WORDS, Way, packed, padded_rows, row_alone, ways_of
 from numerics_suite.engine.references import caller, compare_law, plain_answer, rounded_answer, true_answer
-from numerics_suite.observing.parting import Side, first_parting
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observations.divergence import Side, first_parting
+from numerics_suite.observations.roundoff import relative_error
 
 MOST_ROWS, MOST_TOKENS = 3, 24
 """Of a batch, what is packed: a leak needs two rows, and shows in the first tokens of the second."""

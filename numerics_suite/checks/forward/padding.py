@@ -23,8 +23,8 @@ from numerics_suite.engine.references import (
     true_answer,
     without_labels,
 )
-from numerics_suite.observing.parting import Side, first_parting
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observations.divergence import Side, first_parting
+from numerics_suite.observations.roundoff import relative_error
 
 POOLED = 2
 """Dimensions of logits that are one row for each row."""

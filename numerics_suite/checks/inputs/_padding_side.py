@@ -13,7 +13,7 @@ from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.engine.decoding import counted_positions, takes_positions
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import true_answer
-from numerics_suite.observing.roundoff import largest_difference, relative_error
+from numerics_suite.observations.roundoff import largest_difference, relative_error
 from numerics_suite.subjects.generation import names_keyword
 
 MASK = "attention_mask"

@@ -12,7 +12,7 @@ from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.lifting import preserved
 from numerics_suite.engine.outputs import floating_outputs, main_output
-from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.observations.comparison import differing_elements
 
 INTEGERS = (torch.int32, torch.int16, torch.uint8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.lifting import preserved
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.inputs.strategies import MASK_DTYPES
-from numerics_suite.observing.comparing import differing_elements
+from numerics_suite.observations.comparison import differing_elements
 
 
 @check(batches=True, share=0.4, needs=("token-ids",))

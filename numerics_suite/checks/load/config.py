@@ -20,8 +20,8 @@ from numerics_suite.checks.load._effects import (
 )
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.definitions import OracleUnavailable, oracle_for, rotary_budget, rotary_roundoffs
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.oracles import OracleUnavailable, oracle_for, rotary_budget, rotary_roundoffs
 from numerics_suite.subjects.compat import known_config_keys
 
 DEFINING = frozenset(

@@ -10,7 +10,7 @@ from torch import Tensor
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.observing.finiteness import nan_count, nonfinite_count
+from numerics_suite.observations.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.zeroed_memory import Zeroed
 

@@ -10,7 +10,7 @@ from torch import nn
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.evidence import Evidence
-from numerics_suite.observing.roundoff import rms
+from numerics_suite.observations.roundoff import rms
 
 
 @check(scope="precision")

@@ -21,7 +21,7 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import caller, true_answer, without_labels
 from numerics_suite.engine.roundtrip import saved_and_loaded
 from numerics_suite.engine.runner import Runner
-from numerics_suite.observing.roundoff import relative_error
+from numerics_suite.observations.roundoff import relative_error
 
 TRIPS = 2
 """What only a second save changes (a value that each load converts once more) is seen on the second."""

@@ -21,7 +21,7 @@ from numerics_suite.engine.references import (
     true_answer,
 )
 from numerics_suite.inputs.strategies import training_batch
-from numerics_suite.observing.roundoff import rms
+from numerics_suite.observations.roundoff import rms
 
 ENOUGH = 1000
 """Numbers that a ratio of errors is taken over, at least."""

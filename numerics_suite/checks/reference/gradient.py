@@ -28,9 +28,9 @@ from numerics_suite.engine.references import (
     turned_states,
 )
 from numerics_suite.engine.runner import Caller
-from numerics_suite.observing.coarser import coarser_ops
-from numerics_suite.observing.kinks import Kinks
-from numerics_suite.observing.roundoff import rms, wide
+from numerics_suite.observations.coarse_arithmetic import coarser_ops
+from numerics_suite.observations.nondifferentiable import Kinks
+from numerics_suite.observations.roundoff import rms, wide
 
 
 @check(trains=True)

@@ -11,8 +11,8 @@ from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import is_reference_itself, longest_reduction, refuse_without_ids
-from numerics_suite.observing.local_error import LocalError, local_errors
-from numerics_suite.observing.roundoff import unit_roundoff
+from numerics_suite.observations.local_error import LocalError, local_errors
+from numerics_suite.observations.roundoff import unit_roundoff
 
 COMPOSED = "composed"
 """The measurement of modules that are judged by their kernel ratio, not by roundoffs."""

@@ -13,15 +13,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.layout import batch_first, sequence_first
-from numerics_suite.engine.rotary import table_at_length
-from numerics_suite.engine.true_fp64 import Fp64Run
-from numerics_suite.inputs.strategies import training_batch
-from numerics_suite.observing.roundoff import gradient_errors, relative_error
-from numerics_suite.oracles import (
+from numerics_suite.definitions import (
     exact_rotary,
     file_weights,
     oracle_for,
@@ -30,9 +22,17 @@ from numerics_suite.oracles import (
     run_oracle,
     tensor_weights,
 )
-from numerics_suite.oracles.run import ANSWER, OracleRun
-from numerics_suite.oracles.trace import capture_states, first_difference, table_of, turn_scale
-from numerics_suite.oracles.weights import Weights
+from numerics_suite.definitions.run import ANSWER, OracleRun
+from numerics_suite.definitions.trace import capture_states, first_difference, table_of, turn_scale
+from numerics_suite.definitions.weights import Weights
+from numerics_suite.devices.condition import dtype_of
+from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.layout import batch_first, sequence_first
+from numerics_suite.engine.rotary import table_at_length
+from numerics_suite.engine.true_fp64 import Fp64Run
+from numerics_suite.inputs.strategies import training_batch
+from numerics_suite.observations.roundoff import gradient_errors, relative_error
 
 LONGEST_BATCH = 1024
 """Tokens of the batch on the other side of a length that changes the rotary table: attention's float64 scores grow with the

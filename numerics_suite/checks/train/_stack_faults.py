@@ -1,6 +1,6 @@
 """Where in the installed training stack a wrong gradient comes from: one small experiment for each way that failed.
 
-A fault is written as `KIND at MODULE.CLASS.FUNCTION`, by which `judging/known_faults.py` knows those that releases have, with a
+A fault is written as `KIND at MODULE.CLASS.FUNCTION`, by which `judgement/known_faults.py` knows those that releases have, with a
 sentence for people and the line.
 """
 
@@ -39,7 +39,7 @@ class Fault:
     source: str | None = None
 
     def __str__(self) -> str:
-        """As `judging/known_faults.py` matches it."""
+        """As `judgement/known_faults.py` matches it."""
         return f"{self.kind} at {self.where}"
 
 

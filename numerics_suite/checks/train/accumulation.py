@@ -21,7 +21,7 @@ from numerics_suite.engine.router_loss import adds_router_loss, without_router_l
 from numerics_suite.engine.runner import Caller
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.labels import IGNORED
-from numerics_suite.observing.roundoff import gradient_errors, relative_error
+from numerics_suite.observations.roundoff import gradient_errors, relative_error
 
 
 @check(trains=True, needs=("token-ids",))

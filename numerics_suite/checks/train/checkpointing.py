@@ -19,7 +19,7 @@ from numerics_suite.engine.dropout import WithoutDropout
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.true_fp64 import run_true_fp64
-from numerics_suite.observing.roundoff import gradient_errors
+from numerics_suite.observations.roundoff import gradient_errors
 
 
 @check(trains=True, needs=("token-ids",))

@@ -14,7 +14,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.devices import random_state
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.runner import Runner
-from numerics_suite.observing.roundoff import rms
+from numerics_suite.observations.roundoff import rms
 
 LAYER = re.compile(r"\.\d+\.")
 """The number of a layer in a name."""

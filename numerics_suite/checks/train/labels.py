@@ -18,9 +18,9 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.targets import Targets
-from numerics_suite.observing.comparing import differing_elements
-from numerics_suite.observing.loss_dtype import log_softmax_dtype
-from numerics_suite.observing.roundoff import unit_roundoff, wide
+from numerics_suite.observations.comparison import differing_elements
+from numerics_suite.observations.loss_dtype import log_softmax_dtype
+from numerics_suite.observations.roundoff import unit_roundoff, wide
 
 
 @check(batches=True, trains=True, needs=("token-ids",))

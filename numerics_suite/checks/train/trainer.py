@@ -24,7 +24,7 @@ from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.installed_trainer import Step, Way, trainer_step, whole_gradient
 from numerics_suite.engine.references import trusted
 from numerics_suite.inputs.targets import targets_of
-from numerics_suite.observing.roundoff import gradient_errors, relative_error
+from numerics_suite.observations.roundoff import gradient_errors, relative_error
 
 TIMES = "times the whole batch's gradient"
 """Name of the projection of the gradient that was handed over on the one that is wanted."""

@@ -33,7 +33,7 @@ class Family:
         block_classes: class names of its decoder block.
         embedding_suffixes: how the name of the stored input embedding ends.
         packs: its class in transformers keeps packed rows apart by `position_ids` where the release can, and by a block-diagonal mask in any.
-        has_oracle: its definition is written in `oracles/`, or comes with it in :class:`AddedFamily`.
+        has_oracle: its definition is written in `definitions/`, or comes with it in :class:`AddedFamily`.
     """
 
     name: str
@@ -85,7 +85,7 @@ class AddedFamily:
 
     Attributes:
         family: whose name is the entry point's, and whose model types are nobody else's.
-        oracle: a class that fulfils :class:`numerics_suite.oracles.definition.Oracle`, None without a definition.
+        oracle: a class that fulfils :class:`numerics_suite.definitions.definition.Oracle`, None without a definition.
     """
 
     family: Family

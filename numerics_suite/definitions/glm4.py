@@ -1,0 +1,34 @@
+"""GLM-4-0414 as transformers lays it out (`model_type` `glm4`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from numerics_suite.definitions.glm import Glm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from numerics_suite.definitions.definition import Context
+    from numerics_suite.definitions.parts import Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glm4(Glm):
+    """The definition of `glm4`: GLM with a second norm behind attention and gated unit (a "sandwich").
+
+    Source of the defaults: the arguments of `Glm4Config`, from 4.51.0 (where the family appears) to 5.24.0; they are
+    those of `GlmConfig`, `partial_rotary_factor` included. Layout: the published GLM-4-9B-0414 checkpoint's names.
+    """
+
+    family: ClassVar[str] = "glm4"
+
+    def block(self, place: Place, hidden: Tensor, context: Context) -> Tensor:
+        """Norm, attention, norm, residual; norm, gated unit, norm, residual."""
+        normed = place.rms_norm("input_layernorm", hidden, self.eps)
+        attended = self.attention(place.below("self_attn"), normed, context)
+        hidden = hidden + place.rms_norm("post_self_attn_layernorm", attended, self.eps)
+        normed = place.rms_norm("post_attention_layernorm", hidden, self.eps)
+        gated = self.gated_unit(place.below("mlp"), normed)
+        return place.output(hidden + place.rms_norm("post_mlp_layernorm", gated, self.eps))

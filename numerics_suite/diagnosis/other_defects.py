@@ -1,0 +1,70 @@
+"""Defects that a cell has beside the one at hand: each has a finding of its own, so none counts against a remedy of another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.records import Finding
+from numerics_suite.diagnosis.consequences import LACKING, NO_RUN, RAISES, UNSOUND
+from numerics_suite.diagnosis.findings import finding as finding_of
+from numerics_suite.diagnosis.findings import title
+from numerics_suite.diagnosis.remedy_register import cures
+from numerics_suite.engine.evidence import Evidence
+
+if TYPE_CHECKING:
+    from numerics_suite.diagnosis.remedy_trials import Ask
+
+LOCAL = {"load.dtype": "cast-after-loading", "load.head-init": "init-head"}
+"""Checks of what a model holds before it runs, and the remedy that changes the named parameters alone; in this order."""
+
+OF_WEIGHTS = UNSOUND | LACKING | {"bad-initialisation"}
+"""Causes that lie in the values of parameters: another head is their cure."""
+
+
+def without_others(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> tuple[Evidence, tuple[str, ...]]:
+    """The cell with its other defects cured, and what cured them, as `init-head (load.head-init)`.
+
+    A defect is another one where the check fails as before once it is cured: the same measurement, told in the same words.
+    Where the check then passes or fails otherwise, the defect is its cause or a part of it, and stays.
+
+    Args:
+        check: id of the check that failed.
+        finding: of that check.
+        evidence: the cell; nothing of it is changed.
+        ask: runs a check again.
+    """
+    if finding.cause == RAISES:
+        return evidence, ()
+    told = []
+    for other, remedy in LOCAL.items():
+        same = other == check or (remedy == "init-head" and finding.cause in OF_WEIGHTS)
+        cured = None if same else _cured(other, remedy, evidence, ask)
+        if cured is not None and _fails_as_before(check, finding, cured, ask):
+            evidence = cured
+            told.append(f"{remedy} ({other})")
+    return evidence, tuple(told)
+
+
+def _cured(check: str, remedy: str, evidence: Evidence, ask: Ask) -> Evidence | None:
+    """The cell with what the check names cured; None where it names nothing, or nothing that can be cured."""
+    memo = f"breaches of {check}"
+    try:
+        if memo not in evidence.memo:
+            evidence.memo[memo] = ask(check, evidence).breaches
+        named = evidence.memo[memo]
+        if not named:
+            return None
+        attempt = next(cures()[remedy](evidence, finding_of(named, evidence, None, diagnose=False)), None)
+    except (NumericsSuiteError, *NO_RUN):
+        return None
+    return None if attempt is None else attempt.evidence
+
+
+def _fails_as_before(check: str, finding: Finding, cured: Evidence, ask: Ask) -> bool:
+    try:
+        left = ask(check, cured).breaches
+    except (NumericsSuiteError, *NO_RUN):
+        return False
+    measured = finding.evidence.get("measurement")
+    return bool(left) and left[0].measurement.name == measured and title(left[0]) == finding.title

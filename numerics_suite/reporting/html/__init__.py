@@ -1,7 +1,0 @@
-"""The HTML report: one file that holds everything, opens offline and needs nothing beside it."""
-
-from __future__ import annotations
-
-from numerics_suite.reporting.html.page import render, write_html
-
-__all__ = ["render", "write_html"]

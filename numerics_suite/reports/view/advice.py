@@ -1,0 +1,99 @@
+"""What to do about a finding: another version where one is good, and the cures that were tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numerics_suite.core.records import Finding, Remedy
+    from numerics_suite.reports.documents import BisectFile
+    from numerics_suite.reports.view.problems import Problem
+    from numerics_suite.reports.view.version_ranges import Span
+
+PLAIN_VERSIONS = ("newer-version", "pin-version")
+"""Remedies that say no more than the versions that were tried."""
+
+MOST = 4
+"""Pieces of advice of one issue."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advised:
+    """One thing to do.
+
+    Attributes:
+        text: one sentence.
+        tried: True where it was seen to work, False where it was seen not to, None where nobody tried.
+        version: it is another version, which was asked and passed.
+        advice: it is no cure that could be tried.
+        command: to copy, None without.
+    """
+
+    text: str
+    tried: bool | None = None
+    version: bool = False
+    advice: bool = False
+    command: str | None = None
+
+
+def advice_on(problems: Sequence[Problem]) -> tuple[Advised, ...]:
+    """What to do about findings of one cause: versions first, then cures that work, then those that nobody tried.
+
+    Args:
+        problems: the first of them is told.
+    """
+    versions = list(_versions(problems[0].spans))
+    cures = list(_cures([problem.finding for problem in problems], leave_out=PLAIN_VERSIONS if versions else ()))
+    return _useful([*versions, *cures])
+
+
+def bisected_cures(bisection: BisectFile) -> tuple[Advised, ...]:
+    """What to do about what `bisect` found.
+
+    Args:
+        bisection: its file.
+    """
+    content = bisection.content
+    stay = Advised(text=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True, version=True)
+    findings = [] if bisection.finding is None else [bisection.finding]
+    return _useful([stay, *_cures(findings, leave_out=PLAIN_VERSIONS)])
+
+
+def _useful(advised: Sequence[Advised]) -> tuple[Advised, ...]:
+    """Cures that did not help are told only where nothing else is."""
+    useful = [item for item in advised if item.tried is not False]
+    return tuple((useful or list(advised))[:MOST])
+
+
+def _cures(findings: Sequence[Finding], leave_out: Sequence[str]) -> Iterator[Advised]:
+    remedies: dict[str, Remedy] = {}
+    for finding in findings:
+        for remedy in finding.remedies:
+            known = remedies.get(remedy.name)
+            if known is None or (known.verified is not True and remedy.verified is not None):
+                remedies[remedy.name] = remedy
+    for wanted in (True, None, False):
+        for remedy in remedies.values():
+            if remedy.verified is wanted and remedy.name not in leave_out:
+                yield _cure(remedy)
+
+
+def _versions(spans: Sequence[Span]) -> Iterator[Advised]:
+    for span in spans[:1]:
+        older = f"{span.package} {span.last_good}" if span.last_good else ""
+        newer = f"{span.package} {span.repaired} or newer" if span.repaired else ""
+        if newer:
+            text = f"use {newer}{f', or stay with {older}' if older else ''}"
+            yield Advised(text=f"{text}; leave out {span.bad}", tried=True, version=True)
+        elif older:
+            yield Advised(text=f"stay with {older}", tried=True, version=True)
+
+
+def _cure(remedy: Remedy) -> Advised:
+    effect = f" ({remedy.effect})" if remedy.effect else ""
+    return Advised(
+        text=f"{' with '.join((remedy.name, *remedy.together))}: {remedy.description}{effect}", tried=remedy.verified
+    )

@@ -1,0 +1,72 @@
+"""Are the token ids that the model is called with integers, and were they never rounded to bfloat16 on the way?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.engine.calls import takes_token_ids
+from numerics_suite.training_watch.alarms import Alarm
+from numerics_suite.training_watch.norms import local
+from numerics_suite.training_watch.ring import ForwardCall
+
+ID_NAMES = ("input_ids", "position_ids", "token_type_ids")
+"""Inputs that count or name something, so that no rounding is harmless."""
+
+CHANCE_BITS = 40.0
+"""Ids are called rounded where chance would make them all representable in bfloat16 in less than 1 of 2^40 batches.
+
+An id in [2^k, 2^(k+1)) has 8 bits in bfloat16, so 1 of 2^(k-7) of them is representable: distinct ids above 256 add k - 7 bits each.
+"""
+
+ID_BATCHES = 8
+"""Forward passes in which the ids' values are looked at: a pipeline that rounds does so from the first batch on. Their dtype is
+looked at every time; it is known to the host."""
+
+
+def token_ids(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The inputs of the call that are ids, by name; the first positional one of a language model is its `input_ids`."""
+    for name in ID_NAMES:
+        if isinstance(kwargs.get(name), Tensor):
+            yield name, kwargs[name]
+    if args and isinstance(args[0], Tensor) and takes_token_ids(model):
+        yield "input_ids", args[0]
+
+
+@torch.no_grad()
+def unrepresentable(ids: Tensor) -> Tensor | None:
+    """How many ids bfloat16 cannot hold, as a tensor of one element; None of no ids."""
+    ids = local(ids.detach())
+    if not ids.numel() or ids.dtype == torch.bool:
+        return None
+    return (ids.float().bfloat16().float() != ids.float()).sum()
+
+
+def rounding_bits(ids: Tensor) -> float:
+    """How unlikely it is, in bits, that all these ids are representable in bfloat16 by chance; 0 where one is not."""
+    left = unrepresentable(ids)
+    if left is None or int(left):
+        return 0.0
+    distinct = torch.unique(local(ids.detach()).cpu().double()).tolist()
+    return math.fsum(math.floor(math.log2(value)) - 7 for value in distinct if value >= 256)
+
+
+def rounded_ids(model: nn.Module, calls: Sequence[ForwardCall]) -> Alarm | None:
+    """The early warning of ids that equal their own rounding too well for chance; None where chance explains it.
+
+    Args:
+        model: that takes them.
+        calls: of one step.
+    """
+    given = [ids for call in calls for name, ids in token_ids(model, call.args, call.kwargs) if name == "input_ids"]
+    bits = max(map(rounding_bits, given), default=0.0)
+    if bits < CHANCE_BITS:
+        return None
+    text = f"every id of input_ids equals its own rounding to bfloat16, by chance in 1 of 2^{bits:.0f} batches: they were cast on the way"
+    facts = {"bits of chance": bits}
+    step = calls[0].step
+    return Alarm(step=step, kind="rounded-ids", bad=False, text=text, cause="wrong-input-dtype", facts=facts)
