@@ -44,7 +44,6 @@ from numerics_suite.training_watch.snapshots import CaughtValue, Snapshots
 from numerics_suite.training_watch.updates import UNREACHED, ZERO, Updates
 from numerics_suite.training_watch.watch_settings import WatchSettings
 
-KEPT_READINGS = 256
 UNREPRESENTABLE = "ids that bfloat16 cannot hold"
 
 
@@ -76,7 +75,7 @@ class Watch:
         self.optimizers = [plain_optimizer(each) for each in given]
         self.step = 0
         self.warnings: list[Alarm] = []
-        self.readings: deque[Reading] = deque(maxlen=KEPT_READINGS)
+        self.readings: deque[Reading] = deque(maxlen=256)
         self.values: dict[str, float] = {}
         self._response = Response(checked_policy(on_bad), None if bundle is None else Path(bundle))
         self._ring, self._mailbox, self._judge = Ring(self.settings.ring), Mailbox(), Judge()
