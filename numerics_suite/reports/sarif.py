@@ -26,6 +26,7 @@ from numerics_suite.reports.comparison import MEANS
 from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents
 from numerics_suite.reports.findings import following_text
 from numerics_suite.reports.lines import printable
+from numerics_suite.reports.markup import text as escaped
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.sources import SourceLine, Sources
 from numerics_suite.reports.view.advice import advice_on
@@ -226,7 +227,10 @@ def _rule(check: str) -> dict[str, Any]:
         "name": _shortened(title or "Check", 255),
         "shortDescription": {"text": _shortened(question, LONGEST_RULE)},
         "fullDescription": {"text": _shortened(description, LONGEST_RULE)},
-        "help": {"text": "\n".join([question, *lines]), "markdown": "\n".join([f"**{question}**", "", *lines])},
+        "help": {
+            "text": "\n".join([question.replace("](", "] ("), *lines]),
+            "markdown": "\n".join([f"**{question if check in own_check_ids() else escaped(question)}**", "", *lines]),
+        },
         "defaultConfiguration": {"level": "error"},
         "properties": {
             "tags": ["numerics", printable(check.partition(".")[0])],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def _of_transformers(types: Iterable[str]) -> str:
 def _of_factory(module: str) -> str:
     """Of the module's package, or of its file and what it has imported from the folder that the file lies in."""
     top = module.partition(".")[0]
-    spec = importlib.util.find_spec(top)
+    spec = _spec(top)
     if spec is None or spec.submodule_search_locations or spec.origin is None:
         return _of_package(top)
     own = Path(spec.origin).resolve()
@@ -88,12 +89,20 @@ def _of_factory(module: str) -> str:
 
 def _of_package(name: str) -> str:
     """Of all Python files of an importable package or module; empty where there is none."""
-    spec = importlib.util.find_spec(name)
+    spec = _spec(name)
     if spec is None:
         return ""
     for location in spec.submodule_search_locations or ():
         return tree_digest(Path(location), Path(location).rglob("*.py"))
     return sha256_of(Path(spec.origin)) if spec.origin and Path(spec.origin).is_file() else ""
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Where a module comes from; None for one that comes from no file, such as `__main__` or one made by hand."""
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # it is loaded and says nothing of itself
+        return None
 
 
 def named_differences(there: Mapping[str, Any], here: Mapping[str, Any], what: str = "") -> list[str]:

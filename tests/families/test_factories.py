@@ -95,6 +95,7 @@ def test_an_encoder_decoder_from_a_factory(factory, name):
         *("forward.cache", "forward.causal", "forward.packing"),  # its encoder sees both sides
         "forward.pooling",  # and pools nothing
         *("reference.oracle", "train.amp"),  # no definition, no autocast in fp32
+        "train.trainer",  # asked of decoders and classifiers
     }
 
 

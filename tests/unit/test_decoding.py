@@ -93,13 +93,13 @@ def test_a_window_that_no_batch_reaches(tmp_path, monkeypatch):
     from numerics_suite.checks.forward import cache as module
 
     lengths = []
-    own = module._true
+    own = module.true_pass
 
-    def noted(evidence, tensors, call):
+    def noted(evidence, tensors, call, name):
         lengths.append(int(tensors["input_ids"].shape[1]))
-        return own(evidence, tensors, call)
+        return own(evidence, tensors, call, name)
 
-    monkeypatch.setattr(module, "_true", noted)
+    monkeypatch.setattr(module, "true_pass", noted)
     assert statuses(windowed(tmp_path, 22), CHECK, "fp32") == {"forward.cache": "passed"}
     assert max(lengths) == 25
 

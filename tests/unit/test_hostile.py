@@ -207,7 +207,7 @@ def test_every_printer_shows_a_hostile_document_and_obeys_nothing_in_it(
     sarif = json.loads((out / "results.sarif").read_text(encoding="utf-8"))
     for _, holder, key in texts(sarif):
         assert all(line.isprintable() for line in holder[key].split("\n")), holder[key][:200]
-        assert "](" not in holder[key]
+        assert key not in {"text", "markdown"} or not re.search(r"(?<!\\)\]\(", holder[key])  # would be a link
 
 
 def test_what_an_exception_says_is_shown_and_not_obeyed(word: str, capsys: pytest.CaptureFixture[str]) -> None:

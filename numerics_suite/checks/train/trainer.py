@@ -137,8 +137,12 @@ def _whole(stack: Stack) -> Step:
     """The gradient of the class's own loss over the whole batch.
 
     Raises:
-        NotApplicableError: that loss is not the one by definition: the class is at fault, and `train.labels` says so.
+        NotApplicableError: that loss is not the one by definition: the class is at fault, and `train.labels` says so; or an
+            encoder-decoder's, whose labels another rule shifts.
     """
+    if stack.task == "causal-lm" and takes_decoder_ids(stack.plain):
+        reason = "transformers' Trainer is asked of decoders and classifiers, not of encoder-decoders"
+        raise NotApplicableError(reason)
     pair: dict[str, Tensor] = {}
 
     def loss_of(output: Any) -> Tensor:
