@@ -228,6 +228,10 @@ def main() -> None:
     chosen = [mutant for mutant in MUTANTS if fnmatch.fnmatchcase(mutant.id, options.only)]
     rows = kept_rows(options.from_json, Row) if options.from_json else measured(chosen, options.workers)
     chosen = [mutant for mutant in chosen if mutant.id in rows]
+    if options.json:
+        options.json.write_text(
+            json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1), encoding="utf-8"
+        )
     for name, value in totals(rows).items():
         print(f"{name}: {value}")  # noqa: T201 - a script
     for mutant in chosen:
@@ -237,10 +241,6 @@ def main() -> None:
         uncaused = bool(row.caught_by) and not row.cause_right and not mutant.equivalent
         if missed or unplaced or uncaused or row.errors or row.absent:
             print(f"{mutant.id}: {asdict(row)}")  # noqa: T201 - a script
-    if options.json:
-        options.json.write_text(
-            json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1), encoding="utf-8"
-        )
     if options.write:
         options.write.write_text(_with_baselines(page(rows), options.write), encoding="utf-8")
 

@@ -240,6 +240,7 @@ BY_CAUSE: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "gradient-through-clamp",
             "checkpointing-loses-mask",
             "checkpointing-drops-residual-gradient",
+            "loss-swallows-the-count",
         ),
     ),
     (
