@@ -109,7 +109,7 @@ BY_CAUSE: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("norm-over-batch", "batch-values-centred", "embedding-permuted-by-batch"),
     ),
     (
-        ("low-precision-section", "semantic-error"),
+        ("rounded-buffer", "low-precision-section", "semantic-error"),
         ("rope-table-in-bf16", "rope-table-in-bf16-chatglm"),
     ),
     (

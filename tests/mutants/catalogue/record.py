@@ -58,6 +58,6 @@ class Mutant:
         `attention-mismatch` too. Whatever changes the function of the forward pass is a `semantic-error` as well. A mistake in
         the loss is `wrong-loss`; in the backward pass alone `wrong-gradient`, and `dead-gradient` where a path is cut.
         One that only rounds is a `low-precision-section`, or `kernel-accuracy` where the program is right and its kernel is not.
-        A weight in the wrong place is `lost-weights`; an answer that changes from call to call is `nondeterminism`.
+        A table that a cast rounds is a `rounded-buffer`. A weight in the wrong place is `lost-weights`; an answer that changes from call to call is `nondeterminism`.
         """
         return CAUSES.get(self.id, ())
