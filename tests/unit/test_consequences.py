@@ -317,3 +317,22 @@ def test_what_gets_no_gradient_does_not_move(names, follows):
     root = failed("train.grad-flow", "dead-gradient", parameters=("a.weight", "c.weight"))
     told = as_tree([root, failed("train.updates", "untrained-parameters", parameters=names)], lambda *_: True)[1]
     assert told.finding.consequence_of == (root.id if follows else None)
+
+
+@pytest.mark.parametrize(
+    ("law", "measurement", "follows"),
+    [
+        ("forward.padding", "true", True),
+        ("forward.causal", "true", True),
+        ("forward.pooling", "wrong-rows", True),
+        ("forward.padding", "rounded", False),  # as fine as the precision: the tokenizer's padding moves more
+        ("forward.attention", "true", False),
+    ],
+)
+def test_the_tokenizers_padding_follows_from_a_law_that_is_broken_in_itself(law, measurement, follows):
+    first, second = (
+        failed("inputs.pipeline", "padding-leak"),
+        failed(law, "future-leak", evidence={"measurement": measurement}),
+    )
+    assert tree(first, second) == [second.id if follows else None, None]
+    assert [each.id for each in as_tree([first, second], lambda *_: True)] == [first.id, second.id]
