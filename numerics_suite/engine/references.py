@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.exact import AGREED
+from numerics_suite.core.records import Batch
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.digests import batch_key
@@ -18,15 +20,21 @@ from numerics_suite.engine.layout import STATES, batch_first, sequence_first
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observations.roundoff import relative_error, rms
 
+Answer = Callable[..., Tensor]
+""":func:`true_answer` or :func:`rounded_answer`."""
+
 TRUE = "fp64"
 """The condition of the true fp64 run."""
 
 
 def _read(evidence: Evidence, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
     """The answer of a pass from the cell's store; every condition but true fp64 computes in the cell's own dtype."""
+    batch = batch_key(tensors)
+    lasting = batch in evidence.planned_keys
     if condition.startswith(TRUE):
-        return evidence.true_passes.answers.read((condition, batch_key(tensors)), compute)
-    return evidence.passes.read((condition, batch_key(tensors)), compute, dtype_of(evidence.recipe.computes_in))
+        return evidence.true_passes.answers.read((condition, batch), compute, lasting=lasting)
+    narrow = dtype_of(evidence.recipe.computes_in)
+    return evidence.passes.read((condition, batch), compute, narrow, lasting=lasting)
 
 
 def true_pass(evidence: Evidence, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
@@ -91,9 +99,14 @@ def answer_of(output: Any, *, by_token: bool, turned: frozenset[str] = frozenset
     return logits
 
 
+def reads_states(evidence: Evidence, *, by_token: bool) -> bool:
+    """Whether a law compares states, since the logits are pooled and the law is about tokens."""
+    return by_token and evidence.subject.task == "sequence-classification"
+
+
 def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Caller:
     """Calls a model so that :func:`answer_of` finds its answer."""
-    pooled = by_token and evidence.subject.task == "sequence-classification"
+    pooled = reads_states(evidence, by_token=by_token)
     turned = turned_states(evidence) if pooled else frozenset()
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
@@ -111,7 +124,7 @@ def true_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: boo
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
     call = caller(evidence, by_token=by_token)
-    return true_pass(evidence, without_labels(tensors), call, f"by token: {by_token}")
+    return true_pass(evidence, without_labels(tensors), call, f"states: {reads_states(evidence, by_token=by_token)}")
 
 
 def trusted(left_out: tuple[str, ...]) -> None:
@@ -148,7 +161,24 @@ def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: 
             raise NotApplicableError(no_reference(run.left_out, kind="rounded"))
         return run.outputs["answer"].cpu()
 
-    return _read(evidence, f"rounded {by_token}", given, make)
+    return _read(evidence, f"rounded, states: {reads_states(evidence, by_token=by_token)}", given, make)
+
+
+def agreeing(moved: Tensor, *sources: Callable[[Answer], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
+    """What a law compares with: the true answer, and what gives the rounded one, of the first source that agrees in true fp64.
+
+    The passes over a whole batch are there for every law. Only where a law's own answer is another than theirs must it be told
+    whose fault that is: a neighbour in the batch, or what the law is about. So the rows alone come last.
+
+    Args:
+        moved: true fp64 answer of the transformed batch.
+        sources: answers at the same positions, given what answers; the cheapest first.
+    """
+    for source in sources:
+        true, chosen = source(true_answer), source
+        if relative_error(moved, true) <= AGREED:
+            break
+    return true, lambda: chosen(rounded_answer)
 
 
 def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
@@ -156,11 +186,15 @@ def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bo
     given = without_labels(tensors)
 
     def make() -> Tensor:
+        if batch_key(given) in evidence.planned_keys and not reads_states(evidence, by_token=by_token):
+            outputs = evidence.forward(Batch(tensors=given, drawn=""))  # which checks of a plain call have run already
+            if "logits" in outputs:
+                return outputs["logits"]
         call = caller(evidence, by_token=by_token)
         answer: Tensor = evidence.runner.apply(lambda: call(evidence.model, given)["answer"])
         return answer
 
-    return _read(evidence, f"plain {by_token}", given, make)
+    return _read(evidence, f"plain, states: {reads_states(evidence, by_token=by_token)}", given, make)
 
 
 def is_reference_itself(evidence: Evidence) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from numerics_suite.engine.decoding import counted_positions, takes_positions
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.position_table import absolute_positions
 from numerics_suite.engine.references import (
+    agreeing,
     caller,
     compare_law,
     plain_answer,
-    rounded_answer,
     true_answer,
     without_labels,
 )
+from numerics_suite.inputs.batch_rows import longest_and_shortest
 from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 
@@ -43,22 +45,23 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if not batch.law_abiding or int(batch.tensors["input_ids"].shape[1]) + EXTRA > evidence.longest:
         yield from skipped_law()
         return
+    rows = longest_and_shortest(batch)
+    part = replace(batch, tensors={name: value[rows] for name, value in without_labels(batch.tensors).items()})
     worst, worst_pair = (0.0, 0.0, ""), None
-    for plain, more in _pairs(evidence, batch):
+    for plain, more in _pairs(evidence, part):
         real, where = plain["attention_mask"].bool(), more["attention_mask"].bool()
-        found = compare_law(
-            evidence,
-            true=_tokens(true_answer(evidence, plain), real),
-            true_other=_tokens(true_answer(evidence, more), where),
-            other=_tokens(plain_answer(evidence, more), where),
-            base=lambda plain=plain, real=real: _tokens(rounded_answer(evidence, plain), real),  # type: ignore[misc]
-        )
+        moved = true_answer(evidence, more)[where]
+        alone = [lambda answer, plain=plain, real=real: answer(evidence, plain)[real]]
+        shared = [lambda answer, real=real: answer(evidence, batch.tensors)[rows][real]]
+        true, base = agreeing(moved, *(alone if "position_ids" in plain else shared + alone))
+        other = plain_answer(evidence, more)[where]
+        found = compare_law(evidence, true=true, true_other=moved, other=other, base=base)
         if worst_pair is None or nan_last(found[0]) > nan_last(worst[0]):
             worst, worst_pair = found, (plain, more)
     yield from law_measurements(*worst, place=lambda: None if worst_pair is None else _place(evidence, *worst_pair))
     # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
     if evidence.subject.task == "sequence-classification" and not evidence.lacks_pad_token:
-        yield from _pooled(evidence, batch)
+        yield from _pooled(evidence, part)
 
 
 def _pairs(evidence: Evidence, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
