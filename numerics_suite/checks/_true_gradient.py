@@ -17,6 +17,9 @@ from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.engine.true_passes import keeps_gradients
 
+GRADIENT = "true fp64 gradient"
+"""What checks that read it name as such, so that a large model's is dropped after the last of them."""
+
 Result = TypeVar("Result")
 
 
@@ -51,7 +54,9 @@ def true_gradient(evidence: Evidence) -> TrueRun:
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    return kept_run(evidence, "gradient", lambda: true_run(evidence, evidence.gradient_batch.tensors, gradients=True))
+    return kept_run(
+        evidence, "whole batch", lambda: true_run(evidence, evidence.gradient_batch.tensors, gradients=True)
+    )
 
 
 def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Result:
@@ -63,7 +68,7 @@ def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Re
         compute: runs it, if it is not kept.
     """
     store = evidence.true_passes.runs if keeps_gradients(evidence.model) else evidence.memo
-    key = f"true fp64: {name} over {batch_key(evidence.gradient_batch.tensors)}"
+    key = f"{GRADIENT}: {name} over {batch_key(evidence.gradient_batch.tensors)}"
     if key not in store:
         store[key] = compute()
     found: Result = store[key]

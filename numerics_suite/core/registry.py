@@ -42,6 +42,7 @@ class CheckSpec:
         seeks: the measurement that Hypothesis climbs towards (`target()`), None elsewhere.
         share: of `--max-examples` that is asked; a law under twins costs tens of forward passes a batch.
         adds: columns that it adds to a batch, which is drawn that much shorter where the model's longest row ends.
+        reads: results that checks of a cell share and that are large; each is dropped after the last check that reads it.
         of_broken: asked also where weights are NaN or infinite; elsewhere every answer would be the same NaN.
         doc: the first line of the function's docstring: the question.
     """
@@ -55,6 +56,7 @@ class CheckSpec:
     seeks: str | None = None
     share: float = 1.0
     adds: int = 0
+    reads: frozenset[str] = frozenset()
     of_broken: bool = False
     doc: str = ""
 
@@ -81,6 +83,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
     seeks: str | None = None,
     share: float = 1.0,
     adds: int = 0,
+    reads: tuple[str, ...] = (),
     of_broken: bool = False,
     check_id: str | None = None,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
@@ -94,6 +97,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
         seeks: see :class:`CheckSpec`.
         share: see :class:`CheckSpec`.
         adds: see :class:`CheckSpec`.
+        reads: see :class:`CheckSpec`.
         of_broken: see :class:`CheckSpec`.
         check_id: of a check of another package, such as `acme.logit-range`.
     """
@@ -110,6 +114,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
             seeks=seeks,
             share=share,
             adds=adds,
+            reads=frozenset(reads),
             of_broken=of_broken or named.startswith("load."),
             doc=(function.__doc__ or "").strip().partition("\n")[0],
         )

@@ -196,6 +196,18 @@ class SuiteSession:
             return result("error", reason=stopped_line(error)), ""
         finally:
             progress.end()
+            self._drop_unread(question)
+
+    def _drop_unread(self, question: Question) -> None:
+        """Let go what the check just asked was the last one of its cell to read."""
+        read = get_check(question.check).reads
+        if not read or self._evidence is None:
+            return
+        checks = [other.check for other in self.plan.questions if other.cell == question.cell]
+        later = checks[checks.index(question.check) + 1 :]
+        still_read = frozenset().union(*(get_check(check).reads for check in later))
+        for name in read:
+            self._evidence.after_reading(name, last=name not in still_read)
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
