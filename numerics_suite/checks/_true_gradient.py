@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from numerics_suite.definitions.trace import TURN, capture_states
+from numerics_suite.devices import memory
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.evidence import Evidence
@@ -73,6 +74,23 @@ def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Re
         store[key] = compute()
     found: Result = store[key]
     return found
+
+
+def after_reading(evidence: Evidence, name: str, *, last: bool) -> None:
+    """Hand memory back to the system after a check that read what is kept under this name.
+
+    What passes over a large model leave is more than the allocator gives back by itself.
+
+    Args:
+        evidence: the cell; of a small model it holds nothing under the name.
+        name: :data:`GRADIENT`.
+        last: no check to come reads it; one that asks all the same computes it again.
+    """
+    read = [key for key in evidence.memo if key.startswith(name)]
+    for key in read if last else ():
+        del evidence.memo[key]
+    if read:
+        memory.release(evidence.cell.device)
 
 
 def true_run(evidence: Evidence, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:

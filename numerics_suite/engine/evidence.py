@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Cell, Subject
-from numerics_suite.devices import memory, random_state
+from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine import cell_batches, own_batch
@@ -223,21 +223,6 @@ class Evidence:
         self.__dict__.pop("true_passes", None)  # which other cells may still read
         self.memo.clear()
 
-    def after_reading(self, name: str, *, last: bool) -> None:
-        """Hand memory back to the system after a check that read what is shared under this name.
-
-        What passes over a large model leave is more than the allocator gives back by itself.
-
-        Args:
-            name: with which keys of `memo` begin; of a small model nothing is held there.
-            last: no check to come reads it; one that asks all the same computes it again.
-        """
-        read = [key for key in self.memo if key.startswith(name)]
-        for key in read if last else ():
-            del self.memo[key]
-        if read:
-            memory.release(self.cell.device)
-
     # --- inputs ----------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -314,11 +299,6 @@ class Evidence:
     def planned_batches(self) -> tuple[Batch, ...]:
         """The batches that every check examines, so that their passes are shared; none where Hypothesis draws all of them."""
         return cell_batches.planned(self)
-
-    @cached_property
-    def planned_keys(self) -> frozenset[tuple[Any, ...]]:
-        """Keys of what a forward pass is given of :attr:`planned_batches`."""
-        return frozenset(batch_key(self.inputs_of(batch)) for batch in self.planned_batches)
 
     # --- runs ------------------------------------------------------------------------------------------------------
 

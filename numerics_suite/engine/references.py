@@ -30,11 +30,16 @@ TRUE = "fp64"
 def _read(evidence: Evidence, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
     """The answer of a pass from the cell's store; every condition but true fp64 computes in the cell's own dtype."""
     batch = batch_key(tensors)
-    lasting = batch in evidence.planned_keys
+    lasting = _is_planned(evidence, batch)
     if condition.startswith(TRUE):
         return evidence.true_passes.answers.read((condition, batch), compute, lasting=lasting)
     narrow = dtype_of(evidence.recipe.computes_in)
     return evidence.passes.read((condition, batch), compute, narrow, lasting=lasting)
+
+
+def _is_planned(evidence: Evidence, key: tuple[Any, ...]) -> bool:
+    """Whether the key is that of a batch which every check examines."""
+    return any(key == batch_key(evidence.inputs_of(batch)) for batch in evidence.planned_batches)
 
 
 def true_pass(evidence: Evidence, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
@@ -186,7 +191,7 @@ def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bo
     given = without_labels(tensors)
 
     def make() -> Tensor:
-        if batch_key(given) in evidence.planned_keys and not reads_states(evidence, by_token=by_token):
+        if _is_planned(evidence, batch_key(given)) and not reads_states(evidence, by_token=by_token):
             outputs = evidence.forward(Batch(tensors=given, drawn=""))  # which checks of a plain call have run already
             if "logits" in outputs:
                 return outputs["logits"]

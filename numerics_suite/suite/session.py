@@ -14,6 +14,7 @@ from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY, UNSUPPORTED
+from numerics_suite.checks._true_gradient import after_reading
 from numerics_suite.core import interrupts, progress
 from numerics_suite.core.activity import doing
 from numerics_suite.core.atomic import write_atomic
@@ -207,7 +208,7 @@ class SuiteSession:
         later = checks[checks.index(question.check) + 1 :]
         still_read = frozenset().union(*(get_check(check).reads for check in later))
         for name in read:
-            self._evidence.after_reading(name, last=name not in still_read)
+            after_reading(self._evidence, name, last=name not in still_read)
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._evidence is not None and self._evidence.cell == cell
