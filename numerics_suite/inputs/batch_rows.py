@@ -5,26 +5,28 @@ from __future__ import annotations
 from numerics_suite.core.records import Batch
 
 
-def longest_and_shortest(batch: Batch) -> list[int]:
-    """Numbers of these rows: what a mask and positions make of a batch shows in the two that differ most.
+def telling_rows(batch: Batch) -> list[int]:
+    """Numbers of the longest row and of the one that has most of both, tokens and padding: there masks and positions show.
 
-    Two of them wherever there are two: the last of the shortest.
+    A row of one token would show little: whatever its position, it sees itself. Two rows wherever there are two.
     """
-    lengths = batch.tensors["attention_mask"].sum(dim=1).tolist()
-    shortest = max(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    return sorted({lengths.index(max(lengths)), shortest})
+    mask = batch.tensors["attention_mask"]
+    lengths, width = mask.sum(dim=1).tolist(), int(mask.shape[1])
+    half = max(range(len(lengths)), key=lambda row: (lengths[row] * (width - lengths[row]), row))
+    return sorted({lengths.index(max(lengths)), half})
 
 
 def edge_of_padding(batch: Batch, width: int) -> slice:
-    """So many columns around the one where the padding of the shortest row ends or begins; the first ones without padding.
+    """So many columns around the one where the padding of such a row ends or begins; the first ones without padding.
 
     Args:
         batch: with an attention mask.
         width: of the part; the whole batch where it is no wider.
     """
-    mask = batch.tensors["attention_mask"].bool()
-    shortest = mask[int(mask.sum(dim=1).argmin())]
-    edges = (shortest[1:] != shortest[:-1]).nonzero()
-    middle = int(edges[0]) + 1 if len(edges) else 0
-    start = max(0, min(middle - width // 2, len(shortest) - width))
-    return slice(start, start + width)
+    for row in batch.tensors["attention_mask"][telling_rows(batch)].bool():
+        edges = (row[1:] != row[:-1]).nonzero()
+        if len(edges):
+            middle = int(edges[0]) + 1
+            start = max(0, min(middle - width // 2, len(row) - width))
+            return slice(start, start + width)
+    return slice(width)

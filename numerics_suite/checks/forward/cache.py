@@ -25,7 +25,7 @@ from numerics_suite.engine.references import (
     without_labels,
 )
 from numerics_suite.engine.router_loss import without_router_loss
-from numerics_suite.inputs.batch_rows import longest_and_shortest
+from numerics_suite.inputs.batch_rows import telling_rows
 from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 from numerics_suite.subjects.generation import is_stateful
@@ -71,8 +71,8 @@ def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
 def _in_steps(
     evidence: Evidence, batch: Batch, cuts: Sequence[int], positions: decoding.Positions
 ) -> Iterable[Measurement]:
-    """The longest and the shortest row decoded in pieces, beside the batch's full forward pass."""
-    rows = longest_and_shortest(batch)
+    """Two rows decoded in pieces, beside the batch's full forward pass."""
+    rows = telling_rows(batch)
     tensors = {name: value[rows] for name, value in without_labels(batch.tensors).items()}
     # A query that sees padding only has no answer by definition; those columns are left out.
     real = tensors["attention_mask"].bool()
@@ -161,8 +161,8 @@ def _after_right_padding(evidence: Evidence, batch: Batch) -> Iterable[Measureme
 
 
 def _with_hole(batch: Batch, pad: int) -> dict[str, Tensor] | None:
-    """The longest and the shortest row with the last token behind the padding; None for a batch that is padded on the left."""
-    chosen = longest_and_shortest(batch)
+    """Two rows with the last token behind the padding; None for a batch that is padded on the left."""
+    chosen = telling_rows(batch)
     ids, mask = batch.tensors["input_ids"][chosen], batch.tensors["attention_mask"][chosen]
     lengths = mask.sum(dim=1)
     if not bool(mask[:, 0].all()) or bool((lengths < 2).any()):

@@ -24,7 +24,7 @@ from numerics_suite.engine.references import (
     true_answer,
     without_labels,
 )
-from numerics_suite.inputs.batch_rows import longest_and_shortest
+from numerics_suite.inputs.batch_rows import telling_rows
 from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 
@@ -45,7 +45,7 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if not batch.law_abiding or int(batch.tensors["input_ids"].shape[1]) + EXTRA > evidence.longest:
         yield from skipped_law()
         return
-    rows = longest_and_shortest(batch)
+    rows = telling_rows(batch)
     part = replace(batch, tensors={name: value[rows] for name, value in without_labels(batch.tensors).items()})
     worst, worst_pair = (0.0, 0.0, ""), None
     for plain, more in _pairs(evidence, part):

@@ -10,7 +10,7 @@ from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.lifting import preserved
 from numerics_suite.engine.outputs import floating_outputs, main_output
-from numerics_suite.inputs.batch_rows import edge_of_padding, longest_and_shortest
+from numerics_suite.inputs.batch_rows import edge_of_padding, telling_rows
 from numerics_suite.inputs.strategies import MASK_DTYPES
 from numerics_suite.observations.comparison import differing_elements
 
@@ -27,7 +27,7 @@ def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     """
     part = evidence.inputs_of(batch)
     if batch.law_abiding:
-        rows, columns = longest_and_shortest(batch), edge_of_padding(batch, COLUMNS)
+        rows, columns = telling_rows(batch), edge_of_padding(batch, COLUMNS)
         part = {name: value[rows][:, columns] for name, value in part.items()}
     mask = part["attention_mask"]
     wanted = main_output(floating_outputs(evidence.run(part)))[1]
