@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
-from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
@@ -90,6 +90,7 @@ class Evidence:
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
         unheld: parameters that are meant to train and that no optimizer of these holds.
+        unusable: why no model could be loaded of the subject's files, None where one could or none was asked for.
     """
 
     first_step = 1
@@ -123,6 +124,7 @@ class Evidence:
         self.memo: dict[str, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
         self.runs: dict[tuple[Any, ...], Trajectory] = {}
+        self.unusable: UnusableError | None = None
 
     def variant(
         self,
@@ -174,8 +176,17 @@ class Evidence:
         """The cell's model as loaded, shared by every check that does not change it.
 
         Loaded under poison, so that memory which nobody writes to is NaN here as on any machine, and not zero today.
+
+        Raises:
+            UnusableError: no model comes of the files; every check that asks meets the same one.
         """
-        return self.load(seed=self.request.seed, poison=True)
+        if self.unusable is not None:
+            raise self.unusable
+        try:
+            return self.load(seed=self.request.seed, poison=True)
+        except UnusableError as error:
+            self.unusable = error
+            raise
 
     @cached_property
     def unwritten(self) -> tuple[str, ...]:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError, UnusableError
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.arithmetic import deterministic_algorithms
 from numerics_suite.devices.kinds import parts_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
+from numerics_suite.subjects.buildable import why_not_loaded
 from numerics_suite.subjects.built import built_buffers, is_outside_body, without_adapter
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
@@ -88,7 +89,8 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
     Raises:
         UnsupportedError: this release or this class cannot (architecture, attention); the text is the reason.
         BadInputError: a factory fails.
-        CheckError: the load fails for another reason.
+        UnusableError: no model comes of the checkpoint's files.
+        CheckError: none comes of a fixture, whose files are right, or memory ran out.
     """
     with ExitStack() as switches:
         if subject.kind != "factory":
@@ -126,7 +128,8 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
     with _failures(subject, attn):
         model, info = _from_folder(subject, folder, dtype=dtype, attn=attn, device=device)
         if subject.adapter_base:
-            model, info = _with_adapter(subject, model, info)
+            with _failures_of_adapter(subject):
+                model, info = _with_adapter(subject, model, info)
         if not subject.quantized:
             place(model, device)
     own_code = validate.needs_remote_code(subject.config)
@@ -160,8 +163,33 @@ def _failures(subject: Subject, attn: str) -> Iterator[None]:
         if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
             message = f"this quantised checkpoint cannot be loaded here: {compat.first_line(error)}"
             raise UnsupportedError(message) from error
-        message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"
-        raise CheckError(message) from error
+        if subject.kind == "fixture":  # its files are right, so it is the release that cannot
+            message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"
+            raise CheckError(message) from error
+        folder = Path(subject.adapter_base or str(subject.path))
+        trusted = subject.trust_remote_code
+        raise UnusableError(
+            why_not_loaded(folder, subject.task, subject.model_class, error, trust_remote_code=trusted)
+        ) from error
+
+
+@contextmanager
+def _failures_of_adapter(subject: Subject) -> Iterator[None]:
+    """Name the adapter's folder where its base could be loaded and it cannot be put on that."""
+    try:
+        yield
+    except NumericsSuiteError:
+        raise
+    except Exception as error:
+        reraise_if_fatal(error)
+        import peft  # heavy
+
+        said = f"{type(error).__name__}: {compat.first_line(error)}"
+        message = (
+            f"{subject.path}: peft {peft.__version__} cannot put this adapter on {subject.adapter_base}: {said}; save it again, "
+            "from the model that it was trained on"
+        )
+        raise UnusableError(message) from error
 
 
 def _is_about_attention(text: str) -> bool:
@@ -176,7 +204,7 @@ def default_dtype(subject: Subject, dtype: str | None = None) -> str:
         dtype: asked for, and then no config object is handed over; None asks for none: the stored one from 5.0.0 on.
 
     Raises:
-        CheckError: the load fails.
+        UnusableError: the load fails; CheckError of a fixture.
     """
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
