@@ -90,12 +90,11 @@ class Evidence:
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
         unheld: parameters that are meant to train and that no optimizer of these holds.
-        unusable: why no model could be loaded of the subject's files, None where one could or none was asked for.
     """
 
-    first_step = 1
-    origin = ""
+    first_step, origin = 1, ""
     unheld: tuple[str, ...] = ()
+    unusable: UnusableError | None = None  # why no model could be loaded of the files
 
     def __init__(
         self,
@@ -124,7 +123,6 @@ class Evidence:
         self.memo: dict[str, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
         self.runs: dict[tuple[Any, ...], Trajectory] = {}
-        self.unusable: UnusableError | None = None
 
     def variant(
         self,
@@ -176,17 +174,13 @@ class Evidence:
         """The cell's model as loaded, shared by every check that does not change it.
 
         Loaded under poison, so that memory which nobody writes to is NaN here as on any machine, and not zero today.
-
-        Raises:
-            UnusableError: no model comes of the files; every check that asks meets the same one.
         """
-        if self.unusable is not None:
-            raise self.unusable
-        try:
-            return self.load(seed=self.request.seed, poison=True)
-        except UnusableError as error:
-            self.unusable = error
-            raise
+        if self.unusable is None:
+            try:
+                return self.load(seed=self.request.seed, poison=True)
+            except UnusableError as error:
+                self.unusable = error
+        raise self.unusable  # every check that asks meets the same one
 
     @cached_property
     def unwritten(self) -> tuple[str, ...]:
@@ -363,12 +357,10 @@ class Evidence:
             self._forwards.move_to_end(key)
         else:
             self._forwards[key] = floating_outputs(self.run(tensors))
-            while len(self._forwards) > 1 and self._kept_bytes() > KEPT_BYTES:
+            held = self._forwards.values()
+            while len(held) > 1 and sum(tensor.nbytes for kept in held for tensor in kept.values()) > KEPT_BYTES:
                 self._forwards.popitem(last=False)
         return self._forwards[key]
-
-    def _kept_bytes(self) -> int:
-        return sum(tensor.nbytes for outputs in self._forwards.values() for tensor in outputs.values())
 
     @cached_property
     def trajectory(self) -> Trajectory:

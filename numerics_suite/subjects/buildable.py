@@ -77,7 +77,9 @@ def refuse_impossible_sizes(folder: Path, config: Mapping[str, Any], stored: Map
         raise BadInputError(message)
 
 
-def why_not_loaded(folder: Path, task: str, model_class: str | None, error: Exception, *, trust_remote_code: bool) -> str:
+def why_not_loaded(
+    folder: Path, task: str, model_class: str | None, error: Exception, *, trust_remote_code: bool
+) -> str:
     """One line on a load that failed: the file, the key where one is at fault, the exception, and what to do.
 
     Args:
@@ -95,14 +97,18 @@ def why_not_loaded(folder: Path, task: str, model_class: str | None, error: Exce
         return str(unread)
     fault = _fault(folder, text, task, trust_remote_code)
     if fault is None:
-        return f"{folder}: {release} builds a {what} of config.json and cannot load the weights: {said}; fetch or save them again"
+        return f"{folder}: {release} can build a {what} of its config.json and cannot load this one: {said}; fetch or save it again"
     key, reason = fault
     path = folder / "config.json"
     if key:
         value = repr(json.loads(text)[key])
         shown = value if len(value) <= 60 else f"{value[:60]}…"
-        return f"{path}: {key} is {shown}, with which {release} can build no {what} ({reason}); correct it or leave it out"
-    return f"{path}: {release} can build no {what} of it ({reason}); compare it with one of the same model_type that loads"
+        return (
+            f"{path}: {key} is {shown}, with which {release} can build no {what} ({reason}); correct it or leave it out"
+        )
+    return (
+        f"{path}: {release} can build no {what} of it ({reason}); compare it with one of the same model_type that loads"
+    )
 
 
 @lru_cache(maxsize=32)

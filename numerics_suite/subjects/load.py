@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError, UnusableError
+from numerics_suite.core.errors import UnsupportedError
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.arithmetic import deterministic_algorithms
 from numerics_suite.devices.kinds import parts_of
-from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
-from numerics_suite.subjects.buildable import why_not_loaded
 from numerics_suite.subjects.built import built_buffers, is_outside_body, without_adapter
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.files import pickle_files, safetensors_files, tensor_headers
+from numerics_suite.subjects.load_failures import adapter_failures, load_failures
 from numerics_suite.subjects.memory import refuse_too_large
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
@@ -125,10 +124,10 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
     refuse_too_large(subject, dtype, device)
     # A cell of a subject that this release lacks ends here, and is skipped with this reason.
     validate.check_model_type(folder, subject.config, trust_remote_code=subject.trust_remote_code)
-    with _failures(subject, attn):
+    with load_failures(subject, attn):
         model, info = _from_folder(subject, folder, dtype=dtype, attn=attn, device=device)
         if subject.adapter_base:
-            with _failures_of_adapter(subject):
+            with adapter_failures(subject):
                 model, info = _with_adapter(subject, model, info)
         if not subject.quantized:
             place(model, device)
@@ -147,55 +146,6 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
     )
 
 
-@contextmanager
-def _failures(subject: Subject, attn: str) -> Iterator[None]:
-    """Give every failure of a load one line: an implementation that is lacking is a skip, the rest an error."""
-    try:
-        yield
-    except NumericsSuiteError:
-        raise
-    except Exception as error:
-        reraise_if_fatal(error)
-        text = f"{type(error).__name__}: {compat.first_line(error)}"
-        if attn != "default" and isinstance(error, (ImportError, ValueError)) and _is_about_attention(text):
-            message = f"{subject.model_class} cannot use {attn} attention: {compat.first_line(error)}"
-            raise UnsupportedError(message) from error
-        if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
-            message = f"this quantised checkpoint cannot be loaded here: {compat.first_line(error)}"
-            raise UnsupportedError(message) from error
-        if subject.kind == "fixture":  # its files are right, so it is the release that cannot
-            message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"
-            raise CheckError(message) from error
-        folder = Path(subject.adapter_base or str(subject.path))
-        trusted = subject.trust_remote_code
-        raise UnusableError(
-            why_not_loaded(folder, subject.task, subject.model_class, error, trust_remote_code=trusted)
-        ) from error
-
-
-@contextmanager
-def _failures_of_adapter(subject: Subject) -> Iterator[None]:
-    """Name the adapter's folder where its base could be loaded and it cannot be put on that."""
-    try:
-        yield
-    except NumericsSuiteError:
-        raise
-    except Exception as error:
-        reraise_if_fatal(error)
-        import peft  # heavy
-
-        said = f"{type(error).__name__}: {compat.first_line(error)}"
-        message = (
-            f"{subject.path}: peft {peft.__version__} cannot put this adapter on {subject.adapter_base}: {said}; save it again, "
-            "from the model that it was trained on"
-        )
-        raise UnusableError(message) from error
-
-
-def _is_about_attention(text: str) -> bool:
-    return any(word in text.lower() for word in ("attention", "attn", "flash", "sdpa", "flex"))
-
-
 def default_dtype(subject: Subject, dtype: str | None = None) -> str:
     """The dtype of most parameters where a checkpoint is loaded without naming one, or by its folder alone with one.
 
@@ -208,7 +158,7 @@ def default_dtype(subject: Subject, dtype: str | None = None) -> str:
     """
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
-    with quiet_transformers(), private_modules(), _default_dtype_kept(), seeded(0), _failures(subject, "default"):
+    with quiet_transformers(), private_modules(), _default_dtype_kept(), seeded(0), load_failures(subject, "default"):
         model, _ = _from_folder(subject, folder, dtype=dtype, attn="default", device="cpu", config=dtype is None)
     sizes: dict[str, int] = {}
     for parameter in model.parameters():

@@ -11,9 +11,9 @@ from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
-from numerics_suite.subjects.buildable import refuse_impossible_sizes
 from numerics_suite.subjects import compat, fixtures, validate
 from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter, refuse_unusable
+from numerics_suite.subjects.buildable import refuse_impossible_sizes
 from numerics_suite.subjects.factory import PREFIX as FACTORY
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of

@@ -85,7 +85,16 @@ def record_cells(
             done += 1
             if answer.baseline is not None:
                 measured[cell] = answer.baseline
-            on_progress(Recorded(done=done, total=total, cell=cell, baseline=answer.baseline, error=answer.error, bad_input=answer.bad_input))
+            on_progress(
+                Recorded(
+                    done=done,
+                    total=total,
+                    cell=cell,
+                    baseline=answer.baseline,
+                    error=answer.error,
+                    bad_input=answer.bad_input,
+                )
+            )
     return tuple(measured[cell] for cell in plan.cells if cell in measured)
 
 

@@ -92,7 +92,19 @@ def test_a_subject_that_is_not_there(subject, words, tmp_path, capsys, monkeypat
     _refused([subject], words, tmp_path, capsys)
 
 
-LOAD = ("--precision", "fp32", "--attn", "eager", "--checks", "load.*", "--no-diagnose", "-n", "0", "--json", "out.json")
+LOAD = (
+    "--precision",
+    "fp32",
+    "--attn",
+    "eager",
+    "--checks",
+    "load.*",
+    "--no-diagnose",
+    "-n",
+    "0",
+    "--json",
+    "out.json",
+)
 
 
 @pytest.fixture

@@ -60,7 +60,9 @@ def test_two_keys_at_fault_name_the_file(checkpoint: Path, monkeypatch: pytest.M
 def test_weights_that_cannot_be_loaded_are_told_from_a_config(checkpoint: Path) -> None:
     subject = resolve(str(checkpoint))
     (checkpoint / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UnusableError, match=r"builds a Glm4ForCausalLM of config.json and cannot load the weights: .*; fetch"):
+    with pytest.raises(
+        UnusableError, match=r"can build a Glm4ForCausalLM of its config.json and cannot load this one: .*; fetch"
+    ):
         load(subject, dtype="float32", attn="eager")
 
 
