@@ -174,7 +174,7 @@ def _with_other_versions(result: RunResult, settings: Settings, terminal: Termin
 
 def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
     """The result with training on the user's own texts, where checks of training were asked for."""
-    from numerics_suite.suite.planning import selected_checks
+    from numerics_suite.suite.check_selection import selected_checks
     from numerics_suite.suite.rehearsal import rehearse
 
     if not any(check.startswith("train.") for check in selected_checks(settings)):
