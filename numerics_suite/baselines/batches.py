@@ -12,7 +12,7 @@ from torch import Tensor
 from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.sketch import hashed
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.strategies import pad_rows
 from numerics_suite.inputs.targets import is_row_of_numbers
@@ -51,7 +51,7 @@ TRAINING_LENGTH: Final = 65
 from some position on, and for thousands of numbers in each module's error."""
 
 
-def draw_batches(evidence: Evidence) -> tuple[StoredBatch, ...]:
+def draw_batches(evidence: CellContext) -> tuple[StoredBatch, ...]:
     """The batches of a cell by formula; a factory's own batch is its batch.
 
     Raises:
@@ -69,7 +69,7 @@ def draw_batches(evidence: Evidence) -> tuple[StoredBatch, ...]:
     return (*drawn, _training(space, evidence.rows, seed, longest))
 
 
-def draw_uses(evidence: Evidence) -> tuple[StoredBatch, ...]:
+def draw_uses(evidence: CellContext) -> tuple[StoredBatch, ...]:
     """The batches of what users run beside a plain call, drawn from the checkpoint's files: every release draws the same.
 
     One row alone, padded on each side that anybody pads on; two rows on those of them that the family does not declare;
@@ -97,7 +97,7 @@ def draw_uses(evidence: Evidence) -> tuple[StoredBatch, ...]:
     return tuple(drawn)
 
 
-def _used_sides(evidence: Evidence) -> list[Side]:
+def _used_sides(evidence: CellContext) -> list[Side]:
     """Left first, on which `generate` pads: the family's sides, the tokenizer's, and `generate`'s own."""
     sides = set(evidence.space.sides)
     if evidence.subject.task == "causal-lm" and evidence.family.causal:
@@ -180,7 +180,7 @@ def _stored(value: Tensor) -> Any:
     return (value.float() if value.dtype in {torch.bfloat16, torch.float16} else value).numpy()
 
 
-def tensors_of(batch: StoredBatch, evidence: Evidence) -> dict[str, Any]:
+def tensors_of(batch: StoredBatch, evidence: CellContext) -> dict[str, Any]:
     """The batch as the cell's model is called with it, on its device.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from numerics_suite.baselines.batches import real_tokens
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
 from numerics_suite.observations.roundoff import wide
@@ -30,7 +30,7 @@ def digest_of_digests(bits: Mapping[str, str]) -> str:
 
 
 def loss_and_gradients(
-    evidence: Evidence,
+    evidence: CellContext,
     model: nn.Module,
     tensors: Mapping[str, Any],
     *,
@@ -63,12 +63,12 @@ def loss_and_gradients(
     return found
 
 
-def _loss(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
+def _loss(evidence: CellContext, model: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
     with forward_pass(evidence.condition):
         return loss_in(floating_outputs(call_model(model, tensors)))
 
 
-def _rotated_losses(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> list[Tensor]:
+def _rotated_losses(evidence: CellContext, model: nn.Module, tensors: Mapping[str, Any]) -> list[Tensor]:
     """The loss with the rows in other orders, where rows are known."""
     real = real_tokens(tensors) if evidence.takes_ids else None
     held = [value for value in tensors.values() if isinstance(value, Tensor)]

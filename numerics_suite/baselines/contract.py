@@ -16,7 +16,7 @@ from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.trace import real_rows
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.observations.roundoff import rms, unit_roundoff, wide
 from numerics_suite.subjects.load import default_dtype
@@ -28,7 +28,7 @@ MASK_DTYPES: Final = ("bool", "int32", "float32")
 
 
 def contract(
-    evidence: Evidence, batches: Sequence[StoredBatch], head: Mapping[str, Any], left_out: dict[str, str]
+    evidence: CellContext, batches: Sequence[StoredBatch], head: Mapping[str, Any], left_out: dict[str, str]
 ) -> dict[str, Any]:
     """As JSON: everything of the cell that a caller relies on and that is no number.
 
@@ -70,7 +70,7 @@ def _dtypes(model: nn.Module) -> dict[str, int]:
 # --- outputs -------------------------------------------------------------------------------------------------------
 
 
-def _outputs(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+def _outputs(evidence: CellContext, tensors: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
     """Field to dtype or class, and the class of the cache, None without one."""
     caches = evidence.takes_ids and _declares(type(evidence.model).forward, "use_cache")
     keywords: dict[str, Any] = {"use_cache": True} if caches else {}
@@ -95,7 +95,7 @@ def _items(output: Any) -> list[tuple[str, Any]]:
 # --- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _accepted(evidence: Evidence, batches: Sequence[StoredBatch]) -> list[str]:
+def _accepted(evidence: CellContext, batches: Sequence[StoredBatch]) -> list[str]:
     """Names that `forward` takes, sorted: those of its signature, renamed ones, and those that have an effect."""
     model = evidence.model
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # peft's wrapper takes anything
@@ -142,7 +142,7 @@ def _declares(forward: Callable[..., Any], name: str) -> bool:
     return name in accepted_names(forward)
 
 
-def _effective(evidence: Evidence, tensors: Mapping[str, Any], known: set[str]) -> set[str]:
+def _effective(evidence: CellContext, tensors: Mapping[str, Any], known: set[str]) -> set[str]:
     """Names outside the signature that change what comes back: releases from 4.53 on move them into decorators."""
     given = evidence.inputs_in(tensors)
     found = set()
@@ -181,7 +181,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
 # --- inputs --------------------------------------------------------------------------------------------------------
 
 
-def _inputs(evidence: Evidence, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def _inputs(evidence: CellContext, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Argument to dtype to `same`, `other` (the answer) or `refused`; int64 is what the others are compared with."""
     given = evidence.inputs_in(tensors)
     want = _answer(evidence, given)
@@ -200,11 +200,11 @@ def _telling(batches: Sequence[StoredBatch]) -> StoredBatch:
     return next((batch for batch in batches if batch.name == "left"), batches[0])
 
 
-def _answer(evidence: Evidence, given: Mapping[str, Any]) -> Tensor:
+def _answer(evidence: CellContext, given: Mapping[str, Any]) -> Tensor:
     return real_rows(given, main_output(floating_outputs(evidence.run(given)))[1])
 
 
-def _verdict(evidence: Evidence, given: Mapping[str, Any], want: Tensor) -> str:
+def _verdict(evidence: CellContext, given: Mapping[str, Any], want: Tensor) -> str:
     try:
         got = _answer(evidence, given)
     except Exception as error:  # noqa: BLE001 - refused in whatever way

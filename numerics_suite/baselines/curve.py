@@ -11,15 +11,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.baselines.checkpointed import checkpointed
+from numerics_suite.baselines.checkpointing import checkpointed
 from numerics_suite.baselines.records import TrainingCurve
 from numerics_suite.baselines.trace import Trace, trace_call
 from numerics_suite.devices import random_state
 from numerics_suite.devices.precisions import SERVING_REASON
-from numerics_suite.engine import lifting
+from numerics_suite.engine import reference_ops
 from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import where_float64_is
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import no_reference
 from numerics_suite.engine.training_loop import TrainingPlan, make_optimizer, train
 from numerics_suite.engine.true_fp64 import run_true_fp64
@@ -35,7 +35,7 @@ def scope_of(model: nn.Module) -> str:
     return "last:1" if sum(p.numel() for p in model.parameters()) > LARGE else "full"
 
 
-def why_untrained(evidence: Evidence, found: Trace) -> str:
+def why_untrained(evidence: CellContext, found: Trace) -> str:
     """Why the cell has no curve and no gradients in its precision; empty where it has them.
 
     Args:
@@ -49,7 +49,7 @@ def why_untrained(evidence: Evidence, found: Trace) -> str:
     return found.no_gradients
 
 
-def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace) -> TrainingCurve:
+def training_curve(evidence: CellContext, tensors: Mapping[str, Any], found: Trace) -> TrainingCurve:
     """The curve of the cell, or why it has none.
 
     Args:
@@ -85,7 +85,7 @@ def _filled(numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 @contextmanager
 def trainable(
-    evidence: Evidence, scope: str, dtype: torch.dtype | None = None, model: nn.Module | None = None
+    evidence: CellContext, scope: str, dtype: torch.dtype | None = None, model: nn.Module | None = None
 ) -> Iterator[nn.Module]:
     """The cell's model with trained parameters of its own; what the scope leaves out is shared, and nothing is changed.
 
@@ -97,8 +97,8 @@ def trainable(
     """
     model = evidence.model if model is None else model
     with (
-        lifting.preserved(model),
-        lifting.replaced_parameters(model, _alias) as parameters,
+        reference_ops.preserved(model),
+        reference_ops.replaced_parameters(model, _alias) as parameters,
     ):
         freeze_to_scope(model, scope, evidence.family)
         for parameter in parameters.values():
@@ -112,7 +112,7 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _true_curve(
-    evidence: Evidence, tensors: Mapping[str, Any], plan: TrainingPlan
+    evidence: CellContext, tensors: Mapping[str, Any], plan: TrainingPlan
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
     """Losses, norms, and what could not be lifted: gradients of true fp64 runs, and the optimizer's steps in float64.
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.sketch import uniform
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
 @contextmanager
-def head_by_formula(evidence: Evidence) -> Iterator[nn.Module]:
+def head_by_formula(evidence: CellContext) -> Iterator[nn.Module]:
     """The cell's model with the values of an initialised new head replaced, for the while.
 
     What nobody initialised stays NaN, as it is loaded: everything that it reaches is NaN then, and that is the truth.
@@ -25,7 +25,7 @@ def head_by_formula(evidence: Evidence) -> Iterator[nn.Module]:
     """
     unwritten = set(evidence.unwritten)
     names = [name for name in evidence.loaded.new_head if name not in unwritten]
-    with evidence.tampered() as model:
+    with evidence.modified_model() as model:
         kept = {name: model.get_parameter(name).detach().clone() for name in names}
         try:
             with torch.no_grad():
@@ -55,7 +55,7 @@ def formula_values(name: str, parameter: Tensor) -> Tensor:
     return ((2 * drawn - 1) * bound).reshape(parameter.shape).to(parameter)
 
 
-def head_statistics(evidence: Evidence) -> dict[str, dict[str, Any]]:
+def head_statistics(evidence: CellContext) -> dict[str, dict[str, Any]]:
     """Of each new parameter as the release draws it: whether anybody wrote it, and mean and deviation of the draw.
 
     Args:

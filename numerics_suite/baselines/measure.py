@@ -27,10 +27,10 @@ from numerics_suite.baselines.trace import ModuleTrace, Trace, answer_record, an
 from numerics_suite.baselines.uses import BITS, Uses, run_uses
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.kinds import kind_of
-from numerics_suite.engine import lifting
+from numerics_suite.engine import reference_ops
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment, describe_machine
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import no_reference
 from numerics_suite.observations.local_error import LocalError
 from numerics_suite.observations.roundoff import unit_roundoff
@@ -41,7 +41,7 @@ NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent"
 
 
 def measure_cell(
-    evidence: Evidence,
+    evidence: CellContext,
     batches: Sequence[StoredBatch] | None = None,
     checks: Sequence[str] = (),
     uses: Sequence[StoredBatch] = (),
@@ -63,7 +63,7 @@ def measure_cell(
 
 
 def _measure(
-    evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: Sequence[str], uses: Sequence[StoredBatch]
+    evidence: CellContext, batches: Sequence[StoredBatch] | None, checks: Sequence[str], uses: Sequence[StoredBatch]
 ) -> CellBaseline:
     used = tuple(draw_batches(evidence) if batches is None else batches)
     asked = tuple(draw_uses(evidence) if batches is None else uses)
@@ -71,7 +71,7 @@ def _measure(
     left_out: dict[str, str] = {}
     error, inherent, count = math.nan, math.nan, 0
     # Releases from 5.2 on leave hooks in a model that was asked for its hidden states.
-    with lifting.preserved(evidence.model), head_by_formula(evidence):
+    with reference_ops.preserved(evidence.model), head_by_formula(evidence):
         tensors = tensor_records(evidence.model)
         found = _true_runs(evidence, used)
         beside = Uses() if found.left_out else run_uses(evidence, asked, used)
@@ -106,7 +106,7 @@ def _measure(
     )
 
 
-def _true_runs(evidence: Evidence, batches: tuple[StoredBatch, ...]) -> Trace:
+def _true_runs(evidence: CellContext, batches: tuple[StoredBatch, ...]) -> Trace:
     try:
         return trace(evidence, batches)
     except Exception as error:
@@ -118,7 +118,7 @@ def _true_runs(evidence: Evidence, batches: tuple[StoredBatch, ...]) -> Trace:
 
 
 def _record(
-    evidence: Evidence,
+    evidence: CellContext,
     found: Trace,
     seen: CellRuns,
     *,
@@ -176,7 +176,7 @@ def _sketch(sketcher: Sketcher) -> Sketch | None:
     return sketcher.sketch() if sketcher.count else None
 
 
-def _subject_facts(evidence: Evidence) -> dict[str, Any]:
+def _subject_facts(evidence: CellContext) -> dict[str, Any]:
     """Facts about the subject, and no path: the same checkpoint elsewhere gives the same file."""
     subject = evidence.subject
     return {
@@ -193,7 +193,7 @@ def _subject_facts(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _recipe(evidence: Evidence, curve: TrainingCurve) -> dict[str, Any]:
+def _recipe(evidence: CellContext, curve: TrainingCurve) -> dict[str, Any]:
     request = evidence.request
     return {
         "task": evidence.subject.task,

@@ -27,8 +27,8 @@ from numerics_suite.baselines.trace import (
 )
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import tensor_digest
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import is_reference_itself, routed_reason, routes
 from numerics_suite.observations.headroom import Headroom, headroom
 from numerics_suite.observations.local_error import LocalError, local_errors
@@ -55,7 +55,7 @@ class CellRuns:
     gradients: dict[str, Sketch]
 
 
-def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> CellRuns:
+def run_cell(evidence: CellContext, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> CellRuns:
     """Run all batches in the cell's precision.
 
     Args:
@@ -91,7 +91,7 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
     return CellRuns(answers=answers, bits=digests, least=least, gradients=gradients)
 
 
-def _forward(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Headroom]]:
+def _forward(evidence: CellContext, tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Headroom]]:
     outputs: dict[str, Tensor] = {}
     call = trace_call(evidence, loss=False)
 
@@ -112,7 +112,7 @@ def _lesser(least: Headroom | None, rooms: Sequence[Headroom]) -> Headroom | Non
 
 
 def _training_numbers(
-    evidence: Evidence,
+    evidence: CellContext,
     tensors: Mapping[str, Any],
     found: Trace,
     left_out: dict[str, str],
@@ -137,7 +137,7 @@ def _training_numbers(
 
 
 def errors(
-    evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, seen: CellRuns, left_out: dict[str, str]
+    evidence: CellContext, batches: Sequence[StoredBatch], found: Trace, seen: CellRuns, left_out: dict[str, str]
 ) -> tuple[float, float, int]:
     """Error of the cell, that of its rounded run (NaN where it was not measured), and the free numbers in them.
 
@@ -152,7 +152,7 @@ def errors(
     return _relative(seen.answers, found.answers), _inherent(evidence, batches, found, left_out), count
 
 
-def _hidden(evidence: Evidence) -> int:
+def _hidden(evidence: CellContext) -> int:
     """An output holds no more free numbers than the state that it is computed from."""
     if not evidence.takes_ids:
         return 2**31
@@ -172,7 +172,7 @@ def _relative(got: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> float:
     return math.sqrt(squares / numbers) if numbers else math.nan
 
 
-def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> float:
+def _inherent(evidence: CellContext, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> float:
     reason = ""
     if is_reference_itself(evidence):
         reason = REFERENCE
@@ -196,7 +196,7 @@ def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, 
     return _relative(rounded, found.answers)
 
 
-def _decoded_rounded(evidence: Evidence, batches: Sequence[StoredBatch]) -> dict[str, Tensor]:
+def _decoded_rounded(evidence: CellContext, batches: Sequence[StoredBatch]) -> dict[str, Tensor]:
     tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ def gradient_errors(found: Trace, seen: CellRuns) -> tuple[GradientRecord, ...]:
 
 
 def module_errors(
-    evidence: Evidence, batches: Sequence[StoredBatch], left_out: dict[str, str]
+    evidence: CellContext, batches: Sequence[StoredBatch], left_out: dict[str, str]
 ) -> dict[str, LocalError]:
     """Each module's own error on the training batch, by name.
 

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from numerics_suite.baselines.batches import real_tokens, tensors_of, training_of
-from numerics_suite.baselines.checkpointed import Caller, checkpointed
+from numerics_suite.baselines.checkpointing import Caller, checkpointed
 from numerics_suite.baselines.decoding import decoded
 from numerics_suite.baselines.records import AnswerRecord, GradientRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher, condensed, nothing, sketch
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.true_fp64 import run_true_fp64
@@ -68,7 +68,7 @@ class Trace:
     no_gradients: str = ""
 
 
-def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | None = None) -> Trace:
+def trace(evidence: CellContext, batches: Sequence[StoredBatch], *, stream: bool | None = None) -> Trace:
     """Run all batches in true fp64, the training batch with gradients.
 
     Args:
@@ -125,7 +125,7 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
     )
 
 
-def decodes(evidence: Evidence) -> bool:
+def decodes(evidence: CellContext) -> bool:
     """Whether decoding with a cache is a use of it, and costs little enough to be asked in true fp64.
 
     Args:
@@ -151,7 +151,7 @@ def decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
 
 
 def _decoded(
-    evidence: Evidence, batch: StoredBatch, modules: dict[str, ModuleTrace], *, stream: bool | None
+    evidence: CellContext, batch: StoredBatch, modules: dict[str, ModuleTrace], *, stream: bool | None
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The answer of decoding in true fp64, and what could not be lifted; nothing of a model without a cache.
 
@@ -180,7 +180,7 @@ def _decoded(
     return {DECODED: run.outputs[DECODING].double().cpu()}, run.left_out
 
 
-def _why_no_gradients(evidence: Evidence, tensors: Mapping[str, Any]) -> str:
+def _why_no_gradients(evidence: CellContext, tensors: Mapping[str, Any]) -> str:
     """Why the loss cannot be differentiated, empty where it can; a quantised model's forward pass has no gradient."""
     if evidence.subject.quantized:
         return "a quantised checkpoint is not trained"
@@ -218,7 +218,7 @@ def answer_record(name: str, answer: Tensor) -> AnswerRecord:
     return AnswerRecord(name=name, values=values, whole=whole, top_values=top_values, top_ids=top_ids, rms=rms(answer))
 
 
-def trace_call(evidence: Evidence, *, loss: bool) -> Caller:
+def trace_call(evidence: CellContext, *, loss: bool) -> Caller:
     """Calls the model so that its answers, and its loss where asked for, are found by name.
 
     Args:

@@ -22,9 +22,9 @@ from numerics_suite.baselines.trace import DECODES_BELOW, ModuleTrace, named_ans
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import with_cache
 from numerics_suite.engine.digests import tensor_digest
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.engine.references import routes, trusted
 from numerics_suite.engine.roundtrip import saved_and_loaded
@@ -62,7 +62,7 @@ class Uses:
     bits: str = ""
 
 
-def run_uses(evidence: Evidence, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Uses:
+def run_uses(evidence: CellContext, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Uses:
     """Run every use that the cell has; one that raises is left out with its reason.
 
     Args:
@@ -101,7 +101,7 @@ Planned = tuple[str, Callable[[], Tensor] | None, Exact]
 """A use: its name, the run in the cell's precision where that says more, and the true one."""
 
 
-def _planned(evidence: Evidence, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Iterator[Planned]:
+def _planned(evidence: CellContext, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Iterator[Planned]:
     for batch in uses:
         if batch.name != LONG:
             yield batch.name, partial(_plain, evidence, batch), partial(_padded, evidence, batch)
@@ -127,13 +127,13 @@ def _planned(evidence: Evidence, uses: Sequence[StoredBatch], batches: Sequence[
 # --- padding ---------------------------------------------------------------------------------------------------------
 
 
-def _plain(evidence: Evidence, batch: StoredBatch) -> Tensor:
+def _plain(evidence: CellContext, batch: StoredBatch) -> Tensor:
     tensors = evidence.inputs_in(tensors_of(batch, evidence))
     return real_rows(tensors, main_output(floating_outputs(evidence.run(tensors)))[1])
 
 
 def _padded(
-    evidence: Evidence, batch: StoredBatch, modules: dict[str, ModuleTrace]
+    evidence: CellContext, batch: StoredBatch, modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     tensors = tensors_of(batch, evidence)
     call = watched(trace_call(evidence, loss=False), tensors, modules)
@@ -144,7 +144,7 @@ def _padded(
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _cuts(evidence: Evidence, batch: StoredBatch) -> list[int]:
+def _cuts(evidence: CellContext, batch: StoredBatch) -> list[int]:
     """Columns at which a step begins: single ones after a prompt, and one of two tokens across the edge of a window.
 
     A state that is rolled on token by token is never given several: the class itself says so.
@@ -156,7 +156,7 @@ def _cuts(evidence: Evidence, batch: StoredBatch) -> list[int]:
     return list(range(window - 1, width)) if is_stateful(evidence.model) else [window - 1, window + 1, window + 2]
 
 
-def _decoded(evidence: Evidence, batch: StoredBatch, cuts: Sequence[int]) -> Tensor:
+def _decoded(evidence: CellContext, batch: StoredBatch, cuts: Sequence[int]) -> Tensor:
     tensors = evidence.inputs_in(tensors_of(batch, evidence))
     logits = evidence.runner.apply(lambda: with_cache(cuts)(evidence.model, tensors)["answer"])
     assert isinstance(logits, Tensor)
@@ -164,7 +164,7 @@ def _decoded(evidence: Evidence, batch: StoredBatch, cuts: Sequence[int]) -> Ten
 
 
 def _generated(
-    evidence: Evidence, name: str, batch: StoredBatch, cuts: Sequence[int], modules: dict[str, ModuleTrace]
+    evidence: CellContext, name: str, batch: StoredBatch, cuts: Sequence[int], modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     tensors = evidence.inputs_in(tensors_of(batch, evidence))
     real, columns = tensors["attention_mask"].bool().cpu(), iter([0, *cuts])
@@ -183,7 +183,7 @@ def _generated(
 
 
 def _reloaded(
-    evidence: Evidence, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]
+    evidence: CellContext, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The answer of the copy that came back from files, at the last tokens of one row: past a window, if there is one."""
     model = evidence.model
@@ -201,7 +201,7 @@ def _reloaded(
 
 
 def _routed(
-    evidence: Evidence, tensors: Mapping[str, Any], _modules: dict[str, ModuleTrace]
+    evidence: CellContext, tensors: Mapping[str, Any], _modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The loss that balances experts, asked for whatever the config says, as whoever trains a mixture of them does."""
 

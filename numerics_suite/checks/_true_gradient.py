@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from numerics_suite.definitions.trace import TURN, capture_states
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
@@ -45,7 +45,7 @@ class TrueRun:
         return self.found.gradients
 
 
-def true_gradient(evidence: Evidence) -> TrueRun:
+def true_gradient(evidence: CellContext) -> TrueRun:
     """The true fp64 run of the cell's gradient batch, forward and backward, in eval mode.
 
     Raises:
@@ -54,7 +54,7 @@ def true_gradient(evidence: Evidence) -> TrueRun:
     return kept_run(evidence, "gradient", lambda: true_run(evidence, evidence.gradient_batch.tensors, gradients=True))
 
 
-def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Result:
+def kept_run(evidence: CellContext, name: str, compute: Callable[[], Result]) -> Result:
     """A true fp64 run over the gradient batch in eval mode: computed once a cell, and of a small model once for equal cells.
 
     Args:
@@ -70,7 +70,7 @@ def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Re
     return found
 
 
-def true_run(evidence: Evidence, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:
+def true_run(evidence: CellContext, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:
     """A true fp64 run, and what its rotary embedding did in it.
 
     Raises:
@@ -93,7 +93,7 @@ def true_run(evidence: Evidence, batch: Mapping[str, Any], *, gradients: bool) -
     return TrueRun(batch=batch, found=found, rotary=path, table=table, turn=turn)
 
 
-def _rotary_module(evidence: Evidence) -> str | None:
+def _rotary_module(evidence: CellContext) -> str | None:
     """Path of the rotary embedding: what holds the table that is read, else the module of that kind."""
     if evidence.rotary_table is not None:
         return evidence.rotary_table[0].rpartition(".")[0]

@@ -15,7 +15,7 @@ from numerics_suite.core.records import Fact, Finding
 from numerics_suite.diagnosis.remedies import SAFE_EPS, initialised_head
 from numerics_suite.diagnosis.remedy_trials import Ask, CheckAnswer
 from numerics_suite.diagnosis.root_causes import SLOWER
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.observations.finiteness import nan_count
 from numerics_suite.subjects.zeroed_memory import Zeroed
@@ -36,14 +36,14 @@ class Experiment:
 
     name: str
     expected: Outcome
-    copy: Callable[[Evidence], Evidence | None]
+    copy: Callable[[CellContext], CellContext | None]
 
 
-def _at(name: str) -> Callable[[Evidence], Evidence | None]:
+def _at(name: str) -> Callable[[CellContext], CellContext | None]:
     return lambda evidence: None if evidence.cell.precision == name else evidence.variant(precision_name=name)
 
 
-def _with_plan(change: Callable[[TrainingPlan], TrainingPlan]) -> Callable[[Evidence], Evidence]:
+def _with_plan(change: Callable[[TrainingPlan], TrainingPlan]) -> Callable[[CellContext], CellContext]:
     return lambda evidence: evidence.variant(plan=change(evidence.request.plan))
 
 
@@ -85,7 +85,7 @@ SEEN = frozenset({"coarser", "other-dtype"})
 """Measurements that count what an op or a tensor itself says: the dtype it computes in, or is held in."""
 
 
-def with_confidence(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> Finding:
+def with_confidence(check: str, finding: Finding, evidence: CellContext, ask: Ask) -> Finding:
     """The finding with the outcome of its cause's decisive experiments, and the confidence that follows.
 
     Args:
@@ -111,7 +111,7 @@ def with_confidence(check: str, finding: Finding, evidence: Evidence, ask: Ask) 
     return _told(finding, facts, agrees=all(verdicts) if verdicts else None)
 
 
-def _outcome(check: str, experiment: Experiment, evidence: Evidence, ask: Ask) -> Outcome | None:
+def _outcome(check: str, experiment: Experiment, evidence: CellContext, ask: Ask) -> Outcome | None:
     """None where the condition cannot be made, or the check has nothing to ask under it."""
     try:
         copy = experiment.copy(evidence)
@@ -120,13 +120,13 @@ def _outcome(check: str, experiment: Experiment, evidence: Evidence, ask: Ask) -
         try:
             answer: CheckAnswer = ask(check, copy)
         finally:
-            copy.let_go()
+            copy.release()
     except (NotApplicableError, NumericsSuiteError, RuntimeError, MemoryError):
         return None
     return "fails" if answer.breaches else "passes"
 
 
-def _depends_on_memory(finding: Finding, evidence: Evidence) -> bool:
+def _depends_on_memory(finding: Finding, evidence: CellContext) -> bool:
     """Without poison the parameter holds something else: what is in it was there before it was made."""
     with Zeroed():  # type: ignore[no-untyped-call]
         plain = evidence.load(seed=evidence.request.seed).model

@@ -14,7 +14,7 @@ from numerics_suite.diagnosis.root_causes import with_cause
 from numerics_suite.judgement.verdicts import Breach
 
 if TYPE_CHECKING:
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 NAMED = 4
 """Parameters that a title names before it says how many more there are."""
@@ -23,7 +23,9 @@ WRITTEN_ELEMENTS = 4096
 """A batch of more elements is written as its shapes only."""
 
 
-def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None, *, diagnose: bool = True) -> Finding:
+def finding(
+    breaches: Sequence[Breach], evidence: CellContext, batch: Batch | None, *, diagnose: bool = True
+) -> Finding:
     """The finding of the worst breach, with the others in its evidence.
 
     Args:

@@ -11,8 +11,8 @@ from numerics_suite.checks.load._buffers import rounded_buffers
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.core.text import listed
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.built import built_buffers, without_adapter
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.subjects.built_model import built_buffers, without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
 
@@ -34,7 +34,7 @@ FROM_FILES = (
 )
 
 
-def cast_copies(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def cast_copies(evidence: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with the finding's parameters in the dtype asked for, and what was done.
 
     What the other dtype could not hold is lost to a cast: the second attempt loads the stored values once more, buffers too. A
@@ -59,7 +59,7 @@ def cast_copies(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence
         yield again, f"{how}, then load_state_dict with the stored values"
 
 
-def _buffers_beside(evidence: Evidence, finding: Finding) -> list[str]:
+def _buffers_beside(evidence: CellContext, finding: Finding) -> list[str]:
     """The saved buffers that a load which ignored the dtype holds in the same other one as the weights."""
     if finding.evidence.get("measurement") != IGNORED:
         return []
@@ -80,7 +80,7 @@ def _cast(names: Iterable[str], dtype: torch.dtype) -> Change:
     return change
 
 
-def loaded_with_dtype(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def loaded_with_dtype(evidence: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its rounded buffers as a load at the dtype leaves them.
 
     Args:
@@ -98,7 +98,7 @@ def loaded_with_dtype(evidence: Evidence, finding: Finding) -> Iterator[tuple[Ev
     yield evidence.variant(change=_with_values(values)), f"{listed(finding.parameters, 2)} as the class builds it"
 
 
-def saved_head(_: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def saved_head(_: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """Nothing: a head that was not saved is gone.
 
     Args:
@@ -116,7 +116,7 @@ def saved_head(_: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
     yield
 
 
-def _stored(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def _stored(evidence: CellContext, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The stored values of these tensors of the model; those of an adapter's base have other names in its files."""
     path = evidence.subject.path
     if path is None or evidence.subject.adapter_base:
@@ -125,7 +125,7 @@ def _stored(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]
     return {name: read_tensor(path, name) for name in names if name in headers}
 
 
-def _buffers(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def _buffers(evidence: CellContext, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """What a load leaves in buffers that it does not round: the stored value where the file has it in full, else the class's own."""
     model = without_adapter(evidence.model)
     saved, built = model.state_dict().keys(), built_buffers(model, getattr(torch, evidence.recipe.parameters)) or {}

@@ -10,7 +10,7 @@ from numerics_suite.diagnosis.consequences import LACKING, NO_RUN, RAISES, UNSOU
 from numerics_suite.diagnosis.findings import finding as finding_of
 from numerics_suite.diagnosis.findings import title
 from numerics_suite.diagnosis.remedy_register import cures
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 if TYPE_CHECKING:
     from numerics_suite.diagnosis.remedy_trials import Ask
@@ -22,7 +22,9 @@ OF_WEIGHTS = UNSOUND | LACKING | {"bad-initialisation"}
 """Causes that lie in the values of parameters: another head is their cure."""
 
 
-def without_others(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> tuple[Evidence, tuple[str, ...]]:
+def without_others(
+    check: str, finding: Finding, evidence: CellContext, ask: Ask
+) -> tuple[CellContext, tuple[str, ...]]:
     """The cell with its other defects cured, and what cured them, as `init-head (load.head-init)`.
 
     A defect is another one where the check fails as before once it is cured: the same measurement, told in the same words.
@@ -46,7 +48,7 @@ def without_others(check: str, finding: Finding, evidence: Evidence, ask: Ask) -
     return evidence, tuple(told)
 
 
-def _cured(check: str, remedy: str, evidence: Evidence, ask: Ask) -> Evidence | None:
+def _cured(check: str, remedy: str, evidence: CellContext, ask: Ask) -> CellContext | None:
     """The cell with what the check names cured; None where it names nothing, or nothing that can be cured."""
     memo = f"breaches of {check}"
     try:
@@ -61,7 +63,7 @@ def _cured(check: str, remedy: str, evidence: Evidence, ask: Ask) -> Evidence | 
     return None if attempt is None else attempt.evidence
 
 
-def _fails_as_before(check: str, finding: Finding, cured: Evidence, ask: Ask) -> bool:
+def _fails_as_before(check: str, finding: Finding, cured: CellContext, ask: Ask) -> bool:
     try:
         left = ask(check, cured).breaches
     except (NumericsSuiteError, *NO_RUN):

@@ -18,9 +18,9 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosis import tokenizer_remedies, update_remedies
-from numerics_suite.diagnosis.fixing import fixed_configs
+from numerics_suite.diagnosis.config_fix import fixed_configs
 from numerics_suite.diagnosis.loading_cures import cast_copies, loaded_with_dtype, saved_head
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.float32_modules import hold_in_float32
 from numerics_suite.engine.own_batch import empty_batches_of
 from numerics_suite.engine.packed_rows import WORDS, ways_of
@@ -40,13 +40,13 @@ class Attempt:
             attempt says what the definition is, so it is verified only where the definition was asked and agrees.
     """
 
-    evidence: Evidence
+    evidence: CellContext
     how: str = ""
-    meant: Evidence | None = None
+    meant: CellContext | None = None
 
 
 Change = Callable[[Loaded], Loaded]
-Cure = Callable[[Evidence, Finding], Iterator[Attempt]]
+Cure = Callable[[CellContext, Finding], Iterator[Attempt]]
 
 SCALES = (2.0**12, 2.0**8, 2.0**4, 1.0, 2.0**20, 2.0**24)
 """Loss scales tried beside torch's 65,536: lower ones where gradients overflow, then higher ones where they vanish."""
@@ -81,7 +81,7 @@ def initialised(names: Iterable[str]) -> Change:
     return change
 
 
-def initialised_head(evidence: Evidence) -> Evidence | None:
+def initialised_head(evidence: CellContext) -> CellContext | None:
     """The cell with its new head initialised, None without one; of a factory's module, what is uninitialised counts as that."""
     new = evidence.loaded.new_head
     names = new or (evidence.unwritten if evidence.subject.path is None else ())
@@ -94,12 +94,12 @@ def initialised_head(evidence: Evidence) -> Evidence | None:
     return evidence.variant(change=change) if names else None
 
 
-def _init_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _init_head(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     if (written := initialised_head(evidence)) is not None:
         yield Attempt(evidence=written)
 
 
-def _clip(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _clip(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     norm = evidence.request.plan.max_grad_norm
     if norm is not None and norm <= 1.0:
         reason = f"does not apply: the loop clips the gradient norm to {norm:g} already"
@@ -107,31 +107,31 @@ def _clip(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
     yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(max_grad_norm=1.0)))
 
 
-def _larger_eps(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _larger_eps(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     if evidence.request.plan.optimizer != "sgd":
         yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(eps=SAFE_EPS)), how=f"eps {SAFE_EPS:g}")
 
 
-def _loss_scale(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _loss_scale(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     if evidence.recipe.loss_scaling:
         for scale in SCALES:
             yield Attempt(evidence=evidence.variant(plan=evidence.with_plan(init_scale=scale)), how=f"scale {scale:g}")
 
 
-def _amp_bf16(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _amp_bf16(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     """Where less than float32 is at work: bfloat16 has float32's range, and no more than that."""
     narrow = {evidence.recipe.parameters, evidence.recipe.computes_in} & {"float16", "bfloat16"}
     if narrow and evidence.cell.precision != "amp-bf16":
         yield Attempt(evidence=evidence.variant(precision_name="amp-bf16"), how="in amp-bf16")
 
 
-def _without_amp(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _without_amp(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     if evidence.recipe.autocast is not None:
         yield Attempt(evidence=evidence.variant(precision_name="fp32"), how="in fp32")
 
 
 def _attention(name: str) -> Cure:
-    def cure(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+    def cure(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
         if not compat.is_language_model(evidence.model) or name == evidence.loaded.attn:
             return
         if evidence.subject.task != "module":
@@ -147,7 +147,7 @@ def _attention(name: str) -> Cure:
     return cure
 
 
-def _keep_in_fp32(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+def _keep_in_fp32(evidence: CellContext, finding: Finding) -> Iterator[Attempt]:
     """The module of the finding, its likes in the other blocks, then those that hold it.
 
     A value that leaves the range in one block mostly does in the next, and one that a module hands on is out of range
@@ -198,12 +198,12 @@ def in_float32(*names: str) -> Change:
     return change
 
 
-def _pad_token(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _pad_token(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     for cured, how in tokenizer_remedies.pad_token(evidence):
         yield Attempt(evidence=cured, how=how)
 
 
-def _tokenizer(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+def _tokenizer(evidence: CellContext, finding: Finding) -> Iterator[Attempt]:
     for cured, how in tokenizer_remedies.mended(evidence, finding):
         yield Attempt(evidence=cured, how=how)
 
@@ -227,7 +227,7 @@ LONGER = (2, 4, 8, 16)
 """Times the length to which rows are cut, until a label counts."""
 
 
-def _count_labels(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _count_labels(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     """Rows long enough for what follows the prompt; of a batch whose text is not at hand, its tokens as labels."""
     if evidence.request.data is None:
         every = InputChange(of=_every_token_counts)
@@ -257,7 +257,7 @@ def _every_token_counts(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {**tensors, "labels": counted, **items}
 
 
-def _one_side(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+def _one_side(evidence: CellContext, finding: Finding) -> Iterator[Attempt]:
     """Every row with its padding on one side: behind the tokens no query is left without a key."""
     if finding.evidence.get("measurement") == "padding-moves":
         for cured, how in tokenizer_remedies.other_side(evidence):
@@ -290,7 +290,7 @@ def _padded(tensors: Mapping[str, Any], side: str) -> dict[str, Any]:
     return {name: moved(value) for name, value in tensors.items()}
 
 
-def _default_dtypes(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def _default_dtypes(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     """The suite's own batches are int64, so what is asked of them is the cure; a batch that came with the model is cast back."""
     own = evidence.loaded.batch or {}
     floating = {n: v for n, v in own.items() if n in IDS and isinstance(v, Tensor) and v.is_floating_point()}
@@ -307,12 +307,12 @@ def _default_dtypes(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
         raise NotApplicableError(reason)
 
 
-def _config(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+def _config(evidence: CellContext, finding: Finding) -> Iterator[Attempt]:
     for fixed in fixed_configs(evidence, finding):
         yield Attempt(evidence=fixed.evidence, how=fixed.how, meant=fixed.meant)
 
 
-def _separate_rows(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
+def _separate_rows(evidence: CellContext, finding: Finding) -> Iterator[Attempt]:
     """The other ways to pack that the model supports, then no packing."""
     failing = finding.evidence.get("packed by")
     for way in (*ways_of(evidence).asked, "rows"):
@@ -320,7 +320,7 @@ def _separate_rows(evidence: Evidence, finding: Finding) -> Iterator[Attempt]:
             yield Attempt(evidence=evidence.variant(packing=(way,)), how=f"by {WORDS[way]}")
 
 
-def _copies(copies: Callable[[Evidence, Finding], Iterable[tuple[Evidence, str]]]) -> Cure:
+def _copies(copies: Callable[[CellContext, Finding], Iterable[tuple[CellContext, str]]]) -> Cure:
     return lambda evidence, finding: (Attempt(evidence=copy, how=how) for copy, how in copies(evidence, finding))
 
 

@@ -25,7 +25,7 @@ from numerics_suite.devices.memory import free_bytes
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosis.scripts import BODIES, SYMPTOM, Body, ScriptContext
 from numerics_suite.diagnosis.scripts.parts import LONGEST, script
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.scope import USABLE
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.subjects.memory import estimate_bytes
@@ -64,7 +64,7 @@ DROPPED = (
 )
 
 
-def reproducer(check: str, finding: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
+def reproducer(check: str, finding: Finding, evidence: CellContext, batch: Batch | None) -> str | None:
     """The text of a script that fails alone as the check did, None where none could be made.
 
     Args:
@@ -116,7 +116,7 @@ def _ways(check: str, finding: Finding) -> Iterator[tuple[Body, Finding]]:
             yield BODIES[check, name], replace(finding, evidence={**facts, **told})
 
 
-def _can_be_written(evidence: Evidence) -> bool:
+def _can_be_written(evidence: CellContext) -> bool:
     """Whether a few lines of torch and transformers load the subject, and run no code that the user did not trust."""
     subject = evidence.subject
     if subject.adapter_base or subject.quantized or not evidence.takes_ids:
@@ -144,7 +144,7 @@ def _fits(scene: ScriptContext, body: Body) -> bool:
 
 
 def _scenes(
-    check: str, finding: Finding, evidence: Evidence, batch: Batch | None, body: Body
+    check: str, finding: Finding, evidence: CellContext, batch: Batch | None, body: Body
 ) -> Iterator[ScriptContext]:
     """Smallest first."""
     batches = list(_batches(check, evidence, batch, body)) if body.batch else [{}]
@@ -156,7 +156,7 @@ def _scenes(
             yield ScriptContext(check=check, finding=finding, evidence=evidence, tensors=held, config=config)
 
 
-def _batches(check: str, evidence: Evidence, batch: Batch | None, body: Body) -> Iterator[dict[str, Tensor]]:
+def _batches(check: str, evidence: CellContext, batch: Batch | None, body: Body) -> Iterator[dict[str, Tensor]]:
     """Cuts of the failing batch, then all of it; labels where they are asked for."""
     given = (batch or evidence.training_batch).tensors
     whole = {name: value for name, value in given.items() if isinstance(value, Tensor)}
@@ -171,7 +171,7 @@ def _batches(check: str, evidence: Evidence, batch: Batch | None, body: Body) ->
     yield whole
 
 
-def _cut(whole: Mapping[str, Tensor], lengths: tuple[int, ...], evidence: Evidence) -> dict[str, Tensor] | None:
+def _cut(whole: Mapping[str, Tensor], lengths: tuple[int, ...], evidence: CellContext) -> dict[str, Tensor] | None:
     """The first real tokens of the first rows, padded on the side where they were; None where that is no cut.
 
     Args:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from numerics_suite.core.records import Batch, Fact
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 LOCATED = {
     ("forward.finite", "non-finite"),
@@ -65,7 +65,7 @@ REMEDIES = {
 }
 
 
-def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+def with_cause(breach: Breach, evidence: CellContext, batch: Batch | None) -> Breach:
     """The breach with cause, module, op and source as a replay shows them; unchanged where no replay applies.
 
     Args:
@@ -81,7 +81,7 @@ def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breac
     return _with_bad_input(breach, evidence, batch) or _with_place(breach, evidence, batch)
 
 
-def _with_bad_input(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach | None:
+def _with_bad_input(breach: Breach, evidence: CellContext, batch: Batch | None) -> Breach | None:
     given = batch or (evidence.training_batch if breach.budget.check.startswith("train.") else None)
     name = None if given is None or evidence.broken else bad_input(given.tensors)
     if name is not None:
@@ -93,7 +93,7 @@ def _with_bad_input(breach: Breach, evidence: Evidence, batch: Batch | None) -> 
     return None
 
 
-def _with_place(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+def _with_place(breach: Breach, evidence: CellContext, batch: Batch | None) -> Breach:
     key = (breach.budget.check, breach.measurement.name)
     if not key[0].startswith("train."):
         origin = _replay_forward(evidence, batch)
@@ -128,7 +128,7 @@ def bad_input(tensors: Mapping[str, object]) -> str | None:
     return None
 
 
-def _with_cause_of_nan(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+def _with_cause_of_nan(breach: Breach, evidence: CellContext, batch: Batch | None) -> Breach:
     """A comparison that came out as NaN says nothing of a law or a rounding: the NaN's own cause is told, where it is found."""
     compares = breach.budget.check.startswith(("forward.", "reference.", "train."))
     if not compares or breach.measurement.value == breach.measurement.value:
@@ -143,14 +143,14 @@ def _with_cause_of_nan(breach: Breach, evidence: Evidence, batch: Batch | None) 
     return breach if origin is None or cause is None else _at(breach, origin, cause)
 
 
-def _replay_forward(evidence: Evidence, batch: Batch | None) -> Origin | None:
+def _replay_forward(evidence: CellContext, batch: Batch | None) -> Origin | None:
     if batch is None:
         return None
     tensors = evidence.inputs_of(batch)
     return find_origin(evidence.model, lambda: floating_outputs(evidence.run(tensors)))
 
 
-def _failing_run(breach: Breach, evidence: Evidence) -> tuple[TrainingPlan, BadTensor | None]:
+def _failing_run(breach: Breach, evidence: CellContext) -> tuple[TrainingPlan, BadTensor | None]:
     """How the failing run was trained, and the first tensor that was not finite in it."""
     plan = evidence.request.plan
     if breach.budget.check == "train.amp":
@@ -160,7 +160,7 @@ def _failing_run(breach: Breach, evidence: Evidence) -> tuple[TrainingPlan, BadT
     return plan, evidence.trajectory.bad
 
 
-def cause_of_run(evidence: Evidence, plan: TrainingPlan, bad: BadTensor | None) -> tuple[Origin | None, str | None]:
+def cause_of_run(evidence: CellContext, plan: TrainingPlan, bad: BadTensor | None) -> tuple[Origin | None, str | None]:
     """Where a value stops being finite in a training run and why; None for what the run does not show.
 
     The steps before the failing one are repeated unwatched, on a copy.
@@ -211,7 +211,7 @@ def _divides_by_eps(origin: Origin | None) -> bool:
     return origin is None or origin.outside_domain or "fused" in origin.op
 
 
-def parameter_cause(parameters: Iterable[str], evidence: Evidence) -> str:
+def parameter_cause(parameters: Iterable[str], evidence: CellContext) -> str:
     """The cause of parameters that are not finite themselves.
 
     Args:
@@ -239,7 +239,7 @@ def cause_of(origin: Origin) -> str:
     return "overflow" if origin.has_infinity and name_of(origin.op) not in POLES else "invalid-operation"
 
 
-def _forward_cause(origin: Origin, evidence: Evidence, batch: Batch | None) -> str:
+def _forward_cause(origin: Origin, evidence: CellContext, batch: Batch | None) -> str:
     cause = cause_of(origin)
     if origin.parameters:
         return parameter_cause(origin.parameters, evidence)
@@ -253,7 +253,7 @@ def _forward_cause(origin: Origin, evidence: Evidence, batch: Batch | None) -> s
     return cause
 
 
-def _finite_in_fp32(evidence: Evidence, batch: Batch) -> bool:
+def _finite_in_fp32(evidence: CellContext, batch: Batch) -> bool:
     """The same batch through the model in float32; False where it is in float32 already."""
     if evidence.recipe.computes_in not in {"float16", "bfloat16"}:
         return False
@@ -263,11 +263,11 @@ def _finite_in_fp32(evidence: Evidence, batch: Batch) -> bool:
     except (RuntimeError, NumericsSuiteError):
         return False
     finally:
-        wider.let_go()
+        wider.release()
     return not any(nonfinite_count(value) for value in outputs.values())
 
 
-def _slower_is_finite(evidence: Evidence, plan: TrainingPlan) -> bool:
+def _slower_is_finite(evidence: CellContext, plan: TrainingPlan) -> bool:
     rates = (plan.lr / SLOWER, *((USUAL,) if plan.lr / SLOWER > USUAL else ()))
     try:
         return any(evidence.train(replace(plan, lr=lr)).bad is None for lr in rates)

@@ -10,7 +10,7 @@ from numerics_suite.core.records import CheckResult, Finding, Remedy
 from numerics_suite.diagnosis.consequences import NO_RUN
 from numerics_suite.diagnosis.remedy_register import cures
 from numerics_suite.diagnosis.remedy_trials import Ask
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 AT_ITS_PLACE = frozenset(
     {
@@ -28,7 +28,7 @@ whole run: two defects may both be gone under these."""
 
 
 def following(
-    check: str, finding: Finding, evidence: Evidence, earlier: Iterable[CheckResult], ask: Ask
+    check: str, finding: Finding, evidence: CellContext, earlier: Iterable[CheckResult], ask: Ask
 ) -> Finding | None:
     """The finding as a consequence of an earlier one, with the remedy that cured both; None where nothing shows that.
 
@@ -55,7 +55,7 @@ def following(
     return None
 
 
-def _cures(check: str, name: str, root: Finding, evidence: Evidence, ask: Ask) -> bool:
+def _cures(check: str, name: str, root: Finding, evidence: CellContext, ask: Ask) -> bool:
     """Whether the check passes under the root's remedy, in the first way that it is applied: at the root's own place."""
     ways = cures()[name](evidence, root)
     try:
@@ -65,7 +65,7 @@ def _cures(check: str, name: str, root: Finding, evidence: Evidence, ask: Ask) -
         try:
             return not ask(check, attempt.evidence).breaches
         finally:
-            attempt.evidence.let_go()
+            attempt.evidence.release()
     except (NumericsSuiteError, *NO_RUN):
         return False
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding, Subject
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.load import Loaded
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import private_modules
@@ -36,7 +36,7 @@ def _changed(opener: Opener, change: Callable[[Any], None]) -> Opener:
     return opened
 
 
-def _tokenizer(evidence: Evidence) -> Any | None:
+def _tokenizer(evidence: CellContext) -> Any | None:
     try:
         return evidence.tokenizer
     except (TokenizerRaisesError, NotApplicableError):
@@ -46,7 +46,7 @@ def _tokenizer(evidence: Evidence) -> Any | None:
 # --- fix-padding, set-pad-token ------------------------------------------------------------------------------------
 
 
-def other_side(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def other_side(evidence: CellContext) -> Iterator[tuple[CellContext, str]]:
     """The cell whose tokenizer pads on the other side, and how that is written."""
     tokenizer = _tokenizer(evidence)
     if tokenizer is None or tokenizer.padding_side not in OPPOSITE:
@@ -59,7 +59,7 @@ def other_side(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
     yield evidence.variant(tokenizer=_changed(evidence.request.tokenizer, change)), f'tokenizer.padding_side = "{side}"'
 
 
-def pad_token(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def pad_token(evidence: CellContext) -> Iterator[tuple[CellContext, str]]:
     """The cell whose model and tokenizer both know a pad token: the tokenizer's, else the config's, else EOS."""
     if not evidence.takes_ids:
         return
@@ -87,7 +87,7 @@ def pad_token(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
 # --- fix-tokenizer -------------------------------------------------------------------------------------------------
 
 
-def mended(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def mended(evidence: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its tokenizer mended, and the change: what the exception itself names is changed, as long as it names more.
 
     Args:
@@ -112,7 +112,7 @@ def mended(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str
         raise NotApplicableError(reason)
 
 
-def _exception(evidence: Evidence) -> str:
+def _exception(evidence: CellContext) -> str:
     """What the tokenizer raises now, empty where it does not.
 
     Raises:
@@ -128,7 +128,7 @@ def _exception(evidence: Evidence) -> str:
     return ""
 
 
-def _change(evidence: Evidence, opener: Opener, exception: str) -> tuple[Opener, str] | None:
+def _change(evidence: CellContext, opener: Opener, exception: str) -> tuple[Opener, str] | None:
     if (found := KEYWORD.search(exception)) is not None:
         method, keyword = found.groups()
         does = "pads on that side" if keyword == "padding_side" else "is ignored where it is None or False"
@@ -169,7 +169,7 @@ def _take_unknown(tokenizer: Any, *, method: str) -> None:
     tokenizer.__class__ = type(kind.__name__, (kind,), {method: tolerant, "__module__": kind.__module__})
 
 
-def _opened_with(evidence: Evidence, overrides: dict[str, Any] | None) -> Opener:
+def _opened_with(evidence: CellContext, overrides: dict[str, Any] | None) -> Opener:
     """Opens the tokenizer with some keys of its config overridden; with None by the class that reads `tokenizer.json`."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # heavy
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.load import Loaded
 
 FASTER = (10.0, 100.0, 1000.0)
@@ -19,7 +19,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers keeps a module's checkpointing function, a partial of torch's."""
 
 
-def higher_rates(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def higher_rates(evidence: CellContext) -> Iterator[tuple[CellContext, str]]:
     """The same training at higher learning rates.
 
     Args:
@@ -30,7 +30,7 @@ def higher_rates(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
         yield evidence.variant(plan=evidence.with_plan(lr=lr * times)), f"lr {lr * times:.2g} (was {lr:.2g})"
 
 
-def rounded(evidence: Evidence, how: str) -> Iterator[tuple[Evidence, str]]:
+def rounded(evidence: CellContext, how: str) -> Iterator[tuple[CellContext, str]]:
     """The same training with its steps held another way.
 
     Args:
@@ -42,7 +42,7 @@ def rounded(evidence: Evidence, how: str) -> Iterator[tuple[Evidence, str]]:
         yield evidence.variant(plan=evidence.with_plan(rounding=how)), ""
 
 
-def rebuilt_optimizer(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def rebuilt_optimizer(evidence: CellContext) -> Iterator[tuple[CellContext, str]]:
     """Optimizers over the model's own parameters, where some are held by none.
 
     Args:
@@ -52,7 +52,7 @@ def rebuilt_optimizer(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
         yield evidence.variant(plan=evidence.with_plan(rebuilt=True)), f"with {len(evidence.unheld)} parameters more"
 
 
-def non_reentrant(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def non_reentrant(evidence: CellContext) -> Iterator[tuple[CellContext, str]]:
     """Checkpoints that are not reentrant, where the model has reentrant ones.
 
     Args:

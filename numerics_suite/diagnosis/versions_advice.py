@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.diagnosis.consequences import NO_RUN
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.fixtures import fixture_names, fixture_path
 from numerics_suite.subjects.resolve import resolve_all
@@ -46,7 +46,7 @@ NO_SHAPE = frozenset(
 """Keys that say nothing of what is computed."""
 
 
-def borne_out(finding: Finding, evidence: Evidence) -> Finding:
+def borne_out(finding: Finding, evidence: CellContext) -> Finding:
     """The finding without advice on versions that the evidence speaks against.
 
     No release of transformers changes the user's own code, and none gives back the weights that a baseline was recorded of.
@@ -76,7 +76,7 @@ def _without(finding: Finding, names: set[str]) -> Finding:
     return replace(finding, remedies=remedies)
 
 
-def clean_on_a_fixture(check: str, evidence: Evidence, ask: Ask) -> bool:
+def clean_on_a_fixture(check: str, evidence: CellContext, ask: Ask) -> bool:
     """Whether the installed release passes the check on a shipped checkpoint of the same shape: then the release is not at fault.
 
     The shape is what config.json says beside sizes and names: architecture, rotary section, biases, tied embeddings.
@@ -95,7 +95,7 @@ def clean_on_a_fixture(check: str, evidence: Evidence, ask: Ask) -> bool:
         try:
             (fixture,) = resolve_all((f"fixture:{name}",), task=subject.task)
             cell = replace(evidence.cell, subject=fixture.id)
-            sound = Evidence(fixture, cell, replace(evidence.request, data=None, baseline=None))
+            sound = CellContext(fixture, cell, replace(evidence.request, data=None, baseline=None))
             return not ask(check, sound).breaches
         except (NumericsSuiteError, *NO_RUN):
             continue
@@ -130,7 +130,7 @@ def borne_out_of(finding: Finding, model: nn.Module) -> Finding:
     return without_newer(_without(finding, {NEWER, PIN} if _is_users_class(model) else set()))
 
 
-def is_users_code(evidence: Evidence) -> bool:
+def is_users_code(evidence: CellContext) -> bool:
     """Whether the model's class is the user's: of a factory's module, or of the code in a checkpoint's folder.
 
     Args:

@@ -17,13 +17,13 @@ from numerics_suite.subjects import compat
 if TYPE_CHECKING:
     from torch import nn
 
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 MOST_ADDED = 3
 """Columns that a law adds to a batch at most: the largest `adds` of all checks."""
 
 
-def input_space(evidence: Evidence) -> InputSpace:
+def input_space(evidence: CellContext) -> InputSpace:
     """What batches may be drawn.
 
     Raises:
@@ -56,7 +56,7 @@ def longest_row(model: nn.Module) -> int:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=2**31)
 
 
-def of_training(evidence: Evidence) -> Batch:
+def of_training(evidence: CellContext) -> Batch:
     """The fixed batch that the cell trains on; the user's own where there is one with a label that counts."""
     own = evidence.usable_own_batch
     if own is not None and own_batch.can_be_trained_on(evidence, own):
@@ -64,7 +64,7 @@ def of_training(evidence: Evidence) -> Batch:
     return _drawn(evidence, evidence.rows, evidence.space.max_length)
 
 
-def of_gradients(evidence: Evidence) -> Batch:
+def of_gradients(evidence: CellContext) -> Batch:
     """The batch over which gradients are compared in float64: the training batch, or for a large model one with fewer tokens."""
     shape = evidence.batch_plan.gradient
     if shape is None or not evidence.takes_ids or evidence.training_batch is evidence.usable_own_batch:
@@ -72,7 +72,7 @@ def of_gradients(evidence: Evidence) -> Batch:
     return _drawn(evidence, min(shape[0], evidence.rows), min(shape[1], evidence.space.max_length))
 
 
-def _drawn(evidence: Evidence, rows: int, length: int) -> Batch:
+def _drawn(evidence: CellContext, rows: int, length: int) -> Batch:
     if evidence.subject.task == "causal-lm":
         # The last token's answer has no label. Of two tokens only the first is trained on, whose attention has one
         # key: its softmax is 1, and queries and keys have no gradient by definition.
@@ -80,7 +80,7 @@ def _drawn(evidence: Evidence, rows: int, length: int) -> Batch:
     return training_batch(evidence.space, rows=rows, length=length, seed=evidence.request.seed)
 
 
-def planned(evidence: Evidence) -> tuple[Batch, ...]:
+def planned(evidence: CellContext) -> tuple[Batch, ...]:
     """The batches that every check examines, so that their passes are shared; none where Hypothesis draws all of them."""
     plan = evidence.batch_plan
     if plan.planned is None or not evidence.takes_ids:

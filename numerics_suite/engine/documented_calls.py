@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from numerics_suite.engine.calls import input_device, to_device
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan, trainer_of
 from numerics_suite.subjects.quiet import quiet_transformers
 
@@ -20,7 +20,7 @@ NEW_TOKENS = 2
 """The second is the first that is decoded with the cache."""
 
 
-def is_documented(evidence: Evidence, tensors: Mapping[str, Any], keywords: Mapping[str, Any]) -> bool:
+def is_documented(evidence: CellContext, tensors: Mapping[str, Any], keywords: Mapping[str, Any]) -> bool:
     """Whether the call is one that every user makes: int64 ids, masks and labels, or the batch that a factory gave.
 
     Args:
@@ -45,7 +45,7 @@ def _alike(value: object, other: object) -> bool:
 
 
 def documented_calls(
-    evidence: Evidence, tensors: Mapping[str, Any], keywords: Mapping[str, Any]
+    evidence: CellContext, tensors: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each call in words, and a function that makes it under the cell's condition without any hook or mode of ours.
 
@@ -64,7 +64,7 @@ def documented_calls(
         yield "generate", lambda: _generated(evidence, tensors)
 
 
-def _trained(evidence: Evidence, tensors: Mapping[str, Any], *, checkpointing: bool) -> None:
+def _trained(evidence: CellContext, tensors: Mapping[str, Any], *, checkpointing: bool) -> None:
     model: Any = evidence.copy_model()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -72,7 +72,7 @@ def _trained(evidence: Evidence, tensors: Mapping[str, Any], *, checkpointing: b
     trainer_of(model, tensors, condition=evidence.condition, plan=TrainingPlan(steps=1)).step(1)
 
 
-def _generated(evidence: Evidence, tensors: Mapping[str, Any]) -> object:
+def _generated(evidence: CellContext, tensors: Mapping[str, Any]) -> object:
     model: Any = evidence.model
     given = {name: value for name, value in tensors.items() if name in {"input_ids", "attention_mask"}}
     given = to_device(given, input_device(model))

@@ -14,10 +14,10 @@ from numerics_suite.inputs.labels import counted_labels, empty_batches, no_label
 from numerics_suite.subjects.tokenizers import TokenizerRaisesError
 
 if TYPE_CHECKING:
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 
-def own_batch(evidence: Evidence) -> Batch | None:
+def own_batch(evidence: CellContext) -> Batch | None:
     """The batch as it came; None without one, or where the tokenizer makes none: inputs.pipeline says why."""
     if evidence.loaded.batch is not None:
         return Batch(tensors=dict(evidence.loaded.batch), drawn="the factory's own batch")
@@ -30,7 +30,7 @@ def own_batch(evidence: Evidence) -> Batch | None:
         return None
 
 
-def usable(evidence: Evidence, batch: Batch | None) -> Batch | None:
+def usable(evidence: CellContext, batch: Batch | None) -> Batch | None:
     """The batch where the model can take it; inputs.pipeline says what is wrong with another."""
     if batch is None or not evidence.takes_ids:
         return batch
@@ -46,21 +46,21 @@ def usable(evidence: Evidence, batch: Batch | None) -> Batch | None:
     pad_inside = bool(((ids == evidence.space.pad_id) & (tensors["attention_mask"] != 0)).any())
     # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
     one_table = int(ids.shape[-1]) <= evidence.longest
-    return replace(batch, tensors=tensors, law_abiding=plain and one_table and not pad_inside)
+    return replace(batch, tensors=tensors, laws_apply=plain and one_table and not pad_inside)
 
 
-def counted(evidence: Evidence, batch: Batch) -> tuple[int, ...]:
+def counted(evidence: CellContext, batch: Batch) -> tuple[int, ...]:
     """How many labels of each row count: of the rows that were counted of the user's file, else of the batch's."""
     labels = counted_labels(batch.tensors["labels"], shifted=evidence.subject.task == "causal-lm")
     return batch.label_counts or tuple(labels.tolist())
 
 
-def is_the_factorys(evidence: Evidence, batch: Batch) -> bool:
+def is_the_factorys(evidence: CellContext, batch: Batch) -> bool:
     """Whether it is trained on as it stands: nobody cuts a factory's batch, or draws its rows."""
     return evidence.loaded.batch is not None and batch is evidence.usable_own_batch
 
 
-def empty_batches_of(evidence: Evidence, batch: Batch) -> float:
+def empty_batches_of(evidence: CellContext, batch: Batch) -> float:
     """How many batches of an epoch over the user's rows are expected to have no label that counts, at least 1 where no row has one."""
     if is_the_factorys(evidence, batch):
         return float(not can_be_trained_on(evidence, batch))
@@ -68,7 +68,7 @@ def empty_batches_of(evidence: Evidence, batch: Batch) -> float:
     return found if can_be_trained_on(evidence, batch) else max(1.0, found)
 
 
-def can_be_trained_on(evidence: Evidence, batch: Batch | None) -> bool:
+def can_be_trained_on(evidence: CellContext, batch: Batch | None) -> bool:
     """Whether a training step over the batch has a loss; the mean over no label is NaN by definition."""
     if batch is None or not evidence.takes_ids:
         return batch is not None

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.exact import AGREED
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import true_answer
 from numerics_suite.inputs.strategies import pad_rows
 from numerics_suite.observations.roundoff import relative_error
@@ -77,14 +77,14 @@ def packed(rows: Sequence[Tensor], way: Way, model: nn.Module) -> dict[str, Any]
     return tensors
 
 
-def padded_rows(rows: Sequence[Tensor], evidence: Evidence) -> dict[str, Tensor]:
+def padded_rows(rows: Sequence[Tensor], evidence: CellContext) -> dict[str, Tensor]:
     """The same rows each in a row of its own, padded on a side that the family declares."""
     lists = [row.tolist() for row in rows]
     ids, mask = pad_rows(lists, evidence.family.padding_sides[0], evidence.space.pad_id)
     return _told({"input_ids": ids, "attention_mask": mask}, evidence.model)
 
 
-def row_alone(row: Tensor, evidence: Evidence) -> dict[str, Tensor]:
+def row_alone(row: Tensor, evidence: CellContext) -> dict[str, Tensor]:
     """One of them alone, told the same positions: a model's own may begin elsewhere (RoBERTa's do)."""
     ids = row[None]
     return _told({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, evidence.model)
@@ -94,7 +94,7 @@ def _told(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return tensors | ({"position_ids": counted_positions(tensors["attention_mask"])} if takes_positions(model) else {})
 
 
-def ways_of(evidence: Evidence) -> Ways:
+def ways_of(evidence: CellContext) -> Ways:
     """How rows may be packed for the cell's model.
 
     Of families whose code is known the release alone decides. Any other class is tried on two rows: it supports `position_ids` where they
@@ -109,7 +109,7 @@ def ways_of(evidence: Evidence) -> Ways:
     return found
 
 
-def _ways(evidence: Evidence) -> Ways:
+def _ways(evidence: CellContext) -> Ways:
     flash = evidence.loaded.attn.startswith("flash_attention")
     known = evidence.family.packs and not flash
     release = compat.packs_by_positions() if known else _separates(evidence)
@@ -132,14 +132,14 @@ def _ways(evidence: Evidence) -> Ways:
     )
 
 
-def _two_rows(evidence: Evidence) -> list[Tensor]:
+def _two_rows(evidence: CellContext) -> list[Tensor]:
     """Three tokens and two others, none of them padding."""
     pad, size = evidence.space.pad_id, evidence.vocab_size
     ids = torch.tensor([token for token in range(min(size, 6)) if token != pad])
     return [ids[:3], ids[-2:]]
 
 
-def _separates(evidence: Evidence) -> bool:
+def _separates(evidence: CellContext) -> bool:
     """Whether the model's masks depend on `position_ids` where it is given none.
 
     A state that is rolled on from token to token ends at no row, whatever the masks say.
@@ -154,7 +154,7 @@ def _separates(evidence: Evidence) -> bool:
         return False
 
 
-def _separates_wholly(evidence: Evidence, way: Way) -> bool:
+def _separates_wholly(evidence: CellContext, way: Way) -> bool:
     rows = _two_rows(evidence)
     alone = torch.cat([true_answer(evidence, row_alone(row, evidence))[0] for row in rows])
     try:

@@ -9,12 +9,12 @@ import torch
 from numerics_suite.devices.memory import reraise_if_fatal
 
 if TYPE_CHECKING:
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 REFUSALS = (ValueError, TypeError, AssertionError, RuntimeError)
 
 
-def lacks_pad_token(evidence: Evidence) -> bool:
+def lacks_pad_token(evidence: CellContext) -> bool:
     """Whether the classifier refuses batches because its config names no pad token, by which it finds a row's last one.
 
     The model itself is asked: it takes one row of one token and refuses two.
@@ -28,7 +28,7 @@ def lacks_pad_token(evidence: Evidence) -> bool:
     return not names_one and _takes(evidence, 1) and not _takes(evidence, 2)
 
 
-def _takes(evidence: Evidence, rows: int) -> bool:
+def _takes(evidence: CellContext, rows: int) -> bool:
     ids = torch.zeros((rows, 1), dtype=torch.int64)
     try:
         evidence.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.layout import STATES, batch_first, sequence_first
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observations.roundoff import relative_error, rms
@@ -22,14 +22,14 @@ TRUE = "fp64"
 """The condition of the true fp64 run."""
 
 
-def _read(evidence: Evidence, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+def _read(evidence: CellContext, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
     """The answer of a pass from the cell's store; every condition but true fp64 computes in the cell's own dtype."""
     if condition.startswith(TRUE):
         return evidence.true_passes.answers.read((condition, batch_key(tensors)), compute)
     return evidence.passes.read((condition, batch_key(tensors)), compute, dtype_of(evidence.recipe.computes_in))
 
 
-def true_pass(evidence: Evidence, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
+def true_pass(evidence: CellContext, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
     """The answer of a true fp64 pass in which a call of its own runs the model, float64 on the CPU.
 
     Args:
@@ -55,7 +55,7 @@ def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 
-def refuse_without_ids(evidence: Evidence) -> None:
+def refuse_without_ids(evidence: CellContext) -> None:
     """Leave out a plain module that wraps no language model: its batch has no token ids.
 
     Raises:
@@ -66,7 +66,7 @@ def refuse_without_ids(evidence: Evidence) -> None:
         raise NotApplicableError(reason)
 
 
-def turned_states(evidence: Evidence) -> frozenset[str]:
+def turned_states(evidence: CellContext) -> frozenset[str]:
     """Where the cell's model holds states as `[sequence, batch, …]`; see :func:`numerics_suite.engine.layout.sequence_first`."""
     if "turned states" not in evidence.memo:
         evidence.memo["turned states"] = sequence_first(evidence.model, output_hidden_states=True)
@@ -91,7 +91,7 @@ def answer_of(output: Any, *, by_token: bool, turned: frozenset[str] = frozenset
     return logits
 
 
-def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Caller:
+def caller(evidence: CellContext, *, by_token: bool, **keywords: Any) -> Caller:
     """Calls a model so that :func:`answer_of` finds its answer."""
     pooled = by_token and evidence.subject.task == "sequence-classification"
     turned = turned_states(evidence) if pooled else frozenset()
@@ -104,7 +104,7 @@ def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Caller:
     return call
 
 
-def true_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def true_answer(evidence: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the true fp64 run, float64 on the CPU.
 
     Raises:
@@ -134,7 +134,7 @@ def no_reference(left_out: Sequence[str], *, kind: str = "float64") -> str:
     return f"no {kind} reference: {', '.join(left_out[:3])} cannot be computed in float64"
 
 
-def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def rounded_answer(evidence: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once.
 
     Raises:
@@ -151,7 +151,7 @@ def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: 
     return _read(evidence, f"rounded {by_token}", given, make)
 
 
-def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def plain_answer(evidence: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the cell itself in its own precision, float64 on the CPU."""
     given = without_labels(tensors)
 
@@ -163,7 +163,7 @@ def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bo
     return _read(evidence, f"plain {by_token}", given, make)
 
 
-def is_reference_itself(evidence: Evidence) -> bool:
+def is_reference_itself(evidence: CellContext) -> bool:
     """In fp64 the run is its own reference: it has no inherent error to compare with."""
     return evidence.recipe.computes_in == "float64"
 
@@ -189,7 +189,7 @@ def routed_reason() -> str:
     return "a mixture of experts: rounding may swap two experts of near rank, and the answer jumps"
 
 
-def rounding_allowance(evidence: Evidence, tokens: int = 0) -> float:
+def rounding_allowance(evidence: CellContext, tokens: int = 0) -> float:
     """By how much a kernel's error may exceed one rounding per op, before any multiple.
 
     In 16 bits kernels accumulate in float32, so a product is rounded once: 1. In float32 they accumulate in float32
@@ -205,7 +205,7 @@ def rounding_allowance(evidence: Evidence, tokens: int = 0) -> float:
 
 
 def compare_law(
-    evidence: Evidence, *, true: Tensor, true_other: Tensor, other: Tensor, base: Callable[[], Tensor]
+    evidence: CellContext, *, true: Tensor, true_other: Tensor, other: Tensor, base: Callable[[], Tensor]
 ) -> tuple[float, float, str]:
     """Judge a law twice: in true fp64, and in the cell's precision.
 

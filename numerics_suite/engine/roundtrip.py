@@ -13,10 +13,10 @@ from numerics_suite.subjects.load import quiet_transformers
 if TYPE_CHECKING:
     from torch import nn
 
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 
-def saved_and_loaded(evidence: Evidence, model: nn.Module, parent: Path) -> nn.Module:
+def saved_and_loaded(evidence: CellContext, model: nn.Module, parent: Path) -> nn.Module:
     """The model after one way through files, at the precision and on the device of the cell.
 
     Args:

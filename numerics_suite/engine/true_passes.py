@@ -18,7 +18,7 @@ from numerics_suite.observations.roundoff import gradient_errors, relative_error
 from numerics_suite.subjects.memory import KEPT_BYTES
 
 if TYPE_CHECKING:
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
     from numerics_suite.engine.true_fp64 import Fp64Run
 
 PROBE: Final = (2, 5)
@@ -56,7 +56,7 @@ class TruePasses:
         """Nothing has run yet."""
         self._stores: OrderedDict[tuple[str, ...], TrueStore] = OrderedDict()
 
-    def of(self, evidence: Evidence) -> TrueStore:
+    def of(self, evidence: CellContext) -> TrueStore:
         """The store of a cell: an earlier cell's where both are the same in true fp64, else one of its own."""
         if not evidence.takes_ids or evidence.broken or evidence.changes:
             return TrueStore()
@@ -94,7 +94,7 @@ def digest_of_numbers(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _probe(evidence: Evidence) -> Fp64Run | None:
+def _probe(evidence: CellContext) -> Fp64Run | None:
     """The short pass of a cell; None where it cannot be made: what raises here is some check's to find."""
     rows, length = PROBE
     space, seed = evidence.space, evidence.request.seed

@@ -13,7 +13,7 @@ import torch
 from numerics_suite.core.records import Cell
 from numerics_suite.devices.precisions import PRECISIONS
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.subjects.resolve import resolve_all
@@ -27,7 +27,7 @@ RUNS_ON_CPU = [name for name, recipe in PRECISIONS.items() if not recipe.tf32]
 TRAINS = [name for name in RUNS_ON_CPU if PRECISIONS[name].trains]
 
 
-def evidence_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> Evidence:
+def evidence_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> CellContext:
     """The evidence of one CPU cell with the default batch: 4 rows of at most 64 tokens.
 
     Args:
@@ -37,7 +37,7 @@ def evidence_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = 
     """
     (resolved,) = resolve_all((subject,), ())
     cell = Cell(subject=resolved.id, precision=precision, attn=attn, device="cpu", task=resolved.task)
-    return Evidence(resolved, cell, Request())
+    return CellContext(resolved, cell, Request())
 
 
 @pytest.mark.parametrize("precision", RUNS_ON_CPU)
@@ -49,7 +49,7 @@ def test_forward_pass(benchmark: BenchmarkFixture, precision: str) -> None:
     assert logits.shape[:2] == tensors["input_ids"].shape
 
 
-def _bare_step(evidence: Evidence) -> Callable[[], object]:
+def _bare_step(evidence: CellContext) -> Callable[[], object]:
     """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
     model = evidence.copy_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -68,7 +68,7 @@ def _bare_step(evidence: Evidence) -> Callable[[], object]:
     return step
 
 
-def _watched_step(evidence: Evidence) -> Callable[[], object]:
+def _watched_step(evidence: CellContext) -> Callable[[], object]:
     """The step as `train.*` takes it: every loss, gradient, parameter and optimizer state is asked for non-finite values."""
     trainer = evidence.trainer(TrainingPlan())
 

@@ -17,9 +17,9 @@ from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.devices import random_state
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judgement.verdicts import Breach, judge
 from numerics_suite.suite.endings import NO_BATCH
@@ -96,7 +96,7 @@ def _says_more(new: Measurement, held: Measurement) -> bool:
     return new.value == held.value and bool(new.facts) and not held.facts
 
 
-def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | None = None) -> Outcome:
+def ask(spec: CheckSpec, evidence: CellContext, *, seed: int, max_examples: int | None = None) -> Outcome:
     """Ask a check of a cell; what it or the model's own code leaves behind never reaches the next one.
 
     Random numbers begin at the seed, and afterwards the model's attributes, buffers, hooks and config are as they were: a
@@ -124,9 +124,9 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | N
         return _ask(spec, evidence, seed=seed, max_examples=max_examples)
 
 
-def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | None) -> Outcome:
+def _ask(spec: CheckSpec, evidence: CellContext, *, seed: int, max_examples: int | None) -> Outcome:
     outcome = Outcome()
-    if not spec.of_broken and evidence.broken:
+    if not spec.runs_on_nonfinite and evidence.broken:
         reason = f"weights are not finite: {evidence.broken[0]} (load.finite, load.head-init)"
         raise NotApplicableError(reason)
     if not spec.batches:
@@ -150,7 +150,9 @@ def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | 
     return outcome
 
 
-def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int | None) -> None:
+def _ask_drawn(
+    spec: CheckSpec, evidence: CellContext, outcome: Outcome, *, seed: int, max_examples: int | None
+) -> None:
     """Ask it of the planned batches, whose passes other checks share, and of those that Hypothesis draws.
 
     A planned batch that breaks a law is examined alone: Hypothesis looks for the smallest one that does, and what it finds
@@ -161,7 +163,7 @@ def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: i
     outcome.planned = outcome.examples + len(shared) + math.ceil(drawn * spec.share)
     for batch in shared:
         too_long = int(batch.tensors["input_ids"].shape[1]) + spec.adds > evidence.longest
-        if too_long or (not batch.law_abiding and spec.id != PAD_INSIDE):
+        if too_long or (not batch.laws_apply and spec.id != PAD_INSIDE):
             continue
         if _ask_batch(spec, evidence, batch, outcome):
             drawn = max(drawn, SEARCHED)
@@ -172,7 +174,7 @@ def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: i
         _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(drawn * spec.share)))
 
 
-def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outcome) -> list[Breach]:
+def _ask_batch(spec: CheckSpec, evidence: CellContext, batch: Batch, outcome: Outcome) -> list[Breach]:
     progress.batch(outcome.examples + 1, outcome.planned)
     at(f"{spec.id}/{evidence.cell.id}, batch {outcome.examples + 1}")
     measurements = outcome.add(spec.function(evidence, batch))
@@ -183,7 +185,7 @@ def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outco
     return breaches
 
 
-def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int) -> None:
+def _fuzz(spec: CheckSpec, evidence: CellContext, outcome: Outcome, *, seed: int, max_examples: int) -> None:
     failing: set[Any] = set()
     tries = 0
     room = max(1, min(evidence.space.max_length, evidence.longest - spec.adds))

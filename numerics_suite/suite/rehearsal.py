@@ -12,7 +12,7 @@ from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
 from numerics_suite.devices.precisions import precision
 from numerics_suite.diagnosis.learning_rates import largest_stable_rate
 from numerics_suite.diagnosis.recipe import CLIP, recommend
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan, Trajectory
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
@@ -44,7 +44,7 @@ def _best_attention(cell: Cell, cells: tuple[Cell, ...]) -> Cell:
 
 def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], None]) -> Iterator[Rehearsal]:
     runs = []
-    first: Evidence | None = None
+    first: CellContext | None = None
     for cell in cells:
         tell(f"rehearsal: {cell.subject} in {cell.precision}")
         evidence = session.evidence(cell)
@@ -73,7 +73,7 @@ def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], 
     )
 
 
-def _chance(evidence: Evidence) -> float | None:
+def _chance(evidence: CellContext) -> float | None:
     """The loss of a classifier that knows nothing; of several classes at once each is a guess between two."""
     if not evidence.subject.task.endswith("classification"):
         return None
@@ -82,7 +82,7 @@ def _chance(evidence: Evidence) -> float | None:
     return {"classes": math.log(evidence.num_labels), "many": math.log(2)}.get(evidence.space.targets)
 
 
-def _run(evidence: Evidence) -> RehearsedRun:
+def _run(evidence: CellContext) -> RehearsedRun:
     logits = evidence.forward(evidence.training_batch)["logits"]
     plain = evidence.trajectory
     clipped = evidence.train(evidence.with_plan(max_grad_norm=CLIP))
@@ -116,7 +116,7 @@ def is_stable(run: Trajectory) -> bool:
     )
 
 
-def _largest_stable(evidence: Evidence) -> tuple[float | None, bool]:
+def _largest_stable(evidence: CellContext) -> tuple[float | None, bool]:
     """The largest stable learning rate, and whether the search ended at its upper end."""
 
     def holds(plan: TrainingPlan) -> bool:

@@ -26,12 +26,12 @@ from numerics_suite.devices.kinds import CPU
 from numerics_suite.diagnosis.consequences import RAISES, raised
 from numerics_suite.diagnosis.experiments import with_confidence
 from numerics_suite.diagnosis.findings import finding
-from numerics_suite.diagnosis.raising import model_raises
+from numerics_suite.diagnosis.model_exceptions import model_raises
 from numerics_suite.diagnosis.remedy_trials import CheckAnswer, try_remedies
 from numerics_suite.diagnosis.reproducer import reproducer
 from numerics_suite.diagnosis.roots import following
 from numerics_suite.diagnosis.versions_advice import PIN, borne_out, clean_on_a_fixture, without_pin
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.engine.true_passes import TruePasses
@@ -70,7 +70,7 @@ class SuiteSession:
         self.tries_remedies = True
         self._reproducers: dict[tuple[str, ...], str | None] = {}
         self.deadline, self.reproducers = deadline, reproducers
-        self._evidence: Evidence | None = None
+        self._evidence: CellContext | None = None
         self._true_passes = TruePasses()
         self.lost: tuple[Cell, str] | None = None
         self.answered: Mapping[str, Mapping[str, Any]] = {}
@@ -84,16 +84,16 @@ class SuiteSession:
             warnings.simplefilter("ignore")  # as in `answer`
             return make_plan(self.settings)
 
-    def evidence(self, cell: Cell) -> Evidence:
+    def evidence(self, cell: Cell) -> CellContext:
         """The evidence of the cell; the previous cell's is let go first."""
         if self._evidence is None or self._evidence.cell != cell:
             if self._evidence is not None:
                 previous = self._evidence.cell.device
-                self._evidence.let_go()
+                self._evidence.release()
                 self._evidence = None
                 memory.release(previous)
             subject = self.plan.subjects[cell.subject]
-            self._evidence = Evidence(subject, cell, self._request(subject, cell), shared=self._true_passes)
+            self._evidence = CellContext(subject, cell, self._request(subject, cell), shared=self._true_passes)
         return self._evidence
 
     def _request(self, subject: Subject, cell: Cell) -> Request:
@@ -220,7 +220,7 @@ class SuiteSession:
             found = replace(found, reproducer=self._reproducer(question, found, evidence, outcome.batch))
         return self._failed(found, result, told)
 
-    def _diagnosed(self, question: Question, found: Finding, evidence: Evidence) -> Finding:
+    def _diagnosed(self, question: Question, found: Finding, evidence: CellContext) -> Finding:
         """The finding with its experiment made and its remedies tried, where that is wanted."""
         found = borne_out(found, evidence)
         if not (self.settings.diagnose and self.tries_remedies):
@@ -232,7 +232,7 @@ class SuiteSession:
         found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
         return self._following(question, found, evidence) or found
 
-    def _following(self, question: Question, found: Finding, evidence: Evidence) -> Finding | None:
+    def _following(self, question: Question, found: Finding, evidence: CellContext) -> Finding | None:
         """The finding as a consequence of an earlier one of its cell, None where nothing shows that."""
         if not (self.settings.diagnose and self.tries_remedies):
             return None
@@ -277,7 +277,7 @@ class SuiteSession:
             key = (cell.subject, cell.task, *raised(found))
             self._raises |= {key, (cell.id, *key)}
 
-    def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
+    def _reproducer(self, question: Question, found: Finding, evidence: CellContext, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""
         cell = question.cell
         key = (question.check, cell.subject, cell.precision, found.cause)
@@ -304,7 +304,7 @@ class SuiteSession:
         first = not any(list(other[:-1]) == cell for other in self._reproducers)
         return f"{'-'.join(cell if first else key)}.py"
 
-    def _ask_again(self, check: str, cured: Evidence) -> CheckAnswer:
+    def _ask_again(self, check: str, cured: CellContext) -> CheckAnswer:
         """A check of a cured copy, with the batches that this run draws."""
         outcome = ask(get_check(check), cured, seed=self.settings.seed)
         return CheckAnswer(breaches=outcome.breaches, measurements=_numbers(outcome))

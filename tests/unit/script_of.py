@@ -12,7 +12,7 @@ from numerics_suite.core.records import Batch, Finding
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosis.findings import finding
 from numerics_suite.diagnosis.reproducer import reproducer
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask
 
@@ -26,7 +26,7 @@ class Shown:
     """What a check found, where, and the script of it."""
 
     finding: Finding
-    evidence: Evidence
+    evidence: CellContext
     batch: Batch | None
     script: str | None
 

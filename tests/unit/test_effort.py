@@ -61,7 +61,7 @@ def test_planned_batches_are_those_of_their_seed_and_hold_every_kind_of_row() ->
     assert mask.sum(1).tolist() == [16, 8, 12, 1]
     assert bool(mask[:, -1].all())  # on the left
     assert all(kind in plain.drawn for kind in CONTENTS)
-    assert (plain.law_abiding, padded.law_abiding, odd.law_abiding) == (True, True, False)
+    assert (plain.laws_apply, padded.laws_apply, odd.laws_apply) == (True, True, False)
     assert int((odd.tensors["input_ids"] == 0)[0].sum()) == 1
 
 

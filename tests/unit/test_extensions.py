@@ -30,7 +30,7 @@ from numerics_suite.diagnosis.remedy_register import cost_of, cures, remedies_of
 from numerics_suite.diagnosis.remedy_words import COST
 from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.judgement.verdicts import judge
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.plugins import write_added
 from numerics_suite.reports.results import load_schema, to_json
 from numerics_suite.settings.options import from_command_line
@@ -330,7 +330,7 @@ def test_an_accept_entry_may_name_an_added_check_and_its_cause(example):
 
 
 def test_every_added_reporter_writes(example, tmp_path):
-    (path,) = write_added(Documents(runs=(Run(label="here", result=sample_run()),)), tmp_path)
+    (path,) = write_added(Documents(runs=(CheckRun(label="here", result=sample_run()),)), tmp_path)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("run,check,subject")
     assert len(lines) == 1 + len(sample_run().checks)

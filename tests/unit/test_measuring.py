@@ -19,7 +19,7 @@ from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.sketch import PROJECTIONS, Sketcher, condensed, sketch, uniform
 from numerics_suite.baselines.trace import trace
 from numerics_suite.core.errors import BadInputError, NotApplicableError
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import load
@@ -45,7 +45,7 @@ def evidence_of(source, *, task="auto", precision="bf16", attn="sdpa", change=No
             change(loaded)
         return loaded
 
-    return Evidence(plan.subjects[cell.subject], cell, Request(**request), loader=loader if change else None)
+    return CellContext(plan.subjects[cell.subject], cell, Request(**request), loader=loader if change else None)
 
 
 def measured(source, **conditions):

@@ -17,7 +17,7 @@ from numerics_suite.checks.train.accumulation import accumulation
 from numerics_suite.checks.train.clip import clip
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.engine import runner
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.engine.references import compare_law, plain_answer, rounded_answer, true_answer
 from numerics_suite.engine.training_loop import Trainer
@@ -27,14 +27,14 @@ from numerics_suite.suite.driver import ask
 from numerics_suite.suite.session import SuiteSession
 
 
-def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[Evidence]:
+def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[CellContext]:
     settings = Settings(
         subjects=("fixture:glm4-tiny",), precision=precision, attn=("sdpa",), device="cpu", effort=effort, **changes
     )
     session = SuiteSession(settings)
     shared = TruePasses()
     return [
-        Evidence(
+        CellContext(
             session.plan.subjects[cell.subject],
             cell,
             session._request(session.plan.subjects[cell.subject], cell),
@@ -65,7 +65,7 @@ def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:
     before = dict(ran)
     assert before["run_rounded"] == 2
 
-    def unchanged(evidence: Evidence, batch: Any) -> Any:
+    def unchanged(evidence: CellContext, batch: Any) -> Any:
         """Is the answer the answer?"""
         true = true_answer(evidence, batch.tensors)
         found = compare_law(

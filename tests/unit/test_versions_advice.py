@@ -13,7 +13,7 @@ from unit.sample_run import finding
 from numerics_suite.core.records import Cell, Remedy
 from numerics_suite.diagnosis import versions_advice
 from numerics_suite.diagnosis.remedy_trials import ask_once
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.subjects.resolve import resolve_all
 
 BOTH = ("newer-version", "pin-version")
@@ -22,7 +22,7 @@ BOTH = ("newer-version", "pin-version")
 def evidence_of(source, **request):
     (subject,) = resolve_all((str(source),))
     cell = Cell(subject=subject.id, precision="fp32", attn="eager", device="cpu", task=subject.task)
-    return Evidence(subject, cell, Request(**request))
+    return CellContext(subject, cell, Request(**request))
 
 
 def advised():

@@ -10,12 +10,12 @@ from numerics_suite.baselines.compare import Difference, difference
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 
 MEMO = "baseline.difference"
 
 
-def difference_of(evidence: Evidence) -> Difference:
+def difference_of(evidence: CellContext) -> Difference:
     """Recorded against measured, on the recorded batches with the recorded recipe.
 
     Args:
@@ -35,7 +35,7 @@ def difference_of(evidence: Evidence) -> Difference:
     return found
 
 
-def measured_as(recorded: CellBaseline, evidence: Evidence) -> CellBaseline:
+def measured_as(recorded: CellBaseline, evidence: CellContext) -> CellBaseline:
     """The cell measured on the batches and with the recipe of a baseline.
 
     Args:
@@ -46,7 +46,7 @@ def measured_as(recorded: CellBaseline, evidence: Evidence) -> CellBaseline:
     return measure_cell(asked, recorded.batches, evidence.request.applicable, recorded.uses)
 
 
-def _as_recorded(evidence: Evidence, recipe: Mapping[str, Any]) -> Evidence:
+def _as_recorded(evidence: CellContext, recipe: Mapping[str, Any]) -> CellContext:
     """The evidence, or one with the recorded seed and training plan; loaded again only where the seed differs."""
     request = _request(evidence.request, recipe)
     if request == evidence.request:

@@ -10,7 +10,7 @@ from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -26,9 +26,9 @@ from numerics_suite.subjects.load import Loaded
 
 
 @check(batches=True, share=0.4, needs=("token-ids",))
-def attention(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def attention(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does this attention implementation agree with eager attention (and eager with sdpa)?"""
-    if not batch.law_abiding:
+    if not batch.laws_apply:
         yield from skipped_law()
         return
     other = _other(evidence)
@@ -57,7 +57,7 @@ def attention(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     yield from law_measurements(*found, place=place)
 
 
-def _other(evidence: Evidence) -> Loaded:
+def _other(evidence: CellContext) -> Loaded:
     """The same weights under the other implementation, loaded once a cell."""
     if "other attention" not in evidence.memo:
         name = "sdpa" if evidence.loaded.attn == "eager" else "eager"

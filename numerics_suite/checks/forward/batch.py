@@ -9,7 +9,7 @@ from torch import Tensor
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -22,13 +22,13 @@ from numerics_suite.observations.divergence import Side, first_parting
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))
-def batch(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def batch(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is a row's answer the same alone as among its neighbours?
 
     The first and the last row are asked alone, at the width that they have in the batch.
     """
     rows = int(batch.tensors["input_ids"].shape[0])
-    if rows < 2 or not batch.law_abiding:
+    if rows < 2 or not batch.laws_apply:
         yield from skipped_law()
         return
     mask = batch.tensors["attention_mask"].bool()

@@ -14,7 +14,7 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine import decoding
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -43,7 +43,7 @@ LARGEST_ROW = 4
 
 
 @check(batches=True, share=0.4, needs=("causal", "token-ids"), adds=HOLE)
-def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def cache(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is decoding with the cache the full forward pass without one?
 
     Token by token as `generate` does, through what the class prepares for it; several tokens in one step and without
@@ -54,7 +54,7 @@ def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         reason = "an encoder: its tokens see both sides"
         raise NotApplicableError(reason)
     width = int(batch.tensors["input_ids"].shape[1])
-    if width < 2 or not batch.law_abiding:
+    if width < 2 or not batch.laws_apply:
         yield from skipped_law()
         return
     # The router's loss takes a mask as long as the ids, which no step of decoding has.
@@ -68,7 +68,7 @@ def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
 
 
 def _in_steps(
-    evidence: Evidence, batch: Batch, cuts: Sequence[int], positions: decoding.Positions
+    evidence: CellContext, batch: Batch, cuts: Sequence[int], positions: decoding.Positions
 ) -> Iterable[Measurement]:
     """The batch decoded in pieces, beside its full forward pass."""
     # A query that sees padding only has no answer by definition; those columns are left out.
@@ -95,7 +95,7 @@ def _in_steps(
     yield from law_measurements(*found, place=lambda: first_parting(one, other), cause=cause)
 
 
-def _is_told_positions(evidence: Evidence, tensors: Mapping[str, Any]) -> bool:
+def _is_told_positions(evidence: CellContext, tensors: Mapping[str, Any]) -> bool:
     """Whether positions are an argument that this code asks for: its class hands them to every step of `generate`.
 
     Code from before transformers' `Cache`, such as ChatGLM's, keeps plain tuples and counts each step from 0 without them.
@@ -103,26 +103,26 @@ def _is_told_positions(evidence: Evidence, tensors: Mapping[str, Any]) -> bool:
     return bool(evidence.runner.apply(lambda: decoding.keeps_tuples(evidence.model, tensors)))
 
 
-def _rounded(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
+def _rounded(evidence: CellContext, tensors: Mapping[str, Any]) -> Tensor:
     run = evidence.runner.rounded(tensors, call=decoding.without_cache)
     trusted(run.left_out)
     return run.outputs["answer"].cpu()
 
 
-def _true_whole(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
+def _true_whole(evidence: CellContext, tensors: Mapping[str, Any]) -> Tensor:
     """The true fp64 answer of one call without a cache."""
     return true_pass(evidence, tensors, decoding.without_cache, "without a cache")
 
 
 def _true_steps(
-    evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], positions: decoding.Positions = "generate"
+    evidence: CellContext, tensors: Mapping[str, Any], cuts: Sequence[int], positions: decoding.Positions = "generate"
 ) -> Tensor:
     """The true fp64 answer of decoding in steps."""
     call = decoding.with_cache(cuts, positions=positions)
     return true_pass(evidence, tensors, call, f"steps at {list(cuts)}, positions of {positions}")
 
 
-def _cause(evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], exact: float) -> str | None:
+def _cause(evidence: CellContext, tensors: Mapping[str, Any], cuts: Sequence[int], exact: float) -> str | None:
     """`wrong-positions` where the law holds once `position_ids` are given; otherwise the law's own cause."""
     if exact <= AGREED or not decoding.takes_positions(evidence.model):
         return None
@@ -132,7 +132,7 @@ def _cause(evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], 
     return "wrong-positions" if relative_error(told, whole) <= AGREED else None
 
 
-def _after_right_padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _after_right_padding(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """The last token of every row decoded after a prompt that was padded on the right, in true fp64.
 
     The other side is the same layout in one call without a cache: what a convolution or a window makes of the padding in
@@ -170,7 +170,7 @@ def _with_hole(batch: Batch, pad: int) -> dict[str, Tensor] | None:
     }
 
 
-def _past_window(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _past_window(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """The first row, repeated until it reaches past the sliding window, in true fp64; nothing where the batch does so itself."""
     window, width = window_of(evidence), int(batch.tensors["input_ids"].shape[1])
     most = LARGEST_ROW * evidence.request.rows * evidence.request.length
@@ -191,7 +191,7 @@ def _past_window(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     )
 
 
-def window_of(evidence: Evidence) -> int | None:
+def window_of(evidence: CellContext) -> int | None:
     """How many tokens back a token sees in the layers with a sliding window, None without such layers."""
     config = evidence.model.config
     for owner in (config, getattr(config, "text_config", None)):

@@ -10,7 +10,7 @@ from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -23,7 +23,7 @@ from numerics_suite.observations.divergence import Side, first_parting
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))
-def causal(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def causal(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does a later token leave the answers at earlier positions alone?
 
     Every token from the middle of the batch's width on is changed to another id; what comes before must not move.
@@ -32,7 +32,7 @@ def causal(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         reason = "an encoder: its tokens see both sides"
         raise NotApplicableError(reason)
     width = int(batch.tensors["input_ids"].shape[1])
-    if width < 2 or not batch.law_abiding:
+    if width < 2 or not batch.laws_apply:
         yield from skipped_law()
         return
     cut = width // 2
@@ -64,7 +64,7 @@ def causal(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     yield from law_measurements(*found, place=place)
 
 
-def _with_other_future(batch: Batch, cut: int, evidence: Evidence) -> dict[str, Tensor]:
+def _with_other_future(batch: Batch, cut: int, evidence: CellContext) -> dict[str, Tensor]:
     """Real tokens from `cut` on replaced by another id that is not the pad id."""
     ids, mask = batch.tensors["input_ids"].clone(), batch.tensors["attention_mask"]
     other = (ids + 1) % evidence.vocab_size

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observations.comparison import differing_elements
 from numerics_suite.observations.repeatability import unsteady_module
 
 
 @check(batches=True)
-def deterministic(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def deterministic(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does the same input give the same bits twice, in eval mode?"""
     wanted = evidence.forward(batch)
     tensors = evidence.inputs_of(batch)

@@ -11,14 +11,14 @@ from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.blocks import decoder_blocks
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.observations.headroom import Headroom
 from numerics_suite.observations.headroom import headroom as headroom_by_module
 
 
 @check(batches=True, seeks="largest-activation")
-def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement | Series]:
+def headroom(evidence: CellContext, batch: Batch) -> Iterable[Measurement | Series]:
     """How many bits lie between the largest activation and the dtype's largest number?
 
     Hypothesis climbs the largest activation. Little headroom informs; only a value that is not finite fails.
@@ -58,7 +58,7 @@ def headroom(evidence: Evidence, batch: Batch) -> Iterable[Measurement | Series]
     )
 
 
-def _role(module: str, evidence: Evidence) -> str:
+def _role(module: str, evidence: CellContext) -> str:
     return evidence.family.role_of(type(evidence.model.get_submodule(module)).__name__)
 
 

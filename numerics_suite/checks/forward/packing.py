@@ -13,7 +13,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.packed_rows import WORDS, Way, packed, padded_rows, row_alone, ways_of
 from numerics_suite.engine.references import caller, compare_law, plain_answer, rounded_answer, true_answer
 from numerics_suite.observations.divergence import Side, first_parting
@@ -24,7 +24,7 @@ MOST_ROWS, MOST_TOKENS = 3, 24
 
 
 @check(batches=True, share=0.2, needs=("token-ids",))
-def packing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def packing(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Are rows that are packed into one row by themselves, in each way that the installed release supports?
 
     The rows alone are compared with the same rows end to end, told apart by `position_ids` that start again (without a mask and without a
@@ -37,14 +37,14 @@ def packing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if not ways.asked:
         raise NotApplicableError(ways.left_out)
     rows = _rows(evidence, batch)
-    if not batch.law_abiding or len(rows) < 2:
+    if not batch.laws_apply or len(rows) < 2:
         yield from skipped_law()
         return
     for way in ways.asked:
         yield from _law(evidence, _within_window(evidence, rows, way), way, ways.left_out)
 
 
-def _law(evidence: Evidence, rows: list[Tensor], way: Way, left_out: str) -> Iterable[Measurement]:
+def _law(evidence: CellContext, rows: list[Tensor], way: Way, left_out: str) -> Iterable[Measurement]:
     alone = [row_alone(row, evidence) for row in rows]
     true = torch.cat([true_answer(evidence, tensors)[0] for tensors in alone])
     together = padded_rows(rows, evidence) if way == "rows" else packed(rows, way, evidence.model)
@@ -60,13 +60,13 @@ def _law(evidence: Evidence, rows: list[Tensor], way: Way, left_out: str) -> Ite
     yield from law_measurements(*found, place=lambda: _place(evidence, rows, true, together, way), facts=facts)
 
 
-def _within_window(evidence: Evidence, rows: list[Tensor], way: Way) -> list[Tensor]:
+def _within_window(evidence: CellContext, rows: list[Tensor], way: Way) -> list[Tensor]:
     """A mask of one's own takes the place of a sliding window's too, so what it says is the model's within the window only."""
     window = window_of(evidence) if way == "block-mask" else None
     return [row[:window] for row in rows]
 
 
-def _rows(evidence: Evidence, batch: Batch) -> list[Tensor]:
+def _rows(evidence: CellContext, batch: Batch) -> list[Tensor]:
     """The first tokens of the first rows; a batch of one row is packed behind the same row with other tokens."""
     ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"].bool()
     count = min(max(len(ids), 2), MOST_ROWS)
@@ -83,7 +83,9 @@ def _tokens(answer: Tensor, tensors: dict[str, Tensor], way: Way) -> Tensor:
     return answer[tensors["attention_mask"].bool()] if way == "rows" else answer[0]
 
 
-def _place(evidence: Evidence, rows: list[Tensor], true: Tensor, together: dict[str, Tensor], way: Way) -> str | None:
+def _place(
+    evidence: CellContext, rows: list[Tensor], true: Tensor, together: dict[str, Tensor], way: Way
+) -> str | None:
     """The module in which the packed run parts from that of the padded rows; None where padding moves their answers too."""
     plain = padded_rows(rows, evidence)
     if way == "rows" or not relative_error(_tokens(true_answer(evidence, plain), plain, "rows"), true) <= AGREED:

@@ -12,8 +12,8 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.position_table import absolute_positions
 from numerics_suite.engine.references import (
     caller,
@@ -34,13 +34,13 @@ EXTRA = 3
 
 
 @check(batches=True, share=0.5, needs=("token-ids",), adds=EXTRA)
-def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def padding(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does more padding, on each side that the family declares, leave the real tokens' answers alone?
 
     No `position_ids` are given: with them an ignored mask would go unseen under left padding.
     """
     # Beyond its longest row a model has no position for a column, or turns all of them by another rotary table.
-    if not batch.law_abiding or int(batch.tensors["input_ids"].shape[1]) + EXTRA > evidence.longest:
+    if not batch.laws_apply or int(batch.tensors["input_ids"].shape[1]) + EXTRA > evidence.longest:
         yield from skipped_law()
         return
     worst, worst_pair = (0.0, 0.0, ""), None
@@ -61,7 +61,7 @@ def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         yield from _pooled(evidence, batch)
 
 
-def _pairs(evidence: Evidence, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def _pairs(evidence: CellContext, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """The batch and the same with more padding, for each side: with `position_ids` where the model counts columns."""
     plain = without_labels(batch.tensors)
     pairs = []
@@ -72,7 +72,7 @@ def _pairs(evidence: Evidence, batch: Batch) -> list[tuple[dict[str, Tensor], di
     return pairs
 
 
-def _counts_columns(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]) -> bool:
+def _counts_columns(evidence: CellContext, plain: dict[str, Tensor], more: dict[str, Tensor]) -> bool:
     """Whether the model gives each column its own position vector, and padding on the left moves every token by that.
 
     Then there is nothing to ask without `position_ids`, which `generate` gives. With rotary positions a shift of all
@@ -90,7 +90,7 @@ def _with_positions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, "position_ids": counted_positions(tensors["attention_mask"])}
 
 
-def _place(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]) -> str | None:
+def _place(evidence: CellContext, plain: dict[str, Tensor], more: dict[str, Tensor]) -> str | None:
     """The module in which the padded run parts from the plain one."""
 
     def run(tensors: dict[str, Tensor]) -> Side:
@@ -101,7 +101,7 @@ def _place(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]
     return first_parting(run(plain), run(more), passed_over=is_rotary(evidence))
 
 
-def _sides(evidence: Evidence, batch: Batch) -> list[str]:
+def _sides(evidence: CellContext, batch: Batch) -> list[str]:
     """The declared sides on which the batch may be padded further: a row is padded on one side only."""
     mask = batch.tensors["attention_mask"]
     taken = {"left": not bool(mask[:, 0].all()), "right": not bool(mask[:, -1].all())}
@@ -123,7 +123,7 @@ def _tokens(answer: Tensor, real: Tensor) -> Tensor:
     return answer[real]
 
 
-def _pooled(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _pooled(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """The pooled logits under more padding, in true fp64; nothing of logits of each token, which forward.pooling tells."""
     pairs = [
         tuple(true_answer(evidence, tensors, by_token=False) for tensors in pair) for pair in _pairs(evidence, batch)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.layout import INPUT, STATES, batch_first
 from numerics_suite.engine.references import rounding_allowance, turned_states
 
 
 @check(batches=True, needs=("head", "token-ids"))
-def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def pooling(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does the classifier give a row of logits for each row of the batch, read at its last real token?
 
     The head is applied to every position of the last hidden state; the row of logits must be the nearest to the
@@ -37,7 +37,7 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         raise NotApplicableError(reason)
     head_name, head = _head(evidence)
     ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
-    if not batch.law_abiding:
+    if not batch.laws_apply:
         yield Measurement(name="wrong-rows", value=0, unit="rows", module=head_name)
         return
     logits, states = _logits_and_states(evidence, batch, head_name, head)
@@ -62,7 +62,7 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     )
 
 
-def _head(evidence: Evidence) -> tuple[str, nn.Module]:
+def _head(evidence: CellContext) -> tuple[str, nn.Module]:
     for name, module in evidence.model.named_modules():
         if name.rpartition(".")[2] in evidence.family.head_names and isinstance(module, nn.Module):
             return name, module
@@ -102,7 +102,7 @@ def _given_by(body: nn.Module | None) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _logits_and_states(evidence: Evidence, batch: Batch, name: str, head: nn.Module) -> tuple[Tensor, Tensor]:
+def _logits_and_states(evidence: CellContext, batch: Batch, name: str, head: nn.Module) -> tuple[Tensor, Tensor]:
     """The classifier's logits `[batch, labels]` and the head's answer for every position `[batch, sequence, labels]`."""
     tensors = evidence.inputs_of(batch)
     children = dict(evidence.model.named_children())

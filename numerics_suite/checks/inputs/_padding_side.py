@@ -10,8 +10,8 @@ from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Fact, Measurement
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import true_answer
 from numerics_suite.observations.roundoff import largest_difference, relative_error
 from numerics_suite.subjects.generation import names_keyword
@@ -25,7 +25,7 @@ COPIES = 2
 nor a path for single rows."""
 
 
-def padding_moves(evidence: Evidence, collated: Mapping[str, Any]) -> Measurement | None:
+def padding_moves(evidence: CellContext, collated: Mapping[str, Any]) -> Measurement | None:
     """How far the tokenizer's padding moves an answer, in true fp64; None where nothing is padded or there is no such run.
 
     The pooled logits of a sequence classifier, the logits of every real token elsewhere. A causal language model is given the
@@ -63,7 +63,7 @@ def padding_moves(evidence: Evidence, collated: Mapping[str, Any]) -> Measuremen
     return Measurement(name="padding-moves", value=relative_error(together, apart), unit="ratio", facts=facts)
 
 
-def _given(evidence: Evidence, collated: Mapping[str, Any], row: int) -> dict[str, Tensor]:
+def _given(evidence: CellContext, collated: Mapping[str, Any], row: int) -> dict[str, Tensor]:
     """Copies of the row as the model is given it."""
     mask = collated[MASK]
     always = ("input_ids", MASK)

@@ -9,9 +9,9 @@ import torch
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.observations.comparison import differing_elements
 
 INTEGERS = (torch.int32, torch.int16, torch.uint8)
@@ -19,7 +19,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @check(needs=("token-ids",))
-def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
+def ids_dtype(evidence: CellContext) -> Iterable[Measurement]:
     """Do integer ids of every width agree, are floating ids refused, and does every id keep its own meaning?"""
     base = _tensors(evidence)
     wanted = _output(evidence, base)
@@ -52,7 +52,7 @@ def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
     yield _edges(evidence)
 
 
-def _tensors(evidence: Evidence) -> dict[str, torch.Tensor]:
+def _tensors(evidence: CellContext) -> dict[str, torch.Tensor]:
     # Ids below 128 fit every width; they are spread over two rows of a full batch.
     length = min(8, evidence.space.max_length)
     limit = min(127, evidence.vocab_size)
@@ -61,16 +61,16 @@ def _tensors(evidence: Evidence) -> dict[str, torch.Tensor]:
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
 
-def _output(evidence: Evidence, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def _output(evidence: CellContext, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return main_output(floating_outputs(evidence.run(tensors)))[1]
 
 
-def _embedding(evidence: Evidence) -> str | None:
+def _embedding(evidence: CellContext) -> str | None:
     entry = evidence.model.get_input_embeddings()  # type: ignore[operator]
     return next((name for name, module in evidence.model.named_modules() if module is entry), None)
 
 
-def _merged(evidence: Evidence) -> Measurement:
+def _merged(evidence: CellContext) -> Measurement:
     """Ids that a 16-bit float would round to another id, and that the model does not tell apart.
 
     bfloat16 keeps 8 bits of an integer and float16 11, so above 256 (2,048) some ids round to their neighbour. Where
@@ -95,7 +95,7 @@ def _merged(evidence: Evidence) -> Measurement:
     )
 
 
-def _edges(evidence: Evidence) -> Measurement:
+def _edges(evidence: CellContext) -> Measurement:
     """The first and the last id of the vocabulary against their neighbours, as a range check off by one merges them."""
     weight = evidence.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     last = evidence.vocab_size - 1
@@ -115,7 +115,7 @@ def _edges(evidence: Evidence) -> Measurement:
     )
 
 
-def _embedded(evidence: Evidence, token: int) -> torch.Tensor:
+def _embedded(evidence: CellContext, token: int) -> torch.Tensor:
     """The state after the embedding for a row of that one id."""
     seen: list[torch.Tensor] = []
     entry = evidence.model.get_input_embeddings()  # type: ignore[operator]

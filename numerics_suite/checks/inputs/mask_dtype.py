@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.inputs.strategies import MASK_DTYPES
 from numerics_suite.observations.comparison import differing_elements
 
 
 @check(batches=True, share=0.4, needs=("token-ids",))
-def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def mask_dtype(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does a mask of ones and zeros give the same answer in every dtype that a loader may hand over?
 
     The bits are compared where tokens are real; a dtype that the model refuses is no disagreement.

@@ -12,7 +12,7 @@ from numerics_suite.checks.inputs._padding_side import padding_moves
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.inputs.targets import is_row_of_numbers
 from numerics_suite.subjects.tasks import CLASSIFICATION
 from numerics_suite.subjects.tokenizers import TokenizerRaisesError, tokenizer_failures
@@ -30,8 +30,8 @@ COLLATED = "the collator"
 """The batch of :data:`TEXTS` as tokenizer and collator make it."""
 
 
-@check(scope="precision", of_broken=True)
-def pipeline(evidence: Evidence) -> Iterable[Measurement]:
+@check(scope="precision", runs_on_nonfinite=True)
+def pipeline(evidence: CellContext) -> Iterable[Measurement]:
     """Is what tokenizer, collator and accelerate hand to the model integral, in range and padded as it can take it?"""
     batches: dict[str, Mapping[str, Any]] = {}
     raised = None
@@ -55,7 +55,7 @@ def pipeline(evidence: Evidence) -> Iterable[Measurement]:
         raise NotApplicableError(reason)
 
 
-def _measured(evidence: Evidence, batches: Mapping[str, Mapping[str, Any]]) -> Iterable[Measurement]:
+def _measured(evidence: CellContext, batches: Mapping[str, Mapping[str, Any]]) -> Iterable[Measurement]:
     floating, outside, rounded = [], [], []
     for origin, tensors in batches.items():
         for name in ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"):
@@ -84,7 +84,7 @@ def _count(name: str, found: list[str], unit: str) -> Measurement:
     return Measurement(name=name, value=len(found), unit=unit, facts={"where": "; ".join(found)} if found else {})
 
 
-def _real_labels(evidence: Evidence, name: str) -> bool:
+def _real_labels(evidence: CellContext, name: str) -> bool:
     """The labels of a regression, and of several classes at once, are floating by definition."""
     return name == "labels" and (not evidence.takes_ids or evidence.space.targets != "classes")
 
@@ -105,7 +105,7 @@ def _raised(error: TokenizerRaisesError | None) -> Measurement:
     return Measurement(name="tokenizer-raises", value=int(error is not None), unit="exceptions", facts=facts)
 
 
-def _lacks_pad_token(evidence: Evidence) -> str:
+def _lacks_pad_token(evidence: CellContext) -> str:
     """Who has no pad token, in words; empty where padding can be written, and found again."""
     if evidence.lacks_pad_token:
         return "config.json has no pad_token_id, by which this classifier finds the last token of each row"
@@ -115,7 +115,7 @@ def _lacks_pad_token(evidence: Evidence) -> str:
     return "neither the tokenizer nor config.json has a pad token"
 
 
-def _batches(evidence: Evidence) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _batches(evidence: CellContext) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if evidence.own_batch is not None:
         yield evidence.own_batch.drawn, evidence.own_batch.tensors
     tokenizer = evidence.tokenizer
@@ -133,7 +133,7 @@ def _batches(evidence: Evidence) -> Iterable[tuple[str, Mapping[str, Any]]]:
         yield "accelerate's fp32 conversion", convert_outputs_to_fp32(lambda: dict(collated))()
 
 
-def _collate(evidence: Evidence, tokenizer: Any, encoded: list[Any]) -> dict[str, Any]:
+def _collate(evidence: CellContext, tokenizer: Any, encoded: list[Any]) -> dict[str, Any]:
     from transformers import DataCollatorWithPadding
 
     if tokenizer.pad_token is None and (known := config_pad_token(evidence)) is not None:
@@ -150,7 +150,7 @@ def _collate(evidence: Evidence, tokenizer: Any, encoded: list[Any]) -> dict[str
     return dict(DataCollatorWithPadding(tokenizer, return_tensors="pt")(rows))
 
 
-def config_pad_token(evidence: Evidence) -> str | None:
+def config_pad_token(evidence: CellContext) -> str | None:
     """The tokenizer's token of the config's `pad_token_id`, None without one."""
     number = getattr(evidence.model.config, "pad_token_id", None)
     if not isinstance(number, int) or not 0 <= number < evidence.vocab_size:

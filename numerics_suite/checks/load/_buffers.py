@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.built import built_buffers, without_adapter
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.subjects.built_model import built_buffers, without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -17,7 +17,7 @@ NARROWEST = torch.bfloat16
 """Of what a class builds while this is torch's default dtype, a wider buffer is one whose dtype the class itself names."""
 
 
-def rounded_buffers(evidence: Evidence) -> dict[str, str]:
+def rounded_buffers(evidence: CellContext) -> dict[str, str]:
     """Buffers that the class keeps in float32 and that hold, or were stored with, fewer bits: by name what was lost.
 
     A buffer that the class builds in the dtype of the load is as it should be, however narrow: its rounding is part of the model.
@@ -44,7 +44,7 @@ def rounded_buffers(evidence: Evidence) -> dict[str, str]:
     return lost
 
 
-def _stored(evidence: Evidence) -> Mapping[str, Tensor]:
+def _stored(evidence: CellContext) -> Mapping[str, Tensor]:
     """The stored tensors that are buffers of the model."""
     if evidence.subject.path is None or evidence.subject.quantized:
         return {}

@@ -8,14 +8,14 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Fact
 from numerics_suite.core.text import listed
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.built import built_dtypes, without_adapter
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.subjects.built_model import built_dtypes, without_adapter
 from numerics_suite.subjects.load import default_dtype
 
 SHOWN = 5
 
 
-def named_by_class(evidence: Evidence, names: Iterable[str]) -> dict[str, Fact]:
+def named_by_class(evidence: CellContext, names: Iterable[str]) -> dict[str, Fact]:
     """A fact that says which of the parameters the class builds in a dtype of its own; empty where none is.
 
     Args:
@@ -32,7 +32,7 @@ def named_by_class(evidence: Evidence, names: Iterable[str]) -> dict[str, Fact]:
     return {"the class": f"{type(model).__name__} {told}"}
 
 
-def only_with_config(evidence: Evidence) -> bool:
+def only_with_config(evidence: CellContext) -> bool:
     """Whether a load by the folder alone heeds the dtype asked for: what ignores it is a load that is handed a config object too.
 
     Up to 4.49 the dtype asked for is not written into that object, and some code builds in the dtype that it names.

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.adapters import adapter_task, read_adapter
-from numerics_suite.subjects.built import without_adapter
+from numerics_suite.subjects.built_model import without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
 from numerics_suite.subjects.notes import ignored_by_design
@@ -20,7 +20,7 @@ from numerics_suite.subjects.tasks import CLASSIFICATION, head_parts, head_tenso
 
 
 @check(scope="precision", needs=("checkpoint",))
-def complete(evidence: Evidence) -> Iterable[Measurement]:
+def complete(evidence: CellContext) -> Iterable[Measurement]:
     """Did every stored weight reach the model, unchanged, and is every weight of the model but a new head stored?"""
     lacking = _without_scales(evidence)
     yield _count("without-scales", lacking)
@@ -50,14 +50,14 @@ def _count(name: str, found: tuple[str, ...]) -> Measurement:
     )
 
 
-def _without_scales(evidence: Evidence) -> tuple[str, ...]:
+def _without_scales(evidence: CellContext) -> tuple[str, ...]:
     """Quantised weights whose scales are not in the files: their codes are taken for values."""
     subject = evidence.subject
     folder = subject.adapter_base or subject.path
     return () if folder is None else without_scales(tensor_headers(Path(folder)), subject.config)
 
 
-def _lost_head(evidence: Evidence) -> tuple[str, ...]:
+def _lost_head(evidence: CellContext) -> tuple[str, ...]:
     """The head of an adapter that was trained with one and does not hold it; a base's own head is not the trained one."""
     subject = evidence.subject
     if not subject.adapter_base or subject.path is None or subject.task not in CLASSIFICATION:
@@ -73,7 +73,7 @@ def _lost_head(evidence: Evidence) -> tuple[str, ...]:
     return named or evidence.loaded.new_head
 
 
-def _renamed(evidence: Evidence, loaded: Loaded) -> Measurement:
+def _renamed(evidence: CellContext, loaded: Loaded) -> Measurement:
     """Weights that are in the files, whole, under a name that the model does not know."""
     assert evidence.subject.path is not None
     stored = tensor_headers(evidence.subject.path)
@@ -123,7 +123,7 @@ def _unexpected(loaded: Loaded) -> tuple[str, ...]:
     return tuple(name for name in loaded.unexpected if name not in left_out)
 
 
-def _changed(evidence: Evidence, loaded: Loaded) -> Iterable[str]:
+def _changed(evidence: CellContext, loaded: Loaded) -> Iterable[str]:
     """Parameters whose value is not the stored one cast to the parameter's dtype; tied ones are load.tied's."""
     path = evidence.subject.path
     assert path is not None

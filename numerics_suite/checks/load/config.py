@@ -21,7 +21,7 @@ from numerics_suite.checks.load._effects import (
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.definitions import OracleUnavailable, oracle_for, rotary_budget, rotary_roundoffs
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.compat import known_config_keys
 
 DEFINING = frozenset(
@@ -117,7 +117,7 @@ class _Section:
 
 
 @check(scope="subject", needs=("checkpoint",))
-def config(evidence: Evidence) -> Iterable[Measurement]:
+def config(evidence: CellContext) -> Iterable[Measurement]:
     """Is what config.json says what the model was built with?
 
     A key counts as ignored if this release does not read it and the model lacks its effect.
@@ -143,7 +143,7 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _sections(evidence: Evidence) -> Iterator[_Section]:
+def _sections(evidence: CellContext) -> Iterator[_Section]:
     """The file, and its `text_config` where a part of the model is built from it."""
     model, raw = evidence.model, evidence.subject.config
     yield _Section(prefix="", raw=raw, model=model, right_table=_rotary_table_is_right(evidence))
@@ -189,7 +189,7 @@ def _meant(section: _Section, key: str, value: Any) -> bool:
     return is_converted(type(section.built), raw, key, value) or (key in ROWS and has_effect(model, key, raw[key]))
 
 
-def _rotary_table_is_right(evidence: Evidence) -> bool:
+def _rotary_table_is_right(evidence: CellContext) -> bool:
     """Whether the model's rotary table is the one that the file defines, though a release may not read every key."""
     name = evidence.family.name
     table = evidence.rotary_table

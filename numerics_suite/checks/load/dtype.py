@@ -11,14 +11,14 @@ from numerics_suite.checks.load._dtypes import named_by_class, only_with_config
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 SHOWN = 5
 """Names that a fact lists."""
 
 
 @check(scope="precision")
-def dtype(evidence: Evidence) -> Iterable[Measurement]:
+def dtype(evidence: CellContext) -> Iterable[Measurement]:
     """Is the dtype asked for the dtype held, but for what the model declares to keep in float32, and is no buffer rounded?"""
     loaded = evidence.loaded
     asked = dtype_of(evidence.recipe.parameters)
@@ -75,7 +75,7 @@ def _of_parameters(
     )
 
 
-def _of_the_load(evidence: Evidence) -> dict[str, Fact]:
+def _of_the_load(evidence: CellContext) -> dict[str, Fact]:
     """Which load it is that ignores the dtype, where another one heeds it."""
     if not only_with_config(evidence):
         return {}

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.observations.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
 
 @check(scope="precision")
-def finite(evidence: Evidence) -> Iterable[Measurement]:
+def finite(evidence: CellContext) -> Iterable[Measurement]:
     """Is every weight finite once it is loaded, and every buffer initialised?"""
     loaded = evidence.loaded
     # What nobody wrote is load.head-init's question; a NaN there is not the checkpoint's.
@@ -56,7 +56,7 @@ def finite(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _uninitialised(evidence: Evidence) -> tuple[str, ...]:
+def _uninitialised(evidence: CellContext) -> tuple[str, ...]:
     """Buffers that hold what their memory held: poison where the model was loaded over poison, something else over zeros."""
     path = evidence.subject.path
     stored = tensor_headers(path) if path is not None and not evidence.subject.adapter_base else {}
@@ -77,7 +77,7 @@ def _is_poison(buffer: Tensor) -> bool:
     return bool((buffer == torch.iinfo(buffer.dtype).max).any())
 
 
-def _finite_in_file(evidence: Evidence, name: str) -> bool:
+def _finite_in_file(evidence: CellContext, name: str) -> bool:
     """Whether the checkpoint stores that tensor and stores it finite, so that the cast to this dtype broke it."""
     path = evidence.subject.path
     if path is None or evidence.subject.adapter_base or name not in tensor_headers(path):

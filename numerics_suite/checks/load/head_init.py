@@ -9,12 +9,12 @@ from torch import nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.observations.roundoff import rms
 
 
 @check(scope="precision")
-def head_init(evidence: Evidence) -> Iterable[Measurement]:
+def head_init(evidence: CellContext) -> Iterable[Measurement]:
     """Is every weight that the checkpoint does not hold initialised, at a sane scale, and not by luck?
 
     The model is built under poison (uninitialised memory is NaN on any machine), so what is still NaN was never

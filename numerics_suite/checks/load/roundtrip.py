@@ -17,7 +17,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import caller, true_answer, without_labels
 from numerics_suite.engine.roundtrip import saved_and_loaded
 from numerics_suite.engine.runner import Runner
@@ -31,7 +31,7 @@ NOT_KEPT = frozenset({"dtype", "torch_dtype"})
 
 
 @check(scope="precision")
-def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
+def roundtrip(evidence: CellContext) -> Iterable[Measurement]:
     """Does saving the model and loading it again, twice, give the same bits, the same config and the same answers?"""
     if evidence.subject.adapter_base or evidence.subject.quantized:
         reason = "an adapter or a quantised checkpoint is saved in another form than it is loaded in"
@@ -91,7 +91,7 @@ class _Changes:
         return found or (() if self.answers <= AGREED else ("answers",))
 
 
-def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor]) -> _Changes:
+def _changes(evidence: CellContext, after: nn.Module | Mapping[str, Tensor]) -> _Changes:
     before = evidence.model.state_dict()
     state = after if isinstance(after, Mapping) else after.state_dict()
     differing = tuple(name for name in before if name not in state or not same_bits(before[name], state[name]))
@@ -121,7 +121,7 @@ def _defining(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _moved(evidence: Evidence, model: nn.Module) -> float:
+def _moved(evidence: CellContext, model: nn.Module) -> float:
     """By how much true fp64 answers moved; a table that is neither stored nor in the config shows only here."""
     if not evidence.takes_ids or evidence.broken:  # what is not finite already says nothing about the files
         return 0.0
@@ -138,7 +138,7 @@ def _moved(evidence: Evidence, model: nn.Module) -> float:
 
 
 def _saved_and_loaded(
-    evidence: Evidence, model: nn.Module | Mapping[str, Tensor], folder: Path
+    evidence: CellContext, model: nn.Module | Mapping[str, Tensor], folder: Path
 ) -> nn.Module | Mapping[str, Tensor]:
     if isinstance(model, Mapping):
         return model

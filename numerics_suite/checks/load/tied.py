@@ -12,13 +12,13 @@ from torch import nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.built import without_adapter
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.subjects.built_model import without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 
 
 @check(scope="precision", needs=("token-ids",))
-def tied(evidence: Evidence) -> Iterable[Measurement]:
+def tied(evidence: CellContext) -> Iterable[Measurement]:
     """Are input and output embeddings one tensor exactly where the config ties them, in the model and in the files?"""
     model: Any = without_adapter(evidence.model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -43,7 +43,7 @@ def _measured(name: str, failed: bool, facts: dict[str, Fact]) -> Measurement:  
     return Measurement(name=name, value=int(failed), unit="pairs", module="lm_head", parameters=parameters, facts=facts)
 
 
-def _stored_apart(evidence: Evidence, entry: nn.Module, output: nn.Module) -> dict[str, Fact]:
+def _stored_apart(evidence: CellContext, entry: nn.Module, output: nn.Module) -> dict[str, Fact]:
     """What tells the stored output embedding from the stored input embedding; nothing where they are the same, or one is not stored."""
     subject = evidence.subject
     if subject.path is None or subject.quantized:

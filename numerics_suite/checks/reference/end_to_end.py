@@ -9,7 +9,7 @@ from typing import Any
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     is_reference_itself,
     longest_reduction,
@@ -31,7 +31,7 @@ LONGEST = 64
 
 
 @check(needs=("token-ids",))
-def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
+def end_to_end(evidence: CellContext) -> Iterable[Measurement]:
     """Is the error against the true fp64 run what the precision makes unavoidable?
 
     The kernel ratio is the model's error over that of the rounded run, in which every op is perfect and rounded once.
@@ -63,7 +63,7 @@ def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
     yield Measurement(name="inherent-error", value=inherent, unit="")
 
 
-def _batch(evidence: Evidence) -> Mapping[str, Any]:
+def _batch(evidence: CellContext) -> Mapping[str, Any]:
     """The batch of gradients; one with more tokens where it is too small to tell a ratio of two errors from chance.
 
     Both errors are draws. Of n numbers a root mean square strays by 1 / sqrt(2 n), so a thousand hold the ratio to a few
@@ -80,7 +80,7 @@ def _batch(evidence: Evidence) -> Mapping[str, Any]:
     return training_batch(evidence.space, rows=rows, length=length, seed=evidence.request.seed).tensors
 
 
-def _free_width(evidence: Evidence) -> int:
+def _free_width(evidence: CellContext) -> int:
     """Numbers per token that are free in what :func:`answer_of` compares."""
     hidden = int(evidence.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     if evidence.subject.task == "token-classification":

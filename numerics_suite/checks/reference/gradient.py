@@ -16,7 +16,7 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.layout import STATES, batch_first
 from numerics_suite.engine.references import (
     is_reference_itself,
@@ -34,7 +34,7 @@ from numerics_suite.observations.roundoff import rms, wide
 
 
 @check(trains=True)
-def gradient(evidence: Evidence) -> Iterable[Measurement]:
+def gradient(evidence: CellContext) -> Iterable[Measurement]:
     """Is every parameter's gradient as near to the true fp64 one as the precision allows?
 
     One backward pass on the training batch without loss scaling, per parameter against the rounded run's error.
@@ -87,7 +87,7 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _true(evidence: Evidence, call: Caller) -> Mapping[str, Tensor]:
+def _true(evidence: CellContext, call: Caller) -> Mapping[str, Tensor]:
     """The true fp64 gradients of what is differentiated: the loss, whose gradients other checks read too, or a classifier's states."""
     if evidence.subject.task != "sequence-classification":
         return true_gradient(evidence).gradients
@@ -96,7 +96,7 @@ def _true(evidence: Evidence, call: Caller) -> Mapping[str, Tensor]:
     return run.gradients or {}
 
 
-def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
+def _coarser(evidence: CellContext, run: Callable[[], object]) -> Measurement:
     """Ops of forward and backward pass in a coarser float: the rounded run has them too, so no ratio shows them."""
     found = coarser_ops(evidence.model, run, dtype_of(evidence.recipe.computes_in))
     return Measurement(
@@ -108,7 +108,7 @@ def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
     )
 
 
-def differentiated(evidence: Evidence) -> Caller:
+def differentiated(evidence: CellContext) -> Caller:
     """Calls a model so that its output's `loss` is what the check differentiates.
 
     The loss, for a model with an answer per token. A classifier's loss would hand a few numbers down (rows × labels):
@@ -138,13 +138,13 @@ def _alternating(values: Tensor) -> Tensor:
     return (values * signs).sum()
 
 
-def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def own_gradients(evidence: CellContext, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of one backward pass in the cell's precision, by parameter name."""
     return evidence.runner.gradients(tensors, differentiated(evidence))
 
 
 def _ratios(
-    own: Mapping[str, Tensor], true: Mapping[str, Tensor], rounded: Mapping[str, Tensor], evidence: Evidence
+    own: Mapping[str, Tensor], true: Mapping[str, Tensor], rounded: Mapping[str, Tensor], evidence: CellContext
 ) -> dict[str, float]:
     """Error of each gradient in units of the rounded run's, or of one roundoff of the gradient where that is larger."""
     roundoff = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2

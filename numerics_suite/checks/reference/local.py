@@ -9,7 +9,7 @@ from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import is_reference_itself, longest_reduction, refuse_without_ids
 from numerics_suite.observations.local_error import LocalError, local_errors
 from numerics_suite.observations.roundoff import unit_roundoff
@@ -19,7 +19,7 @@ COMPOSED = "composed"
 
 
 @check()
-def local(evidence: Evidence) -> Iterable[Measurement | Series]:
+def local(evidence: CellContext) -> Iterable[Measurement | Series]:
     """Does every module, fed what it really got, err by no more than its right program does?
 
     Root mean square error against its own true fp64 output, in unit roundoffs of what it computes in; by role.
@@ -71,7 +71,7 @@ def _op_at_fault(error: LocalError) -> str | None:
     return error.fused_op if error.fused_excess >= error.kernel_ratio / 2 else None
 
 
-def _by_module(rows: list[tuple[LocalError, str, float]], evidence: Evidence, longest: int) -> Iterable[Series]:
+def _by_module(rows: list[tuple[LocalError, str, float]], evidence: CellContext, longest: int) -> Iterable[Series]:
     """Every module's error, then the kernel ratios of those that are judged by theirs: roundoffs and ratios share no axis."""
     roles = {error.module: evidence.family.role_of(error.class_name) for error, _, _ in rows}
     errors = [
@@ -93,7 +93,7 @@ def _allowance(error: LocalError, longest: int) -> float:
     return longest**0.5 if error.dtype == "float32" else 1.0
 
 
-def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
+def _coarser(errors: list[LocalError], evidence: CellContext) -> Measurement:
     """Modules with an op in a coarser float than the recipe computes in, the innermost first.
 
     Their own error is in roundoffs of that coarser float, where it looks as it should; so they are counted.
@@ -109,7 +109,7 @@ def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
     )
 
 
-def _value(error: LocalError, evidence: Evidence, longest: int) -> tuple[str, float]:
+def _value(error: LocalError, evidence: CellContext, longest: int) -> tuple[str, float]:
     """Name of the budget's measurement and the number that it judges.
 
     A module of one op by its roundoffs, rms or element by element, whichever is smaller; one of several by its kernel

@@ -27,7 +27,7 @@ from numerics_suite.definitions.trace import capture_states, first_difference, t
 from numerics_suite.definitions.weights import Weights
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.layout import batch_first, sequence_first
 from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
@@ -40,7 +40,7 @@ square. Beyond it only the table is judged, whose length costs nothing."""
 
 
 @check(needs=("token-ids",))
-def oracle(evidence: Evidence) -> Iterable[Measurement]:
+def oracle(evidence: CellContext) -> Iterable[Measurement]:
     """Is the true fp64 run what the family's definition computes from the checkpoint's own files?
 
     Logits at all real positions (pooled ones for a classifier), the loss and every parameter's gradient.
@@ -66,7 +66,7 @@ def _length(batch: Mapping[str, Tensor]) -> int:
     return int(batch["input_ids"].shape[1] if positions is None else positions.max() + 1)
 
 
-def _length_beyond_boundary(evidence: Evidence, length: int) -> int | None:
+def _length_beyond_boundary(evidence: CellContext, length: int) -> int | None:
     """A length with another rotary table than `length`; None where one table serves all."""
     boundary = rotary_boundary(evidence.family.name, _config(evidence))
     if boundary is None:
@@ -75,7 +75,7 @@ def _length_beyond_boundary(evidence: Evidence, length: int) -> int | None:
     return boundary + max(1, boundary // 4) if length <= boundary else boundary
 
 
-def _tables(evidence: Evidence, lengths: Sequence[int]) -> Generator[Measurement, None, bool]:
+def _tables(evidence: CellContext, lengths: Sequence[int]) -> Generator[Measurement, None, bool]:
     """Measure the rotary table of each length; returns whether one is wrong."""
     wrong = False
     held = evidence.rotary_table
@@ -97,7 +97,7 @@ def _tables(evidence: Evidence, lengths: Sequence[int]) -> Generator[Measurement
     return wrong
 
 
-def _made_in_the_call(evidence: Evidence, run: TrueRun) -> Generator[Measurement, None, bool]:
+def _made_in_the_call(evidence: CellContext, run: TrueRun) -> Generator[Measurement, None, bool]:
     """Measure the table of code that holds none, or one that it never reads: the turns of position 1, in true fp64."""
     table = table_of(run.turn) if run.table is None else None
     if table is None:
@@ -112,7 +112,7 @@ def _made_in_the_call(evidence: Evidence, run: TrueRun) -> Generator[Measurement
 
 
 def _against_definition(
-    evidence: Evidence, weights: Weights, run: TrueRun, *, wrong_table: bool
+    evidence: CellContext, weights: Weights, run: TrueRun, *, wrong_table: bool
 ) -> Iterable[Measurement]:
     wrong_table = (yield from _made_in_the_call(evidence, run)) or wrong_table
     wanted = _definition(evidence, run, weights, gradients=run.found.gradients is not None)
@@ -139,7 +139,7 @@ def _against_definition(
         )
 
 
-def _scale(evidence: Evidence, run: TrueRun) -> Measurement | None:
+def _scale(evidence: CellContext, run: TrueRun) -> Measurement | None:
     """How far `cos² + sin²` is from the square of what the config scales them by."""
     if run.turn is None:
         return None
@@ -150,7 +150,7 @@ def _scale(evidence: Evidence, run: TrueRun) -> Measurement | None:
     return Measurement(name="rotary-scale", value=apart / exact, unit="ratio", module=run.rotary, facts=facts)
 
 
-def _config(evidence: Evidence) -> Mapping[str, Any]:
+def _config(evidence: CellContext) -> Mapping[str, Any]:
     """The file's words where there is a file; what a factory built its model from elsewhere."""
     if evidence.subject.config:
         return evidence.subject.config
@@ -159,7 +159,7 @@ def _config(evidence: Evidence) -> Mapping[str, Any]:
     return config
 
 
-def _weights(evidence: Evidence) -> Weights:
+def _weights(evidence: CellContext) -> Weights:
     path = evidence.subject.path
     if path is None or evidence.subject.adapter_base:
         return tensor_weights({name: value.cpu() for name, value in evidence.model.state_dict().items()})
@@ -168,7 +168,7 @@ def _weights(evidence: Evidence) -> Weights:
 
 
 def _definition(
-    evidence: Evidence, run: TrueRun, weights: Weights, *, gradients: bool = False, trace: bool = False
+    evidence: CellContext, run: TrueRun, weights: Weights, *, gradients: bool = False, trace: bool = False
 ) -> OracleRun:
     model = evidence.model
     head = {name: model.get_parameter(name).detach().cpu() for name in evidence.loaded.new_head}
@@ -186,7 +186,7 @@ def _definition(
     )
 
 
-def _labelled(config: Mapping[str, Any], evidence: Evidence) -> Mapping[str, Any]:
+def _labelled(config: Mapping[str, Any], evidence: CellContext) -> Mapping[str, Any]:
     """The config with the labels and pad id that the task was loaded with."""
     built = evidence.model.config
     extra = {
@@ -218,7 +218,7 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
 
 
-def _first_apart(evidence: Evidence, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:
+def _first_apart(evidence: CellContext, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:
     """The first block and sub-module where the model and its definition part, forward or else backward."""
     wanted = _definition(evidence, run, weights, trace=True)
     states: dict[str, Tensor] = {}

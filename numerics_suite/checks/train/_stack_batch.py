@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.strategies import build_batch
 
@@ -27,7 +27,7 @@ MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
+class StackSubject:
     """What is trained, and on what.
 
     Attributes:
@@ -75,7 +75,7 @@ class Stack:
         return {name: torch.tensor([values]) for name, values in named.items()}
 
 
-def stack_of(evidence: Evidence) -> Stack:
+def stack_of(evidence: CellContext) -> StackSubject:
     """The subject's model and a batch for it.
 
     Raises:
@@ -103,12 +103,12 @@ def stack_of(evidence: Evidence) -> Stack:
     answers, whole = _labels(batch.tensors, evidence.subject.task)
     model = evidence.copy_model().to(CPU)
     _without_dropout(model)
-    return Stack(
+    return StackSubject(
         model=model, task=evidence.subject.task, tensors={**batch.tensors, "labels": answers}, from_the_first=whole
     )
 
 
-def _refuse_unsuited(evidence: Evidence) -> None:
+def _refuse_unsuited(evidence: CellContext) -> None:
     from transformers import PreTrainedModel  # heavy
 
     model: Any = evidence.model
@@ -166,7 +166,7 @@ def count(labels: Tensor, task: str) -> int:
     return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
 
 
-def smoothed(stack: Stack, epsilon: float, *, shifted: bool) -> Any:
+def smoothed(stack: StackSubject, epsilon: float, *, shifted: bool) -> Any:
     """The loss with label smoothing by its definition: (1 - ε) of the label's surprisal and ε of the mean over all classes.
 
     Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016), section 7; the mean over the labels that count.

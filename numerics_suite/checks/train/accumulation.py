@@ -14,7 +14,7 @@ from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import scalar_loss
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
@@ -25,7 +25,7 @@ from numerics_suite.observations.roundoff import gradient_errors, relative_error
 
 
 @check(trains=True, needs=("token-ids",))
-def accumulation(evidence: Evidence) -> Iterable[Measurement]:
+def accumulation(evidence: CellContext) -> Iterable[Measurement]:
     """Do micro-batches of unequal token counts, weighted by what they count, give the full batch's loss and gradient?
 
     In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. The
@@ -56,13 +56,13 @@ def _measured(full: Fp64Run, parts: Fp64Run) -> Iterable[Measurement]:
     yield _worst(sums, full.gradients)
 
 
-def _true(evidence: Evidence, call: Caller = call_model) -> Fp64Run:
+def _true(evidence: CellContext, call: Caller = call_model) -> Fp64Run:
     run = evidence.runner.true_fp64(evidence.gradient_batch.tensors, gradients=True, call=call)
     trusted(run.left_out)
     return run
 
 
-def _in_parts(evidence: Evidence, rows: int) -> Caller:
+def _in_parts(evidence: CellContext, rows: int) -> Caller:
     """Calls the model on micro-batches, whose losses are added up, each weighted by the labels that it counts.
 
     Their gradients add up in the parameters, as in a loop that accumulates.

@@ -9,7 +9,7 @@ from numerics_suite.checks.train._curves import loss_scales
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 INITIAL_SCALE = 65536.0
 """What torch's GradScaler begins with."""
@@ -18,8 +18,8 @@ LOST_SCALE = 1.0
 """Below a scale of 1 the scaler makes gradients smaller than they are: they overflow unscaled, or are not finite at all."""
 
 
-@check(trains=True, of_broken=True)
-def amp(evidence: Evidence) -> Iterable[Measurement | Series]:
+@check(trains=True, runs_on_nonfinite=True)
+def amp(evidence: CellContext) -> Iterable[Measurement | Series]:
     """Under autocast, do parameters and gradients keep their dtype and does the loss scale settle?
 
     A scaler that skips a few steps at first is at work. One that is still skipping when its scale has fallen below 1

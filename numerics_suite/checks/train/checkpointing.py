@@ -15,15 +15,15 @@ from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.dropout import WithoutDropout
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observations.roundoff import gradient_errors
 
 
 @check(trains=True, needs=("token-ids",))
-def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
+def checkpointing(evidence: CellContext) -> Iterable[Measurement]:
     """Are the gradients with activation checkpointing those without, and those of training mode eval mode's?
 
     Both in true fp64, with every dropout off.
@@ -54,7 +54,7 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _in_eval_mode(evidence: Evidence) -> Mapping[str, Tensor]:
+def _in_eval_mode(evidence: CellContext) -> Mapping[str, Tensor]:
     """The cell's true fp64 gradients; of a large model whose blocks cannot be taken one by one those of a run of its own."""
     try:
         return true_gradient(evidence).gradients

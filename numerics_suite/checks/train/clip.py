@@ -9,7 +9,7 @@ from numerics_suite.checks.train._curves import clipped_norms, gradient_norms, l
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import RECIPE_NORM, Trajectory
 
 LIMIT = RECIPE_NORM
@@ -17,7 +17,7 @@ LIMIT = RECIPE_NORM
 
 
 @check(trains=True)
-def clip(evidence: Evidence) -> Iterable[Measurement | Series]:
+def clip(evidence: CellContext) -> Iterable[Measurement | Series]:
     """Does clipping the total gradient norm hold it at the limit and keep training finite?
 
     Where clipping to 1.0 keeps a run finite that is not finite without, that is said: the gradients explode.
@@ -50,7 +50,7 @@ def clip(evidence: Evidence) -> Iterable[Measurement | Series]:
     )
 
 
-def _tells_all(free: Trajectory, evidence: Evidence) -> bool:
+def _tells_all(free: Trajectory, evidence: CellContext) -> bool:
     """Whether the run without clipping shows what clipping does, so that no second run is needed.
 
     It stays finite, and clipped gradients are the same ones times a factor below 1: an Adam's step does not depend on

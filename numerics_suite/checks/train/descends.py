@@ -11,11 +11,11 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
 @check(trains=True)
-def descends(evidence: Evidence) -> Iterable[Measurement | Series]:
+def descends(evidence: CellContext) -> Iterable[Measurement | Series]:
     """Is the loss on the training batch lower after N steps on it?
 
     First-order theory predicts what the first step takes off the loss (learning rate times the gradient's 1-norm for
@@ -51,7 +51,7 @@ def descends(evidence: Evidence) -> Iterable[Measurement | Series]:
     yield from gradient_norms(run)
 
 
-def _resolution(evidence: Evidence, loss: float) -> float:
+def _resolution(evidence: CellContext, loss: float) -> float:
     """The smallest change of the loss that is no rounding: eight unit roundoffs of it.
 
     A forward pass carries a few roundings to the loss, and the loss itself is one; the root mean square of a decoder's

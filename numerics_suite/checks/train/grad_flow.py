@@ -12,7 +12,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices import random_state
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.runner import Runner
 from numerics_suite.observations.roundoff import rms
 
@@ -31,7 +31,7 @@ OPTIONAL = frozenset({"mask_emb", "seg_embed", "r_s_bias"})
 
 
 @check(trains=True)
-def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
+def grad_flow(evidence: CellContext) -> Iterable[Measurement]:
     """Does every trained parameter receive a gradient that is not exactly zero?"""
     run = evidence.trajectory
     if not run.gradient_norms or (run.bad is not None and run.bad.step == 1 and run.bad.kind != "parameter"):
@@ -52,7 +52,7 @@ def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def dead_parameters(evidence: Evidence) -> tuple[str, ...]:
+def dead_parameters(evidence: CellContext) -> tuple[str, ...]:
     """Names of the trained parameters whose gradient at the first step is absent or exactly zero, but for those that are so by design.
 
     Args:
@@ -68,7 +68,7 @@ def dead_parameters(evidence: Evidence) -> tuple[str, ...]:
     return found
 
 
-def _unused(evidence: Evidence, name: str) -> bool:
+def _unused(evidence: CellContext, name: str) -> bool:
     """Whether the loss cannot reach the parameter by definition.
 
     An expert that no token was routed to; LoRA's A while B is still zero; the output layer that 2024's chatglm keeps
@@ -79,7 +79,7 @@ def _unused(evidence: Evidence, name: str) -> bool:
     return "experts" in parts or "lora_A" in parts or bool(beside_head)
 
 
-def _apart(evidence: Evidence, absent: Sequence[str]) -> frozenset[str]:
+def _apart(evidence: CellContext, absent: Sequence[str]) -> frozenset[str]:
     """Those of the parameters without any gradient that the loss does not depend on by design.
 
     A pooler that a language model carries along, the indexer that only picks the keys to attend to, the part for pictures
@@ -112,7 +112,7 @@ def _whole_part(name: str, reached: Iterable[str]) -> str:
     return ""
 
 
-def loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
+def loss_is_flat(evidence: CellContext, names: Sequence[str]) -> bool:
     """Whether the true fp64 loss is the same once the parameters are moved, by a millionth of their size.
 
     Args:
@@ -137,7 +137,7 @@ def loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
     )
 
 
-def _alive_in_fp32(evidence: Evidence, dead: tuple[str, ...]) -> bool:
+def _alive_in_fp32(evidence: CellContext, dead: tuple[str, ...]) -> bool:
     """Whether the same parameters do get a gradient in fp32, so that it was lost to float16's range."""
     from numerics_suite.devices.precisions import PRECISIONS
     from numerics_suite.engine.training_loop import train

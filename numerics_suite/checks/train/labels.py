@@ -14,7 +14,7 @@ from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine import own_batch
 from numerics_suite.engine.calls import input_device, takes_decoder_ids
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.targets import Targets
@@ -24,7 +24,7 @@ from numerics_suite.observations.roundoff import unit_roundoff, wide
 
 
 @check(batches=True, trains=True, needs=("token-ids",))
-def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def labels(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is the loss the one that the labels that count define, and are absent labels no loss?
 
     Held against a few lines in float64 on the model's own logits. A drawn batch without a label that counts has NaN as its
@@ -68,7 +68,7 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     )
 
 
-def _counted(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _counted(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """How many labels of the user's own batch count, and in how many batches of an epoch none does."""
     rows = own_batch.counted(evidence, batch)
     yield Measurement(name="counted-labels", value=sum(rows), unit="labels")
@@ -85,7 +85,7 @@ def _counted(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     yield Measurement(name="no-counted-labels", value=empty, unit="batches", facts=facts)
 
 
-def _without_labels(evidence: Evidence, batch: Batch) -> tuple[Batch, str]:
+def _without_labels(evidence: CellContext, batch: Batch) -> tuple[Batch, str]:
     """The batch whose logits the labels are for, and the task that says which label is for which row of them.
 
     The decoder of an encoder-decoder reads the labels moved by one, so its rows are for the labels as they stand.
@@ -100,18 +100,18 @@ def _without_labels(evidence: Evidence, batch: Batch) -> tuple[Batch, str]:
     return replace(batch, tensors={**batch.tensors, "decoder_input_ids": moved}), "token-classification"
 
 
-def _log_softmax_roundoff(evidence: Evidence, batch: Batch) -> float:
+def _log_softmax_roundoff(evidence: CellContext, batch: Batch) -> float:
     """The unit roundoff of the log-probabilities, which may be coarser than the loss; the same for every batch of a cell."""
     if "log-softmax" not in evidence.memo:
         evidence.memo["log-softmax"] = log_softmax_dtype(lambda: evidence.run(batch.tensors))
     return unit_roundoff(evidence.memo["log-softmax"])
 
 
-def _cross_entropy(evidence: Evidence, batch: Batch, with_labels: Mapping[str, Tensor]) -> Tensor:
+def _cross_entropy(evidence: CellContext, batch: Batch, with_labels: Mapping[str, Tensor]) -> Tensor:
     """The loss that the model returns, without the loss of its router."""
     if not adds_router_loss(evidence.model):
         return with_labels["loss"]
-    with evidence.tampered() as model, without_router_loss(model):
+    with evidence.modified_model() as model, without_router_loss(model):
         return evidence.forward(batch, labels=True)["loss"]
 
 

@@ -8,11 +8,11 @@ from numerics_suite.checks.train.grad_flow import dead_parameters
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
 @check(trains=True)
-def updates(evidence: Evidence) -> Iterable[Measurement]:
+def updates(evidence: CellContext) -> Iterable[Measurement]:
     """Does every trained parameter move, and by what float64 would move it?
 
     A parameter stays where it is if it gets no gradient, if no optimizer holds it, or if something writes its old value back; an exactly zero

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.kinds import kind_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 SYMPTOM = "REPRODUCED"
 """How the assertion of every script begins."""
@@ -31,7 +31,7 @@ class ScriptContext:
 
     check: str
     finding: Finding
-    evidence: Evidence
+    evidence: CellContext
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
 

@@ -14,7 +14,7 @@ from numerics_suite.extending import (
     Attempt,
     Batch,
     Budget,
-    Evidence,
+    CellContext,
     Finding,
     Loaded,
     Measurement,
@@ -24,7 +24,7 @@ from numerics_suite.extending import (
 
 
 @check(check_id="acme.logit-spacing", batches=True, seeks="largest-logit", needs=("token-ids",))
-def logit_spacing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def logit_spacing(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is the next number after the largest logit near enough for a softmax to tell two answers apart?
 
     bfloat16 has 8 bits: after 128 comes 129, so two tokens of which one is 2.7 times as likely have one logit.
@@ -42,7 +42,7 @@ def logit_spacing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     yield Measurement(name="largest-logit", value=largest, unit="nats")  # without a budget: Hypothesis climbs it
 
 
-def heads(evidence: Evidence) -> list[str]:
+def heads(evidence: CellContext) -> list[str]:
     """Names of the linear layers on top, as the family calls them."""
     names = {*evidence.family.lm_head_names, *evidence.family.head_names}
     modules = evidence.model.named_modules()
@@ -76,7 +76,7 @@ class _Float32Linear(nn.Linear):
             return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-def float32_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def float32_head(evidence: CellContext, _: Finding) -> Iterator[Attempt]:
     """The head in float32, on a fresh copy; nothing where the model computes in float32 or has no such head."""
     names = heads(evidence)
     if not names or evidence.recipe.computes_in in {"float32", "float64"}:

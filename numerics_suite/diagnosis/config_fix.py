@@ -19,7 +19,7 @@ from numerics_suite.checks.load.config import TEXT
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding, Subject
 from numerics_suite.definitions import file_weights
-from numerics_suite.diagnosis.rewriting import (
+from numerics_suite.diagnosis.config_rewrites import (
     OF_ROPE,
     SYNONYMS,
     Rewriting,
@@ -28,7 +28,7 @@ from numerics_suite.diagnosis.rewriting import (
     of_stored_sizes,
     tied_as_stored,
 )
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.files import tensor_headers
 
@@ -57,12 +57,12 @@ class Fixed:
         how: which keys to write, and what the release then builds.
     """
 
-    evidence: Evidence
-    meant: Evidence | None
+    evidence: CellContext
+    meant: CellContext | None
     how: str
 
 
-def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
+def fixed_configs(evidence: CellContext, finding: Finding) -> Iterator[Fixed]:
     """The cell on a copy of its folder with the config rewritten; the copy lasts until the next is asked for.
 
     Args:
@@ -87,7 +87,7 @@ def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
         yield Fixed(evidence=fixed, meant=meant, how="; ".join((how, *rewriting.left)))
 
 
-def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
+def _rewriting(evidence: CellContext, finding: Finding) -> Rewriting:
     raw, built = evidence.subject.config, evidence.model.config
     measurement = finding.evidence.get("measurement")
     known = compat.known_config_keys(type(built))
@@ -107,7 +107,7 @@ def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
     return in_words_that_are_read(raw, known, keys)
 
 
-def _of_text_part(evidence: Evidence, keys: tuple[str, ...]) -> Rewriting:
+def _of_text_part(evidence: CellContext, keys: tuple[str, ...]) -> Rewriting:
     """The file with another `text_config`, the section that says what the language part of a model of pictures is."""
     raw, section = evidence.subject.config, f"{TEXT}."
     known = compat.known_config_keys(type(getattr(evidence.model.config, TEXT)))
@@ -121,7 +121,7 @@ def _of_text_part(evidence: Evidence, keys: tuple[str, ...]) -> Rewriting:
     )
 
 
-def _of_own_code(evidence: Evidence) -> Rewriting:
+def _of_own_code(evidence: CellContext) -> Rewriting:
     """The class of the checkpoint's own code that is a sequence classifier by name, where auto_map names another."""
     raw = evidence.subject.config
     target = str((raw.get("auto_map") or {}).get(CLASSIFIER, ""))
@@ -148,7 +148,7 @@ def _folder(subject: Subject) -> Path:
     return Path(subject.adapter_base or str(subject.path))
 
 
-def _tied(evidence: Evidence) -> Rewriting:
+def _tied(evidence: CellContext) -> Rewriting:
     """Whether both embeddings are one matrix is seen in the files: the output's is absent there, or the same."""
     model, folder = evidence.model, _folder(evidence.subject)
     entry, head = (
@@ -199,7 +199,7 @@ def _link(file: Path, place: Path) -> None:
         shutil.copy2(file, place)
 
 
-def _built(before: Evidence, after: Evidence, rewriting: Rewriting) -> str:
+def _built(before: CellContext, after: CellContext, rewriting: Rewriting) -> str:
     """`transformers 5.24.0 builds rotary base 500000 (was 10000)`: what the new words change, in numbers."""
     was, now = _values(before), _values(after)
     names = {name for key in (*rewriting.written, *rewriting.dropped) for name in (key, *_synonyms(key))}
@@ -216,7 +216,7 @@ def _synonyms(key: str) -> tuple[str, ...]:
     return next((names for names in SYNONYMS if key in names), ())
 
 
-def _values(evidence: Evidence) -> dict[str, Any]:
+def _values(evidence: CellContext) -> dict[str, Any]:
     """What the built model has: its config's values, and the rotary base as its own table has it."""
     config = evidence.model.config
     values = {key: getattr(config, key, None) for names in (*SYNONYMS, ("tie_word_embeddings",)) for key in names}
