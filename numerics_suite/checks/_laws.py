@@ -44,9 +44,9 @@ def law_measurements(  # noqa: PLR0913 - the words of one measurement
     yield Measurement(name="rounded", value=rounded, unit="ratio", module=module, facts=told)
 
 
-def is_rotary(evidence: CellContext) -> Callable[[nn.Module], bool]:
+def is_rotary(context: CellContext) -> Callable[[nn.Module], bool]:
     """Whether a module is the rotary embedding, whose output shifts with the positions."""
-    return lambda module: evidence.family.kind_of(type(module).__name__) == "rotary"
+    return lambda module: context.family.kind_of(type(module).__name__) == "rotary"
 
 
 def skipped_law() -> Iterable[Measurement]:

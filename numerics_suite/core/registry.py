@@ -35,9 +35,9 @@ class CheckSpec:
 
     Attributes:
         id: such as `forward.padding`.
-        function: evidence (and a batch, where `batches`) to measurements, and series of numbers to be shown beside them.
+        function: the cell's context (and a batch, where `batches`) to measurements, and series of numbers to be shown beside them.
         scope: how often it is asked.
-        batches: Hypothesis draws the batches for it; else it is called once with evidence alone.
+        batches: Hypothesis draws the batches for it; else it is called once with the context alone.
         trains: it runs training steps, so a serving precision and a quantised checkpoint skip it.
         needs: capabilities of the subject: `checkpoint` (files), `token-ids`, `head` (a classification head),
             `causal`, `tokenizer`.

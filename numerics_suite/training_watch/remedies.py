@@ -65,11 +65,11 @@ def with_remedies_tried(finding: Finding, scene: CaughtContext) -> Finding:
     asked = replace(finding, remedies=tuple(remedy for remedy in finding.remedies if remedy.verified is None))
     until = time.monotonic() + scene.seconds
 
-    def ask(name: str, evidence: CellContext) -> CheckAnswer:
+    def ask(name: str, context: CellContext) -> CheckAnswer:
         if time.monotonic() >= until:
             reason = f"not tried: the {scene.seconds:g} seconds for it were over; numerics-suite check --bundle has no such limit"
             raise TimeOverError(reason)
-        return ask_once(name, evidence)
+        return ask_once(name, context)
 
     with undisturbed():
         try:

@@ -252,7 +252,7 @@ def one_attempt(monkeypatch):
     """Every remedy can be applied in one way."""
 
     def cure(_evidence, _finding):
-        yield Attempt(evidence=Cured())
+        yield Attempt(context=Cured())
 
     monkeypatch.setattr(roots, "cures", lambda: dict.fromkeys(("init-head", "use-amp-bf16"), cure))
 

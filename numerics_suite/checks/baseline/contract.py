@@ -12,6 +12,6 @@ from numerics_suite.engine.cell_context import CellContext
 
 
 @check(runs_on_nonfinite=True)
-def contract(evidence: CellContext) -> Iterable[Measurement]:
+def contract(context: CellContext) -> Iterable[Measurement]:
     """Is everything still there that callers rely on and that the baseline watched?"""
-    return contract_measurements(difference_of(evidence))
+    return contract_measurements(difference_of(context))

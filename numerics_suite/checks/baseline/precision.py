@@ -12,6 +12,6 @@ from numerics_suite.engine.cell_context import CellContext
 
 
 @check(runs_on_nonfinite=True)
-def precision(evidence: CellContext) -> Iterable[Measurement]:
+def precision(context: CellContext) -> Iterable[Measurement]:
     """Is the error of the precision no larger than what was recorded, as a whole and in each module?"""
-    return precision_measurements(difference_of(evidence))
+    return precision_measurements(difference_of(context))

@@ -12,6 +12,6 @@ from numerics_suite.engine.cell_context import CellContext
 
 
 @check(runs_on_nonfinite=True)
-def semantics(evidence: CellContext) -> Iterable[Measurement]:
+def semantics(context: CellContext) -> Iterable[Measurement]:
     """Does the model compute the function that was recorded, once rounding is out of the way?"""
-    return semantic_measurements(difference_of(evidence))
+    return semantic_measurements(difference_of(context))

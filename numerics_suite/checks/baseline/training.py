@@ -13,9 +13,9 @@ from numerics_suite.engine.cell_context import CellContext
 
 
 @check(trains=True, runs_on_nonfinite=True)
-def training(evidence: CellContext) -> Iterable[Measurement]:
+def training(context: CellContext) -> Iterable[Measurement]:
     """Does training take the recorded course, in float64 exactly and in the precision as far as rounding allows?"""
-    measurements = list(training_measurements(difference_of(evidence)))
+    measurements = list(training_measurements(difference_of(context)))
     if not measurements:
         reason = "the baseline has no training curve of this cell"
         raise NotApplicableError(reason)

@@ -22,7 +22,7 @@ from numerics_suite.observations.divergence import Side, first_parting
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))
-def batch(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
+def batch(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is a row's answer the same alone as among its neighbours?
 
     The first and the last row are asked alone, at the width that they have in the batch.
@@ -40,17 +40,17 @@ def batch(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
             return answer[index][real]
 
         found = compare_law(
-            evidence,
-            true=of_row(true_answer(evidence, batch.tensors), row),
-            true_other=of_row(true_answer(evidence, alone), 0),
-            other=of_row(plain_answer(evidence, alone), 0),
-            base=lambda row=row: of_row(rounded_answer(evidence, batch.tensors), row),  # type: ignore[misc]
+            context,
+            true=of_row(true_answer(context, batch.tensors), row),
+            true_other=of_row(true_answer(context, alone), 0),
+            other=of_row(plain_answer(context, alone), 0),
+            base=lambda row=row: of_row(rounded_answer(context, batch.tensors), row),  # type: ignore[misc]
         )
         together, apart = (
             Side(
-                model=evidence.model,
+                model=context.model,
                 tensors=without_labels(tensors),
-                call=caller(evidence, by_token=True),
+                call=caller(context, by_token=True),
                 pick=lambda state, index=index, of_row=of_row: of_row(state, index),  # type: ignore[misc]
             )
             for tensors, index in ((batch.tensors, row), (alone, 0))

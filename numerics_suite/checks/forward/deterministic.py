@@ -13,11 +13,11 @@ from numerics_suite.observations.repeatability import unsteady_module
 
 
 @check(batches=True)
-def deterministic(evidence: CellContext, batch: Batch) -> Iterable[Measurement]:
+def deterministic(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does the same input give the same bits twice, in eval mode?"""
-    wanted = evidence.forward(batch)
-    tensors = evidence.inputs_of(batch)
-    again = floating_outputs(evidence.run(tensors))
+    wanted = context.forward(batch)
+    tensors = context.inputs_of(batch)
+    again = floating_outputs(context.run(tensors))
     differing = sum(differing_elements(again[name], value) for name, value in wanted.items())
-    where = unsteady_module(evidence.model, lambda: evidence.run(tensors)) if differing else None
+    where = unsteady_module(context.model, lambda: context.run(tensors)) if differing else None
     yield Measurement(name="differing", value=differing, unit="elements", module=where)

@@ -11,9 +11,9 @@ from numerics_suite.engine.cell_context import CellContext
 
 
 @check(trains=True, runs_on_nonfinite=True)
-def finite(evidence: CellContext) -> Iterable[Measurement | Series]:
+def finite(context: CellContext) -> Iterable[Measurement | Series]:
     """Do loss, logits, gradients, parameters and optimizer state stay finite at every step?"""
-    run = evidence.trajectory
+    run = context.trajectory
     bad = run.bad
     facts: dict[str, float | str] = {"losses": ", ".join(f"{loss:.4g}" for loss in run.losses)}
     if run.gradient_norms:

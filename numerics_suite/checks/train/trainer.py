@@ -50,13 +50,13 @@ class Trial:
 
 
 @check(scope="subject", trains=True, needs=("token-ids",))
-def trainer(evidence: CellContext) -> Iterable[Measurement]:
+def trainer(context: CellContext) -> Iterable[Measurement]:
     """Do the installed Trainer, accelerate and peft hand the optimizer the gradient of the whole batch's loss?
 
     In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, label smoothing, a
     padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
     """
-    stack = stack_of(evidence)
+    stack = stack_of(context)
     try:
         trials = list(_trials(stack))
     except ImportError as error:
