@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from numerics_suite.cli.main import main
-from numerics_suite.engine import context as module
+from numerics_suite.engine import cell_context as module
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded
 from numerics_suite.suite.session import SuiteSession
