@@ -121,7 +121,7 @@ def _renamed(evidence: Evidence, loaded: Loaded) -> Measurement:
 def _added_parts(name: str, other: str) -> tuple[str, ...]:
     """The parts that another name has within this one, empty where it begins otherwise or has none."""
     left, added = name.split("."), []
-    if other.split(".")[0] != left[0]:
+    if other.partition(".")[0] != left[0]:
         return ()
     for part in other.split("."):
         if left and part == left[0]:
