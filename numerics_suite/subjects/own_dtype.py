@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from numerics_suite.subjects.built import built_dtypes
+from numerics_suite.subjects.built_model import built_dtypes
 from numerics_suite.subjects.remote_code import is_a_checkpoints
 
 OF_CONFIG, OF_TORCH = "config.torch_dtype", "torch.get_default_dtype()"

@@ -345,6 +345,6 @@ def losses(folder: str, precision: str, data: Path) -> tuple[float, float]:
         seq_len=12, data=data, trust_remote_code=True, task=CLASSIFY["task"], origins={"precision": "command line"},
     )  # fmt: skip
     session = SuiteSession(settings)
-    evidence = session.evidence(session.plan.questions[0].cell)
-    run = evidence.variant(plan=evidence.with_plan(eps=SAFE_EPS)) if precision == "pure-fp16" else evidence
+    context = session.context(session.plan.questions[0].cell)
+    run = context.variant(plan=context.with_plan(eps=SAFE_EPS)) if precision == "pure-fp16" else context
     return run.trajectory.losses[0], run.trajectory.losses[-1]
