@@ -28,7 +28,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
         ValueError: it is larger.
         OSError: it cannot be read.
     """
-    with open(path, "rb", opener=_at_once) as file:  # noqa: PTH123 - one read bounds a pipe and a file that grows, too
+    with open(path, "rb", opener=_at_once) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         message = f"larger than {largest:,} bytes"
