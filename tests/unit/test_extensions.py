@@ -41,8 +41,9 @@ from numerics_suite.subjects import families
 from numerics_suite.subjects.families import added_families, family_of
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.subjects.validate import check_model_type
+from numerics_suite.suite.check_selection import selected_checks
 from numerics_suite.suite.extensions import load_extensions
-from numerics_suite.suite.planning import NEEDS, selected_checks
+from numerics_suite.suite.planning import NEEDS
 from numerics_suite.versions.extensions import left_out_notes, without_extensions
 
 CHECKS, FAMILIES, REMEDIES, REPORTERS = core.GROUPS
