@@ -144,6 +144,10 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
     )
 
 
+NO_CUDA = ("Torch not compiled with CUDA enabled", "Found no NVIDIA driver", "No CUDA GPUs are available")
+"""What torch says, in an AssertionError or a RuntimeError, where code asks for CUDA by name (ChatGLM's own `quantization_bit` does)."""
+
+
 @contextmanager
 def _failures(subject: Subject, attn: str) -> Iterator[None]:
     """Give every failure of a load one line: an implementation that is lacking is a skip, the rest an error."""
@@ -159,6 +163,11 @@ def _failures(subject: Subject, attn: str) -> Iterator[None]:
             raise UnsupportedError(message) from error
         if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
             message = f"this quantised checkpoint cannot be loaded here: {compat.first_line(error)}"
+            raise UnsupportedError(message) from error
+        if any(said in text for said in NO_CUDA):
+            message = (
+                f"the code of {subject.model_class} needs CUDA, which this machine has not: {compat.first_line(error)}"
+            )
             raise UnsupportedError(message) from error
         message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"
         raise CheckError(message) from error

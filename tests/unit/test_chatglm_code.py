@@ -157,6 +157,8 @@ def test_its_tokenizer(tmp_path):
     """Written before 4.45, its `_pad` takes no `padding_side`; the change that is tried is verified, also where the head is new."""
     folder = with_tokenizer(checkpoint(tmp_path, head=False))
     told, remedies = answer(folder, "inputs.pipeline", "fp32", attn=("default",), **{**TRUSTED, "diagnose": True})
+    if told.status == "skipped":
+        pytest.skip(told.reason)
     if not of_tokenizer():
         assert told.finding is None
         return
@@ -168,7 +170,8 @@ def test_its_tokenizer(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_language_model(precision, tmp_path):
     found = statuses(checkpoint(tmp_path, head=False), (), precision, task="causal-lm", attn=("default",), **TRUSTED)
-    wrong = failed(found)
+    # A fault that the installed training stack is known to have is shown as accepted.
+    wrong = {check: said for check, said in failed(found).items() if not said.startswith("accepted: ")}
     # Up to 4.49 the code builds in the dtype of config.json where it is handed a config.
     ignored = {"load.dtype", "reference.gradient", "reference.local", "train.finite"}
     assert set(wrong) <= (ignored if transformers.__version__ < "4.50" else set())
@@ -180,7 +183,7 @@ def test_a_classifier_in_the_dtype_of_its_head(tmp_path):
     """In float16 body and head agree: what is left is what training in it meets."""
     found = statuses(checkpoint(tmp_path, head=True), (), "pure-fp16", attn=("default",), **TRUSTED)
     # ChatGLM2's code computes the angles of its rotary table in float16, which reference.local names.
-    wrong = failed(found)
+    wrong = {check: said for check, said in failed(found).items() if not said.startswith("accepted: ")}
     assert set(wrong) <= {"train.finite", "reference.local"}
     assert "rotary_pos_emb" in wrong.get("reference.local", "rotary_pos_emb")
     assert found["forward.pooling"] == found["reference.oracle"] == found["load.roundtrip"] == "passed"
