@@ -9,6 +9,7 @@ from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.text import listed
 from numerics_suite.reports.lines import TerminalLine, wrapped
 from numerics_suite.reports.terminal import Terminal
+from numerics_suite.reports.view.causes import sentence_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,7 +117,7 @@ def story_lines(result: BisectResult, width: int) -> list[TerminalLine]:
             ("kind", kind_of(result)),
             ("cause", finding.cause),
             ("module", finding.module or "none named"),
-            ("what", finding.title),
+            ("what", sentence_of(finding)),
         ]
     lines = [line for label, text in rows for line in wrapped(text, width=width, first=f"{label:<11}", style="bold")]
     lines.append(TerminalLine(f"{'show it':<11}{result.show}", "bold", 11))  # whole, to be copied

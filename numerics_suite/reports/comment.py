@@ -14,17 +14,16 @@ from numerics_suite.core.text import listed
 from numerics_suite.judgement.classify import FAILING
 from numerics_suite.reports.against import Against, Turn, against
 from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents
-from numerics_suite.reports.findings import cells_text
 from numerics_suite.reports.markdown import MOST_ROWS, bisect_blocks, comparison_blocks, finding_block, versions_table
 from numerics_suite.reports.markup import code, joined, table, text, without_folders
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.view.cards import cards_of
 from numerics_suite.reports.view.differences import differences_of
+from numerics_suite.reports.view.finding_text import cells_text
 from numerics_suite.reports.view.formats import many
-from numerics_suite.reports.view.overview import story_of
+from numerics_suite.reports.view.overview import WORDS, verdict_of
 from numerics_suite.reports.view.places import CheckCell
 from numerics_suite.reports.view.problems import Problem, problems_of
-from numerics_suite.reports.view.reproducers import Scripts
 
 MARKER = "<!-- numerics-suite -->"
 """The first line: by it the comment of an earlier run is found."""
@@ -44,7 +43,7 @@ def comment_markdown(documents: Documents, earlier: Documents | None = None, mos
     found = against(documents, earlier)
     problems = problems_of(found.places)
     new = _new_problems(problems, found)
-    word = story_of(documents, found.places, problems).word
+    word = WORDS[verdict_of(documents)]
     comparisons = [_changed_only(item, earlier) for item in documents.comparisons]
     blocks = [
         f"{MARKER}\n## numerics-suite: {word}",
@@ -111,7 +110,7 @@ def _packages(found: Against) -> str:
 
 def _findings(new: Sequence[Problem], found: Against) -> Iterator[str]:
     before = {_identity(turn.label, turn.told): turn for turn in found.of("new")}
-    for card, problem in zip(cards_of(new, Scripts(left=0)), new, strict=True):
+    for card, problem in zip(cards_of(new), new, strict=True):
         turn = before[_identity(problem.worst.source.label, problem.worst.result)]
         line = _before(turn, problem.worst)
         yield finding_block(card, heading="### ", clean=without_folders, extra=[f"- **before** {line}"] if line else [])
@@ -178,7 +177,7 @@ def _turned(title: str, turns: Iterable[Turn], reason: Callable[[Turn], str]) ->
         cells.setdefault((turn.told.check, turn.told.cell.subject, reason(turn), turn.label), []).append(turn)
     labels: dict[tuple[str, str, str, str], list[str]] = {}
     for (check, subject, why, label), members in cells.items():
-        where = cells_text([turn.told.cell for turn in members]).removesuffix(" on ")
+        where = cells_text([turn.told.cell for turn in members])
         labels.setdefault((check, subject, where, why), []).append(label)
     rows = [
         (

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from numerics_suite.reports.view.advice import Advised, bisected_cures
-from numerics_suite.reports.view.formats import number, sentence
+from numerics_suite.reports.view.causes import sentence_of
+from numerics_suite.reports.view.finding_text import where_text
+from numerics_suite.reports.view.formats import number
 
 if TYPE_CHECKING:
     from numerics_suite.reports.documents import BisectFile
@@ -47,15 +49,12 @@ def bisected(file: BisectFile) -> Bisected:
         facts.append(("cannot be tried", ", ".join(str(version) for version in content["between"])))
     facts += [(name, str(content[name])) for name in ("subject", "check", "kind") if content.get(name)]
     if finding is not None:
-        facts += [("cause", finding.cause)]
-        facts += [("module", finding.module)] if finding.module else []
+        facts += [("where", where_text(finding))] if where_text(finding) else []
         facts += [("why", finding.explanation)] if finding.explanation else []
     if content.get("candidates"):
         facts.append(("tried", f"{len(content['tested'])} of {content['candidates']} versions"))
     facts += [("note", str(note)) for note in content.get("notes", ())]
-    title = (
-        sentence(finding.title) if finding is not None else f"{what} {content['first_bad']} is the first bad version"
-    )
+    title = sentence_of(finding) if finding is not None else f"{what} {content['first_bad']} is the first bad version"
     return Bisected(
         title=title,
         facts=tuple(facts),

@@ -117,16 +117,17 @@ def _environment() -> Environment:
 def _context(documents: Documents) -> dict[str, Any]:
     places = places_of(documents)
     problems = problems_of(places)
+    cards = cards_of(problems, Scripts())
     chapters = Chapters(places)
     context: dict[str, Any] = {
         "tool_version": __version__,
         # Package data alone is put in as it is; everything of the documents is escaped.
         "style": Markup(style()),  # noqa: S704
         "early": Markup(early()),  # noqa: S704
-        "story": story_of(documents, places, problems),
+        "story": story_of(documents, places, problems, cards),
         "about": about(documents),
         "notes": list(dict.fromkeys(_notes(documents))),
-        "cards": cards_of(problems, Scripts()),
+        "cards": cards,
         "grid": grid_of(places, problems),
         "filters": _filters(places),
         "statuses": STATUSES,
