@@ -83,24 +83,28 @@ class BisectTerminal(Terminal):
             text = f"{listed(list(checks), 3)} decide{'s' if len(checks) == 1 else ''} between {count} candidates"
             self._print(wrapped(text, width=self.width, rest="  "))
 
-    def story(self, result: BisectResult) -> None:
+    def story(self, result: BisectResult, *, diagnosed: bool = True) -> None:
         """The end of the search.
 
         Args:
             result: of the search.
+            diagnosed: False where no cause was looked for.
         """
         self.stop()
-        self._print([*([] if self._quiet else [TerminalLine("")]), *story_lines(result, self.width)])
+        self._print(
+            [*([] if self._quiet else [TerminalLine("")]), *story_lines(result, self.width, diagnosed=diagnosed)]
+        )
         if self._error is not None and not isinstance(self._error, BrokenPipeError):
             raise self._error
 
 
-def story_lines(result: BisectResult, width: int) -> list[TerminalLine]:
-    """Last good, first bad, kind, module, cause, and the command that shows it.
+def story_lines(result: BisectResult, width: int, *, diagnosed: bool = True) -> list[TerminalLine]:
+    """Last good, first bad, kind, module, what happens and why, and the command that shows it.
 
     Args:
         result: of the search.
         width: in columns.
+        diagnosed: False where no cause was looked for.
     """
     finding = result.finding
     rows = [("last good", result.last_good), ("first bad", result.first_bad)]
@@ -115,9 +119,8 @@ def story_lines(result: BisectResult, width: int) -> list[TerminalLine]:
     if finding is not None:
         rows += [
             ("kind", kind_of(result)),
-            ("cause", finding.cause),
             ("module", finding.module or "none named"),
-            ("what", sentence_of(finding)),
+            ("what", sentence_of(finding, diagnosed=diagnosed)),
         ]
     lines = [line for label, text in rows for line in wrapped(text, width=width, first=f"{label:<11}", style="bold")]
     lines.append(TerminalLine(f"{'show it':<11}{result.show}", "bold", 11))  # whole, to be copied

@@ -77,10 +77,8 @@ def verdict_lines(run: RunResult, failed: Sequence[Card]) -> list[TerminalLine]:
         style = "bold yellow"
     if not run.complete:
         word, style = "INTERRUPTED", "bold yellow"
-    bad = dict.fromkeys(name for card in failed for name in card.subjects)
-    subjects = printable(listed(list(bad or dict.fromkeys(result.cell.subject for result in run.checks)), 4))
-    found = f"{many(len(failed), 'finding')} in " if failed else ""
-    about = f": {found}{subjects}" if subjects else ""
+    subjects = printable(listed(list(dict.fromkeys(name for card in failed for name in card.subjects)), 4))
+    about = f": {many(len(failed), 'finding')} in {subjects}" if failed else ""
     told = ", ".join(parts) or "no check was planned"
     return [
         TerminalLine(f"{told} in {run.duration_s:.1f} s"),

@@ -127,7 +127,6 @@ def test_the_story_is_short_and_its_command_runs(world):
         "subject",
         "check",
         "kind",
-        "cause",
         "module",
         "what",
         "show",

@@ -209,7 +209,9 @@ def test_what_an_entry_does_not_reach_has_a_root_of_its_own():
 def test_printers_show_one_card_for_each_root():
     run = run_of("uninitialised_head")
     documents = Documents(runs=(Run(label="check", result=run),))
-    follows = [f"{each.check}: {each.finding.title}" for each in run.checks if each.finding and each.finding.consequence_of]
+    follows = [
+        f"{each.check}: {each.finding.title}" for each in run.checks if each.finding and each.finding.consequence_of
+    ]
     assert [line.partition(":")[0] for line in follows] == ["forward.finite", "train.finite"]
     lines = [line.text for line in summary(run)]
     begin = lines.index(f"  leads to  {follows[0]}")
