@@ -10,7 +10,7 @@ DESCRIPTIONS = {
     "separate-rows": "give packed rows position ids that start again and an attention that ends at each row",
     "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
     "count-labels": "let labels count in every batch: cut the prompt, not the answer, or raise the maximal length",
-    "fix-config": "write the key in the layout that the installed release reads",
+    "fix-config": "correct config.json, in the layout that the installed release reads",
     "save-head": 'save the head with the adapter (modules_to_save=["score"] in its LoraConfig)',
     "cast-after-loading": "cast what is in another dtype once it is loaded: head.to(dtype), and not model.to(dtype), which rounds buffers",
     "load-with-dtype": "load with from_pretrained(dtype=...) and not with model.to(dtype), so that buffers keep theirs",

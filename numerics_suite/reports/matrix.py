@@ -318,33 +318,8 @@ def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
         "reused": cell.reused,
         "unsupported": dict(cell.unsupported),
         "rows": [asdict(row) for row in cell.rows],
-        "failures": [
-            {
-                "check": failure.check,
-                "subject": failure.subject,
-                "task": failure.task,
-                "precision": failure.precision,
-                "attn": failure.attn,
-                "status": failure.status,
-                "cause": failure.cause,
-                "module": failure.module,
-                "title": failure.title,
-            }
-            for failure in cell.failures
-        ],
-        "changes": [
-            {
-                "against": change.against,
-                "subject": change.subject,
-                "task": change.task,
-                "precision": change.precision,
-                "attn": change.attn,
-                "kind": change.kind,
-                "module": change.module,
-                "details": list(change.details),
-            }
-            for change in cell.changes
-        ],
+        "failures": [asdict(failure) for failure in cell.failures],
+        "changes": [asdict(change) | {"details": list(change.details)} for change in cell.changes],
     }
 
 

@@ -131,9 +131,9 @@ def test_modules_over_their_limits_are_shown_where_there_are_several():
         limits=(0.75, 0.75, 0.75, None, 0.0),
     )
     assert charts(over) == [
-        "  over      b  NaN roundoffs, 0.75 allowed",
-        "            e  0.1 roundoffs, 0 allowed",
-        "            a  0.8 roundoffs, 0.75 allowed",
+        "  over      b  NaN roundoffs; at most 0.75",
+        "            e  0.1 roundoffs; none is allowed",
+        "            a  0.8 roundoffs; at most 0.75",
     ]
     assert charts(replace(over, values=(0.8, 0.1, 0.1, 9.0, 0.0))) == [], "the finding names the only one"
 

@@ -126,7 +126,7 @@ def test_the_lines_of_a_finding():
     helpless = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[1:2])
     assert card(helpless).fixes == ("keep it wide -- tried, no help: still fails",)
     none = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[3:])
-    assert card(none).fixes == ("no remedy of the suite applies: run the script, which shows it alone",)
+    assert card(none).fixes == ("no remedy of the suite applies: begin at the place above; run the script, which shows it alone",)
 
 
 def test_what_shows_a_cause_says_how_sure_it_is():
