@@ -107,7 +107,7 @@ def _list(settings: Settings) -> int:
 
 
 def _check(settings: Settings, *, other_versions: bool, verbose: bool) -> int:
-    from numerics_suite.reports.documents import Documents, Run
+    from numerics_suite.reports.documents import CheckRun, Documents
     from numerics_suite.reports.results import to_json
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.run import run_check
@@ -139,7 +139,7 @@ def _check(settings: Settings, *, other_versions: bool, verbose: bool) -> int:
             raise unwritten
     if settings.json == "-":
         write_json(settings.json, to_json(result))
-    documents = Documents(runs=(Run(label="check", result=result),))
+    documents = Documents(runs=(CheckRun(label="check", result=result),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
     return result.exit_status
 
@@ -161,7 +161,7 @@ def _with_other_versions(result: RunResult, settings: Settings, terminal: Termin
     """The result with the remedies that are another release tried."""
     from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments
-    from numerics_suite.versions.remedying import try_versions
+    from numerics_suite.versions.release_remedies import try_versions
     from numerics_suite.versions.result_store import ResultStore
 
     processes = Jobs()

@@ -23,7 +23,7 @@ from numerics_suite.core.numbers import jsonable, revived
 from numerics_suite.core.records import Cell, CheckResult, RunResult, Series, SubjectFacts
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
 from numerics_suite.core.tree import is_root
-from numerics_suite.core.typed import refuse_wrong_types
+from numerics_suite.core.typed_records import refuse_wrong_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.findings import block
 from numerics_suite.reports.lines import WIDTH, TerminalLine, printable, wrapped
 from numerics_suite.reports.results import counts
@@ -34,7 +34,7 @@ def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False, verbose:
         quiet: the sentences of the findings and the verdict alone.
         verbose: with everything that was measured of each finding.
     """
-    places = places_of(Documents(runs=(Run(label="", result=run),)))
+    places = places_of(Documents(runs=(CheckRun(label="", result=run),)))
     cards = cards_of(problems_of(places))
     failed = [card for card in cards if card.status == "failed"]
     if quiet:

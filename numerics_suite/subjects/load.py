@@ -21,7 +21,7 @@ from numerics_suite.devices.kinds import parts_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
-from numerics_suite.subjects.built import built_buffers, is_outside_body, without_adapter
+from numerics_suite.subjects.built_model import built_buffers, is_outside_body, without_adapter
 from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of

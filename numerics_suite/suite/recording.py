@@ -175,8 +175,8 @@ def _measured(session: SuiteSession, cell: Cell) -> _Answer:
 
 
 def _measured_now(session: SuiteSession, cell: Cell) -> _Answer:
-    evidence = session.evidence(cell)
-    if evidence.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
-        return _Answer(baseline=measured_as(evidence.request.baseline, evidence))
+    context = session.context(cell)
+    if context.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
+        return _Answer(baseline=measured_as(context.request.baseline, context))
     checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
-    return _Answer(baseline=measure_cell(evidence, checks=checks))
+    return _Answer(baseline=measure_cell(context, checks=checks))

@@ -290,7 +290,7 @@ def test_a_baseline(tmp_path: Path, change: str) -> None:
 
 @pytest.mark.parametrize("change", ["bundle.json", "batches.safetensors"])
 def test_a_bundle(tmp_path: Path, change: str) -> None:
-    from unit.test_watching_bundle import caught
+    from unit.test_training_watch_bundle import caught
 
     from numerics_suite.subjects.files import sha256_of
 

@@ -22,7 +22,7 @@ from numerics_suite.diagnosis.consequences import as_tree
 from numerics_suite.diagnosis.remedies import Attempt
 from numerics_suite.diagnosis.remedy_trials import CheckAnswer
 from numerics_suite.reports import markup
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.junit import junit_xml
 from numerics_suite.reports.markdown import summary_markdown
@@ -208,7 +208,7 @@ def test_what_an_entry_does_not_reach_has_a_root_of_its_own():
 
 def test_printers_show_one_card_for_each_root():
     run = run_of("uninitialised_head")
-    documents = Documents(runs=(Run(label="check", result=run),))
+    documents = Documents(runs=(CheckRun(label="check", result=run),))
     follows = [
         f"{each.check}: {each.finding.title}" for each in run.checks if each.finding and each.finding.consequence_of
     ]
@@ -246,7 +246,7 @@ def test_cells_of_several_workers_have_one_root(tmp_path):
 class Cured:
     """Stands for a copy under a remedy."""
 
-    def let_go(self):
+    def release(self):
         pass
 
 
@@ -255,7 +255,7 @@ def one_attempt(monkeypatch):
     """Every remedy can be applied in one way."""
 
     def cure(_evidence, _finding):
-        yield Attempt(evidence=Cured())
+        yield Attempt(context=Cured())
 
     monkeypatch.setattr(roots, "cures", lambda: dict.fromkeys(("init-head", "use-amp-bf16"), cure))
 

@@ -144,8 +144,8 @@ def test_a_prompt_that_fills_the_length_leaves_no_label(tmp_path):
     assert (remedy.name, remedy.verified) == ("count-labels", True)
     assert "--seq-len 48" in remedy.effect or "--seq-len 96" in remedy.effect
     assert session.plan.data.startswith("8 of 12 prompts, drawn with seed 0; of their 96 tokens 0 labels count")
-    evidence = session.evidence(session.plan.cells[0])
-    script = reproducer("train.labels", finding, evidence, evidence.usable_own_batch)
+    context = session.context(session.plan.cells[0])
+    script = reproducer("train.labels", finding, context, context.usable_own_batch)
     assert script is not None
     assert "no label counts" in script
     # Cut to nothing that matters, the same rows are sound.
@@ -169,8 +169,8 @@ def test_some_rows_without_a_label_are_a_finding_where_a_batch_of_them_is_expect
     session, result = answered(data, 12, diagnose=False)
     assert (result.finding and result.finding.cause) == cause
     if result.finding is not None:
-        evidence = session.evidence(session.plan.cells[0])
-        script = reproducer("train.labels", result.finding, evidence, evidence.usable_own_batch)
+        context = session.context(session.plan.cells[0])
+        script = reproducer("train.labels", result.finding, context, context.usable_own_batch)
         assert script is not None
         assert "batch of those rows in which no label counts" in script
 

@@ -13,7 +13,7 @@ from unit.sample_run import evidence, finding, result, sample_run
 
 from numerics_suite.core.records import Finding, Remedy
 from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.findings import block
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.html.page import render
@@ -68,7 +68,7 @@ def card(found=UNDERFLOW, **fields):
 
 
 def documents(*checks, **changes):
-    return Documents(runs=(Run(label="", result=sample_run(checks=checks, notes=(), **changes)),))
+    return Documents(runs=(CheckRun(label="", result=sample_run(checks=checks, notes=(), **changes)),))
 
 
 # --- sentences ---------------------------------------------------------------------------------------------------------
@@ -126,7 +126,9 @@ def test_the_lines_of_a_finding():
     helpless = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[1:2])
     assert card(helpless).fixes == ("keep it wide -- tried, no help: still fails",)
     none = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[3:])
-    assert card(none).fixes == ("no remedy of the suite applies: begin at the place above; run the script, which shows it alone",)
+    assert card(none).fixes == (
+        "no remedy of the suite applies: begin at the place above; run the script",
+    )
 
 
 def test_what_shows_a_cause_says_how_sure_it_is():

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.adapters import adapter_task, read_adapter
-from numerics_suite.subjects.built import without_adapter
+from numerics_suite.subjects.built_model import without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
 from numerics_suite.subjects.notes import ignored_by_design
@@ -20,15 +20,15 @@ from numerics_suite.subjects.tasks import CLASSIFICATION, head_parts, head_tenso
 
 
 @check(scope="precision", needs=("checkpoint",))
-def complete(evidence: Evidence) -> Iterable[Measurement]:
+def complete(context: CellContext) -> Iterable[Measurement]:
     """Did every stored weight reach the model, unchanged, and is every weight of the model but a new head stored?"""
-    lacking = _without_scales(evidence)
+    lacking = _without_scales(context)
     yield _count("without-scales", lacking)
     if lacking:
         return  # what is loaded of them says nothing more, and may need another device
-    loaded = evidence.loaded
-    yield _count("lost-head", _lost_head(evidence))
-    yield _renamed(evidence, loaded)
+    loaded = context.loaded
+    yield _count("lost-head", _lost_head(context))
+    yield _renamed(context, loaded)
     names: list[tuple[str, tuple[str, ...]]] = [
         ("missing", tuple(name for name in loaded.missing if name not in loaded.new_head)),
         ("unexpected", _unexpected(loaded)),
@@ -36,7 +36,7 @@ def complete(evidence: Evidence) -> Iterable[Measurement]:
     ]
     for name, found in names:
         yield _count(name, found)
-    changed = () if evidence.subject.adapter_base or evidence.subject.quantized else tuple(_changed(evidence, loaded))
+    changed = () if context.subject.adapter_base or context.subject.quantized else tuple(_changed(context, loaded))
     yield _count("changed", changed)
 
 
@@ -50,33 +50,33 @@ def _count(name: str, found: tuple[str, ...]) -> Measurement:
     )
 
 
-def _without_scales(evidence: Evidence) -> tuple[str, ...]:
+def _without_scales(context: CellContext) -> tuple[str, ...]:
     """Quantised weights whose scales are not in the files: their codes are taken for values."""
-    subject = evidence.subject
+    subject = context.subject
     folder = subject.adapter_base or subject.path
     return () if folder is None else without_scales(tensor_headers(Path(folder)), subject.config)
 
 
-def _lost_head(evidence: Evidence) -> tuple[str, ...]:
+def _lost_head(context: CellContext) -> tuple[str, ...]:
     """The head of an adapter that was trained with one and does not hold it; a base's own head is not the trained one."""
-    subject = evidence.subject
+    subject = context.subject
     if not subject.adapter_base or subject.path is None or subject.task not in CLASSIFICATION:
         return ()
-    adapter, family = read_adapter(subject.path), evidence.family
+    adapter, family = read_adapter(subject.path), context.family
     if adapter_task(adapter) != subject.task or head_tensors(tensor_headers(subject.path), family, subject.task):
         return ()
-    if not evidence.loaded.new_head and not set(head_parts(family, subject.task)) & set(
+    if not context.loaded.new_head and not set(head_parts(family, subject.task)) & set(
         adapter.get("modules_to_save") or ()
     ):
         return ()
-    named = head_tensors((name for name, _ in evidence.model.named_parameters()), family, subject.task)
-    return named or evidence.loaded.new_head
+    named = head_tensors((name for name, _ in context.model.named_parameters()), family, subject.task)
+    return named or context.loaded.new_head
 
 
-def _renamed(evidence: Evidence, loaded: Loaded) -> Measurement:
+def _renamed(context: CellContext, loaded: Loaded) -> Measurement:
     """Weights that are in the files, whole, under a name that the model does not know."""
-    assert evidence.subject.path is not None
-    stored = tensor_headers(evidence.subject.path)
+    assert context.subject.path is not None
+    stored = tensor_headers(context.subject.path)
     wanted = dict(loaded.model.named_parameters())
     homeless = [name for name in loaded.unexpected if name in stored]
     found: dict[tuple[str, str], list[str]] = {}
@@ -123,9 +123,9 @@ def _unexpected(loaded: Loaded) -> tuple[str, ...]:
     return tuple(name for name in loaded.unexpected if name not in left_out)
 
 
-def _changed(evidence: Evidence, loaded: Loaded) -> Iterable[str]:
+def _changed(context: CellContext, loaded: Loaded) -> Iterable[str]:
     """Parameters whose value is not the stored one cast to the parameter's dtype; tied ones are load.tied's."""
-    path = evidence.subject.path
+    path = context.subject.path
     assert path is not None
     stored = tensor_headers(path)
     for name, parameter in loaded.model.named_parameters():

@@ -1,7 +1,7 @@
-"""Evidence: one cell's model and everything that checks ask of it, each computed once.
+"""The context of a check: one cell's model and everything that checks ask of it, each computed once.
 
-A check receives an :class:`Evidence` and asks it for forward passes, fresh copies and the training run. The suite builds
-one per cell and keeps it while that cell's checks run. :meth:`Evidence.variant` is the same under another condition or with
+A check receives a :class:`CellContext` and asks it for forward passes, fresh copies and the training run. The suite builds
+one per cell and keeps it while that cell's checks run. :meth:`CellContext.variant` is the same under another condition or with
 a change, so experiments and remedies are written once: for a cell, a factory and a step that the watch caught.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Cell, Subject
+from numerics_suite.core.renamed import renamed
 from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
@@ -78,7 +79,8 @@ class Request:
     packing: tuple[str, ...] = ()
 
 
-class Evidence:
+@renamed(tampered="modified_model", let_go="release")
+class CellContext:
     """One cell under test.
 
     Attributes:
@@ -133,8 +135,8 @@ class Evidence:
         change: Callable[[Loaded], Loaded] | None = None,
         plan: TrainingPlan | None = None,
         **request: Any,
-    ) -> Evidence:
-        """Evidence of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
+    ) -> CellContext:
+        """A context of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
 
         Training runs are shared with it, so that an experiment and the remedy of its name train once.
 
@@ -153,8 +155,8 @@ class Evidence:
         variant.runs = self.runs
         return variant
 
-    def _like(self, subject: Subject, cell: Cell, request: Request) -> Evidence:
-        return Evidence(subject, cell, request, loader=self._loader)
+    def _like(self, subject: Subject, cell: Cell, request: Request) -> CellContext:
+        return CellContext(subject, cell, request, loader=self._loader)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class Evidence:
         return copy.deepcopy(self.model)
 
     @contextmanager
-    def tampered(self) -> Iterator[nn.Module]:
+    def modified_model(self) -> Iterator[nn.Module]:
         """The shared model for a check that changes a switch and puts it back; cached forwards are set aside."""
         kept, self._forwards = self._forwards, OrderedDict()
         try:
@@ -216,7 +218,7 @@ class Evidence:
         finally:
             self._forwards = kept
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Drop every answer kept; cycles inside a model would hold them until the collector comes by."""
         self._forwards.clear()
         self.passes.clear()

@@ -18,7 +18,7 @@ from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.records import Cell, Finding, Remedy, Subject
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.findings import block
 from numerics_suite.reports.plan import PlanRow, plan_to_json, readable_bytes
 from numerics_suite.reports.results import (
@@ -362,7 +362,7 @@ def test_alike_findings_are_one_block_with_nan_as_the_worst():
         for precision, value in zip(("fp32", "fp16", "bf16"), values, strict=True)
     ]  # fmt: skip
     run = sample_run(checks=tuple(checks))
-    (problem,) = problems_of(places_of(Documents(runs=(Run(label="", result=run),))))
+    (problem,) = problems_of(places_of(Documents(runs=(CheckRun(label="", result=run),))))
     assert len(problem.places) == 3
     assert problem.finding.title == "value nan"
     (card,) = cards_of([problem])
