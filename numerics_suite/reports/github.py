@@ -21,8 +21,8 @@ from numerics_suite.reports.lines import cut, printable
 from numerics_suite.reports.markdown import summary_markdown
 from numerics_suite.reports.sources import SourceLine, Sources
 from numerics_suite.reports.streams import abandon
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.cards import Card, cards_of
-from numerics_suite.reports.view.causes import sentence_of
 from numerics_suite.reports.view.formats import many
 from numerics_suite.reports.view.places import Places, places_of
 from numerics_suite.reports.view.problems import problems_of
@@ -141,17 +141,15 @@ def _annotations(documents: Documents, root: Path | None) -> Iterator[Annotation
                 first = f", first in {item['module']}" if item.get("module") else ""
                 yield _made(f"{item['kind']}: {cell}", [f"{MEANS[item['kind']]}{first}"])
     for bisection in documents.bisections:
-        what, bad, good = (bisection.content.get(name, "version") for name in ("what", "first_bad", "last_good"))
-        title = f": {sentence_of(bisection.finding)}" if bisection.finding is not None else ""
-        yield _made(f"{what} {bad} is the first bad version", [f"{good} before it is good{title}"])
+        found = boundary_of(bisection)
+        yield _made(found.title, [f"{label}: {value}" for label, value in found.facts])
     yield from _of_errors(places)
     yield from _of_runs(documents)
 
 
 def _of_card(card: Card, place: SourceLine | None) -> Annotation:
     own = place if place is not None and place.root == "repository" else None
-    whole = [card.sentence] if len(card.sentence) > LONGEST_TITLE else []
-    return _made(card.sentence, [*whole, *card.told], own)
+    return _made(card.sentence, list(card.told), own)
 
 
 def _of_errors(places: Places) -> Iterator[Annotation]:
@@ -172,5 +170,7 @@ def _of_runs(documents: Documents) -> Iterator[Annotation]:
 
 
 def _made(title: str, lines: list[str], place: SourceLine | None = None) -> Annotation:
+    """A title that is too long is said whole in the text."""
+    lines = [title, *lines] if len(title) > LONGEST_TITLE else lines
     text = "\n".join(printable(line) for line in lines if line)
     return Annotation(title=cut(printable(title), LONGEST_TITLE), text=text[:LONGEST], place=place)

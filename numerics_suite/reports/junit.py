@@ -24,8 +24,8 @@ from numerics_suite.reports.comparison import MEANS
 from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents
 from numerics_suite.reports.findings import block
 from numerics_suite.reports.numbers import shown
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.cards import Card, card_of
-from numerics_suite.reports.view.causes import sentence_of
 from numerics_suite.reports.view.formats import NOTHING_RAN
 from numerics_suite.reports.view.places import CheckCell, Source, places_of
 
@@ -210,20 +210,12 @@ def _texts(value: object) -> list[str]:
 
 
 def _of_bisection(bisection: BisectFile) -> TestSuite:
-    content, finding = bisection.content, bisection.finding
-    case = TestCase(
-        _line(f"{content.get('what', 'version')} {content['first_bad']}"),
-        classname=_line(content.get("check", "bisect")),
-    )
-    title = sentence_of(finding) if finding else "the verdict changes here"
-    lines = [
-        f"last good: {content['last_good']}",
-        f"first bad: {content['first_bad']}",
-        *([f"module: {finding.module or 'none named'}", finding.explanation] if finding else []),
-        f"show it: {content['show']}" if content.get("show") else "",
-    ]
-    text = "\n".join(line for line in lines if line)
-    case.result = _outcome(Failure, title, finding.cause if finding else None, text)
+    content, finding, found = bisection.content, bisection.finding, boundary_of(bisection)
+    name = _line(f"{content.get('what', 'version')} {content['first_bad']}")
+    case = TestCase(name, classname=_line(content.get("check", "bisect")))
+    facts = (*found.facts, ("why", found.why), ("show it", found.show))
+    text = "\n".join(f"{label}: {value}" for label, value in facts if value)
+    case.result = _outcome(Failure, found.title, finding.cause if finding else None, text)
     return _suite(f"bisect: {content.get('subject', '')}", [case], {}, None)
 
 

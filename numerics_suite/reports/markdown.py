@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
 from numerics_suite.reports.markup import code, fenced, folded, joined, table, text
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.cards import Card, cards_of
-from numerics_suite.reports.view.causes import sentence_of
 from numerics_suite.reports.view.differences import Differences, differences_of
 from numerics_suite.reports.view.formats import many
 from numerics_suite.reports.view.overview import Story, about, story_of
@@ -172,16 +172,10 @@ def bisect_blocks(bisection: BisectFile, clean: Clean = str) -> Iterator[str]:
         bisection: its file.
         clean: of every text.
     """
-    content, finding = bisection.content, bisection.finding
-    what = str(content.get("what", "version"))
-    title = sentence_of(finding) if finding is not None else "The verdict changes."
-    yield f"### From {text(clean(what))} {text(content['first_bad'])} on: {text(clean(title))}"
-    rows = [("last good", content["last_good"]), ("first bad", content["first_bad"])]
-    rows += [(name, content[name]) for name in ("subject", "check", "kind") if content.get(name)]
-    rows += [("module", finding.module or "none named")] if finding is not None else []
-    rows += [("cannot be tried", listed([str(one) for one in content["between"]], 6))] if content.get("between") else []
-    yield "\n".join(f"- **{label}** {code(clean(value))}" for label, value in rows)
-    yield fenced(clean(content["show"]), "sh") if content.get("show") else ""
+    found = boundary_of(bisection)
+    yield f"### {text(clean(found.title))}"
+    yield "\n".join(f"- **{label}** {text(clean(value))}" for label, value in found.facts)
+    yield fenced(clean(found.show), "sh") if found.show else ""
 
 
 def comparison_blocks(found: Differences, clean: Clean = str) -> Iterator[str]:

@@ -26,8 +26,8 @@ from numerics_suite.reports.lines import cut, printable
 from numerics_suite.reports.markup import text as escaped
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.sources import SourceLine, Sources
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.cards import Card, cards_of
-from numerics_suite.reports.view.causes import sentence_of
 from numerics_suite.reports.view.measured import question
 from numerics_suite.reports.view.places import Places, places_of
 from numerics_suite.reports.view.problems import Problem, part_of, problems_of
@@ -160,10 +160,8 @@ def _of_bisection(bisection: BisectFile, sources: Sources) -> Iterator[dict[str,
     content, finding = bisection.content, bisection.finding
     if finding is None:
         return
-    what, bad = content.get("what", "version"), content["first_bad"]
     check = str(content.get("check", "bisect"))
-    text = f"{what} {bad} is the first bad version, {content['last_good']} is good: {sentence_of(finding)}"
-    result = _result(check, "error", text, (finding.cause, part_of(finding), "bisect"))
+    result = _result(check, "error", boundary_of(bisection).title, (finding.cause, part_of(finding), "bisect"))
     named = [{"fullyQualifiedName": printable(finding.module), "kind": "module"}] if finding.module else []
     result["locations"] = [_location(sources.find(finding.source) or _of_check(check), named)]
     yield result

@@ -306,8 +306,8 @@ def test_a_comparison_names_versions_where_baselines_know_them() -> None:
 
 def test_a_bisection_alone_names_the_first_bad_version() -> None:
     page = Page(render(Documents(bisections=(report_samples.bisection(),))))
-    assert "From transformers 5.8.0 on: Never initialised: " in page.text
-    assert "cannot be tried 5.7.1" in page.text
+    assert "transformers 5.8.0 is the first bad version, 5.7.0 is good: Never initialised: " in page.text
+    assert "5.7.1 cannot be tried: the change is in one of them or in 5.8.0" in page.text
     assert "5 of 21 versions" in page.text
 
 

@@ -190,7 +190,8 @@ def test_a_bisection_tells_its_boundary():
     (case,) = suites(Documents(bisections=(bisect_document(),)))["bisect: glm4-tiny"].values()
     assert (case.classname, case.name) == ("load.head-init", "transformers 5.8.0")
     text = case.result[0].text
-    assert "last good: 5.7.0\nfirst bad: 5.8.0\nmodule: score" in text
+    assert "last good: 5.7.0\nfirst bad: 5.8.0\n" in text
+    assert "where: score.weight; modeling_glm4.py:123\n" in text
 
 
 def test_what_xml_forbids_is_gone_and_the_rest_is_kept():

@@ -14,9 +14,9 @@ from numerics_suite import __version__
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.reports.html.assets import early, policy, scripts, style
-from numerics_suite.reports.html.bisection import bisected
 from numerics_suite.reports.html.grid import grid_of
 from numerics_suite.reports.html.timeline import LETTERS, MEANS, tracks_of
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.cards import cards_of
 from numerics_suite.reports.view.differences import differences_of
 from numerics_suite.reports.view.formats import FILTERS, STATUSES, many
@@ -142,7 +142,7 @@ def _context(documents: Documents) -> dict[str, Any]:
         "chapters": [(anchor, title, lead, draw(chapters)) for anchor, title, lead, draw in CHAPTERS],
         "rehearsals": rehearsed(documents),
         "differences": [differences_of(item) for item in documents.comparisons],
-        "bisections": [bisected(item) for item in documents.bisections],
+        "bisections": [boundary_of(item) for item in documents.bisections],
         "errors": reasons_of(places, "error"),
         "skipped": reasons_of(places, "skipped"),
         "surroundings": surroundings_of(documents, places),

@@ -153,7 +153,7 @@ def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
     named = listed(finding.parameters, NAMED)
     facts |= {"parameters": named} if named else {}
     facts |= {"op": finding.op} if finding.op else {}
-    title = _title(finding)
+    title = title_of(finding)
     if not diagnosed:
         return f"{sentence(title)}."
     reason = why(finding.cause, facts)
@@ -165,7 +165,7 @@ def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
     return f"{sentence(title)}{reason} ({unsure}{finding.cause})."
 
 
-def _title(finding: Finding) -> str:
+def title_of(finding: Finding) -> str:
     """The title without the figure and the parameters that lines of their own say."""
     title = finding.title.rstrip(" .")
     title = _FIGURE.sub("", title) if finding.evidence.get("allowed") else title

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.core.text import listed
 from numerics_suite.reports.lines import cut
 from numerics_suite.reports.numbers import shown
+from numerics_suite.reports.view.causes import title_of
 from numerics_suite.reports.view.formats import many, plural
 from numerics_suite.settings.table import BY_NAME
 
@@ -198,8 +199,8 @@ def following_lines(root: Finding, results: Iterable[CheckResult]) -> tuple[str,
     """
     checks: dict[str, dict[str, set[Cell]]] = {}
     for result in results:
-        title = result.finding.title if result.finding is not None else ""
-        checks.setdefault("" if title == root.title else title, {}).setdefault(result.check, set()).add(result.cell)
+        title = title_of(result.finding) if result.finding is not None else ""
+        checks.setdefault("" if title == title_of(root) else title, {}).setdefault(result.check, set()).add(result.cell)
     lines = []
     for title, cells in checks.items():
         names = [f"{check} ({len(held)} cells)" if len(held) > 1 else check for check, held in cells.items()]

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from numerics_suite.core.text import listed
 from numerics_suite.judgement.classify import FAILING, KINDS
 from numerics_suite.reports.comparison import MEANS
-from numerics_suite.reports.view.advice import Advised, advice_on, bisected_cures
-from numerics_suite.reports.view.causes import sentence_of
+from numerics_suite.reports.view.advice import Advised, advice_on
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.differences import versions_of
-from numerics_suite.reports.view.finding_text import where_text
 from numerics_suite.reports.view.formats import NOTHING_RAN, STATUSES, many, sentence
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def story_of(documents: Documents, places: Places, problems: Sequence[Problem], 
     counted = Counter[str](place.result.status for place in places.all)
     issues = [
         *_of_problems(problems, cards),
-        *(issue for item in documents.bisections for issue in _of_bisection(item)),
+        *(_of_bisection(item) for item in documents.bisections),
         *(issue for item in documents.comparisons for issue in _of_comparison(item)),
         *_of_errors(places),
     ]
@@ -226,25 +225,16 @@ def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
         )
 
 
-def _of_bisection(bisection: BisectFile) -> Iterator[Issue]:
-    content, finding = bisection.content, bisection.finding
-    what, bad, good = content.get("what", "version"), content["first_bad"], content["last_good"]
-    title = f"{what} {bad} is the first bad version"
-    told: list[tuple[str, str]] = []
-    if finding is not None:
-        title = f"From {what} {bad} on: {sentence_of(finding)}"
-        told = [("where", where_text(finding))] if where_text(finding) else []
-    told += [("seen by", str(content["check"]))] if content.get("check") else []
-    versions = [("first bad", f"{what} {bad}"), ("last good", f"{what} {good}")]
-    between = content.get("between") or ()
-    versions += [("cannot be tried", listed([str(version) for version in between], 4))] if between else []
-    yield Issue(
-        title=title,
-        what=tuple(told),
-        versions=tuple(versions),
-        where=(("subject", str(content["subject"])),) if content.get("subject") else (),
-        cures=bisected_cures(bisection),
-        why=finding.explanation if finding is not None else "",
+def _of_bisection(bisection: BisectFile) -> Issue:
+    found = boundary_of(bisection)
+    ends = [fact for fact in found.facts if fact[0] in {"last good", "first bad", "between"}]
+    return Issue(
+        title=found.title,
+        what=tuple(fact for fact in found.facts if fact[0] in {"check", "kind", "where"}),
+        versions=tuple(ends),
+        where=tuple(fact for fact in found.facts if fact[0] == "subject"),
+        cures=found.cures,
+        why=found.why,
         anchor="bisections",
     )
 
