@@ -14,7 +14,14 @@ from numerics_suite.core.text import listed
 from numerics_suite.judgement.classify import FAILING
 from numerics_suite.reports.against import Against, Turn, against
 from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents
-from numerics_suite.reports.markdown import MOST_ROWS, bisect_blocks, comparison_blocks, finding_block, versions_table
+from numerics_suite.reports.markdown import (
+    MOST_ROWS,
+    bisect_blocks,
+    comparison_blocks,
+    finding_block,
+    notes_block,
+    versions_table,
+)
 from numerics_suite.reports.markup import code, joined, table, text, without_folders
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.view.cards import cards_of
@@ -41,6 +48,7 @@ def comment_markdown(documents: Documents, earlier: Documents | None = None, mos
         most: letters at most.
     """
     found = against(documents, earlier)
+    known = earlier.every_note if earlier is not None else ()
     problems = problems_of(found.places)
     new = _new_problems(problems, found)
     word = WORDS[verdict_of(documents)]
@@ -62,7 +70,7 @@ def comment_markdown(documents: Documents, earlier: Documents | None = None, mos
         _turned("Accepted from now on", found.of("accepted"), _why_accepted),
         _turned("Could not be carried out", found.of("broken"), lambda turn: turn.told.reason or "no reason given"),
         _turned("Not asked any more", found.of("unasked"), lambda turn: turn.reason),
-        _notes(documents, earlier),
+        notes_block((note for note in documents.every_note if note not in known), without_folders),
     ]
     told = [block for block in blocks if block]
     if len(told) == 2 and earlier is not None:
@@ -206,17 +214,3 @@ def _cause(turn: Turn) -> str:
 def _why_accepted(turn: Turn) -> str:
     finding = turn.told.finding
     return f"{finding.cause if finding is not None else ''}: {turn.told.reason or 'no reason given'}"
-
-
-def _notes(documents: Documents, earlier: Documents | None) -> str:
-    known = set(_of_all(earlier)) if earlier is not None else set()
-    told = [f"- {text(without_folders(note))}" for note in dict.fromkeys(_of_all(documents)) if note not in known]
-    return "\n".join(["### Notes", "", *told[:MOST_ROWS]]) if told else ""
-
-
-def _of_all(documents: Documents) -> Iterator[str]:
-    yield from documents.notes
-    for matrix in documents.matrices:
-        yield from matrix.result.notes
-    for run in documents.every_run:
-        yield from run.result.notes

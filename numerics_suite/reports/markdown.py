@@ -57,7 +57,7 @@ def summary_markdown(documents: Documents, most: int = MOST_BYTES) -> str:
         _errors(places),
         _accepted(cards),
         _skipped(places),
-        *_notes(documents),
+        notes_block(documents.every_note),
     ]
     return joined(blocks, most, _rest, lambda block: len(block.encode("utf-8", "replace")))
 
@@ -224,12 +224,12 @@ def _skipped(places: Places) -> str:
     return folded(f"{many(total, 'check')} skipped", table(("", "checks", "on", "reason"), rows[:MOST_ROWS]))
 
 
-def _notes(documents: Documents) -> Iterator[str]:
-    notes = (
-        *documents.notes,
-        *(note for matrix in documents.matrices for note in matrix.result.notes),
-        *(note for run in documents.every_run for note in run.result.notes),
-    )
-    told = [f"- {text(note)}" for note in dict.fromkeys(notes)]
-    if told:
-        yield "\n".join(["### Notes", "", *told[:MOST_ROWS]])
+def notes_block(notes: Iterable[str], clean: Clean = str) -> str:
+    """What a person should see, as a list.
+
+    Args:
+        notes: a line each.
+        clean: of every text.
+    """
+    told = [f"- {text(clean(note))}" for note in notes]
+    return "\n".join(["### Notes", "", *told[:MOST_ROWS]]) if told else ""

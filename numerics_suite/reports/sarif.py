@@ -31,6 +31,7 @@ from numerics_suite.reports.view.cards import Card, cards_of
 from numerics_suite.reports.view.measured import question
 from numerics_suite.reports.view.places import Places, places_of
 from numerics_suite.reports.view.problems import Problem, part_of, problems_of
+from numerics_suite.reports.view.sections import reasons_of
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 MOST_RESULTS = 25_000
@@ -245,21 +246,15 @@ def question_of(check: str) -> str:
 
 
 def _notifications(documents: Documents, places: Places) -> Iterator[dict[str, Any]]:
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for place in places.all:
-        if place.result.status == "error":
-            key = (place.result.check, place.result.reason or "no reason given")
-            reasons.setdefault(key, []).append(place.result.cell.id)
-    for (check, reason), cells in reasons.items():
-        text = f"{check} could not be carried out on {listed(list(dict.fromkeys(cells)), 4)}: {reason}"
+    for one in reasons_of(places, "error"):
+        text = f"{one.checks} could not be carried out on {one.where}: {one.reason}"
         yield {"level": "error", "message": {"text": _shortened(text, LONGEST_MESSAGE)}}
     for source in places.sources:
         if source.run is None and source.cell is not None and source.cell.reason:
             text = f"{source.label or 'the environment'}: {source.cell.reason}"
             level = "error" if source.cell.status == "error" else "note"
             yield {"level": level, "message": {"text": _shortened(text, LONGEST_MESSAGE)}}
-    notes = (*documents.notes, *(note for run in documents.every_run for note in run.result.notes))
-    for note in dict.fromkeys(notes):
+    for note in documents.every_note:
         yield {"level": "warning", "message": {"text": _shortened(note, LONGEST_MESSAGE)}}
 
 

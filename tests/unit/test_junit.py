@@ -64,7 +64,7 @@ def test_each_answer_is_a_case_of_its_outcome():
         (
             "Failure",
             "overflow",
-            "6 output elements are NaN or infinite: a finite value exceeds the largest number of its dtype (overflow).",
+            "6 output elements are NaN or infinite: aten.mul.Tensor of finite inputs exceeds the largest number of its dtype (overflow).",
         ),
     )
     text = failed.result[0].text

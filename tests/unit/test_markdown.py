@@ -149,7 +149,7 @@ def test_a_finding_is_a_block_with_its_cures_and_its_command():
     told = summary_markdown(of_run(sample_run()))
     block = told[told.index("### 2. ") : told.index("### 3. ")]
     assert block.startswith(
-        "### 2. 6 output elements are NaN or infinite: a finite value exceeds the largest number of its dtype (overflow)."
+        "### 2. 6 output elements are NaN or infinite: aten.mul.Tensor of finite inputs exceeds the largest number of its dtype (overflow)."
     )
     assert "- **where** model.layers.3.mlp; aten.mul.Tensor at modeling\\_glm4.py:123".replace("\\", "") in block
     assert "- **measured** 6 elements; none is allowed" in block
@@ -189,7 +189,10 @@ def test_a_comparison_is_a_table_worst_first():
 
 def test_a_bisection_tells_its_boundary():
     told = summary_markdown(Documents(bisections=(bisect_document(),)))
-    assert "### transformers 5.8.0 is the first bad version, 5.7.0 is good: Nobody initialised score.weight of 5.8.0: nothing wrote" in told
+    assert (
+        "### transformers 5.8.0 is the first bad version, 5.7.0 is good: Nobody initialised score.weight of 5.8.0: nothing wrote"
+        in told
+    )
     assert "- **last good** 5.7.0\n- **first bad** 5.8.0" in told
     assert "```sh\nnumerics-suite matrix x --transformers 5.7.0,5.8.0" in told
 

@@ -285,8 +285,9 @@ def test_quiet_is_the_titles_and_the_verdict():
     header_and_progress(terminal)
     assert stream.getvalue() == ""
     assert printed(quiet=True).splitlines()[4:] == [
-        f"forward.finite {SUBJECT}: 6 output elements are NaN or infinite: a",
-        "  finite value exceeds the largest number of its dtype (overflow).",
+        f"forward.finite {SUBJECT}: 6 output elements are NaN or infinite:",
+        "  aten.mul.Tensor of finite inputs exceeds the largest number of its dtype",
+        "  (overflow).",
         f"train.finite {SUBJECT}: Training is not finite from step 2 on: the",
         "  optimizer's eps (1e-8 by default) is 0 in the dtype of its state, so its step",
         "  divides by 0 (optimizer-underflow).",

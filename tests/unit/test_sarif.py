@@ -125,7 +125,7 @@ def test_errors_are_notifications_and_the_run_was_no_success():
     (told,) = invocation["toolExecutionNotifications"]
     assert told["level"] == "error"
     assert told["message"]["text"] == (
-        "forward.padding could not be carried out on glm4-tiny-classifier/fp16/eager/cpu: out of memory"
+        "forward.padding could not be carried out on glm4-tiny-classifier in fp16: out of memory"
     )
     good = sarif_log(of_run(run_of(result("load.config", "fp32"))))["runs"][0]["invocations"][0]
     assert good == {"executionSuccessful": True, "toolExecutionNotifications": []}
