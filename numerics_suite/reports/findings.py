@@ -38,7 +38,9 @@ def block(card: Card, *, width: int = WIDTH, verbose: bool = False) -> list[Term
         lines += _cure(cure, "fix" if at == 1 else "", f"{at}. " if len(card.cures) > 1 else "", width)
     if not card.cures:
         lines += _labelled([("fix", card.fixes[0])], width)
-    lines += _labelled([("script", card.run_script)], width)
+    if card.run_script:  # whole, to be copied
+        first = f"{INDENT}{'script':<{LABEL}}"
+        lines.append(TerminalLine(f"{first}{printable(card.run_script)}", "cyan", len(first)))
     return [*lines, *(_command_lines(card.words, width) if card.words else [])]
 
 
