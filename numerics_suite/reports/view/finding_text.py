@@ -133,7 +133,7 @@ def shown_text(finding: Finding) -> str:
 
 
 def _seen(name: str, value: object) -> str:
-    text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else shown(value)
+    text = {"True": "yes", "False": "no"}.get(str(value)) or shown(value)
     return f"seen in {text}" if name == "where" else f"{name}: {text}"
 
 
