@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.settings.tree import Settings
 
+BAD_INPUT = 4
 TRIED = ".numerics/tried"
 """Where answers of other releases are kept."""
 
@@ -64,6 +65,11 @@ def make_parser() -> CommandParser:
         action="store_true",
         help="try newer-version and pin-version on findings, in environments of other transformers releases",
     )
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="of each finding also evidence, batch, curves and where the limit comes from",
+    )
     return parser
 
 
@@ -77,15 +83,15 @@ def run(arguments: Sequence[str]) -> int:
         BadInputError: the input cannot be used.
     """
     given = vars(make_parser().parse(arguments))
-    bundle, other_versions = given.pop("bundle"), given.pop("try_versions")
+    bundle, other_versions, verbose = (given.pop(name) for name in ("bundle", "try_versions", "verbose"))
     settings = from_command_line(given)
     refuse_unwritable(settings.json)
     refuse_undeliverable(settings.report, settings.junitxml)
     if bundle is not None:
-        return _reopen(settings, Path(bundle))
+        return _reopen(settings, Path(bundle), verbose=verbose)
     if settings.list_only:
         return _list(settings)
-    return _check(settings, other_versions=other_versions)
+    return _check(settings, other_versions=other_versions, verbose=verbose)
 
 
 def _list(settings: Settings) -> int:
@@ -101,14 +107,14 @@ def _list(settings: Settings) -> int:
     return 0
 
 
-def _check(settings: Settings, *, other_versions: bool) -> int:
-    from numerics_suite.reports.documents import Documents, Run
+def _check(settings: Settings, *, other_versions: bool, verbose: bool) -> int:
+    from numerics_suite.reports.documents import CheckRun, Documents
     from numerics_suite.reports.results import to_json
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.run import run_check
 
     with for_people(settings) as stream:
-        terminal = Terminal(stream=stream, quiet=settings.quiet)
+        terminal = Terminal(stream=stream, quiet=settings.quiet, verbose=verbose)
         try:
             with unfinished_answer(settings.json, "check", **_so_far(settings)):
                 result = run_check(settings, terminal, asks_index=other_versions)
@@ -129,13 +135,17 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
                 write_json(settings.json, to_json(result))  # first: whoever stops the run may not wait for the rest
             except BadInputError as error:  # a disk that is full now: what was found is still told
                 unwritten = error
-        terminal.summary(result)
+        refused = tuple(dict.fromkeys(str(check.reason) for check in result.checks if check.bad_input))
+        if not refused or any(check.status in {"passed", "failed", "accepted"} for check in result.checks):
+            terminal.summary(result)
         if unwritten is not None:
             raise unwritten
     if settings.json == "-":
         write_json(settings.json, to_json(result))
-    documents = Documents(runs=(Run(label="check", result=result),))
+    documents = Documents(runs=(CheckRun(label="check", result=result),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
+    if result.exit_status == BAD_INPUT:
+        raise BadInputError("; ".join(refused))
     return result.exit_status
 
 
@@ -156,7 +166,7 @@ def _with_other_versions(result: RunResult, settings: Settings, terminal: Termin
     """The result with the remedies that are another release tried."""
     from numerics_suite.versions.jobs import Jobs
     from numerics_suite.versions.matrix import in_environments
-    from numerics_suite.versions.remedying import try_versions
+    from numerics_suite.versions.release_remedies import try_versions
     from numerics_suite.versions.result_store import ResultStore
 
     processes = Jobs()
@@ -169,7 +179,7 @@ def _with_other_versions(result: RunResult, settings: Settings, terminal: Termin
 
 def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
     """The result with training on the user's own texts, where checks of training were asked for."""
-    from numerics_suite.suite.planning import selected_checks
+    from numerics_suite.suite.check_selection import selected_checks
     from numerics_suite.suite.rehearsal import rehearse
 
     if not any(check.startswith("train.") for check in selected_checks(settings)):
@@ -177,7 +187,7 @@ def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> Run
     return replace(result, rehearsals=rehearse(settings, terminal.say))
 
 
-def _reopen(settings: Settings, bundle: Path) -> int:
+def _reopen(settings: Settings, bundle: Path, *, verbose: bool) -> int:
     from numerics_suite.reports.results import to_json
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.bundle_replay import refuse_other_options, reopen
@@ -185,7 +195,7 @@ def _reopen(settings: Settings, bundle: Path) -> int:
     refuse_other_options(settings)
     with for_people(settings) as stream:
         result = reopen(settings, bundle)
-        Terminal(stream=stream, quiet=settings.quiet).summary(result)
+        Terminal(stream=stream, quiet=settings.quiet, verbose=verbose).summary(result)
     if settings.json:
         write_json(settings.json, to_json(result))
     return result.exit_status

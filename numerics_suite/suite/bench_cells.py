@@ -26,7 +26,7 @@ from numerics_suite.devices import random_state
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.fixtures import REAL_NAME, fixture_path
 from numerics_suite.subjects.quiet import quiet_transformers
-from numerics_suite.suite.bench_steps import bare_step, evidence_of
+from numerics_suite.suite.bench_steps import bare_step, context_of
 from numerics_suite.suite.session import SuiteSession
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def timed(step: Callable[[], object]) -> list[float]:
 def steps(subject: str) -> dict[str, float]:
     """A bare step, and one under torch's own search for NaN; memory of the first."""
     torch.set_num_threads(1)
-    step = bare_step(evidence_of("bf16", subject))
+    step = bare_step(context_of("bf16", subject))
     step()
     bare, peak = timed(step), peak_gb()
     with torch.autograd.detect_anomaly():
@@ -122,7 +122,7 @@ def cell(subject: str) -> dict[str, float]:
         assert result.status in {"passed", "skipped", "accepted"}, f"{question.id}: {result.reason} {trace}"
         groups[question.check.partition(".")[0]] += sum(taken)
     peak = peak_gb()
-    step = bare_step(evidence_of("bf16", subject))
+    step = bare_step(context_of("bf16", subject))
     step()
     unit = statistics.median(timed(step))
     found = {group: seconds / unit for group, seconds in groups.items()}

@@ -21,8 +21,8 @@ from numerics_suite.diagnosis import roots
 from numerics_suite.diagnosis.consequences import as_tree
 from numerics_suite.diagnosis.remedies import Attempt
 from numerics_suite.diagnosis.remedy_trials import CheckAnswer
-from numerics_suite.reports.documents import Documents, Run
-from numerics_suite.reports.findings import grouped
+from numerics_suite.reports import markup
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.junit import junit_xml
 from numerics_suite.reports.markdown import summary_markdown
@@ -208,20 +208,23 @@ def test_what_an_entry_does_not_reach_has_a_root_of_its_own():
 
 def test_printers_show_one_card_for_each_root():
     run = run_of("uninitialised_head")
-    documents = Documents(runs=(Run(label="check", result=run),))
-    follows = "forward.finite, train.finite"
-    (group,) = grouped(run.checks)
-    assert [each.check for each in group.consequences] == ["forward.finite", "train.finite"]
+    documents = Documents(runs=(CheckRun(label="check", result=run),))
+    follows = [
+        f"{each.check}: {each.finding.title}" for each in run.checks if each.finding and each.finding.consequence_of
+    ]
+    assert [line.partition(":")[0] for line in follows] == ["forward.finite", "train.finite"]
     lines = [line.text for line in summary(run)]
-    assert any(line.split() == ["leads", "to", "forward.finite,", "train.finite"] for line in lines)
+    begin = lines.index(f"  leads to  {follows[0]}")
+    assert lines[begin + 1] == f"{'':12}{follows[1]}"
     assert any("1 finding " in line for line in lines)
     (problem,) = problems_of(places_of(documents))
-    assert len(problem.consequences) == 2
-    assert f"- **leads to** {follows}" in summary_markdown(documents)
+    assert [place.result.check for place in problem.consequences] == ["forward.finite", "train.finite"]
+    markdown = summary_markdown(documents)
+    assert all(f"- **leads to** {markup.text(line)}" in markdown for line in follows)
     (sarif,) = sarif_log(documents)["runs"][0]["results"]
     assert [one.partition("/")[0] for one in sarif["properties"]["consequences"]] == ["forward.finite", "train.finite"]
     (annotation,) = annotation_lines(documents)
-    assert f"leads to {follows}" in annotation
+    assert all(f"leads to: {line}" in annotation.replace("%25", "%") for line in follows)
     xml = junit_xml(documents).decode()
     assert xml.count("<failure") == 3
     assert xml.count('message="follows from load.head-init/uninitialised_head/fp32/default/cpu: ') == 2
@@ -243,7 +246,7 @@ def test_cells_of_several_workers_have_one_root(tmp_path):
 class Cured:
     """Stands for a copy under a remedy."""
 
-    def let_go(self):
+    def release(self):
         pass
 
 
@@ -252,7 +255,7 @@ def one_attempt(monkeypatch):
     """Every remedy can be applied in one way."""
 
     def cure(_evidence, _finding):
-        yield Attempt(evidence=Cured())
+        yield Attempt(context=Cured())
 
     monkeypatch.setattr(roots, "cures", lambda: dict.fromkeys(("init-head", "use-amp-bf16"), cure))
 
@@ -331,7 +334,7 @@ def test_what_gets_no_gradient_does_not_move(names, follows):
 )
 def test_the_tokenizers_padding_follows_from_a_law_that_is_broken_in_itself(law, measurement, follows):
     first, second = (
-        failed("inputs.pipeline", "padding-leak"),
+        failed("inputs.pipeline", "padding-leak", evidence={"measurement": "padding-moves", "measured": 0.5}),
         failed(law, "future-leak", evidence={"measurement": measurement}),
     )
     assert tree(first, second) == [second.id if follows else None, None]

@@ -23,7 +23,7 @@ from numerics_suite.checks.train.clip import clip
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.engine import runner
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.engine.references import compare_law, plain_answer, rounded_answer, true_answer
 from numerics_suite.engine.training_loop import Trainer
@@ -33,14 +33,14 @@ from numerics_suite.suite.driver import ask
 from numerics_suite.suite.session import SuiteSession
 
 
-def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[Evidence]:
+def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[CellContext]:
     settings = Settings(
         subjects=("fixture:glm4-tiny",), precision=precision, attn=("sdpa",), device="cpu", effort=effort, **changes
     )
     session = SuiteSession(settings)
     shared = TruePasses()
     return [
-        Evidence(
+        CellContext(
             session.plan.subjects[cell.subject],
             cell,
             session._request(session.plan.subjects[cell.subject], cell),
@@ -66,24 +66,24 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:
-    (evidence,) = cells()
-    ask(causal, evidence, seed=0)
+    (context,) = cells()
+    ask(causal, context, seed=0)
     before = dict(ran)
     assert before["run_rounded"] == 2
 
-    def unchanged(evidence: Evidence, batch: Any) -> Any:
+    def unchanged(context: CellContext, batch: Any) -> Any:
         """Is the answer the answer?"""
-        true = true_answer(evidence, batch.tensors)
+        true = true_answer(context, batch.tensors)
         found = compare_law(
-            evidence,
+            context,
             true=true,
             true_other=true,
-            other=plain_answer(evidence, batch.tensors),
-            base=lambda: rounded_answer(evidence, batch.tensors),
+            other=plain_answer(context, batch.tensors),
+            base=lambda: rounded_answer(context, batch.tensors),
         )
         yield from law_measurements(*found)
 
-    outcome = ask(CheckSpec(id="forward.causal", function=unchanged, batches=True), evidence, seed=0)
+    outcome = ask(CheckSpec(id="forward.causal", function=unchanged, batches=True), context, seed=0)
     assert outcome.examples == 2
     assert not outcome.breaches
     assert outcome.worst["rounded"].value > 0
@@ -91,9 +91,9 @@ def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:
 
 
 def test_one_float64_gradient_serves_every_check_that_compares_with_it(ran: Counter[str]) -> None:
-    (evidence,) = cells("standard", steps=1)
+    (context,) = cells("standard", steps=1)
     for check in (gradient, oracle, accumulation, checkpointing):
-        assert not ask(check, evidence, seed=0).breaches
+        assert not ask(check, context, seed=0).breaches
     # The probe, the gradient, and every other way to take it at once.
     assert ran["run_true_fp64 gradients"] == 3
 
@@ -112,9 +112,9 @@ class Doubled(torch.autograd.Function):
 
 @pytest.mark.parametrize("fault", ["rows", "training", "recomputation"])
 def test_each_way_is_asked_alone_where_all_at_once_change_the_gradient(fault: str) -> None:
-    (evidence,) = cells("quick", steps=1)
-    norm = evidence.model.get_submodule("model.norm")
-    block = evidence.model.get_submodule("model.layers.0")
+    (context,) = cells("quick", steps=1)
+    norm = context.model.get_submodule("model.norm")
+    block = context.model.get_submodule("model.layers.0")
     inner = norm.forward
 
     def forward(states: torch.Tensor) -> torch.Tensor:
@@ -126,9 +126,9 @@ def test_each_way_is_asked_alone_where_all_at_once_change_the_gradient(fault: st
         return inner(Doubled.apply(states) if wrong[fault] else states)
 
     norm.forward = forward  # type: ignore[method-assign]
-    assert agreement(evidence) is None
-    modes = ask(checkpointing, evidence, seed=0).worst
-    assert (ask(accumulation, evidence, seed=0).worst["true-gradient"].value > AGREED) == (fault == "rows")
+    assert agreement(context) is None
+    modes = ask(checkpointing, context, seed=0).worst
+    assert (ask(accumulation, context, seed=0).worst["true-gradient"].value > AGREED) == (fault == "rows")
     assert (modes["true-training-mode"].value > AGREED) == (fault == "training")
     assert (modes["true-gradient"].value > AGREED) == (fault == "recomputation")
 
@@ -141,16 +141,16 @@ def test_a_gradient_is_dropped_after_the_last_check_that_reads_it(monkeypatch: p
     held = []
     for question in session.plan.questions:
         assert session.answer(question)[0].status == "passed"
-        held.append(any(key.startswith(GRADIENT) for key in session.evidence(question.cell).memo))
+        held.append(any(key.startswith(GRADIENT) for key in session.context(question.cell).memo))
     assert held == [True, False, False]
 
 
 def test_the_other_attention_holds_the_same_weights() -> None:
-    (evidence,) = cells()
-    ask(attention, evidence, seed=0)
-    other = evidence.memo["other attention"].model
-    assert other is not evidence.model
-    for name, parameter in evidence.model.named_parameters():
+    (context,) = cells()
+    ask(attention, context, seed=0)
+    other = context.memo["other attention"].model
+    assert other is not context.model
+    for name, parameter in context.model.named_parameters():
         assert other.get_parameter(name).data_ptr() == parameter.data_ptr()
 
 
@@ -179,8 +179,8 @@ def test_a_model_that_computes_otherwise_in_its_own_dtype_shares_nothing() -> No
             found: torch.Tensor = self.inner(ids) * self.constant
             return found
 
-    for evidence, dtype in ((first, torch.float32), (second, torch.bfloat16)):
-        body = evidence.model.get_submodule("model")
+    for context, dtype in ((first, torch.float32), (second, torch.bfloat16)):
+        body = context.model.get_submodule("model")
         weight = body.embed_tokens.weight
         body.embed_tokens.forward = Normaliser(nn.Embedding.from_pretrained(weight.detach()), dtype).forward
     assert first.true_passes is not second.true_passes
@@ -194,14 +194,14 @@ def test_a_changed_parameter_shares_nothing() -> None:
 
 
 def test_clipping_needs_no_second_run_where_the_first_says_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    (evidence,) = cells(steps=2)
+    (context,) = cells(steps=2)
     runs: list[Trainer] = []
     inner = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: runs.append(self) or inner(self))
-    outcome = ask(clip, evidence, seed=0)
+    outcome = ask(clip, context, seed=0)
     assert len(runs) == 1
     assert outcome.worst["excess"].value < 2**-6
-    copy = evidence.trajectory.clipped_copy
+    copy = context.trajectory.clipped_copy
     assert copy is not None
     assert copy.before > 1 >= copy.after * (1 - 2**-6)
     assert outcome.series["clipped-norm"].values == (copy.after,)
@@ -209,11 +209,11 @@ def test_clipping_needs_no_second_run_where_the_first_says_all(monkeypatch: pyte
 
 def test_clipping_trains_again_where_parameters_are_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """The square of a small gradient is 0 there, and the step is divided by it."""
-    (evidence,) = cells(precision=("pure-fp16",), steps=1, optimizer="sgd")
+    (context,) = cells(precision=("pure-fp16",), steps=1, optimizer="sgd")
     runs: list[Trainer] = []
     inner = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: runs.append(self) or inner(self))
-    ask(clip, evidence, seed=0)
+    ask(clip, context, seed=0)
     assert len(runs) == 2
 
 

@@ -17,7 +17,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import agreeing, caller, without_labels
 from numerics_suite.engine.roundtrip import saved_and_loaded
 from numerics_suite.engine.runner import Runner
@@ -31,18 +31,18 @@ NOT_KEPT = frozenset({"dtype", "torch_dtype"})
 
 
 @check(scope="precision")
-def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
+def roundtrip(context: CellContext) -> Iterable[Measurement]:
     """Does saving the model and loading it again, twice, give the same bits, the same config and the same answers?"""
-    if evidence.subject.adapter_base or evidence.subject.quantized:
+    if context.subject.adapter_base or context.subject.quantized:
         reason = "an adapter or a quantised checkpoint is saved in another form than it is loaded in"
         raise NotApplicableError(reason)
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as folder:
-        model: nn.Module | Mapping[str, Tensor] = evidence.model
+        model: nn.Module | Mapping[str, Tensor] = context.model
         trip, changes = 0, _Changes()
         while trip < TRIPS and not changes.names and not changes.dtypes:
             trip += 1
-            model = _saved_and_loaded(evidence, model, Path(folder))
-            changes = _changes(evidence, model, answers=trip == TRIPS)
+            model = _saved_and_loaded(context, model, Path(folder))
+            changes = _changes(context, model, answers=trip == TRIPS)
     tensor = next(iter(changes.tensors), "")
     yield Measurement(
         name="differing",
@@ -54,7 +54,7 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
         cause="ignored-config" if changes.config and not changes.tensors else None,
         facts={} if not changes.names else {"seen at save and load number": trip, **changes.config},
     )
-    held = evidence.model.state_dict() if changes.dtypes else {}
+    held = context.model.state_dict() if changes.dtypes else {}
     yield Measurement(
         name="other-dtype",
         value=len(changes.dtypes),
@@ -63,7 +63,7 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
         parameters=tuple(changes.dtypes),
         facts={
             **{name: f"{held[name].dtype} before, {dtype} after" for name, dtype in changes.dtypes.items()},
-            **(named_by_class(evidence, changes.dtypes) if changes.dtypes else {}),
+            **(named_by_class(context, changes.dtypes) if changes.dtypes else {}),
         },
     )
 
@@ -91,9 +91,9 @@ class _Changes:
         return found or (() if self.answers <= AGREED else ("answers",))
 
 
-def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor], *, answers: bool) -> _Changes:
+def _changes(context: CellContext, after: nn.Module | Mapping[str, Tensor], *, answers: bool) -> _Changes:
     """What changed; of answers, which cost a pass, only after the last trip: what moves on one of them has moved then."""
-    before = evidence.model.state_dict()
+    before = context.model.state_dict()
     state = after if isinstance(after, Mapping) else after.state_dict()
     differing = tuple(name for name in before if name not in state or not same_bits(before[name], state[name]))
     dtypes = {name: state[name].dtype for name in differing if name in state and _is_cast(before[name], state[name])}
@@ -101,7 +101,7 @@ def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor], *, ans
     extra = tuple(name for name in state if name not in before)
     if isinstance(after, Mapping):
         return _Changes(tensors=differing + extra, dtypes=dtypes)
-    was, now = (_defining(model.config.to_dict()) for model in (evidence.model, after))  # type: ignore[operator, union-attr]
+    was, now = (_defining(model.config.to_dict()) for model in (context.model, after))  # type: ignore[operator, union-attr]
     config = {
         key: f"{was.get(key)!r} before, {now.get(key)!r} after"
         for key in sorted(was.keys() | now.keys())
@@ -109,7 +109,7 @@ def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor], *, ans
     }
     same = answers and not (differing or extra or config or dtypes)
     return _Changes(
-        tensors=differing + extra, dtypes=dtypes, config=config, answers=_moved(evidence, after) if same else 0.0
+        tensors=differing + extra, dtypes=dtypes, config=config, answers=_moved(context, after) if same else 0.0
     )
 
 
@@ -122,24 +122,24 @@ def _defining(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _moved(evidence: Evidence, model: nn.Module) -> float:
+def _moved(context: CellContext, model: nn.Module) -> float:
     """By how much true fp64 answers moved; a table that is neither stored nor in the config shows only here."""
-    if not evidence.takes_ids or evidence.broken:  # what is not finite already says nothing about the files
+    if not context.takes_ids or context.broken:  # what is not finite already says nothing about the files
         return 0.0
     # Of a planned batch, whose answer every law reads, one row: what moved in the files moves each of them.
-    batch = next(iter(evidence.planned_batches), evidence.gradient_batch)
-    rows = slice(1 if evidence.planned_batches else None)
+    batch = next(iter(context.planned_batches), context.gradient_batch)
+    rows = slice(1 if context.planned_batches else None)
     tensors = {name: value[rows] for name, value in without_labels(batch.tensors).items()}
-    call = caller(evidence, by_token=False)
-    other = Runner(model, evidence.condition).true_fp64(tensors, call=call)
+    call = caller(context, by_token=False)
+    other = Runner(model, context.condition).true_fp64(tensors, call=call)
     if other.left_out:
         return 0.0
     moved = other.outputs["answer"].cpu()
     try:
         before, _ = agreeing(
             moved,
-            lambda answer: answer(evidence, batch.tensors, by_token=False)[rows],
-            lambda answer: answer(evidence, tensors, by_token=False),
+            lambda answer: answer(context, batch.tensors, by_token=False)[rows],
+            lambda answer: answer(context, tensors, by_token=False),
         )
     except NotApplicableError:
         return 0.0
@@ -147,13 +147,13 @@ def _moved(evidence: Evidence, model: nn.Module) -> float:
 
 
 def _saved_and_loaded(
-    evidence: Evidence, model: nn.Module | Mapping[str, Tensor], folder: Path
+    context: CellContext, model: nn.Module | Mapping[str, Tensor], folder: Path
 ) -> nn.Module | Mapping[str, Tensor]:
     if isinstance(model, Mapping):
         return model
-    if evidence.subject.path is None or not hasattr(model, "save_pretrained"):
+    if context.subject.path is None or not hasattr(model, "save_pretrained"):
         return _state_through_file(model, folder)
-    return saved_and_loaded(evidence, model, folder)
+    return saved_and_loaded(context, model, folder)
 
 
 def _state_through_file(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:

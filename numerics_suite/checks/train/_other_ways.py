@@ -16,9 +16,9 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.dropout import WithoutDropout
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import scalar_loss
 from numerics_suite.engine.router_loss import adds_router_loss
 from numerics_suite.engine.runner import Caller
@@ -42,29 +42,29 @@ class Difference:
     parameter: str
 
 
-def agreement(evidence: Evidence) -> Difference | None:
+def agreement(context: CellContext) -> Difference | None:
     """By how much micro-batches, training mode and activation checkpointing, all at once, change loss and gradient in true fp64.
 
     One run instead of three: what each of them changes would have to cancel to ten digits in every parameter, or it shows here.
     None where it shows, and where the three cannot be had at once: then each check asks for its own way alone.
     """
-    rows = int(evidence.gradient_batch.tensors["input_ids"].shape[0])
-    supported = getattr(evidence.model, "supports_gradient_checkpointing", False)
-    if rows < 2 or not supported or adds_router_loss(evidence.model):
+    rows = int(context.gradient_batch.tensors["input_ids"].shape[0])
+    supported = getattr(context.model, "supports_gradient_checkpointing", False)
+    if rows < 2 or not supported or adds_router_loss(context.model):
         return None
-    runs = evidence.true_passes.runs
-    key = f"micro-batches, checkpointed, in training mode over {batch_key(evidence.gradient_batch.tensors)}"
+    runs = context.true_passes.runs
+    key = f"micro-batches, checkpointed, in training mode over {batch_key(context.gradient_batch.tensors)}"
     if key not in runs:
-        runs[key] = _agreement(evidence, rows)
+        runs[key] = _agreement(context, rows)
     found: Difference | None = runs[key]
     return found
 
 
-def _agreement(evidence: Evidence, rows: int) -> Difference | None:
-    parts = in_training_mode(in_parts(evidence, rows), checkpointed=True)
+def _agreement(context: CellContext, rows: int) -> Difference | None:
+    parts = in_training_mode(in_parts(context, rows), checkpointed=True)
     try:
-        whole = true_gradient(evidence).found
-        run = evidence.runner.true_fp64(evidence.gradient_batch.tensors, gradients=True, call=parts)
+        whole = true_gradient(context).found
+        run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=parts)
     except NotApplicableError:
         return None
     except Exception as error:  # noqa: BLE001 - what the model's code raises in one of these ways is that way's check to tell
@@ -87,12 +87,12 @@ def difference(run: Fp64Run, whole: Fp64Run) -> Difference:
     return Difference(loss=loss, gradient=errors[worst], parameter=worst)
 
 
-def in_parts(evidence: Evidence, rows: int) -> Caller:
+def in_parts(context: CellContext, rows: int) -> Caller:
     """Calls the model on micro-batches, whose losses are added up, each weighted by the labels that it counts.
 
     Their gradients add up in the parameters, as in a loop that accumulates.
     """
-    task = evidence.subject.task
+    task = context.subject.task
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         total, losses = counted(tensors["labels"], task), []

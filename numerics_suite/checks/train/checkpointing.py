@@ -13,34 +13,34 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observations.roundoff import gradient_errors
 
 
 @check(trains=True, needs=("token-ids",), reads=(GRADIENT,))
-def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
+def checkpointing(context: CellContext) -> Iterable[Measurement]:
     """Are the gradients with activation checkpointing those without, and those of training mode eval mode's?
 
     Both in true fp64, with every dropout off.
     """
-    if not getattr(evidence.model, "supports_gradient_checkpointing", False):
+    if not getattr(context.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
-    if (found := agreement(evidence)) is not None:
+    if (found := agreement(context)) is not None:
         yield _measurement("true-training-mode", found.gradient, found.parameter)
         yield _measurement("true-gradient", found.gradient, found.parameter)
         yield Measurement(name="lost", value=0, unit="parameters")
         return
-    evaluated = _in_eval_mode(evidence)
-    plain = _trained(evidence, checkpointed=False)
+    evaluated = _in_eval_mode(context)
+    plain = _trained(context, checkpointed=False)
     by_mode = _worst("true-training-mode", plain, evaluated)
     yield by_mode
     if by_mode.value <= AGREED:
         # One function: with checkpointing it is compared with what is held anyway, and a third set of gradients is dropped.
         plain = evaluated
-    again = _trained(evidence, checkpointed=True)
+    again = _trained(context, checkpointed=True)
     lost = tuple(name for name in plain if name not in again)
     yield _worst("true-gradient", again, {name: value for name, value in plain.items() if name in again})
     yield Measurement(
@@ -52,21 +52,21 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _in_eval_mode(evidence: Evidence) -> Mapping[str, Tensor]:
+def _in_eval_mode(context: CellContext) -> Mapping[str, Tensor]:
     """The cell's true fp64 gradients; of a large model whose blocks cannot be taken one by one those of a run of its own."""
     try:
-        return true_gradient(evidence).gradients
+        return true_gradient(context).gradients
     except NotApplicableError:
-        run = run_true_fp64(evidence.model, evidence.gradient_batch.tensors, gradients=True, stream=False)
+        run = run_true_fp64(context.model, context.gradient_batch.tensors, gradients=True, stream=False)
         trusted(run.left_out)
         assert run.gradients is not None
         return run.gradients
 
 
-def _trained(evidence: Evidence, *, checkpointed: bool) -> Mapping[str, Tensor]:
+def _trained(context: CellContext, *, checkpointed: bool) -> Mapping[str, Tensor]:
     """The true fp64 gradients in training mode, without dropout."""
     call = in_training_mode(checkpointed=checkpointed)
-    run = evidence.runner.true_fp64(evidence.gradient_batch.tensors, gradients=True, stream=False, call=call)
+    run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, stream=False, call=call)
     trusted(run.left_out)
     assert run.gradients is not None
     return run.gradients

@@ -53,7 +53,7 @@ def _one_step(scene: ScriptContext) -> list[str]:
 
 
 def _float64(scene: ScriptContext) -> list[str]:
-    first = [f'batch["labels"][:, 0] = {IGNORED}'] if scene.evidence.subject.task == "causal-lm" else []
+    first = [f'batch["labels"][:, 0] = {IGNORED}'] if scene.context.subject.task == "causal-lm" else []
     return [
         "torch.set_default_dtype(torch.float64)",
         "model.cpu().double().train()",
@@ -78,7 +78,7 @@ def _rows(scene: ScriptContext) -> list[str]:
 def _wanted(scene: ScriptContext) -> list[str]:
     loss = [f"loss = model(**batch{uncached(scene)}).loss"]
     if scene.measurement == "label-smoothing":
-        shift = ["scores, labels = scores[:, :-1], labels[:, 1:]"] if scene.evidence.subject.task == "causal-lm" else []
+        shift = ["scores, labels = scores[:, :-1], labels[:, 1:]"] if scene.context.subject.task == "causal-lm" else []
         loss = [
             f"scores, labels = model(**batch{uncached(scene)}).logits, batch['labels']",
             *shift,

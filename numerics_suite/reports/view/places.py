@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numerics_suite.core.versions import Failure, MatrixCell
-    from numerics_suite.reports.documents import Documents, Matrix, Run
+    from numerics_suite.reports.documents import CheckRun, Documents, Matrix
 
 
 ANSWERED = frozenset({"passed", "failed", "accepted"})
@@ -33,7 +33,7 @@ class Source:
     """
 
     label: str
-    run: Run | None
+    run: CheckRun | None
     matrix: int | None = None
     at: int = 0
     cell: MatrixCell | None = None
@@ -44,6 +44,11 @@ class Source:
         if self.run is not None:
             return self.run.result.checks
         return tuple(_result(failure) for failure in self.cell.failures) if self.cell is not None else ()
+
+    @property
+    def diagnosed(self) -> bool:
+        """Causes were looked for; without that (`--no-diagnose`) none is told."""
+        return self.run is None or bool(self.run.result.settings.get("diagnose", True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +105,7 @@ def places_of(documents: Documents) -> Places:
     return Places(sources=tuple(sources))
 
 
-def _runs(runs: Sequence[Run]) -> Iterator[Source]:
+def _runs(runs: Sequence[CheckRun]) -> Iterator[Source]:
     """Two runs of one label are told apart by a number."""
     seen = Counter[str]()
     for run in runs:
