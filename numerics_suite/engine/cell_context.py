@@ -355,13 +355,12 @@ class CellContext:
         """
         tensors = dict(batch.tensors) if labels else self.inputs_of(batch)
         key = batch_key(tensors)
-        if key in self._forwards:
-            self._forwards.move_to_end(key)
-        else:
+        if key not in self._forwards:
             self._forwards[key] = floating_outputs(self.run(tensors))
             held = self._forwards.values()
             while len(held) > 1 and sum(tensor.nbytes for kept in held for tensor in kept.values()) > KEPT_BYTES:
                 self._forwards.popitem(last=False)
+        self._forwards.move_to_end(key)
         return self._forwards[key]
 
     @cached_property
