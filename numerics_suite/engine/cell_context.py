@@ -366,11 +366,10 @@ class CellContext:
     @cached_property
     def trajectory(self) -> Trajectory:
         """The watched training run of the cell on a copy of its model, on the fixed batch; once under the same conditions."""
-        request = self.request
-        asked = (request.plan, request.seed, request.rows, request.length, self.family.padding_sides)
-        conditions = (self.subject, self.cell, asked, self.changes)
+        asked, sides = self.request, self.family.padding_sides
+        conditions = (self.subject, self.cell, asked.plan, asked.seed, asked.rows, asked.length, sides, self.changes)
         if conditions not in self.runs:
-            self.runs[conditions] = self.train(request.plan)
+            self.runs[conditions] = self.train(asked.plan)
         return self.runs[conditions]
 
     def train(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trajectory:
