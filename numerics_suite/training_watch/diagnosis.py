@@ -31,8 +31,9 @@ from numerics_suite.inputs.labels import no_label_counts, predicts_next_token
 from numerics_suite.observations.bad_value_location import Origin, find_origin
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.training_watch.alarms import Alarm
-from numerics_suite.training_watch.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
+from numerics_suite.training_watch.caught_step import CaughtStep, Start, bad_parameters, undisturbed
 from numerics_suite.training_watch.divergence import THE_BATCH, blame, growth_facts
+from numerics_suite.training_watch.inputs import named_inputs
 from numerics_suite.training_watch.judge import ROSE
 from numerics_suite.training_watch.ring import ForwardCall, as_called, same_buffers, with_values
 from numerics_suite.training_watch.snapshots import SMALL_BYTES
