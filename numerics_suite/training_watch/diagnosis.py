@@ -136,7 +136,7 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
         cause=cause,
         title=title(alarm, cause, origin, parameters),
         explanation=EXPLANATIONS[cause],
-        module=origin.module if origin else (parameters[0].rpartition(".")[0] if parameters else None),
+        module=_module(origin, parameters, facts),
         op=origin.op if origin else None,
         source=origin.source if origin else None,
         step=alarm.step,
@@ -146,6 +146,14 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
         remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
     return borne_out_of(found, scene.model)
+
+
+def _module(origin: Origin | None, parameters: Sequence[str], facts: Mapping[str, Fact]) -> str | None:
+    """Where the value began; of training that ran away, whose update grew first where the value began in no module."""
+    if origin is not None and origin.module:
+        return origin.module
+    first = parameters[0] if parameters else str(facts.get("update that grew first", ""))
+    return first.rpartition(".")[0] or None
 
 
 RUN_AWAY = frozenset({"divergence", "overflow", "invalid-operation", "unknown"})
