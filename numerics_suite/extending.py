@@ -1,7 +1,7 @@
 """What a package needs that adds checks, families, remedies or reporters of its own.
 
-These names are stable, and nothing else that lies inside the package is. Nothing is imported with this module; each name
-is on first use. docs/extending.md tells how they go together.
+These names are stable, and nothing else that lies inside the package is. Each name is imported on first use. Old names
+still work and give a DeprecationWarning. docs/extending.md shows how they go together.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from numerics_suite.core.registry import AddedCheck, CheckSpec, check
     from numerics_suite.definitions.config import OracleUnavailable, read_rope
     from numerics_suite.definitions.definition import Context, Head, Oracle
-    from numerics_suite.definitions.parts import Place, activation, attend, frequencies, rotate
+    from numerics_suite.definitions.parts import ModuleScope, activation, attend, frequencies, rotate
     from numerics_suite.diagnosis.remedies import Attempt
     from numerics_suite.diagnosis.remedy_register import AddedRemedy
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
     from numerics_suite.engine.references import plain_answer, rounded_answer, true_answer
-    from numerics_suite.reports.documents import Documents, Run
+    from numerics_suite.reports.documents import CheckRun, Documents
     from numerics_suite.subjects.families.family import AddedFamily, Family
     from numerics_suite.subjects.load import Loaded
 
@@ -53,14 +53,17 @@ _HOMES = {
     "numerics_suite.diagnosis.remedies": ("Attempt",),
     "numerics_suite.definitions.config": ("OracleUnavailable", "read_rope"),
     "numerics_suite.definitions.definition": ("Context", "Head", "Oracle"),
-    "numerics_suite.definitions.parts": ("Place", "activation", "attend", "frequencies", "rotate"),
-    "numerics_suite.reports.documents": ("Documents", "Run"),
-    "numerics_suite.engine.evidence": ("Evidence",),
+    "numerics_suite.definitions.parts": ("ModuleScope", "activation", "attend", "frequencies", "rotate"),
+    "numerics_suite.reports.documents": ("CheckRun", "Documents"),
+    "numerics_suite.engine.cell_context": ("CellContext",),
     "numerics_suite.engine.references": ("plain_answer", "rounded_answer", "true_answer"),
     "numerics_suite.subjects.families.family": ("AddedFamily", "Family"),
     "numerics_suite.subjects.load": ("Loaded",),
 }
 """Where the names are."""
+
+_RENAMED = {"Evidence": "CellContext", "Place": "ModuleScope", "Run": "CheckRun"}
+"""New name by old one. Arguments and attributes with old names are marked where they are defined, with `renamed`."""
 
 __all__ = [
     "AddedCheck",
@@ -71,21 +74,21 @@ __all__ = [
     "Batch",
     "Budget",
     "Cell",
+    "CellContext",
     "CheckResult",
+    "CheckRun",
     "CheckSpec",
     "Context",
     "Documents",
-    "Evidence",
     "Family",
     "Finding",
     "Head",
     "Loaded",
     "Measurement",
+    "ModuleScope",
     "NotApplicableError",
     "Oracle",
     "OracleUnavailable",
-    "Place",
-    "Run",
     "RunResult",
     "Series",
     "Subject",
@@ -106,6 +109,11 @@ def __getattr__(name: str) -> Any:
     """The names, on first use."""
     import importlib
 
+    if name in _RENAMED:
+        from numerics_suite.core.renamed import warn_renamed
+
+        warn_renamed(name, _RENAMED[name], frames=1)
+        name = _RENAMED[name]
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(module), name)

@@ -18,7 +18,7 @@ import torch
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.registry import get_check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
@@ -28,10 +28,10 @@ SCALES = (1.0, 0.25, 4.0)
 """Factors on every weight matrix: a constant of the program does not move with them."""
 
 
-def scale_weights(evidence: Evidence, factor: float) -> None:
+def scale_weights(context: CellContext, factor: float) -> None:
     """Multiply every matrix of the cell's model, a power of two, so that nothing is rounded."""
     with torch.no_grad():
-        for parameter in evidence.model.parameters():
+        for parameter in context.model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(factor)
 
@@ -41,11 +41,11 @@ def measured(settings: Settings, factor: float) -> list[tuple[str, str, float]]:
     session = SuiteSession(settings)
     rows = []
     for cell in session.plan.cells:
-        evidence = session.evidence(cell)
-        scale_weights(evidence, factor)
+        context = session.context(cell)
+        scale_weights(context, factor)
         for check in CHECKS:
             try:
-                found = list(get_check(check).function(evidence))
+                found = list(get_check(check).function(context))
             except NotApplicableError:
                 continue
             judged = budgets_of(check)

@@ -57,10 +57,10 @@ def counted(**changes: Any) -> dict[str, Counter[str]]:
     )
     session = SuiteSession(settings)
     found: dict[str, Counter[str]] = {}
-    evidence = session.evidence(session.plan.cells[0])
-    tensors = evidence.inputs_of(evidence.training_batch)
+    context = session.context(session.plan.cells[0])
+    tensors = context.inputs_of(context.training_batch)
     with Count() as count:
-        evidence.run(tensors)
+        context.run(tensors)
     found["forward"] = count.counted
     for question in session.plan.questions:
         with Count() as count:

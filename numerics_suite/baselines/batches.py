@@ -12,7 +12,7 @@ from torch import Tensor
 from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.sketch import hashed
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.strategies import pad_rows
 from numerics_suite.inputs.targets import is_row_of_numbers
@@ -51,58 +51,58 @@ TRAINING_LENGTH: Final = 65
 from some position on, and for thousands of numbers in each module's error."""
 
 
-def draw_batches(evidence: Evidence) -> tuple[StoredBatch, ...]:
+def draw_batches(context: CellContext) -> tuple[StoredBatch, ...]:
     """The batches of a cell by formula; a factory's own batch is its batch.
 
     Raises:
         NotApplicableError: a plain module without a batch.
     """
-    own = evidence.loaded.batch
+    own = context.loaded.batch
     if own is not None:
         return (StoredBatch(name=OWN, tensors={n: _stored(v) for n, v in own.items() if isinstance(v, Tensor)}),)
-    space, seed = evidence.space, evidence.request.seed
+    space, seed = context.space, context.request.seed
     drawn = []
     lengths = LENGTHS[: space.max_rows]
     rows = [_row(space, f"row {index} of {seed}", length, index) for index, length in enumerate(_cut(lengths, space))]
     drawn += [_batch(side, *pad_rows(rows, side, space.pad_id)) for side in sorted(space.sides, reverse=True)]
-    longest = min(TRAINING_LENGTH, evidence.longest, evidence.request.length + 1)
-    return (*drawn, _training(space, evidence.rows, seed, longest))
+    longest = min(TRAINING_LENGTH, context.longest, context.request.length + 1)
+    return (*drawn, _training(space, context.rows, seed, longest))
 
 
-def draw_uses(evidence: Evidence) -> tuple[StoredBatch, ...]:
+def draw_uses(context: CellContext) -> tuple[StoredBatch, ...]:
     """The batches of what users run beside a plain call, drawn from the checkpoint's files: every release draws the same.
 
     One row alone, padded on each side that anybody pads on; two rows on those of them that the family does not declare;
     one row past the sliding window. Nothing for a factory's own batch.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
     """
-    if evidence.loaded.batch is not None or not evidence.takes_ids:
+    if context.loaded.batch is not None or not context.takes_ids:
         return ()
-    space, seed = evidence.space, evidence.request.seed
+    space, seed = context.space, context.request.seed
     rows = [_row(space, f"row {index} of {seed}", n, index) for index, n in enumerate(_cut(LENGTHS, space))]
-    used = _used_sides(evidence)
+    used = _used_sides(context)
     drawn = []
     for side in used:
         ids, mask = pad_rows(rows, side, space.pad_id)
         drawn.append(_batch(f"{ALONE}-{side}", ids[1:], mask[1:]))
         if side not in space.sides and space.max_rows > 1:
             drawn.append(_batch(f"{PADDED}-{side}", ids, mask))
-    window = _window(evidence.subject.config)
-    most = min(evidence.longest, LARGEST_ROW * evidence.request.rows * evidence.request.length)
+    window = _window(context.subject.config)
+    most = min(context.longest, LARGEST_ROW * context.request.rows * context.request.length)
     if window is not None and window + BEYOND <= most:
         ids, mask = pad_rows([_row(space, f"long row of {seed}", window + BEYOND, 0)], "right", space.pad_id)
         drawn.append(_batch(LONG, ids, mask))
     return tuple(drawn)
 
 
-def _used_sides(evidence: Evidence) -> list[Side]:
+def _used_sides(context: CellContext) -> list[Side]:
     """Left first, on which `generate` pads: the family's sides, the tokenizer's, and `generate`'s own."""
-    sides = set(evidence.space.sides)
-    if evidence.subject.task == "causal-lm" and evidence.family.causal:
+    sides = set(context.space.sides)
+    if context.subject.task == "causal-lm" and context.family.causal:
         sides.add("left")
-    path = evidence.subject.path
+    path = context.subject.path
     file = None if path is None else path / "tokenizer_config.json"
     if file is not None and file.is_file():
         told = read_json(file).get("padding_side")
@@ -180,20 +180,20 @@ def _stored(value: Tensor) -> Any:
     return (value.float() if value.dtype in {torch.bfloat16, torch.float16} else value).numpy()
 
 
-def tensors_of(batch: StoredBatch, evidence: Evidence) -> dict[str, Any]:
+def tensors_of(batch: StoredBatch, context: CellContext) -> dict[str, Any]:
     """The batch as the cell's model is called with it, on its device.
 
     Args:
         batch: stored.
-        evidence: of the cell.
+        context: of the cell.
     """
-    given: dict[str, Any] = {n: v for n, v in (evidence.loaded.batch or {}).items() if not isinstance(v, Tensor)}
-    dtype = dtype_of(evidence.loaded.dtype)
+    given: dict[str, Any] = {n: v for n, v in (context.loaded.batch or {}).items() if not isinstance(v, Tensor)}
+    dtype = dtype_of(context.loaded.dtype)
     for name, array in batch.tensors.items():
         tensor = torch.from_numpy(np.array(array))
         if tensor.is_floating_point() and name not in IDS:
             tensor = tensor.to(dtype)
-        given[name] = tensor.to(evidence.condition.main_device)
+        given[name] = tensor.to(context.condition.main_device)
     return given
 
 

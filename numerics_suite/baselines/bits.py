@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from numerics_suite.baselines.batches import real_tokens
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
 from numerics_suite.observations.roundoff import wide
@@ -30,7 +30,7 @@ def digest_of_digests(bits: Mapping[str, str]) -> str:
 
 
 def loss_and_gradients(
-    evidence: Evidence,
+    context: CellContext,
     model: nn.Module,
     tensors: Mapping[str, Any],
     *,
@@ -42,18 +42,18 @@ def loss_and_gradients(
     The loss is that of the batch with its rows in every rotation: a mean has one last bit only, which one order may keep by luck.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         model: whose parameters get gradients; they are taken away again.
         tensors: the batch with its labels.
         gradients: False where the precision is not for training.
         on_gradient: told of each parameter's gradient in float64, without the loss scale.
     """
-    scale = SCALE if evidence.recipe.loss_scaling else 1.0
+    scale = SCALE if context.recipe.loss_scaling else 1.0
     with torch.set_grad_enabled(gradients):
-        loss = _loss(evidence, model, tensors)
-    found = {"loss": [loss, *_rotated_losses(evidence, model, tensors)]}
+        loss = _loss(context, model, tensors)
+    found = {"loss": [loss, *_rotated_losses(context, model, tensors)]}
     if gradients:
-        with backward_pass(evidence.condition):
+        with backward_pass(context.condition):
             (loss * scale).backward()  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -63,19 +63,19 @@ def loss_and_gradients(
     return found
 
 
-def _loss(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
-    with forward_pass(evidence.condition):
+def _loss(context: CellContext, model: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
+    with forward_pass(context.condition):
         return loss_in(floating_outputs(call_model(model, tensors)))
 
 
-def _rotated_losses(evidence: Evidence, model: nn.Module, tensors: Mapping[str, Any]) -> list[Tensor]:
+def _rotated_losses(context: CellContext, model: nn.Module, tensors: Mapping[str, Any]) -> list[Tensor]:
     """The loss with the rows in other orders, where rows are known."""
-    real = real_tokens(tensors) if evidence.takes_ids else None
+    real = real_tokens(tensors) if context.takes_ids else None
     held = [value for value in tensors.values() if isinstance(value, Tensor)]
     if real is None or any(value.shape[:1] != real.shape[:1] for value in held):
         return []
     with torch.no_grad():
         return [
-            _loss(evidence, model, {n: v.roll(step, 0) if isinstance(v, Tensor) else v for n, v in tensors.items()})
+            _loss(context, model, {n: v.roll(step, 0) if isinstance(v, Tensor) else v for n, v in tensors.items()})
             for step in range(1, real.shape[0])
         ]

@@ -16,7 +16,7 @@ from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.trace import real_rows
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.observations.roundoff import rms, unit_roundoff, wide
 from numerics_suite.subjects.load import default_dtype
@@ -28,33 +28,33 @@ MASK_DTYPES: Final = ("bool", "int32", "float32")
 
 
 def contract(
-    evidence: Evidence, batches: Sequence[StoredBatch], head: Mapping[str, Any], left_out: dict[str, str]
+    context: CellContext, batches: Sequence[StoredBatch], head: Mapping[str, Any], left_out: dict[str, str]
 ) -> dict[str, Any]:
     """As JSON: everything of the cell that a caller relies on and that is no number.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         batches: stored.
         head: statistics of a new head as the release draws it.
         left_out: gets what could not be found out, with the reason.
     """
-    tensors = tensors_of(training_of(batches), evidence)
-    outputs, cache = _outputs(evidence, tensors)
+    tensors = tensors_of(training_of(batches), context)
+    outputs, cache = _outputs(context, tensors)
     found: dict[str, Any] = {
-        "forward": _accepted(evidence, batches),
+        "forward": _accepted(context, batches),
         "outputs": outputs,
         "cache": cache,
-        "inputs": _inputs(evidence, tensors_of(_telling(batches), evidence)) if evidence.takes_ids else {},
+        "inputs": _inputs(context, tensors_of(_telling(batches), context)) if context.takes_ids else {},
         "head": {name: dict(facts) for name, facts in head.items()},
-        "parameters": _dtypes(evidence.model),
+        "parameters": _dtypes(context.model),
     }
-    if evidence.subject.path is not None:
-        if sum(p.numel() for p in evidence.model.parameters()) > LARGE or evidence.subject.quantized:
+    if context.subject.path is not None:
+        if sum(p.numel() for p in context.model.parameters()) > LARGE or context.subject.quantized:
             left_out["contract.default_dtype"] = (
                 "it would be loaded a second time, which a large checkpoint has no room for"
             )
         else:
-            found["default_dtype"] = default_dtype(evidence.subject)
+            found["default_dtype"] = default_dtype(context.subject)
     return found
 
 
@@ -70,11 +70,11 @@ def _dtypes(model: nn.Module) -> dict[str, int]:
 # --- outputs -------------------------------------------------------------------------------------------------------
 
 
-def _outputs(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+def _outputs(context: CellContext, tensors: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
     """Field to dtype or class, and the class of the cache, None without one."""
-    caches = evidence.takes_ids and _declares(type(evidence.model).forward, "use_cache")
+    caches = context.takes_ids and _declares(type(context.model).forward, "use_cache")
     keywords: dict[str, Any] = {"use_cache": True} if caches else {}
-    output = evidence.run(tensors, **keywords)
+    output = context.run(tensors, **keywords)
     fields = {name: str(value.dtype).removeprefix("torch.") for name, value in floating_outputs(output).items()}
     fields = {name: dtype for name, dtype in fields.items() if not name.partition(".")[0].endswith("past_key_values")}
     if not caches:
@@ -95,13 +95,13 @@ def _items(output: Any) -> list[tuple[str, Any]]:
 # --- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _accepted(evidence: Evidence, batches: Sequence[StoredBatch]) -> list[str]:
+def _accepted(context: CellContext, batches: Sequence[StoredBatch]) -> list[str]:
     """Names that `forward` takes, sorted: those of its signature, renamed ones, and those that have an effect."""
-    model = evidence.model
+    model = context.model
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # peft's wrapper takes anything
     names = accepted_names(type(inner).forward)
-    if evidence.takes_ids:
-        names |= _effective(evidence, tensors_of(batches[0], evidence), names)
+    if context.takes_ids:
+        names |= _effective(context, tensors_of(batches[0], context), names)
     return sorted(names)
 
 
@@ -142,9 +142,9 @@ def _declares(forward: Callable[..., Any], name: str) -> bool:
     return name in accepted_names(forward)
 
 
-def _effective(evidence: Evidence, tensors: Mapping[str, Any], known: set[str]) -> set[str]:
+def _effective(context: CellContext, tensors: Mapping[str, Any], known: set[str]) -> set[str]:
     """Names outside the signature that change what comes back: releases from 4.53 on move them into decorators."""
-    given = evidence.inputs_in(tensors)
+    given = context.inputs_in(tensors)
     found = set()
     tried: dict[str, tuple[Any, Callable[[Any], bool]]] = {
         "return_dict": (False, lambda output: isinstance(output, tuple)),
@@ -154,9 +154,9 @@ def _effective(evidence: Evidence, tensors: Mapping[str, Any], known: set[str]) 
     for name, (value, took) in tried.items():
         if name in known:
             continue
-        with _eager(evidence.model):
+        with _eager(context.model):
             try:
-                if took(evidence.run(given, **{name: value})):
+                if took(context.run(given, **{name: value})):
                     found.add(name)
             except Exception as error:  # noqa: BLE001 - refused in whatever way
                 reraise_if_fatal(error)
@@ -181,16 +181,16 @@ def _eager(model: nn.Module) -> Iterator[None]:
 # --- inputs --------------------------------------------------------------------------------------------------------
 
 
-def _inputs(evidence: Evidence, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def _inputs(context: CellContext, tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Argument to dtype to `same`, `other` (the answer) or `refused`; int64 is what the others are compared with."""
-    given = evidence.inputs_in(tensors)
-    want = _answer(evidence, given)
+    given = context.inputs_in(tensors)
+    want = _answer(context, given)
     tried = {"input_ids": ("int32", "float32"), "attention_mask": MASK_DTYPES}
     found: dict[str, dict[str, str]] = {}
     for name, dtypes in tried.items():
         if isinstance(given.get(name), Tensor):
             found[name] = {
-                dtype: _verdict(evidence, {**given, name: given[name].to(dtype_of(dtype))}, want) for dtype in dtypes
+                dtype: _verdict(context, {**given, name: given[name].to(dtype_of(dtype))}, want) for dtype in dtypes
             }
     return found
 
@@ -200,13 +200,13 @@ def _telling(batches: Sequence[StoredBatch]) -> StoredBatch:
     return next((batch for batch in batches if batch.name == "left"), batches[0])
 
 
-def _answer(evidence: Evidence, given: Mapping[str, Any]) -> Tensor:
-    return real_rows(given, main_output(floating_outputs(evidence.run(given)))[1])
+def _answer(context: CellContext, given: Mapping[str, Any]) -> Tensor:
+    return real_rows(given, main_output(floating_outputs(context.run(given)))[1])
 
 
-def _verdict(evidence: Evidence, given: Mapping[str, Any], want: Tensor) -> str:
+def _verdict(context: CellContext, given: Mapping[str, Any], want: Tensor) -> str:
     try:
-        got = _answer(evidence, given)
+        got = _answer(context, given)
     except Exception as error:  # noqa: BLE001 - refused in whatever way
         reraise_if_fatal(error)
         return "refused"
@@ -214,7 +214,7 @@ def _verdict(evidence: Evidence, given: Mapping[str, Any], want: Tensor) -> str:
         return "other"
     if torch.equal(got.isnan(), want.isnan()) and bool((got[~got.isnan()] == want[~want.isnan()]).all()):
         return "same"
-    near = rms(wide(got) - wide(want)) <= SAME_ROUNDOFFS * unit_roundoff(dtype_of(evidence.recipe.computes_in)) * rms(
+    near = rms(wide(got) - wide(want)) <= SAME_ROUNDOFFS * unit_roundoff(dtype_of(context.recipe.computes_in)) * rms(
         want
     )
     return "same" if near else "other"

@@ -11,15 +11,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.baselines.checkpointed import checkpointed
+from numerics_suite.baselines.checkpointing import checkpointed
 from numerics_suite.baselines.records import TrainingCurve
 from numerics_suite.baselines.trace import Trace, trace_call
 from numerics_suite.devices import random_state
 from numerics_suite.devices.precisions import SERVING_REASON
-from numerics_suite.engine import lifting
+from numerics_suite.engine import reference_ops
 from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import where_float64_is
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import no_reference
 from numerics_suite.engine.training_loop import TrainingPlan, make_optimizer, train
 from numerics_suite.engine.true_fp64 import run_true_fp64
@@ -35,37 +35,37 @@ def scope_of(model: nn.Module) -> str:
     return "last:1" if sum(p.numel() for p in model.parameters()) > LARGE else "full"
 
 
-def why_untrained(evidence: Evidence, found: Trace) -> str:
+def why_untrained(context: CellContext, found: Trace) -> str:
     """Why the cell has no curve and no gradients in its precision; empty where it has them.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         found: its true fp64 runs.
     """
-    if evidence.subject.quantized:
+    if context.subject.quantized:
         return QUANTISED
-    if not evidence.recipe.trains:
+    if not context.recipe.trains:
         return SERVING_REASON
     return found.no_gradients
 
 
-def training_curve(evidence: Evidence, tensors: Mapping[str, Any], found: Trace) -> TrainingCurve:
+def training_curve(context: CellContext, tensors: Mapping[str, Any], found: Trace) -> TrainingCurve:
     """The curve of the cell, or why it has none.
 
     Args:
-        evidence: of the cell; its model is left as it was.
+        context: of the cell; its model is left as it was.
         tensors: the training batch.
         found: the cell's true fp64 runs.
     """
-    scope = scope_of(evidence.model)
-    reason = why_untrained(evidence, found)
+    scope = scope_of(context.model)
+    reason = why_untrained(context, found)
     if reason:
         return TrainingCurve(scope=scope, reason=reason)
-    plan = replace(evidence.request.plan, scope=scope)
-    dtype = torch.float64 if evidence.recipe.parameters == "float64" else None
-    with trainable(evidence, scope, dtype) as model, random_state.torch_seeded(evidence.request.seed):
-        seen = train(model, tensors, condition=evidence.condition, plan=plan)
-    true_losses, true_norms, left_out = _true_curve(evidence, tensors, plan)
+    plan = replace(context.request.plan, scope=scope)
+    dtype = torch.float64 if context.recipe.parameters == "float64" else None
+    with trainable(context, scope, dtype) as model, random_state.torch_seeded(context.request.seed):
+        seen = train(model, tensors, condition=context.condition, plan=plan)
+    true_losses, true_norms, left_out = _true_curve(context, tensors, plan)
     if left_out:
         reason = no_reference(left_out)
     return TrainingCurve(
@@ -85,22 +85,22 @@ def _filled(numbers: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 @contextmanager
 def trainable(
-    evidence: Evidence, scope: str, dtype: torch.dtype | None = None, model: nn.Module | None = None
+    context: CellContext, scope: str, dtype: torch.dtype | None = None, model: nn.Module | None = None
 ) -> Iterator[nn.Module]:
     """The cell's model with trained parameters of its own; what the scope leaves out is shared, and nothing is changed.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         scope: of :func:`scope_of`.
         dtype: of the trained parameters, None as they are.
         model: a copy of the cell's model in its place.
     """
-    model = evidence.model if model is None else model
+    model = context.model if model is None else model
     with (
-        lifting.preserved(model),
-        lifting.replaced_parameters(model, _alias) as parameters,
+        reference_ops.preserved(model),
+        reference_ops.replaced_parameters(model, _alias) as parameters,
     ):
-        freeze_to_scope(model, scope, evidence.family)
+        freeze_to_scope(model, scope, context.family)
         for parameter in parameters.values():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
@@ -112,7 +112,7 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _true_curve(
-    evidence: Evidence, tensors: Mapping[str, Any], plan: TrainingPlan
+    context: CellContext, tensors: Mapping[str, Any], plan: TrainingPlan
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
     """Losses, norms, and what could not be lifted: gradients of true fp64 runs, and the optimizer's steps in float64.
 
@@ -120,14 +120,12 @@ def _true_curve(
     """
     losses, norms = [], []
     left_out: tuple[str, ...] = ()
-    with trainable(evidence, plan.scope, torch.float64, where_float64_is(evidence.model)) as model:
+    with trainable(context, plan.scope, torch.float64, where_float64_is(context.model)) as model:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(plan, trained.values())
         for _ in range(plan.steps):
             with checkpointed(model) as in_training:
-                loss, gradients, left_out = _true_gradients(
-                    model, in_training(trace_call(evidence, loss=True)), tensors
-                )
+                loss, gradients, left_out = _true_gradients(model, in_training(trace_call(context, loss=True)), tensors)
             losses.append(loss)
             for name, parameter in trained.items():
                 parameter.grad = gradients.get(name)
@@ -136,7 +134,7 @@ def _true_curve(
                 torch.nn.utils.clip_grad_norm_(list(trained.values()), plan.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        last = run_true_fp64(model, tensors, call=trace_call(evidence, loss=True))
+        last = run_true_fp64(model, tensors, call=trace_call(context, loss=True))
         losses.append(float(last.outputs["loss"]))
     return tuple(losses), tuple(norms), left_out
 

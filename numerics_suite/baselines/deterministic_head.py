@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.baselines.sketch import uniform
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
 @contextmanager
-def head_by_formula(evidence: Evidence) -> Iterator[nn.Module]:
+def head_by_formula(context: CellContext) -> Iterator[nn.Module]:
     """The cell's model with the values of an initialised new head replaced, for the while.
 
     What nobody initialised stays NaN, as it is loaded: everything that it reaches is NaN then, and that is the truth.
 
     Args:
-        evidence: of the cell; answers that it keeps are set aside.
+        context: of the cell; answers that it keeps are set aside.
     """
-    unwritten = set(evidence.unwritten)
-    names = [name for name in evidence.loaded.new_head if name not in unwritten]
-    with evidence.tampered() as model:
+    unwritten = set(context.unwritten)
+    names = [name for name in context.loaded.new_head if name not in unwritten]
+    with context.modified_model() as model:
         kept = {name: model.get_parameter(name).detach().clone() for name in names}
         try:
             with torch.no_grad():
@@ -55,16 +55,16 @@ def formula_values(name: str, parameter: Tensor) -> Tensor:
     return ((2 * drawn - 1) * bound).reshape(parameter.shape).to(parameter)
 
 
-def head_statistics(evidence: Evidence) -> dict[str, dict[str, Any]]:
+def head_statistics(context: CellContext) -> dict[str, dict[str, Any]]:
     """Of each new parameter as the release draws it: whether anybody wrote it, and mean and deviation of the draw.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
     """
-    unwritten = set(evidence.unwritten)
+    unwritten = set(context.unwritten)
     found = {}
-    for name in evidence.loaded.new_head:
-        values = evidence.model.get_parameter(name).detach().cpu().double()
+    for name in context.loaded.new_head:
+        values = context.model.get_parameter(name).detach().cpu().double()
         written = name not in unwritten
         spread = float(values.std(correction=0)) if written else math.nan
         found[name] = {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numerics_suite.baselines.batch_match import CANCELLED
+from numerics_suite.baselines.json_reader import Node
 from numerics_suite.baselines.packing import Packer, joined, narrowed, repeated
-from numerics_suite.baselines.reading import Node
 from numerics_suite.baselines.records import (
     AnswerRecord,
     CellBaseline,

@@ -27,10 +27,10 @@ from numerics_suite.baselines.trace import ModuleTrace, Trace, answer_record, an
 from numerics_suite.baselines.uses import BITS, Uses, run_uses
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.kinds import kind_of
-from numerics_suite.engine import lifting
+from numerics_suite.engine import reference_ops
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment, describe_machine
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import no_reference
 from numerics_suite.observations.local_error import LocalError
 from numerics_suite.observations.roundoff import unit_roundoff
@@ -41,7 +41,7 @@ NEED_TRUE = ("answers", "modules", "gradients", "true_loss", "error", "inherent"
 
 
 def measure_cell(
-    evidence: Evidence,
+    context: CellContext,
     batches: Sequence[StoredBatch] | None = None,
     checks: Sequence[str] = (),
     uses: Sequence[StoredBatch] = (),
@@ -49,7 +49,7 @@ def measure_cell(
     """Everything that a baseline holds of the cell.
 
     Args:
-        evidence: of the cell; its model is left as it was.
+        context: of the cell; its model is left as it was.
         batches: those of an earlier baseline, used as they are; None draws them by formula.
         checks: ids of the checks that apply to the cell.
         uses: those of the earlier baseline; drawn where `batches` are.
@@ -59,42 +59,42 @@ def measure_cell(
     """
     # What a release says of deprecated names is measured as its contract.
     with quiet_transformers() if "transformers" in sys.modules else nullcontext():
-        return _measure(evidence, batches, checks, uses)
+        return _measure(context, batches, checks, uses)
 
 
 def _measure(
-    evidence: Evidence, batches: Sequence[StoredBatch] | None, checks: Sequence[str], uses: Sequence[StoredBatch]
+    context: CellContext, batches: Sequence[StoredBatch] | None, checks: Sequence[str], uses: Sequence[StoredBatch]
 ) -> CellBaseline:
-    used = tuple(draw_batches(evidence) if batches is None else batches)
-    asked = tuple(draw_uses(evidence) if batches is None else uses)
-    drawn_head = head_statistics(evidence)
+    used = tuple(draw_batches(context) if batches is None else batches)
+    asked = tuple(draw_uses(context) if batches is None else uses)
+    drawn_head = head_statistics(context)
     left_out: dict[str, str] = {}
     error, inherent, count = math.nan, math.nan, 0
     # Releases from 5.2 on leave hooks in a model that was asked for its hidden states.
-    with lifting.preserved(evidence.model), head_by_formula(evidence):
-        tensors = tensor_records(evidence.model)
-        found = _true_runs(evidence, used)
-        beside = Uses() if found.left_out else run_uses(evidence, asked, used)
-        seen = run_cell(evidence, used, found, left_out)
-        local = module_errors(evidence, used, left_out)
-        curve = training_curve(evidence, tensors_of(training_of(used), evidence), found)
-        relied_on = contract(evidence, used, drawn_head, left_out)
+    with reference_ops.preserved(context.model), head_by_formula(context):
+        tensors = tensor_records(context.model)
+        found = _true_runs(context, used)
+        beside = Uses() if found.left_out else run_uses(context, asked, used)
+        seen = run_cell(context, used, found, left_out)
+        local = module_errors(context, used, left_out)
+        curve = training_curve(context, tensors_of(training_of(used), context), found)
+        relied_on = contract(context, used, drawn_head, left_out)
         if not found.left_out:
-            error, inherent, count = errors(evidence, used, found, seen, left_out)
+            error, inherent, count = errors(context, used, found, seen, left_out)
     if found.no_gradients:
         left_out["gradients"] = found.no_gradients
     if found.left_out:
         left_out |= dict.fromkeys(NEED_TRUE, no_reference(found.left_out))
         found = replace(found, answers={}, modules={}, loss=math.nan, gradients=())
     return _record(
-        evidence,
+        context,
         found,
         replace(seen, bits={**seen.bits, **({BITS: beside.bits} if beside.bits else {})}),
         batches=used,
-        modules=_modules(evidence.model, found.modules, local, evidence.cell.precision),
+        modules=_modules(context.model, found.modules, local, context.cell.precision),
         uses=asked,
         use_answers=tuple(answer_record(name, answer) for name, answer in beside.answers.items()),
-        use_modules=_modules(evidence.model, beside.modules, {}, evidence.cell.precision),
+        use_modules=_modules(context.model, beside.modules, {}, context.cell.precision),
         tensors=tensors,
         error=error,
         inherent=inherent,
@@ -106,11 +106,11 @@ def _measure(
     )
 
 
-def _true_runs(evidence: Evidence, batches: tuple[StoredBatch, ...]) -> Trace:
+def _true_runs(context: CellContext, batches: tuple[StoredBatch, ...]) -> Trace:
     try:
-        return trace(evidence, batches)
+        return trace(context, batches)
     except Exception as error:
-        if not evidence.subject.quantized:
+        if not context.subject.quantized:
             raise
         # Its kernels are not torch's own, and may refuse float64 in any way.
         reason = f"a quantised layer ({type(error).__name__})"
@@ -118,7 +118,7 @@ def _true_runs(evidence: Evidence, batches: tuple[StoredBatch, ...]) -> Trace:
 
 
 def _record(
-    evidence: Evidence,
+    context: CellContext,
     found: Trace,
     seen: CellRuns,
     *,
@@ -131,10 +131,10 @@ def _record(
         numbers = (curve.losses, curve.norms, curve.true_losses, curve.true_norms)
         digests["curve"] = tensor_digest(torch.tensor(part, dtype=torch.float64) for part in numbers)
     return CellBaseline(
-        cell=replace(evidence.cell, device=kind_of(evidence.cell.device)),
-        subject=_subject_facts(evidence),
-        environment={**describe_environment(evidence.cell.device), "machine": describe_machine(evidence.cell.device)},
-        recipe=_recipe(evidence, curve),
+        cell=replace(context.cell, device=kind_of(context.cell.device)),
+        subject=_subject_facts(context),
+        environment={**describe_environment(context.cell.device), "machine": describe_machine(context.cell.device)},
+        recipe=_recipe(context, curve),
         batches=batches,
         answers=answer_records(found, batches),
         true_loss=found.loss,
@@ -176,27 +176,27 @@ def _sketch(sketcher: Sketcher) -> Sketch | None:
     return sketcher.sketch() if sketcher.count else None
 
 
-def _subject_facts(evidence: Evidence) -> dict[str, Any]:
+def _subject_facts(context: CellContext) -> dict[str, Any]:
     """Facts about the subject, and no path: the same checkpoint elsewhere gives the same file."""
-    subject = evidence.subject
+    subject = context.subject
     return {
         "source": PurePath(subject.source).name if subject.kind == "directory" else subject.source,
         "kind": subject.kind,
         "revision": subject.revision,
         "digest": subject.digest,
         "family": subject.family,
-        "model_class": type(evidence.model).__name__,
-        "parameters": sum(p.numel() for p in evidence.model.parameters()),
+        "model_class": type(context.model).__name__,
+        "parameters": sum(p.numel() for p in context.model.parameters()),
         "stored_dtype": subject.stored_dtype,
-        "num_labels": evidence.num_labels,
+        "num_labels": context.num_labels,
         "new_head": subject.new_head,
     }
 
 
-def _recipe(evidence: Evidence, curve: TrainingCurve) -> dict[str, Any]:
-    request = evidence.request
+def _recipe(context: CellContext, curve: TrainingCurve) -> dict[str, Any]:
+    request = context.request
     return {
-        "task": evidence.subject.task,
+        "task": context.subject.task,
         "seed": request.seed,
         "steps": request.plan.steps,
         "optimizer": request.plan.optimizer,

@@ -27,8 +27,8 @@ from numerics_suite.baselines.trace import (
 )
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import tensor_digest
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import is_reference_itself, routed_reason, routes
 from numerics_suite.observations.headroom import Headroom, headroom
 from numerics_suite.observations.local_error import LocalError, local_errors
@@ -55,11 +55,11 @@ class CellRuns:
     gradients: dict[str, Sketch]
 
 
-def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> CellRuns:
+def run_cell(context: CellContext, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> CellRuns:
     """Run all batches in the cell's precision.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         batches: stored.
         found: the true fp64 runs, whose bits are digested too where they are whole.
         left_out: gets what could not be measured, with the reason.
@@ -70,18 +70,18 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
     raw: dict[str, list[Tensor]] = {"logits": [] if found.left_out else true}
     least: Headroom | None = None
     for batch in batches:
-        tensors = tensors_of(batch, evidence)
-        outputs, room = _forward(evidence, evidence.inputs_in(tensors))
+        tensors = tensors_of(batch, context)
+        outputs, room = _forward(context, context.inputs_in(tensors))
         answers |= named_answers(batch, tensors, outputs)
         raw["logits"] += [real_rows(tensors, value) for name, value in outputs.items() if name != HIDDEN]
         least = _lesser(least, room)
-    raw |= _training_numbers(evidence, tensors_of(training_of(batches), evidence), found, left_out, gradients)
+    raw |= _training_numbers(context, tensors_of(training_of(batches), context), found, left_out, gradients)
     if "loss" in raw and not found.left_out:
         raw["loss"].append(torch.tensor(found.loss, dtype=torch.float64))
-    if evidence.subject.task == "causal-lm" and evidence.takes_ids:
+    if context.subject.task == "causal-lm" and context.takes_ids:
         try:
-            tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
-            got = decoded(evidence.run, tensors, evidence.model)
+            tensors = context.inputs_in(tensors_of(decoded_batch(batches), context))
+            got = decoded(context.run, tensors, context.model)
             answers[DECODED] = got.cpu().double()
             raw["decoding"] = [got, *([found.answers[DECODED]] if DECODED in found.answers else [])]
         except Exception as error:  # noqa: BLE001 - remote code may fail anyhow; the rest of the cell is measured all the same
@@ -91,15 +91,15 @@ def run_cell(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, l
     return CellRuns(answers=answers, bits=digests, least=least, gradients=gradients)
 
 
-def _forward(evidence: Evidence, tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Headroom]]:
+def _forward(context: CellContext, tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Headroom]]:
     outputs: dict[str, Tensor] = {}
-    call = trace_call(evidence, loss=False)
+    call = trace_call(context, loss=False)
 
     def run(model: nn.Module, given: Mapping[str, Any]) -> object:
-        outputs.update(evidence.runner.apply(lambda: call(model, given)))  # type: ignore[call-overload]
+        outputs.update(context.runner.apply(lambda: call(model, given)))  # type: ignore[call-overload]
         return ()
 
-    room = headroom(evidence.model, tensors, call=run, real=real_tokens(tensors))
+    room = headroom(context.model, tensors, call=run, real=real_tokens(tensors))
     return outputs, room
 
 
@@ -112,51 +112,51 @@ def _lesser(least: Headroom | None, rooms: Sequence[Headroom]) -> Headroom | Non
 
 
 def _training_numbers(
-    evidence: Evidence,
+    context: CellContext,
     tensors: Mapping[str, Any],
     found: Trace,
     left_out: dict[str, str],
     gradients: dict[str, Sketch],
 ) -> dict[str, list[Tensor]]:
-    reason = why_untrained(evidence, found)
-    if evidence.subject.quantized:
+    reason = why_untrained(context, found)
+    if context.subject.quantized:
         left_out["bits.loss"] = reason
         return {}
     if reason:
         left_out["bits.gradients"] = reason
-    dtype = torch.float64 if evidence.recipe.parameters == "float64" else None
-    with trainable(evidence, scope_of(evidence.model), dtype) as model:
+    dtype = torch.float64 if context.recipe.parameters == "float64" else None
+    with trainable(context, scope_of(context.model), dtype) as model:
 
         def keep(name: str, gradient: Tensor) -> None:
             gradients[name] = sketch(gradient)
 
-        return bits.loss_and_gradients(evidence, model, tensors, gradients=not reason, on_gradient=keep)
+        return bits.loss_and_gradients(context, model, tensors, gradients=not reason, on_gradient=keep)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
 def errors(
-    evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, seen: CellRuns, left_out: dict[str, str]
+    context: CellContext, batches: Sequence[StoredBatch], found: Trace, seen: CellRuns, left_out: dict[str, str]
 ) -> tuple[float, float, int]:
     """Error of the cell, that of its rounded run (NaN where it was not measured), and the free numbers in them.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         batches: stored.
         found: the true fp64 runs.
         seen: the cell's own runs.
         left_out: gets what could not be measured, with the reason.
     """
-    count = sum(answer.shape[0] * min(answer.shape[1], _hidden(evidence)) for answer in found.answers.values())
-    return _relative(seen.answers, found.answers), _inherent(evidence, batches, found, left_out), count
+    count = sum(answer.shape[0] * min(answer.shape[1], _hidden(context)) for answer in found.answers.values())
+    return _relative(seen.answers, found.answers), _inherent(context, batches, found, left_out), count
 
 
-def _hidden(evidence: Evidence) -> int:
+def _hidden(context: CellContext) -> int:
     """An output holds no more free numbers than the state that it is computed from."""
-    if not evidence.takes_ids:
+    if not context.takes_ids:
         return 2**31
-    return int(evidence.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    return int(context.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
 
 
 def _relative(got: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> float:
@@ -172,37 +172,37 @@ def _relative(got: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> float:
     return math.sqrt(squares / numbers) if numbers else math.nan
 
 
-def _inherent(evidence: Evidence, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> float:
+def _inherent(context: CellContext, batches: Sequence[StoredBatch], found: Trace, left_out: dict[str, str]) -> float:
     reason = ""
-    if is_reference_itself(evidence):
+    if is_reference_itself(context):
         reason = REFERENCE
-    elif routes(evidence.model):
+    elif routes(context.model):
         reason = routed_reason()
-    elif sum(p.numel() for p in evidence.model.parameters()) > LARGE:
+    elif sum(p.numel() for p in context.model.parameters()) > LARGE:
         reason = TOO_LARGE
     rounded: dict[str, Tensor] = {}
     for batch in () if reason else batches:
-        tensors = tensors_of(batch, evidence)
-        run = evidence.runner.rounded(evidence.inputs_in(tensors), call=trace_call(evidence, loss=False))
+        tensors = tensors_of(batch, context)
+        run = context.runner.rounded(context.inputs_in(tensors), call=trace_call(context, loss=False))
         if run.left_out:
             reason = f"no rounded run: {', '.join(run.left_out[:3])}"
             break
         rounded |= named_answers(batch, tensors, run.outputs)
     if not reason and DECODED in found.answers:
-        rounded |= _decoded_rounded(evidence, batches)
+        rounded |= _decoded_rounded(context, batches)
     if reason:
         left_out["inherent"] = reason
         return math.nan
     return _relative(rounded, found.answers)
 
 
-def _decoded_rounded(evidence: Evidence, batches: Sequence[StoredBatch]) -> dict[str, Tensor]:
-    tensors = evidence.inputs_in(tensors_of(decoded_batch(batches), evidence))
+def _decoded_rounded(context: CellContext, batches: Sequence[StoredBatch]) -> dict[str, Tensor]:
+    tensors = context.inputs_in(tensors_of(decoded_batch(batches), context))
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
         return {DECODED: decoded(lambda piece, **words: call_model(model, piece, **words), given, model)}
 
-    run = evidence.runner.rounded(tensors, call=call)
+    run = context.runner.rounded(tensors, call=call)
     return {} if run.left_out else {DECODED: run.outputs[DECODED].double().cpu()}
 
 
@@ -228,20 +228,20 @@ def gradient_errors(found: Trace, seen: CellRuns) -> tuple[GradientRecord, ...]:
 
 
 def module_errors(
-    evidence: Evidence, batches: Sequence[StoredBatch], left_out: dict[str, str]
+    context: CellContext, batches: Sequence[StoredBatch], left_out: dict[str, str]
 ) -> dict[str, LocalError]:
     """Each module's own error on the training batch, by name.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         batches: stored.
         left_out: gets the reason where there is none.
     """
-    if is_reference_itself(evidence):
+    if is_reference_itself(context):
         left_out["local_error"] = REFERENCE
         return {}
-    tensors = evidence.inputs_in(tensors_of(training_of(batches), evidence))
-    autocast, call = evidence.condition.autocast, trace_call(evidence, loss=False)
-    with evidence.condition.arithmetic():
-        found = local_errors(evidence.model, tensors, autocast=autocast, call=call)
+    tensors = context.inputs_in(tensors_of(training_of(batches), context))
+    autocast, call = context.condition.autocast, trace_call(context, loss=False)
+    with context.condition.arithmetic():
+        found = local_errors(context.model, tensors, autocast=autocast, call=call)
     return {error.module: error for error in found if not error.left_out}

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from numerics_suite.baselines.batches import real_tokens, tensors_of, training_of
-from numerics_suite.baselines.checkpointed import Caller, checkpointed
+from numerics_suite.baselines.checkpointing import Caller, checkpointed
 from numerics_suite.baselines.decoding import decoded
 from numerics_suite.baselines.records import AnswerRecord, GradientRecord, Sketch, StoredBatch
 from numerics_suite.baselines.sketch import Sketcher, condensed, nothing, sketch
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.true_fp64 import run_true_fp64
@@ -68,11 +68,11 @@ class Trace:
     no_gradients: str = ""
 
 
-def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | None = None) -> Trace:
+def trace(context: CellContext, batches: Sequence[StoredBatch], *, stream: bool | None = None) -> Trace:
     """Run all batches in true fp64, the training batch with gradients.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         batches: stored.
         stream: see :func:`numerics_suite.engine.true_fp64.run_true_fp64`.
     """
@@ -81,7 +81,7 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
     left_out: dict[str, None] = {}
     sketches: dict[str, Sketch] = {}
     loss, training = math.nan, training_of(batches)
-    no_gradients = _why_no_gradients(evidence, tensors_of(training, evidence))
+    no_gradients = _why_no_gradients(context, tensors_of(training, context))
 
     def take(name: str, gradient: Tensor) -> None:
         with _disable_current_modes():
@@ -89,12 +89,12 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
 
     for batch in batches:
         trains = batch is training
-        tensors = tensors_of(batch, evidence)
-        call = trace_call(evidence, loss=trains)
-        with checkpointed(evidence.model, wanted=trains and not stream) as in_training:
+        tensors = tensors_of(batch, context)
+        call = trace_call(context, loss=trains)
+        with checkpointed(context.model, wanted=trains and not stream) as in_training:
             run = run_true_fp64(
-                evidence.model,
-                tensors if trains else evidence.inputs_in(tensors),
+                context.model,
+                tensors if trains else context.inputs_in(tensors),
                 gradients=trains and not no_gradients,
                 stream=stream,
                 call=watched(in_training(call), tensors, modules),
@@ -105,15 +105,15 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
         if trains:
             loss = float(run.outputs["loss"])
             sketches |= {name: sketch(gradient) for name, gradient in (run.gradients or {}).items()}
-    if decodes(evidence):
-        found, lost = _decoded(evidence, decoded_batch(batches), modules, stream=stream)
+    if decodes(context):
+        found, lost = _decoded(context, decoded_batch(batches), modules, stream=stream)
         answers |= found
         left_out.update(dict.fromkeys(lost))
     if sketches:
         # What the loss does not reach has a gradient of zero, and not none.
         sketches = {
             name: sketches.get(name) or nothing(tuple(parameter.shape))
-            for name, parameter in evidence.model.named_parameters()
+            for name, parameter in context.model.named_parameters()
         }
     return Trace(
         answers=answers,
@@ -125,14 +125,14 @@ def trace(evidence: Evidence, batches: Sequence[StoredBatch], *, stream: bool | 
     )
 
 
-def decodes(evidence: Evidence) -> bool:
+def decodes(context: CellContext) -> bool:
     """Whether decoding with a cache is a use of it, and costs little enough to be asked in true fp64.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
     """
-    large = sum(parameter.numel() for parameter in evidence.model.parameters()) > DECODES_BELOW
-    return evidence.subject.task == "causal-lm" and evidence.takes_ids and not large
+    large = sum(parameter.numel() for parameter in context.model.parameters()) > DECODES_BELOW
+    return context.subject.task == "causal-lm" and context.takes_ids and not large
 
 
 def decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
@@ -151,13 +151,13 @@ def decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
 
 
 def _decoded(
-    evidence: Evidence, batch: StoredBatch, modules: dict[str, ModuleTrace], *, stream: bool | None
+    context: CellContext, batch: StoredBatch, modules: dict[str, ModuleTrace], *, stream: bool | None
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The answer of decoding in true fp64, and what could not be lifted; nothing of a model without a cache.
 
     What remote code does with a cache may fail anyhow; the bits say so, and the rest of the cell is measured all the same.
     """
-    tensors = evidence.inputs_in(tensors_of(batch, evidence))
+    tensors = context.inputs_in(tensors_of(batch, context))
 
     def call(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Tensor]:
         def piece(part: Mapping[str, Any], **words: Any) -> Any:
@@ -171,7 +171,7 @@ def _decoded(
         name: replace(states, given=copy(states.given), gave=copy(states.gave)) for name, states in modules.items()
     }
     try:
-        run = run_true_fp64(evidence.model, tensors, stream=stream, call=call)
+        run = run_true_fp64(context.model, tensors, stream=stream, call=call)
     except Exception as error:  # noqa: BLE001 - told by the bits of decoding, which meet it too
         reraise_if_fatal(error)
         modules.clear()
@@ -180,14 +180,14 @@ def _decoded(
     return {DECODED: run.outputs[DECODING].double().cpu()}, run.left_out
 
 
-def _why_no_gradients(evidence: Evidence, tensors: Mapping[str, Any]) -> str:
+def _why_no_gradients(context: CellContext, tensors: Mapping[str, Any]) -> str:
     """Why the loss cannot be differentiated, empty where it can; a quantised model's forward pass has no gradient."""
-    if evidence.subject.quantized:
+    if context.subject.quantized:
         return "a quantised checkpoint is not trained"
-    if not any(parameter.requires_grad for parameter in evidence.model.parameters()):
+    if not any(parameter.requires_grad for parameter in context.model.parameters()):
         return "no parameter of this model requires a gradient"
-    with torch.enable_grad(), forward_pass(evidence.condition):
-        output = trace_call(evidence, loss=True)(evidence.model, tensors)
+    with torch.enable_grad(), forward_pass(context.condition):
+        output = trace_call(context, loss=True)(context.model, tensors)
     assert isinstance(output, dict)
     return "" if output["loss"].requires_grad else "the loss has no gradient"
 
@@ -218,14 +218,14 @@ def answer_record(name: str, answer: Tensor) -> AnswerRecord:
     return AnswerRecord(name=name, values=values, whole=whole, top_values=top_values, top_ids=top_ids, rms=rms(answer))
 
 
-def trace_call(evidence: Evidence, *, loss: bool) -> Caller:
+def trace_call(context: CellContext, *, loss: bool) -> Caller:
     """Calls the model so that its answers, and its loss where asked for, are found by name.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         loss: also gives the loss; a plain module's without one is the mean square of its main output.
     """
-    pooled = evidence.takes_ids and evidence.subject.task == "sequence-classification"
+    pooled = context.takes_ids and context.subject.task == "sequence-classification"
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
         extra = {"output_hidden_states": True} if pooled else {}

@@ -22,9 +22,9 @@ from numerics_suite.baselines.trace import DECODES_BELOW, ModuleTrace, named_ans
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import with_cache
 from numerics_suite.engine.digests import tensor_digest
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.engine.references import routes, trusted
 from numerics_suite.engine.roundtrip import saved_and_loaded
@@ -62,16 +62,16 @@ class Uses:
     bits: str = ""
 
 
-def run_uses(evidence: Evidence, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Uses:
+def run_uses(context: CellContext, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Uses:
     """Run every use that the cell has; one that raises is left out with its reason.
 
     Args:
-        evidence: of the cell.
+        context: of the cell.
         uses: batches of :func:`numerics_suite.baselines.batches.draw_uses`; without any there are no uses.
         batches: those of the plain calls; the roundtrip and the router's loss are asked on the training batch.
     """
     found, raw = Uses(), []
-    for name, run, exact in _planned(evidence, uses, batches) if uses else ():
+    for name, run, exact in _planned(context, uses, batches) if uses else ():
         kept = copy.deepcopy(found.modules)
         try:
             answers, left_out = exact(found.modules)
@@ -101,50 +101,46 @@ Planned = tuple[str, Callable[[], Tensor] | None, Exact]
 """A use: its name, the run in the cell's precision where that says more, and the true one."""
 
 
-def _planned(evidence: Evidence, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Iterator[Planned]:
+def _planned(context: CellContext, uses: Sequence[StoredBatch], batches: Sequence[StoredBatch]) -> Iterator[Planned]:
     for batch in uses:
         if batch.name != LONG:
-            yield batch.name, partial(_plain, evidence, batch), partial(_padded, evidence, batch)
+            yield batch.name, partial(_plain, context, batch), partial(_padded, context, batch)
     long = next((batch for batch in uses if batch.name == LONG), None)
-    small = sum(parameter.numel() for parameter in evidence.model.parameters()) <= DECODES_BELOW
-    if small and evidence.subject.task == "causal-lm" and evidence.family.causal:
+    small = sum(parameter.numel() for parameter in context.model.parameters()) <= DECODES_BELOW
+    if small and context.subject.task == "causal-lm" and context.family.causal:
         for name, row in (("generated", uses[0]), ("generated-long", long)):
             if row is not None:
-                cuts = _cuts(evidence, row)
-                yield name, partial(_decoded, evidence, row, cuts), partial(_generated, evidence, name, row, cuts)
-    training = tensors_of(training_of(batches), evidence)
-    if (
-        small
-        and evidence.subject.path is not None
-        and not (evidence.subject.adapter_base or evidence.subject.quantized)
-    ):
+                cuts = _cuts(context, row)
+                yield name, partial(_decoded, context, row, cuts), partial(_generated, context, name, row, cuts)
+    training = tensors_of(training_of(batches), context)
+    if small and context.subject.path is not None and not (context.subject.adapter_base or context.subject.quantized):
         first = {name: training[name][:1] for name in ("input_ids", "attention_mask")}
-        yield "reloaded", None, partial(_reloaded, evidence, first if long is None else tensors_of(long, evidence))
-    if routes(evidence.model) or any("Experts" in type(module).__name__ for module in evidence.model.modules()):
-        yield "router", None, partial(_routed, evidence, training)
+        yield "reloaded", None, partial(_reloaded, context, first if long is None else tensors_of(long, context))
+    if routes(context.model) or any("Experts" in type(module).__name__ for module in context.model.modules()):
+        yield "router", None, partial(_routed, context, training)
 
 
 # --- padding ---------------------------------------------------------------------------------------------------------
 
 
-def _plain(evidence: Evidence, batch: StoredBatch) -> Tensor:
-    tensors = evidence.inputs_in(tensors_of(batch, evidence))
-    return real_rows(tensors, main_output(floating_outputs(evidence.run(tensors)))[1])
+def _plain(context: CellContext, batch: StoredBatch) -> Tensor:
+    tensors = context.inputs_in(tensors_of(batch, context))
+    return real_rows(tensors, main_output(floating_outputs(context.run(tensors)))[1])
 
 
 def _padded(
-    evidence: Evidence, batch: StoredBatch, modules: dict[str, ModuleTrace]
+    context: CellContext, batch: StoredBatch, modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    tensors = tensors_of(batch, evidence)
-    call = watched(trace_call(evidence, loss=False), tensors, modules)
-    run = run_true_fp64(evidence.model, evidence.inputs_in(tensors), call=call)
+    tensors = tensors_of(batch, context)
+    call = watched(trace_call(context, loss=False), tensors, modules)
+    run = run_true_fp64(context.model, context.inputs_in(tensors), call=call)
     return named_answers(batch, tensors, run.outputs), run.left_out
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _cuts(evidence: Evidence, batch: StoredBatch) -> list[int]:
+def _cuts(context: CellContext, batch: StoredBatch) -> list[int]:
     """Columns at which a step begins: single ones after a prompt, and one of two tokens across the edge of a window.
 
     A state that is rolled on token by token is never given several: the class itself says so.
@@ -153,20 +149,20 @@ def _cuts(evidence: Evidence, batch: StoredBatch) -> list[int]:
     if batch.name != LONG:
         return list(range(max(width - STEPS, 1), width))
     window = width - STEPS
-    return list(range(window - 1, width)) if is_stateful(evidence.model) else [window - 1, window + 1, window + 2]
+    return list(range(window - 1, width)) if is_stateful(context.model) else [window - 1, window + 1, window + 2]
 
 
-def _decoded(evidence: Evidence, batch: StoredBatch, cuts: Sequence[int]) -> Tensor:
-    tensors = evidence.inputs_in(tensors_of(batch, evidence))
-    logits = evidence.runner.apply(lambda: with_cache(cuts)(evidence.model, tensors)["answer"])
+def _decoded(context: CellContext, batch: StoredBatch, cuts: Sequence[int]) -> Tensor:
+    tensors = context.inputs_in(tensors_of(batch, context))
+    logits = context.runner.apply(lambda: with_cache(cuts)(context.model, tensors)["answer"])
     assert isinstance(logits, Tensor)
     return logits[:, cuts[0] :].cpu()[tensors["attention_mask"][:, cuts[0] :].bool().cpu()]
 
 
 def _generated(
-    evidence: Evidence, name: str, batch: StoredBatch, cuts: Sequence[int], modules: dict[str, ModuleTrace]
+    context: CellContext, name: str, batch: StoredBatch, cuts: Sequence[int], modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    tensors = evidence.inputs_in(tensors_of(batch, evidence))
+    tensors = context.inputs_in(tensors_of(batch, context))
     real, columns = tensors["attention_mask"].bool().cpu(), iter([0, *cuts])
 
     def step(model: nn.Module, given: Mapping[str, Any], **words: Any) -> Any:
@@ -174,7 +170,7 @@ def _generated(
         own = {"attention_mask": real[:, start : start + width]}
         return watched(lambda inner, _: call_model(inner, given, **words), own, modules)(model, given)
 
-    run = run_true_fp64(evidence.model, tensors, call=with_cache(cuts, run=step))
+    run = run_true_fp64(context.model, tensors, call=with_cache(cuts, run=step))
     answer = run.outputs["answer"][:, cuts[0] :].cpu()[real[:, cuts[0] :]]
     return {f"{name}.logits": answer.double()}, run.left_out
 
@@ -183,15 +179,15 @@ def _generated(
 
 
 def _reloaded(
-    evidence: Evidence, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]
+    context: CellContext, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The answer of the copy that came back from files, at the last tokens of one row: past a window, if there is one."""
-    model = evidence.model
+    model = context.model
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as folder:
         for _ in range(TRIPS):
-            model = saved_and_loaded(evidence, model, Path(folder))
-    call = watched(trace_call(evidence, loss=False), tensors, modules)
-    run = run_true_fp64(model, evidence.inputs_in(tensors), call=call)
+            model = saved_and_loaded(context, model, Path(folder))
+    call = watched(trace_call(context, loss=False), tensors, modules)
+    run = run_true_fp64(model, context.inputs_in(tensors), call=call)
     name, answer = main_output(run.outputs)
     rows = real_rows(tensors, answer).cpu().double()
     return {f"reloaded.{name}": rows[-STEPS - 1 :]}, run.left_out
@@ -201,7 +197,7 @@ def _reloaded(
 
 
 def _routed(
-    evidence: Evidence, tensors: Mapping[str, Any], _modules: dict[str, ModuleTrace]
+    context: CellContext, tensors: Mapping[str, Any], _modules: dict[str, ModuleTrace]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The loss that balances experts, asked for whatever the config says, as whoever trains a mixture of them does."""
 
@@ -214,6 +210,6 @@ def _routed(
             raise NotApplicableError(reason)
         return losses
 
-    with with_router_loss(evidence.model):
-        run = run_true_fp64(evidence.model, tensors, call=call)
+    with with_router_loss(context.model):
+        run = run_true_fp64(context.model, tensors, call=call)
     return {f"router.{name}": x.cpu().double().reshape(1, 1) for name, x in run.outputs.items()}, run.left_out

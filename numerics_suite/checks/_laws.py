@@ -8,7 +8,7 @@ from torch import nn
 
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Fact, Measurement
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 TRUE_ONLY = "judged in true fp64 only"
 """The fact that holds why a law was not judged in the cell's own precision."""
@@ -44,9 +44,9 @@ def law_measurements(  # noqa: PLR0913 - the words of one measurement
     yield Measurement(name="rounded", value=rounded, unit="ratio", module=module, facts=told)
 
 
-def is_rotary(evidence: Evidence) -> Callable[[nn.Module], bool]:
+def is_rotary(context: CellContext) -> Callable[[nn.Module], bool]:
     """Whether a module is the rotary embedding, whose output shifts with the positions."""
-    return lambda module: evidence.family.kind_of(type(module).__name__) == "rotary"
+    return lambda module: context.family.kind_of(type(module).__name__) == "rotary"
 
 
 def skipped_law() -> Iterable[Measurement]:

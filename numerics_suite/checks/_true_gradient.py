@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from numerics_suite.definitions.trace import TURN, capture_states
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
@@ -45,38 +45,38 @@ class TrueRun:
         return self.found.gradients
 
 
-def true_gradient(evidence: Evidence) -> TrueRun:
+def true_gradient(context: CellContext) -> TrueRun:
     """The true fp64 run of the cell's gradient batch, forward and backward, in eval mode.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    return kept_run(evidence, "gradient", lambda: true_run(evidence, evidence.gradient_batch.tensors, gradients=True))
+    return kept_run(context, "gradient", lambda: true_run(context, context.gradient_batch.tensors, gradients=True))
 
 
-def kept_run(evidence: Evidence, name: str, compute: Callable[[], Result]) -> Result:
+def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> Result:
     """A true fp64 run over the gradient batch in eval mode: computed once a cell, and of a small model once for equal cells.
 
     Args:
-        evidence: the cell.
+        context: the cell.
         name: of what is run; two that do the same have the same name.
         compute: runs it, if it is not kept.
     """
-    store = evidence.true_passes.runs if keeps_gradients(evidence.model) else evidence.memo
-    key = f"true fp64: {name} over {batch_key(evidence.gradient_batch.tensors)}"
+    store = context.true_passes.runs if keeps_gradients(context.model) else context.memo
+    key = f"true fp64: {name} over {batch_key(context.gradient_batch.tensors)}"
     if key not in store:
         store[key] = compute()
     found: Result = store[key]
     return found
 
 
-def true_run(evidence: Evidence, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:
+def true_run(context: CellContext, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:
     """A true fp64 run, and what its rotary embedding did in it.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    path, held = _rotary_module(evidence), evidence.rotary_table
+    path, held = _rotary_module(context), context.rotary_table
     seen: dict[str, Tensor] = {}
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
@@ -87,15 +87,15 @@ def true_run(evidence: Evidence, batch: Mapping[str, Any], *, gradients: bool) -
             seen["table"] = table[1]
         return output
 
-    found = evidence.runner.true_fp64(batch, gradients=gradients, call=call)
+    found = context.runner.true_fp64(batch, gradients=gradients, call=call)
     trusted(found.left_out)
     turn, table = seen.get(f"{path}{TURN}"), seen.get("table")
     return TrueRun(batch=batch, found=found, rotary=path, table=table, turn=turn)
 
 
-def _rotary_module(evidence: Evidence) -> str | None:
+def _rotary_module(context: CellContext) -> str | None:
     """Path of the rotary embedding: what holds the table that is read, else the module of that kind."""
-    if evidence.rotary_table is not None:
-        return evidence.rotary_table[0].rpartition(".")[0]
-    kinds = {name: evidence.family.kind_of(type(module).__name__) for name, module in evidence.model.named_modules()}
+    if context.rotary_table is not None:
+        return context.rotary_table[0].rpartition(".")[0]
+    kinds = {name: context.family.kind_of(type(module).__name__) for name, module in context.model.named_modules()}
     return next((name for name, kind in kinds.items() if kind == "rotary"), None)

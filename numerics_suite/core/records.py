@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from numerics_suite.core.renamed import renamed
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -89,6 +91,7 @@ class Cell:
         return f"{self.subject}-{self.precision}-{self.attn}-{self.device}"
 
 
+@renamed(law_abiding="laws_apply")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Inputs of one forward pass.
@@ -97,14 +100,14 @@ class Batch:
         tensors: what the model is called with: `input_ids`, `attention_mask` `[batch, sequence]` int64,
             `labels` where drawn, and whatever a factory's own batch holds.
         drawn: how it came about, as text for a finding (`padding=left lengths=[3, 7]`).
-        law_abiding: False where the laws are not asked of it by definition (a pad id among the real tokens).
+        laws_apply: False where the laws are not asked of it by definition (a pad id among the real tokens).
         label_counts: labels that count in each row of a larger sample of the user's file; empty for any other batch.
         rows_in_file: of that file.
     """
 
     tensors: Mapping[str, Any]
     drawn: str = ""
-    law_abiding: bool = True
+    laws_apply: bool = True
     label_counts: tuple[int, ...] = ()
     rows_in_file: int = 0
 
@@ -245,7 +248,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """What one check said of one cell; `series` are of the batch that measured worst."""
+    """What one check said of one cell.
+
+    `series` are of the batch that measured worst. `bad_input` is an error because no model can be loaded of the subject's files.
+    """
 
     check: str
     cell: Cell
@@ -255,6 +261,7 @@ class CheckResult:
     measurements: Mapping[str, float] = field(default_factory=dict)
     finding: Finding | None = None
     series: tuple[Series, ...] = ()
+    bad_input: bool = False
 
     @property
     def id(self) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.core.extensions import CHECKS, extensions, load_as
+from numerics_suite.core.renamed import renamed
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Budget  # its many records take longer to make than all else here
@@ -27,22 +28,23 @@ GROUPS = ("load", "inputs", "forward", "reference", "train", "baseline")
 """Our own; the group of an added check is the prefix of the package that adds it."""
 
 
+@renamed(of_broken="runs_on_nonfinite")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckSpec:
     """A check and what it needs before it can be asked.
 
     Attributes:
         id: such as `forward.padding`.
-        function: evidence (and a batch, where `batches`) to measurements, and series of numbers to be shown beside them.
+        function: the cell's context (and a batch, where `batches`) to measurements, and series of numbers to be shown beside them.
         scope: how often it is asked.
-        batches: Hypothesis draws the batches for it; else it is called once with evidence alone.
+        batches: Hypothesis draws the batches for it; else it is called once with the context alone.
         trains: it runs training steps, so a serving precision and a quantised checkpoint skip it.
         needs: capabilities of the subject: `checkpoint` (files), `token-ids`, `head` (a classification head),
             `causal`, `tokenizer`.
         seeks: the measurement that Hypothesis climbs towards (`target()`), None elsewhere.
         share: of `--max-examples` that is asked; a law under twins costs tens of forward passes a batch.
         adds: columns that it adds to a batch, which is drawn that much shorter where the model's longest row ends.
-        of_broken: asked also where weights are NaN or infinite; elsewhere every answer would be the same NaN.
+        runs_on_nonfinite: asked also where weights are NaN or infinite; elsewhere every answer would be the same NaN.
         doc: the first line of the function's docstring: the question.
     """
 
@@ -55,7 +57,7 @@ class CheckSpec:
     seeks: str | None = None
     share: float = 1.0
     adds: int = 0
-    of_broken: bool = False
+    runs_on_nonfinite: bool = False
     doc: str = ""
 
 
@@ -72,6 +74,7 @@ class AddedCheck:
     budgets: tuple[Budget, ...]
 
 
+@renamed(of_broken="runs_on_nonfinite")
 def check(  # noqa: PLR0913 - the fields of CheckSpec
     *,
     scope: Scope = "cell",
@@ -81,7 +84,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
     seeks: str | None = None,
     share: float = 1.0,
     adds: int = 0,
-    of_broken: bool = False,
+    runs_on_nonfinite: bool = False,
     check_id: str | None = None,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
     """Turn a function into a check whose id is the path of its file, or the one that is given.
@@ -94,7 +97,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
         seeks: see :class:`CheckSpec`.
         share: see :class:`CheckSpec`.
         adds: see :class:`CheckSpec`.
-        of_broken: see :class:`CheckSpec`.
+        runs_on_nonfinite: see :class:`CheckSpec`.
         check_id: of a check of another package, such as `acme.logit-range`.
     """
 
@@ -110,7 +113,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
             seeks=seeks,
             share=share,
             adds=adds,
-            of_broken=of_broken or named.startswith("load."),
+            runs_on_nonfinite=runs_on_nonfinite or named.startswith("load."),
             doc=(function.__doc__ or "").strip().partition("\n")[0],
         )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numerics_suite.core.records import Task
     from numerics_suite.definitions.definition import Context
-    from numerics_suite.definitions.parts import Place
+    from numerics_suite.definitions.parts import ModuleScope
 
 _REQUIRED = {
     "rmsnorm": True,
@@ -95,25 +95,25 @@ class ChatGlm:
             return torch.arange(input_ids.shape[1])[None]
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def block(self, place: Place, hidden: Tensor, context: Context) -> Tensor:
+    def block(self, scope: ModuleScope, hidden: Tensor, context: Context) -> Tensor:
         """Norm, attention, residual; norm, gated unit, residual."""
-        normed = place.rms_norm("input_layernorm", hidden, self.eps)
-        hidden = hidden + self.attention(place.below("self_attention"), normed, context)
-        normed = place.rms_norm("post_attention_layernorm", hidden, self.eps)
-        return place.output(hidden + self.gated_unit(place.below("mlp"), normed))
+        normed = scope.rms_norm("input_layernorm", hidden, self.eps)
+        hidden = hidden + self.attention(scope.below("self_attention"), normed, context)
+        normed = scope.rms_norm("post_attention_layernorm", hidden, self.eps)
+        return scope.output(hidden + self.gated_unit(scope.below("mlp"), normed))
 
-    def attention(self, place: Place, x: Tensor, context: Context) -> Tensor:
+    def attention(self, scope: ModuleScope, x: Tensor, context: Context) -> Tensor:
         """Grouped causal attention; the rows of one matrix are query heads, key groups, value groups."""
-        rows = torch.unflatten(place.linear("query_key_value", x, bias=self.add_qkv_bias), -1, (-1, self.kv_channels))
+        rows = torch.unflatten(scope.linear("query_key_value", x, bias=self.add_qkv_bias), -1, (-1, self.kv_channels))
         heads, groups = self.num_attention_heads, self.multi_query_group_num
         query, key, value = rows[:, :, :heads], rows[:, :, heads : heads + groups], rows[:, :, heads + groups :]
         mixed = attend(rotate(query, context.turn), rotate(key, context.turn), value, context.visible)
-        return place.output(place.linear("dense", mixed))
+        return scope.output(scope.linear("dense", mixed))
 
-    def gated_unit(self, place: Place, x: Tensor) -> Tensor:
+    def gated_unit(self, scope: ModuleScope, x: Tensor) -> Tensor:
         """SwiGLU, the rows of gate above those of up."""
-        gate, up = place.linear("dense_h_to_4h", x).tensor_split(2, dim=-1)
-        return place.output(place.linear("dense_4h_to_h", activation("silu")(gate) * up))
+        gate, up = scope.linear("dense_h_to_4h", x).tensor_split(2, dim=-1)
+        return scope.output(scope.linear("dense_4h_to_h", activation("silu")(gate) * up))
 
     def head(self, task: Task) -> Head:
         """`output_layer` without bias, or `classifier_head` with one."""

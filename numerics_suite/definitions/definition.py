@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from numerics_suite.core.records import Task
-    from numerics_suite.definitions.parts import Place
+    from numerics_suite.definitions.parts import ModuleScope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class Oracle(Protocol):
         """Positions where the batch has none of its own, `[B or 1, T]`."""
         ...
 
-    def block(self, place: Place, hidden: Tensor, context: Context) -> Tensor:
+    def block(self, scope: ModuleScope, hidden: Tensor, context: Context) -> Tensor:
         """One block, `[B, T, hidden]` to the same."""
         ...
 

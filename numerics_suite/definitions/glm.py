@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numerics_suite.core.records import Task
     from numerics_suite.definitions.definition import Context
-    from numerics_suite.definitions.parts import Place
+    from numerics_suite.definitions.parts import ModuleScope
 
 _MAX_POSITIONS = 131_072
 
@@ -107,26 +107,26 @@ class Glm:
         del mask
         return torch.arange(input_ids.shape[1])[None]
 
-    def block(self, place: Place, hidden: Tensor, context: Context) -> Tensor:
+    def block(self, scope: ModuleScope, hidden: Tensor, context: Context) -> Tensor:
         """Norm, attention, residual; norm, gated unit, residual."""
-        normed = place.rms_norm("input_layernorm", hidden, self.eps)
-        hidden = hidden + self.attention(place.below("self_attn"), normed, context)
-        normed = place.rms_norm("post_attention_layernorm", hidden, self.eps)
-        return place.output(hidden + self.gated_unit(place.below("mlp"), normed))
+        normed = scope.rms_norm("input_layernorm", hidden, self.eps)
+        hidden = hidden + self.attention(scope.below("self_attn"), normed, context)
+        normed = scope.rms_norm("post_attention_layernorm", hidden, self.eps)
+        return scope.output(hidden + self.gated_unit(scope.below("mlp"), normed))
 
-    def attention(self, place: Place, x: Tensor, context: Context) -> Tensor:
+    def attention(self, scope: ModuleScope, x: Tensor, context: Context) -> Tensor:
         """Grouped causal attention over rotated queries and keys."""
         query, key, value = (
-            torch.unflatten(place.linear(name, x, bias=self.attention_bias), -1, (-1, self.head_width))
+            torch.unflatten(scope.linear(name, x, bias=self.attention_bias), -1, (-1, self.head_width))
             for name in ("q_proj", "k_proj", "v_proj")
         )
         mixed = attend(rotate(query, context.turn), rotate(key, context.turn), value, context.visible)
-        return place.output(place.linear("o_proj", mixed))
+        return scope.output(scope.linear("o_proj", mixed))
 
-    def gated_unit(self, place: Place, x: Tensor) -> Tensor:
+    def gated_unit(self, scope: ModuleScope, x: Tensor) -> Tensor:
         """`W_down (act(W_gate x) · W_up x)`, the rows of gate above those of up in one matrix: Shazeer 2020."""
-        gate, up = place.linear("gate_up_proj", x).tensor_split(2, dim=-1)
-        return place.output(place.linear("down_proj", activation(self.hidden_act)(gate) * up))
+        gate, up = scope.linear("gate_up_proj", x).tensor_split(2, dim=-1)
+        return scope.output(scope.linear("down_proj", activation(self.hidden_act)(gate) * up))
 
     def head(self, task: Task) -> Head:
         """`lm_head` without bias, or `score`, which has a bias only where it labels tokens."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from numerics_suite.definitions.definition import Context
-    from numerics_suite.definitions.parts import Place
+    from numerics_suite.definitions.parts import ModuleScope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +24,11 @@ class Glm4(Glm):
 
     family: ClassVar[str] = "glm4"
 
-    def block(self, place: Place, hidden: Tensor, context: Context) -> Tensor:
+    def block(self, scope: ModuleScope, hidden: Tensor, context: Context) -> Tensor:
         """Norm, attention, norm, residual; norm, gated unit, norm, residual."""
-        normed = place.rms_norm("input_layernorm", hidden, self.eps)
-        attended = self.attention(place.below("self_attn"), normed, context)
-        hidden = hidden + place.rms_norm("post_self_attn_layernorm", attended, self.eps)
-        normed = place.rms_norm("post_attention_layernorm", hidden, self.eps)
-        gated = self.gated_unit(place.below("mlp"), normed)
-        return place.output(hidden + place.rms_norm("post_mlp_layernorm", gated, self.eps))
+        normed = scope.rms_norm("input_layernorm", hidden, self.eps)
+        attended = self.attention(scope.below("self_attn"), normed, context)
+        hidden = hidden + scope.rms_norm("post_self_attn_layernorm", attended, self.eps)
+        normed = scope.rms_norm("post_attention_layernorm", hidden, self.eps)
+        gated = self.gated_unit(scope.below("mlp"), normed)
+        return scope.output(hidden + scope.rms_norm("post_mlp_layernorm", gated, self.eps))

@@ -143,16 +143,16 @@ def visible_keys(mask: Tensor | None, batch: int, length: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ModuleScope:
     """Where in the model we are: reads the weights below a path and notes what comes out there."""
 
     path: str
     weights: Weights
     note: Callable[[str, Tensor], Tensor]
 
-    def below(self, name: str) -> Place:
+    def below(self, name: str) -> ModuleScope:
         """The place of a sub-module."""
-        return Place(path=f"{self.path}.{name}", weights=self.weights, note=self.note)
+        return ModuleScope(path=f"{self.path}.{name}", weights=self.weights, note=self.note)
 
     def output(self, value: Tensor) -> Tensor:
         """Note `value` as what the module here gives."""

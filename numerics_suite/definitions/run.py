@@ -11,7 +11,7 @@ from torch.nn import functional
 from numerics_suite.definitions.config import OracleUnavailable
 from numerics_suite.definitions.definition import Context, Head, rotary_of
 from numerics_suite.definitions.loss import loss_of
-from numerics_suite.definitions.parts import Place, RotaryTable, roundoffs_apart, visible_keys
+from numerics_suite.definitions.parts import ModuleScope, RotaryTable, roundoffs_apart, visible_keys
 from numerics_suite.definitions.trace import TURN
 from numerics_suite.definitions.weights import tensor_weights
 
@@ -176,14 +176,14 @@ class _Passes:
 
     def _block(self, index: int) -> Stage:
         def stage(hidden: Tensor, weights: Weights) -> Tensor:
-            place = Place(path=f"{self.oracle.blocks}.{index}", weights=weights, note=self.note)
-            return self.oracle.block(place, hidden, self.context)
+            scope = ModuleScope(path=f"{self.oracle.blocks}.{index}", weights=weights, note=self.note)
+            return self.oracle.block(scope, hidden, self.context)
 
         return stage
 
     def _norm(self, hidden: Tensor, weights: Weights) -> Tensor:
         parent, _, name = self.oracle.norm.rpartition(".")
-        return Place(path=parent, weights=weights, note=self.note).rms_norm(name, hidden, self.oracle.eps)
+        return ModuleScope(path=parent, weights=weights, note=self.note).rms_norm(name, hidden, self.oracle.eps)
 
     def _pool(self, hidden: Tensor, weights: Weights) -> Tensor:
         if not self.top.sees_pooled_row:  # the head as a module gives every column, so that is its state

@@ -15,7 +15,7 @@ from numerics_suite.core.records import Fact, Finding
 from numerics_suite.diagnosis.remedies import SAFE_EPS, initialised_head
 from numerics_suite.diagnosis.remedy_trials import Ask, CheckAnswer
 from numerics_suite.diagnosis.root_causes import SLOWER
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.observations.finiteness import nan_count
 from numerics_suite.subjects.zeroed_memory import Zeroed
@@ -31,20 +31,20 @@ class Experiment:
     Attributes:
         name: as it is told.
         expected: what the failing check then does if the cause is right.
-        copy: the evidence under the condition, None where it cannot be made here.
+        copy: the context under the condition, None where it cannot be made here.
     """
 
     name: str
     expected: Outcome
-    copy: Callable[[Evidence], Evidence | None]
+    copy: Callable[[CellContext], CellContext | None]
 
 
-def _at(name: str) -> Callable[[Evidence], Evidence | None]:
-    return lambda evidence: None if evidence.cell.precision == name else evidence.variant(precision_name=name)
+def _at(name: str) -> Callable[[CellContext], CellContext | None]:
+    return lambda context: None if context.cell.precision == name else context.variant(precision_name=name)
 
 
-def _with_plan(change: Callable[[TrainingPlan], TrainingPlan]) -> Callable[[Evidence], Evidence]:
-    return lambda evidence: evidence.variant(plan=change(evidence.request.plan))
+def _with_plan(change: Callable[[TrainingPlan], TrainingPlan]) -> Callable[[CellContext], CellContext]:
+    return lambda context: context.variant(plan=change(context.request.plan))
 
 
 _slower = _with_plan(lambda plan: replace(plan, lr=plan.lr / SLOWER))
@@ -65,7 +65,7 @@ DECISIVE: dict[str, tuple[Experiment, ...]] = {
     "low-precision-section": (WIDER,),
     "invalid-operation": (replace(WIDER, expected="fails"),),
     "fully-masked-row": (
-        Experiment(name="one row at a time", expected="passes", copy=lambda evidence: evidence.variant(rows=1)),
+        Experiment(name="one row at a time", expected="passes", copy=lambda context: context.variant(rows=1)),
     ),
     "optimizer-underflow": (Experiment(name=f"with eps {SAFE_EPS:g}", expected="passes", copy=_with_eps), WIDER),
     "loss-scaling": (WIDER,),
@@ -85,18 +85,18 @@ SEEN = frozenset({"coarser", "other-dtype"})
 """Measurements that count what an op or a tensor itself says: the dtype it computes in, or is held in."""
 
 
-def with_confidence(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> Finding:
+def with_confidence(check: str, finding: Finding, context: CellContext, ask: Ask) -> Finding:
     """The finding with the outcome of its cause's decisive experiments, and the confidence that follows.
 
     Args:
         check: id of the check that failed.
         finding: of that check.
-        evidence: the cell; nothing of it is changed.
+        context: the cell; nothing of it is changed.
         ask: asks a check again.
     """
     facts: dict[str, Fact] = {}
     if finding.cause == "uninitialised-parameters":
-        agrees = _depends_on_memory(finding, evidence)
+        agrees = _depends_on_memory(finding, context)
         facts["loaded without poison"] = "other values" if agrees else "NaN again"
         return _told(finding, facts, agrees=agrees)
     experiments = DECISIVE.get(finding.cause)
@@ -104,32 +104,32 @@ def with_confidence(check: str, finding: Finding, evidence: Evidence, ask: Ask) 
         return _told(finding, facts, agrees=None, observed=finding.cause != "unknown")
     verdicts = []
     for experiment in experiments:
-        outcome = _outcome(check, experiment, evidence, ask)
+        outcome = _outcome(check, experiment, context, ask)
         if outcome is not None:
             facts[experiment.name] = outcome
             verdicts.append(outcome == experiment.expected)
     return _told(finding, facts, agrees=all(verdicts) if verdicts else None)
 
 
-def _outcome(check: str, experiment: Experiment, evidence: Evidence, ask: Ask) -> Outcome | None:
+def _outcome(check: str, experiment: Experiment, context: CellContext, ask: Ask) -> Outcome | None:
     """None where the condition cannot be made, or the check has nothing to ask under it."""
     try:
-        copy = experiment.copy(evidence)
+        copy = experiment.copy(context)
         if copy is None:
             return None
         try:
             answer: CheckAnswer = ask(check, copy)
         finally:
-            copy.let_go()
+            copy.release()
     except (NotApplicableError, NumericsSuiteError, RuntimeError, MemoryError):
         return None
     return "fails" if answer.breaches else "passes"
 
 
-def _depends_on_memory(finding: Finding, evidence: Evidence) -> bool:
+def _depends_on_memory(finding: Finding, context: CellContext) -> bool:
     """Without poison the parameter holds something else: what is in it was there before it was made."""
     with Zeroed():  # type: ignore[no-untyped-call]
-        plain = evidence.load(seed=evidence.request.seed).model
+        plain = context.load(seed=context.request.seed).model
     names = [name for name in finding.parameters if name in dict(plain.named_parameters())]
     return any(not nan_count(plain.get_parameter(name).detach()) for name in names)
 

@@ -14,7 +14,7 @@ from numerics_suite.diagnosis.root_causes import with_cause
 from numerics_suite.judgement.verdicts import Breach
 
 if TYPE_CHECKING:
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 NAMED = 4
 """Parameters that a title names before it says how many more there are."""
@@ -23,16 +23,16 @@ WRITTEN_ELEMENTS = 4096
 """A batch of more elements is written as its shapes only."""
 
 
-def finding(breaches: Sequence[Breach], evidence: Evidence, batch: Batch | None, *, diagnose: bool = True) -> Finding:
+def finding(breaches: Sequence[Breach], context: CellContext, batch: Batch | None, *, diagnose: bool = True) -> Finding:
     """The finding of the worst breach, with the others in its evidence.
 
     Args:
         breaches: worst first, at least one.
-        evidence: the cell.
+        context: the cell.
         batch: the smallest failing batch, None where the check took none.
         diagnose: replay to find cause and place.
     """
-    worst = with_cause(breaches[0], evidence, batch) if diagnose else breaches[0]
+    worst = with_cause(breaches[0], context, batch) if diagnose else breaches[0]
     measured, budget = worst.measurement, worst.budget
     cause = measured.cause or budget.cause
     facts: dict[str, Fact] = {

@@ -15,8 +15,8 @@ from numerics_suite.checks.load._buffers import rounded_buffers
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
 from numerics_suite.core.text import listed
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.built import built_buffers, without_adapter
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.subjects.built_model import built_buffers, without_adapter
 from numerics_suite.subjects.files import read_json, read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
 
@@ -41,38 +41,38 @@ FROM_FILES = (
 )
 
 
-def cast_copies(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def cast_copies(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with the finding's parameters in the dtype asked for, and what was done.
 
     What the other dtype could not hold is lost to a cast: the second attempt loads the stored values once more, buffers too. A
     new head has none yet; what is saved and loaded again has them in the folder that it then came from.
 
     Args:
-        evidence: the cell.
+        context: the cell.
         finding: of load.dtype.
     """
-    names = [name for name in finding.parameters if name in dict(evidence.model.named_parameters())]
+    names = [name for name in finding.parameters if name in dict(context.model.named_parameters())]
     if not names:
         return
-    names += _buffers_beside(evidence, finding)
-    dtype = evidence.recipe.parameters
+    names += _buffers_beside(context, finding)
+    dtype = context.recipe.parameters
     modules = sorted({name.rpartition(".")[0] for name in names})
     how = f"{listed(tuple(modules), 2)} cast to {dtype}"
-    cast = evidence.variant(change=_cast(names, getattr(torch, dtype)))
+    cast = context.variant(change=_cast(names, getattr(torch, dtype)))
     yield cast, how
-    if evidence.subject.path is not None and not evidence.subject.adapter_base:
-        buffers = _buffers(evidence, rounded_buffers(evidence))
+    if context.subject.path is not None and not context.subject.adapter_base:
+        buffers = _buffers(context, rounded_buffers(context))
         again = cast.variant(change=_with_stored(names)).variant(change=_with_values(buffers))
         yield again, f"{how}, then load_state_dict with the stored values"
 
 
-def _buffers_beside(evidence: Evidence, finding: Finding) -> list[str]:
+def _buffers_beside(context: CellContext, finding: Finding) -> list[str]:
     """The saved buffers that a load which ignored the dtype holds in the same other one as the weights."""
     if finding.evidence.get("measurement") != IGNORED:
         return []
-    held = {parameter.dtype for name, parameter in evidence.model.named_parameters() if name in finding.parameters}
-    saved = evidence.model.state_dict().keys()
-    return [name for name, buffer in evidence.model.named_buffers() if name in saved and buffer.dtype in held]
+    held = {parameter.dtype for name, parameter in context.model.named_parameters() if name in finding.parameters}
+    saved = context.model.state_dict().keys()
+    return [name for name, buffer in context.model.named_buffers() if name in saved and buffer.dtype in held]
 
 
 def _cast(names: Iterable[str], dtype: torch.dtype) -> Change:
@@ -87,11 +87,11 @@ def _cast(names: Iterable[str], dtype: torch.dtype) -> Change:
     return change
 
 
-def loaded_with_dtype(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def loaded_with_dtype(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its rounded buffers as a load at the dtype leaves them.
 
     Args:
-        evidence: the cell.
+        context: the cell.
         finding: of load.dtype.
 
     Raises:
@@ -99,39 +99,39 @@ def loaded_with_dtype(evidence: Evidence, finding: Finding) -> Iterator[tuple[Ev
     """
     if finding.evidence.get("measurement") != OF_BUFFERS:
         return
-    values = _buffers(evidence, finding.parameters)
+    values = _buffers(context, finding.parameters)
     if values.keys() != set(finding.parameters):
         raise NotApplicableError(FROM_FILES)
-    yield evidence.variant(change=_with_values(values)), f"{listed(finding.parameters, 2)} as the class builds it"
+    yield context.variant(change=_with_values(values)), f"{listed(finding.parameters, 2)} as the class builds it"
 
 
-def saved_head(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def saved_head(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The adapter as it is saved with its head, loaded again: what was lost stays lost, and the head is a new one.
 
     Args:
-        evidence: the cell, of an adapter.
+        context: the cell, of an adapter.
         finding: of load.complete.
 
     Raises:
         NotApplicableError: its tensors are in no safetensors file.
     """
     names = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in finding.parameters})
-    folder, file = evidence.subject.path, "adapter_model.safetensors"
+    folder, file = context.subject.path, "adapter_model.safetensors"
     if folder is None or not (folder / file).is_file():
         reason = f"not tried: {file} is not there; train again with modules_to_save={names} in the LoraConfig"
         raise NotApplicableError(reason)
-    heads = {name: _head(evidence, name) for name in finding.parameters}
+    heads = {name: _head(context, name) for name in finding.parameters}
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch:
         saved = Path(scratch) / folder.name
         saved.mkdir()
         told = read_json(folder / "adapter_config.json")
         kept = sorted({*(told.get("modules_to_save") or ()), *names})
-        text = json.dumps({**told, "base_model_name_or_path": evidence.subject.adapter_base, "modules_to_save": kept})
+        text = json.dumps({**told, "base_model_name_or_path": context.subject.adapter_base, "modules_to_save": kept})
         (saved / "adapter_config.json").write_text(text, encoding="utf-8")
         tensors = {**load_file(folder / file), **{_in_file(name): value for name, value in heads.items()}}
         save_file(tensors, saved / file, metadata={"format": "pt"})
         how = f"saved with modules_to_save={names} and loaded again, with a new head: the trained one is in no file and must be trained again"
-        yield evidence.variant(subject=replace(evidence.subject, path=saved)), how
+        yield context.variant(subject=replace(context.subject, path=saved)), how
 
 
 def _in_file(name: str) -> str:
@@ -140,27 +140,27 @@ def _in_file(name: str) -> str:
     return plain if plain.startswith(PEFT) else f"{PEFT}{plain}"
 
 
-def _head(evidence: Evidence, name: str) -> torch.Tensor:
+def _head(context: CellContext, name: str) -> torch.Tensor:
     """What the loaded model holds there."""
-    held = evidence.model.state_dict()
+    held: dict[str, torch.Tensor] = context.model.state_dict()
     found = next(value for key, value in reversed(held.items()) if _in_file(key) == _in_file(name))
     return found.detach().to("cpu", copy=True).contiguous()
 
 
-def _stored(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def _stored(context: CellContext, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The stored values of these tensors of the model; those of an adapter's base have other names in its files."""
-    path = evidence.subject.path
-    if path is None or evidence.subject.adapter_base:
+    path = context.subject.path
+    if path is None or context.subject.adapter_base:
         return {}
     headers = tensor_headers(path)
     return {name: read_tensor(path, name) for name in names if name in headers}
 
 
-def _buffers(evidence: Evidence, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def _buffers(context: CellContext, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """What a load leaves in buffers that it does not round: the stored value where the file has it in full, else the class's own."""
-    model = without_adapter(evidence.model)
-    saved, built = model.state_dict().keys(), built_buffers(model, getattr(torch, evidence.recipe.parameters)) or {}
-    stored = _stored(evidence, (name for name in names if name in saved))
+    model = without_adapter(context.model)
+    saved, built = model.state_dict().keys(), built_buffers(model, getattr(torch, context.recipe.parameters)) or {}
+    stored = _stored(context, (name for name in names if name in saved))
     wide = {
         name: value.to(built[name].dtype) for name, value in stored.items() if value.dtype in WIDE and name in built
     }

@@ -10,7 +10,7 @@ from numerics_suite.diagnosis.consequences import LACKING, NO_RUN, RAISES, UNSOU
 from numerics_suite.diagnosis.findings import finding as finding_of
 from numerics_suite.diagnosis.findings import title
 from numerics_suite.diagnosis.remedy_register import cures
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 if TYPE_CHECKING:
     from numerics_suite.diagnosis.remedy_trials import Ask
@@ -22,7 +22,7 @@ OF_WEIGHTS = UNSOUND | LACKING | {"bad-initialisation"}
 """Causes that lie in the values of parameters: another head is their cure."""
 
 
-def without_others(check: str, finding: Finding, evidence: Evidence, ask: Ask) -> tuple[Evidence, tuple[str, ...]]:
+def without_others(check: str, finding: Finding, context: CellContext, ask: Ask) -> tuple[CellContext, tuple[str, ...]]:
     """The cell with its other defects cured, and what cured them, as `init-head (load.head-init)`.
 
     A defect is another one where the check fails as before once it is cured: the same measurement, told in the same words.
@@ -31,37 +31,37 @@ def without_others(check: str, finding: Finding, evidence: Evidence, ask: Ask) -
     Args:
         check: id of the check that failed.
         finding: of that check.
-        evidence: the cell; nothing of it is changed.
+        context: the cell; nothing of it is changed.
         ask: runs a check again.
     """
     if finding.cause == RAISES:
-        return evidence, ()
+        return context, ()
     told = []
     for other, remedy in LOCAL.items():
         same = other == check or (remedy == "init-head" and finding.cause in OF_WEIGHTS)
-        cured = None if same else _cured(other, remedy, evidence, ask)
+        cured = None if same else _cured(other, remedy, context, ask)
         if cured is not None and _fails_as_before(check, finding, cured, ask):
-            evidence = cured
+            context = cured
             told.append(f"{remedy} ({other})")
-    return evidence, tuple(told)
+    return context, tuple(told)
 
 
-def _cured(check: str, remedy: str, evidence: Evidence, ask: Ask) -> Evidence | None:
+def _cured(check: str, remedy: str, context: CellContext, ask: Ask) -> CellContext | None:
     """The cell with what the check names cured; None where it names nothing, or nothing that can be cured."""
     memo = f"breaches of {check}"
     try:
-        if memo not in evidence.memo:
-            evidence.memo[memo] = ask(check, evidence).breaches
-        named = evidence.memo[memo]
+        if memo not in context.memo:
+            context.memo[memo] = ask(check, context).breaches
+        named = context.memo[memo]
         if not named:
             return None
-        attempt = next(cures()[remedy](evidence, finding_of(named, evidence, None, diagnose=False)), None)
+        attempt = next(cures()[remedy](context, finding_of(named, context, None, diagnose=False)), None)
     except (NumericsSuiteError, *NO_RUN):
         return None
-    return None if attempt is None else attempt.evidence
+    return None if attempt is None else attempt.context
 
 
-def _fails_as_before(check: str, finding: Finding, cured: Evidence, ask: Ask) -> bool:
+def _fails_as_before(check: str, finding: Finding, cured: CellContext, ask: Ask) -> bool:
     try:
         left = ask(check, cured).breaches
     except (NumericsSuiteError, *NO_RUN):

@@ -26,7 +26,7 @@ from numerics_suite.diagnosis.other_defects import without_others
 from numerics_suite.diagnosis.remedies import Attempt
 from numerics_suite.diagnosis.remedy_combinations import Shown, combined
 from numerics_suite.diagnosis.remedy_register import cost_of, cures, description_of, useful_first
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan, Trajectory
 from numerics_suite.judgement.verdicts import Breach, judge
 
@@ -69,37 +69,37 @@ class CheckAnswer:
     measurements: Mapping[str, float]
 
 
-Ask = Callable[[str, Evidence], CheckAnswer]
-"""Runs a check, by id, on other evidence with the batches of this run; NotApplicableError where it does not apply."""
+Ask = Callable[[str, CellContext], CheckAnswer]
+"""Runs a check, by id, in another context with the batches of this run; NotApplicableError where it does not apply."""
 
 
-def ask_once(check: str, evidence: Evidence) -> CheckAnswer:
+def ask_once(check: str, context: CellContext) -> CheckAnswer:
     """Run a check that draws no batches.
 
     Args:
         check: id.
-        evidence: as it is.
+        context: as it is.
 
     Raises:
         NotApplicableError: the check does not apply.
     """
     spec = get_check(check)
-    if not spec.of_broken and evidence.broken:
-        reason = f"weights are not finite: {evidence.broken[0]} (load.finite, load.head-init)"
+    if not spec.runs_on_nonfinite and context.broken:
+        reason = f"weights are not finite: {context.broken[0]} (load.finite, load.head-init)"
         raise NotApplicableError(reason)
-    measured = [item for item in spec.function(evidence) if isinstance(item, Measurement)]
+    measured = [item for item in spec.function(context) if isinstance(item, Measurement)]
     return CheckAnswer(breaches=judge(check, measured), measurements={each.name: each.value for each in measured})
 
 
-def breaks(check: str, evidence: Evidence) -> bool:
+def breaks(check: str, context: CellContext) -> bool:
     """Whether the check fails there; False where it does not apply, or where the model cannot take the batch at all.
 
     Args:
         check: id.
-        evidence: as it is.
+        context: as it is.
     """
     try:
-        return bool(ask_once(check, evidence).breaches)
+        return bool(ask_once(check, context).breaches)
     except (NumericsSuiteError, *NO_RUN):
         return False
 
@@ -109,7 +109,7 @@ class TimeOverError(NumericsSuiteError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class _Outcome:
     """What an attempt showed.
 
     Attributes:
@@ -128,18 +128,18 @@ class _Seen:
 def try_remedies(  # noqa: PLR0913 - two are for what is no cell
     check: str,
     finding: Finding,
-    evidence: Evidence,
+    context: CellContext,
     ask: Ask,
     *,
     beside: Sequence[str] | None = None,
-    begin: Callable[[str], Evidence] | None = None,
+    begin: Callable[[str], CellContext] | None = None,
 ) -> tuple[Remedy, ...]:
     """The finding's remedies, tried; those that work first, each kind in the order of what they cost the user.
 
     Args:
         check: id of the check that failed.
         finding: of that check.
-        evidence: the cell; nothing of it is changed.
+        context: the cell; nothing of it is changed.
         ask: runs a check again.
         beside: checks that a cured copy must pass too, None for those of a cell.
         begin: what a remedy of that name is tried on, where not every one can act on the same; NotApplicableError with the reason
@@ -147,8 +147,8 @@ def try_remedies(  # noqa: PLR0913 - two are for what is no cell
     """
     others: tuple[str, ...] = ()
     if begin is None:
-        evidence, others = without_others(check, finding, evidence, ask)
-    trial = _Trial(check=check, finding=finding, evidence=evidence, ask=ask, beside=beside, begin=begin, others=others)
+        context, others = without_others(check, finding, context, ask)
+    trial = _Trial(check=check, finding=finding, context=context, ask=ask, beside=beside, begin=begin, others=others)
     names = sorted((remedy.name for remedy in finding.remedies), key=cost_of)
     tried = [trial.remedy(name) for name in names]
     if not any(remedy.verified for remedy in tried):
@@ -160,15 +160,15 @@ def try_remedies(  # noqa: PLR0913 - two are for what is no cell
 class _Trial:
     check: str
     finding: Finding
-    evidence: Evidence
+    context: CellContext
     ask: Ask
     beside: Sequence[str] | None = None
-    begin: Callable[[str], Evidence] | None = None
+    begin: Callable[[str], CellContext] | None = None
     others: tuple[str, ...] = ()
     moved: dict[str, bool] = field(default_factory=dict)
 
-    def _begin(self, name: str) -> Evidence:
-        return self.evidence if self.begin is None else self.begin(name)
+    def _begin(self, name: str) -> CellContext:
+        return self.context if self.begin is None else self.begin(name)
 
     def remedy(self, name: str) -> Remedy:
         """One remedy alone."""
@@ -176,7 +176,7 @@ class _Trial:
         if name not in cures() and name != LOWER_RATE:
             return replace(untried, effect=NOT_HERE.get(name, NOT_APPLIED))
         try:
-            with doing(f"{self.check} on {self.evidence.cell.id}: trying {name}"):
+            with doing(f"{self.check} on {self.context.cell.id}: trying {name}"):
                 seen = self._learning_rate() if name == LOWER_RATE else self._first_that_works(name)
         except (NotApplicableError, UnsupportedError, TimeOverError) as error:
             return replace(untried, effect=str(error))
@@ -199,19 +199,19 @@ class _Trial:
         with ExitStack() as stack:
             try:
                 usual = self._begin("")
-                evidence = next((begun for name in names if (begun := self._begin(name)) is not usual), usual)
+                context = next((begun for name in names if (begun := self._begin(name)) is not usual), usual)
                 attempt = None
                 for name in names:
-                    ways = cures()[name](evidence, meant[name])
+                    ways = cures()[name](context, meant[name])
                     stack.callback(ways.close)  # type: ignore[attr-defined]  # a copy of the files lasts as long
                     attempt = next(ways)
-                    evidence = attempt.evidence
+                    context = attempt.context
                 seen = None if attempt is None else self._seen(attempt, diagnose=True)
                 return None if seen is None else Shown(works=seen.works is True, effect=seen.effect, left=seen.found)
             except Exception:  # noqa: BLE001 - as above
                 return None
 
-    def _first_that_works(self, name: str) -> _Seen | None:
+    def _first_that_works(self, name: str) -> _Outcome | None:
         last = None
         for attempt in cures()[name](self._begin(name), self.finding):
             last = self._seen(attempt)
@@ -220,22 +220,22 @@ class _Trial:
         self.moved[name] = last is not None and self.finding.title not in last.effect
         return last
 
-    def _learning_rate(self) -> _Seen | None:
-        evidence = self._begin(LOWER_RATE)
-        lr = evidence.request.plan.lr
-        if not evidence.recipe.trains or not lr > 0:
+    def _learning_rate(self) -> _Outcome | None:
+        context = self._begin(LOWER_RATE)
+        lr = context.request.plan.lr
+        if not context.recipe.trains or not lr > 0:
             return None
 
-        def seen(plan: TrainingPlan) -> _Seen:
-            return self._seen(Attempt(evidence=evidence.variant(plan=plan)))
+        def seen(plan: TrainingPlan) -> _Outcome:
+            return self._seen(Attempt(context=context.variant(plan=plan)))
 
-        found = learning_rates(evidence.request.plan, lambda plan: bool(seen(plan).works))
+        found = learning_rates(context.request.plan, lambda plan: bool(seen(plan).works))
         if found is None:
-            return _Seen(works=False, effect=f"no learning rate from {lr:.2g} down to {lr / 1e4:.1g} helps")
-        held = seen(evidence.with_plan(lr=found))
+            return _Outcome(works=False, effect=f"no learning rate from {lr:.2g} down to {lr / 1e4:.1g} helps")
+        held = seen(context.with_plan(lr=found))
         return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that holds: {held.effect}")
 
-    def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Seen:
+    def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Outcome:
         """What the attempt shows.
 
         Args:
@@ -245,7 +245,7 @@ class _Trial:
         Raises:
             UnsupportedError: the model refuses the remedy's condition, so no check can pass under it.
         """
-        cured = attempt.evidence
+        cured = attempt.context
         try:
             cured.loaded  # noqa: B018 - here, for its refusal
             seen = self._judged(attempt)
@@ -253,39 +253,39 @@ class _Trial:
                 seen = replace(seen, effect=f"{seen.effect}; beside {', '.join(self.others)}, a finding of its own")
             return replace(seen, found=finding_of(seen.left, cured, None)) if diagnose and seen.left else seen
         finally:
-            cured.let_go()
+            cured.release()
             if attempt.meant is not None:
-                attempt.meant.let_go()
+                attempt.meant.release()
 
-    def _judged(self, attempt: Attempt) -> _Seen:
+    def _judged(self, attempt: Attempt) -> _Outcome:
         """The failing check on the cured copy, then what shows that the cause is gone."""
-        cured = attempt.evidence
+        cured = attempt.context
         how = f"{attempt.how}: " if attempt.how else ""
         where = f", with {cured.origin}" if cured.origin else ""
         own = self._asked(self.check, attempt)
         breaches = self._that_count(own, attempt)
         if own is not None and breaches:
             effect = how + _still(replace(own, breaches=breaches), cured, self.check) + where
-            return _Seen(works=False, effect=effect, left=breaches)
+            return _Outcome(works=False, effect=effect, left=breaches)
         for check in SOUND:
             answer = self._asked(check, attempt)
             if answer is not None and answer.breaches:
                 effect = f"{how}hides the symptom and leaves the cause: {title(answer.breaches[0])}"
-                return _Seen(works=False, effect=effect, left=answer.breaches)
-        if own is None and cured.cell.precision == self.evidence.cell.precision:
-            return _Seen(works=None, effect=f"{how}cannot be tried: {self.check} has nothing to ask under it")
+                return _Outcome(works=False, effect=effect, left=answer.breaches)
+        if own is None and cured.cell.precision == self.context.cell.precision:
+            return _Outcome(works=None, effect=f"{how}cannot be tried: {self.check} has nothing to ask under it")
         for check in self._companions(cured):
             answer = self._asked(check, attempt)
             if answer is None and check == DEFINITION and attempt.meant is not None:
                 effect = f"{how}{self.check} passes, and no definition is at hand to hold the answers to"
-                return _Seen(works=None, effect=effect)
+                return _Outcome(works=None, effect=effect)
             if answer is not None and answer.breaches and not self._excused(check, answer, attempt):
                 effect = f"{how}{check} fails: {title(answer.breaches[0])}{where}"
-                return _Seen(works=False, effect=effect, left=answer.breaches)
+                return _Outcome(works=False, effect=effect, left=answer.breaches)
             if answer is not None and check == DEFINITION and attempt.meant is not None:
                 held = answer.measurements.get("true-logits", math.nan)
                 how = f"{how}the answers are {held:.1g} from the definition; "
-        return _Seen(works=True, effect=how + self._effect(own, attempt))
+        return _Outcome(works=True, effect=how + self._effect(own, attempt))
 
     def _that_count(self, own: CheckAnswer | None, attempt: Attempt) -> Sequence[Breach]:
         """The breaches of the failing check that speak against the attempt."""
@@ -305,7 +305,7 @@ class _Trial:
         """The cure is to call the model otherwise."""
         return self.check.startswith("inputs.")
 
-    def _companions(self, cured: Evidence) -> tuple[str, ...]:
+    def _companions(self, cured: CellContext) -> tuple[str, ...]:
         """Checks that must pass beside the one that failed."""
         if self.beside is not None:
             return tuple(self.beside)
@@ -320,23 +320,23 @@ class _Trial:
         """
         if check != DEFINITION or attempt.meant is not None:
             return False
-        if DEFINITION not in self.evidence.memo:
-            self.evidence.memo[DEFINITION] = self._asked(DEFINITION, Attempt(evidence=self.evidence))
-        before = self.evidence.memo[DEFINITION]
+        if DEFINITION not in self.context.memo:
+            self.context.memo[DEFINITION] = self._asked(DEFINITION, Attempt(context=self.context))
+        before = self.context.memo[DEFINITION]
         worst = answer.breaches[0].measurement
         if before is None:
-            return bool(self.evidence.broken)
+            return bool(self.context.broken)
         return math.isclose(before.measurements.get(worst.name, math.nan), worst.value, rel_tol=SAME)
 
     def _asked(self, check: str, attempt: Attempt) -> CheckAnswer | None:
         meant = attempt.meant if check == DEFINITION else None
         try:
-            return self.ask(check, meant or attempt.evidence)
+            return self.ask(check, meant or attempt.context)
         except (NotApplicableError, UnsupportedError):
             return None  # in these conditions there is nothing to ask
 
     def _effect(self, own: CheckAnswer | None, attempt: Attempt) -> str:
-        cured = attempt.evidence
+        cured = attempt.context
         if attempt.meant is None and TRAINS[0] in self._companions(cured):
             try:
                 return curve(cured.trajectory) + (f", with {cured.origin}" if cured.origin else "")
@@ -361,7 +361,7 @@ def curve(run: Trajectory) -> str:
     return f"finite; loss {run.losses[0]:.3g} → {run.losses[-1]:.3g} in {len(run.gradient_norms)} steps"
 
 
-def _still(answer: CheckAnswer, cured: Evidence, check: str) -> str:
+def _still(answer: CheckAnswer, cured: CellContext, check: str) -> str:
     worst = answer.breaches[0]
     if check in {"train.finite", "train.clip", "train.amp"}:
         try:

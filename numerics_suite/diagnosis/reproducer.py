@@ -25,7 +25,7 @@ from numerics_suite.devices.memory import free_bytes
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosis.scripts import BODIES, SYMPTOM, Body, ScriptContext
 from numerics_suite.diagnosis.scripts.parts import LONGEST, script
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.scope import USABLE
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.subjects.memory import estimate_bytes
@@ -64,21 +64,21 @@ DROPPED = (
 )
 
 
-def reproducer(check: str, finding: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
+def reproducer(check: str, finding: Finding, context: CellContext, batch: Batch | None) -> str | None:
     """The text of a script that fails alone as the check did, None where none could be made.
 
     Args:
         check: id of the check that failed.
         finding: of that check.
-        evidence: the cell.
+        context: the cell.
         batch: the smallest failing one, None where the check took none.
     """
     ways = list(_ways(check, finding))
-    if not ways or not _can_be_written(evidence):
+    if not ways or not _can_be_written(context):
         return None
     for body, shown in ways:
         with contextlib.suppress(Exception):  # a finding without a script is a finding still
-            text = _first_that_fails(_scenes(check, shown, evidence, batch, body), body)
+            text = _first_that_fails(_scenes(check, shown, context, batch, body), body)
             if text is not None:
                 return text
     return None
@@ -116,10 +116,10 @@ def _ways(check: str, finding: Finding) -> Iterator[tuple[Body, Finding]]:
             yield BODIES[check, name], replace(finding, evidence={**facts, **told})
 
 
-def _can_be_written(evidence: Evidence) -> bool:
+def _can_be_written(context: CellContext) -> bool:
     """Whether a few lines of torch and transformers load the subject, and run no code that the user did not trust."""
-    subject = evidence.subject
-    if subject.adapter_base or subject.quantized or not evidence.takes_ids:
+    subject = context.subject
+    if subject.adapter_base or subject.quantized or not context.takes_ids:
         return False
     own_code = subject.kind != "factory" and needs_remote_code(subject.config)
     return subject.trust_remote_code or not own_code
@@ -127,57 +127,57 @@ def _can_be_written(evidence: Evidence) -> bool:
 
 def _fits(scene: ScriptContext, body: Body) -> bool:
     """Whether another copy of the model, and its float64 twins, have room beside the one that is loaded."""
-    evidence = scene.evidence
+    context = scene.context
     if scene.source == "config":
         return True
     needed = estimate_bytes(
-        evidence.subject,
-        "float64" if body.twins else evidence.recipe.parameters,
+        context.subject,
+        "float64" if body.twins else context.recipe.parameters,
         training=scene.check.startswith("train.") or scene.check == "reference.gradient",
-        batch=evidence.request.rows,
-        seq=evidence.request.length,
+        batch=context.request.rows,
+        seq=context.request.length,
     )
-    return needed is None or needed * (1.5 if body.twins else 1) <= USABLE * free_bytes(evidence.cell.device)
+    return needed is None or needed * (1.5 if body.twins else 1) <= USABLE * free_bytes(context.cell.device)
 
 
 # --- scenes --------------------------------------------------------------------------------------------------------
 
 
 def _scenes(
-    check: str, finding: Finding, evidence: Evidence, batch: Batch | None, body: Body
+    check: str, finding: Finding, context: CellContext, batch: Batch | None, body: Body
 ) -> Iterator[ScriptContext]:
     """Smallest first."""
-    batches = list(_batches(check, evidence, batch, body)) if body.batch else [{}]
-    subject = evidence.subject
+    batches = list(_batches(check, context, batch, body)) if body.batch else [{}]
+    subject = context.subject
     small = None if subject.kind == "factory" or needs_remote_code(subject.config) else cut_down(subject.config)
     for config in (small, None) if small is not None else (None,):
         for tensors in batches:
             held = tensors if config is None else _within(tensors, int(config["vocab_size"]))
-            yield ScriptContext(check=check, finding=finding, evidence=evidence, tensors=held, config=config)
+            yield ScriptContext(check=check, finding=finding, context=context, tensors=held, config=config)
 
 
-def _batches(check: str, evidence: Evidence, batch: Batch | None, body: Body) -> Iterator[dict[str, Tensor]]:
+def _batches(check: str, context: CellContext, batch: Batch | None, body: Body) -> Iterator[dict[str, Tensor]]:
     """Cuts of the failing batch, then all of it; labels where they are asked for."""
-    given = (batch or evidence.training_batch).tensors
+    given = (batch or context.training_batch).tensors
     whole = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     labelled = check.startswith("train.") or check in {"reference.gradient", "reference.oracle"}
     if not labelled:
         whole.pop("labels", None)
     for lengths in SMALLER:
-        cut = _cut(whole, lengths, evidence) if len(lengths) >= body.rows else None
+        cut = _cut(whole, lengths, context) if len(lengths) >= body.rows else None
         # The mean over no label is NaN by definition, and shows nothing.
         if cut is not None and ("labels" not in cut or bool((cut["labels"] != IGNORED).any())):
             yield cut
     yield whole
 
 
-def _cut(whole: Mapping[str, Tensor], lengths: tuple[int, ...], evidence: Evidence) -> dict[str, Tensor] | None:
+def _cut(whole: Mapping[str, Tensor], lengths: tuple[int, ...], context: CellContext) -> dict[str, Tensor] | None:
     """The first real tokens of the first rows, padded on the side where they were; None where that is no cut.
 
     Args:
         whole: a batch.
         lengths: most tokens of each row.
-        evidence: the cell.
+        context: the cell.
     """
     mask = whole.get("attention_mask")
     if mask is None or mask.dim() != 2 or mask.is_floating_point() or len(mask) < len(lengths):
@@ -192,12 +192,12 @@ def _cut(whole: Mapping[str, Tensor], lengths: tuple[int, ...], evidence: Eviden
         if value.shape[:2] != mask.shape:
             cut[name] = value[: len(lengths)] if value.dim() and len(value) == len(mask) else value
             continue
-        filler = {"input_ids": evidence.space.pad_id, "labels": IGNORED}.get(name, 0)
+        filler = {"input_ids": context.space.pad_id, "labels": IGNORED}.get(name, 0)
         cut[name] = value.new_full((len(lengths), width), filler)
         for row, places in enumerate(real):
             at = slice(width - len(places), None) if left else slice(0, len(places))
             cut[name][row, at] = value[row, places]
-    return _with_labels(cut) if evidence.subject.task == "causal-lm" and "labels" in cut else cut
+    return _with_labels(cut) if context.subject.task == "causal-lm" and "labels" in cut else cut
 
 
 def _with_labels(cut: dict[str, Tensor]) -> dict[str, Tensor]:

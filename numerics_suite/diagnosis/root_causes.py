@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from numerics_suite.core.records import Batch, Fact
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 LOCATED = {
     ("forward.finite", "non-finite"),
@@ -65,47 +65,47 @@ REMEDIES = {
 }
 
 
-def with_cause(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+def with_cause(breach: Breach, context: CellContext, batch: Batch | None) -> Breach:
     """The breach with cause, module, op and source as a replay shows them; unchanged where no replay applies.
 
     Args:
         breach: a breach of one of :data:`LOCATED`.
-        evidence: the cell; its model is replayed, not changed.
+        context: the cell; its model is replayed, not changed.
         batch: the smallest failing batch, None for training.
     """
     key = (breach.budget.check, breach.measurement.name)
     if breach.measurement.cause is not None:
         return breach
     if key not in LOCATED:
-        return _with_cause_of_nan(breach, evidence, batch)
-    return _with_bad_input(breach, evidence, batch) or _with_place(breach, evidence, batch)
+        return _with_cause_of_nan(breach, context, batch)
+    return _with_bad_input(breach, context, batch) or _with_place(breach, context, batch)
 
 
-def _with_bad_input(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach | None:
-    given = batch or (evidence.training_batch if breach.budget.check.startswith("train.") else None)
-    name = None if given is None or evidence.broken else bad_input(given.tensors)
+def _with_bad_input(breach: Breach, context: CellContext, batch: Batch | None) -> Breach | None:
+    given = batch or (context.training_batch if breach.budget.check.startswith("train.") else None)
+    name = None if given is None or context.broken else bad_input(given.tensors)
     if name is not None:
         return _named(breach, "out-of-range-input", facts={"input that is not finite": name})
-    if given is None or not breach.budget.check.startswith("train.") or evidence.broken:
+    if given is None or not breach.budget.check.startswith("train.") or context.broken:
         return None
-    if no_label_counts(given.tensors, shifted=predicts_next_token(evidence.model)):
+    if no_label_counts(given.tensors, shifted=predicts_next_token(context.model)):
         return _named(breach, "no-counted-labels", facts={"labels that count": 0})
     return None
 
 
-def _with_place(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+def _with_place(breach: Breach, context: CellContext, batch: Batch | None) -> Breach:
     key = (breach.budget.check, breach.measurement.name)
     if not key[0].startswith("train."):
-        origin = _replay_forward(evidence, batch)
+        origin = _replay_forward(context, batch)
         return (
             _named(breach, breach.budget.cause)
             if origin is None
-            else _at(breach, origin, _forward_cause(origin, evidence, batch))
+            else _at(breach, origin, _forward_cause(origin, context, batch))
         )
-    plan, bad = _failing_run(breach, evidence)
-    origin, cause = cause_of_run(evidence, plan, bad)
+    plan, bad = _failing_run(breach, context)
+    origin, cause = cause_of_run(context, plan, bad)
     if cause is None:
-        late = bad is not None and bad.step > evidence.first_step
+        late = bad is not None and bad.step > context.first_step
         cause = "divergence" if late else breach.budget.cause
     if origin is None:
         return _named(breach, cause)
@@ -128,63 +128,63 @@ def bad_input(tensors: Mapping[str, object]) -> str | None:
     return None
 
 
-def _with_cause_of_nan(breach: Breach, evidence: Evidence, batch: Batch | None) -> Breach:
+def _with_cause_of_nan(breach: Breach, context: CellContext, batch: Batch | None) -> Breach:
     """A comparison that came out as NaN says nothing of a law or a rounding: the NaN's own cause is told, where it is found."""
     compares = breach.budget.check.startswith(("forward.", "reference.", "train."))
     if not compares or breach.measurement.value == breach.measurement.value:
         return breach
-    batch = batch if batch is not None else evidence.training_batch
-    origin = _replay_forward(evidence, batch)
+    batch = batch if batch is not None else context.training_batch
+    origin = _replay_forward(context, batch)
     if origin is not None:
-        return _at(breach, origin, _forward_cause(origin, evidence, batch))
-    if not evidence.recipe.trains:
+        return _at(breach, origin, _forward_cause(origin, context, batch))
+    if not context.recipe.trains:
         return breach
-    origin, cause = cause_of_run(evidence, evidence.request.plan, None)
+    origin, cause = cause_of_run(context, context.request.plan, None)
     return breach if origin is None or cause is None else _at(breach, origin, cause)
 
 
-def _replay_forward(evidence: Evidence, batch: Batch | None) -> Origin | None:
+def _replay_forward(context: CellContext, batch: Batch | None) -> Origin | None:
     if batch is None:
         return None
-    tensors = evidence.inputs_of(batch)
-    return find_origin(evidence.model, lambda: floating_outputs(evidence.run(tensors)))
+    tensors = context.inputs_of(batch)
+    return find_origin(context.model, lambda: floating_outputs(context.run(tensors)))
 
 
-def _failing_run(breach: Breach, evidence: Evidence) -> tuple[TrainingPlan, BadTensor | None]:
+def _failing_run(breach: Breach, context: CellContext) -> tuple[TrainingPlan, BadTensor | None]:
     """How the failing run was trained, and the first tensor that was not finite in it."""
-    plan = evidence.request.plan
+    plan = context.request.plan
     if breach.budget.check == "train.amp":
         # A scale of 65,536 may overflow on its way down; what breaks the gradient at the last one breaks it at every scale.
         scale = breach.measurement.facts.get("loss scale")
         return (replace(plan, init_scale=float(scale)) if isinstance(scale, float) and scale > 0 else plan), None
-    return plan, evidence.trajectory.bad
+    return plan, context.trajectory.bad
 
 
-def cause_of_run(evidence: Evidence, plan: TrainingPlan, bad: BadTensor | None) -> tuple[Origin | None, str | None]:
+def cause_of_run(context: CellContext, plan: TrainingPlan, bad: BadTensor | None) -> tuple[Origin | None, str | None]:
     """Where a value stops being finite in a training run and why; None for what the run does not show.
 
     The steps before the failing one are repeated unwatched, on a copy.
 
     Args:
-        evidence: a cell, or a step that the watch caught.
+        context: a cell, or a step that the watch caught.
         plan: of the run that failed.
         bad: the first tensor that was not finite, None for whatever the first step leaves.
     """
     try:
-        trainer = evidence.trainer(plan)
-        with seeded(evidence.request.seed):
-            origin = _origin_in(trainer, evidence.first_step if bad is None else bad.step, bad)
+        trainer = context.trainer(plan)
+        with seeded(context.request.seed):
+            origin = _origin_in(trainer, context.first_step if bad is None else bad.step, bad)
     except (RuntimeError, NotApplicableError, HaltedError):
         return None, None
     if origin is not None and origin.parameters:
-        return origin, parameter_cause(origin.parameters, evidence)
+        return origin, parameter_cause(origin.parameters, context)
     in_optimizer = bad is not None and bad.kind in {"parameter", "optimizer state"}
     in_optimizer = in_optimizer or (origin is not None and origin.written is not None)
     if in_optimizer and _divides_by_eps(origin) and eps_underflows(trainer.optimizers):
         return origin, "optimizer-underflow"
-    moved = bad is not None and (bad.step > evidence.first_step or in_optimizer)
+    moved = bad is not None and (bad.step > context.first_step or in_optimizer)
     masked = origin is not None and origin.masked_row
-    if moved and not masked and _slower_is_finite(evidence, plan):
+    if moved and not masked and _slower_is_finite(context, plan):
         return origin, "divergence"  # the model was well until its own steps moved it, and smaller ones do not
     return origin, None if origin is None else cause_of(origin)
 
@@ -211,14 +211,14 @@ def _divides_by_eps(origin: Origin | None) -> bool:
     return origin is None or origin.outside_domain or "fused" in origin.op
 
 
-def parameter_cause(parameters: Iterable[str], evidence: Evidence) -> str:
+def parameter_cause(parameters: Iterable[str], context: CellContext) -> str:
     """The cause of parameters that are not finite themselves.
 
     Args:
         parameters: names.
-        evidence: knows which of them nothing has initialised.
+        context: knows which of them nothing has initialised.
     """
-    return "uninitialised-parameters" if set(parameters) & set(evidence.unwritten) else "corrupt-weights"
+    return "uninitialised-parameters" if set(parameters) & set(context.unwritten) else "corrupt-weights"
 
 
 def cause_of(origin: Origin) -> str:
@@ -239,38 +239,33 @@ def cause_of(origin: Origin) -> str:
     return "overflow" if origin.has_infinity and name_of(origin.op) not in POLES else "invalid-operation"
 
 
-def _forward_cause(origin: Origin, evidence: Evidence, batch: Batch | None) -> str:
+def _forward_cause(origin: Origin, context: CellContext, batch: Batch | None) -> str:
     cause = cause_of(origin)
     if origin.parameters:
-        return parameter_cause(origin.parameters, evidence)
-    if (
-        origin.outside_domain
-        and cause == "invalid-operation"
-        and batch is not None
-        and _finite_in_fp32(evidence, batch)
-    ):
+        return parameter_cause(origin.parameters, context)
+    if origin.outside_domain and cause == "invalid-operation" and batch is not None and _finite_in_fp32(context, batch):
         return "underflow"  # the zero that it divides by is one in this dtype only
     return cause
 
 
-def _finite_in_fp32(evidence: Evidence, batch: Batch) -> bool:
+def _finite_in_fp32(context: CellContext, batch: Batch) -> bool:
     """The same batch through the model in float32; False where it is in float32 already."""
-    if evidence.recipe.computes_in not in {"float16", "bfloat16"}:
+    if context.recipe.computes_in not in {"float16", "bfloat16"}:
         return False
-    wider = evidence.variant(precision_name="fp32")
+    wider = context.variant(precision_name="fp32")
     try:
         outputs = wider.forward(batch)
     except (RuntimeError, NumericsSuiteError):
         return False
     finally:
-        wider.let_go()
+        wider.release()
     return not any(nonfinite_count(value) for value in outputs.values())
 
 
-def _slower_is_finite(evidence: Evidence, plan: TrainingPlan) -> bool:
+def _slower_is_finite(context: CellContext, plan: TrainingPlan) -> bool:
     rates = (plan.lr / SLOWER, *((USUAL,) if plan.lr / SLOWER > USUAL else ()))
     try:
-        return any(evidence.train(replace(plan, lr=lr)).bad is None for lr in rates)
+        return any(context.train(replace(plan, lr=lr)).bad is None for lr in rates)
     except (RuntimeError, NumericsSuiteError):
         return False
 

@@ -10,7 +10,7 @@ from numerics_suite.core.records import CheckResult, Finding, Remedy
 from numerics_suite.diagnosis.consequences import NO_RUN
 from numerics_suite.diagnosis.remedy_register import cures
 from numerics_suite.diagnosis.remedy_trials import Ask
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 AT_ITS_PLACE = frozenset(
     {
@@ -28,14 +28,14 @@ whole run: two defects may both be gone under these."""
 
 
 def following(
-    check: str, finding: Finding, evidence: Evidence, earlier: Iterable[CheckResult], ask: Ask
+    check: str, finding: Finding, context: CellContext, earlier: Iterable[CheckResult], ask: Ask
 ) -> Finding | None:
     """The finding as a consequence of an earlier one, with the remedy that cured both; None where nothing shows that.
 
     Args:
         check: id of the check that failed.
         finding: of that check, whose own remedies were tried.
-        evidence: the cell.
+        context: the cell.
         earlier: results of the same cell with findings that follow from no other.
         ask: runs a check again.
     """
@@ -43,7 +43,7 @@ def following(
         for remedy in root.finding.remedies if root.finding is not None else ():
             if remedy.verified and not remedy.together and remedy.name in AT_ITS_PLACE and remedy.name in cures():
                 assert root.finding is not None
-                if _cures(check, remedy.name, root.finding, evidence, ask):
+                if _cures(check, remedy.name, root.finding, context, ask):
                     shown = Remedy(
                         name=remedy.name,
                         description=remedy.description,
@@ -55,17 +55,17 @@ def following(
     return None
 
 
-def _cures(check: str, name: str, root: Finding, evidence: Evidence, ask: Ask) -> bool:
+def _cures(check: str, name: str, root: Finding, context: CellContext, ask: Ask) -> bool:
     """Whether the check passes under the root's remedy, in the first way that it is applied: at the root's own place."""
-    ways = cures()[name](evidence, root)
+    ways = cures()[name](context, root)
     try:
         attempt = next(ways, None)
         if attempt is None:
             return False
         try:
-            return not ask(check, attempt.evidence).breaches
+            return not ask(check, attempt.context).breaches
         finally:
-            attempt.evidence.let_go()
+            attempt.context.release()
     except (NumericsSuiteError, *NO_RUN):
         return False
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding, Subject
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.load import Loaded
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import private_modules
@@ -36,9 +36,9 @@ def _changed(opener: Opener, change: Callable[[Any], None]) -> Opener:
     return opened
 
 
-def _tokenizer(evidence: Evidence) -> Any | None:
+def _tokenizer(context: CellContext) -> Any | None:
     try:
-        return evidence.tokenizer
+        return context.tokenizer
     except (TokenizerRaisesError, NotApplicableError):
         return None
 
@@ -46,9 +46,9 @@ def _tokenizer(evidence: Evidence) -> Any | None:
 # --- fix-padding, set-pad-token ------------------------------------------------------------------------------------
 
 
-def other_side(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def other_side(context: CellContext) -> Iterator[tuple[CellContext, str]]:
     """The cell whose tokenizer pads on the other side, and how that is written."""
-    tokenizer = _tokenizer(evidence)
+    tokenizer = _tokenizer(context)
     if tokenizer is None or tokenizer.padding_side not in OPPOSITE:
         return
     side = OPPOSITE[tokenizer.padding_side]
@@ -56,16 +56,16 @@ def other_side(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
     def change(opened: Any) -> None:
         opened.padding_side = side
 
-    yield evidence.variant(tokenizer=_changed(evidence.request.tokenizer, change)), f'tokenizer.padding_side = "{side}"'
+    yield context.variant(tokenizer=_changed(context.request.tokenizer, change)), f'tokenizer.padding_side = "{side}"'
 
 
-def pad_token(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def pad_token(context: CellContext) -> Iterator[tuple[CellContext, str]]:
     """The cell whose model and tokenizer both know a pad token: the tokenizer's, else the config's, else EOS."""
-    if not evidence.takes_ids:
+    if not context.takes_ids:
         return
-    tokenizer, known = _tokenizer(evidence), getattr(evidence.model.config, "pad_token_id", None)
+    tokenizer, known = _tokenizer(context), getattr(context.model.config, "pad_token_id", None)
     own = getattr(tokenizer, "pad_token_id", None)
-    pad = evidence.space.pad_id if own is None else own
+    pad = context.space.pad_id if own is None else own
     token = None if tokenizer is None or own is not None else tokenizer.convert_ids_to_tokens(pad)
     if pad == known and token is None:
         return
@@ -78,33 +78,33 @@ def pad_token(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
         if token is not None:
             opened.pad_token = token
 
-    opener = _changed(evidence.request.tokenizer, of_tokenizer)
+    opener = _changed(context.request.tokenizer, of_tokenizer)
     how = [] if pad == known else [f"pad_token_id {pad} in config.json"]
     how += [] if token is None else [f"pad_token {token!r} in tokenizer_config.json"]
-    yield evidence.variant(change=of_model, tokenizer=opener), " and ".join(how)
+    yield context.variant(change=of_model, tokenizer=opener), " and ".join(how)
 
 
 # --- fix-tokenizer -------------------------------------------------------------------------------------------------
 
 
-def mended(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str]]:
+def mended(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its tokenizer mended, and the change: what the exception itself names is changed, as long as it names more.
 
     Args:
-        evidence: a cell whose tokenizer raises.
+        context: a cell whose tokenizer raises.
         finding: with the exception.
 
     Raises:
         NotApplicableError: the exception names nothing that could be changed here, or what is changed needs a package.
     """
-    opener, exception, done = evidence.request.tokenizer, str(finding.evidence.get("exception", "")), list[str]()
+    opener, exception, done = context.request.tokenizer, str(finding.evidence.get("exception", "")), list[str]()
     while len(done) < MOST_CHANGES:
-        change = _change(evidence, opener, exception)
+        change = _change(context, opener, exception)
         if change is None or change[1] in done:
             break
         opener = change[0]
         done.append(change[1])
-        cured = evidence.variant(tokenizer=opener)
+        cured = context.variant(tokenizer=opener)
         exception = _exception(cured)
         yield cured, "; ".join(done)
     if not done:
@@ -112,14 +112,14 @@ def mended(evidence: Evidence, finding: Finding) -> Iterator[tuple[Evidence, str
         raise NotApplicableError(reason)
 
 
-def _exception(evidence: Evidence) -> str:
+def _exception(context: CellContext) -> str:
     """What the tokenizer raises now, empty where it does not.
 
     Raises:
         NotApplicableError: a package is missing, so that nobody knows.
     """
     try:
-        tokenizer = evidence.tokenizer
+        tokenizer = context.tokenizer
         if tokenizer is not None:
             with tokenizer_failures(""):
                 tokenizer(["a", "b c"], padding=tokenizer.pad_token is not None)
@@ -128,7 +128,7 @@ def _exception(evidence: Evidence) -> str:
     return ""
 
 
-def _change(evidence: Evidence, opener: Opener, exception: str) -> tuple[Opener, str] | None:
+def _change(context: CellContext, opener: Opener, exception: str) -> tuple[Opener, str] | None:
     if (found := KEYWORD.search(exception)) is not None:
         method, keyword = found.groups()
         does = "pads on that side" if keyword == "padding_side" else "is ignored where it is None or False"
@@ -136,11 +136,11 @@ def _change(evidence: Evidence, opener: Opener, exception: str) -> tuple[Opener,
         return _changed(opener, functools.partial(_take_unknown, method=method)), told
     if (found := NO_SETTER.search(exception)) is not None and ("setter" in exception or "can't set" in exception):
         key = found.group(1)
-        return _opened_with(evidence, {key: None}), f"no {key} in tokenizer_config.json: the class has its own"
-    folder = tokenizer_folder(evidence.subject)
+        return _opened_with(context, {key: None}), f"no {key} in tokenizer_config.json: the class has its own"
+    folder = tokenizer_folder(context.subject)
     if folder is not None and (folder / "tokenizer.json").is_file():
         told = "PreTrainedTokenizerFast as tokenizer_class in tokenizer_config.json, which reads tokenizer.json in every release"
-        return _opened_with(evidence, None), told
+        return _opened_with(context, None), told
     return None
 
 
@@ -169,7 +169,7 @@ def _take_unknown(tokenizer: Any, *, method: str) -> None:
     tokenizer.__class__ = type(kind.__name__, (kind,), {method: tolerant, "__module__": kind.__module__})
 
 
-def _opened_with(evidence: Evidence, overrides: dict[str, Any] | None) -> Opener:
+def _opened_with(context: CellContext, overrides: dict[str, Any] | None) -> Opener:
     """Opens the tokenizer with some keys of its config overridden; with None by the class that reads `tokenizer.json`."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # heavy
 
@@ -178,7 +178,7 @@ def _opened_with(evidence: Evidence, overrides: dict[str, Any] | None) -> Opener
         with tokenizer_failures("opening it"), quiet_transformers(), private_modules():
             if overrides is None:
                 return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            trusted = evidence.subject.trust_remote_code
+            trusted = context.subject.trust_remote_code
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True, **overrides)
 
     return opened

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.load import Loaded
 
 FASTER = (10.0, 100.0, 1000.0)
@@ -19,47 +19,47 @@ CHECKPOINT = "_gradient_checkpointing_func"
 """Where transformers keeps a module's checkpointing function, a partial of torch's."""
 
 
-def higher_rates(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def higher_rates(context: CellContext) -> Iterator[tuple[CellContext, str]]:
     """The same training at higher learning rates.
 
     Args:
-        evidence: a cell, or a step that the watch caught.
+        context: a cell, or a step that the watch caught.
     """
-    lr = evidence.request.plan.lr
+    lr = context.request.plan.lr
     for times in FASTER if lr > 0 else ():
-        yield evidence.variant(plan=evidence.with_plan(lr=lr * times)), f"lr {lr * times:.2g} (was {lr:.2g})"
+        yield context.variant(plan=context.with_plan(lr=lr * times)), f"lr {lr * times:.2g} (was {lr:.2g})"
 
 
-def rounded(evidence: Evidence, how: str) -> Iterator[tuple[Evidence, str]]:
+def rounded(context: CellContext, how: str) -> Iterator[tuple[CellContext, str]]:
     """The same training with its steps held another way.
 
     Args:
-        evidence: as above.
+        context: as above.
         how: `master` or `stochastic`.
     """
     # A head in half precision may stand beside adapters in float32, whatever the cell's own precision is.
-    if any(p.dtype in NARROW for p in evidence.model.parameters()):
-        yield evidence.variant(plan=evidence.with_plan(rounding=how)), ""
+    if any(p.dtype in NARROW for p in context.model.parameters()):
+        yield context.variant(plan=context.with_plan(rounding=how)), ""
 
 
-def rebuilt_optimizer(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def rebuilt_optimizer(context: CellContext) -> Iterator[tuple[CellContext, str]]:
     """Optimizers over the model's own parameters, where some are held by none.
 
     Args:
-        evidence: as above.
+        context: as above.
     """
-    if evidence.unheld:
-        yield evidence.variant(plan=evidence.with_plan(rebuilt=True)), f"with {len(evidence.unheld)} parameters more"
+    if context.unheld:
+        yield context.variant(plan=context.with_plan(rebuilt=True)), f"with {len(context.unheld)} parameters more"
 
 
-def non_reentrant(evidence: Evidence) -> Iterator[tuple[Evidence, str]]:
+def non_reentrant(context: CellContext) -> Iterator[tuple[CellContext, str]]:
     """Checkpoints that are not reentrant, where the model has reentrant ones.
 
     Args:
-        evidence: as above.
+        context: as above.
     """
-    if has_reentrant_checkpoints(evidence.model):
-        yield evidence.variant(change=_not_reentrant), "use_reentrant=False"
+    if has_reentrant_checkpoints(context.model):
+        yield context.variant(change=_not_reentrant), "use_reentrant=False"
 
 
 def has_reentrant_checkpoints(model: nn.Module) -> bool:

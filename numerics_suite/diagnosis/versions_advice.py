@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.diagnosis.consequences import NO_RUN
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.fixtures import fixture_names, fixture_path
 from numerics_suite.subjects.resolve import resolve_all
@@ -46,17 +46,17 @@ NO_SHAPE = frozenset(
 """Keys that say nothing of what is computed."""
 
 
-def borne_out(finding: Finding, evidence: Evidence) -> Finding:
+def borne_out(finding: Finding, context: CellContext) -> Finding:
     """The finding without advice on versions that the evidence speaks against.
 
     No release of transformers changes the user's own code, and none gives back the weights that a baseline was recorded of.
 
     Args:
         finding: with remedies that were not tried yet.
-        evidence: the cell, or the caught step.
+        context: the cell, or the caught step.
     """
-    out = {NEWER, PIN} if is_users_code(evidence) else set()
-    baseline, digest = evidence.request.baseline, evidence.subject.digest
+    out = {NEWER, PIN} if is_users_code(context) else set()
+    baseline, digest = context.request.baseline, context.subject.digest
     if baseline is not None and digest is not None and baseline.subject.get("digest") != digest:
         out.add(PIN)
     return _without(finding, out)
@@ -76,17 +76,17 @@ def _without(finding: Finding, names: set[str]) -> Finding:
     return replace(finding, remedies=remedies)
 
 
-def clean_on_a_fixture(check: str, evidence: Evidence, ask: Ask) -> bool:
+def clean_on_a_fixture(check: str, context: CellContext, ask: Ask) -> bool:
     """Whether the installed release passes the check on a shipped checkpoint of the same shape: then the release is not at fault.
 
     The shape is what config.json says beside sizes and names: architecture, rotary section, biases, tied embeddings.
 
     Args:
         check: id of the check that failed.
-        evidence: the cell.
+        context: the cell.
         ask: runs a check.
     """
-    subject = evidence.subject
+    subject = context.subject
     if subject.kind not in {"directory", "hub"} or subject.adapter_base or subject.quantized:
         return False
     shape = _shape(subject.config)
@@ -94,8 +94,8 @@ def clean_on_a_fixture(check: str, evidence: Evidence, ask: Ask) -> bool:
     for name in alike:
         try:
             (fixture,) = resolve_all((f"fixture:{name}",), task=subject.task)
-            cell = replace(evidence.cell, subject=fixture.id)
-            sound = Evidence(fixture, cell, replace(evidence.request, data=None, baseline=None))
+            cell = replace(context.cell, subject=fixture.id)
+            sound = CellContext(fixture, cell, replace(context.request, data=None, baseline=None))
             return not ask(check, sound).breaches
         except (NumericsSuiteError, *NO_RUN):
             continue
@@ -130,18 +130,18 @@ def borne_out_of(finding: Finding, model: nn.Module) -> Finding:
     return without_newer(_without(finding, {NEWER, PIN} if _is_users_class(model) else set()))
 
 
-def is_users_code(evidence: Evidence) -> bool:
+def is_users_code(context: CellContext) -> bool:
     """Whether the model's class is the user's: of a factory's module, or of the code in a checkpoint's folder.
 
     Args:
-        evidence: the cell, or the caught step.
+        context: the cell, or the caught step.
     """
-    if evidence.subject.kind == "fixture":
+    if context.subject.kind == "fixture":
         return False  # its code ships with this tool
     try:
-        return _is_users_class(evidence.model)
+        return _is_users_class(context.model)
     except NumericsSuiteError:  # it cannot be loaded
-        return evidence.subject.kind == "factory" or needs_remote_code(evidence.subject.config)
+        return context.subject.kind == "factory" or needs_remote_code(context.subject.config)
 
 
 def _is_users_class(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from numerics_suite.engine.attention_formula import Attention, Gradients
-from numerics_suite.engine.lifting import widen
+from numerics_suite.engine.reference_ops import widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.engine.calls import call_model, input_device, to_device
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.subjects import generation
 
 Call = Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from numerics_suite.engine.calls import input_device, to_device
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan, trainer_of
 from numerics_suite.subjects.quiet import quiet_transformers
 
@@ -20,15 +20,15 @@ NEW_TOKENS = 2
 """The second is the first that is decoded with the cache."""
 
 
-def is_documented(evidence: Evidence, tensors: Mapping[str, Any], keywords: Mapping[str, Any]) -> bool:
+def is_documented(context: CellContext, tensors: Mapping[str, Any], keywords: Mapping[str, Any]) -> bool:
     """Whether the call is one that every user makes: int64 ids, masks and labels, or the batch that a factory gave.
 
     Args:
-        evidence: the cell.
+        context: the cell.
         tensors: that the model was called with, by name.
         keywords: of the same call.
     """
-    own = evidence.loaded.batch
+    own = context.loaded.batch
     if own is not None:
         alike = tensors.keys() <= own.keys() and all(_alike(value, own[name]) for name, value in tensors.items())
         return alike and keywords.keys() <= KEYWORDS
@@ -45,36 +45,36 @@ def _alike(value: object, other: object) -> bool:
 
 
 def documented_calls(
-    evidence: Evidence, tensors: Mapping[str, Any], keywords: Mapping[str, Any]
+    context: CellContext, tensors: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each call in words, and a function that makes it under the cell's condition without any hook or mode of ours.
 
     Args:
-        evidence: the cell, not in float64, where the suite lifts sections that a program keeps in float32.
+        context: the cell, not in float64, where the suite lifts sections that a program keeps in float32.
         tensors: what the model is called with.
         keywords: of the call.
     """
-    yield "forward", lambda: evidence.run(evidence.inputs_in(tensors), **keywords)
-    if evidence.recipe.trains and ("labels" in tensors or not evidence.takes_ids):
-        yield "forward and backward", lambda: _trained(evidence, tensors, checkpointing=False)
-        if getattr(evidence.model, "supports_gradient_checkpointing", False):
+    yield "forward", lambda: context.run(context.inputs_in(tensors), **keywords)
+    if context.recipe.trains and ("labels" in tensors or not context.takes_ids):
+        yield "forward and backward", lambda: _trained(context, tensors, checkpointing=False)
+        if getattr(context.model, "supports_gradient_checkpointing", False):
             words = "forward and backward with gradient checkpointing"
-            yield words, lambda: _trained(evidence, tensors, checkpointing=True)
-    if evidence.takes_ids and evidence.subject.task == "causal-lm" and hasattr(evidence.model, "generate"):
-        yield "generate", lambda: _generated(evidence, tensors)
+            yield words, lambda: _trained(context, tensors, checkpointing=True)
+    if context.takes_ids and context.subject.task == "causal-lm" and hasattr(context.model, "generate"):
+        yield "generate", lambda: _generated(context, tensors)
 
 
-def _trained(evidence: Evidence, tensors: Mapping[str, Any], *, checkpointing: bool) -> None:
-    model: Any = evidence.copy_model()
+def _trained(context: CellContext, tensors: Mapping[str, Any], *, checkpointing: bool) -> None:
+    model: Any = context.copy_model()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    trainer_of(model, tensors, condition=evidence.condition, plan=TrainingPlan(steps=1)).step(1)
+    trainer_of(model, tensors, condition=context.condition, plan=TrainingPlan(steps=1)).step(1)
 
 
-def _generated(evidence: Evidence, tensors: Mapping[str, Any]) -> object:
-    model: Any = evidence.model
+def _generated(context: CellContext, tensors: Mapping[str, Any]) -> object:
+    model: Any = context.model
     given = {name: value for name, value in tensors.items() if name in {"input_ids", "attention_mask"}}
     given = to_device(given, input_device(model))
     with quiet_transformers():
-        return evidence.runner.apply(lambda: model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False))
+        return context.runner.apply(lambda: model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False))

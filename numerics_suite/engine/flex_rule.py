@@ -22,12 +22,12 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward, math_attention
 
 from numerics_suite.engine.attention_formula import Attention, probabilities
-from numerics_suite.engine.lifting import tensors_in, widen
+from numerics_suite.engine.reference_ops import tensors_in, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numerics_suite.engine.lifting import LeanMode
+    from numerics_suite.engine.reference_ops import LeanMode
 
 LN2: Final = math.log(2)
 

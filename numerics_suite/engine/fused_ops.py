@@ -22,7 +22,7 @@ from numerics_suite.observations.roundoff import unit_roundoff
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from numerics_suite.engine.lifting import LeanMode
+    from numerics_suite.engine.reference_ops import LeanMode
 
     Given = Mapping[str, Any]
 

@@ -14,63 +14,63 @@ from numerics_suite.inputs.labels import counted_labels, empty_batches, no_label
 from numerics_suite.subjects.tokenizers import TokenizerRaisesError
 
 if TYPE_CHECKING:
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 
-def own_batch(evidence: Evidence) -> Batch | None:
+def own_batch(context: CellContext) -> Batch | None:
     """The batch as it came; None without one, or where the tokenizer makes none: inputs.pipeline says why."""
-    if evidence.loaded.batch is not None:
-        return Batch(tensors=dict(evidence.loaded.batch), drawn="the factory's own batch")
-    data = evidence.request.data
-    if data is None or not evidence.takes_ids:
+    if context.loaded.batch is not None:
+        return Batch(tensors=dict(context.loaded.batch), drawn="the factory's own batch")
+    data = context.request.data
+    if data is None or not context.takes_ids:
         return None
     try:
-        return None if evidence.tokenizer is None else data(evidence.subject, evidence.space, evidence.tokenizer)
+        return None if context.tokenizer is None else data(context.subject, context.space, context.tokenizer)
     except (TokenizerRaisesError, NotApplicableError):
         return None
 
 
-def usable(evidence: Evidence, batch: Batch | None) -> Batch | None:
+def usable(context: CellContext, batch: Batch | None) -> Batch | None:
     """The batch where the model can take it; inputs.pipeline says what is wrong with another."""
-    if batch is None or not evidence.takes_ids:
+    if batch is None or not context.takes_ids:
         return batch
     ids = batch.tensors.get("input_ids")
     if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
         return None
-    if int(ids.min()) < 0 or int(ids.max()) >= evidence.vocab_size:
+    if int(ids.min()) < 0 or int(ids.max()) >= context.vocab_size:
         return None
     # Without a mask every token is real, as for the model itself.
     tensors = {"attention_mask": torch.ones_like(ids), **batch.tensors}
     # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
     plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
-    pad_inside = bool(((ids == evidence.space.pad_id) & (tensors["attention_mask"] != 0)).any())
+    pad_inside = bool(((ids == context.space.pad_id) & (tensors["attention_mask"] != 0)).any())
     # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
-    one_table = int(ids.shape[-1]) <= evidence.longest
-    return replace(batch, tensors=tensors, law_abiding=plain and one_table and not pad_inside)
+    one_table = int(ids.shape[-1]) <= context.longest
+    return replace(batch, tensors=tensors, laws_apply=plain and one_table and not pad_inside)
 
 
-def counted(evidence: Evidence, batch: Batch) -> tuple[int, ...]:
+def counted(context: CellContext, batch: Batch) -> tuple[int, ...]:
     """How many labels of each row count: of the rows that were counted of the user's file, else of the batch's."""
-    labels = counted_labels(batch.tensors["labels"], shifted=evidence.subject.task == "causal-lm")
+    labels = counted_labels(batch.tensors["labels"], shifted=context.subject.task == "causal-lm")
     return batch.label_counts or tuple(labels.tolist())
 
 
-def is_the_factorys(evidence: Evidence, batch: Batch) -> bool:
+def is_the_factorys(context: CellContext, batch: Batch) -> bool:
     """Whether it is trained on as it stands: nobody cuts a factory's batch, or draws its rows."""
-    return evidence.loaded.batch is not None and batch is evidence.usable_own_batch
+    return context.loaded.batch is not None and batch is context.usable_own_batch
 
 
-def empty_batches_of(evidence: Evidence, batch: Batch) -> float:
+def empty_batches_of(context: CellContext, batch: Batch) -> float:
     """How many batches of an epoch over the user's rows are expected to have no label that counts, at least 1 where no row has one."""
-    if is_the_factorys(evidence, batch):
-        return float(not can_be_trained_on(evidence, batch))
-    found = empty_batches(counted(evidence, batch), batch=evidence.request.rows, rows=batch.rows_in_file)
-    return found if can_be_trained_on(evidence, batch) else max(1.0, found)
+    if is_the_factorys(context, batch):
+        return float(not can_be_trained_on(context, batch))
+    found = empty_batches(counted(context, batch), batch=context.request.rows, rows=batch.rows_in_file)
+    return found if can_be_trained_on(context, batch) else max(1.0, found)
 
 
-def can_be_trained_on(evidence: Evidence, batch: Batch | None) -> bool:
+def can_be_trained_on(context: CellContext, batch: Batch | None) -> bool:
     """Whether a training step over the batch has a loss; the mean over no label is NaN by definition."""
-    if batch is None or not evidence.takes_ids:
+    if batch is None or not context.takes_ids:
         return batch is not None
     has_labels = isinstance(batch.tensors.get("labels"), Tensor)
-    return has_labels and not no_label_counts(batch.tensors, shifted=evidence.subject.task == "causal-lm")
+    return has_labels and not no_label_counts(batch.tensors, shifted=context.subject.task == "causal-lm")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.exact import AGREED
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import true_answer
 from numerics_suite.inputs.strategies import pad_rows
 from numerics_suite.observations.roundoff import relative_error
@@ -77,49 +77,49 @@ def packed(rows: Sequence[Tensor], way: Way, model: nn.Module) -> dict[str, Any]
     return tensors
 
 
-def padded_rows(rows: Sequence[Tensor], evidence: Evidence) -> dict[str, Tensor]:
+def padded_rows(rows: Sequence[Tensor], context: CellContext) -> dict[str, Tensor]:
     """The same rows each in a row of its own, padded on a side that the family declares."""
     lists = [row.tolist() for row in rows]
-    ids, mask = pad_rows(lists, evidence.family.padding_sides[0], evidence.space.pad_id)
-    return _told({"input_ids": ids, "attention_mask": mask}, evidence.model)
+    ids, mask = pad_rows(lists, context.family.padding_sides[0], context.space.pad_id)
+    return _told({"input_ids": ids, "attention_mask": mask}, context.model)
 
 
-def row_alone(row: Tensor, evidence: Evidence) -> dict[str, Tensor]:
+def row_alone(row: Tensor, context: CellContext) -> dict[str, Tensor]:
     """One of them alone, told the same positions: a model's own may begin elsewhere (RoBERTa's do)."""
     ids = row[None]
-    return _told({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, evidence.model)
+    return _told({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, context.model)
 
 
 def _told(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return tensors | ({"position_ids": counted_positions(tensors["attention_mask"])} if takes_positions(model) else {})
 
 
-def ways_of(evidence: Evidence) -> Ways:
+def ways_of(context: CellContext) -> Ways:
     """How rows may be packed for the cell's model.
 
     Of families whose code is known the release alone decides. Any other class is tried on two rows: it supports `position_ids` where they
     make it separate anything at all, and the other ways where they separate the two.
     """
-    if evidence.request.packing:
-        return Ways(asked=evidence.request.packing)  # type: ignore[arg-type]
-    if "packing" not in evidence.memo:
-        evidence.memo["packing"] = _ways(evidence)
-    found = evidence.memo["packing"]
+    if context.request.packing:
+        return Ways(asked=context.request.packing)  # type: ignore[arg-type]
+    if "packing" not in context.memo:
+        context.memo["packing"] = _ways(context)
+    found = context.memo["packing"]
     assert isinstance(found, Ways)
     return found
 
 
-def _ways(evidence: Evidence) -> Ways:
-    flash = evidence.loaded.attn.startswith("flash_attention")
-    known = evidence.family.packs and not flash
-    release = compat.packs_by_positions() if known else _separates(evidence)
+def _ways(context: CellContext) -> Ways:
+    flash = context.loaded.attn.startswith("flash_attention")
+    known = context.family.packs and not flash
+    release = compat.packs_by_positions() if known else _separates(context)
     asked: list[Way] = ["position_ids"] if release else []
     other: Way = "cu_seqlens" if flash else "block-mask"
-    if known or _separates_wholly(evidence, other):
+    if known or _separates_wholly(context, other):
         asked.append(other)
     if release:
         return Ways(asked=tuple(asked))
-    who = f"transformers {compat.version()}" if known else type(evidence.model).__name__
+    who = f"transformers {compat.version()}" if known else type(context.model).__name__
     if not asked:
         reason = (
             f"{who} keeps packed rows apart neither by position_ids nor by {WORDS[other]}; train on {WORDS['rows']}"
@@ -132,33 +132,33 @@ def _ways(evidence: Evidence) -> Ways:
     )
 
 
-def _two_rows(evidence: Evidence) -> list[Tensor]:
+def _two_rows(context: CellContext) -> list[Tensor]:
     """Three tokens and two others, none of them padding."""
-    pad, size = evidence.space.pad_id, evidence.vocab_size
+    pad, size = context.space.pad_id, context.vocab_size
     ids = torch.tensor([token for token in range(min(size, 6)) if token != pad])
     return [ids[:3], ids[-2:]]
 
 
-def _separates(evidence: Evidence) -> bool:
+def _separates(context: CellContext) -> bool:
     """Whether the model's masks depend on `position_ids` where it is given none.
 
     A state that is rolled on from token to token ends at no row, whatever the masks say.
     """
-    if not takes_positions(evidence.model) or generation.is_stateful(evidence.model):
+    if not takes_positions(context.model) or generation.is_stateful(context.model):
         return False
-    told = packed(_two_rows(evidence), "position_ids", evidence.model)
+    told = packed(_two_rows(context), "position_ids", context.model)
     whole = told | {"attention_mask": torch.ones_like(told["input_ids"])}
     try:
-        return not relative_error(true_answer(evidence, told), true_answer(evidence, whole)) <= AGREED
+        return not relative_error(true_answer(context, told), true_answer(context, whole)) <= AGREED
     except REFUSALS:
         return False
 
 
-def _separates_wholly(evidence: Evidence, way: Way) -> bool:
-    rows = _two_rows(evidence)
-    alone = torch.cat([true_answer(evidence, row_alone(row, evidence))[0] for row in rows])
+def _separates_wholly(context: CellContext, way: Way) -> bool:
+    rows = _two_rows(context)
+    alone = torch.cat([true_answer(context, row_alone(row, context))[0] for row in rows])
     try:
-        together = true_answer(evidence, packed(rows, way, evidence.model))[0]
+        together = true_answer(context, packed(rows, way, context.model))[0]
         return relative_error(together, alone) <= AGREED
     except REFUSALS:
         return False

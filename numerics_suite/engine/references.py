@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.layout import STATES, batch_first, sequence_first
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observations.roundoff import relative_error, rms
@@ -22,18 +22,18 @@ TRUE = "fp64"
 """The condition of the true fp64 run."""
 
 
-def _read(evidence: Evidence, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+def _read(context: CellContext, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
     """The answer of a pass from the cell's store; every condition but true fp64 computes in the cell's own dtype."""
     if condition.startswith(TRUE):
-        return evidence.true_passes.answers.read((condition, batch_key(tensors)), compute)
-    return evidence.passes.read((condition, batch_key(tensors)), compute, dtype_of(evidence.recipe.computes_in))
+        return context.true_passes.answers.read((condition, batch_key(tensors)), compute)
+    return context.passes.read((condition, batch_key(tensors)), compute, dtype_of(context.recipe.computes_in))
 
 
-def true_pass(evidence: Evidence, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
+def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
     """The answer of a true fp64 pass in which a call of its own runs the model, float64 on the CPU.
 
     Args:
-        evidence: the cell.
+        context: the cell.
         tensors: what the call is given.
         call: gives an output `answer`.
         name: of the call: two that do the same have the same name.
@@ -43,11 +43,11 @@ def true_pass(evidence: Evidence, tensors: Mapping[str, Any], call: Caller, name
     """
 
     def make() -> Tensor:
-        run = evidence.runner.true_fp64(tensors, call=call)
+        run = context.runner.true_fp64(tensors, call=call)
         trusted(run.left_out)
         return run.outputs["answer"].cpu()
 
-    return _read(evidence, f"{TRUE} {name}", tensors, make)
+    return _read(context, f"{TRUE} {name}", tensors, make)
 
 
 def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,22 +55,22 @@ def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 
-def refuse_without_ids(evidence: Evidence) -> None:
+def refuse_without_ids(context: CellContext) -> None:
     """Leave out a plain module that wraps no language model: its batch has no token ids.
 
     Raises:
         NotApplicableError: it does not.
     """
-    if not evidence.takes_ids and "input_ids" not in evidence.training_batch.tensors:
+    if not context.takes_ids and "input_ids" not in context.training_batch.tensors:
         reason = "a plain module takes no token ids"
         raise NotApplicableError(reason)
 
 
-def turned_states(evidence: Evidence) -> frozenset[str]:
+def turned_states(context: CellContext) -> frozenset[str]:
     """Where the cell's model holds states as `[sequence, batch, …]`; see :func:`numerics_suite.engine.layout.sequence_first`."""
-    if "turned states" not in evidence.memo:
-        evidence.memo["turned states"] = sequence_first(evidence.model, output_hidden_states=True)
-    found: frozenset[str] = evidence.memo["turned states"]
+    if "turned states" not in context.memo:
+        context.memo["turned states"] = sequence_first(context.model, output_hidden_states=True)
+    found: frozenset[str] = context.memo["turned states"]
     return found
 
 
@@ -91,10 +91,10 @@ def answer_of(output: Any, *, by_token: bool, turned: frozenset[str] = frozenset
     return logits
 
 
-def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Caller:
+def caller(context: CellContext, *, by_token: bool, **keywords: Any) -> Caller:
     """Calls a model so that :func:`answer_of` finds its answer."""
-    pooled = by_token and evidence.subject.task == "sequence-classification"
-    turned = turned_states(evidence) if pooled else frozenset()
+    pooled = by_token and context.subject.task == "sequence-classification"
+    turned = turned_states(context) if pooled else frozenset()
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
         extra = {"output_hidden_states": True} if pooled else {}
@@ -104,14 +104,14 @@ def caller(evidence: Evidence, *, by_token: bool, **keywords: Any) -> Caller:
     return call
 
 
-def true_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def true_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the true fp64 run, float64 on the CPU.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    call = caller(evidence, by_token=by_token)
-    return true_pass(evidence, without_labels(tensors), call, f"by token: {by_token}")
+    call = caller(context, by_token=by_token)
+    return true_pass(context, without_labels(tensors), call, f"by token: {by_token}")
 
 
 def trusted(left_out: tuple[str, ...]) -> None:
@@ -134,7 +134,7 @@ def no_reference(left_out: Sequence[str], *, kind: str = "float64") -> str:
     return f"no {kind} reference: {', '.join(left_out[:3])} cannot be computed in float64"
 
 
-def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def rounded_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once.
 
     Raises:
@@ -143,29 +143,29 @@ def rounded_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: 
     given = without_labels(tensors)
 
     def make() -> Tensor:
-        run = evidence.runner.rounded(given, call=caller(evidence, by_token=by_token))
+        run = context.runner.rounded(given, call=caller(context, by_token=by_token))
         if run.left_out:
             raise NotApplicableError(no_reference(run.left_out, kind="rounded"))
         return run.outputs["answer"].cpu()
 
-    return _read(evidence, f"rounded {by_token}", given, make)
+    return _read(context, f"rounded {by_token}", given, make)
 
 
-def plain_answer(evidence: Evidence, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def plain_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
     """The answer of the cell itself in its own precision, float64 on the CPU."""
     given = without_labels(tensors)
 
     def make() -> Tensor:
-        call = caller(evidence, by_token=by_token)
-        answer: Tensor = evidence.runner.apply(lambda: call(evidence.model, given)["answer"])
+        call = caller(context, by_token=by_token)
+        answer: Tensor = context.runner.apply(lambda: call(context.model, given)["answer"])
         return answer
 
-    return _read(evidence, f"plain {by_token}", given, make)
+    return _read(context, f"plain {by_token}", given, make)
 
 
-def is_reference_itself(evidence: Evidence) -> bool:
+def is_reference_itself(context: CellContext) -> bool:
     """In fp64 the run is its own reference: it has no inherent error to compare with."""
-    return evidence.recipe.computes_in == "float64"
+    return context.recipe.computes_in == "float64"
 
 
 def longest_reduction(model: nn.Module) -> int:
@@ -189,23 +189,23 @@ def routed_reason() -> str:
     return "a mixture of experts: rounding may swap two experts of near rank, and the answer jumps"
 
 
-def rounding_allowance(evidence: Evidence, tokens: int = 0) -> float:
+def rounding_allowance(context: CellContext, tokens: int = 0) -> float:
     """By how much a kernel's error may exceed one rounding per op, before any multiple.
 
     In 16 bits kernels accumulate in float32, so a product is rounded once: 1. In float32 they accumulate in float32
     too: a sum of K products errs by up to about sqrt(K) roundoffs (Higham & Mary 2019, probabilistic bound).
 
     Args:
-        evidence: the cell.
+        context: the cell.
         tokens: of the batch, which a weight's gradient sums over; 0 for a forward pass.
     """
-    if evidence.recipe.computes_in in {"float32", "float64"} and not evidence.recipe.tf32:
-        return math.sqrt(max(longest_reduction(evidence.model), tokens))
+    if context.recipe.computes_in in {"float32", "float64"} and not context.recipe.tf32:
+        return math.sqrt(max(longest_reduction(context.model), tokens))
     return 1.0
 
 
 def compare_law(
-    evidence: Evidence, *, true: Tensor, true_other: Tensor, other: Tensor, base: Callable[[], Tensor]
+    context: CellContext, *, true: Tensor, true_other: Tensor, other: Tensor, base: Callable[[], Tensor]
 ) -> tuple[float, float, str]:
     """Judge a law twice: in true fp64, and in the cell's precision.
 
@@ -213,7 +213,7 @@ def compare_law(
     half asks only that no value is lost in the precision.
 
     Args:
-        evidence: the cell.
+        context: the cell.
         true: true fp64 answer of the batch, at the positions that the law compares.
         true_other: true fp64 answer of the transformed batch at the same positions.
         other: the cell's own answer of the transformed batch at the same positions.
@@ -228,11 +228,11 @@ def compare_law(
     exact = relative_error(true_other, true)
     # The law in true fp64 says all; a value that is lost in p only must still be seen.
     lost = 0.0 if bool(other.isfinite().all()) or not bool(true.isfinite().all()) else math.nan
-    if is_reference_itself(evidence) or routes(evidence.model):
+    if is_reference_itself(context) or routes(context.model):
         return exact, lost, ""
     try:
         inherent = rms(base() - true)
     except NotApplicableError as error:
         return exact, lost, str(error)
-    floor = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2 * rms(true)
-    return exact, rms(other - true) / (max(inherent, floor) * rounding_allowance(evidence)), ""
+    floor = torch.finfo(dtype_of(context.recipe.computes_in)).eps / 2 * rms(true)
+    return exact, rms(other - true) / (max(inherent, floor) * rounding_allowance(context)), ""

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.engine.true_fp64 import run_true_fp64
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
+from numerics_suite.engine import flash_registry, flex_rule, fused_ops, reference_ops
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
-from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
+from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
 from numerics_suite.engine.true_fp64 import LiftToFp64
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class RoundedRun:
     left_out: tuple[str, ...]
 
 
-class RoundOnce(lifting.LeanMode):
+class RoundOnce(reference_ops.LeanMode):
     """The dispatch mode: every op in float64, rounded once."""
 
     _dtypes: Final[dict[Any, tuple[torch.dtype | None, ...]]] = {}
@@ -70,17 +70,17 @@ class RoundOnce(lifting.LeanMode):
             with self:
                 return func.decompose(*args, **kwargs)
         if plan.written:
-            if lifting.writes_lower(plan, args, kwargs):
-                return lifting.write_through(func, plan, args, kwargs)
+            if reference_ops.writes_lower(plan, args, kwargs):
+                return reference_ops.write_through(func, plan, args, kwargs)
             return func(*args, **kwargs)
         return self._compute(func, plan, args, kwargs)
 
-    def _compute(self, func: Any, plan: lifting.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, func: Any, plan: reference_ops.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
         key = (func, tuple(map(_signature, args)), tuple((name, _signature(value)) for name, value in kwargs.items()))
         dtypes = self._dtypes.get(key)
         if dtypes is None:
             as_is = func(*args, **kwargs)
-            dtypes = tuple(tensor.dtype for tensor in lifting.tensors_in(as_is))
+            dtypes = tuple(tensor.dtype for tensor in reference_ops.tensors_in(as_is))
             self._dtypes[key] = dtypes
             if not any(dtype in WIDER for dtype in dtypes):
                 return as_is
@@ -141,9 +141,9 @@ def run_rounded(
     model = where_float64_is(model)
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
-        stack.enter_context(lifting.preserved(model))
+        stack.enter_context(reference_ops.preserved(model))
         stack.enter_context(flash_registry.visible_attention(model))
-        leaves = stack.enter_context(lifting.replaced_parameters(model, _leaf))
+        leaves = stack.enter_context(reference_ops.replaced_parameters(model, _leaf))
         for module in model.modules():
             module.training = False
         mode = stack.enter_context(RoundOnce(names))

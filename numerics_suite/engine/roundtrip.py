@@ -13,31 +13,31 @@ from numerics_suite.subjects.load import quiet_transformers
 if TYPE_CHECKING:
     from torch import nn
 
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
 
 
-def saved_and_loaded(evidence: Evidence, model: nn.Module, parent: Path) -> nn.Module:
+def saved_and_loaded(context: CellContext, model: nn.Module, parent: Path) -> nn.Module:
     """The model after one way through files, at the precision and on the device of the cell.
 
     Args:
-        evidence: of the cell; its subject has a path.
+        context: of the cell; its subject has a path.
         model: with `save_pretrained`; the cell's own, or one that came back from here.
         parent: the copy is saved into a new folder in it.
     """
-    assert evidence.subject.path is not None
+    assert context.subject.path is not None
     # transformers keeps a checkpoint's own code in memory by the folder's name, so no two copies share a name.
     folder = Path(tempfile.mkdtemp(dir=parent))
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
     # save_pretrained leaves code of the checkpoint's own where it was; without it the copy cannot be opened.
-    for file in Path(evidence.subject.path).glob("*.py"):
+    for file in Path(context.subject.path).glob("*.py"):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
     # The code of a fixture or a trusted checkpoint is trusted in its copy too: it is the same code.
-    again = replace(evidence.subject, kind="directory", source=str(folder), path=folder, new_head=False)
-    loaded = evidence._loader(  # noqa: SLF001 - same loader, other folder
-        again, dtype=evidence.recipe.parameters, attn=evidence.cell.attn, device=evidence.cell.device, seed=2
+    again = replace(context.subject, kind="directory", source=str(folder), path=folder, new_head=False)
+    loaded = context._loader(  # noqa: SLF001 - same loader, other folder
+        again, dtype=context.recipe.parameters, attn=context.cell.attn, device=context.cell.device, seed=2
     )
-    for change in evidence.changes:  # what is done to every model as soon as it is loaded is part of loading it
+    for change in context.changes:  # what is done to every model as soon as it is loaded is part of loading it
         loaded = change(loaded)
     return loaded.model

@@ -15,7 +15,7 @@ from numerics_suite.devices.device import has_float64
 from numerics_suite.devices.kinds import CPU
 from numerics_suite.engine import flash_registry
 from numerics_suite.engine.calls import where_float64_is
-from numerics_suite.engine.lifting import widen
+from numerics_suite.engine.reference_ops import widen
 from numerics_suite.engine.rounded_reference import RoundOnce
 from numerics_suite.engine.true_fp64 import LiftToFp64, float64_surroundings
 

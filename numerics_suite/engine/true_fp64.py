@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine import flex_rule, fused_ops, lifting, weight_stream
+from numerics_suite.engine import flex_rule, fused_ops, reference_ops, weight_stream
 from numerics_suite.engine.calls import call_model, where_float64_is
-from numerics_suite.engine.lifting import WIDER, Kind, plan_of, widen
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
+from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -53,7 +53,7 @@ class Fp64Run:
     left_out: tuple[str, ...]
 
 
-class LiftToFp64(lifting.LeanMode):
+class LiftToFp64(reference_ops.LeanMode):
     """The dispatch mode: every op in float64.
 
     Args:
@@ -90,11 +90,11 @@ class LiftToFp64(lifting.LeanMode):
         if plan.written:
             if kind is Kind.RANDOM:
                 return func(*args, **kwargs)
-            if lower := lifting.writes_lower(plan, args, kwargs):
+            if lower := reference_ops.writes_lower(plan, args, kwargs):
                 return self._write_through(func, plan, args, kwargs, lower)
         return self._compute(func, plan, args, kwargs)
 
-    def _compute(self, func: Any, plan: lifting.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _compute(self, func: Any, plan: reference_ops.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs:
             kwargs = {name: widen(argument) for name, argument in kwargs.items()}
         if plan.gathers:
@@ -113,7 +113,7 @@ class LiftToFp64(lifting.LeanMode):
             if result.dtype in WIDER:
                 self.leave_out(func)
                 return widen(result)
-        elif any(tensor.dtype in WIDER for tensor in lifting.tensors_in(result)):
+        elif any(tensor.dtype in WIDER for tensor in reference_ops.tensors_in(result)):
             self.leave_out(func)
             return type(result)(widen(item) for item in result)
         if plan.kind is Kind.FOREIGN:
@@ -122,14 +122,14 @@ class LiftToFp64(lifting.LeanMode):
 
     def _find_lost_gradients(self, func: Any, args: Any) -> None:
         """Note a parameter that is used outside the module that owns it: streaming does not see its gradient."""
-        for tensor in lifting.tensors_in(args):
+        for tensor in reference_ops.tensors_in(args):
             if not tensor.requires_grad and tensor.untyped_storage().data_ptr() in self.trained:
                 self.leave_out(f"gradient through {func} of a parameter used outside its module")
 
     def _write_through(
         self,
         func: Any,
-        plan: lifting.OpPlan,
+        plan: reference_ops.OpPlan,
         args: Any,
         kwargs: dict[str, Any],
         lower: list[Tensor],
@@ -138,7 +138,7 @@ class LiftToFp64(lifting.LeanMode):
             message = f"{func} would change a parameter of the model; run it with stream=False"
             raise RuntimeError(message)
         self.leave_out(func)
-        return lifting.write_through(func, plan, args, kwargs)
+        return reference_ops.write_through(func, plan, args, kwargs)
 
     def _in_lower_float(self, func: Any, args: list[Any], kwargs: dict[str, Any], error: Exception) -> Any:
         """Run an op that has no float64 kernel in the widest float it has, and say so; `error` if it has none."""
@@ -234,7 +234,7 @@ def true_fp64(
             stack.enter_context(mode)
             yield Fp64Session(mode, {}, sink)
         else:
-            leaves = stack.enter_context(lifting.replaced_parameters(model, _wide_leaf))
+            leaves = stack.enter_context(reference_ops.replaced_parameters(model, _wide_leaf))
             mode = stack.enter_context(LiftToFp64(names))
             yield Fp64Session(mode, leaves, None)
 
@@ -246,7 +246,7 @@ def float64_surroundings(module: nn.Module) -> Iterator[None]:
     That is float64 buffers and default dtype, autocast off, attention and experts that have float64 kernels.
     """
     default = torch.get_default_dtype()
-    with lifting.preserved(module), lifting.plain_kernels(module), _convolutions(module):
+    with reference_ops.preserved(module), reference_ops.plain_kernels(module), _convolutions(module):
         _widen_buffers(module)
         torch.set_default_dtype(torch.float64)
         try:

@@ -18,7 +18,7 @@ from numerics_suite.observations.roundoff import gradient_errors, relative_error
 from numerics_suite.subjects.memory import KEPT_BYTES
 
 if TYPE_CHECKING:
-    from numerics_suite.engine.evidence import Evidence
+    from numerics_suite.engine.cell_context import CellContext
     from numerics_suite.engine.true_fp64 import Fp64Run
 
 PROBE: Final = (2, 5)
@@ -56,13 +56,13 @@ class TruePasses:
         """Nothing has run yet."""
         self._stores: OrderedDict[tuple[str, ...], TrueStore] = OrderedDict()
 
-    def of(self, evidence: Evidence) -> TrueStore:
+    def of(self, context: CellContext) -> TrueStore:
         """The store of a cell: an earlier cell's where both are the same in true fp64, else one of its own."""
-        if not evidence.takes_ids or evidence.broken or evidence.changes:
+        if not context.takes_ids or context.broken or context.changes:
             return TrueStore()
-        cell = evidence.cell
-        key = (cell.subject, cell.task, cell.attn, cell.device, digest_of_numbers(evidence.model))
-        probe = _probe(evidence)
+        cell = context.cell
+        key = (cell.subject, cell.task, cell.attn, cell.device, digest_of_numbers(context.model))
+        probe = _probe(context)
         if probe is None:
             return TrueStore()
         found = self._stores.get(key)
@@ -94,14 +94,14 @@ def digest_of_numbers(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _probe(evidence: Evidence) -> Fp64Run | None:
+def _probe(context: CellContext) -> Fp64Run | None:
     """The short pass of a cell; None where it cannot be made: what raises here is some check's to find."""
     rows, length = PROBE
-    space, seed = evidence.space, evidence.request.seed
-    tensors = training_batch(space, rows=min(rows, space.max_rows), length=min(length, evidence.longest), seed=seed)
+    space, seed = context.space, context.request.seed
+    tensors = training_batch(space, rows=min(rows, space.max_rows), length=min(length, context.longest), seed=seed)
     try:
         with random_state.torch_seeded(seed):  # no check's numbers depend on whether the probe ran before it
-            run = evidence.runner.true_fp64(tensors.tensors, gradients=keeps_gradients(evidence.model))
+            run = context.runner.true_fp64(tensors.tensors, gradients=keeps_gradients(context.model))
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
         return None
     return None if run.left_out or "logits" not in run.outputs else run

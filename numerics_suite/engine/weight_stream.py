@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from numerics_suite.devices import random_state
-from numerics_suite.engine.lifting import replaced_parameters
+from numerics_suite.engine.reference_ops import replaced_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,7 +62,7 @@ class GradientSink:
 def recomputed_blocks(model: nn.Module, on_gradient: Callable[[str, Tensor], None] | None) -> Iterator[GradientSink]:
     """Run each unit of `model` without a graph and again in the backward pass; parameters stay as stored.
 
-    Restoring the model is `lifting.preserved`'s work, within which this must run. A cache of keys and values would be
+    Restoring the model is `reference_ops.preserved`'s work, within which this must run. A cache of keys and values would be
     written twice, so `use_cache` is off in the configuration for the while.
     """
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -102,7 +102,7 @@ def build_batch(  # noqa: PLR0913 - each argument is one Hypothesis choice
     tensors: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     tensors["labels"] = draw_labels(ids, mask, space, source)
     drawn = f"lengths={lengths} padding={side} contents={contents} seed={content_seed}"
-    return Batch(tensors=tensors, drawn=drawn + (" pad id inside" if inside else ""), law_abiding=not inside)
+    return Batch(tensors=tensors, drawn=drawn + (" pad id inside" if inside else ""), laws_apply=not inside)
 
 
 @st.composite

@@ -1,12 +1,14 @@
 """Assertions for a user's own tests, on any `nn.Module`: the suite's laws and budgets without its checkpoints.
 
-Each fails with an AssertionError that says what was measured and where, what was allowed and why, and what to look at.
+Each fails with an AssertionError that says what was measured and where, in which mode and dtype the model ran, what was
+allowed and why, and what to look at. Models run in evaluation mode (dropout off); each module's own mode is restored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.judgement.budgets import all_budgets
 from numerics_suite.judgement.verdicts import within
+from numerics_suite.observations.coarse_arithmetic import coarser_ops
 from numerics_suite.observations.finiteness import nonfinite_count
 from numerics_suite.observations.roundoff import relative_error, rms, unit_roundoff, wide
 
@@ -36,7 +39,7 @@ __all__ = [
 ]
 
 Batch = Mapping[str, Any]
-EXACT = all_budgets()[("forward.padding", "true")].limit
+TRUE_FP64 = "run in evaluation mode, in true fp64"
 
 
 def assert_finite(value: Tensor | nn.Module | Mapping[str, Any] | Sequence[Any], name: str = "value") -> None:
@@ -76,24 +79,33 @@ def _tensors(value: Any, name: str) -> list[tuple[str, Tensor]]:
 def assert_matches_reference(model: nn.Module, batch: Batch, *, autocast: torch.dtype | None = None) -> None:
     """Assert that the model's error against its true fp64 run is what its precision makes unavoidable.
 
+    A round trip through a coarser float (`x.half().float()` in a float32 module) fails too. The rounded run makes the
+    same round trip, so no ratio of errors shows it; the ops' own dtypes do.
+
     Args:
         model: in the precision under test.
         batch: keyword arguments of the call; where it has a 2-D `attention_mask`, real tokens only are compared.
         autocast: dtype of an autocast section around the call.
 
     Raises:
-        AssertionError: the kernel ratio is over the budget of `reference.end-to-end`.
+        AssertionError: an op computes in a coarser float than the model and `autocast` ask for, or the kernel ratio is
+            over the budget of `reference.end-to-end`.
         ValueError: some op could not be lifted to float64, so there is no reference.
     """
     true, rounded = run_true_fp64(model, batch), run_rounded(model, batch, autocast=autocast)
     _trusted(true.left_out)
     name, reference = main_output(true.outputs)
-    own = wide(main_output(_plain(model, batch, autocast))[1]).to(reference.device)
+    own = wide(main_output(_plain(model, batch, autocast, "reference.local"))[1]).to(reference.device)
     reference, own, twin = (_real(value, batch) for value in (reference, own, rounded.outputs[name]))
     inherent = rms(twin - reference)
     budget = all_budgets()[("reference.end-to-end", "excess")]
     ratio = rms(own - reference) / inherent if inherent else (0.0 if bool((own == reference).all()) else float("inf"))
-    _hold(ratio / _accumulation(model, autocast), budget, f"error of '{name}'", _worst_place(own, reference))
+    _hold(
+        ratio / _accumulation(model, autocast),
+        budget,
+        f"error of '{name}'",
+        f"{_worst_place(own, reference)}; {_how(model, autocast)}",
+    )
 
 
 def assert_gradients_match(model: nn.Module, batch: Batch, *, autocast: torch.dtype | None = None) -> None:
@@ -105,7 +117,8 @@ def assert_gradients_match(model: nn.Module, batch: Batch, *, autocast: torch.dt
         autocast: dtype of an autocast section around the call.
 
     Raises:
-        AssertionError: a gradient is over the budget of `reference.gradient`, or missing.
+        AssertionError: an op of the forward or backward pass computes in a coarser float than asked for; a gradient is
+            over the budget of `reference.gradient`, or missing.
         ValueError: some op could not be lifted to float64.
     """
     true = run_true_fp64(model, batch, gradients=True)
@@ -123,9 +136,8 @@ def assert_gradients_match(model: nn.Module, batch: Batch, *, autocast: torch.dt
         scale = max(rms(twin.gradients.get(name, wanted) - wanted), roundoff * rms(wanted))
         error = rms(own[name] - wanted)
         ratio = error / scale if scale else (0.0 if error == 0 else float("inf"))
-        _hold(
-            ratio / _accumulation(model, autocast), budget, f"gradient of {name}", _worst_place(own[name], wanted), name
-        )
+        where = f"{_worst_place(own[name], wanted)}; {_how(model, autocast)}"
+        _hold(ratio / _accumulation(model, autocast), budget, f"gradient of {name}", where, parameters=name)
 
 
 def assert_padding_invariant(
@@ -153,7 +165,9 @@ def assert_padding_invariant(
         more = {"input_ids": torch.cat(pair_ids, 1), "attention_mask": torch.cat(pair_mask, 1)}
         moved = _true_answer(model, more)[more["attention_mask"].bool()]
         budget = all_budgets()[("forward.padding", "true")]
-        _hold(relative_error(moved, base), budget, f"padding on the {side}", _worst_place(moved, base))
+        _hold(
+            relative_error(moved, base), budget, f"padding on the {side}", f"{_worst_place(moved, base)}; {TRUE_FP64}"
+        )
 
 
 def assert_batch_invariant(model: nn.Module, batch: Batch) -> None:
@@ -175,7 +189,7 @@ def assert_batch_invariant(model: nn.Module, batch: Batch) -> None:
         mask = batch.get("attention_mask")
         if isinstance(mask, Tensor) and wanted.shape[: mask[row].dim()] == mask[row].shape:
             wanted, alone = wanted[mask[row].bool()], alone[mask[row].bool()]
-        _hold(relative_error(alone, wanted), budget, f"row {row} alone", _worst_place(alone, wanted))
+        _hold(relative_error(alone, wanted), budget, f"row {row} alone", f"{_worst_place(alone, wanted)}; {TRUE_FP64}")
 
 
 def assert_causal(model: nn.Module, batch: Batch, *, vocab_size: int) -> None:
@@ -200,7 +214,12 @@ def assert_causal(model: nn.Module, batch: Batch, *, vocab_size: int) -> None:
     if isinstance(mask, Tensor):
         base, moved = base[mask[:, :cut].bool()], moved[mask[:, :cut].bool()]
     budget = all_budgets()[("forward.causal", "true")]
-    _hold(relative_error(moved, base), budget, f"tokens from column {cut} on changed", _worst_place(moved, base))
+    _hold(
+        relative_error(moved, base),
+        budget,
+        f"tokens from column {cut} on changed",
+        f"{_worst_place(moved, base)}; {TRUE_FP64}",
+    )
 
 
 def _true_answer(model: nn.Module, batch: Batch) -> Tensor:
@@ -226,19 +245,29 @@ def _in_eval(model: nn.Module, run: Callable[[], Any]) -> Any:
             module.training = training
 
 
+def _coarsest(model: nn.Module) -> torch.dtype:
+    """The float with the fewest bits among the parameters; float32 without any."""
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return max(floats, key=unit_roundoff, default=torch.float32)
+
+
+def _how(model: nn.Module, autocast: torch.dtype | None) -> str:
+    """The mode and the dtypes of the run, for a message."""
+    held = str(_coarsest(model)).removeprefix("torch.")
+    section = "" if autocast is None else f" under autocast to {str(autocast).removeprefix('torch.')}"
+    return f"run in evaluation mode, {held} parameters{section}"
+
+
 def _runner(model: nn.Module, autocast: torch.dtype | None) -> Runner:
     """Runs the model as it is, in the coarsest float of its parameters."""
-    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    held, section = (
-        str(dtype).removeprefix("torch.") for dtype in (max(floats, key=unit_roundoff, default=torch.float32), autocast)
-    )
+    held, section = (str(dtype).removeprefix("torch.") for dtype in (_coarsest(model), autocast))
     recipe = Precision(name="as it is", parameters=held, autocast=None if autocast is None else section)  # type: ignore[arg-type]
     return Runner(model, Condition(precision=recipe, device=str(input_device(model))))
 
 
-def _plain(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = _in_eval(model, lambda: floating_outputs(_runner(model, autocast).forward(batch)))
-    return result
+def _plain(model: nn.Module, batch: Batch, autocast: torch.dtype | None, check: str) -> dict[str, Tensor]:
+    run = partial(_runner(model, autocast).forward, batch)
+    return floating_outputs(_in_own_precision(model, autocast, run, check))
 
 
 def _own_gradients(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> dict[str, Tensor]:
@@ -246,8 +275,26 @@ def _own_gradients(model: nn.Module, batch: Batch, autocast: torch.dtype | None)
         outputs = floating_outputs(call_model(called, tensors))
         return {"loss": outputs.get("loss", next(iter(outputs.values())))}
 
-    found: dict[str, Tensor] = _in_eval(model, lambda: _runner(model, autocast).gradients(batch, call))
+    run = partial(_runner(model, autocast).gradients, batch, call)
+    found = _in_own_precision(model, autocast, run, "reference.gradient")
     return {name: wide(gradient) for name, gradient in found.items()}
+
+
+def _in_own_precision(model: nn.Module, autocast: torch.dtype | None, run: Callable[[], Any], check: str) -> Any:
+    """What `run` returns, in evaluation mode.
+
+    Raises:
+        AssertionError: an op puts out a coarser float than the parameters' and autocast's.
+    """
+    asked = max(_coarsest(model), autocast or torch.float64, key=unit_roundoff)
+    kept: list[Any] = []
+    coarser = _in_eval(model, lambda: coarser_ops(model, lambda: kept.append(run()), asked))
+    if coarser:
+        places = ", ".join(f"{module or 'the model itself'} ({count})" for module, count in coarser.items())
+        where = f"ops by module: {places}; {_how(model, autocast)}"
+        budget = all_budgets()[(check, "coarser")]
+        _hold(sum(coarser.values()), budget, "coarser floats", where, module=next(iter(coarser)) or "the model")
+    return kept[0]
 
 
 def _real(value: Tensor, batch: Batch) -> Tensor:
@@ -276,10 +323,12 @@ def _worst_place(got: Tensor, want: Tensor) -> str:
     return f"greatest difference {float(difference.flatten()[flat]):.3g} at index {index}"
 
 
-def _hold(value: float, budget: Budget, what: str, where: str, parameter: str | None = None) -> None:
+def _hold(value: float, budget: Budget, what: str, where: str, **place: str) -> None:
+    """Raise unless `value` is within the budget; `place` is the module or the parameters that its title names."""
     if within(value, budget.limit):
         return
-    title = budget.title.format(value=value, limit=budget.limit, module="the model", parameters=parameter, step=None)
+    names = {"module": "the model", "parameters": None, "step": None, **place}
+    title = budget.title.format(value=value, limit=budget.limit, **names)
     message = (
         f"{what}: {title}\n  measured {value:.4g}, allowed {budget.limit:g}; {where}\n  why: {budget.reason}\n"
         f"  look at: {', '.join(budget.remedies)}"

@@ -21,7 +21,7 @@ from numerics_suite.engine import flex_rule
 from numerics_suite.engine.true_fp64 import LiftToFp64
 from numerics_suite.observations.domain import has_masked_row, is_outside_domain, means_infinity
 from numerics_suite.observations.finiteness import nonfinite_count
-from numerics_suite.observations.module_trace import Stack, current_node, module_stack
+from numerics_suite.observations.module_trace import ModuleStack, current_node, module_stack
 
 QUIET = {"aten.detach.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
 """Ops that compute nothing: what they return was made elsewhere or is still to be written."""
@@ -93,7 +93,7 @@ class _Call:
 class OriginFinder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every op and keeps those whose inputs are finite and whose output is not."""
 
-    def __init__(self, stack: Stack, bad: Mapping[int, str], parameters: Mapping[int, str]) -> None:
+    def __init__(self, stack: ModuleStack, bad: Mapping[int, str], parameters: Mapping[int, str]) -> None:
         """Watch with the stack of running modules.
 
         Args:

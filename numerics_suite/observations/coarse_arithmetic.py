@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from numerics_suite.engine import flex_rule
-from numerics_suite.observations.module_trace import Stack, module_stack
+from numerics_suite.observations.module_trace import ModuleStack, module_stack
 from numerics_suite.observations.roundoff import unit_roundoff
 
 
 class _CoarserOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the ops by the module that runs them, or whose forward pass recorded them."""
 
-    def __init__(self, stack: Stack, asked: torch.dtype) -> None:
+    def __init__(self, stack: ModuleStack, asked: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
         self.allowed = unit_roundoff(asked)

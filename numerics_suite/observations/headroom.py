@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.devices.arithmetic import autocast as autocast_section
-from numerics_suite.engine import lifting
+from numerics_suite.engine import reference_ops
 from numerics_suite.engine.calls import call_model, input_device
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observations.tokens import at_real
@@ -69,7 +69,7 @@ def headroom(
                 worst[found.module] = found
 
     with ExitStack() as stack:
-        stack.enter_context(lifting.preserved(model))
+        stack.enter_context(reference_ops.preserved(model))
         for module in model.modules():
             module.training = False
             module.register_forward_hook(look)

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.devices.arithmetic import casts_on
-from numerics_suite.engine import flash_registry, flex_rule, fused_ops, lifting
+from numerics_suite.engine import flash_registry, flex_rule, fused_ops, reference_ops
 from numerics_suite.engine.calls import call_model, input_device
-from numerics_suite.engine.lifting import WIDER, Kind, plan_of
 from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of
 from numerics_suite.engine.submodule import run_module_in_fp64, run_module_rounded
 from numerics_suite.observations.roundoff import largest_difference, rms, rms_error_in_roundoffs, unit_roundoff
 from numerics_suite.observations.tokens import at_real
@@ -88,7 +88,7 @@ def local_errors(
         In the order in which the modules first returned.
     """
     with ExitStack() as stack:
-        stack.enter_context(lifting.preserved(model))
+        stack.enter_context(reference_ops.preserved(model))
         for module in model.modules():
             module.training = False
         names = {id(module): name for name, module in model.named_modules()}
@@ -158,7 +158,7 @@ class _Open:
             self.coarsest = dtype
 
 
-class _Observer(lifting.LeanMode):
+class _Observer(reference_ops.LeanMode):
     """Runs each module in fp64 before it runs in its precision; as a dispatch mode it sees the dtypes in between."""
 
     def __init__(self, names: Mapping[int, str], real: Tensor | None) -> None:
@@ -176,7 +176,7 @@ class _Observer(lifting.LeanMode):
                 self.open[-1].ran(_name(func), fused_ops.excess_of(func, args, kwargs, result))
             elif plan_of(func).kind is Kind.FOREIGN:
                 self.open[-1].ran(_name(func), math.nan)
-            for tensor in lifting.tensors_in(result):
+            for tensor in reference_ops.tensors_in(result):
                 if tensor.dtype in WIDER:
                     self.open[-1].saw(tensor.dtype)
         return result

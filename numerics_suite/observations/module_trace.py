@@ -35,7 +35,7 @@ class ModulePlace:
 
 
 @dataclass(slots=True)
-class Stack:
+class ModuleStack:
     """Names of the modules that are running, outermost first, and where each autograd node was made."""
 
     names: list[str] = field(default_factory=list)
@@ -97,9 +97,9 @@ def _sequence() -> int:
 
 
 @contextmanager
-def module_stack(model: nn.Module) -> Iterator[Stack]:
+def module_stack(model: nn.Module) -> Iterator[ModuleStack]:
     """Within it the stack knows which module runs; hooks are gone after."""
-    stack = Stack()
+    stack = ModuleStack()
     handles = []
 
     def leave(_module: nn.Module, _args: object, _output: object) -> None:

@@ -10,7 +10,7 @@ from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
-from numerics_suite.core.typed import refuse_other_shape, refuse_wrong_types
+from numerics_suite.core.typed_records import refuse_other_shape, refuse_wrong_types
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
 from numerics_suite.judgement.classify import KINDS
 from numerics_suite.reports.results import from_json
@@ -60,7 +60,7 @@ BISECTION = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class CheckRun:
     """One run of `check`.
 
     Attributes:
@@ -85,7 +85,7 @@ class Matrix:
     """
 
     result: MatrixResult
-    runs: tuple[Run | None, ...]
+    runs: tuple[CheckRun | None, ...]
     path: Path | None = None
 
 
@@ -114,14 +114,14 @@ class Documents:
         notes: lines that a person should see, such as a cell whose results file is gone.
     """
 
-    runs: tuple[Run, ...] = ()
+    runs: tuple[CheckRun, ...] = ()
     matrices: tuple[Matrix, ...] = ()
     comparisons: tuple[ComparisonFile, ...] = ()
     bisections: tuple[BisectFile, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
-    def every_run(self) -> tuple[Run, ...]:
+    def every_run(self) -> tuple[CheckRun, ...]:
         """The runs, then those of the matrices, oldest first."""
         inside = (run for matrix in self.matrices for run in matrix.runs if run is not None)
         return (*self.runs, *inside)
@@ -136,7 +136,7 @@ def read_documents(paths: Sequence[Path]) -> Documents:
     Raises:
         BadInputError: one cannot be read, or is no results file; the message names it.
     """
-    runs: list[Run] = []
+    runs: list[CheckRun] = []
     matrices: list[Matrix] = []
     comparisons: list[ComparisonFile] = []
     bisections: list[BisectFile] = []
@@ -157,7 +157,7 @@ def read_documents(paths: Sequence[Path]) -> Documents:
                     refuse_wrong_types(found, "finding.")
                 bisections.append(BisectFile(content=revived(content), finding=found, path=path))
             else:
-                runs.append(Run(label=path.stem, result=from_json(content), path=path))
+                runs.append(CheckRun(label=path.stem, result=from_json(content), path=path))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             message = f"{path}: not a results file of this tool: {type(error).__name__}: {error}"
             raise BadInputError(message) from None
@@ -240,7 +240,7 @@ def _matrix(content: Mapping[str, Any], path: Path, notes: list[str]) -> Matrix:
     return Matrix(result=result, runs=runs, path=path)
 
 
-def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> Run | None:
+def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> CheckRun | None:
     if cell.results is None:
         return None
     # As it was written, from where the command ran; or beside the matrix's own file, where the folder was moved.
@@ -249,7 +249,7 @@ def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> Run | None:
     if found is None:
         notes.append(f"{cell.held.text}: {cell.results} is gone, so only its summary in {path.name} is told")
         return None
-    return Run(label=cell.held.text, result=from_json(read_document(found)), path=found)
+    return CheckRun(label=cell.held.text, result=from_json(read_document(found)), path=found)
 
 
 def _cell(content: Mapping[str, Any]) -> MatrixCell:

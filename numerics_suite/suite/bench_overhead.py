@@ -219,7 +219,7 @@ def measure(precision: str, checks: tuple[str, ...], skip: tuple[str, ...]) -> d
     assert not [result for result in results if result.status in {"failed", "error"}]
     subject = next(iter(session.plan.subjects.values()))
     assert subject.path is not None
-    work = Work(model=session.evidence(session.plan.cells[0]).load().model)
+    work = Work(model=session.context(session.plan.cells[0]).load().model)
     with Recorder(work).recording():
         run_checks(precision, checks, skip)
     seconds: dict[str, list[float]] = {"harness": [], "bare": []}

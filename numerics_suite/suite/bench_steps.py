@@ -13,7 +13,7 @@ import torch
 from numerics_suite.core.records import Cell
 from numerics_suite.devices.precisions import PRECISIONS
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.subjects.resolve import resolve_all
@@ -27,8 +27,8 @@ RUNS_ON_CPU = [name for name, recipe in PRECISIONS.items() if not recipe.tf32]
 TRAINS = [name for name in RUNS_ON_CPU if PRECISIONS[name].trains]
 
 
-def evidence_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> Evidence:
-    """The evidence of one CPU cell with the default batch: 4 rows of at most 64 tokens.
+def context_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> CellContext:
+    """The context of one CPU cell with the default batch: 4 rows of at most 64 tokens.
 
     Args:
         precision: name of the recipe.
@@ -37,28 +37,28 @@ def evidence_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = 
     """
     (resolved,) = resolve_all((subject,), ())
     cell = Cell(subject=resolved.id, precision=precision, attn=attn, device="cpu", task=resolved.task)
-    return Evidence(resolved, cell, Request())
+    return CellContext(resolved, cell, Request())
 
 
 @pytest.mark.parametrize("precision", RUNS_ON_CPU)
 def test_forward_pass(benchmark: BenchmarkFixture, precision: str) -> None:
     """One forward pass without gradients, as the checks run it."""
-    evidence = evidence_of(precision)
-    tensors = evidence.training_batch.tensors
-    logits = benchmark(lambda: evidence.run(tensors)).logits
+    context = context_of(precision)
+    tensors = context.training_batch.tensors
+    logits = benchmark(lambda: context.run(tensors)).logits
     assert logits.shape[:2] == tensors["input_ids"].shape
 
 
-def _bare_step(evidence: Evidence) -> Callable[[], object]:
+def _bare_step(context: CellContext) -> Callable[[], object]:
     """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
-    model = evidence.copy_model()
+    model = context.copy_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    scaler = torch.amp.GradScaler("cpu", enabled=evidence.recipe.loss_scaling)
-    tensors = evidence.training_batch.tensors
+    scaler = torch.amp.GradScaler("cpu", enabled=context.recipe.loss_scaling)
+    tensors = context.training_batch.tensors
 
     def step() -> object:
         optimizer.zero_grad(set_to_none=True)
-        with forward_pass(evidence.condition):
+        with forward_pass(context.condition):
             loss = call_model(model, tensors).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -68,9 +68,9 @@ def _bare_step(evidence: Evidence) -> Callable[[], object]:
     return step
 
 
-def _watched_step(evidence: Evidence) -> Callable[[], object]:
+def _watched_step(context: CellContext) -> Callable[[], object]:
     """The step as `train.*` takes it: every loss, gradient, parameter and optimizer state is asked for non-finite values."""
-    trainer = evidence.trainer(TrainingPlan())
+    trainer = context.trainer(TrainingPlan())
 
     def step() -> object:
         trainer.step(len(trainer.norms) + 1)
@@ -85,6 +85,6 @@ def test_training_step(benchmark: BenchmarkFixture, precision: str, kind: str) -
     """One optimizer step, bare and watched side by side."""
     if precision == "pure-fp16":
         pytest.skip("AdamW's eps is 0 in float16, so its second step has no parameters left to time")
-    evidence = evidence_of(precision)
-    loss = benchmark(_watched_step(evidence) if kind == "watched" else _bare_step(evidence))
+    context = context_of(precision)
+    loss = benchmark(_watched_step(context) if kind == "watched" else _bare_step(context))
     assert loss == loss

@@ -211,10 +211,10 @@ class Gate:
             write_results(Path(settings.json), result)
         if settings.report or settings.junitxml:
             # Here and not above: a cell of a matrix writes no report, and starts sooner without what reports need.
-            from numerics_suite.reports.documents import Documents, Run
+            from numerics_suite.reports.documents import CheckRun, Documents
             from numerics_suite.reports.report import write_wanted
 
-            documents = Documents(runs=(Run(label=result.command, result=result),))
+            documents = Documents(runs=(CheckRun(label=result.command, result=result),))
             write_wanted(documents, settings.report, settings.junitxml, "--numerics-")
 
     def _in_order(self, *, interrupted: bool) -> list[CheckResult]:

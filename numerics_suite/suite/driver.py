@@ -17,9 +17,9 @@ from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement, Series
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.devices import random_state
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judgement.verdicts import Breach, judge
 from numerics_suite.suite.endings import NO_BATCH
@@ -96,7 +96,7 @@ def _says_more(new: Measurement, held: Measurement) -> bool:
     return new.value == held.value and bool(new.facts) and not held.facts
 
 
-def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | None = None) -> Outcome:
+def ask(spec: CheckSpec, context: CellContext, *, seed: int, max_examples: int | None = None) -> Outcome:
     """Ask a check of a cell; what it or the model's own code leaves behind never reaches the next one.
 
     Random numbers begin at the seed, and afterwards the model's attributes, buffers, hooks and config are as they were: a
@@ -104,7 +104,7 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | N
 
     Args:
         spec: the check.
-        evidence: the cell.
+        context: the cell.
         seed: same seed, same batches; another seed, others.
         max_examples: batches that Hypothesis draws, and no planned ones; None for what the cell's effort plans.
 
@@ -113,69 +113,69 @@ def ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | N
         CheckError: it measured nothing that a budget judges.
     """
     try:
-        kept: AbstractContextManager[None] = preserved(evidence.model)
+        kept: AbstractContextManager[None] = preserved(context.model)
     except UnsupportedError:
         if "checkpoint" not in spec.needs:
             raise
         kept = (
             nullcontext()
         )  # what the files alone show needs no model; the check raises the same where it asks for one
-    with random_state.seeded(seed), kept, doing(f"{spec.id}/{evidence.cell.id}"):
-        return _ask(spec, evidence, seed=seed, max_examples=max_examples)
+    with random_state.seeded(seed), kept, doing(f"{spec.id}/{context.cell.id}"):
+        return _ask(spec, context, seed=seed, max_examples=max_examples)
 
 
-def _ask(spec: CheckSpec, evidence: Evidence, *, seed: int, max_examples: int | None) -> Outcome:
+def _ask(spec: CheckSpec, context: CellContext, *, seed: int, max_examples: int | None) -> Outcome:
     outcome = Outcome()
-    if not spec.of_broken and evidence.broken:
-        reason = f"weights are not finite: {evidence.broken[0]} (load.finite, load.head-init)"
+    if not spec.runs_on_nonfinite and context.broken:
+        reason = f"weights are not finite: {context.broken[0]} (load.finite, load.head-init)"
         raise NotApplicableError(reason)
     if not spec.batches:
-        outcome.breaches = judge(spec.id, outcome.add(spec.function(evidence)))
+        outcome.breaches = judge(spec.id, outcome.add(spec.function(context)))
         outcome.examples = 1
         return outcome
-    own = evidence.usable_own_batch
+    own = context.usable_own_batch
     if own is not None:
         try:
-            _ask_batch(spec, evidence, own, outcome)
+            _ask_batch(spec, context, own, outcome)
         except NotApplicableError:
             # A batch of the user's without labels says nothing of the batches that can be drawn.
-            if not evidence.takes_ids:
+            if not context.takes_ids:
                 raise
         if outcome.breaches:
             return outcome
-    if evidence.takes_ids:
-        _ask_drawn(spec, evidence, outcome, seed=seed, max_examples=max_examples)
+    if context.takes_ids:
+        _ask_drawn(spec, context, outcome, seed=seed, max_examples=max_examples)
     if outcome.examples == 0:
         raise NotApplicableError(NO_BATCH)
     return outcome
 
 
-def _ask_drawn(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int | None) -> None:
+def _ask_drawn(spec: CheckSpec, context: CellContext, outcome: Outcome, *, seed: int, max_examples: int | None) -> None:
     """Ask it of the planned batches, whose passes other checks share, and of those that Hypothesis draws.
 
     A planned batch that breaks a law is examined alone: Hypothesis looks for the smallest one that does, and what it finds
     stands in its place.
     """
-    drawn = evidence.batch_plan.drawn if max_examples is None else max_examples
-    shared = evidence.planned_batches if max_examples is None else ()
+    drawn = context.batch_plan.drawn if max_examples is None else max_examples
+    shared = context.planned_batches if max_examples is None else ()
     outcome.planned = outcome.examples + len(shared) + math.ceil(drawn * spec.share)
     for batch in shared:
-        too_long = int(batch.tensors["input_ids"].shape[1]) + spec.adds > evidence.longest
-        if too_long or (not batch.law_abiding and spec.id != PAD_INSIDE):
+        too_long = int(batch.tensors["input_ids"].shape[1]) + spec.adds > context.longest
+        if too_long or (not batch.laws_apply and spec.id != PAD_INSIDE):
             continue
-        if _ask_batch(spec, evidence, batch, outcome):
+        if _ask_batch(spec, context, batch, outcome):
             drawn = max(drawn, SEARCHED)
             break
     if not outcome.examples:
         drawn = drawn or SEARCHED
     if drawn:
-        _fuzz(spec, evidence, outcome, seed=seed, max_examples=max(1, math.ceil(drawn * spec.share)))
+        _fuzz(spec, context, outcome, seed=seed, max_examples=max(1, math.ceil(drawn * spec.share)))
 
 
-def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outcome) -> list[Breach]:
+def _ask_batch(spec: CheckSpec, context: CellContext, batch: Batch, outcome: Outcome) -> list[Breach]:
     progress.batch(outcome.examples + 1, outcome.planned)
-    at(f"{spec.id}/{evidence.cell.id}, batch {outcome.examples + 1}")
-    measurements = outcome.add(spec.function(evidence, batch))
+    at(f"{spec.id}/{context.cell.id}, batch {outcome.examples + 1}")
+    measurements = outcome.add(spec.function(context, batch))
     outcome.examples += 1
     breaches = judge(spec.id, measurements)
     if breaches:
@@ -183,11 +183,11 @@ def _ask_batch(spec: CheckSpec, evidence: Evidence, batch: Batch, outcome: Outco
     return breaches
 
 
-def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, max_examples: int) -> None:
+def _fuzz(spec: CheckSpec, context: CellContext, outcome: Outcome, *, seed: int, max_examples: int) -> None:
     failing: set[Any] = set()
     tries = 0
-    room = max(1, min(evidence.space.max_length, evidence.longest - spec.adds))
-    space = replace(evidence.space, max_length=room)
+    room = max(1, min(context.space.max_length, context.longest - spec.adds))
+    space = replace(context.space, max_length=room)
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -209,14 +209,14 @@ def _fuzz(spec: CheckSpec, evidence: Evidence, outcome: Outcome, *, seed: int, m
             if failing and tries >= SHRINKS:
                 return
             tries += bool(failing)
-            if not _ask_batch(spec, evidence, batch, outcome):
+            if not _ask_batch(spec, context, batch, outcome):
                 if spec.seeks:
                     _climb(outcome, spec.seeks)
                 return
             failing.add(key)
         elif outcome.batch is not batch:
             # What has failed once has failed: a defect that comes and goes keeps the breach that was seen.
-            again = judge(spec.id, outcome.add(spec.function(evidence, batch)))
+            again = judge(spec.id, outcome.add(spec.function(context, batch)))
             if again:
                 outcome.breaches, outcome.batch = again, batch
         raise _BreachedError

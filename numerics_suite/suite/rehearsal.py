@@ -12,7 +12,7 @@ from numerics_suite.core.rehearsal import Rehearsal, RehearsedRun
 from numerics_suite.devices.precisions import precision
 from numerics_suite.diagnosis.learning_rates import largest_stable_rate
 from numerics_suite.diagnosis.recipe import CLIP, recommend
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan, Trajectory
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
@@ -44,17 +44,17 @@ def _best_attention(cell: Cell, cells: tuple[Cell, ...]) -> Cell:
 
 def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], None]) -> Iterator[Rehearsal]:
     runs = []
-    first: Evidence | None = None
+    first: CellContext | None = None
     for cell in cells:
         tell(f"rehearsal: {cell.subject} in {cell.precision}")
-        evidence = session.evidence(cell)
+        context = session.context(cell)
         try:
-            if evidence.training_batch is not evidence.usable_own_batch:
+            if context.training_batch is not context.usable_own_batch:
                 return  # no label of the user's own counts: train.labels says so
-            runs.append(_run(evidence))
+            runs.append(_run(context))
         except NumericsSuiteError:
             continue  # the checks of this cell have said why
-        first = first or evidence
+        first = first or context
     if first is None:
         return
     plan, task = first.request.plan, first.subject.task
@@ -73,22 +73,22 @@ def _of_subject(session: SuiteSession, cells: list[Cell], tell: Callable[[str], 
     )
 
 
-def _chance(evidence: Evidence) -> float | None:
+def _chance(context: CellContext) -> float | None:
     """The loss of a classifier that knows nothing; of several classes at once each is a guess between two."""
-    if not evidence.subject.task.endswith("classification"):
+    if not context.subject.task.endswith("classification"):
         return None
-    if evidence.subject.task == "token-classification":
-        return math.log(evidence.num_labels)
-    return {"classes": math.log(evidence.num_labels), "many": math.log(2)}.get(evidence.space.targets)
+    if context.subject.task == "token-classification":
+        return math.log(context.num_labels)
+    return {"classes": math.log(context.num_labels), "many": math.log(2)}.get(context.space.targets)
 
 
-def _run(evidence: Evidence) -> RehearsedRun:
-    logits = evidence.forward(evidence.training_batch)["logits"]
-    plain = evidence.trajectory
-    clipped = evidence.train(evidence.with_plan(max_grad_norm=CLIP))
-    stable, at_least = _largest_stable(evidence)
+def _run(context: CellContext) -> RehearsedRun:
+    logits = context.forward(context.training_batch)["logits"]
+    plain = context.trajectory
+    clipped = context.train(context.with_plan(max_grad_norm=CLIP))
+    stable, at_least = _largest_stable(context)
     return RehearsedRun(
-        precision=evidence.cell.precision,
+        precision=context.cell.precision,
         largest_logit=float(logits.abs().max()),
         losses=plain.losses,
         gradient_norms=plain.gradient_norms,
@@ -116,10 +116,10 @@ def is_stable(run: Trajectory) -> bool:
     )
 
 
-def _largest_stable(evidence: Evidence) -> tuple[float | None, bool]:
+def _largest_stable(context: CellContext) -> tuple[float | None, bool]:
     """The largest stable learning rate, and whether the search ended at its upper end."""
 
     def holds(plan: TrainingPlan) -> bool:
-        return is_stable(evidence.trajectory if plan == evidence.request.plan else evidence.train(plan))
+        return is_stable(context.trajectory if plan == context.request.plan else context.train(plan))
 
-    return largest_stable_rate(evidence.request.plan, holds)
+    return largest_stable_rate(context.request.plan, holds)

@@ -26,12 +26,12 @@ from numerics_suite.devices.kinds import CPU
 from numerics_suite.diagnosis.consequences import RAISES, raised
 from numerics_suite.diagnosis.experiments import with_confidence
 from numerics_suite.diagnosis.findings import finding
-from numerics_suite.diagnosis.raising import model_raises
+from numerics_suite.diagnosis.model_exceptions import model_raises
 from numerics_suite.diagnosis.remedy_trials import CheckAnswer, try_remedies
 from numerics_suite.diagnosis.reproducer import reproducer
 from numerics_suite.diagnosis.roots import following
 from numerics_suite.diagnosis.versions_advice import PIN, borne_out, clean_on_a_fixture, without_pin
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.engine.true_passes import TruePasses
@@ -70,7 +70,7 @@ class SuiteSession:
         self.tries_remedies = True
         self._reproducers: dict[tuple[str, ...], str | None] = {}
         self.deadline, self.reproducers = deadline, reproducers
-        self._evidence: Evidence | None = None
+        self._context: CellContext | None = None
         self._true_passes = TruePasses()
         self.lost: tuple[Cell, str] | None = None
         self.answered: Mapping[str, Mapping[str, Any]] = {}
@@ -84,17 +84,17 @@ class SuiteSession:
             warnings.simplefilter("ignore")  # as in `answer`
             return make_plan(self.settings)
 
-    def evidence(self, cell: Cell) -> Evidence:
-        """The evidence of the cell; the previous cell's is let go first."""
-        if self._evidence is None or self._evidence.cell != cell:
-            if self._evidence is not None:
-                previous = self._evidence.cell.device
-                self._evidence.let_go()
-                self._evidence = None
+    def context(self, cell: Cell) -> CellContext:
+        """The context of the cell; the previous cell's is released first."""
+        if self._context is None or self._context.cell != cell:
+            if self._context is not None:
+                previous = self._context.cell.device
+                self._context.release()
+                self._context = None
                 memory.release(previous)
             subject = self.plan.subjects[cell.subject]
-            self._evidence = Evidence(subject, cell, self._request(subject, cell), shared=self._true_passes)
-        return self._evidence
+            self._context = CellContext(subject, cell, self._request(subject, cell), shared=self._true_passes)
+        return self._context
 
     def _request(self, subject: Subject, cell: Cell) -> Request:
         settings = self.settings
@@ -178,7 +178,9 @@ class SuiteSession:
         except (NotApplicableError, UnsupportedError) as error:
             return result("skipped", reason=str(error)), ""
         except NumericsSuiteError as error:
-            return self._raised(question, error, result) or result("error", reason=str(error)), ""
+            raised = self._raised(question, error, result)
+            unusable = self.evidence(question.cell).unusable is error
+            return raised or result("error", reason=str(error), bad_input=unusable), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
             raised = self._raised(question, error, result)
             if raised is not None:
@@ -198,13 +200,13 @@ class SuiteSession:
             progress.end()
 
     def _out_of_time(self, cell: Cell) -> bool:
-        begun = self._evidence is not None and self._evidence.cell == cell
+        begun = self._context is not None and self._context.cell == cell
         return not begun and self.deadline is not None and time.time() > self.deadline
 
     def _judged(self, question: Question, result: Callable[..., CheckResult]) -> CheckResult:
         spec = get_check(question.check)
-        evidence = self.evidence(question.cell)
-        outcome = ask(spec, evidence, seed=self.settings.seed)
+        context = self.context(question.cell)
+        outcome = ask(spec, context, seed=self.settings.seed)
         told = {
             "measurements": _numbers(outcome),
             "series": tuple(with_limits(question.check, series) for series in outcome.series.values()),
@@ -214,30 +216,30 @@ class SuiteSession:
             if unsupported is not None:
                 return result("skipped", reason=unsupported)
             return result("passed", reason=_half_judged(outcome), **told)
-        found = finding(outcome.breaches, evidence, outcome.batch, diagnose=self.settings.diagnose)
-        found = self._diagnosed(question, found, evidence)
+        found = finding(outcome.breaches, context, outcome.batch, diagnose=self.settings.diagnose)
+        found = self._diagnosed(question, found, context)
         if self.settings.diagnose and self.tries_remedies:
-            found = replace(found, reproducer=self._reproducer(question, found, evidence, outcome.batch))
+            found = replace(found, reproducer=self._reproducer(question, found, context, outcome.batch))
         return self._failed(found, result, told)
 
-    def _diagnosed(self, question: Question, found: Finding, evidence: Evidence) -> Finding:
+    def _diagnosed(self, question: Question, found: Finding, context: CellContext) -> Finding:
         """The finding with its experiment made and its remedies tried, where that is wanted."""
-        found = borne_out(found, evidence)
+        found = borne_out(found, context)
         if not (self.settings.diagnose and self.tries_remedies):
             return found
         pinned = any(remedy.name == PIN for remedy in found.remedies)
-        if pinned and clean_on_a_fixture(question.check, evidence, self._ask_again):
+        if pinned and clean_on_a_fixture(question.check, context, self._ask_again):
             found = without_pin(found)
-        found = with_confidence(question.check, found, evidence, self._ask_again)
-        found = replace(found, remedies=try_remedies(question.check, found, evidence, self._ask_again))
-        return self._following(question, found, evidence) or found
+        found = with_confidence(question.check, found, context, self._ask_again)
+        found = replace(found, remedies=try_remedies(question.check, found, context, self._ask_again))
+        return self._following(question, found, context) or found
 
-    def _following(self, question: Question, found: Finding, evidence: Evidence) -> Finding | None:
+    def _following(self, question: Question, found: Finding, context: CellContext) -> Finding | None:
         """The finding as a consequence of an earlier one of its cell, None where nothing shows that."""
         if not (self.settings.diagnose and self.tries_remedies):
             return None
         earlier = [root for root in self._roots if root.cell == question.cell]
-        return following(question.check, found, evidence, earlier, self._ask_again)
+        return following(question.check, found, context, earlier, self._ask_again)
 
     def _failed(self, found: Finding, result: Callable[..., CheckResult], told: Mapping[str, object]) -> CheckResult:
         failed = result("failed", finding=found, **told)
@@ -248,9 +250,9 @@ class SuiteSession:
 
     def _raised(self, question: Question, error: Exception, result: Callable[..., CheckResult]) -> CheckResult | None:
         """A failure of the check where the model's own code raised; None where that is an error of something else."""
-        evidence = self.evidence(question.cell)
+        context = self.context(question.cell)
         try:
-            found = model_raises(error, evidence)
+            found = model_raises(error, context)
         except Exception:  # noqa: BLE001 - what cannot be diagnosed is the error that it was
             return None
         if found is None:
@@ -258,11 +260,11 @@ class SuiteSession:
         cell = question.cell
         key = (cell.subject, cell.task, *raised(found))
         if key not in self._raises:
-            found = self._diagnosed(question, found, evidence)
+            found = self._diagnosed(question, found, context)
         else:  # the same exception at the same line: what cures the root is told there
             found = replace(found, remedies=())
             if (cell.id, *key) not in self._raises:
-                found = self._following(question, found, evidence) or found
+                found = self._following(question, found, context) or found
         return self._failed(found, result, {})
 
     def _remember(self, answered: CheckResult) -> None:
@@ -277,13 +279,13 @@ class SuiteSession:
             key = (cell.subject, cell.task, *raised(found))
             self._raises |= {key, (cell.id, *key)}
 
-    def _reproducer(self, question: Question, found: Finding, evidence: Evidence, batch: Batch | None) -> str | None:
+    def _reproducer(self, question: Question, found: Finding, context: CellContext, batch: Batch | None) -> str | None:
         """Path of a script that shows the finding alone; one for all attentions of a precision."""
         cell = question.cell
         key = (question.check, cell.subject, cell.precision, found.cause)
         if key not in self._reproducers:
             with doing(f"{question.check}/{question.cell.id}: writing a script that shows it"):
-                text = reproducer(question.check, found, evidence, batch)
+                text = reproducer(question.check, found, context, batch)
             path = self.reproducers / self._script_name(key)
             try:
                 if text is not None:
@@ -304,7 +306,7 @@ class SuiteSession:
         first = not any(list(other[:-1]) == cell for other in self._reproducers)
         return f"{'-'.join(cell if first else key)}.py"
 
-    def _ask_again(self, check: str, cured: Evidence) -> CheckAnswer:
+    def _ask_again(self, check: str, cured: CellContext) -> CheckAnswer:
         """A check of a cured copy, with the batches that this run draws."""
         outcome = ask(get_check(check), cured, seed=self.settings.seed)
         return CheckAnswer(breaches=outcome.breaches, measurements=_numbers(outcome))

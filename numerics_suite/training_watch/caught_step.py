@@ -1,6 +1,6 @@
 """A training step that the watch caught, as something that can be run again: the kept steps, on a copy of the model.
 
-It is an :class:`Evidence` whose training runs are the loop's own: its batches and random states, its optimizers as they were, its
+It is a :class:`CellContext` whose training runs are the loop's own: its batches and random states, its optimizers as they were, its
 clipping and loss scale. Experiments and remedies work on it as they do on a cell of the suite.
 """
 
@@ -29,7 +29,7 @@ from numerics_suite.devices.precisions import PRECISIONS, Precision
 from numerics_suite.diagnosis.consequences import NO_RUN
 from numerics_suite.diagnosis.remedies import InputChange
 from numerics_suite.engine.calls import call_with, input_device
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Trainer, TrainingPlan, Trajectory
 from numerics_suite.observations.finiteness import nonfinite_count
@@ -80,7 +80,7 @@ class Start:
         return len({call.step for call in self.calls})
 
 
-class CaughtStep(Evidence):
+class CaughtStep(CellContext):
     """The caught steps from one start on.
 
     Attributes:
@@ -113,7 +113,7 @@ class CaughtStep(Evidence):
         self.recipe = own if self.as_caught else self.recipe
         self.first_step, self.origin, self.unheld = start.first, start.words, start.unheld
 
-    def _like(self, subject: Subject, cell: Cell, request: Request) -> Evidence:  # noqa: ARG002 - there is one subject
+    def _like(self, subject: Subject, cell: Cell, request: Request) -> CellContext:  # noqa: ARG002 - there is one subject
         like = CaughtStep(
             self.source,
             self.start,

@@ -19,7 +19,7 @@ from numerics_suite.diagnosis.remedy_trials import (
     breaks,
     try_remedies,
 )
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.training_watch.caught_step import CaughtStep, undisturbed
 from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import DESCENDS, LOSS_NOW, runs_away
@@ -65,11 +65,11 @@ def with_remedies_tried(finding: Finding, scene: CaughtContext) -> Finding:
     asked = replace(finding, remedies=tuple(remedy for remedy in finding.remedies if remedy.verified is None))
     until = time.monotonic() + scene.seconds
 
-    def ask(name: str, evidence: Evidence) -> CheckAnswer:
+    def ask(name: str, context: CellContext) -> CheckAnswer:
         if time.monotonic() >= until:
             reason = f"not tried: the {scene.seconds:g} seconds for it were over; numerics-suite check --bundle has no such limit"
             raise TimeOverError(reason)
-        return ask_once(name, evidence)
+        return ask_once(name, context)
 
     with undisturbed():
         try:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from numerics_suite.training_watch.attaching import plain_model
+from numerics_suite.training_watch.hooks import plain_model
 from numerics_suite.training_watch.patches import is_unheard, listening
 from numerics_suite.training_watch.session import Watch
 from numerics_suite.training_watch.updates import holds_copies

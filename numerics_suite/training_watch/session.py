@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from numerics_suite.core.records import Finding
 from numerics_suite.training_watch.alarms import Alarm, NumericsError, Reading
 from numerics_suite.training_watch.async_metrics import Mailbox
-from numerics_suite.training_watch.attaching import around_forward, around_step, plain_model, plain_optimizer
 from numerics_suite.training_watch.bundle import Caught
 from numerics_suite.training_watch.caught_step import bad_parameters
 from numerics_suite.training_watch.confirmation import ONGOING, confirmed, never_fits
 from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import diverged
 from numerics_suite.training_watch.gauges import Gauges, parameters_of
+from numerics_suite.training_watch.hooks import around_forward, around_step, plain_model, plain_optimizer
 from numerics_suite.training_watch.inputs import ID_BATCHES, UNREPRESENTABLE, rounded_ids, token_ids, unrepresentable
 from numerics_suite.training_watch.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.training_watch.norms import is_shard

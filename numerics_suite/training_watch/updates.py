@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from numerics_suite.core.records import Fact
 from numerics_suite.engine.updates import HeldShare, UpdateMeter, held_share
 from numerics_suite.training_watch.alarms import Alarm, Reading
-from numerics_suite.training_watch.frozen import FROZEN, UNTIED, Frozen, untied
+from numerics_suite.training_watch.frozen_parameters import FROZEN, UNTIED, Frozen, untied
 from numerics_suite.training_watch.norms import each_norm, floating, is_shard
 from numerics_suite.training_watch.patches import unheard
 
@@ -36,7 +36,7 @@ SILENT = frozenset({UNREACHED, UNHELD, ROUNDED, ZERO, DEAD, FROZEN, UNTIED})
 
 
 @dataclass(slots=True)
-class _Seen:
+class _OptimizerHistory:
     """What one optimizer did so far."""
 
     steps: int
@@ -60,7 +60,7 @@ class Updates:
         self.model = model
         narrow = sum(p.requires_grad and p.dtype.itemsize < torch.float32.itemsize for p in model.parameters())
         self._meter = UpdateMeter(max(SAMPLE, ALTOGETHER // max(narrow, 1)), narrow=True)
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, _OptimizerHistory] = {}
         self._metering: set[int] = set()
         self._frozen = Frozen(model)
 
@@ -71,7 +71,7 @@ class Updates:
             optimizer: the plain one.
             due: the parameters are looked at in this step.
         """
-        seen = self._seen.setdefault(id(optimizer), _Seen(steps=0, reached=set()))
+        seen = self._seen.setdefault(id(optimizer), _OptimizerHistory(steps=0, reached=set()))
         seen.steps += 1
         rate = max((float(g["lr"]) for g in optimizer.param_groups if isinstance(g.get("lr"), float)), default=0.0)
         self._frozen.before(optimizer)

@@ -8,8 +8,7 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.versions.commits import commits_between, git
-from numerics_suite.versions.ends import refuse_equal, refuse_swapped
+from numerics_suite.versions.commits import commits_between, git, refuse_equal, refuse_swapped
 from numerics_suite.versions.index import released
 from numerics_suite.versions.recipes import Wanted
 from numerics_suite.versions.specs import missing

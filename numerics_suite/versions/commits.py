@@ -5,10 +5,35 @@ from __future__ import annotations
 import os
 import tarfile
 from pathlib import Path
+from typing import NoReturn
 
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.versions.ends import refuse_equal, refuse_swapped
 from numerics_suite.versions.installers import run_quietly
+
+
+def refuse_equal(good: str, bad: str) -> None:
+    """Two ends that are one have nothing between them.
+
+    Raises:
+        BadInputError: they are equal.
+    """
+    if good == bad:
+        message = f"--good and --bad are both {good}: give two different ends"
+        raise BadInputError(message)
+
+
+def refuse_swapped(good: str, bad: str) -> NoReturn:
+    """Say that the ends stand the wrong way round.
+
+    Args:
+        good: as typed; the newer one.
+        bad: as typed.
+
+    Raises:
+        BadInputError: always.
+    """
+    message = f"--good {good} is newer than --bad {bad}: swap them (--good {bad} --bad {good})"
+    raise BadInputError(message)
 
 
 def commits_between(repository: Path, good: str, bad: str, path: Path | None = None) -> list[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.core.activity import telling
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError, UnsupportedError
-from numerics_suite.versions import building, locks, retention
+from numerics_suite.versions import installation, locks, retention
 from numerics_suite.versions.markers import LAYOUT, MARKER, environments_folder, locks_folder, read_marker
 from numerics_suite.versions.recipes import Recipe, Wanted, make_recipe
 from numerics_suite.versions.self_link import running_copy
@@ -171,8 +171,8 @@ def _make(recipe: Recipe, wanted: Wanted, folder: Path) -> dict[str, Any]:
     attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=folder))
     started = time.monotonic()
     try:
-        python = building.build(recipe, wanted, attempt)
-        versions = building.import_once(python, recipe)
+        python = installation.build(recipe, wanted, attempt)
+        versions = installation.import_once(python, recipe)
         marker = {
             "layout": LAYOUT,
             "recipe": recipe.to_json(),

@@ -12,8 +12,7 @@ from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.subjects.fixtures import cache_dir
 from numerics_suite.subjects.hub import parse_hub_id
 from numerics_suite.versions.candidates import Candidate, Exported
-from numerics_suite.versions.commits import commits_between, export, git
-from numerics_suite.versions.ends import refuse_equal, refuse_swapped
+from numerics_suite.versions.commits import commits_between, export, git, refuse_equal, refuse_swapped
 
 
 def of_checkpoint(source: str, good: str, bad: str) -> tuple[list[Candidate], str]:

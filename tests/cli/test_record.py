@@ -125,11 +125,11 @@ def test_another_cell_joins_those_that_are_there(capsys):
 def test_a_cell_that_cannot_be_measured_is_told_and_the_others_are_written(capsys, monkeypatch):
     real = recording.measure_cell
 
-    def fails(evidence, **keywords):
-        if evidence.cell.attn == "eager":
+    def fails(context, **keywords):
+        if context.cell.attn == "eager":
             message = "two\nlines"
             raise MemoryError(message)
-        return real(evidence, **keywords)
+        return real(context, **keywords)
 
     monkeypatch.setattr(recording, "measure_cell", fails)
     assert main(["record", *TWO, "--baseline", "kept", "--json", "out.json", "-n", "0"]) == 3

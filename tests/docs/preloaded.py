@@ -26,7 +26,7 @@ PRELOADED = (
     "transformers.models.glm.modeling_glm",
     "hypothesis",
     "pytest",
-    "numerics_suite.engine.evidence",
+    "numerics_suite.engine.cell_context",
     "numerics_suite.judgement.assertions",
     "numerics_suite.reports.terminal",
     "numerics_suite.training_watch.session",

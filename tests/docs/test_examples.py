@@ -33,7 +33,7 @@ def example():
 
 
 @pytest.fixture
-def evidence():
+def context():
     """One cell of a shipped checkpoint, as the suite would hand it to a check."""
     session = SuiteSession(
         Settings(
@@ -45,7 +45,7 @@ def evidence():
         )
     )
     (cell,) = session.plan.cells
-    return session.evidence(cell)
+    return session.context(cell)
 
 
 BATCH = Batch(
@@ -60,16 +60,16 @@ def test_its_id_and_question_are_those_of_the_page(example):
     assert example.STRIDES.check == example.strides.id
 
 
-def test_a_sound_model_passes(example, evidence):
-    (found,) = example.strides.function(evidence, BATCH)
+def test_a_sound_model_passes(example, context):
+    (found,) = example.strides.function(context, BATCH)
     assert found.name == example.STRIDES.measurement
     assert within(found.value, example.STRIDES.limit)
 
 
-def test_a_model_that_reads_past_strides_is_found(example, evidence):
-    embedding = evidence.model.get_input_embeddings()
+def test_a_model_that_reads_past_strides_is_found(example, context):
+    embedding = context.model.get_input_embeddings()
     plain = embedding.forward
     embedding.forward = lambda ids: plain(torch.as_strided(ids, ids.shape, (ids.shape[1], 1)))
-    (found,) = example.strides.function(evidence, BATCH)
+    (found,) = example.strides.function(context, BATCH)
     assert found.value > 0
     assert not within(found.value, example.STRIDES.limit)

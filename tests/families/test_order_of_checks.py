@@ -95,7 +95,7 @@ def test_what_a_forward_pass_leaves_behind_does_not_reach_the_next_check(tmp_pat
     monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
     session = session_of(build("llama", tmp_path), "fp32", ("forward.finite", "forward.batch"), max_examples=30)
     by_check = {question.check: question for question in session.plan.questions}
-    model = session.evidence(by_check["forward.finite"].cell).model.model
+    model = session.context(by_check["forward.finite"].cell).model.model
     model.count.zero_()  # a load does not fill a buffer that is not stored
     told = [session.answer(by_check[check])[0].status for check in ("forward.finite", "forward.batch")]
     assert told == ["passed", "passed"]

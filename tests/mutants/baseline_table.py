@@ -67,8 +67,8 @@ def recorded(fixture: str, precision: str, attn: str) -> CellBaseline:
 
     mutant = next(m for m in MUTANTS if (m.fixture, m.precision, m.attn) == (fixture, precision, attn))
     session = session_of(mutant, changed=False)
-    evidence = session.evidence(session.plan.cells[0])
-    return measure_cell(evidence, checks=evidence.request.applicable)
+    context = session.context(session.plan.cells[0])
+    return measure_cell(context, checks=context.request.applicable)
 
 
 def judged(mutant: Mutant) -> Row:
@@ -85,9 +85,9 @@ def judged(mutant: Mutant) -> Row:
         warnings.simplefilter("ignore")
         clean = recorded(mutant.fixture, mutant.precision, mutant.attn)
         session = session_of(mutant, changed=True)
-        evidence = session.evidence(session.plan.cells[0])
+        context = session.context(session.plan.cells[0])
         try:
-            found = judge_difference(difference(clean, measure_cell(evidence, clean.batches, clean.checks)))
+            found = judge_difference(difference(clean, measure_cell(context, clean.batches, clean.checks)))
         except NoSuchPlaceError:
             return Row(id=mutant.id, kind="", all_kinds=(), module=None, module_right=False, kind_right=False, caught=False, why=(), absent=True)  # fmt: skip
     return Row(

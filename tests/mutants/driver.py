@@ -12,7 +12,7 @@ from mutants.catalogue.record import ORACLE, Mutant
 from mutants.editing import Patch
 from numerics_suite.core.records import Cell, CheckResult
 from numerics_suite.core.registry import check_ids
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded, load
 from numerics_suite.suite.planning import Question
@@ -73,12 +73,12 @@ class MutantSession(SuiteSession):
         self.tries_remedies = False  # whether a defect is seen is asked here, not what cures it
         self.patch = patch
 
-    def evidence(self, cell: Cell) -> Evidence:
-        """The evidence of the cell, with the changed loader."""
-        if self._evidence is None or self._evidence.cell != cell:
+    def context(self, cell: Cell) -> CellContext:
+        """The context of the cell, with the changed loader."""
+        if self._context is None or self._context.cell != cell:
             subject = self.plan.subjects[cell.subject]
-            self._evidence = Evidence(subject, cell, self._request(subject, cell), loader=self._load)
-        return self._evidence
+            self._context = CellContext(subject, cell, self._request(subject, cell), loader=self._load)
+        return self._context
 
     def _load(self, *args: Any, **kwargs: Any) -> Loaded:
         loaded = load(*args, **kwargs)

@@ -167,8 +167,8 @@ def named_by_us(session: Any) -> Named:
 
 
 def _training_inputs(session: Any) -> tuple[Any, Mapping[str, Any], Any]:
-    evidence = session.evidence(session.plan.cells[0])
-    return evidence, dict(evidence.training_batch.tensors), evidence.copy_model()
+    context = session.context(session.plan.cells[0])
+    return context, dict(context.training_batch.tensors), context.copy_model()
 
 
 def named_by_anomaly(session: Any) -> Named:
@@ -178,13 +178,13 @@ def named_by_anomaly(session: Any) -> Named:
     from numerics_suite.engine.calls import call_model
     from numerics_suite.engine.runner import forward_pass
 
-    evidence, tensors, model = _training_inputs(session)
-    scale = 65536.0 if evidence.recipe.loss_scaling else 1.0
+    context, tensors, model = _training_inputs(session)
+    scale = 65536.0 if context.recipe.loss_scaling else 1.0
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             with torch.autograd.detect_anomaly():
-                with forward_pass(evidence.condition):
+                with forward_pass(context.condition):
                     loss = call_model(model, tensors).loss
                 (loss * scale).backward()
         except RuntimeError as error:
@@ -211,13 +211,13 @@ def named_by_debug(session: Any) -> Named:
     from numerics_suite.engine.calls import call_model
     from numerics_suite.engine.runner import forward_pass
 
-    evidence, tensors, model = _training_inputs(session)
+    context, tensors, model = _training_inputs(session)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             watcher = DebugUnderflowOverflow(model)
-            with forward_pass(evidence.condition):
+            with forward_pass(context.condition):
                 call_model(model, tensors).loss.backward()
         except ValueError as error:
             if "inf/nan detected" not in str(error):

@@ -141,9 +141,9 @@ def test_a_change_stays_in_its_place() -> None:
     mutant = next(mutant for mutant in MUTANTS if mutant.id == "mlp-gate-and-up-swapped")
     _needs(mutant.family)
     session = MutantSession(settings_of(mutant.fixture, "fp32", "eager"), mutant.apply)
-    changed = session.evidence(session.plan.cells[0]).model
+    changed = session.context(session.plan.cells[0]).model
     clean_session = MutantSession(settings_of(mutant.fixture, "fp32", "eager"))
-    clean = clean_session.evidence(clean_session.plan.cells[0]).model
+    clean = clean_session.context(clean_session.plan.cells[0]).model
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         wrong, right = changed(ids).logits, clean(ids).logits

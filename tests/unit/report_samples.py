@@ -14,7 +14,7 @@ from numerics_suite.core.registry import check_ids
 from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
 from numerics_suite.judgement.budgets import budgets_of
-from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents, Matrix, Run
+from numerics_suite.reports.documents import BisectFile, CheckRun, ComparisonFile, Documents, Matrix
 
 VERSIONS = (
     "5.6.2", "5.7.0", "5.8.0", "5.8.1", "5.9.0", "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1",
@@ -240,7 +240,7 @@ def regression(*, with_runs: bool = True) -> Documents:
                 results.append(CheckResult(check=check, cell=cell(subject, "bf16"), series=series, **given))
         run = run_of(results, subjects, version)
         cells.append(matrix_cell(version, run, changes_in(version, before, subjects)))
-        runs.append(Run(label=f"transformers {version}", result=run) if with_runs else None)
+        runs.append(CheckRun(label=f"transformers {version}", result=run) if with_runs else None)
     result = MatrixResult(cells=tuple(cells), folder=Path(".numerics/matrix"), duration_s=812.0)
     return Documents(matrices=(Matrix(result=result, runs=tuple(runs)),))
 
@@ -267,7 +267,7 @@ def many_cells(versions: int = 20) -> Documents:
                 for order, check in enumerate(check_ids()):
                     results.append(big_result(check, where, (at, number, index, order), shared))
         run = run_of(results, subjects, version)
-        runs.append(Run(label=f"transformers {version}", result=run, path=Path(f"cells/{version}/results.json")))
+        runs.append(CheckRun(label=f"transformers {version}", result=run, path=Path(f"cells/{version}/results.json")))
         cells.append(matrix_cell(version, run))
     if versions == 1:
         return Documents(runs=tuple(runs))
@@ -332,7 +332,7 @@ def all_green() -> Documents:
         for attn in ("eager", "sdpa")
         for check in check_ids()
     ]
-    return Documents(runs=(Run(label="green", result=run_of(results, ("glm4-tiny",))),))
+    return Documents(runs=(CheckRun(label="green", result=run_of(results, ("glm4-tiny",))),))
 
 
 def hostile() -> Documents:
@@ -387,7 +387,7 @@ def hostile() -> Documents:
         environment={"python": HOSTILE, "packages": {HOSTILE: HOSTILE}},
         settings={HOSTILE: HOSTILE, "names": [HOSTILE], "origins": {}},
     )
-    return Documents(runs=(Run(label=HOSTILE, result=run),), notes=(HOSTILE,))
+    return Documents(runs=(CheckRun(label=HOSTILE, result=run),), notes=(HOSTILE,))
 
 
 def comparison() -> ComparisonFile:
@@ -496,7 +496,7 @@ def everything() -> Documents:
     matrix = regression()
     run = replace(sample_run(), rehearsals=(rehearsal(),))
     return Documents(
-        runs=(Run(label="nightly", result=run),),
+        runs=(CheckRun(label="nightly", result=run),),
         matrices=matrix.matrices,
         comparisons=(comparison(),),
         bisections=(bisection(),),

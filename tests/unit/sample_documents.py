@@ -11,7 +11,7 @@ from unit.sample_run import evidence, finding, result, sample_run
 
 from numerics_suite.core.records import CheckResult, Finding, Remedy, RunResult
 from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
-from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents, Matrix, Run
+from numerics_suite.reports.documents import BisectFile, CheckRun, ComparisonFile, Documents, Matrix
 
 HOSTILE = (
     "`tick` ``two`` | pipe \\| <script>alert(1)</script> ]]> --> <!-- @octocat #1 ::error::x %0A\r\nnext\x00\x1b[31m \ud800 "
@@ -145,7 +145,7 @@ def matrix_document(releases: tuple[str, ...] = RELEASES, broken: tuple[str, ...
                 changes=(change,) if release in broken[:1] else (),
             )
         )  # fmt: skip
-        runs.append(Run(label=held.text, result=run))
+        runs.append(CheckRun(label=held.text, result=run))
     lost = Versions(transformers="5.11.0", torch="2.13.0", python="3.11")
     cells.append(
         MatrixCell(wanted=lost, held=lost, status="error", verdict="error", reason=f"no wheel of it {HOSTILE}")
@@ -188,7 +188,7 @@ def bisect_document() -> BisectFile:
 def everything() -> Documents:
     """All of it."""
     return Documents(
-        runs=(Run(label="hostile", result=hostile_run()),),
+        runs=(CheckRun(label="hostile", result=hostile_run()),),
         matrices=(matrix_document(),),
         comparisons=(comparison_document(),),
         bisections=(bisect_document(),),

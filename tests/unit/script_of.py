@@ -12,7 +12,7 @@ from numerics_suite.core.records import Batch, Finding
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosis.findings import finding
 from numerics_suite.diagnosis.reproducer import reproducer
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.driver import ask
 
@@ -26,7 +26,7 @@ class Shown:
     """What a check found, where, and the script of it."""
 
     finding: Finding
-    evidence: Evidence
+    context: CellContext
     batch: Batch | None
     script: str | None
 
@@ -70,19 +70,19 @@ def shown(
         raise UnseenError(str(error)) from error
     if question.skip is not None:
         raise UnseenError(question.skip)
-    evidence = session.evidence(question.cell)
+    context = session.context(question.cell)
     try:
-        outcome = ask(get_check(check), evidence, seed=settings.seed, max_examples=settings.max_examples)
+        outcome = ask(get_check(check), context, seed=settings.seed, max_examples=settings.max_examples)
     except (NotApplicableError, UnsupportedError) as error:
         raise UnseenError(str(error)) from error
     breaches = [item for item in outcome.breaches if measurement in {"", item.measurement.name}]
     if not breaches:
         message = f"{check} passes: {outcome.worst}"
         raise UnseenError(message)
-    found = finding(breaches, evidence, outcome.batch)
+    found = finding(breaches, context, outcome.batch)
     return Shown(
         finding=found,
-        evidence=evidence,
+        context=context,
         batch=outcome.batch,
-        script=reproducer(check, found, evidence, outcome.batch),
+        script=reproducer(check, found, context, outcome.batch),
     )

@@ -96,8 +96,8 @@ def test_a_remedy_that_is_tried_is_told_of(monkeypatch):
     from unit.sample_run import finding
 
     said: list[str] = []
-    evidence = SimpleNamespace(cell=SimpleNamespace(id="glm-tiny/bf16"))
-    trial = remedy_trials._Trial(check="load.head-init", finding=finding("x", "x"), evidence=evidence, ask=None)
+    context = SimpleNamespace(cell=SimpleNamespace(id="glm-tiny/bf16"))
+    trial = remedy_trials._Trial(check="load.head-init", finding=finding("x", "x"), context=context, ask=None)
     monkeypatch.setattr(remedy_trials._Trial, "_first_that_works", lambda *_: until(lambda: said))
     with listening(said.append):
         trial.remedy("init-head")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import numerics_suite
+from numerics_suite.observations.coarse_arithmetic import _CoarserOps
 
 VOCAB = 40
 
@@ -87,7 +88,7 @@ def test_a_look_into_the_future_is_seen(batch):
 
 def inaccurate_kernel(value, by):
     """A kernel that errs when it runs for real, and not where a twin computes the op in float64 in its place."""
-    return value if _get_current_dispatch_mode() is not None else value * by
+    return value * by if isinstance(_get_current_dispatch_mode(), (_CoarserOps, type(None))) else value
 
 
 def test_a_kernel_less_accurate_than_its_dtype_is_over_the_reference_budget(batch):
@@ -127,3 +128,34 @@ def test_a_value_that_is_not_finite_is_told_with_its_index():
     model.weight.grad = torch.full((2, 2), float("inf"))
     with pytest.raises(AssertionError, match=r"weight\.grad is not finite"):
         numerics_suite.assert_finite(model)
+
+
+class RoundTrip(Decoder):
+    """A float32 decoder whose head goes through float16 and back: every value has float32's dtype and float16's bits."""
+
+    def __init__(self, passes_through=torch.float16):
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, VOCAB))
+        self.head[0].register_forward_hook(lambda module, args, out: out.to(passes_through).to(out.dtype))
+
+
+def test_a_float16_round_trip_inside_a_float32_module_is_named_with_mode_and_dtype(batch):
+    said = (
+        r"coarser floats: head\.0 computes in a coarser float.*\n.*ops by module: head\.0 \(1\); "
+        r"run in evaluation mode, float32 parameters"
+    )
+    with pytest.raises(AssertionError, match=said):
+        numerics_suite.assert_matches_reference(RoundTrip(), batch)
+    with pytest.raises(AssertionError, match=r"coarser floats: .* first in head\.0"):
+        numerics_suite.assert_gradients_match(RoundTrip(), {**batch, "labels": batch["input_ids"]})
+    numerics_suite.assert_matches_reference(RoundTrip(torch.float64), batch)
+    numerics_suite.assert_matches_reference(RoundTrip().half(), batch)
+
+
+def test_the_message_names_autocast_and_the_mode_is_put_back(batch):
+    model = RoundTrip(torch.bfloat16).train()
+    with pytest.raises(AssertionError, match="float32 parameters under autocast to float16"):
+        numerics_suite.assert_matches_reference(model, batch, autocast=torch.float16)
+    assert model.training
+    with pytest.raises(AssertionError, match="run in evaluation mode, in true fp64"):
+        numerics_suite.assert_batch_invariant(Decoder(leak=True), batch)

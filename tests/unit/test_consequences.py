@@ -21,7 +21,7 @@ from numerics_suite.diagnosis import roots
 from numerics_suite.diagnosis.consequences import as_tree
 from numerics_suite.diagnosis.remedies import Attempt
 from numerics_suite.diagnosis.remedy_trials import CheckAnswer
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.findings import grouped
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.junit import junit_xml
@@ -208,7 +208,7 @@ def test_what_an_entry_does_not_reach_has_a_root_of_its_own():
 
 def test_printers_show_one_card_for_each_root():
     run = run_of("uninitialised_head")
-    documents = Documents(runs=(Run(label="check", result=run),))
+    documents = Documents(runs=(CheckRun(label="check", result=run),))
     follows = "forward.finite, train.finite"
     (group,) = grouped(run.checks)
     assert [each.check for each in group.consequences] == ["forward.finite", "train.finite"]
@@ -243,7 +243,7 @@ def test_cells_of_several_workers_have_one_root(tmp_path):
 class Cured:
     """Stands for a copy under a remedy."""
 
-    def let_go(self):
+    def release(self):
         pass
 
 
@@ -252,7 +252,7 @@ def one_attempt(monkeypatch):
     """Every remedy can be applied in one way."""
 
     def cure(_evidence, _finding):
-        yield Attempt(evidence=Cured())
+        yield Attempt(context=Cured())
 
     monkeypatch.setattr(roots, "cures", lambda: dict.fromkeys(("init-head", "use-amp-bf16"), cure))
 
@@ -331,7 +331,7 @@ def test_what_gets_no_gradient_does_not_move(names, follows):
 )
 def test_the_tokenizers_padding_follows_from_a_law_that_is_broken_in_itself(law, measurement, follows):
     first, second = (
-        failed("inputs.pipeline", "padding-leak"),
+        failed("inputs.pipeline", "padding-leak", evidence={"measurement": "padding-moves", "measured": 0.5}),
         failed(law, "future-leak", evidence={"measurement": measurement}),
     )
     assert tree(first, second) == [second.id if follows else None, None]

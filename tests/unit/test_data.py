@@ -75,6 +75,16 @@ def test_only_a_line_feed_ends_a_line_and_a_mark_may_begin_it(tmp_path):
     assert [example.text for example in read_sample(path, size=8, seed=0).examples] == ["a\u2028b\x85c", "d"]
 
 
+def test_no_other_control_character_ends_a_line_of_a_conversation(tmp_path):
+    text = "a\x0bb\x0cc\x1cd\x1ee\u2029f"
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": text, "completion": text}, {"prompt": "g", "completion": "h"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    # JSON itself escapes those below U+0020, so only a reader that splits before it parses would meet them.
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_sample(path, size=8, seed=0).examples) == 2
+
+
 def test_a_completion_is_learnt_and_its_prompt_is_not(tmp_path, tokenizer):
     path = written(tmp_path / "rows.jsonl", {"prompt": "what is the capital? ", "completion": "paris it is"})
     what, rest = learnt(tokenizer, path)
@@ -144,8 +154,8 @@ def test_a_prompt_that_fills_the_length_leaves_no_label(tmp_path):
     assert (remedy.name, remedy.verified) == ("count-labels", True)
     assert "--seq-len 48" in remedy.effect or "--seq-len 96" in remedy.effect
     assert session.plan.data.startswith("8 of 12 prompts, drawn with seed 0; of their 96 tokens 0 labels count")
-    evidence = session.evidence(session.plan.cells[0])
-    script = reproducer("train.labels", finding, evidence, evidence.usable_own_batch)
+    context = session.context(session.plan.cells[0])
+    script = reproducer("train.labels", finding, context, context.usable_own_batch)
     assert script is not None
     assert "no label counts" in script
     # Cut to nothing that matters, the same rows are sound.
@@ -169,8 +179,8 @@ def test_some_rows_without_a_label_are_a_finding_where_a_batch_of_them_is_expect
     session, result = answered(data, 12, diagnose=False)
     assert (result.finding and result.finding.cause) == cause
     if result.finding is not None:
-        evidence = session.evidence(session.plan.cells[0])
-        script = reproducer("train.labels", result.finding, evidence, evidence.usable_own_batch)
+        context = session.context(session.plan.cells[0])
+        script = reproducer("train.labels", result.finding, context, context.usable_own_batch)
         assert script is not None
         assert "batch of those rows in which no label counts" in script
 

@@ -95,9 +95,9 @@ def test_a_window_that_no_batch_reaches(tmp_path, monkeypatch):
     lengths = []
     own = module.true_pass
 
-    def noted(evidence, tensors, call, name):
+    def noted(context, tensors, call, name):
         lengths.append(int(tensors["input_ids"].shape[1]))
-        return own(evidence, tensors, call, name)
+        return own(context, tensors, call, name)
 
     monkeypatch.setattr(module, "true_pass", noted)
     assert statuses(windowed(tmp_path, 22), CHECK, "fp32") == {"forward.cache": "passed"}

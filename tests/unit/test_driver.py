@@ -84,13 +84,13 @@ def test_an_interrupted_run_is_neither_green_nor_a_finding():
 
 
 @pytest.fixture
-def evidence():
+def context():
     settings = Settings(subjects=("fixture:glm-tiny",), precision=("fp32",), attn=("sdpa",))
     session = SuiteSession(settings)
-    return session.evidence(session.plan.cells[0])
+    return session.context(session.plan.cells[0])
 
 
-def drawn(evidence, seed):
+def drawn(context, seed):
     from numerics_suite.core.registry import CheckSpec
 
     seen = []
@@ -99,17 +99,17 @@ def drawn(evidence, seed):
         seen.append(batch.drawn)
         yield Measurement(name="non-finite", value=0, unit="elements")
 
-    ask(CheckSpec(id="forward.finite", function=look, batches=True), evidence, seed=seed, max_examples=10)
+    ask(CheckSpec(id="forward.finite", function=look, batches=True), context, seed=seed, max_examples=10)
     return seen
 
 
-def test_same_seed_same_batches_another_seed_others(evidence):
-    assert drawn(evidence, 0) == drawn(evidence, 0)
-    assert drawn(evidence, 0) != drawn(evidence, 1)
-    assert len(drawn(evidence, 0)) == 10
+def test_same_seed_same_batches_another_seed_others(context):
+    assert drawn(context, 0) == drawn(context, 0)
+    assert drawn(context, 0) != drawn(context, 1)
+    assert len(drawn(context, 0)) == 10
 
 
-def test_a_failing_batch_is_shrunk_to_the_smallest_that_fails(evidence):
+def test_a_failing_batch_is_shrunk_to_the_smallest_that_fails(context):
     from numerics_suite.core.registry import CheckSpec
 
     def long_rows_fail(_evidence, batch):
@@ -117,7 +117,7 @@ def test_a_failing_batch_is_shrunk_to_the_smallest_that_fails(evidence):
         yield Measurement(name="non-finite", value=int(bad), unit="elements")
 
     outcome = ask(
-        CheckSpec(id="forward.finite", function=long_rows_fail, batches=True), evidence, seed=0, max_examples=20
+        CheckSpec(id="forward.finite", function=long_rows_fail, batches=True), context, seed=0, max_examples=20
     )
     assert outcome.breaches
     assert tuple(outcome.batch.tensors["input_ids"].shape) == (1, 5)

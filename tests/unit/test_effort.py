@@ -61,7 +61,7 @@ def test_planned_batches_are_those_of_their_seed_and_hold_every_kind_of_row() ->
     assert mask.sum(1).tolist() == [16, 8, 12, 1]
     assert bool(mask[:, -1].all())  # on the left
     assert all(kind in plain.drawn for kind in CONTENTS)
-    assert (plain.law_abiding, padded.law_abiding, odd.law_abiding) == (True, True, False)
+    assert (plain.laws_apply, padded.laws_apply, odd.laws_apply) == (True, True, False)
     assert int((odd.tensors["input_ids"] == 0)[0].sum()) == 1
 
 
@@ -79,16 +79,16 @@ def test_planned_batches_leave_room_for_what_any_law_adds() -> None:
     assert max(get_check(name).adds for name in check_ids() if name.startswith(("forward.", "inputs."))) == MOST_ADDED
 
 
-def evidence_at(effort: str, **changes: object):
+def context_at(effort: str, **changes: object):
     settings = Settings(
         subjects=("fixture:glm-tiny",), precision=("fp32",), attn=("eager",), device="cpu", effort=effort, **changes
     )
     session = SuiteSession(settings)
-    return session.evidence(session.plan.cells[0])
+    return session.context(session.plan.cells[0])
 
 
 def test_a_planned_batch_that_fails_is_looked_at_alone_and_made_smaller() -> None:
-    evidence, seen = evidence_at("quick"), []
+    context, seen = context_at("quick"), []
 
     def long_rows_fail(_evidence, batch):
         seen.append(batch.drawn)
@@ -96,27 +96,27 @@ def test_a_planned_batch_that_fails_is_looked_at_alone_and_made_smaller() -> Non
         yield Measurement(name="true", value=int(bad), unit="ratio")
         yield Measurement(name="rounded", value=0, unit="ratio")
 
-    outcome = ask(CheckSpec(id="forward.causal", function=long_rows_fail, batches=True), evidence, seed=0)
-    assert seen[0] == evidence.planned_batches[0].drawn
-    assert evidence.planned_batches[1].drawn not in seen
+    outcome = ask(CheckSpec(id="forward.causal", function=long_rows_fail, batches=True), context, seed=0)
+    assert seen[0] == context.planned_batches[0].drawn
+    assert context.planned_batches[1].drawn not in seen
     assert tuple(outcome.batch.tensors["input_ids"].shape) == (1, 5)
 
 
 def test_a_planned_batch_that_fails_stands_where_no_smaller_one_does() -> None:
-    evidence = evidence_at("quick")
-    planned = evidence.planned_batches[1]
+    context = context_at("quick")
+    planned = context.planned_batches[1]
 
     def one_fails(_evidence, batch):
         yield Measurement(name="true", value=int(batch.drawn == planned.drawn), unit="ratio")
         yield Measurement(name="rounded", value=0, unit="ratio")
 
-    outcome = ask(CheckSpec(id="forward.causal", function=one_fails, batches=True), evidence, seed=0)
+    outcome = ask(CheckSpec(id="forward.causal", function=one_fails, batches=True), context, seed=0)
     assert outcome.breaches
     assert outcome.batch is planned
 
 
 @pytest.mark.parametrize("law", [batch.batch, cache.cache, causal.causal, padding.padding], ids=lambda law: law.id)
 def test_every_law_is_asked_of_the_planned_batches(law: CheckSpec) -> None:
-    outcome = ask(law, evidence_at("quick"), seed=0)
+    outcome = ask(law, context_at("quick"), seed=0)
     assert outcome.examples == 2
     assert outcome.worst["rounded"].value > 0

@@ -17,7 +17,7 @@ from unit.package_index import RUNNING_TORCH, RUNNING_TRANSFORMERS, only_from, w
 
 import numerics_suite
 from numerics_suite.core.errors import BadInputError, UnsupportedError
-from numerics_suite.versions import building, environments, installers, locks, retention, self_link
+from numerics_suite.versions import environments, installation, installers, locks, retention, self_link
 from numerics_suite.versions.environments import Wanted, ensure
 from numerics_suite.versions.markers import MARKER, environments_folder, locks_folder, read_marker
 
@@ -61,7 +61,7 @@ def test_made_once_and_then_reused_quickly(wheels, monkeypatch):
     first = ensure(Wanted(transformers="4.50.0"), on_progress=said.append)
     assert first.made
     assert said == [f"making an environment: transformers 4.50.0, torch {RUNNING_TORCH}, Python {first.python_version}"]
-    monkeypatch.setattr(building, "build", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(installation, "build", lambda *_: pytest.fail("made again"))
     started = time.perf_counter()
     second = ensure(Wanted(transformers="4.50.0"), on_progress=said.append)
     assert time.perf_counter() - started < 0.5  # 0.01 s on an idle machine
@@ -177,7 +177,7 @@ def test_what_cannot_be_had_is_one_line_with_its_reason(wheels, wanted, reason):
 def test_a_failure_is_remembered_for_the_process(wheels, monkeypatch):
     with pytest.raises(UnsupportedError):
         ensure(Wanted(transformers="4.60.0"))
-    monkeypatch.setattr(building, "build", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(installation, "build", lambda *_: pytest.fail("tried again"))
     with pytest.raises(UnsupportedError, match="no_such_module_at_all"):
         ensure(Wanted(transformers="4.60.0"))
 
@@ -270,7 +270,7 @@ def test_an_interruption_leaves_nothing(wheels, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "import_once", interrupted)
+    monkeypatch.setattr(installation, "import_once", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ensure(Wanted(transformers="4.50.0"))
     assert not list(environments_folder().glob("*"))

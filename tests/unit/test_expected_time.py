@@ -101,9 +101,9 @@ def test_a_device_is_measured_in_a_moment() -> None:
 def test_the_list_states_the_time_and_loads_no_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from numerics_suite.engine import evidence
+    from numerics_suite.engine import cell_context
 
-    monkeypatch.setattr(evidence, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(cell_context, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     arguments = ("--precision", "bf16", "--attn", "eager,sdpa", "--list", "--json", str(tmp_path / "plan.json"))
     assert main(["check", "fixture:glm4-tiny", *arguments]) == 0
     out = capsys.readouterr().out

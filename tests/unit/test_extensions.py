@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
 import re
 import sys
 import textwrap
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,23 +24,26 @@ from numerics_suite.cli.main import main
 from numerics_suite.core import extensions as core
 from numerics_suite.core import switch
 from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
-from numerics_suite.core.records import Budget, Measurement, Remedy
+from numerics_suite.core.records import Budget, Cell, Measurement, Remedy
 from numerics_suite.core.registry import check, check_ids, get_check, own_check_ids
 from numerics_suite.definitions import oracle_for
 from numerics_suite.diagnosis import remedy_register as added_remedies
 from numerics_suite.diagnosis.remedy_register import cost_of, cures, remedies_of
 from numerics_suite.diagnosis.remedy_words import COST
+from numerics_suite.engine.cell_context import Request
 from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.judgement.verdicts import judge
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.plugins import write_added
 from numerics_suite.reports.results import load_schema, to_json
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects import families
 from numerics_suite.subjects.families import added_families, family_of
+from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.subjects.validate import check_model_type
+from numerics_suite.suite.check_selection import selected_checks
 from numerics_suite.suite.extensions import load_extensions
-from numerics_suite.suite.planning import NEEDS, selected_checks
+from numerics_suite.suite.planning import NEEDS
 from numerics_suite.versions.extensions import left_out_notes, without_extensions
 
 CHECKS, FAMILIES, REMEDIES, REPORTERS = core.GROUPS
@@ -145,7 +150,7 @@ CHECK = """
     from numerics_suite.extending import AddedCheck, Budget, check
 
     @check(check_id={id!r}, needs={needs!r}, scope={scope!r})
-    def mine(evidence):
+    def mine(context):
         {doc}
 
     BUDGET = dict(check={owner!r}, measurement="m", limit={limit}, cause={cause!r}, title={title!r}, reason="", remedies={remedies!r})
@@ -330,7 +335,7 @@ def test_an_accept_entry_may_name_an_added_check_and_its_cause(example):
 
 
 def test_every_added_reporter_writes(example, tmp_path):
-    (path,) = write_added(Documents(runs=(Run(label="here", result=sample_run()),)), tmp_path)
+    (path,) = write_added(Documents(runs=(CheckRun(label="here", result=sample_run()),)), tmp_path)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("run,check,subject")
     assert len(lines) == 1 + len(sample_run().checks)
@@ -444,6 +449,66 @@ def test_the_names_for_authors_are_all_there():
     assert set(used) == {"extending"}
     with pytest.raises(AttributeError):
         _ = public.nothing
+
+
+# --- old names -----------------------------------------------------------------------------------------------------
+
+IN_OLD_NAMES = """
+    from numerics_suite.extending import AddedCheck, Attempt, Batch, Budget, Evidence, Measurement, Place, Run, check
+
+    @check(check_id="acme.mine", batches=True, of_broken=True)
+    def mine(evidence: Evidence, batch: Batch):
+        'Are the laws asked of the batch?'
+        with evidence.tampered() as model:
+            yield Measurement(name="m", value=float(not batch.law_abiding), unit="")
+        assert model is evidence.model
+        evidence.let_go()
+
+    def cure(evidence, finding):
+        yield Attempt(evidence=evidence, how="as it is")
+
+    BATCH = Batch(tensors={}, law_abiding=False)
+    BUDGET = Budget(check="acme.mine", measurement="m", limit=0, cause="unknown", title="", reason="")
+    VALUE = AddedCheck(spec=mine, budgets=(BUDGET,))
+"""
+
+
+def test_an_extension_in_old_names_works_and_each_of_them_warns(site):
+    add(site, CHECKS, "acme.mine", IN_OLD_NAMES)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecationWarning)
+        spec = get_check("acme.mine")
+        old = importlib.import_module("broken")
+        (subject,) = resolve_all(("fixture:glm-tiny",))
+        cell = Cell(subject=subject.id, precision="fp32", attn="eager", device="cpu", task=subject.task)
+        context = public.CellContext(subject, cell, Request())
+        batches = (context.training_batch, old.BATCH)
+        assert [bool(judge(spec.id, list(spec.function(context, batch)))) for batch in batches] == [False, True]
+        (attempt,) = old.cure(context, None)
+        assert attempt.evidence is attempt.context is context
+    assert (old.Evidence, old.Place, old.Run) == (public.CellContext, public.ModuleScope, public.CheckRun)
+    assert spec.runs_on_nonfinite
+    told = {str(one.message): Path(one.filename).name for one in caught if " is deprecated: use " in str(one.message)}
+    assert told == {
+        "Evidence is deprecated: use CellContext": "broken.py",
+        "Place is deprecated: use ModuleScope": "broken.py",
+        "Run is deprecated: use CheckRun": "broken.py",
+        "the argument of_broken is deprecated: use runs_on_nonfinite": "broken.py",
+        "the argument law_abiding is deprecated: use laws_apply": "broken.py",
+        "the argument evidence is deprecated: use context": "broken.py",
+        "Batch.law_abiding is deprecated: use laws_apply": "broken.py",
+        "CellContext.tampered is deprecated: use modified_model": "broken.py",
+        "CellContext.let_go is deprecated: use release": "broken.py",
+        "Attempt.evidence is deprecated: use context": "test_extensions.py",
+    }
+
+
+def test_new_names_do_not_warn(example):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        assert all(hasattr(public, name) for name in public.__all__)
+        load_all("acme.logit-spacing")
+    assert not get_check("acme.logit-spacing").runs_on_nonfinite
 
 
 PAGE = ROOT / "docs" / "extending.md"

@@ -12,7 +12,7 @@ from mutants.driver import MutantSession, release
 from safetensors.torch import load_file, save_file
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.diagnosis.rewriting import in_words_that_are_read, of_stored_sizes, tied_as_stored
+from numerics_suite.diagnosis.config_rewrites import in_words_that_are_read, of_stored_sizes, tied_as_stored
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
 

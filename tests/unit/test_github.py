@@ -11,14 +11,14 @@ from unit.sample_documents import HOSTILE, everything, hostile_finding, matrix_d
 from unit.sample_run import finding, result, sample_run
 
 from numerics_suite.reports import github
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.github import annotation_lines, tell_github
 
 COMMAND = re.compile(r"::(error|notice) ((?:[a-z]+=[^:,\r\n]*)(?:,[a-z]+=[^:,\r\n]*)*)::([^\r\n]*)")
 
 
 def of_run(run) -> Documents:
-    return Documents(runs=(Run(label="x", result=run),))
+    return Documents(runs=(CheckRun(label="x", result=run),))
 
 
 def read(line: str) -> tuple[str, dict[str, str], str]:

@@ -227,7 +227,7 @@ def test_a_name_is_no_code_in_a_reproducer(word: str) -> None:
         cell = sample_run().checks[0].cell
         found = SimpleNamespace(title=title, cause="unknown", module='a{__import__("os")}"; import os #')
         scene: Any = SimpleNamespace(
-            finding=found, source="config", check="load.finite", evidence=SimpleNamespace(cell=cell)
+            finding=found, source="config", check="load.finite", context=SimpleNamespace(cell=cell)
         )
         (only,) = ast.parse("\n".join(parts._opening(scene))).body
         assert isinstance(only, ast.Expr)

@@ -21,7 +21,7 @@ import numerics_suite
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import RunResult
 from numerics_suite.core.versions import MatrixResult
-from numerics_suite.reports.documents import Documents, Matrix, Run
+from numerics_suite.reports.documents import CheckRun, Documents, Matrix
 from numerics_suite.reports.html import render, write_html
 from numerics_suite.reports.html.assets import STATIC
 from numerics_suite.reports.view.reproducers import MARK
@@ -78,7 +78,7 @@ class Page(HTMLParser):
 
 
 def one(run: RunResult, label: str = "results") -> Documents:
-    return Documents(runs=(Run(label=label, result=run),))
+    return Documents(runs=(CheckRun(label=label, result=run),))
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +368,9 @@ def script(folder: Path, text: str) -> Documents:
         replace(check, finding=replace(check.finding, reproducer="reproducers/one.py")) if check.finding else check
         for check in run.checks
     )
-    return Documents(runs=(Run(label="results", result=replace(run, checks=checks), path=folder / "results.json"),))
+    return Documents(
+        runs=(CheckRun(label="results", result=replace(run, checks=checks), path=folder / "results.json"),)
+    )
 
 
 def test_a_reproducer_is_there_to_copy(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ SHAPE = {
 }
 
 
-def evidence_of(folder: Path, **settings):
+def context_of(folder: Path, **settings):
     """Of the one cell of a checkpoint."""
     session = MutantSession(
         Settings(
@@ -52,7 +52,7 @@ def evidence_of(folder: Path, **settings):
         )
     )
     (question,) = session.plan.questions
-    return session.evidence(question.cell)
+    return session.context(question.cell)
 
 
 def saved(folder: Path, make=AutoModelForCausalLM, kind="glm", **changes) -> Path:
@@ -63,7 +63,7 @@ def saved(folder: Path, make=AutoModelForCausalLM, kind="glm", **changes) -> Pat
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory):
-    return evidence_of(saved(tmp_path_factory.mktemp("causal") / "lm"))
+    return context_of(saved(tmp_path_factory.mktemp("causal") / "lm"))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def stack(language_model):
     return stack_of(language_model)
 
 
-def faults_of(evidence):
+def faults_of(context):
     """Measurement → fault of what is over the budget."""
-    found = {each.name: each for each in get_check("train.trainer").function(evidence)}
+    found = {each.name: each for each in get_check("train.trainer").function(context)}
     return {name: each.facts[f"fault of {name}"] for name, each in found.items() if not each.value <= 1e-10}
 
 
@@ -98,8 +98,8 @@ def test_a_causal_model_of_the_newest_release_gets_its_gradient_in_each_way(lang
 
 @newest
 def test_a_classifier_that_swallows_the_count_is_named(tmp_path):
-    evidence = evidence_of(saved(tmp_path / "classifier", AutoModelForSequenceClassification, num_labels=3))
-    found = {each.name: each for each in get_check("train.trainer").function(evidence)}["accumulation"]
+    context = context_of(saved(tmp_path / "classifier", AutoModelForSequenceClassification, num_labels=3))
+    found = {each.name: each for each in get_check("train.trainer").function(context)}["accumulation"]
     assert found.facts[check_file.TIMES] == pytest.approx(4)
     assert found.facts["fault"] == (
         "GenericForSequenceClassification.forward accepts num_items_in_batch and never hands it to the loss"
@@ -109,7 +109,7 @@ def test_a_classifier_that_swallows_the_count_is_named(tmp_path):
 
     assert file == "modeling_layers.py"
     assert "self.loss_function(" in Path(layers.__file__).read_text(encoding="utf-8").splitlines()[int(line) - 1]
-    assert faults_of(evidence) == {
+    assert faults_of(context) == {
         "accumulation": "ignored-count at transformers.modeling_layers.GenericForSequenceClassification.forward"
     }
 
@@ -250,7 +250,7 @@ def test_dropout_is_off_where_checkpointing_recomputes_too(tmp_path):
     shape = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64, "bos_token_id": 1}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape)).save_pretrained(tmp_path)
-    asked = stack_of(evidence_of(tmp_path))
+    asked = stack_of(context_of(tmp_path))
     assert asked.model.config.resid_pdrop == 0
     whole = check_file._whole(asked)
     assert [off(check_file._checkpointing(asked, whole, reentrant=reentrant)) for reentrant in (True, False)] == [

@@ -12,7 +12,7 @@ from unit.sample_documents import HOSTILE, bisect_document, comparison_document,
 from unit.sample_run import result, sample_run
 
 from numerics_suite.core.versions import MatrixResult
-from numerics_suite.reports.documents import Documents, Matrix, Run
+from numerics_suite.reports.documents import CheckRun, Documents, Matrix
 from numerics_suite.reports.junit import fit, junit_xml
 
 SCHEMA = Path(__file__).resolve().parents[1] / "schemas" / "junit-10.xsd"
@@ -30,7 +30,7 @@ def suites(documents: Documents) -> dict:
 
 
 def of_run(run, label="x") -> Documents:
-    return Documents(runs=(Run(label=label, result=run),))
+    return Documents(runs=(CheckRun(label=label, result=run),))
 
 
 def outcome(case) -> tuple:
@@ -195,7 +195,7 @@ def test_what_xml_forbids_is_gone_and_the_rest_is_kept():
 
 
 def test_two_runs_are_told_apart_and_one_needs_no_name():
-    one = Run(label="a", result=sample_run())
+    one = CheckRun(label="a", result=sample_run())
     assert list(suites(Documents(runs=(one, replace(one, label="b"))))) == [
         "a: glm4-tiny-classifier",
         "b: glm4-tiny-classifier",

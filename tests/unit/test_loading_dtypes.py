@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from unit.test_clean_models import save
 
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.built import built_buffers
+from numerics_suite.subjects.built_model import built_buffers
 from numerics_suite.subjects.load import convert
 
 CLASS = "class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):\n"

@@ -26,7 +26,7 @@ from unit.sample_run import finding, result, sample_run
 from numerics_suite.core.records import RunResult
 from numerics_suite.reports.against import against
 from numerics_suite.reports.comment import MARKER, MOST_LETTERS, comment_markdown
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.lines import printable
 from numerics_suite.reports.markdown import summary_markdown
 from numerics_suite.reports.markup import code, fenced, joined, table, text, without_folders
@@ -35,7 +35,7 @@ GITHUBS = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
 def of_run(run: RunResult, label: str = "x") -> Documents:
-    return Documents(runs=(Run(label=label, result=run),))
+    return Documents(runs=(CheckRun(label=label, result=run),))
 
 
 def visible(markdown: str) -> str:

@@ -19,7 +19,7 @@ from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.sketch import PROJECTIONS, Sketcher, condensed, sketch, uniform
 from numerics_suite.baselines.trace import trace
 from numerics_suite.core.errors import BadInputError, NotApplicableError
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import load
@@ -29,7 +29,7 @@ EXACT = 1e-12
 KNOWN = [0.09307927204566346, 0.5488679307762337, 0.4379613334099577]
 
 
-def evidence_of(source, *, task="auto", precision="bf16", attn="sdpa", change=None, **request):
+def context_of(source, *, task="auto", precision="bf16", attn="sdpa", change=None, **request):
     asked = {} if attn is None else {"attn": (attn,)}
     try:
         plan = make_plan(Settings(subjects=(source,), task=task, precision=(precision,), **asked))
@@ -45,11 +45,11 @@ def evidence_of(source, *, task="auto", precision="bf16", attn="sdpa", change=No
             change(loaded)
         return loaded
 
-    return Evidence(plan.subjects[cell.subject], cell, Request(**request), loader=loader if change else None)
+    return CellContext(plan.subjects[cell.subject], cell, Request(**request), loader=loader if change else None)
 
 
 def measured(source, **conditions):
-    return measure_cell(evidence_of(source, **conditions))
+    return measure_cell(context_of(source, **conditions))
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +156,10 @@ def test_a_wide_answer_is_kept_as_projections_and_its_largest_values():
     ],
 )
 def test_batches_are_padded_on_declared_sides_and_hold_no_pad_id_among_real_tokens(source, names):
-    evidence = evidence_of(source)
-    batches = draw_batches(evidence)
+    context = context_of(source)
+    batches = draw_batches(context)
     assert [batch.name for batch in batches] == names
-    pad, vocabulary = evidence.space.pad_id, evidence.vocab_size
+    pad, vocabulary = context.space.pad_id, context.vocab_size
     ids = np.concatenate([batch.tensors["input_ids"][batch.tensors["attention_mask"] == 1] for batch in batches])
     assert pad not in ids
     assert {0, vocabulary - 1, 1, vocabulary - 2} <= set(ids.tolist())
@@ -172,15 +172,15 @@ def test_batches_are_padded_on_declared_sides_and_hold_no_pad_id_among_real_toke
             if batch.name == name:
                 assert int(batch.tensors["attention_mask"][1, 0]) == first
     labels = batches[-1].tensors["labels"]
-    if evidence.subject.task == "causal-lm":
+    if context.subject.task == "causal-lm":
         assert (labels[:, 1:] != -100).any(axis=1).all()
         assert (labels[batches[-1].tensors["attention_mask"] == 0] == -100).all()
-    assert same(batches, draw_batches(evidence_of(source)))
-    assert not same(batches, draw_batches(evidence_of(source, seed=1)))
+    assert same(batches, draw_batches(context_of(source)))
+    assert not same(batches, draw_batches(context_of(source, seed=1)))
 
 
 def test_given_batches_are_used_as_they_are(glm4):
-    again = measure_cell(evidence_of("fixture:glm4-tiny", seed=5), glm4.batches)
+    again = measure_cell(context_of("fixture:glm4-tiny", seed=5), glm4.batches)
     assert all(map(same, again.batches, glm4.batches))
     assert same(again.answers, glm4.answers)
 
@@ -245,12 +245,12 @@ def test_chatglm_is_measured_in_every_kind_of_precision(precision):
 
 
 def test_measured_twice_it_is_the_same_and_the_model_is_as_it_was(glm4):
-    evidence = evidence_of("fixture:glm4-tiny")
-    model = evidence.model
+    context = context_of("fixture:glm4-tiny")
+    model = context.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    assert same(measure_cell(evidence), glm4)
-    assert same(measure_cell(evidence), glm4)
+    assert same(measure_cell(context), glm4)
+    assert same(measure_cell(context), glm4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert flags == {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -258,9 +258,9 @@ def test_measured_twice_it_is_the_same_and_the_model_is_as_it_was(glm4):
 
 
 def test_streamed_by_block_it_is_the_same():
-    evidence = evidence_of("fixture:glm4-tiny")
-    batches = draw_batches(evidence)
-    whole, streamed = (trace(evidence, batches, stream=stream) for stream in (False, True))
+    context = context_of("fixture:glm4-tiny")
+    batches = draw_batches(context)
+    whole, streamed = (trace(context, batches, stream=stream) for stream in (False, True))
     assert list(whole.modules) == list(streamed.modules)
     for name, states in whole.modules.items():
         assert apart(states.gave.sketch(), streamed.modules[name].gave.sketch()) < EXACT
@@ -323,8 +323,8 @@ def test_a_new_head_is_measured_with_values_by_formula_and_described_as_it_was_d
     assert drawn["count"] == 128
     assert drawn["std"] != again["std"]
     assert drawn["std"] == pytest.approx(0.02, rel=0.3)
-    evidence = evidence_of("fixture:glm-tiny", task="sequence-classification", precision="fp32", seed=7)
-    assert same(measure_cell(evidence, one.batches).answers, one.answers)
+    context = context_of("fixture:glm-tiny", task="sequence-classification", precision="fp32", seed=7)
+    assert same(measure_cell(context, one.batches).answers, one.answers)
 
 
 def test_the_formula_of_a_head_has_the_scale_of_xavier_uniform():
@@ -473,7 +473,7 @@ def test_a_factory_is_measured_on_its_own_batch(factories):
     assert found.curve.true_losses[-1] < found.curve.true_losses[0]
     assert found.contract["forward"] == ["x"]
     assert "default_dtype" not in found.contract
-    again = measure_cell(evidence_of(f"{factories}:net", attn=None), found.batches)
+    again = measure_cell(context_of(f"{factories}:net", attn=None), found.batches)
     assert same(again, found)
 
 
@@ -505,15 +505,15 @@ def test_what_cannot_be_lifted_is_left_out_and_the_rest_is_there(factories):
 
 
 def test_the_checks_that_apply_are_those_of_the_full_plan():
-    evidence = evidence_of("fixture:glm4-tiny", precision="fp16")
-    checks = applicable_checks(evidence.subject, "fp16")
+    context = context_of("fixture:glm4-tiny", precision="fp16")
+    checks = applicable_checks(context.subject, "fp16")
     assert {"forward.cache", "load.config", "forward.finite"} <= set(checks)
     assert not [check for check in checks if check.startswith("train.")]
     assert "forward.pooling" not in checks
 
 
 def test_tensors_of_a_stored_batch_are_those_that_were_stored():
-    evidence = evidence_of("fixture:glm4-tiny")
-    for batch in draw_batches(evidence):
-        for name, tensor in tensors_of(batch, evidence).items():
+    context = context_of("fixture:glm4-tiny")
+    for batch in draw_batches(context):
+        for name, tensor in tensors_of(batch, context).items():
             assert np.array_equal(tensor.numpy(), batch.tensors[name])

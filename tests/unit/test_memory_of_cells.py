@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from numerics_suite.cli.main import main
-from numerics_suite.engine import evidence as module
+from numerics_suite.engine import cell_context as module
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded
 from numerics_suite.suite.session import SuiteSession
@@ -40,14 +40,14 @@ def test_answers_kept_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> N
     session = SuiteSession(
         Settings(subjects=("fixture:glm4-tiny",), precision=("fp32",), attn=("eager",), device="cpu")
     )
-    evidence = session.evidence(session.plan.cells[0])
-    batch = evidence.training_batch
-    size = sum(value.nbytes for value in evidence.forward(batch).values())
+    context = session.context(session.plan.cells[0])
+    batch = context.training_batch
+    size = sum(value.nbytes for value in context.forward(batch).values())
     monkeypatch.setattr(module, "KEPT_BYTES", 3 * size)
     for shift in range(6):
-        ids = (batch.tensors["input_ids"] + shift) % evidence.vocab_size
-        evidence.forward(type(batch)(tensors={**batch.tensors, "input_ids": ids}, drawn="shifted"))
-    kept = [value for outputs in evidence._forwards.values() for value in outputs.values()]
-    assert len(evidence._forwards) == 3
+        ids = (batch.tensors["input_ids"] + shift) % context.vocab_size
+        context.forward(type(batch)(tensors={**batch.tensors, "input_ids": ids}, drawn="shifted"))
+    kept = [value for outputs in context._forwards.values() for value in outputs.values()]
+    assert len(context._forwards) == 3
     assert sum(value.nbytes for value in kept) <= 3 * size
     assert all(isinstance(value, torch.Tensor) for value in kept)

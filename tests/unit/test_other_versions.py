@@ -11,7 +11,7 @@ from unit.sample_run import finding, result, sample_run
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Remedy
 from numerics_suite.settings.tree import Settings
-from numerics_suite.versions import remedying
+from numerics_suite.versions import release_remedies
 
 RELEASES = ("5.6.0", "5.7.0", "5.8.0", "5.8.1", "5.9.0", "5.10.0", "5.24.0")
 
@@ -27,8 +27,8 @@ def world(monkeypatch):
         verdict = verdicts.get(version, "failed")
         return {} if verdict is None else dict.fromkeys(ids, verdict)
 
-    monkeypatch.setattr(remedying, "released", lambda _: [Version(release) for release in RELEASES])
-    monkeypatch.setattr(remedying._Trial, "statuses", statuses)
+    monkeypatch.setattr(release_remedies, "released", lambda _: [Version(release) for release in RELEASES])
+    monkeypatch.setattr(release_remedies._ReleaseTrial, "statuses", statuses)
     return verdicts, asked
 
 
@@ -43,7 +43,7 @@ def run_with(*names: str):
 
 
 def tried(run):
-    found = remedying.try_versions(run, Settings(), kept=None, execute=None, tell=lambda _: None)
+    found = release_remedies.try_versions(run, Settings(), kept=None, execute=None, tell=lambda _: None)
     return {remedy.name: remedy for remedy in found.checks[0].finding.remedies}
 
 
@@ -93,5 +93,5 @@ def test_without_such_a_remedy_no_index_is_asked(monkeypatch):
         message = "no network"
         raise BadInputError(message)
 
-    monkeypatch.setattr(remedying, "released", refuse)
+    monkeypatch.setattr(release_remedies, "released", refuse)
     assert tried(run_with("init-head"))["init-head"].verified is None

@@ -12,7 +12,7 @@ from mutants.driver import MutantSession, settings_of
 from torch import nn
 
 from numerics_suite.core.records import Cell
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.packed_rows import packed, ways_of
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.resolve import resolve_all
@@ -118,7 +118,7 @@ def test_the_next_way_that_holds_is_the_remedy(mutant, effect):
 def test_any_other_class_is_tried(name, asked, tmp_path):
     (subject,) = resolve_all((build(name, tmp_path),), ())
     cell = Cell(subject=subject.id, precision="fp32", attn="sdpa", device="cpu", task=subject.task)
-    ways = ways_of(Evidence(subject, cell, Request()))
+    ways = ways_of(CellContext(subject, cell, Request()))
     assert ways.asked == asked
     assert bool(ways.left_out) == ("position_ids" not in asked)
 

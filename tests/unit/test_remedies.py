@@ -32,8 +32,8 @@ def told(patch, check, *, fixture="glm4-tiny", precision="bf16", attn="sdpa", **
 def tried(session, question: Question, finding: Finding, *names: str) -> dict[str, Remedy]:
     """The same finding's remedies, had the budget named these."""
     asked = replace(finding, remedies=tuple(Remedy(name=name, description=DESCRIPTIONS[name]) for name in names))
-    evidence = session.evidence(question.cell)
-    found = try_remedies(question.check, asked, evidence, session._ask_again)
+    context = session.context(question.cell)
+    found = try_remedies(question.check, asked, context, session._ask_again)
     return {remedy.name: remedy for remedy in found}
 
 
@@ -255,7 +255,7 @@ def test_a_definition_that_could_not_be_asked_does_not_count_against_the_cure():
 
     finding, remedies, session, question = told(head_and_body, "load.head-init", **CLASSIFY)
     assert finding.cause == "uninitialised-parameters"
-    cured = initialised_head(session.evidence(question.cell))
+    cured = initialised_head(session.context(question.cell))
     assert session._ask_again("reference.oracle", cured).breaches, "the defect of the body is there"
     assert remedies["init-head"].verified is True
 
@@ -274,7 +274,7 @@ def test_a_remedy_that_the_class_refuses_is_not_verified():
             raise UnsupportedError(message)
         return usual(*args, **kwargs)
 
-    session.evidence(question.cell)._loader = refusing
+    session.context(question.cell)._loader = refusing
     remedies = tried(session, question, finding, "sdpa-attention")
     assert remedies["sdpa-attention"].verified is None
     assert remedies["sdpa-attention"].effect == "Glm4ForCausalLM cannot use sdpa attention"

@@ -15,7 +15,7 @@ from unit.sample_run import result, sample_run
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.reports import report
-from numerics_suite.reports.documents import Documents, Run, read_documents
+from numerics_suite.reports.documents import CheckRun, Documents, read_documents
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.lines import printable
 from numerics_suite.reports.report import FILES, ensure_report, ensure_wanted, verdict_of, write_report, write_wanted
@@ -26,7 +26,7 @@ SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 
 
 def of_run(run) -> Documents:
-    return Documents(runs=(Run(label="x", result=run),))
+    return Documents(runs=(CheckRun(label="x", result=run),))
 
 
 # --- numbers that are not finite, and texts that nobody expects ----------------------------------------------------------

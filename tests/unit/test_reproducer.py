@@ -142,8 +142,8 @@ def test_code_of_a_checkpoint_that_is_not_trusted_is_not_run(monkeypatch):
     assert seen.script is not None
     assert "trust_remote_code=True" in seen.script
     monkeypatch.setattr(module, "fails", lambda _: pytest.fail("it was run"))
-    seen.evidence.subject = replace(seen.evidence.subject, trust_remote_code=False)
-    assert reproducer("train.finite", seen.finding, seen.evidence, seen.batch) is None
+    seen.context.subject = replace(seen.context.subject, trust_remote_code=False)
+    assert reproducer("train.finite", seen.finding, seen.context, seen.batch) is None
 
 
 def test_trust_is_not_asked_for_where_no_code_comes_with_the_checkpoint():
@@ -156,7 +156,7 @@ def test_a_model_that_has_no_room_twice_is_not_loaded_again(monkeypatch):
     seen = shown("factory:mutants.article_models:detached_branch", "train.grad-flow", seq_len=8, batch_size=2)
     assert seen.script is not None
     monkeypatch.setattr(module, "free_bytes", lambda _: 1)
-    assert reproducer("train.grad-flow", seen.finding, seen.evidence, seen.batch) is None
+    assert reproducer("train.grad-flow", seen.finding, seen.context, seen.batch) is None
 
 
 def test_no_larger_batch_is_tried_after_a_while(monkeypatch):
@@ -167,7 +167,7 @@ def test_no_larger_batch_is_tried_after_a_while(monkeypatch):
     assert len(tried) > 2
     tried.clear()
     monkeypatch.setattr(module, "PATIENCE", -1.0)
-    assert reproducer("train.finite", seen.finding, seen.evidence, seen.batch) is None
+    assert reproducer("train.finite", seen.finding, seen.context, seen.batch) is None
     assert not tried
 
 
@@ -235,7 +235,7 @@ def test_a_config_is_cut_down_where_it_is_larger_and_ids_stay_within():
     assert cut_down({"padded_vocab_size": 10}) is None
 
 
-def evidence_of(pad=9, task="causal-lm"):
+def context_of(pad=9, task="causal-lm"):
     return SimpleNamespace(subject=SimpleNamespace(task=task), space=SimpleNamespace(pad_id=pad))
 
 
@@ -247,7 +247,7 @@ def test_a_cut_keeps_padding_where_it_was_and_labels_that_count(side):
     mask[1, place] = 0
     ids[1, place] = 9
     labels = torch.full_like(ids, -100)
-    cut = module._cut({"input_ids": ids, "attention_mask": mask, "labels": labels}, (6, 3), evidence_of())
+    cut = module._cut({"input_ids": ids, "attention_mask": mask, "labels": labels}, (6, 3), context_of())
     assert cut is not None
     assert cut["input_ids"].shape == (2, 6)
     real = [1] * 3 + [0] * 3
@@ -263,9 +263,9 @@ def test_a_cut_keeps_padding_where_it_was_and_labels_that_count(side):
 
 def test_there_is_no_cut_of_what_is_as_small():
     ids = torch.ones(1, 8, dtype=torch.int64)
-    assert module._cut({"input_ids": ids, "attention_mask": ids}, (8,), evidence_of()) is None
-    assert module._cut({"input_ids": ids, "attention_mask": ids}, (8, 5), evidence_of()) is None
-    assert module._cut({"input_ids": ids}, (4,), evidence_of()) is None
+    assert module._cut({"input_ids": ids, "attention_mask": ids}, (8,), context_of()) is None
+    assert module._cut({"input_ids": ids, "attention_mask": ids}, (8, 5), context_of()) is None
+    assert module._cut({"input_ids": ids}, (4,), context_of()) is None
 
 
 def test_a_cut_without_a_label_that_counts_is_not_tried():
@@ -274,8 +274,8 @@ def test_a_cut_without_a_label_that_counts_is_not_tried():
     labels = torch.full_like(ids, -100)
     labels[1, -1] = 1
     batch = Batch(tensors={"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    evidence = evidence_of(task="token-classification")
-    cuts = list(module._batches("train.finite", evidence, batch, BODIES["train.finite", "non-finite"]))
+    context = context_of(task="token-classification")
+    cuts = list(module._batches("train.finite", context, batch, BODIES["train.finite", "non-finite"]))
     assert [tuple(cut["labels"].shape) for cut in cuts] == [(2, 12)]
 
 

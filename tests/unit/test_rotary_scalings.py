@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from mpmath import mp, mpf
-from unit.test_oracles import CONFIG, build, compare, make_batch, stored
+from unit.test_definitions import CONFIG, build, compare, make_batch, stored
 
 from numerics_suite.definitions import (
     OracleUnavailable,

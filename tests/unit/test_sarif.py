@@ -22,7 +22,7 @@ from unit.sample_run import finding, result, sample_run
 
 from numerics_suite.core.records import SubjectFacts
 from numerics_suite.core.registry import own_check_ids
-from numerics_suite.reports.documents import Documents, Run
+from numerics_suite.reports.documents import CheckRun, Documents
 from numerics_suite.reports.sarif import LONGEST_MESSAGE, LONGEST_RULE, question_of, sarif_log, sarif_text
 from numerics_suite.reports.sources import Sources, in_packages
 
@@ -33,7 +33,7 @@ VALIDATOR = jsonschema.Draft4Validator(SCHEMA, format_checker=jsonschema.FormatC
 
 
 def of_run(run) -> Documents:
-    return Documents(runs=(Run(label="x", result=run),))
+    return Documents(runs=(CheckRun(label="x", result=run),))
 
 
 def results(documents: Documents, **options) -> list[dict]:

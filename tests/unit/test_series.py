@@ -109,7 +109,7 @@ def test_a_driven_check_may_yield_series_beside_what_is_judged(session):
         yield Measurement(name="non-finite", value=0, unit="elements")
 
     spec = CheckSpec(id="forward.finite", function=look, batches=True)
-    outcome = ask(spec, session.evidence(session.plan.cells[0]), seed=0, max_examples=10)
+    outcome = ask(spec, session.context(session.plan.cells[0]), seed=0, max_examples=10)
     assert outcome.series["rows"].values == (outcome.worst["rows"].value,)
     assert outcome.breaches == []
 

@@ -17,7 +17,7 @@ from numerics_suite.checks.train.accumulation import accumulation
 from numerics_suite.checks.train.clip import clip
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.engine import runner
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.engine.references import compare_law, plain_answer, rounded_answer, true_answer
 from numerics_suite.engine.training_loop import Trainer
@@ -27,14 +27,14 @@ from numerics_suite.suite.driver import ask
 from numerics_suite.suite.session import SuiteSession
 
 
-def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[Evidence]:
+def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[CellContext]:
     settings = Settings(
         subjects=("fixture:glm4-tiny",), precision=precision, attn=("sdpa",), device="cpu", effort=effort, **changes
     )
     session = SuiteSession(settings)
     shared = TruePasses()
     return [
-        Evidence(
+        CellContext(
             session.plan.subjects[cell.subject],
             cell,
             session._request(session.plan.subjects[cell.subject], cell),
@@ -60,24 +60,24 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:
-    (evidence,) = cells()
-    ask(causal, evidence, seed=0)
+    (context,) = cells()
+    ask(causal, context, seed=0)
     before = dict(ran)
     assert before["run_rounded"] == 2
 
-    def unchanged(evidence: Evidence, batch: Any) -> Any:
+    def unchanged(context: CellContext, batch: Any) -> Any:
         """Is the answer the answer?"""
-        true = true_answer(evidence, batch.tensors)
+        true = true_answer(context, batch.tensors)
         found = compare_law(
-            evidence,
+            context,
             true=true,
             true_other=true,
-            other=plain_answer(evidence, batch.tensors),
-            base=lambda: rounded_answer(evidence, batch.tensors),
+            other=plain_answer(context, batch.tensors),
+            base=lambda: rounded_answer(context, batch.tensors),
         )
         yield from law_measurements(*found)
 
-    outcome = ask(CheckSpec(id="forward.causal", function=unchanged, batches=True), evidence, seed=0)
+    outcome = ask(CheckSpec(id="forward.causal", function=unchanged, batches=True), context, seed=0)
     assert outcome.examples == 2
     assert not outcome.breaches
     assert outcome.worst["rounded"].value > 0
@@ -85,9 +85,9 @@ def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:
 
 
 def test_one_float64_gradient_serves_every_check_that_compares_with_it(ran: Counter[str]) -> None:
-    (evidence,) = cells("standard", steps=1)
+    (context,) = cells("standard", steps=1)
     for check in (gradient, oracle, accumulation):
-        assert not ask(check, evidence, seed=0).breaches
+        assert not ask(check, context, seed=0).breaches
     # The probe, the gradient and the micro-batches.
     assert ran["run_true_fp64 gradients"] == 3
 
@@ -117,8 +117,8 @@ def test_a_model_that_computes_otherwise_in_its_own_dtype_shares_nothing() -> No
             found: torch.Tensor = self.inner(ids) * self.constant
             return found
 
-    for evidence, dtype in ((first, torch.float32), (second, torch.bfloat16)):
-        body = evidence.model.get_submodule("model")
+    for context, dtype in ((first, torch.float32), (second, torch.bfloat16)):
+        body = context.model.get_submodule("model")
         weight = body.embed_tokens.weight
         body.embed_tokens.forward = Normaliser(nn.Embedding.from_pretrained(weight.detach()), dtype).forward
     assert first.true_passes is not second.true_passes
@@ -132,14 +132,14 @@ def test_a_changed_parameter_shares_nothing() -> None:
 
 
 def test_clipping_needs_no_second_run_where_the_first_says_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    (evidence,) = cells(steps=2)
+    (context,) = cells(steps=2)
     runs: list[Trainer] = []
     inner = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: runs.append(self) or inner(self))
-    outcome = ask(clip, evidence, seed=0)
+    outcome = ask(clip, context, seed=0)
     assert len(runs) == 1
     assert outcome.worst["excess"].value < 2**-6
-    copy = evidence.trajectory.clipped_copy
+    copy = context.trajectory.clipped_copy
     assert copy is not None
     assert copy.before > 1 >= copy.after * (1 - 2**-6)
     assert outcome.series["clipped-norm"].values == (copy.after,)
@@ -147,11 +147,11 @@ def test_clipping_needs_no_second_run_where_the_first_says_all(monkeypatch: pyte
 
 def test_clipping_trains_again_where_parameters_are_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """The square of a small gradient is 0 there, and the step is divided by it."""
-    (evidence,) = cells(precision=("pure-fp16",), steps=1, optimizer="sgd")
+    (context,) = cells(precision=("pure-fp16",), steps=1, optimizer="sgd")
     runs: list[Trainer] = []
     inner = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: runs.append(self) or inner(self))
-    ask(clip, evidence, seed=0)
+    ask(clip, context, seed=0)
     assert len(runs) == 2
 
 

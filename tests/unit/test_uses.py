@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from unit.sample_baseline import baseline
-from unit.test_measuring import EXACT, evidence_of
+from unit.test_measuring import EXACT, context_of
 
 from numerics_suite.baselines.batches import draw_batches, draw_uses
 from numerics_suite.baselines.compare import difference
@@ -52,14 +52,14 @@ def saved(model_class, config, factory):
 
 def used(source, change=None):
     """The sample cell with the uses of this model."""
-    evidence = evidence_of(str(source), precision="fp32", attn="eager", change=change)
-    uses = draw_uses(evidence)
-    found = run_uses(evidence, uses, draw_batches(evidence))
+    context = context_of(str(source), precision="fp32", attn="eager", change=change)
+    uses = draw_uses(context)
+    found = run_uses(context, uses, draw_batches(context))
     return replace(
         baseline(),
         uses=uses,
         use_answers=tuple(answer_record(name, answer) for name, answer in found.answers.items()),
-        use_modules=_modules(evidence.model, found.modules, {}, "fp32"),
+        use_modules=_modules(context.model, found.modules, {}, "fp32"),
         bits={**baseline().bits, "uses": found.bits},
         left_out=found.left_out,
     )
@@ -174,9 +174,9 @@ def test_the_side_of_the_tokenizer_and_of_generate_are_used_though_the_family_de
 
     config = BioGptConfig(**{key: value for key, value in SMALL.items() if key != "num_key_value_heads"})
     BioGptForCausalLM(config).save_pretrained(tmp_path / "biogpt")
-    evidence = evidence_of(str(tmp_path / "biogpt"), precision="fp32", attn="eager")
-    assert evidence.space.sides == ("right",)
-    assert [batch.name for batch in draw_uses(evidence)] == ["alone-left", "padded-left", "alone-right"]
+    context = context_of(str(tmp_path / "biogpt"), precision="fp32", attn="eager")
+    assert context.space.sides == ("right",)
+    assert [batch.name for batch in draw_uses(context)] == ["alone-left", "padded-left", "alone-right"]
 
 
 def test_a_baseline_of_before_is_compared_in_what_it_has(clean):

@@ -13,16 +13,16 @@ from unit.sample_run import finding
 from numerics_suite.core.records import Cell, Remedy
 from numerics_suite.diagnosis import versions_advice
 from numerics_suite.diagnosis.remedy_trials import ask_once
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.subjects.resolve import resolve_all
 
 BOTH = ("newer-version", "pin-version")
 
 
-def evidence_of(source, **request):
+def context_of(source, **request):
     (subject,) = resolve_all((str(source),))
     cell = Cell(subject=subject.id, precision="fp32", attn="eager", device="cpu", task=subject.task)
-    return Evidence(subject, cell, Request(**request))
+    return CellContext(subject, cell, Request(**request))
 
 
 def advised():
@@ -34,17 +34,17 @@ def names(found):
 
 
 def test_a_release_is_no_advice_on_the_users_own_code():
-    assert names(versions_advice.borne_out(advised(), evidence_of("factory:unit.same_defects:sound"))) == ()
+    assert names(versions_advice.borne_out(advised(), context_of("factory:unit.same_defects:sound"))) == ()
     assert names(versions_advice.borne_out_of(advised(), same_defects.Model())) == ()
-    assert names(versions_advice.borne_out(advised(), evidence_of("fixture:glm4-tiny"))) == BOTH
+    assert names(versions_advice.borne_out(advised(), context_of("fixture:glm4-tiny"))) == BOTH
 
 
 def test_no_release_gives_back_the_weights_of_a_baseline():
     baseline = SimpleNamespace(subject={"digest": "sha256:other"})
-    evidence = evidence_of("fixture:glm4-tiny", baseline=baseline)
-    assert names(versions_advice.borne_out(advised(), evidence)) == ("newer-version",)
-    evidence.request = replace(evidence.request, baseline=SimpleNamespace(subject={"digest": evidence.subject.digest}))
-    assert names(versions_advice.borne_out(advised(), evidence)) == BOTH
+    context = context_of("fixture:glm4-tiny", baseline=baseline)
+    assert names(versions_advice.borne_out(advised(), context)) == ("newer-version",)
+    context.request = replace(context.request, baseline=SimpleNamespace(subject={"digest": context.subject.digest}))
+    assert names(versions_advice.borne_out(advised(), context)) == BOTH
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,15 @@ def rename(tensors):
 
 def test_a_release_that_loads_a_fixture_of_the_same_shape_is_not_at_fault(tmp_path):
     broken = changed(tmp_path / "broken", "glm4-tiny", tensors=rename)
-    evidence = evidence_of(broken)
-    assert ask_once("load.complete", evidence).breaches
-    assert versions_advice.clean_on_a_fixture("load.complete", evidence, ask_once)
+    context = context_of(broken)
+    assert ask_once("load.complete", context).breaches
+    assert versions_advice.clean_on_a_fixture("load.complete", context, ask_once)
     scaled = changed(
         tmp_path / "scaled",
         "glm4-tiny",
         tensors=rename,
         config={"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     )
-    assert not versions_advice.clean_on_a_fixture("load.complete", evidence_of(scaled), ask_once)
+    assert not versions_advice.clean_on_a_fixture("load.complete", context_of(scaled), ask_once)
     fails = lambda *_: SimpleNamespace(breaches=("worse",))  # noqa: E731 - a release that is at fault
-    assert not versions_advice.clean_on_a_fixture("load.complete", evidence, fails)
+    assert not versions_advice.clean_on_a_fixture("load.complete", context, fails)

@@ -10,50 +10,50 @@ from numerics_suite.baselines.compare import Difference, difference
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.engine.evidence import Evidence, Request
+from numerics_suite.engine.cell_context import CellContext, Request
 
 MEMO = "baseline.difference"
 
 
-def difference_of(evidence: Evidence) -> Difference:
+def difference_of(context: CellContext) -> Difference:
     """Recorded against measured, on the recorded batches with the recorded recipe.
 
     Args:
-        evidence: of a cell; its request holds the baseline.
+        context: of a cell; its request holds the baseline.
 
     Raises:
         NotApplicableError: there is no baseline of the cell.
     """
-    recorded = evidence.request.baseline
+    recorded = context.request.baseline
     if recorded is None:
         reason = "no baseline of this cell was given"
         raise NotApplicableError(reason)
-    if MEMO not in evidence.memo:
-        evidence.memo[MEMO] = difference(recorded, measured_as(recorded, evidence))
-    found = evidence.memo[MEMO]
+    if MEMO not in context.memo:
+        context.memo[MEMO] = difference(recorded, measured_as(recorded, context))
+    found = context.memo[MEMO]
     assert isinstance(found, Difference)
     return found
 
 
-def measured_as(recorded: CellBaseline, evidence: Evidence) -> CellBaseline:
+def measured_as(recorded: CellBaseline, context: CellContext) -> CellBaseline:
     """The cell measured on the batches and with the recipe of a baseline.
 
     Args:
         recorded: the baseline.
-        evidence: of the cell.
+        context: of the cell.
     """
-    asked = _as_recorded(evidence, recorded.recipe)
-    return measure_cell(asked, recorded.batches, evidence.request.applicable, recorded.uses)
+    asked = _as_recorded(context, recorded.recipe)
+    return measure_cell(asked, recorded.batches, context.request.applicable, recorded.uses)
 
 
-def _as_recorded(evidence: Evidence, recipe: Mapping[str, Any]) -> Evidence:
-    """The evidence, or one with the recorded seed and training plan; loaded again only where the seed differs."""
-    request = _request(evidence.request, recipe)
-    if request == evidence.request:
-        return evidence
-    asked = evidence.variant(plan=request.plan, seed=request.seed)
-    if request.seed == evidence.request.seed:
-        asked.__dict__["loaded"] = evidence.loaded
+def _as_recorded(context: CellContext, recipe: Mapping[str, Any]) -> CellContext:
+    """The context, or one with the recorded seed and training plan; loaded again only where the seed differs."""
+    request = _request(context.request, recipe)
+    if request == context.request:
+        return context
+    asked = context.variant(plan=request.plan, seed=request.seed)
+    if request.seed == context.request.seed:
+        asked.__dict__["loaded"] = context.loaded
     return asked
 
 

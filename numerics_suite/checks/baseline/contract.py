@@ -8,10 +8,10 @@ from numerics_suite.baselines.measurements import contract_measurements
 from numerics_suite.checks.baseline._difference import difference_of
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
-@check(of_broken=True)
-def contract(evidence: Evidence) -> Iterable[Measurement]:
+@check(runs_on_nonfinite=True)
+def contract(context: CellContext) -> Iterable[Measurement]:
     """Is everything still there that callers rely on and that the baseline watched?"""
-    return contract_measurements(difference_of(evidence))
+    return contract_measurements(difference_of(context))

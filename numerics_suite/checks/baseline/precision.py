@@ -8,10 +8,10 @@ from numerics_suite.baselines.measurements import precision_measurements
 from numerics_suite.checks.baseline._difference import difference_of
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
-@check(of_broken=True)
-def precision(evidence: Evidence) -> Iterable[Measurement]:
+@check(runs_on_nonfinite=True)
+def precision(context: CellContext) -> Iterable[Measurement]:
     """Is the error of the precision no larger than what was recorded, as a whole and in each module?"""
-    return precision_measurements(difference_of(evidence))
+    return precision_measurements(difference_of(context))

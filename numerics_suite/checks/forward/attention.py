@@ -10,7 +10,7 @@ from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -26,48 +26,48 @@ from numerics_suite.subjects.load import Loaded
 
 
 @check(batches=True, share=0.4, needs=("token-ids",))
-def attention(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def attention(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does this attention implementation agree with eager attention (and eager with sdpa)?"""
-    if not batch.law_abiding:
+    if not batch.laws_apply:
         yield from skipped_law()
         return
-    other = _other(evidence)
+    other = _other(context)
     given, real = without_labels(batch.tensors), batch.tensors["attention_mask"].bool()
-    run = Runner(other.model, evidence.condition).true_fp64(given, call=caller(evidence, by_token=True))
+    run = Runner(other.model, context.condition).true_fp64(given, call=caller(context, by_token=True))
     trusted(run.left_out)
 
     def tokens(answer: Tensor) -> Tensor:
         return answer[real]
 
     found = compare_law(
-        evidence,
+        context,
         true=tokens(run.outputs["answer"].cpu()),
-        true_other=tokens(true_answer(evidence, batch.tensors)),
-        other=tokens(plain_answer(evidence, batch.tensors)),
-        base=lambda: tokens(rounded_answer(evidence, batch.tensors)),
+        true_other=tokens(true_answer(context, batch.tensors)),
+        other=tokens(plain_answer(context, batch.tensors)),
+        base=lambda: tokens(rounded_answer(context, batch.tensors)),
     )
 
     def place() -> str | None:
-        call = caller(evidence, by_token=True)
+        call = caller(context, by_token=True)
         own, others = (
-            Side(model=model, tensors=given, call=call, pick=tokens) for model in (evidence.model, other.model)
+            Side(model=model, tensors=given, call=call, pick=tokens) for model in (context.model, other.model)
         )
         return first_parting(own, others)
 
     yield from law_measurements(*found, place=place)
 
 
-def _other(evidence: Evidence) -> Loaded:
+def _other(context: CellContext) -> Loaded:
     """The same weights under the other implementation, loaded once a cell."""
-    if "other attention" not in evidence.memo:
-        name = "sdpa" if evidence.loaded.attn == "eager" else "eager"
-        if evidence.subject.new_head:
+    if "other attention" not in context.memo:
+        name = "sdpa" if context.loaded.attn == "eager" else "eager"
+        if context.subject.new_head:
             reason = "a new head is drawn at random, so two loads differ in it"
             raise NotApplicableError(reason)
         try:
-            evidence.memo["other attention"] = evidence.load(seed=evidence.request.seed, attn=name)
+            context.memo["other attention"] = context.load(seed=context.request.seed, attn=name)
         except UnsupportedError as error:
             raise NotApplicableError(str(error)) from None
-    other = evidence.memo["other attention"]
+    other = context.memo["other attention"]
     assert isinstance(other, Loaded)
     return other

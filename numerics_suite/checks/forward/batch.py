@@ -9,7 +9,7 @@ from torch import Tensor
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -22,13 +22,13 @@ from numerics_suite.observations.divergence import Side, first_parting
 
 
 @check(batches=True, share=0.5, needs=("token-ids",))
-def batch(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def batch(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is a row's answer the same alone as among its neighbours?
 
     The first and the last row are asked alone, at the width that they have in the batch.
     """
     rows = int(batch.tensors["input_ids"].shape[0])
-    if rows < 2 or not batch.law_abiding:
+    if rows < 2 or not batch.laws_apply:
         yield from skipped_law()
         return
     mask = batch.tensors["attention_mask"].bool()
@@ -40,17 +40,17 @@ def batch(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
             return answer[index][real]
 
         found = compare_law(
-            evidence,
-            true=of_row(true_answer(evidence, batch.tensors), row),
-            true_other=of_row(true_answer(evidence, alone), 0),
-            other=of_row(plain_answer(evidence, alone), 0),
-            base=lambda row=row: of_row(rounded_answer(evidence, batch.tensors), row),  # type: ignore[misc]
+            context,
+            true=of_row(true_answer(context, batch.tensors), row),
+            true_other=of_row(true_answer(context, alone), 0),
+            other=of_row(plain_answer(context, alone), 0),
+            base=lambda row=row: of_row(rounded_answer(context, batch.tensors), row),  # type: ignore[misc]
         )
         together, apart = (
             Side(
-                model=evidence.model,
+                model=context.model,
                 tensors=without_labels(tensors),
-                call=caller(evidence, by_token=True),
+                call=caller(context, by_token=True),
                 pick=lambda state, index=index, of_row=of_row: of_row(state, index),  # type: ignore[misc]
             )
             for tensors, index in ((batch.tensors, row), (alone, 0))

@@ -14,7 +14,7 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine import decoding
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     caller,
     compare_law,
@@ -43,114 +43,114 @@ LARGEST_ROW = 4
 
 
 @check(batches=True, share=0.4, needs=("causal", "token-ids"), adds=HOLE)
-def cache(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def cache(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is decoding with the cache the full forward pass without one?
 
     Token by token as `generate` does, through what the class prepares for it; several tokens in one step and without
     `position_ids`, as a loop of the user's own may call it; after a prompt that was padded on the right; and past a
     sliding window. The mask grows with the sequence.
     """
-    if not evidence.family.causal:
+    if not context.family.causal:
         reason = "an encoder: its tokens see both sides"
         raise NotApplicableError(reason)
     width = int(batch.tensors["input_ids"].shape[1])
-    if width < 2 or not batch.law_abiding:
+    if width < 2 or not batch.laws_apply:
         yield from skipped_law()
         return
     # The router's loss takes a mask as long as the ids, which no step of decoding has.
-    with without_router_loss(evidence.model):
-        yield from _in_steps(evidence, batch, sorted({max(width - 2, 1), width - 1}), "generate")
+    with without_router_loss(context.model):
+        yield from _in_steps(context, batch, sorted({max(width - 2, 1), width - 1}), "generate")
         # A state that is rolled on token by token is never given several: the class itself says so.
-        single = is_stateful(evidence.model)
-        yield from _in_steps(evidence, batch, [width - 1 if single else width // 2], "none")
-        yield from _after_right_padding(evidence, batch)
-        yield from _past_window(evidence, batch)
+        single = is_stateful(context.model)
+        yield from _in_steps(context, batch, [width - 1 if single else width // 2], "none")
+        yield from _after_right_padding(context, batch)
+        yield from _past_window(context, batch)
 
 
 def _in_steps(
-    evidence: Evidence, batch: Batch, cuts: Sequence[int], positions: decoding.Positions
+    context: CellContext, batch: Batch, cuts: Sequence[int], positions: decoding.Positions
 ) -> Iterable[Measurement]:
     """The batch decoded in pieces, beside its full forward pass."""
     # A query that sees padding only has no answer by definition; those columns are left out.
     tensors = without_labels(batch.tensors)
     real = tensors["attention_mask"].bool()
     decode = decoding.with_cache(cuts, positions=positions)
-    plain = evidence.runner.apply(lambda: decode(evidence.model, tensors)["answer"])
-    true, stepped = true_answer(evidence, tensors)[real], _true_steps(evidence, tensors, cuts, positions)[real]
-    whole, base = caller(evidence, by_token=True), lambda: rounded_answer(evidence, tensors)[real]
+    plain = context.runner.apply(lambda: decode(context.model, tensors)["answer"])
+    true, stepped = true_answer(context, tensors)[real], _true_steps(context, tensors, cuts, positions)[real]
+    whole, base = caller(context, by_token=True), lambda: rounded_answer(context, tensors)[real]
     if positions == "generate" and not relative_error(stepped, true) <= AGREED:
         # `generate` may count otherwise than the model itself (RoBERTa's own positions begin after its pad id): with and
         # without the cache are then compared under the positions of `generate`.
-        counted = _true_whole(evidence, tensors)[real]
+        counted = _true_whole(context, tensors)[real]
         if relative_error(stepped, counted) <= AGREED:
-            true, whole, base = counted, decoding.without_cache, lambda: _rounded(evidence, tensors)[real]
-    found = compare_law(evidence, true=true, true_other=stepped, other=plain.cpu().double()[real], base=base)
+            true, whole, base = counted, decoding.without_cache, lambda: _rounded(context, tensors)[real]
+    found = compare_law(context, true=true, true_other=stepped, other=plain.cpu().double()[real], base=base)
     one, other = (
-        Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
+        Side(model=context.model, tensors=tensors, call=call, pick=lambda state: state[real])
         for call in (whole, decode)
     )
-    cause = _cause(evidence, tensors, cuts, found[0])
-    if positions == "none" and cause == "wrong-positions" and _is_told_positions(evidence, tensors):
+    cause = _cause(context, tensors, cuts, found[0])
+    if positions == "none" and cause == "wrong-positions" and _is_told_positions(context, tensors):
         return
     yield from law_measurements(*found, place=lambda: first_parting(one, other), cause=cause)
 
 
-def _is_told_positions(evidence: Evidence, tensors: Mapping[str, Any]) -> bool:
+def _is_told_positions(context: CellContext, tensors: Mapping[str, Any]) -> bool:
     """Whether positions are an argument that this code asks for: its class hands them to every step of `generate`.
 
     Code from before transformers' `Cache`, such as ChatGLM's, keeps plain tuples and counts each step from 0 without them.
     """
-    return bool(evidence.runner.apply(lambda: decoding.keeps_tuples(evidence.model, tensors)))
+    return bool(context.runner.apply(lambda: decoding.keeps_tuples(context.model, tensors)))
 
 
-def _rounded(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
-    run = evidence.runner.rounded(tensors, call=decoding.without_cache)
+def _rounded(context: CellContext, tensors: Mapping[str, Any]) -> Tensor:
+    run = context.runner.rounded(tensors, call=decoding.without_cache)
     trusted(run.left_out)
     return run.outputs["answer"].cpu()
 
 
-def _true_whole(evidence: Evidence, tensors: Mapping[str, Any]) -> Tensor:
+def _true_whole(context: CellContext, tensors: Mapping[str, Any]) -> Tensor:
     """The true fp64 answer of one call without a cache."""
-    return true_pass(evidence, tensors, decoding.without_cache, "without a cache")
+    return true_pass(context, tensors, decoding.without_cache, "without a cache")
 
 
 def _true_steps(
-    evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], positions: decoding.Positions = "generate"
+    context: CellContext, tensors: Mapping[str, Any], cuts: Sequence[int], positions: decoding.Positions = "generate"
 ) -> Tensor:
     """The true fp64 answer of decoding in steps."""
     call = decoding.with_cache(cuts, positions=positions)
-    return true_pass(evidence, tensors, call, f"steps at {list(cuts)}, positions of {positions}")
+    return true_pass(context, tensors, call, f"steps at {list(cuts)}, positions of {positions}")
 
 
-def _cause(evidence: Evidence, tensors: Mapping[str, Any], cuts: Sequence[int], exact: float) -> str | None:
+def _cause(context: CellContext, tensors: Mapping[str, Any], cuts: Sequence[int], exact: float) -> str | None:
     """`wrong-positions` where the law holds once `position_ids` are given; otherwise the law's own cause."""
-    if exact <= AGREED or not decoding.takes_positions(evidence.model):
+    if exact <= AGREED or not decoding.takes_positions(context.model):
         return None
     real = tensors["attention_mask"].bool()
-    told = _true_steps(evidence, tensors, cuts, "counted")[real]
-    whole = _true_whole(evidence, tensors)[real]
+    told = _true_steps(context, tensors, cuts, "counted")[real]
+    whole = _true_whole(context, tensors)[real]
     return "wrong-positions" if relative_error(told, whole) <= AGREED else None
 
 
-def _after_right_padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _after_right_padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """The last token of every row decoded after a prompt that was padded on the right, in true fp64.
 
     The other side is the same layout in one call without a cache: what a convolution or a window makes of the padding in
     between is the model's own affair, and the same on both sides.
     """
-    tensors = _with_hole(batch, evidence.space.pad_id)
-    if tensors is None or int(tensors["input_ids"].shape[1]) > evidence.longest:
+    tensors = _with_hole(batch, context.space.pad_id)
+    if tensors is None or int(tensors["input_ids"].shape[1]) > context.longest:
         return
     real = tensors["attention_mask"].bool()
     cuts = [int(real.shape[1]) - 1]
     decode = decoding.with_cache(cuts)
-    exact = relative_error(_true_steps(evidence, tensors, cuts)[real], _true_whole(evidence, tensors)[real])
+    exact = relative_error(_true_steps(context, tensors, cuts)[real], _true_whole(context, tensors)[real])
     whole, cut = (
-        Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
+        Side(model=context.model, tensors=tensors, call=call, pick=lambda state: state[real])
         for call in (decoding.without_cache, decode)
     )
     module = None if exact <= AGREED else first_parting(whole, cut)
-    cause = _cause(evidence, tensors, cuts, exact)
+    cause = _cause(context, tensors, cuts, exact)
     yield Measurement(name="true", value=exact, unit="ratio", module=module, cause=cause)
 
 
@@ -170,30 +170,30 @@ def _with_hole(batch: Batch, pad: int) -> dict[str, Tensor] | None:
     }
 
 
-def _past_window(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _past_window(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """The first row, repeated until it reaches past the sliding window, in true fp64; nothing where the batch does so itself."""
-    window, width = window_of(evidence), int(batch.tensors["input_ids"].shape[1])
-    most = LARGEST_ROW * evidence.request.rows * evidence.request.length
-    if window is None or not width < window + BEYOND <= min(evidence.longest, most):
+    window, width = window_of(context), int(batch.tensors["input_ids"].shape[1])
+    most = LARGEST_ROW * context.request.rows * context.request.length
+    if window is None or not width < window + BEYOND <= min(context.longest, most):
         return
     row = batch.tensors["input_ids"][0][batch.tensors["attention_mask"][0].bool()]
     ids = row.repeat(-(-(window + BEYOND) // len(row)))[None, : window + BEYOND]
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    steps = range(window - 1, window + BEYOND) if is_stateful(evidence.model) else (window - 1, window)
+    steps = range(window - 1, window + BEYOND) if is_stateful(context.model) else (window - 1, window)
     cuts = list(steps)
-    exact = relative_error(_true_steps(evidence, tensors, cuts), true_answer(evidence, tensors))
+    exact = relative_error(_true_steps(context, tensors, cuts), true_answer(context, tensors))
     yield Measurement(
         name="true",
         value=exact,
         unit="ratio",
-        cause=_cause(evidence, tensors, cuts, exact),
+        cause=_cause(context, tensors, cuts, exact),
         facts={"a row past the sliding window": f"{window + BEYOND} tokens, window {window}"},
     )
 
 
-def window_of(evidence: Evidence) -> int | None:
+def window_of(context: CellContext) -> int | None:
     """How many tokens back a token sees in the layers with a sliding window, None without such layers."""
-    config = evidence.model.config
+    config = context.model.config
     for owner in (config, getattr(config, "text_config", None)):
         sizes = [getattr(owner, key, None) for key in WINDOWS]
         for size in sizes:

@@ -6,18 +6,28 @@ from collections.abc import Iterable
 
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.observations.comparison import differing_elements
 from numerics_suite.observations.repeatability import unsteady_module
+from numerics_suite.observations.roundoff import relative_error
+
+MOVED = "moved"
+"""The fact that holds by how much the second answer differs, relative to the root mean square of the first."""
 
 
 @check(batches=True)
-def deterministic(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def deterministic(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does the same input give the same bits twice, in eval mode?"""
-    wanted = evidence.forward(batch)
-    tensors = evidence.inputs_of(batch)
-    again = floating_outputs(evidence.run(tensors))
+    wanted = context.forward(batch)
+    tensors = context.inputs_of(batch)
+    again = floating_outputs(context.run(tensors))
     differing = sum(differing_elements(again[name], value) for name, value in wanted.items())
-    where = unsteady_module(evidence.model, lambda: evidence.run(tensors)) if differing else None
-    yield Measurement(name="differing", value=differing, unit="elements", module=where)
+    where = unsteady_module(context.model, lambda: context.run(tensors)) if differing else None
+    moved = (
+        max(relative_error(again[name].double(), value.double()) for name, value in wanted.items())
+        if differing
+        else 0.0
+    )
+    facts = {MOVED: moved} if differing else {}
+    yield Measurement(name="differing", value=differing, unit="elements", module=where, facts=facts)

@@ -13,7 +13,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.packed_rows import WORDS, Way, packed, padded_rows, row_alone, ways_of
 from numerics_suite.engine.references import caller, compare_law, plain_answer, rounded_answer, true_answer
 from numerics_suite.observations.divergence import Side, first_parting
@@ -24,57 +24,57 @@ MOST_ROWS, MOST_TOKENS = 3, 24
 
 
 @check(batches=True, share=0.2, needs=("token-ids",))
-def packing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def packing(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Are rows that are packed into one row by themselves, in each way that the installed release supports?
 
     The rows alone are compared with the same rows end to end, told apart by `position_ids` that start again (without a mask and without a
     cache), by FlashAttention's `cu_seqlens`, or by a block-diagonal mask; see :mod:`numerics_suite.engine.packed_rows`.
     """
-    if not evidence.family.causal:
+    if not context.family.causal:
         reason = "an encoder: its tokens see both sides"
         raise NotApplicableError(reason)
-    ways = ways_of(evidence)
+    ways = ways_of(context)
     if not ways.asked:
         raise NotApplicableError(ways.left_out)
-    rows = _rows(evidence, batch)
-    if not batch.law_abiding or len(rows) < 2:
+    rows = _rows(context, batch)
+    if not batch.laws_apply or len(rows) < 2:
         yield from skipped_law()
         return
     for way in ways.asked:
-        yield from _law(evidence, _within_window(evidence, rows, way), way, ways.left_out)
+        yield from _law(context, _within_window(context, rows, way), way, ways.left_out)
 
 
-def _law(evidence: Evidence, rows: list[Tensor], way: Way, left_out: str) -> Iterable[Measurement]:
-    alone = [row_alone(row, evidence) for row in rows]
-    true = torch.cat([true_answer(evidence, tensors)[0] for tensors in alone])
-    together = padded_rows(rows, evidence) if way == "rows" else packed(rows, way, evidence.model)
+def _law(context: CellContext, rows: list[Tensor], way: Way, left_out: str) -> Iterable[Measurement]:
+    alone = [row_alone(row, context) for row in rows]
+    true = torch.cat([true_answer(context, tensors)[0] for tensors in alone])
+    together = padded_rows(rows, context) if way == "rows" else packed(rows, way, context.model)
     found = compare_law(
-        evidence,
+        context,
         true=true,
-        true_other=_tokens(true_answer(evidence, together), together, way),
-        other=_tokens(plain_answer(evidence, together), together, way),
-        base=lambda: torch.cat([rounded_answer(evidence, tensors)[0] for tensors in alone]),
+        true_other=_tokens(true_answer(context, together), together, way),
+        other=_tokens(plain_answer(context, together), together, way),
+        base=lambda: torch.cat([rounded_answer(context, tensors)[0] for tensors in alone]),
     )
     facts: dict[str, Fact] = {"packed by": WORDS[way]}
     facts |= {UNSUPPORTED: left_out} if left_out else {}
-    yield from law_measurements(*found, place=lambda: _place(evidence, rows, true, together, way), facts=facts)
+    yield from law_measurements(*found, place=lambda: _place(context, rows, true, together, way), facts=facts)
 
 
-def _within_window(evidence: Evidence, rows: list[Tensor], way: Way) -> list[Tensor]:
+def _within_window(context: CellContext, rows: list[Tensor], way: Way) -> list[Tensor]:
     """A mask of one's own takes the place of a sliding window's too, so what it says is the model's within the window only."""
-    window = window_of(evidence) if way == "block-mask" else None
+    window = window_of(context) if way == "block-mask" else None
     return [row[:window] for row in rows]
 
 
-def _rows(evidence: Evidence, batch: Batch) -> list[Tensor]:
+def _rows(context: CellContext, batch: Batch) -> list[Tensor]:
     """The first tokens of the first rows; a batch of one row is packed behind the same row with other tokens."""
     ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"].bool()
     count = min(max(len(ids), 2), MOST_ROWS)
-    most = min(MOST_TOKENS, evidence.longest // count)
+    most = min(MOST_TOKENS, context.longest // count)
     rows = [row[real][:most] for row, real in zip(ids[:MOST_ROWS], mask[:MOST_ROWS], strict=True)]
     if len(rows) == 1:
-        other = (rows[0] + 1) % evidence.vocab_size
-        rows = [torch.where(other == evidence.space.pad_id, (other + 1) % evidence.vocab_size, other), *rows]
+        other = (rows[0] + 1) % context.vocab_size
+        rows = [torch.where(other == context.space.pad_id, (other + 1) % context.vocab_size, other), *rows]
     return [row for row in rows if len(row)]
 
 
@@ -83,18 +83,18 @@ def _tokens(answer: Tensor, tensors: dict[str, Tensor], way: Way) -> Tensor:
     return answer[tensors["attention_mask"].bool()] if way == "rows" else answer[0]
 
 
-def _place(evidence: Evidence, rows: list[Tensor], true: Tensor, together: dict[str, Tensor], way: Way) -> str | None:
+def _place(context: CellContext, rows: list[Tensor], true: Tensor, together: dict[str, Tensor], way: Way) -> str | None:
     """The module in which the packed run parts from that of the padded rows; None where padding moves their answers too."""
-    plain = padded_rows(rows, evidence)
-    if way == "rows" or not relative_error(_tokens(true_answer(evidence, plain), plain, "rows"), true) <= AGREED:
+    plain = padded_rows(rows, context)
+    if way == "rows" or not relative_error(_tokens(true_answer(context, plain), plain, "rows"), true) <= AGREED:
         return None
     one, other = (
         Side(
-            model=evidence.model,
+            model=context.model,
             tensors=tensors,
-            call=caller(evidence, by_token=True),
+            call=caller(context, by_token=True),
             pick=lambda state, tensors=tensors, how=how: _tokens(state, tensors, how),  # type: ignore[misc]
         )
         for tensors, how in ((plain, "rows"), (together, way))
     )
-    return first_parting(one, other, passed_over=is_rotary(evidence))
+    return first_parting(one, other, passed_over=is_rotary(context))

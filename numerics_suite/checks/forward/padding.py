@@ -12,8 +12,8 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.position_table import absolute_positions
 from numerics_suite.engine.references import (
     caller,
@@ -34,54 +34,54 @@ EXTRA = 3
 
 
 @check(batches=True, share=0.5, needs=("token-ids",), adds=EXTRA)
-def padding(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does more padding, on each side that the family declares, leave the real tokens' answers alone?
 
     No `position_ids` are given: with them an ignored mask would go unseen under left padding.
     """
     # Beyond its longest row a model has no position for a column, or turns all of them by another rotary table.
-    if not batch.law_abiding or int(batch.tensors["input_ids"].shape[1]) + EXTRA > evidence.longest:
+    if not batch.laws_apply or int(batch.tensors["input_ids"].shape[1]) + EXTRA > context.longest:
         yield from skipped_law()
         return
     worst, worst_pair = (0.0, 0.0, ""), None
-    for plain, more in _pairs(evidence, batch):
+    for plain, more in _pairs(context, batch):
         real, where = plain["attention_mask"].bool(), more["attention_mask"].bool()
         found = compare_law(
-            evidence,
-            true=_tokens(true_answer(evidence, plain), real),
-            true_other=_tokens(true_answer(evidence, more), where),
-            other=_tokens(plain_answer(evidence, more), where),
-            base=lambda plain=plain, real=real: _tokens(rounded_answer(evidence, plain), real),  # type: ignore[misc]
+            context,
+            true=_tokens(true_answer(context, plain), real),
+            true_other=_tokens(true_answer(context, more), where),
+            other=_tokens(plain_answer(context, more), where),
+            base=lambda plain=plain, real=real: _tokens(rounded_answer(context, plain), real),  # type: ignore[misc]
         )
         if worst_pair is None or nan_last(found[0]) > nan_last(worst[0]):
             worst, worst_pair = found, (plain, more)
-    yield from law_measurements(*worst, place=lambda: None if worst_pair is None else _place(evidence, *worst_pair))
+    yield from law_measurements(*worst, place=lambda: None if worst_pair is None else _place(context, *worst_pair))
     # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
-    if evidence.subject.task == "sequence-classification" and not evidence.lacks_pad_token:
-        yield from _pooled(evidence, batch)
+    if context.subject.task == "sequence-classification" and not context.lacks_pad_token:
+        yield from _pooled(context, batch)
 
 
-def _pairs(evidence: Evidence, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def _pairs(context: CellContext, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """The batch and the same with more padding, for each side: with `position_ids` where the model counts columns."""
     plain = without_labels(batch.tensors)
     pairs = []
-    for side in _sides(evidence, batch):
-        more = padded(batch, side, evidence.space.pad_id)
-        counts = side == "left" and _counts_columns(evidence, plain, more)
+    for side in _sides(context, batch):
+        more = padded(batch, side, context.space.pad_id)
+        counts = side == "left" and _counts_columns(context, plain, more)
         pairs.append((_with_positions(plain), _with_positions(more)) if counts else (plain, more))
     return pairs
 
 
-def _counts_columns(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]) -> bool:
+def _counts_columns(context: CellContext, plain: dict[str, Tensor], more: dict[str, Tensor]) -> bool:
     """Whether the model gives each column its own position vector, and padding on the left moves every token by that.
 
     Then there is nothing to ask without `position_ids`, which `generate` gives. With rotary positions a shift of all
     tokens changes nothing, so there a difference is a finding, whatever `position_ids` would do.
     """
-    if not absolute_positions(evidence.model) or not takes_positions(evidence.model):
+    if not absolute_positions(context.model) or not takes_positions(context.model):
         return False
     base, other = (
-        _tokens(true_answer(evidence, tensors), tensors["attention_mask"].bool()) for tensors in (plain, more)
+        _tokens(true_answer(context, tensors), tensors["attention_mask"].bool()) for tensors in (plain, more)
     )
     return not relative_error(other, base) <= AGREED
 
@@ -90,23 +90,23 @@ def _with_positions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, "position_ids": counted_positions(tensors["attention_mask"])}
 
 
-def _place(evidence: Evidence, plain: dict[str, Tensor], more: dict[str, Tensor]) -> str | None:
+def _place(context: CellContext, plain: dict[str, Tensor], more: dict[str, Tensor]) -> str | None:
     """The module in which the padded run parts from the plain one."""
 
     def run(tensors: dict[str, Tensor]) -> Side:
         real = tensors["attention_mask"].bool()
-        call = caller(evidence, by_token=True)
-        return Side(model=evidence.model, tensors=tensors, call=call, pick=lambda state: state[real])
+        call = caller(context, by_token=True)
+        return Side(model=context.model, tensors=tensors, call=call, pick=lambda state: state[real])
 
-    return first_parting(run(plain), run(more), passed_over=is_rotary(evidence))
+    return first_parting(run(plain), run(more), passed_over=is_rotary(context))
 
 
-def _sides(evidence: Evidence, batch: Batch) -> list[str]:
+def _sides(context: CellContext, batch: Batch) -> list[str]:
     """The declared sides on which the batch may be padded further: a row is padded on one side only."""
     mask = batch.tensors["attention_mask"]
     taken = {"left": not bool(mask[:, 0].all()), "right": not bool(mask[:, -1].all())}
     opposite = {"left": "right", "right": "left"}
-    return [side for side in evidence.family.padding_sides if not taken[opposite[side]]]
+    return [side for side in context.family.padding_sides if not taken[opposite[side]]]
 
 
 def padded(batch: Batch, side: str, pad: int) -> dict[str, Tensor]:
@@ -123,10 +123,10 @@ def _tokens(answer: Tensor, real: Tensor) -> Tensor:
     return answer[real]
 
 
-def _pooled(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _pooled(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """The pooled logits under more padding, in true fp64; nothing of logits of each token, which forward.pooling tells."""
     pairs = [
-        tuple(true_answer(evidence, tensors, by_token=False) for tensors in pair) for pair in _pairs(evidence, batch)
+        tuple(true_answer(context, tensors, by_token=False) for tensors in pair) for pair in _pairs(context, batch)
     ]
     if any(base.dim() > POOLED for base, _ in pairs):
         return

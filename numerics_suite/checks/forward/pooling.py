@@ -12,40 +12,40 @@ from torch import Tensor, nn
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.layout import INPUT, STATES, batch_first
 from numerics_suite.engine.references import rounding_allowance, turned_states
 
 
 @check(batches=True, needs=("head", "token-ids"))
-def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def pooling(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does the classifier give a row of logits for each row of the batch, read at its last real token?
 
     The head is applied to every position of the last hidden state; the row of logits must be the nearest to the
     position of the last real token. The nearest position needs no tolerance.
     """
-    shape = tuple(evidence.forward(batch)["logits"].shape)
+    shape = tuple(context.forward(batch)["logits"].shape)
     rows = len(batch.tensors["input_ids"])
     # A regression may give its one number for each row without a dimension of its own.
     wrong_shape = shape[:1] != (rows,) or len(shape) > 2
-    facts: dict[str, Fact] = {"shape": str(list(shape)), "expected": f"[{rows}, {evidence.num_labels}]"}
+    facts: dict[str, Fact] = {"shape": str(list(shape)), "expected": f"[{rows}, {context.num_labels}]"}
     yield Measurement(name="wrong-shape", value=int(wrong_shape), unit="outputs", facts=facts if wrong_shape else {})
     if wrong_shape:
         return
-    if evidence.family.pooling == "unknown":
+    if context.family.pooling == "unknown":
         reason = "an encoder: it pools its first token or a mean, as each class has it"
         raise NotApplicableError(reason)
-    head_name, head = _head(evidence)
+    head_name, head = _head(context)
     ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
-    if not batch.law_abiding:
+    if not batch.laws_apply:
         yield Measurement(name="wrong-rows", value=0, unit="rows", module=head_name)
         return
-    logits, states = _logits_and_states(evidence, batch, head_name, head)
+    logits, states = _logits_and_states(context, batch, head_name, head)
     positions = torch.arange(ids.shape[1])
     last = (mask * (positions + 1)).argmax(dim=1)
     # The same product in another shape may add its terms in another order: two roundings of what kernels accumulate in,
     # times the square root of the length of the sum where that is float32. With one token repeated all positions tie.
-    noise = 2 * torch.finfo(logits.dtype).eps * rounding_allowance(evidence)
+    noise = 2 * torch.finfo(logits.dtype).eps * rounding_allowance(context)
     wrong: list[str] = []
     for row in range(rows):
         distance = (states[row].double() - logits[row].double()).abs().amax(dim=-1)
@@ -62,11 +62,11 @@ def pooling(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     )
 
 
-def _head(evidence: Evidence) -> tuple[str, nn.Module]:
-    for name, module in evidence.model.named_modules():
-        if name.rpartition(".")[2] in evidence.family.head_names and isinstance(module, nn.Module):
+def _head(context: CellContext) -> tuple[str, nn.Module]:
+    for name, module in context.model.named_modules():
+        if name.rpartition(".")[2] in context.family.head_names and isinstance(module, nn.Module):
             return name, module
-    reason = f"no head named {' or '.join(evidence.family.head_names)}"
+    reason = f"no head named {' or '.join(context.family.head_names)}"
     raise NotApplicableError(reason)
 
 
@@ -102,13 +102,13 @@ def _given_by(body: nn.Module | None) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _logits_and_states(evidence: Evidence, batch: Batch, name: str, head: nn.Module) -> tuple[Tensor, Tensor]:
+def _logits_and_states(context: CellContext, batch: Batch, name: str, head: nn.Module) -> tuple[Tensor, Tensor]:
     """The classifier's logits `[batch, labels]` and the head's answer for every position `[batch, sequence, labels]`."""
-    tensors = evidence.inputs_of(batch)
-    children = dict(evidence.model.named_children())
-    body = next((part for part in evidence.family.backbone_names if part in children), "")
+    tensors = context.inputs_of(batch)
+    children = dict(context.model.named_children())
+    body = next((part for part in context.family.backbone_names if part in children), "")
     with _given_to(head) as given, _given_by(children.get(body)) as gave:
-        output = evidence.run(tensors, output_hidden_states=True)
+        output = context.run(tensors, output_hidden_states=True)
     # What the head read is what it is asked about; one that reads a pooled row only is applied to what the body gave. The
     # last of `hidden_states` may come before the final norm (BioGPT up to 5.0, ChatGLM's own code).
     states, place = output.hidden_states[-1], STATES
@@ -116,6 +116,6 @@ def _logits_and_states(evidence: Evidence, batch: Batch, name: str, head: nn.Mod
         if read := [each for each in found if each.dim() == 3]:
             states, place = read[-1], where
             break
-    states = batch_first(states, place, turned_states(evidence))
-    every = evidence.runner.submodule(head, states.to(next(head.parameters()).dtype))
+    states = batch_first(states, place, turned_states(context))
+    every = context.runner.submodule(head, states.to(next(head.parameters()).dtype))
     return output.logits.float().cpu(), every.float().cpu()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Fact, Measurement
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import true_answer
 from numerics_suite.observations.roundoff import largest_difference, relative_error
 from numerics_suite.subjects.generation import names_keyword
@@ -25,30 +25,30 @@ COPIES = 2
 nor a path for single rows."""
 
 
-def padding_moves(evidence: Evidence, collated: Mapping[str, Any]) -> Measurement | None:
+def padding_moves(context: CellContext, collated: Mapping[str, Any]) -> Measurement | None:
     """How far the tokenizer's padding moves an answer, in true fp64; None where nothing is padded or there is no such run.
 
     The pooled logits of a sequence classifier, the logits of every real token elsewhere. A causal language model is given the
     `position_ids` that `generate` gives; a classifier what the collator gives, as in training.
 
     Args:
-        evidence: a cell with finite weights.
+        context: a cell with finite weights.
         collated: rows of several lengths, as the tokenizer pads them.
     """
     mask = collated.get(MASK)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] > evidence.longest:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] > context.longest:
         return None
     lengths = mask.long().sum(dim=1)
     lengths[lengths == mask.shape[1]] = 0
     if not int(lengths.max()):
         return None
-    padded = _given(evidence, collated, int(lengths.argmax()))
+    padded = _given(context, collated, int(lengths.argmax()))
     real = padded[MASK][0].bool()
     alone = {name: value[:, real] for name, value in padded.items()}
-    by_token = evidence.subject.task != "sequence-classification"
+    by_token = context.subject.task != "sequence-classification"
     try:
-        apart = true_answer(evidence, alone, by_token=by_token)
-        answer = true_answer(evidence, padded, by_token=by_token)
+        apart = true_answer(context, alone, by_token=by_token)
+        answer = true_answer(context, padded, by_token=by_token)
     except NotApplicableError:
         return None
     if not by_token and answer.dim() > 2:  # logits of each token where one row was meant: forward.pooling tells it
@@ -63,7 +63,7 @@ def padding_moves(evidence: Evidence, collated: Mapping[str, Any]) -> Measuremen
     return Measurement(name="padding-moves", value=relative_error(together, apart), unit="ratio", facts=facts)
 
 
-def _given(evidence: Evidence, collated: Mapping[str, Any], row: int) -> dict[str, Tensor]:
+def _given(context: CellContext, collated: Mapping[str, Any], row: int) -> dict[str, Tensor]:
     """Copies of the row as the model is given it."""
     mask = collated[MASK]
     always = ("input_ids", MASK)
@@ -72,8 +72,8 @@ def _given(evidence: Evidence, collated: Mapping[str, Any], row: int) -> dict[st
         for name in GIVEN
         if isinstance(collated.get(name), Tensor)
         and collated[name].shape == mask.shape
-        and (name in always or names_keyword(evidence.model, name))
+        and (name in always or names_keyword(context.model, name))
     }
-    if evidence.subject.task == "causal-lm" and takes_positions(evidence.model):
+    if context.subject.task == "causal-lm" and takes_positions(context.model):
         given.setdefault("position_ids", counted_positions(given[MASK]))
     return {name: value.to(torch.int64) for name, value in given.items()}

@@ -9,9 +9,9 @@ import torch
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.observations.comparison import differing_elements
 
 INTEGERS = (torch.int32, torch.int16, torch.uint8)
@@ -19,10 +19,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @check(needs=("token-ids",))
-def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
+def ids_dtype(context: CellContext) -> Iterable[Measurement]:
     """Do integer ids of every width agree, are floating ids refused, and does every id keep its own meaning?"""
-    base = _tensors(evidence)
-    wanted = _output(evidence, base)
+    base = _tensors(context)
+    wanted = _output(context, base)
     disagreeing = 0
     used: list[str] = []
     for dtype in (*INTEGERS, *FLOATS):
@@ -31,8 +31,8 @@ def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
         try:
             # A call that is refused halfway may leave the model changed: up to 5.0 transformers records router logits by
             # replacing `forward` of the routers, and puts it back only where the call returns.
-            with preserved(evidence.model):
-                got = _output(evidence, {**base, "input_ids": base["input_ids"].to(dtype)})
+            with preserved(context.model):
+                got = _output(context, {**base, "input_ids": base["input_ids"].to(dtype)})
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             reraise_if_fatal(error)
             continue  # refused, which is right for floating ids and allowed for a narrow integer
@@ -40,44 +40,44 @@ def ids_dtype(evidence: Evidence) -> Iterable[Measurement]:
             used.append(str(dtype).removeprefix("torch."))
         else:
             disagreeing += differing_elements(got, wanted)
-    yield Measurement(name="integer-disagreement", value=disagreeing, unit="elements", module=_embedding(evidence))
+    yield Measurement(name="integer-disagreement", value=disagreeing, unit="elements", module=_embedding(context))
     yield Measurement(
         name="floating-accepted",
         value=len(used),
         unit="dtypes",
-        module=_embedding(evidence),
+        module=_embedding(context),
         facts={"silently used": ", ".join(used)} if used else {},
     )
-    yield _merged(evidence)
-    yield _edges(evidence)
+    yield _merged(context)
+    yield _edges(context)
 
 
-def _tensors(evidence: Evidence) -> dict[str, torch.Tensor]:
+def _tensors(context: CellContext) -> dict[str, torch.Tensor]:
     # Ids below 128 fit every width; they are spread over two rows of a full batch.
-    length = min(8, evidence.space.max_length)
-    limit = min(127, evidence.vocab_size)
+    length = min(8, context.space.max_length)
+    limit = min(127, context.vocab_size)
     ids = torch.arange(1, length + 1) % limit
     rows = ids.unsqueeze(0)
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
 
 
-def _output(evidence: Evidence, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return main_output(floating_outputs(evidence.run(tensors)))[1]
+def _output(context: CellContext, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return main_output(floating_outputs(context.run(tensors)))[1]
 
 
-def _embedding(evidence: Evidence) -> str | None:
-    entry = evidence.model.get_input_embeddings()  # type: ignore[operator]
-    return next((name for name, module in evidence.model.named_modules() if module is entry), None)
+def _embedding(context: CellContext) -> str | None:
+    entry = context.model.get_input_embeddings()  # type: ignore[operator]
+    return next((name for name, module in context.model.named_modules() if module is entry), None)
 
 
-def _merged(evidence: Evidence) -> Measurement:
+def _merged(context: CellContext) -> Measurement:
     """Ids that a 16-bit float would round to another id, and that the model does not tell apart.
 
     bfloat16 keeps 8 bits of an integer and float16 11, so above 256 (2,048) some ids round to their neighbour. Where
     the embedding rows of both differ, so must the embedded states.
     """
-    vocab, merged, pairs = evidence.vocab_size, 0, 0
-    entry = evidence.model.get_input_embeddings()  # type: ignore[operator]
+    vocab, merged, pairs = context.vocab_size, 0, 0
+    entry = context.model.get_input_embeddings()  # type: ignore[operator]
     for dtype in (torch.bfloat16, torch.float16):
         candidates = torch.arange(vocab)
         rounded = candidates.to(dtype).to(torch.int64)
@@ -88,41 +88,41 @@ def _merged(evidence: Evidence) -> Measurement:
             if torch.equal(weight[token], weight[other]):
                 continue
             pairs += 1
-            left, right = (_embedded(evidence, value) for value in (token, other))
+            left, right = (_embedded(context, value) for value in (token, other))
             merged += int(torch.equal(left, right))
     return Measurement(
-        name="merged-ids", value=merged, unit="pairs", module=_embedding(evidence), facts={"pairs tried": pairs}
+        name="merged-ids", value=merged, unit="pairs", module=_embedding(context), facts={"pairs tried": pairs}
     )
 
 
-def _edges(evidence: Evidence) -> Measurement:
+def _edges(context: CellContext) -> Measurement:
     """The first and the last id of the vocabulary against their neighbours, as a range check off by one merges them."""
-    weight = evidence.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
-    last = evidence.vocab_size - 1
+    weight = context.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    last = context.vocab_size - 1
     merged = [
         f"{left} and {right}"
         for left, right in ((0, 1), (last, last - 1))
         if last > 0
         and not torch.equal(weight[left], weight[right])
-        and torch.equal(_embedded(evidence, left), _embedded(evidence, right))
+        and torch.equal(_embedded(context, left), _embedded(context, right))
     ]
     return Measurement(
         name="merged-edges",
         value=len(merged),
         unit="pairs",
-        module=_embedding(evidence),
+        module=_embedding(context),
         facts={"ids": "; ".join(merged)} if merged else {},
     )
 
 
-def _embedded(evidence: Evidence, token: int) -> torch.Tensor:
+def _embedded(context: CellContext, token: int) -> torch.Tensor:
     """The state after the embedding for a row of that one id."""
     seen: list[torch.Tensor] = []
-    entry = evidence.model.get_input_embeddings()  # type: ignore[operator]
+    entry = context.model.get_input_embeddings()  # type: ignore[operator]
     handle = entry.register_forward_hook(lambda _m, _a, output: seen.append(output.detach().clone()))
-    ids = torch.full((1, min(2, evidence.space.max_length)), token)
+    ids = torch.full((1, min(2, context.space.max_length)), token)
     try:
-        evidence.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        context.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     finally:
         handle.remove()
     return seen[0] if seen else ids.double()

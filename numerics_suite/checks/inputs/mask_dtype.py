@@ -7,28 +7,28 @@ from collections.abc import Iterable
 from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.memory import reraise_if_fatal
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.engine.lifting import preserved
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
+from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.inputs.strategies import MASK_DTYPES
 from numerics_suite.observations.comparison import differing_elements
 
 
 @check(batches=True, share=0.4, needs=("token-ids",))
-def mask_dtype(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def mask_dtype(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Does a mask of ones and zeros give the same answer in every dtype that a loader may hand over?
 
     The bits are compared where tokens are real; a dtype that the model refuses is no disagreement.
     """
-    wanted = main_output(evidence.forward(batch))[1]
+    wanted = main_output(context.forward(batch))[1]
     mask = batch.tensors["attention_mask"]
     disagreeing: dict[str, int] = {}
     for dtype in MASK_DTYPES[1:]:
-        tensors = evidence.inputs_of(batch)
+        tensors = context.inputs_of(batch)
         tensors["attention_mask"] = mask.to(dtype)
         try:
-            with preserved(evidence.model):  # a call that is refused halfway may leave the model changed
-                got = main_output(floating_outputs(evidence.run(tensors)))[1]
+            with preserved(context.model):  # a call that is refused halfway may leave the model changed
+                got = main_output(floating_outputs(context.run(tensors)))[1]
         except (RuntimeError, TypeError, ValueError) as error:
             reraise_if_fatal(error)
             continue

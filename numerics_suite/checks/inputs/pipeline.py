@@ -12,7 +12,7 @@ from numerics_suite.checks.inputs._padding_side import padding_moves
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.inputs.targets import is_row_of_numbers
 from numerics_suite.subjects.tasks import CLASSIFICATION
 from numerics_suite.subjects.tokenizers import TokenizerRaisesError, tokenizer_failures
@@ -30,53 +30,53 @@ COLLATED = "the collator"
 """The batch of :data:`TEXTS` as tokenizer and collator make it."""
 
 
-@check(scope="precision", of_broken=True)
-def pipeline(evidence: Evidence) -> Iterable[Measurement]:
+@check(scope="precision", runs_on_nonfinite=True)
+def pipeline(context: CellContext) -> Iterable[Measurement]:
     """Is what tokenizer, collator and accelerate hand to the model integral, in range and padded as it can take it?"""
     batches: dict[str, Mapping[str, Any]] = {}
     raised = None
     try:
-        batches.update(_batches(evidence))
+        batches.update(_batches(context))
     except TokenizerRaisesError as error:
         raised = error
     yield _raised(raised)
-    lacks = _lacks_pad_token(evidence) if raised is None else ""
-    needs = bool(lacks) and evidence.request.rows > 1 and evidence.subject.task in CLASSIFICATION
+    lacks = _lacks_pad_token(context) if raised is None else ""
+    needs = bool(lacks) and context.request.rows > 1 and context.subject.task in CLASSIFICATION
     yield Measurement(name="no-pad-token", value=int(needs), unit="tokens", facts={"who": lacks} if needs else {})
-    found = [*_measured(evidence, batches)]
+    found = [*_measured(context, batches)]
     yield from found
     if raised is not None or needs or any(measurement.value for measurement in found):
         return
     if not batches:
         reason = "no tokenizer and no batch of its own"
         raise NotApplicableError(reason)
-    if lacks and evidence.own_batch is None:
+    if lacks and context.own_batch is None:
         reason = f"{lacks}: no rows of different lengths can be made, and nothing here needs them; texts alone are integral and in range"
         raise NotApplicableError(reason)
 
 
-def _measured(evidence: Evidence, batches: Mapping[str, Mapping[str, Any]]) -> Iterable[Measurement]:
+def _measured(context: CellContext, batches: Mapping[str, Mapping[str, Any]]) -> Iterable[Measurement]:
     floating, outside, rounded = [], [], []
     for origin, tensors in batches.items():
         for name in ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"):
             value = tensors.get(name)
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not _real_labels(evidence, name):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not _real_labels(context, name):
                 floating.append(f"{name} of {origin} is {str(value.dtype).removeprefix('torch.')}")
         ids = tensors.get("input_ids")
-        if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and evidence.takes_ids:
-            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= evidence.vocab_size):
-                outside.append(f"{origin}: {int(ids.min())} to {int(ids.max())}, vocabulary {evidence.vocab_size}")
+        if isinstance(ids, torch.Tensor) and not ids.is_floating_point() and context.takes_ids:
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= context.vocab_size):
+                outside.append(f"{origin}: {int(ids.min())} to {int(ids.max())}, vocabulary {context.vocab_size}")
             rounded += [origin] if _looks_rounded(ids) else []
     yield _count("floating", floating, "tensors")
     yield _count("out-of-range", outside, "batches")
     yield _count("looks-rounded", rounded, "batches")
     # Rows whose ids are no tokens, or weights that are not finite, have no answer to compare.
     if (
-        evidence.takes_ids
+        context.takes_ids
         and COLLATED in batches
-        and not (outside or floating or evidence.broken or evidence.lacks_pad_token)
+        and not (outside or floating or context.broken or context.lacks_pad_token)
     ):
-        moved = padding_moves(evidence, batches[COLLATED])
+        moved = padding_moves(context, batches[COLLATED])
         yield from () if moved is None else (moved,)
 
 
@@ -84,9 +84,9 @@ def _count(name: str, found: list[str], unit: str) -> Measurement:
     return Measurement(name=name, value=len(found), unit=unit, facts={"where": "; ".join(found)} if found else {})
 
 
-def _real_labels(evidence: Evidence, name: str) -> bool:
+def _real_labels(context: CellContext, name: str) -> bool:
     """The labels of a regression, and of several classes at once, are floating by definition."""
-    return name == "labels" and (not evidence.takes_ids or evidence.space.targets != "classes")
+    return name == "labels" and (not context.takes_ids or context.space.targets != "classes")
 
 
 def _looks_rounded(ids: torch.Tensor) -> bool:
@@ -105,55 +105,55 @@ def _raised(error: TokenizerRaisesError | None) -> Measurement:
     return Measurement(name="tokenizer-raises", value=int(error is not None), unit="exceptions", facts=facts)
 
 
-def _lacks_pad_token(evidence: Evidence) -> str:
+def _lacks_pad_token(context: CellContext) -> str:
     """Who has no pad token, in words; empty where padding can be written, and found again."""
-    if evidence.lacks_pad_token:
+    if context.lacks_pad_token:
         return "config.json has no pad_token_id, by which this classifier finds the last token of each row"
-    tokenizer = evidence.tokenizer
-    if tokenizer is None or tokenizer.pad_token is not None or config_pad_token(evidence) is not None:
+    tokenizer = context.tokenizer
+    if tokenizer is None or tokenizer.pad_token is not None or config_pad_token(context) is not None:
         return ""
     return "neither the tokenizer nor config.json has a pad token"
 
 
-def _batches(evidence: Evidence) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    if evidence.own_batch is not None:
-        yield evidence.own_batch.drawn, evidence.own_batch.tensors
-    tokenizer = evidence.tokenizer
+def _batches(context: CellContext) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    if context.own_batch is not None:
+        yield context.own_batch.drawn, context.own_batch.tensors
+    tokenizer = context.tokenizer
     if tokenizer is None:
         return
     with tokenizer_failures(f"reading {TEXTS[0]!r}"):
         encoded = [tokenizer(text) for text in TEXTS]
     with tokenizer_failures(f"padding {len(TEXTS)} texts"):
-        collated = _collate(evidence, tokenizer, encoded)
+        collated = _collate(context, tokenizer, encoded)
     yield COLLATED, collated
     if importlib.util.find_spec("accelerate") is not None:
         from accelerate.utils import convert_outputs_to_fp32, send_to_device
 
-        yield "accelerate", send_to_device(collated, evidence.condition.main_device)
+        yield "accelerate", send_to_device(collated, context.condition.main_device)
         yield "accelerate's fp32 conversion", convert_outputs_to_fp32(lambda: dict(collated))()
 
 
-def _collate(evidence: Evidence, tokenizer: Any, encoded: list[Any]) -> dict[str, Any]:
+def _collate(context: CellContext, tokenizer: Any, encoded: list[Any]) -> dict[str, Any]:
     from transformers import DataCollatorWithPadding
 
-    if tokenizer.pad_token is None and (known := config_pad_token(evidence)) is not None:
+    if tokenizer.pad_token is None and (known := config_pad_token(context)) is not None:
         tokenizer.pad_token = known
     if tokenizer.pad_token is None:
         longest = max(encoded, key=lambda item: len(item["input_ids"]))
         return {name: torch.tensor([value]) for name, value in longest.items()}
     rows = [dict(item) for item in encoded]
-    if evidence.subject.task == "sequence-classification":
-        number = max(evidence.num_labels, 1)
-        several = is_row_of_numbers(evidence.space.targets, number)
+    if context.subject.task == "sequence-classification":
+        number = max(context.num_labels, 1)
+        several = is_row_of_numbers(context.space.targets, number)
         for index, row in enumerate(rows):
             row["label"] = [float(index % 2)] * number if several else index % number
     return dict(DataCollatorWithPadding(tokenizer, return_tensors="pt")(rows))
 
 
-def config_pad_token(evidence: Evidence) -> str | None:
+def config_pad_token(context: CellContext) -> str | None:
     """The tokenizer's token of the config's `pad_token_id`, None without one."""
-    number = getattr(evidence.model.config, "pad_token_id", None)
-    if not isinstance(number, int) or not 0 <= number < evidence.vocab_size:
+    number = getattr(context.model.config, "pad_token_id", None)
+    if not isinstance(number, int) or not 0 <= number < context.vocab_size:
         return None
-    token = evidence.tokenizer.convert_ids_to_tokens(number)  # type: ignore[union-attr]
+    token = context.tokenizer.convert_ids_to_tokens(number)  # type: ignore[union-attr]
     return token if isinstance(token, str) else None

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.built import built_buffers, without_adapter
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.subjects.built_model import built_buffers, without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -17,16 +17,16 @@ NARROWEST = torch.bfloat16
 """Of what a class builds while this is torch's default dtype, a wider buffer is one whose dtype the class itself names."""
 
 
-def rounded_buffers(evidence: Evidence) -> dict[str, str]:
+def rounded_buffers(context: CellContext) -> dict[str, str]:
     """Buffers that the class keeps in float32 and that hold, or were stored with, fewer bits: by name what was lost.
 
     A buffer that the class builds in the dtype of the load is as it should be, however narrow: its rounding is part of the model.
 
     Args:
-        evidence: the cell; a subject without a config to build from has none.
+        context: the cell; a subject without a config to build from has none.
     """
-    model = without_adapter(evidence.model)
-    suspects = dict(_suspects(model, _stored(evidence)))
+    model = without_adapter(context.model)
+    suspects = dict(_suspects(model, _stored(context)))
     built = built_buffers(model, NARROWEST) if suspects else None
     if built is None:
         return {}
@@ -44,13 +44,13 @@ def rounded_buffers(evidence: Evidence) -> dict[str, str]:
     return lost
 
 
-def _stored(evidence: Evidence) -> Mapping[str, Tensor]:
+def _stored(context: CellContext) -> Mapping[str, Tensor]:
     """The stored tensors that are buffers of the model."""
-    if evidence.subject.path is None or evidence.subject.quantized:
+    if context.subject.path is None or context.subject.quantized:
         return {}
-    folder = Path(evidence.subject.adapter_base or evidence.subject.path)
+    folder = Path(context.subject.adapter_base or context.subject.path)
     headers = tensor_headers(folder)
-    names = [name for name, _ in without_adapter(evidence.model).named_buffers() if name in headers]
+    names = [name for name, _ in without_adapter(context.model).named_buffers() if name in headers]
     return {name: read_tensor(folder, name) for name in names}
 
 

@@ -8,41 +8,44 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Fact
 from numerics_suite.core.text import listed
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
-from numerics_suite.subjects.built import built_dtypes, without_adapter
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.subjects.built_model import built_dtypes, without_adapter
 from numerics_suite.subjects.load import default_dtype
+from numerics_suite.subjects.own_dtype import named_dtypes
 
 SHOWN = 5
 
 
-def named_by_class(evidence: Evidence, names: Iterable[str]) -> dict[str, Fact]:
+def named_by_class(context: CellContext, names: Iterable[str]) -> dict[str, Fact]:
     """A fact that says which of the parameters the class builds in a dtype of its own; empty where none is.
 
     Args:
-        evidence: the cell.
+        context: the cell.
         names: of parameters that are not held in the dtype asked for, or would not be once they are saved and loaded.
     """
-    model, asked = without_adapter(evidence.model), dtype_of(evidence.recipe.parameters)
+    model, asked = without_adapter(context.model), dtype_of(context.recipe.parameters)
     built = built_dtypes(model, asked)
     own = tuple(name for name in names if built.get(name, asked) != asked)
     if not own:
         return {}
     dtypes = ", ".join(sorted({str(built[name]).removeprefix("torch.") for name in own}))
-    told = f"builds {listed(own, SHOWN)} in {dtypes} whatever is asked for: change its code, or cast after every load"
+    lines = " and ".join(map(str, named_dtypes(model, own, asked)))
+    code = f"{lines}, which builds it in the dtype that config.json names" if lines else "change its code"
+    told = f"builds {listed(own, SHOWN)} in {dtypes} whatever is asked for: {code}, or cast after every load"
     return {"the class": f"{type(model).__name__} {told}"}
 
 
-def only_with_config(evidence: Evidence) -> bool:
+def only_with_config(context: CellContext) -> bool:
     """Whether a load by the folder alone heeds the dtype asked for: what ignores it is a load that is handed a config object too.
 
     Up to 4.49 the dtype asked for is not written into that object, and some code builds in the dtype that it names.
 
     Args:
-        evidence: a cell whose model ignores the dtype.
+        context: a cell whose model ignores the dtype.
     """
-    if evidence.subject.path is None or evidence.subject.adapter_base or evidence.subject.quantized:
+    if context.subject.path is None or context.subject.adapter_base or context.subject.quantized:
         return False
     try:
-        return default_dtype(evidence.subject, evidence.recipe.parameters) == evidence.recipe.parameters
+        return default_dtype(context.subject, context.recipe.parameters) == context.recipe.parameters
     except NumericsSuiteError:
         return False

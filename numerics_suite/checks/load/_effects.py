@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from numerics_suite.subjects.built import built_with, without_adapter
+from numerics_suite.subjects.built_model import built_with, without_adapter
 
 SAME_MEANING = (
     frozenset({"hidden_act", "hidden_activation", "activation_function"}),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.adapters import adapter_task, read_adapter
-from numerics_suite.subjects.built import without_adapter
+from numerics_suite.subjects.built_model import without_adapter
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
 from numerics_suite.subjects.notes import ignored_by_design
@@ -20,89 +20,115 @@ from numerics_suite.subjects.tasks import CLASSIFICATION, head_parts, head_tenso
 
 
 @check(scope="precision", needs=("checkpoint",))
-def complete(evidence: Evidence) -> Iterable[Measurement]:
+def complete(context: CellContext) -> Iterable[Measurement]:
     """Did every stored weight reach the model, unchanged, and is every weight of the model but a new head stored?"""
-    lacking = _without_scales(evidence)
+    lacking = _without_scales(context)
     yield _count("without-scales", lacking)
     if lacking:
         return  # what is loaded of them says nothing more, and may need another device
-    loaded = evidence.loaded
-    yield _count("lost-head", _lost_head(evidence))
-    yield _renamed(evidence, loaded)
+    loaded = context.loaded
+    yield _count("lost-head", _lost_head(context))
+    yield _renamed(context, loaded)
     names: list[tuple[str, tuple[str, ...]]] = [
         ("missing", tuple(name for name in loaded.missing if name not in loaded.new_head)),
         ("unexpected", _unexpected(loaded)),
         ("mismatched", loaded.mismatched),
     ]
     for name, found in names:
-        yield _count(name, found)
-    changed = () if evidence.subject.adapter_base or evidence.subject.quantized else tuple(_changed(evidence, loaded))
+        yield _count(name, found, _shapes(context, loaded) if name == "mismatched" else None)
+    changed = () if context.subject.adapter_base or context.subject.quantized else tuple(_changed(context, loaded))
     yield _count("changed", changed)
 
 
-def _count(name: str, found: tuple[str, ...]) -> Measurement:
+def _shapes(context: CellContext, loaded: Loaded) -> dict[str, Fact]:
+    """The shape of the first that differs; stored tensors without elements are what sharded training leaves that gathered nothing."""
+    stored = {} if context.subject.path is None else tensor_headers(context.subject.path)
+    shapes = {name: tuple(stored[name][1]) for name in loaded.mismatched if name in stored}
+    if not shapes:
+        return {}
+    first, built = next(iter(shapes)), dict(loaded.model.named_parameters())
+    empty = sum(0 in shape for shape in shapes.values())
+    facts: dict[str, Fact] = {"stored shape": str(list(shapes[first]))}
+    if first in built:
+        facts["built shape"] = str(list(built[first].shape))
+    return facts | ({"stored without any element": empty} if empty else {})
+
+
+def _count(name: str, found: tuple[str, ...], facts: dict[str, Fact] | None = None) -> Measurement:
     return Measurement(
         name=name,
         value=len(found),
         unit="tensors",
         module=found[0].rpartition(".")[0] if found else None,
         parameters=found,
+        facts=facts or {},
     )
 
 
-def _without_scales(evidence: Evidence) -> tuple[str, ...]:
+def _without_scales(context: CellContext) -> tuple[str, ...]:
     """Quantised weights whose scales are not in the files: their codes are taken for values."""
-    subject = evidence.subject
+    subject = context.subject
     folder = subject.adapter_base or subject.path
     return () if folder is None else without_scales(tensor_headers(Path(folder)), subject.config)
 
 
-def _lost_head(evidence: Evidence) -> tuple[str, ...]:
+def _lost_head(context: CellContext) -> tuple[str, ...]:
     """The head of an adapter that was trained with one and does not hold it; a base's own head is not the trained one."""
-    subject = evidence.subject
+    subject = context.subject
     if not subject.adapter_base or subject.path is None or subject.task not in CLASSIFICATION:
         return ()
-    adapter, family = read_adapter(subject.path), evidence.family
+    adapter, family = read_adapter(subject.path), context.family
     if adapter_task(adapter) != subject.task or head_tensors(tensor_headers(subject.path), family, subject.task):
         return ()
-    if not evidence.loaded.new_head and not set(head_parts(family, subject.task)) & set(
+    if not context.loaded.new_head and not set(head_parts(family, subject.task)) & set(
         adapter.get("modules_to_save") or ()
     ):
         return ()
-    named = head_tensors((name for name, _ in evidence.model.named_parameters()), family, subject.task)
-    return named or evidence.loaded.new_head
+    named = head_tensors((name for name, _ in context.model.named_parameters()), family, subject.task)
+    return named or context.loaded.new_head
 
 
-def _renamed(evidence: Evidence, loaded: Loaded) -> Measurement:
+def _renamed(context: CellContext, loaded: Loaded) -> Measurement:
     """Weights that are in the files, whole, under a name that the model does not know."""
-    assert evidence.subject.path is not None
-    stored = tensor_headers(evidence.subject.path)
+    assert context.subject.path is not None
+    stored = tensor_headers(context.subject.path)
     wanted = dict(loaded.model.named_parameters())
     homeless = [name for name in loaded.unexpected if name in stored]
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for name in loaded.missing:
         if name in loaded.new_head or name not in wanted:
             continue
         shape = tuple(wanted[name].shape)
-        like = [
-            other
-            for other in homeless
-            if tuple(stored[other][1]) == shape and other.split(".")[-2:] == name.split(".")[-2:]
-        ]
-        prefixes = {_prefixes(other, name) for other in like}
-        for pair in prefixes:
-            found.setdefault(pair, []).append(name)
+        for other in (other for other in homeless if tuple(stored[other][1]) == shape):
+            # A wrapper of training (peft's `base_layer`, `modules_to_save.default`) adds parts within a name, others before it.
+            added = _added_parts(name, other)
+            if added or other.split(".")[-2:] == name.split(".")[-2:]:
+                found.setdefault(added or _prefixes(other, name), []).append((name, other))
     if not found:
         return Measurement(name="renamed", value=0, unit="tensors")
-    (theirs, ours), names = max(found.items(), key=lambda item: len(item[1]))
+    pairs = max(found.values(), key=len)
+    names = tuple(dict.fromkeys(name for name, _ in pairs))
     return Measurement(
         name="renamed",
         value=len(names),
         unit="tensors",
         module=names[0].rpartition(".")[0],
-        parameters=tuple(names),
-        facts={"stored as": theirs + names[0].removeprefix(ours), "looked for as": names[0]},
+        parameters=names,
+        facts={"stored as": pairs[0][1], "looked for as": names[0]},
     )
+
+
+def _added_parts(name: str, other: str) -> tuple[str, ...]:
+    """The parts that another name has within this one, empty where it begins otherwise or has none."""
+    left, added = name.split("."), []
+    if other.partition(".")[0] != left[0]:
+        return ()
+    for part in other.split("."):
+        if left and part == left[0]:
+            left.pop(0)
+        else:
+            added.append(part)
+    return () if left else tuple(added)
 
 
 def _prefixes(one: str, other: str) -> tuple[str, str]:
@@ -123,9 +149,9 @@ def _unexpected(loaded: Loaded) -> tuple[str, ...]:
     return tuple(name for name in loaded.unexpected if name not in left_out)
 
 
-def _changed(evidence: Evidence, loaded: Loaded) -> Iterable[str]:
+def _changed(context: CellContext, loaded: Loaded) -> Iterable[str]:
     """Parameters whose value is not the stored one cast to the parameter's dtype; tied ones are load.tied's."""
-    path = evidence.subject.path
+    path = context.subject.path
     assert path is not None
     stored = tensor_headers(path)
     for name, parameter in loaded.model.named_parameters():

@@ -21,7 +21,7 @@ from numerics_suite.checks.load._effects import (
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.definitions import OracleUnavailable, oracle_for, rotary_budget, rotary_roundoffs
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.compat import known_config_keys
 
 DEFINING = frozenset(
@@ -117,14 +117,14 @@ class _Section:
 
 
 @check(scope="subject", needs=("checkpoint",))
-def config(evidence: Evidence) -> Iterable[Measurement]:
+def config(context: CellContext) -> Iterable[Measurement]:
     """Is what config.json says what the model was built with?
 
     A key counts as ignored if this release does not read it and the model lacks its effect.
     """
     ignored: list[str] = []
     differing: dict[str, tuple[Any, Any]] = {}
-    for section in _sections(evidence):
+    for section in _sections(context):
         ignored += sorted(f"{section.prefix}{key}" for key in _ignored(section))
         differing |= {f"{section.prefix}{key}": values for key, values in _differing(section)}
     yield Measurement(
@@ -143,10 +143,10 @@ def config(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _sections(evidence: Evidence) -> Iterator[_Section]:
+def _sections(context: CellContext) -> Iterator[_Section]:
     """The file, and its `text_config` where a part of the model is built from it."""
-    model, raw = evidence.model, evidence.subject.config
-    yield _Section(prefix="", raw=raw, model=model, right_table=_rotary_table_is_right(evidence))
+    model, raw = context.model, context.subject.config
+    yield _Section(prefix="", raw=raw, model=model, right_table=_rotary_table_is_right(context))
     inner, made = raw.get(TEXT), getattr(model.config, TEXT, None)
     part = next(
         (part for part in model.modules() if made is not None and type(getattr(part, "config", None)) is type(made)),
@@ -189,15 +189,15 @@ def _meant(section: _Section, key: str, value: Any) -> bool:
     return is_converted(type(section.built), raw, key, value) or (key in ROWS and has_effect(model, key, raw[key]))
 
 
-def _rotary_table_is_right(evidence: Evidence) -> bool:
+def _rotary_table_is_right(context: CellContext) -> bool:
     """Whether the model's rotary table is the one that the file defines, though a release may not read every key."""
-    name = evidence.family.name
-    table = evidence.rotary_table
+    name = context.family.name
+    table = context.rotary_table
     if oracle_for(name) is None or table is None:
         return False
     try:
-        roundoffs = rotary_roundoffs(name, evidence.subject.config, table[1])
-        return roundoffs <= rotary_budget(name, evidence.subject.config)
+        roundoffs = rotary_roundoffs(name, context.subject.config, table[1])
+        return roundoffs <= rotary_budget(name, context.subject.config)
     except OracleUnavailable:
         return False
 

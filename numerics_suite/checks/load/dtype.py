@@ -11,17 +11,17 @@ from numerics_suite.checks.load._dtypes import named_by_class, only_with_config
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 SHOWN = 5
 """Names that a fact lists."""
 
 
 @check(scope="precision")
-def dtype(evidence: Evidence) -> Iterable[Measurement]:
+def dtype(context: CellContext) -> Iterable[Measurement]:
     """Is the dtype asked for the dtype held, but for what the model declares to keep in float32, and is no buffer rounded?"""
-    loaded = evidence.loaded
-    asked = dtype_of(evidence.recipe.parameters)
+    loaded = context.loaded
+    asked = dtype_of(context.recipe.parameters)
     kept = _declared_fp32(loaded.model)
     other: dict[str, str] = {}
     declared: list[str] = []
@@ -34,9 +34,9 @@ def dtype(evidence: Evidence) -> Iterable[Measurement]:
             obeys = obeys or name not in loaded.new_head
         elif str(parameter.dtype) == "torch.float32" and any(part in name for part in kept):
             declared.append(name)
-        elif not evidence.subject.quantized:
+        elif not context.subject.quantized:
             other[name] = str(parameter.dtype).removeprefix("torch.")
-    facts: dict[str, Fact] = {"asked": evidence.recipe.parameters}
+    facts: dict[str, Fact] = {"asked": context.recipe.parameters}
     if other:
         facts["held"] = ", ".join(f"{name}: {held}" for name, held in list(other.items())[:SHOWN])
     if declared:
@@ -44,10 +44,10 @@ def dtype(evidence: Evidence) -> Iterable[Measurement]:
     # What is held wider than asked for loses nothing; it costs memory, and answers differ from those of the dtype asked.
     wider = bool(other) and all(_is_wider(held, asked) for held in other.values())
     if other:
-        facts |= named_by_class(evidence, other) if obeys else _of_the_load(evidence)
+        facts |= named_by_class(context, other) if obeys else _of_the_load(context)
     yield _of_parameters("ignored-dtype", {} if obeys else other, facts)
     yield _of_parameters("other-dtype", other if obeys else {}, facts, cause="contract-change" if wider else None)
-    rounded = rounded_buffers(evidence)
+    rounded = rounded_buffers(context)
     yield Measurement(
         name="rounded-buffers",
         value=len(rounded),
@@ -75,13 +75,13 @@ def _of_parameters(
     )
 
 
-def _of_the_load(evidence: Evidence) -> dict[str, Fact]:
+def _of_the_load(context: CellContext) -> dict[str, Fact]:
     """Which load it is that ignores the dtype, where another one heeds it."""
-    if not only_with_config(evidence):
+    if not only_with_config(context):
         return {}
     return {
         "ignored by": "from_pretrained with config=; by the folder alone, or with the dtype given to AutoConfig.from_pretrained "
-        f"too, the model is in {evidence.recipe.parameters}"
+        f"too, the model is in {context.recipe.parameters}"
     }
 
 

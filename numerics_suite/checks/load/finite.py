@@ -9,24 +9,24 @@ from torch import Tensor
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.observations.finiteness import nan_count, nonfinite_count
 from numerics_suite.subjects.files import read_tensor, tensor_headers
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
 
 @check(scope="precision")
-def finite(evidence: Evidence) -> Iterable[Measurement]:
+def finite(context: CellContext) -> Iterable[Measurement]:
     """Is every weight finite once it is loaded, and every buffer initialised?"""
-    loaded = evidence.loaded
+    loaded = context.loaded
     # What nobody wrote is load.head-init's question; a NaN there is not the checkpoint's.
-    fresh = set(loaded.new_head) | set(loaded.missing) | set(evidence.unwritten)
+    fresh = set(loaded.new_head) | set(loaded.missing) | set(context.unwritten)
     bad = {
         name: count
         for name, parameter in loaded.model.named_parameters()
         if name not in fresh and (count := nonfinite_count(parameter.detach()))
     }
-    uninitialised = _uninitialised(evidence)
+    uninitialised = _uninitialised(context)
     # A buffer of -inf is a mask; NaN is never meant.
     bad.update(
         {
@@ -35,7 +35,7 @@ def finite(evidence: Evidence) -> Iterable[Measurement]:
             if name not in uninitialised and (count := nan_count(buffer))
         }
     )
-    stored_finite = [name for name in bad if _finite_in_file(evidence, name)]
+    stored_finite = [name for name in bad if _finite_in_file(context, name)]
     yield Measurement(
         name="non-finite",
         value=sum(bad.values()),
@@ -56,15 +56,15 @@ def finite(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _uninitialised(evidence: Evidence) -> tuple[str, ...]:
+def _uninitialised(context: CellContext) -> tuple[str, ...]:
     """Buffers that hold what their memory held: poison where the model was loaded over poison, something else over zeros."""
-    path = evidence.subject.path
-    stored = tensor_headers(path) if path is not None and not evidence.subject.adapter_base else {}
-    suspects = [name for name, buffer in evidence.model.named_buffers() if name not in stored and _is_poison(buffer)]
+    path = context.subject.path
+    stored = tensor_headers(path) if path is not None and not context.subject.adapter_base else {}
+    suspects = [name for name, buffer in context.model.named_buffers() if name not in stored and _is_poison(buffer)]
     if not suspects:
         return ()
     with Zeroed():  # type: ignore[no-untyped-call]
-        plain = dict(evidence.load(seed=evidence.request.seed).model.named_buffers())
+        plain = dict(context.load(seed=context.request.seed).model.named_buffers())
     return tuple(name for name in suspects if name in plain and not _is_poison(plain[name]))
 
 
@@ -77,9 +77,9 @@ def _is_poison(buffer: Tensor) -> bool:
     return bool((buffer == torch.iinfo(buffer.dtype).max).any())
 
 
-def _finite_in_file(evidence: Evidence, name: str) -> bool:
+def _finite_in_file(context: CellContext, name: str) -> bool:
     """Whether the checkpoint stores that tensor and stores it finite, so that the cast to this dtype broke it."""
-    path = evidence.subject.path
-    if path is None or evidence.subject.adapter_base or name not in tensor_headers(path):
+    path = context.subject.path
+    if path is None or context.subject.adapter_base or name not in tensor_headers(path):
         return False
     return nonfinite_count(read_tensor(path, name)) == 0

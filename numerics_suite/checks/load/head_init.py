@@ -9,18 +9,18 @@ from torch import nn
 
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.observations.roundoff import rms
 
 
 @check(scope="precision")
-def head_init(evidence: Evidence) -> Iterable[Measurement]:
+def head_init(context: CellContext) -> Iterable[Measurement]:
     """Is every weight that the checkpoint does not hold initialised, at a sane scale, and not by luck?
 
     The model is built under poison (uninitialised memory is NaN on any machine), so what is still NaN was never
     written.
     """
-    unwritten = evidence.unwritten
+    unwritten = context.unwritten
     yield Measurement(
         name="uninitialised",
         value=len(unwritten),
@@ -28,7 +28,7 @@ def head_init(evidence: Evidence) -> Iterable[Measurement]:
         module=unwritten[0].rpartition(".")[0] if unwritten else None,
         parameters=unwritten,
     )
-    yield _gain(evidence.model, tuple(name for name in evidence.loaded.new_head if name not in unwritten))
+    yield _gain(context.model, tuple(name for name in context.loaded.new_head if name not in unwritten))
 
 
 def _gain(model: nn.Module, names: tuple[str, ...]) -> Measurement:

@@ -17,7 +17,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import caller, true_answer, without_labels
 from numerics_suite.engine.roundtrip import saved_and_loaded
 from numerics_suite.engine.runner import Runner
@@ -31,18 +31,18 @@ NOT_KEPT = frozenset({"dtype", "torch_dtype"})
 
 
 @check(scope="precision")
-def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
+def roundtrip(context: CellContext) -> Iterable[Measurement]:
     """Does saving the model and loading it again, twice, give the same bits, the same config and the same answers?"""
-    if evidence.subject.adapter_base or evidence.subject.quantized:
+    if context.subject.adapter_base or context.subject.quantized:
         reason = "an adapter or a quantised checkpoint is saved in another form than it is loaded in"
         raise NotApplicableError(reason)
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as folder:
-        model: nn.Module | Mapping[str, Tensor] = evidence.model
+        model: nn.Module | Mapping[str, Tensor] = context.model
         trip, changes = 0, _Changes()
         while trip < TRIPS and not changes.names and not changes.dtypes:
             trip += 1
-            model = _saved_and_loaded(evidence, model, Path(folder))
-            changes = _changes(evidence, model)
+            model = _saved_and_loaded(context, model, Path(folder))
+            changes = _changes(context, model)
     tensor = next(iter(changes.tensors), "")
     yield Measurement(
         name="differing",
@@ -54,7 +54,7 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
         cause="ignored-config" if changes.config and not changes.tensors else None,
         facts={} if not changes.names else {"seen at save and load number": trip, **changes.config},
     )
-    held = evidence.model.state_dict() if changes.dtypes else {}
+    held = context.model.state_dict() if changes.dtypes else {}
     yield Measurement(
         name="other-dtype",
         value=len(changes.dtypes),
@@ -63,7 +63,7 @@ def roundtrip(evidence: Evidence) -> Iterable[Measurement]:
         parameters=tuple(changes.dtypes),
         facts={
             **{name: f"{held[name].dtype} before, {dtype} after" for name, dtype in changes.dtypes.items()},
-            **(named_by_class(evidence, changes.dtypes) if changes.dtypes else {}),
+            **(named_by_class(context, changes.dtypes) if changes.dtypes else {}),
         },
     )
 
@@ -91,8 +91,8 @@ class _Changes:
         return found or (() if self.answers <= AGREED else ("answers",))
 
 
-def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor]) -> _Changes:
-    before = evidence.model.state_dict()
+def _changes(context: CellContext, after: nn.Module | Mapping[str, Tensor]) -> _Changes:
+    before = context.model.state_dict()
     state = after if isinstance(after, Mapping) else after.state_dict()
     differing = tuple(name for name in before if name not in state or not same_bits(before[name], state[name]))
     dtypes = {name: state[name].dtype for name in differing if name in state and _is_cast(before[name], state[name])}
@@ -100,7 +100,7 @@ def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor]) -> _Ch
     extra = tuple(name for name in state if name not in before)
     if isinstance(after, Mapping):
         return _Changes(tensors=differing + extra, dtypes=dtypes)
-    was, now = (_defining(model.config.to_dict()) for model in (evidence.model, after))  # type: ignore[operator, union-attr]
+    was, now = (_defining(model.config.to_dict()) for model in (context.model, after))  # type: ignore[operator, union-attr]
     config = {
         key: f"{was.get(key)!r} before, {now.get(key)!r} after"
         for key in sorted(was.keys() | now.keys())
@@ -108,7 +108,7 @@ def _changes(evidence: Evidence, after: nn.Module | Mapping[str, Tensor]) -> _Ch
     }
     same = not differing and not extra and not config and not dtypes
     return _Changes(
-        tensors=differing + extra, dtypes=dtypes, config=config, answers=_moved(evidence, after) if same else 0.0
+        tensors=differing + extra, dtypes=dtypes, config=config, answers=_moved(context, after) if same else 0.0
     )
 
 
@@ -121,15 +121,15 @@ def _defining(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _moved(evidence: Evidence, model: nn.Module) -> float:
+def _moved(context: CellContext, model: nn.Module) -> float:
     """By how much true fp64 answers moved; a table that is neither stored nor in the config shows only here."""
-    if not evidence.takes_ids or evidence.broken:  # what is not finite already says nothing about the files
+    if not context.takes_ids or context.broken:  # what is not finite already says nothing about the files
         return 0.0
-    tensors = without_labels(evidence.gradient_batch.tensors)
-    call = caller(evidence, by_token=False)
-    other = Runner(model, evidence.condition).true_fp64(tensors, call=call)
+    tensors = without_labels(context.gradient_batch.tensors)
+    call = caller(context, by_token=False)
+    other = Runner(model, context.condition).true_fp64(tensors, call=call)
     try:
-        before = true_answer(evidence, tensors, by_token=False)
+        before = true_answer(context, tensors, by_token=False)
     except NotApplicableError:
         return 0.0
     if other.left_out or not bool(before.isfinite().all()):
@@ -138,13 +138,13 @@ def _moved(evidence: Evidence, model: nn.Module) -> float:
 
 
 def _saved_and_loaded(
-    evidence: Evidence, model: nn.Module | Mapping[str, Tensor], folder: Path
+    context: CellContext, model: nn.Module | Mapping[str, Tensor], folder: Path
 ) -> nn.Module | Mapping[str, Tensor]:
     if isinstance(model, Mapping):
         return model
-    if evidence.subject.path is None or not hasattr(model, "save_pretrained"):
+    if context.subject.path is None or not hasattr(model, "save_pretrained"):
         return _state_through_file(model, folder)
-    return saved_and_loaded(evidence, model, folder)
+    return saved_and_loaded(context, model, folder)
 
 
 def _state_through_file(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
     is_reference_itself,
     longest_reduction,
@@ -31,23 +31,23 @@ LONGEST = 64
 
 
 @check(needs=("token-ids",))
-def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
+def end_to_end(context: CellContext) -> Iterable[Measurement]:
     """Is the error against the true fp64 run what the precision makes unavoidable?
 
     The kernel ratio is the model's error over that of the rounded run, in which every op is perfect and rounded once.
     """
-    if is_reference_itself(evidence):
+    if is_reference_itself(context):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
-    if routes(evidence.model):
+    if routes(context.model):
         raise NotApplicableError(routed_reason())
-    tensors = _batch(evidence)
+    tensors = _batch(context)
     real = tensors["attention_mask"].bool()
-    true = true_answer(evidence, tensors)[real]
-    error = rms(plain_answer(evidence, tensors)[real] - true)
-    inherent = rms(rounded_answer(evidence, tensors)[real] - true)
+    true = true_answer(context, tensors)[real]
+    error = rms(plain_answer(context, tensors)[real] - true)
+    inherent = rms(rounded_answer(context, tensors)[real] - true)
     ratio = error / inherent if inherent else float(error > 0) * float("inf") if error else 0.0
-    allowance = rounding_allowance(evidence)
+    allowance = rounding_allowance(context)
     yield Measurement(
         name="excess",
         value=ratio / allowance,
@@ -56,33 +56,33 @@ def end_to_end(evidence: Evidence) -> Iterable[Measurement]:
             "kernel ratio": ratio,
             "error against the true fp64 run (rms)": error,
             "inherent error of the precision (rms)": inherent,
-            "longest sum in a matrix product": longest_reduction(evidence.model),
+            "longest sum in a matrix product": longest_reduction(context.model),
         },
     )
     yield Measurement(name="kernel-ratio", value=ratio, unit="ratio")
     yield Measurement(name="inherent-error", value=inherent, unit="")
 
 
-def _batch(evidence: Evidence) -> Mapping[str, Any]:
+def _batch(context: CellContext) -> Mapping[str, Any]:
     """The batch of gradients; one with more tokens where it is too small to tell a ratio of two errors from chance.
 
     Both errors are draws. Of n numbers a root mean square strays by 1 / sqrt(2 n), so a thousand hold the ratio to a few
     per cent. An output holds no more numbers that are free than the hidden state it is computed from.
     """
-    batch = evidence.gradient_batch
-    width = _free_width(evidence)
+    batch = context.gradient_batch
+    width = _free_width(context)
     if int(batch.tensors["attention_mask"].sum()) * width >= ENOUGH:
         return batch.tensors
-    length = min(LONGEST, evidence.longest)
+    length = min(LONGEST, context.longest)
     rows = math.ceil(2 * ENOUGH / (width * length))  # rows but the first may be half as long
-    if evidence.subject.task == "sequence-classification" and evidence.space.max_rows == 1:
+    if context.subject.task == "sequence-classification" and context.space.max_rows == 1:
         rows = 1  # without a pad token a classifier takes no more
-    return training_batch(evidence.space, rows=rows, length=length, seed=evidence.request.seed).tensors
+    return training_batch(context.space, rows=rows, length=length, seed=context.request.seed).tensors
 
 
-def _free_width(evidence: Evidence) -> int:
+def _free_width(context: CellContext) -> int:
     """Numbers per token that are free in what :func:`answer_of` compares."""
-    hidden = int(evidence.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-    if evidence.subject.task == "token-classification":
-        return min(hidden, evidence.num_labels)
-    return min(hidden, evidence.vocab_size) if evidence.subject.task == "causal-lm" else hidden
+    hidden = int(context.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    if context.subject.task == "token-classification":
+        return min(hidden, context.num_labels)
+    return min(hidden, context.vocab_size) if context.subject.task == "causal-lm" else hidden

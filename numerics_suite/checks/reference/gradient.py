@@ -16,7 +16,7 @@ from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.layout import STATES, batch_first
 from numerics_suite.engine.references import (
     is_reference_itself,
@@ -34,41 +34,41 @@ from numerics_suite.observations.roundoff import rms, wide
 
 
 @check(trains=True)
-def gradient(evidence: Evidence) -> Iterable[Measurement]:
+def gradient(context: CellContext) -> Iterable[Measurement]:
     """Is every parameter's gradient as near to the true fp64 one as the precision allows?
 
     One backward pass on the training batch without loss scaling, per parameter against the rounded run's error.
     """
-    if is_reference_itself(evidence):
+    if is_reference_itself(context):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
-    refuse_without_ids(evidence)
-    if routes(evidence.model):
+    refuse_without_ids(context)
+    if routes(context.model):
         raise NotApplicableError(routed_reason())
-    tensors = evidence.gradient_batch.tensors
-    call = differentiated(evidence)
-    if not evidence.takes_ids and "loss" not in evidence.forward(evidence.gradient_batch):
+    tensors = context.gradient_batch.tensors
+    call = differentiated(context)
+    if not context.takes_ids and "loss" not in context.forward(context.gradient_batch):
         reason = "a plain module whose output has no loss"
         raise NotApplicableError(reason)
-    true = _true(evidence, call)
-    rounded_run = evidence.runner.rounded(tensors, gradients=True, call=call)
+    true = _true(context, call)
+    rounded_run = context.runner.rounded(tensors, gradients=True, call=call)
     trusted(rounded_run.left_out)
     assert rounded_run.gradients is not None
     own: dict[str, Tensor] = {}
     kinks = Kinks()
     with kinks:
-        yield _coarser(evidence, lambda: own.update(own_gradients(evidence, tensors)))
+        yield _coarser(context, lambda: own.update(own_gradients(context, tensors)))
     lost = tuple(name for name in true if name not in own)
     yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
     if kinks.found:
         # Rounding that moves an activation over the kink switches its gradient on or off, by any amount.
         return
-    ratios = _ratios(own, true, rounded_run.gradients, evidence)
+    ratios = _ratios(own, true, rounded_run.gradients, context)
     if not ratios:
         reason = "the loss reaches no parameter"
         raise NotApplicableError(reason)
     worst = max(ratios, key=lambda name: nan_last(ratios[name]))
-    allowance = rounding_allowance(evidence, tokens=int(tensors["input_ids"].numel()))
+    allowance = rounding_allowance(context, tokens=int(tensors["input_ids"].numel()))
     yield Measurement(
         name="excess",
         value=ratios[worst] / allowance,
@@ -87,18 +87,18 @@ def gradient(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _true(evidence: Evidence, call: Caller) -> Mapping[str, Tensor]:
+def _true(context: CellContext, call: Caller) -> Mapping[str, Tensor]:
     """The true fp64 gradients of what is differentiated: the loss, whose gradients other checks read too, or a classifier's states."""
-    if evidence.subject.task != "sequence-classification":
-        return true_gradient(evidence).gradients
-    run = evidence.runner.true_fp64(evidence.gradient_batch.tensors, gradients=True, call=call)
+    if context.subject.task != "sequence-classification":
+        return true_gradient(context).gradients
+    run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
     trusted(run.left_out)
     return run.gradients or {}
 
 
-def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
+def _coarser(context: CellContext, run: Callable[[], object]) -> Measurement:
     """Ops of forward and backward pass in a coarser float: the rounded run has them too, so no ratio shows them."""
-    found = coarser_ops(evidence.model, run, dtype_of(evidence.recipe.computes_in))
+    found = coarser_ops(context.model, run, dtype_of(context.recipe.computes_in))
     return Measurement(
         name="coarser",
         value=sum(found.values()),
@@ -108,7 +108,7 @@ def _coarser(evidence: Evidence, run: Callable[[], object]) -> Measurement:
     )
 
 
-def differentiated(evidence: Evidence) -> Caller:
+def differentiated(context: CellContext) -> Caller:
     """Calls a model so that its output's `loss` is what the check differentiates.
 
     The loss, for a model with an answer per token. A classifier's loss would hand a few numbers down (rows × labels):
@@ -117,8 +117,8 @@ def differentiated(evidence: Evidence) -> Caller:
     signs, which no rounding touches, and the logits likewise for the head; its loss is train.labels' and the oracle's
     to judge.
     """
-    pooled = evidence.subject.task == "sequence-classification"
-    turned = turned_states(evidence) if pooled else frozenset()
+    pooled = context.subject.task == "sequence-classification"
+    turned = turned_states(context) if pooled else frozenset()
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
         if not pooled:
@@ -138,16 +138,16 @@ def _alternating(values: Tensor) -> Tensor:
     return (values * signs).sum()
 
 
-def own_gradients(evidence: Evidence, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def own_gradients(context: CellContext, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of one backward pass in the cell's precision, by parameter name."""
-    return evidence.runner.gradients(tensors, differentiated(evidence))
+    return context.runner.gradients(tensors, differentiated(context))
 
 
 def _ratios(
-    own: Mapping[str, Tensor], true: Mapping[str, Tensor], rounded: Mapping[str, Tensor], evidence: Evidence
+    own: Mapping[str, Tensor], true: Mapping[str, Tensor], rounded: Mapping[str, Tensor], context: CellContext
 ) -> dict[str, float]:
     """Error of each gradient in units of the rounded run's, or of one roundoff of the gradient where that is larger."""
-    roundoff = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2
+    roundoff = torch.finfo(dtype_of(context.recipe.computes_in)).eps / 2
     ratios = {}
     for name, wanted in true.items():
         if name not in own or name not in rounded:

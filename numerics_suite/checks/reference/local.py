@@ -9,7 +9,7 @@ from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import is_reference_itself, longest_reduction, refuse_without_ids
 from numerics_suite.observations.local_error import LocalError, local_errors
 from numerics_suite.observations.roundoff import unit_roundoff
@@ -19,25 +19,25 @@ COMPOSED = "composed"
 
 
 @check()
-def local(evidence: Evidence) -> Iterable[Measurement | Series]:
+def local(context: CellContext) -> Iterable[Measurement | Series]:
     """Does every module, fed what it really got, err by no more than its right program does?
 
     Root mean square error against its own true fp64 output, in unit roundoffs of what it computes in; by role.
     """
-    if is_reference_itself(evidence):
+    if is_reference_itself(context):
         reason = "fp64 is the reference itself"
         raise NotApplicableError(reason)
-    refuse_without_ids(evidence)
-    tensors = evidence.inputs_of(evidence.gradient_batch)
-    with evidence.condition.arithmetic():
-        found = local_errors(evidence.model, tensors, autocast=evidence.condition.autocast)
+    refuse_without_ids(context)
+    tensors = context.inputs_of(context.gradient_batch)
+    with context.condition.arithmetic():
+        found = local_errors(context.model, tensors, autocast=context.condition.autocast)
     judged = [error for error in found if not error.left_out and error.dtype != "float64"]
     if not judged:
         reason = "no module could be lifted to float64"
         raise NotApplicableError(reason)
-    yield _coarser(judged, evidence)
-    longest = longest_reduction(evidence.model)
-    rows = [(error, *_value(error, evidence, longest)) for error in judged]
+    yield _coarser(judged, context)
+    longest = longest_reduction(context.model)
+    rows = [(error, *_value(error, context, longest)) for error in judged]
     for name in dict.fromkeys(name for _, name, _ in rows):
         worst, _, value = max((row for row in rows if row[1] == name), key=lambda row: nan_last(row[2]))
         yield Measurement(
@@ -55,7 +55,7 @@ def local(evidence: Evidence) -> Iterable[Measurement | Series]:
                 **_fused(worst),
             },
         )
-    yield from _by_module(rows, evidence, longest)
+    yield from _by_module(rows, context, longest)
 
 
 def _fused(error: LocalError) -> dict[str, str | float]:
@@ -71,9 +71,9 @@ def _op_at_fault(error: LocalError) -> str | None:
     return error.fused_op if error.fused_excess >= error.kernel_ratio / 2 else None
 
 
-def _by_module(rows: list[tuple[LocalError, str, float]], evidence: Evidence, longest: int) -> Iterable[Series]:
+def _by_module(rows: list[tuple[LocalError, str, float]], context: CellContext, longest: int) -> Iterable[Series]:
     """Every module's error, then the kernel ratios of those that are judged by theirs: roundoffs and ratios share no axis."""
-    roles = {error.module: evidence.family.role_of(error.class_name) for error, _, _ in rows}
+    roles = {error.module: context.family.role_of(error.class_name) for error, _, _ in rows}
     errors = [
         (error.module, error.rms_roundoffs / _allowance(error, longest), "")
         if name == COMPOSED
@@ -93,29 +93,29 @@ def _allowance(error: LocalError, longest: int) -> float:
     return longest**0.5 if error.dtype == "float32" else 1.0
 
 
-def _coarser(errors: list[LocalError], evidence: Evidence) -> Measurement:
+def _coarser(errors: list[LocalError], context: CellContext) -> Measurement:
     """Modules with an op in a coarser float than the recipe computes in, the innermost first.
 
     Their own error is in roundoffs of that coarser float, where it looks as it should; so they are counted.
     """
-    asked = unit_roundoff(dtype_of(evidence.recipe.computes_in))
+    asked = unit_roundoff(dtype_of(context.recipe.computes_in))
     coarser = [error for error in errors if unit_roundoff(dtype_of(error.dtype)) > asked]
     return Measurement(
         name="coarser",
         value=len(coarser),
         unit="modules",
         module=coarser[0].module if coarser else None,
-        facts={"computes in": coarser[0].dtype, "asked for": evidence.recipe.computes_in} if coarser else {},
+        facts={"computes in": coarser[0].dtype, "asked for": context.recipe.computes_in} if coarser else {},
     )
 
 
-def _value(error: LocalError, evidence: Evidence, longest: int) -> tuple[str, float]:
+def _value(error: LocalError, context: CellContext, longest: int) -> tuple[str, float]:
     """Name of the budget's measurement and the number that it judges.
 
     A module of one op by its roundoffs, rms or element by element, whichever is smaller; one of several by its kernel
     ratio. In float32 both in units of the square root of the longest sum, since kernels accumulate in float32.
     """
-    role = evidence.family.role_of(error.class_name)
+    role = context.family.role_of(error.class_name)
     composed = error.kernel_ratio == error.kernel_ratio or role in {"attention", "block", "mlp"}
     allowance = _allowance(error, longest)
     if composed:

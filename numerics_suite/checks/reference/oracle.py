@@ -27,7 +27,7 @@ from numerics_suite.definitions.trace import capture_states, first_difference, t
 from numerics_suite.definitions.weights import Weights
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.layout import batch_first, sequence_first
 from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
@@ -40,23 +40,23 @@ square. Beyond it only the table is judged, whose length costs nothing."""
 
 
 @check(needs=("token-ids",))
-def oracle(evidence: Evidence) -> Iterable[Measurement]:
+def oracle(context: CellContext) -> Iterable[Measurement]:
     """Is the true fp64 run what the family's definition computes from the checkpoint's own files?
 
     Logits at all real positions (pooled ones for a classifier), the loss and every parameter's gradient.
     """
-    if oracle_for(evidence.family.name) is None:
-        reason = f"no definition of the family '{evidence.family.name}' is written down; a baseline serves instead"
+    if oracle_for(context.family.name) is None:
+        reason = f"no definition of the family '{context.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
-    weights = _weights(evidence)
-    training = evidence.gradient_batch.tensors
-    other = _length_beyond_boundary(evidence, _length(training))
-    wrong_table = yield from _tables(evidence, [_length(training), *([] if other is None else [other])])
-    yield from _against_definition(evidence, weights, true_gradient(evidence), wrong_table=wrong_table)
-    if other is not None and min(3, evidence.longest) <= other <= LONGEST_BATCH:
-        batch = training_batch(evidence.space, rows=1, length=other, seed=evidence.request.seed).tensors
+    weights = _weights(context)
+    training = context.gradient_batch.tensors
+    other = _length_beyond_boundary(context, _length(training))
+    wrong_table = yield from _tables(context, [_length(training), *([] if other is None else [other])])
+    yield from _against_definition(context, weights, true_gradient(context), wrong_table=wrong_table)
+    if other is not None and min(3, context.longest) <= other <= LONGEST_BATCH:
+        batch = training_batch(context.space, rows=1, length=other, seed=context.request.seed).tensors
         yield from _against_definition(
-            evidence, weights, true_run(evidence, batch, gradients=False), wrong_table=wrong_table
+            context, weights, true_run(context, batch, gradients=False), wrong_table=wrong_table
         )
 
 
@@ -66,25 +66,25 @@ def _length(batch: Mapping[str, Tensor]) -> int:
     return int(batch["input_ids"].shape[1] if positions is None else positions.max() + 1)
 
 
-def _length_beyond_boundary(evidence: Evidence, length: int) -> int | None:
+def _length_beyond_boundary(context: CellContext, length: int) -> int | None:
     """A length with another rotary table than `length`; None where one table serves all."""
-    boundary = rotary_boundary(evidence.family.name, _config(evidence))
+    boundary = rotary_boundary(context.family.name, _config(context))
     if boundary is None:
         return None
     # A quarter longer, so that a base that grows with the length has grown by more than rounding.
     return boundary + max(1, boundary // 4) if length <= boundary else boundary
 
 
-def _tables(evidence: Evidence, lengths: Sequence[int]) -> Generator[Measurement, None, bool]:
+def _tables(context: CellContext, lengths: Sequence[int]) -> Generator[Measurement, None, bool]:
     """Measure the rotary table of each length; returns whether one is wrong."""
     wrong = False
-    held = evidence.rotary_table
+    held = context.rotary_table
     for length in lengths if held is not None else ():
         assert held is not None
-        table = held[1] if len(lengths) == 1 else table_at_length(evidence.runner, length)
+        table = held[1] if len(lengths) == 1 else table_at_length(context.runner, length)
         assert table is not None
-        exact = exact_rotary(evidence.family.name, _config(evidence), length)
-        roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table, length)
+        exact = exact_rotary(context.family.name, _config(context), length)
+        roundoffs = rotary_roundoffs(context.family.name, _config(context), table, length)
         yield Measurement(
             name="rotary-excess",
             value=roundoffs / exact.allowed,
@@ -97,13 +97,13 @@ def _tables(evidence: Evidence, lengths: Sequence[int]) -> Generator[Measurement
     return wrong
 
 
-def _made_in_the_call(evidence: Evidence, run: TrueRun) -> Generator[Measurement, None, bool]:
+def _made_in_the_call(context: CellContext, run: TrueRun) -> Generator[Measurement, None, bool]:
     """Measure the table of code that holds none, or one that it never reads: the turns of position 1, in true fp64."""
     table = table_of(run.turn) if run.table is None else None
     if table is None:
         return False
-    exact = exact_rotary(evidence.family.name, _config(evidence), _length(run.batch))
-    roundoffs = rotary_roundoffs(evidence.family.name, _config(evidence), table, _length(run.batch))
+    exact = exact_rotary(context.family.name, _config(context), _length(run.batch))
+    roundoffs = rotary_roundoffs(context.family.name, _config(context), table, _length(run.batch))
     facts: dict[str, float | str] = {"roundoffs from the exact table": roundoffs, "table": "made in each call"}
     yield Measurement(
         name="rotary-excess", value=roundoffs / exact.allowed, unit="ratio", module=run.rotary, facts=facts
@@ -112,19 +112,19 @@ def _made_in_the_call(evidence: Evidence, run: TrueRun) -> Generator[Measurement
 
 
 def _against_definition(
-    evidence: Evidence, weights: Weights, run: TrueRun, *, wrong_table: bool
+    context: CellContext, weights: Weights, run: TrueRun, *, wrong_table: bool
 ) -> Iterable[Measurement]:
-    wrong_table = (yield from _made_in_the_call(evidence, run)) or wrong_table
-    wanted = _definition(evidence, run, weights, gradients=run.found.gradients is not None)
+    wrong_table = (yield from _made_in_the_call(context, run)) or wrong_table
+    wanted = _definition(context, run, weights, gradients=run.found.gradients is not None)
     logits = relative_error(*_compared(run.found, wanted, run.batch))
     loss = relative_error(run.found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
     gradient, worst = _gradients(run.found, wanted) if run.found.gradients is not None else (0.0, None)
-    scale = _scale(evidence, run)
+    scale = _scale(context, run)
     where = None
     if not max(logits, loss, gradient) <= AGREED:
         # All that follows from a wrong table is the table's fault.
         wrong = wrong_table or (scale is not None and not scale.value <= AGREED)
-        where = run.rotary if wrong else _first_apart(evidence, run, weights, wanted)
+        where = run.rotary if wrong else _first_apart(context, run, weights, wanted)
     yield from () if scale is None else (scale,)
     yield Measurement(
         name="true-logits", value=logits, unit="ratio", module=where, facts={"gradient differs by": gradient}
@@ -139,45 +139,45 @@ def _against_definition(
         )
 
 
-def _scale(evidence: Evidence, run: TrueRun) -> Measurement | None:
+def _scale(context: CellContext, run: TrueRun) -> Measurement | None:
     """How far `cos² + sin²` is from the square of what the config scales them by."""
     if run.turn is None:
         return None
-    exact = exact_rotary(evidence.family.name, _config(evidence), _length(run.batch)).scale
+    exact = exact_rotary(context.family.name, _config(context), _length(run.batch)).scale
     ends = turn_scale(run.turn)
     apart = max((abs(end - exact) for end in ends), key=lambda value: (value != value, value))
     facts = {"cosines and sines are scaled by": max(ends, key=lambda end: abs(end - exact)), "config.json says": exact}
     return Measurement(name="rotary-scale", value=apart / exact, unit="ratio", module=run.rotary, facts=facts)
 
 
-def _config(evidence: Evidence) -> Mapping[str, Any]:
+def _config(context: CellContext) -> Mapping[str, Any]:
     """The file's words where there is a file; what a factory built its model from elsewhere."""
-    if evidence.subject.config:
-        return evidence.subject.config
-    config = evidence.model.config.to_dict()  # type: ignore[operator, union-attr]
+    if context.subject.config:
+        return context.subject.config
+    config = context.model.config.to_dict()  # type: ignore[operator, union-attr]
     assert isinstance(config, dict)
     return config
 
 
-def _weights(evidence: Evidence) -> Weights:
-    path = evidence.subject.path
-    if path is None or evidence.subject.adapter_base:
-        return tensor_weights({name: value.cpu() for name, value in evidence.model.state_dict().items()})
-    held = {name: parameter.dtype for name, parameter in evidence.model.named_parameters(remove_duplicate=False)}
-    return file_weights(path, rounded_to=dtype_of(evidence.recipe.parameters), held=held)
+def _weights(context: CellContext) -> Weights:
+    path = context.subject.path
+    if path is None or context.subject.adapter_base:
+        return tensor_weights({name: value.cpu() for name, value in context.model.state_dict().items()})
+    held = {name: parameter.dtype for name, parameter in context.model.named_parameters(remove_duplicate=False)}
+    return file_weights(path, rounded_to=dtype_of(context.recipe.parameters), held=held)
 
 
 def _definition(
-    evidence: Evidence, run: TrueRun, weights: Weights, *, gradients: bool = False, trace: bool = False
+    context: CellContext, run: TrueRun, weights: Weights, *, gradients: bool = False, trace: bool = False
 ) -> OracleRun:
-    model = evidence.model
-    head = {name: model.get_parameter(name).detach().cpu() for name in evidence.loaded.new_head}
+    model = context.model
+    head = {name: model.get_parameter(name).detach().cpu() for name in context.loaded.new_head}
     return run_oracle(
-        evidence.family.name,
-        _labelled(_config(evidence), evidence),
+        context.family.name,
+        _labelled(_config(context), context),
         weights,
         {name: value.cpu() for name, value in run.batch.items()},
-        task=evidence.subject.task,
+        task=context.subject.task,
         inv_freq=run.table,
         rotary=run.rotary,
         head=head or None,
@@ -186,9 +186,9 @@ def _definition(
     )
 
 
-def _labelled(config: Mapping[str, Any], evidence: Evidence) -> Mapping[str, Any]:
+def _labelled(config: Mapping[str, Any], context: CellContext) -> Mapping[str, Any]:
     """The config with the labels and pad id that the task was loaded with."""
-    built = evidence.model.config
+    built = context.model.config
     extra = {
         key: getattr(built, key) for key in ("num_labels", "problem_type") if getattr(built, key, None) is not None
     }
@@ -218,9 +218,9 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
 
 
-def _first_apart(evidence: Evidence, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:
+def _first_apart(context: CellContext, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:
     """The first block and sub-module where the model and its definition part, forward or else backward."""
-    wanted = _definition(evidence, run, weights, trace=True)
+    wanted = _definition(context, run, weights, trace=True)
     states: dict[str, Tensor] = {}
 
     def call(model: Any, tensors: Mapping[str, Any]) -> Any:
@@ -231,8 +231,8 @@ def _first_apart(evidence: Evidence, run: TrueRun, weights: Weights, wanted_grad
         return output
 
     with torch.no_grad():
-        evidence.runner.true_fp64(run.batch, call=call)
-    turned = sequence_first(evidence.model)
+        context.runner.true_fp64(run.batch, call=call)
+    turned = sequence_first(context.model)
     states = {name: batch_first(value, name, turned) for name, value in states.items()}
     apart = first_difference(states, wanted.states, mask=run.batch["attention_mask"])
     if apart == ANSWER:  # every module is right, and the answer is not what the last of them gave: a wrong pooled row

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.strategies import build_batch
 
@@ -27,7 +27,7 @@ MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
+class StackSubject:
     """What is trained, and on what.
 
     Attributes:
@@ -80,7 +80,7 @@ class Stack:
         return {name: torch.tensor([values]) for name, values in named.items()}
 
 
-def stack_of(evidence: Evidence) -> Stack:
+def stack_of(context: CellContext) -> StackSubject:
     """The subject's model and a batch for it.
 
     Raises:
@@ -89,12 +89,12 @@ def stack_of(evidence: Evidence) -> Stack:
     if importlib.util.find_spec("accelerate") is None:
         reason = "transformers' Trainer needs accelerate: pip install 'numerics-suite[accelerate]'"
         raise NotApplicableError(reason)
-    _refuse_unsuited(evidence)
-    space = evidence.space
-    rows = min(MOST_ROWS, evidence.rows)
+    _refuse_unsuited(context)
+    space = context.space
+    rows = min(MOST_ROWS, context.rows)
     if rows < 2:
         reason = "one row cannot be cut into micro-batches"
-        raise NotApplicableError(f"{reason} (--batch-size 1)" if evidence.request.rows == 1 else reason)
+        raise NotApplicableError(f"{reason} (--batch-size 1)" if context.request.rows == 1 else reason)
     longest = min(LONGEST_ROW, space.max_length)
     lengths = [max(longest - 2 * row, min(3, longest)) for row in range(rows)]
     batch = build_batch(
@@ -102,26 +102,26 @@ def stack_of(evidence: Evidence) -> Stack:
         lengths=lengths,
         contents=["uniform"] * rows,
         side=space.sides[0],
-        content_seed=evidence.request.seed % 2**32,
+        content_seed=context.request.seed % 2**32,
         pad_inside=False,
     )
-    answers, whole = _labels(batch.tensors, evidence.subject.task)
-    model = evidence.copy_model().to(CPU)
+    answers, whole = _labels(batch.tensors, context.subject.task)
+    model = context.copy_model().to(CPU)
     _without_dropout(model)
-    return Stack(
-        model=model, task=evidence.subject.task, tensors={**batch.tensors, "labels": answers}, from_the_first=whole
+    return StackSubject(
+        model=model, task=context.subject.task, tensors={**batch.tensors, "labels": answers}, from_the_first=whole
     )
 
 
-def _refuse_unsuited(evidence: Evidence) -> None:
+def _refuse_unsuited(context: CellContext) -> None:
     from transformers import PreTrainedModel  # heavy
 
-    model: Any = evidence.model
+    model: Any = context.model
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         reason = f"transformers' Trainer is asked of its own models, and {type(inner).__name__} is no PreTrainedModel"
         raise NotApplicableError(reason)
-    if "," in evidence.cell.device:
+    if "," in context.cell.device:
         reason = "the installed packages are judged on one device: name one"
         raise NotApplicableError(reason)
     needed = 8 * sum(parameter.numel() for parameter in model.parameters())
@@ -171,7 +171,7 @@ def count(labels: Tensor, task: str) -> int:
     return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
 
 
-def smoothed(stack: Stack, epsilon: float, *, shifted: bool) -> Any:
+def smoothed(stack: StackSubject, epsilon: float, *, shifted: bool) -> Any:
     """The loss with label smoothing by its definition: (1 - ε) of the label's surprisal and ε of the mean over all classes.
 
     Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016), section 7; the mean over the labels that count.

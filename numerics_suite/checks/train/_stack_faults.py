@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks.train._stack_batch import Stack, smoothed
+from numerics_suite.checks.train._stack_batch import StackSubject, smoothed
 from numerics_suite.engine.installed_trainer import Step, Way, loss_with, trainer_step, whole_gradient
 
 SMOOTHING = 0.1
@@ -43,7 +43,7 @@ class Fault:
         return f"{self.kind} at {self.where}"
 
 
-def fault_of_count(stack: Stack, step: Step, times: float) -> Fault:
+def fault_of_count(stack: StackSubject, step: Step, times: float) -> Fault:
     """Why the labels of all micro-batches are not what the loss is divided by.
 
     Args:
@@ -75,7 +75,7 @@ def fault_of_count(stack: Stack, step: Step, times: float) -> Fault:
     return _in_trainer("unknown", "training_step", "neither the class's loss nor the count of labels explains it")
 
 
-def fault_of_adapter(stack: Stack, step: Step, times: float) -> Fault:
+def fault_of_adapter(stack: StackSubject, step: Step, times: float) -> Fault:
     """Why an adapter over the model, whose own accumulation is right, gets another gradient.
 
     Args:
@@ -105,7 +105,7 @@ def fault_of_accelerate() -> Fault:
     return Fault(kind="accumulation", where=where, sentence=sentence, source=_line(Accelerator.backward))
 
 
-def fault_of_counting(stack: Stack, step: Step, times: float) -> Fault:
+def fault_of_counting(stack: StackSubject, step: Step, times: float) -> Fault:
     """Why a single micro-batch is divided by another number than that of its labels.
 
     Args:
@@ -122,7 +122,7 @@ def fault_of_counting(stack: Stack, step: Step, times: float) -> Fault:
     return fault_of_count(stack, step, times)
 
 
-def fault_of_smoothing(stack: Stack, step: Step, times: float, differs: Callable[[Step, Step], bool]) -> Fault:
+def fault_of_smoothing(stack: StackSubject, step: Step, times: float, differs: Callable[[Step, Step], bool]) -> Fault:
     """Why label smoothing gives another gradient.
 
     Args:

@@ -14,7 +14,7 @@ from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import scalar_loss
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
@@ -25,23 +25,21 @@ from numerics_suite.observations.roundoff import gradient_errors, relative_error
 
 
 @check(trains=True, needs=("token-ids",))
-def accumulation(evidence: Evidence) -> Iterable[Measurement]:
+def accumulation(context: CellContext) -> Iterable[Measurement]:
     """Do micro-batches of unequal token counts, weighted by what they count, give the full batch's loss and gradient?
 
     In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. The
     loss that balances a mixture's experts is no mean over labels, and is left out.
     """
-    rows = int(evidence.gradient_batch.tensors["input_ids"].shape[0])
+    rows = int(context.gradient_batch.tensors["input_ids"].shape[0])
     if rows < 2:
         reason = "one row cannot be cut into micro-batches (--batch-size 1)"
         raise NotApplicableError(reason)
     # Only with a router's loss, switched off for this check alone, is the whole batch's gradient another than the cell's.
-    full = None if adds_router_loss(evidence.model) else true_gradient(evidence).found
-    with without_router_loss(evidence.model):
-        full = full or _true(evidence)
-        yield from _measured(
-            full, kept_run(evidence, "micro-batches", lambda: _true(evidence, _in_parts(evidence, rows)))
-        )
+    full = None if adds_router_loss(context.model) else true_gradient(context).found
+    with without_router_loss(context.model):
+        full = full or _true(context)
+        yield from _measured(full, kept_run(context, "micro-batches", lambda: _true(context, _in_parts(context, rows))))
 
 
 def _measured(full: Fp64Run, parts: Fp64Run) -> Iterable[Measurement]:
@@ -56,18 +54,18 @@ def _measured(full: Fp64Run, parts: Fp64Run) -> Iterable[Measurement]:
     yield _worst(sums, full.gradients)
 
 
-def _true(evidence: Evidence, call: Caller = call_model) -> Fp64Run:
-    run = evidence.runner.true_fp64(evidence.gradient_batch.tensors, gradients=True, call=call)
+def _true(context: CellContext, call: Caller = call_model) -> Fp64Run:
+    run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
     trusted(run.left_out)
     return run
 
 
-def _in_parts(evidence: Evidence, rows: int) -> Caller:
+def _in_parts(context: CellContext, rows: int) -> Caller:
     """Calls the model on micro-batches, whose losses are added up, each weighted by the labels that it counts.
 
     Their gradients add up in the parameters, as in a loop that accumulates.
     """
-    task = evidence.subject.task
+    task = context.subject.task
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         total, losses = counted(tensors["labels"], task), []

@@ -9,7 +9,7 @@ from numerics_suite.checks.train._curves import loss_scales
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 INITIAL_SCALE = 65536.0
 """What torch's GradScaler begins with."""
@@ -18,26 +18,26 @@ LOST_SCALE = 1.0
 """Below a scale of 1 the scaler makes gradients smaller than they are: they overflow unscaled, or are not finite at all."""
 
 
-@check(trains=True, of_broken=True)
-def amp(evidence: Evidence) -> Iterable[Measurement | Series]:
+@check(trains=True, runs_on_nonfinite=True)
+def amp(context: CellContext) -> Iterable[Measurement | Series]:
     """Under autocast, do parameters and gradients keep their dtype and does the loss scale settle?
 
     A scaler that skips a few steps at first is at work. One that is still skipping when its scale has fallen below 1
     will never stop: the gradients themselves are not finite.
     """
-    if evidence.recipe.autocast is None:
-        reason = f"{evidence.recipe.name} has no autocast"
+    if context.recipe.autocast is None:
+        reason = f"{context.recipe.name} has no autocast"
         raise NotApplicableError(reason)
-    run = evidence.trajectory
+    run = context.trajectory
     if run.bad is not None and run.bad.kind in {"logits", "loss"} and not run.scales:
         reason = "the first forward pass was not finite (train.finite)"
         raise NotApplicableError(reason)
     drifted = (*run.parameter_drift, *run.gradient_dtypes)
     yield Measurement(name="dtype-drift", value=len(drifted), unit="parameters", parameters=drifted)
-    if not evidence.recipe.loss_scaling:
+    if not context.recipe.loss_scaling:
         return
     if run.skipped == len(run.gradient_norms):
-        run = evidence.train(evidence.with_plan(steps=_halvings(evidence.request.plan.init_scale)))
+        run = context.train(context.with_plan(steps=_halvings(context.request.plan.init_scale)))
     # A longer run may fit again at a scale below 1, where the small gradients are lost.
     stuck = run.skipped == len(run.gradient_norms) or min(run.scales) < LOST_SCALE
     yield Measurement(

@@ -15,30 +15,30 @@ from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.dropout import WithoutDropout
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observations.roundoff import gradient_errors
 
 
 @check(trains=True, needs=("token-ids",))
-def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
+def checkpointing(context: CellContext) -> Iterable[Measurement]:
     """Are the gradients with activation checkpointing those without, and those of training mode eval mode's?
 
     Both in true fp64, with every dropout off.
     """
-    if not getattr(evidence.model, "supports_gradient_checkpointing", False):
+    if not getattr(context.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
-    evaluated, tensors = _in_eval_mode(evidence), evidence.gradient_batch.tensors
-    plain = _in_training_mode(evidence.model, tensors)
+    evaluated, tensors = _in_eval_mode(context), context.gradient_batch.tensors
+    plain = _in_training_mode(context.model, tensors)
     by_mode = _worst("true-training-mode", plain, evaluated)
     yield by_mode
     if by_mode.value <= AGREED:
         # One function: with checkpointing it is compared with what is held anyway, and a third set of gradients is dropped.
         plain = evaluated
-    model = evidence.copy_model()
+    model = context.copy_model()
     # The recomputation runs within the backward pass, beyond the call that turns dropout off.
     options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), WithoutDropout())}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
@@ -54,12 +54,12 @@ def checkpointing(evidence: Evidence) -> Iterable[Measurement]:
     )
 
 
-def _in_eval_mode(evidence: Evidence) -> Mapping[str, Tensor]:
+def _in_eval_mode(context: CellContext) -> Mapping[str, Tensor]:
     """The cell's true fp64 gradients; of a large model whose blocks cannot be taken one by one those of a run of its own."""
     try:
-        return true_gradient(evidence).gradients
+        return true_gradient(context).gradients
     except NotApplicableError:
-        run = run_true_fp64(evidence.model, evidence.gradient_batch.tensors, gradients=True, stream=False)
+        run = run_true_fp64(context.model, context.gradient_batch.tensors, gradients=True, stream=False)
         trusted(run.left_out)
         assert run.gradients is not None
         return run.gradients

@@ -9,7 +9,7 @@ from numerics_suite.checks.train._curves import clipped_norms, gradient_norms, l
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import RECIPE_NORM, Trajectory
 
 LIMIT = RECIPE_NORM
@@ -17,18 +17,18 @@ LIMIT = RECIPE_NORM
 
 
 @check(trains=True)
-def clip(evidence: Evidence) -> Iterable[Measurement | Series]:
+def clip(context: CellContext) -> Iterable[Measurement | Series]:
     """Does clipping the total gradient norm hold it at the limit and keep training finite?
 
     Where clipping to 1.0 keeps a run finite that is not finite without, that is said: the gradients explode.
     """
-    asked = evidence.request.plan.max_grad_norm
-    free = evidence.trajectory
-    if asked is None and _tells_all(free, evidence):
+    asked = context.request.plan.max_grad_norm
+    free = context.trajectory
+    if asked is None and _tells_all(free, context):
         yield from _of_copy(free)
         return
     limit = asked if asked is not None else LIMIT
-    run = free if asked is not None else evidence.train(evidence.with_plan(max_grad_norm=limit))
+    run = free if asked is not None else context.train(context.with_plan(max_grad_norm=limit))
     yield from (*losses(run), *gradient_norms(run), *clipped_norms(run))
     if run.bad is not None and (free.bad is None or run.bad.step <= free.bad.step):
         if free.bad is not None:
@@ -50,14 +50,14 @@ def clip(evidence: Evidence) -> Iterable[Measurement | Series]:
     )
 
 
-def _tells_all(free: Trajectory, evidence: Evidence) -> bool:
+def _tells_all(free: Trajectory, context: CellContext) -> bool:
     """Whether the run without clipping shows what clipping does, so that no second run is needed.
 
     It stays finite, and clipped gradients are the same ones times a factor below 1: an Adam's step does not depend on
     the factor, and that of plain descent only gets smaller. Float16 is the exception, where the square of a small gradient
     is 0 and the step is divided by it. What is left to ask is the clipping itself, and a copy of the gradients answers.
     """
-    dtypes = {str(parameter.dtype) for parameter in evidence.model.parameters()}
+    dtypes = {str(parameter.dtype) for parameter in context.model.parameters()}
     copy = free.clipped_copy
     return (
         bool(free.gradient_norms)

@@ -11,18 +11,18 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
 @check(trains=True)
-def descends(evidence: Evidence) -> Iterable[Measurement | Series]:
+def descends(context: CellContext) -> Iterable[Measurement | Series]:
     """Is the loss on the training batch lower after N steps on it?
 
     First-order theory predicts what the first step takes off the loss (learning rate times the gradient's 1-norm for
     Adam). What is asked is the rise of the loss in units of what the precision can resolve; where the predicted fall
     is below that, a flat curve is what theory says and nothing is asked.
     """
-    run = evidence.trajectory
+    run = context.trajectory
     if run.bad is not None:
         reason = "training met a non-finite value (train.finite)"
         raise NotApplicableError(reason)
@@ -31,7 +31,7 @@ def descends(evidence: Evidence) -> Iterable[Measurement | Series]:
         reason = "the loss scaler skipped every step (train.amp)" if run.skipped else "no step was taken"
         raise NotApplicableError(reason)
     first, last = run.losses[0], run.losses[-1]
-    resolution = _resolution(evidence, first)
+    resolution = _resolution(context, first)
     facts: dict[str, float | str] = {
         "losses": ", ".join(f"{loss:.5g}" for loss in run.losses),
         "predicted fall of the first step": run.predicted_decrease,
@@ -51,11 +51,11 @@ def descends(evidence: Evidence) -> Iterable[Measurement | Series]:
     yield from gradient_norms(run)
 
 
-def _resolution(evidence: Evidence, loss: float) -> float:
+def _resolution(context: CellContext, loss: float) -> float:
     """The smallest change of the loss that is no rounding: eight unit roundoffs of it.
 
     A forward pass carries a few roundings to the loss, and the loss itself is one; the root mean square of a decoder's
     block is 2.4 roundoffs, so eight is beyond what rounding alone moves a mean over many tokens.
     """
-    eps = torch.finfo(dtype_of(evidence.recipe.computes_in)).eps / 2
+    eps = torch.finfo(dtype_of(context.recipe.computes_in)).eps / 2
     return 8 * eps * max(abs(loss), 1.0)

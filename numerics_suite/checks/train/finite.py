@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from numerics_suite.checks.train._curves import gradient_norms, losses
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
-@check(trains=True, of_broken=True)
-def finite(evidence: Evidence) -> Iterable[Measurement | Series]:
+@check(trains=True, runs_on_nonfinite=True)
+def finite(context: CellContext) -> Iterable[Measurement | Series]:
     """Do loss, logits, gradients, parameters and optimizer state stay finite at every step?"""
-    run = evidence.trajectory
+    run = context.trajectory
     bad = run.bad
     facts: dict[str, float | str] = {"losses": ", ".join(f"{loss:.4g}" for loss in run.losses)}
     if run.gradient_norms:

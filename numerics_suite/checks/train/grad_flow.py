@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices import random_state
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.runner import Runner
+from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.observations.roundoff import rms
 
 LAYER = re.compile(r"\.\d+\.")
@@ -25,21 +27,23 @@ STEP = 1e-6
 FLAT = 1e-13
 """Change of the loss, relative to it: some hundred roundings of float64, a ten-millionth of the step."""
 
+TOKENS = 8
+"""Tokens of a row in which every parameter can matter: queries see several keys, and most positions have a label."""
 
 OPTIONAL = frozenset({"mask_emb", "seg_embed", "r_s_bias"})
 """XLNet's parameters that only segment ids and the target mapping of its pretraining reach."""
 
 
 @check(trains=True)
-def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
+def grad_flow(context: CellContext) -> Iterable[Measurement]:
     """Does every trained parameter receive a gradient that is not exactly zero?"""
-    run = evidence.trajectory
+    run = context.trajectory
     if not run.gradient_norms or (run.bad is not None and run.bad.step == 1 and run.bad.kind != "parameter"):
         reason = "the first backward pass was not finite (train.finite)"
         raise NotApplicableError(reason)
-    dead = dead_parameters(evidence)
+    dead = dead_parameters(context)
     absent = tuple(name for name in dead if name in run.absent)
-    underflowed = dead and not absent and evidence.recipe.computes_in == "float16"
+    underflowed = dead and not absent and context.recipe.computes_in == "float16"
     yield Measurement(
         name="dead",
         value=len(dead),
@@ -47,39 +51,40 @@ def grad_flow(evidence: Evidence) -> Iterable[Measurement]:
         module=dead[0].rpartition(".")[0] if dead else None,
         parameters=dead,
         step=1 if dead else None,
-        cause="underflow" if underflowed and _alive_in_fp32(evidence, dead) else None,
+        cause="underflow" if underflowed and _alive_in_fp32(context, dead) else None,
         facts={"without any gradient": len(absent), "exactly zero": len(dead) - len(absent)} if dead else {},
     )
 
 
-def dead_parameters(evidence: Evidence) -> tuple[str, ...]:
+def dead_parameters(context: CellContext) -> tuple[str, ...]:
     """Names of the trained parameters whose gradient at the first step is absent or exactly zero, but for those that are so by design.
 
     Args:
-        evidence: whose training run it is.
+        context: whose training run it is.
     """
     key = "train.grad-flow: dead"
-    if key not in evidence.memo:
-        run = evidence.trajectory
-        dead = [name for name in run.dead if not _unused(evidence, name)]
-        apart = _apart(evidence, [name for name in dead if name in run.absent])
-        evidence.memo[key] = tuple(name for name in dead if name not in apart)
-    found: tuple[str, ...] = evidence.memo[key]
+    if key not in context.memo:
+        run = context.trajectory
+        dead = [name for name in run.dead if not _unused(context, name)]
+        apart = _apart(context, [name for name in dead if name in run.absent])
+        apart |= _without_part_in_the_batch(context, [name for name in dead if name not in run.absent])
+        context.memo[key] = tuple(name for name in dead if name not in apart)
+    found: tuple[str, ...] = context.memo[key]
     return found
 
 
-def _unused(evidence: Evidence, name: str) -> bool:
+def _unused(context: CellContext, name: str) -> bool:
     """Whether the loss cannot reach the parameter by definition.
 
     An expert that no token was routed to; LoRA's A while B is still zero; the output layer that 2024's chatglm keeps
     beside its classification head.
     """
     parts = set(name.split("."))
-    beside_head = evidence.subject.task != "causal-lm" and parts & set(evidence.family.lm_head_names)
+    beside_head = context.subject.task != "causal-lm" and parts & set(context.family.lm_head_names)
     return "experts" in parts or "lora_A" in parts or bool(beside_head)
 
 
-def _apart(evidence: Evidence, absent: Sequence[str]) -> frozenset[str]:
+def _apart(context: CellContext, absent: Sequence[str]) -> frozenset[str]:
     """Those of the parameters without any gradient that the loss does not depend on by design.
 
     A pooler that a language model carries along, the indexer that only picks the keys to attend to, the part for pictures
@@ -89,17 +94,45 @@ def _apart(evidence: Evidence, absent: Sequence[str]) -> frozenset[str]:
     """
     if not absent:
         return frozenset()
-    modules = dict(evidence.model.named_modules())
+    modules = dict(context.model.named_modules())
     fixed = {name for name in absent if "sinusoid" in type(modules[name.rpartition(".")[0]]).__name__.lower()}
-    reached = {name for name, p in evidence.model.named_parameters() if p.requires_grad} - set(absent)
+    reached = {name for name, p in context.model.named_parameters() if p.requires_grad} - set(absent)
     layers = {LAYER.sub(".N.", name) for name in reached}
     whole = [name for name in absent if name.rpartition(".")[2] in OPTIONAL]
     for name in absent:
         part = _whole_part(name, reached)
-        kind = evidence.family.kind_of(type(modules[part]).__name__) if part else None
+        kind = context.family.kind_of(type(modules[part]).__name__) if part else None
         if part and kind is None and LAYER.sub(".N.", name) not in layers:
             whole.append(name)
-    return frozenset(fixed | (set(whole) if loss_is_flat(evidence, whole) else set()))
+    return frozenset(fixed | (set(whole) if loss_is_flat(context, whole) else set()))
+
+
+def _without_part_in_the_batch(context: CellContext, zero: Sequence[str]) -> frozenset[str]:
+    """Those of the parameters with a gradient of exactly zero that this batch cannot teach, and another one does.
+
+    Where the loss reads the first position alone, its attention has one key, whose softmax is 1 whatever the scores are: the
+    true gradient of queries and keys is exactly zero. It is not over rows of several tokens in which every label counts.
+    """
+    if not zero or not context.takes_ids:
+        return frozenset()
+    here = _true_gradients(context, context.training_batch)
+    unmoved = [name for name in zero if _is_zero(here.get(name))]
+    if not unmoved:
+        return frozenset()
+    rows = training_batch(
+        context.space, rows=context.rows, length=min(TOKENS, context.longest), seed=context.request.seed
+    )
+    elsewhere = _true_gradients(context, rows)
+    return frozenset(name for name in unmoved if not _is_zero(elsewhere.get(name)))
+
+
+def _true_gradients(context: CellContext, batch: Batch) -> Mapping[str, Tensor]:
+    with random_state.torch_seeded(context.request.seed):  # a caught step may be in training mode
+        return context.runner.true_fp64(batch.tensors, gradients=True).gradients or {}
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is None or not bool(gradient.any())
 
 
 def _whole_part(name: str, reached: Iterable[str]) -> str:
@@ -112,18 +145,18 @@ def _whole_part(name: str, reached: Iterable[str]) -> str:
     return ""
 
 
-def loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
+def loss_is_flat(context: CellContext, names: Sequence[str]) -> bool:
     """Whether the true fp64 loss is the same once the parameters are moved, by a millionth of their size.
 
     Args:
-        evidence: whose model is copied.
+        context: whose model is copied.
         names: of the parameters.
     """
     if not names:
         return True
-    model = evidence.copy_model().double()
-    runner = Runner(model, evidence.condition)
-    tensors, seed = evidence.training_batch.tensors, evidence.request.seed
+    model = context.copy_model().double()
+    runner = Runner(model, context.condition)
+    tensors, seed = context.training_batch.tensors, context.request.seed
     with random_state.torch_seeded(seed):  # a caught step may be in training mode: both runs drop the same
         before = runner.true_fp64(tensors).outputs.get("loss")
     with random_state.torch_seeded(seed):
@@ -137,16 +170,16 @@ def loss_is_flat(evidence: Evidence, names: Sequence[str]) -> bool:
     )
 
 
-def _alive_in_fp32(evidence: Evidence, dead: tuple[str, ...]) -> bool:
+def _alive_in_fp32(context: CellContext, dead: tuple[str, ...]) -> bool:
     """Whether the same parameters do get a gradient in fp32, so that it was lost to float16's range."""
     from numerics_suite.devices.precisions import PRECISIONS
     from numerics_suite.engine.training_loop import train
 
-    model = evidence.load(seed=evidence.request.seed, dtype="float32").model
+    model = context.load(seed=context.request.seed, dtype="float32").model
     run = train(
         model,
-        evidence.training_batch.tensors,
-        condition=replace(evidence.condition, precision=PRECISIONS["fp32"]),
-        plan=evidence.with_plan(steps=1),
+        context.training_batch.tensors,
+        condition=replace(context.condition, precision=PRECISIONS["fp32"]),
+        plan=context.with_plan(steps=1),
     )
     return not set(dead) & set(run.dead)

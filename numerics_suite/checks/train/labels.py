@@ -14,7 +14,7 @@ from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine import own_batch
 from numerics_suite.engine.calls import input_device, takes_decoder_ids
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.router_loss import adds_router_loss, without_router_loss
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.targets import Targets
@@ -24,7 +24,7 @@ from numerics_suite.observations.roundoff import unit_roundoff, wide
 
 
 @check(batches=True, trains=True, needs=("token-ids",))
-def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def labels(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is the loss the one that the labels that count define, and are absent labels no loss?
 
     Held against a few lines in float64 on the model's own logits. A drawn batch without a label that counts has NaN as its
@@ -34,13 +34,13 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     if "labels" not in batch.tensors:
         reason = "the batch has no labels"
         raise NotApplicableError(reason)
-    if batch is evidence.usable_own_batch and evidence.takes_ids:
-        yield from _counted(evidence, batch)
-        if not own_batch.can_be_trained_on(evidence, batch):
+    if batch is context.usable_own_batch and context.takes_ids:
+        yield from _counted(context, batch)
+        if not own_batch.can_be_trained_on(context, batch):
             return
-    with_labels = evidence.forward(batch, labels=True)
-    plain, task = _without_labels(evidence, batch)
-    without = evidence.forward(plain)
+    with_labels = context.forward(batch, labels=True)
+    plain, task = _without_labels(context, batch)
+    without = context.forward(plain)
     yield Measurement(name="loss-without-labels", value=int("loss" in without), unit="losses")
     if "loss" not in with_labels:
         yield Measurement(name="loss-missing", value=1, unit="losses")
@@ -51,12 +51,12 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         unit="elements",
         facts={"labels": "the logits differ between a call with labels and one without"},
     )
-    got = _cross_entropy(evidence, batch, with_labels)
-    wanted = defined_loss(without["logits"], batch.tensors["labels"], task, evidence.space.targets)
+    got = _cross_entropy(context, batch, with_labels)
+    wanted = defined_loss(without["logits"], batch.tensors["labels"], task, context.space.targets)
     if torch.isnan(wanted):
         yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
         return
-    roundoff = max(unit_roundoff(got.dtype), _log_softmax_roundoff(evidence, batch))
+    roundoff = max(unit_roundoff(got.dtype), _log_softmax_roundoff(context, batch))
     # Rounding moves a cross entropy by what it moves the largest logit and the loss by.
     size = float(wanted.abs()) + float(without["logits"].abs().max())
     error = abs(float(got) - float(wanted))
@@ -68,51 +68,51 @@ def labels(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
     )
 
 
-def _counted(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def _counted(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """How many labels of the user's own batch count, and in how many batches of an epoch none does."""
-    rows = own_batch.counted(evidence, batch)
+    rows = own_batch.counted(context, batch)
     yield Measurement(name="counted-labels", value=sum(rows), unit="labels")
     length = int(batch.tensors["input_ids"].shape[1])
     facts: dict[str, Fact] = {"batch": batch.drawn, "tokens of a row": length}
-    empty, without = int(own_batch.empty_batches_of(evidence, batch)), f"{rows.count(0)} of {len(rows)} rows have none"
-    if own_batch.is_the_factorys(evidence, batch):
+    empty, without = int(own_batch.empty_batches_of(context, batch)), f"{rows.count(0)} of {len(rows)} rows have none"
+    if own_batch.is_the_factorys(context, batch):
         facts["without a label that counts"] = f"the factory's own batch: {without}"
     else:
-        facts["rows of a batch (--batch-size)"] = evidence.request.rows
+        facts["rows of a batch (--batch-size)"] = context.request.rows
         facts["without a label that counts"] = (
-            f"about {empty} of the batches of an epoch: {without} when cut to {evidence.space.max_length} tokens (--seq-len)"
+            f"about {empty} of the batches of an epoch: {without} when cut to {context.space.max_length} tokens (--seq-len)"
         )
     yield Measurement(name="no-counted-labels", value=empty, unit="batches", facts=facts)
 
 
-def _without_labels(evidence: Evidence, batch: Batch) -> tuple[Batch, str]:
+def _without_labels(context: CellContext, batch: Batch) -> tuple[Batch, str]:
     """The batch whose logits the labels are for, and the task that says which label is for which row of them.
 
     The decoder of an encoder-decoder reads the labels moved by one, so its rows are for the labels as they stand.
     """
-    if evidence.subject.task != "causal-lm" or not takes_decoder_ids(evidence.model):
-        return batch, evidence.subject.task
-    shift = getattr(evidence.model, "prepare_decoder_input_ids_from_labels", None)
+    if context.subject.task != "causal-lm" or not takes_decoder_ids(context.model):
+        return batch, context.subject.task
+    shift = getattr(context.model, "prepare_decoder_input_ids_from_labels", None)
     if shift is None:
         reason = "an encoder-decoder that does not say what its decoder reads for labels"
         raise NotApplicableError(reason)
-    moved = shift(labels=batch.tensors["labels"].to(input_device(evidence.model)))
+    moved = shift(labels=batch.tensors["labels"].to(input_device(context.model)))
     return replace(batch, tensors={**batch.tensors, "decoder_input_ids": moved}), "token-classification"
 
 
-def _log_softmax_roundoff(evidence: Evidence, batch: Batch) -> float:
+def _log_softmax_roundoff(context: CellContext, batch: Batch) -> float:
     """The unit roundoff of the log-probabilities, which may be coarser than the loss; the same for every batch of a cell."""
-    if "log-softmax" not in evidence.memo:
-        evidence.memo["log-softmax"] = log_softmax_dtype(lambda: evidence.run(batch.tensors))
-    return unit_roundoff(evidence.memo["log-softmax"])
+    if "log-softmax" not in context.memo:
+        context.memo["log-softmax"] = log_softmax_dtype(lambda: context.run(batch.tensors))
+    return unit_roundoff(context.memo["log-softmax"])
 
 
-def _cross_entropy(evidence: Evidence, batch: Batch, with_labels: Mapping[str, Tensor]) -> Tensor:
+def _cross_entropy(context: CellContext, batch: Batch, with_labels: Mapping[str, Tensor]) -> Tensor:
     """The loss that the model returns, without the loss of its router."""
-    if not adds_router_loss(evidence.model):
+    if not adds_router_loss(context.model):
         return with_labels["loss"]
-    with evidence.tampered() as model, without_router_loss(model):
-        return evidence.forward(batch, labels=True)["loss"]
+    with context.modified_model() as model, without_router_loss(model):
+        return context.forward(batch, labels=True)["loss"]
 
 
 def defined_loss(logits: Tensor, targets: Tensor, task: str, targets_are: Targets) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from numerics_suite.checks.train import _stack_faults as faults
-from numerics_suite.checks.train._stack_batch import Stack, count, smoothed, stack_of
+from numerics_suite.checks.train._stack_batch import StackSubject, count, smoothed, stack_of
 from numerics_suite.checks.train.labels import defined_loss
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
@@ -22,7 +22,7 @@ from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.calls import takes_decoder_ids
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.installed_trainer import Step, Way, accelerate_step, trainer_step, whole_gradient
 from numerics_suite.engine.references import trusted
 from numerics_suite.inputs.targets import targets_of
@@ -52,13 +52,13 @@ class Trial:
 
 
 @check(scope="subject", trains=True, needs=("token-ids",))
-def trainer(evidence: Evidence) -> Iterable[Measurement]:
+def trainer(context: CellContext) -> Iterable[Measurement]:
     """Do the installed Trainer, accelerate and peft hand the optimizer the gradient of the whole batch's loss?
 
     In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, an adapter, a loop
     over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
     """
-    stack = stack_of(evidence)
+    stack = stack_of(context)
     try:
         trials = list(_trials(stack))
     except ImportError as error:
@@ -110,7 +110,7 @@ def _own_loss(output: Any) -> Tensor:
     return loss
 
 
-def _trials(stack: Stack) -> Iterator[Trial]:
+def _trials(stack: StackSubject) -> Iterator[Trial]:
     whole = _whole(stack)
     rows = len(stack.tensors["input_ids"])
     shifts = stack.task == "causal-lm" and not takes_decoder_ids(stack.plain)
@@ -138,7 +138,7 @@ def _trials(stack: Stack) -> Iterator[Trial]:
     yield _clipping(stack, whole)
 
 
-def _whole(stack: Stack) -> Step:
+def _whole(stack: StackSubject) -> Step:
     """The gradient of the class's own loss over the whole batch.
 
     Raises:
@@ -164,7 +164,7 @@ def _whole(stack: Stack) -> Step:
     return whole
 
 
-def _counting(stack: Stack) -> Trial:
+def _counting(stack: StackSubject) -> Trial:
     from_the_first = replace(stack, tensors=faults.taught(stack.tensors, stack.from_the_first))
     step = trainer_step(stack.model, from_the_first.rows(), Way())
     return Trial(
@@ -176,7 +176,7 @@ def _counting(stack: Stack) -> Trial:
     )
 
 
-def _adapter(stack: Stack, rows: int) -> Iterator[Trial]:
+def _adapter(stack: StackSubject, rows: int) -> Iterator[Trial]:
     """LoRA of peft on every linear layer, with values in both of its halves."""
     from peft import LoraConfig, get_peft_model  # heavy
 
@@ -196,7 +196,7 @@ def _adapter(stack: Stack, rows: int) -> Iterator[Trial]:
     )
 
 
-def _loop(stack: Stack, whole: Step) -> Trial:
+def _loop(stack: StackSubject, whole: Step) -> Trial:
     """A loop over accelerate itself, which weighs each row by the labels that it counts, as accelerate's pages say."""
     rows = stack.rows()
     counts = [count(stack.tensors["labels"][row : row + 1], stack.task) for row in range(len(rows))]
@@ -209,7 +209,7 @@ def _loop(stack: Stack, whole: Step) -> Trial:
     )
 
 
-def _smooths(stack: Stack) -> bool:
+def _smooths(stack: StackSubject) -> bool:
     """Label smoothing is for classes, and the Trainer takes the labels away from a decoder that reads them."""
     config = stack.plain.config
     single = getattr(config, "problem_type", None) in {None, "single_label_classification"}
@@ -217,7 +217,7 @@ def _smooths(stack: Stack) -> bool:
     return classes and not takes_decoder_ids(stack.plain)
 
 
-def _smoothing(stack: Stack, rows: int) -> Trial:
+def _smoothing(stack: StackSubject, rows: int) -> Trial:
     way = Way(micro_batches=rows, arguments={"label_smoothing_factor": faults.SMOOTHING})
     step = trainer_step(stack.model, stack.rows(), way)
     loss = smoothed(stack, faults.SMOOTHING, shifted=stack.task == "causal-lm")
@@ -230,7 +230,7 @@ def _smoothing(stack: Stack, rows: int) -> Trial:
     )
 
 
-def _packing(stack: Stack, whole: Step) -> Iterator[Trial]:
+def _packing(stack: StackSubject, whole: Step) -> Iterator[Trial]:
     """Rows packed into one, where the model itself, without its cache, keeps them apart by their positions."""
     import transformers
 
@@ -258,7 +258,7 @@ def _packing(stack: Stack, whole: Step) -> Iterator[Trial]:
     yield Trial(name="padding-free", words="a padding-free collator", wanted=whole, step=step, fault=fault)
 
 
-def _checkpointing(stack: Stack, whole: Step, *, reentrant: bool) -> Trial:
+def _checkpointing(stack: StackSubject, whole: Step, *, reentrant: bool) -> Trial:
     arguments: Mapping[str, Any] = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
@@ -277,7 +277,7 @@ def _checkpointing(stack: Stack, whole: Step, *, reentrant: bool) -> Trial:
     )
 
 
-def _checkpoints_wrongly(stack: Stack, whole: Step, arguments: Mapping[str, Any]) -> bool:
+def _checkpoints_wrongly(stack: StackSubject, whole: Step, arguments: Mapping[str, Any]) -> bool:
     """Whether the model does so without the Trainer too: `train.checkpointing` says so."""
     model: Any = stack.model
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments["gradient_checkpointing_kwargs"])
@@ -288,7 +288,7 @@ def _checkpoints_wrongly(stack: Stack, whole: Step, arguments: Mapping[str, Any]
     return whole.gradients.keys() != again.gradients.keys() or _differs(again, whole)
 
 
-def _clipping(stack: Stack, whole: Step) -> Trial:
+def _clipping(stack: StackSubject, whole: Step) -> Trial:
     """Half of the norm, by torch's own function: the whole batch's gradient is clipped, not each micro-batch's."""
     leaves = [torch.nn.Parameter(torch.zeros_like(value)) for value in whole.gradients.values()]
     for leaf, value in zip(leaves, whole.gradients.values(), strict=True):

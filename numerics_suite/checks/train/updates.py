@@ -8,25 +8,25 @@ from numerics_suite.checks.train.grad_flow import dead_parameters
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 
 @check(trains=True)
-def updates(evidence: Evidence) -> Iterable[Measurement]:
+def updates(context: CellContext) -> Iterable[Measurement]:
     """Does every trained parameter move, and by what float64 would move it?
 
     A parameter stays where it is if it gets no gradient, if no optimizer holds it, or if something writes its old value back; an exactly zero
     gradient is `train.grad-flow`'s. What the parameters gain in the steps is compared with the same steps in float64:
     :mod:`numerics_suite.engine.updates` has the formula and the limit. It costs no training step of its own.
     """
-    run = evidence.trajectory
+    run = context.trajectory
     if run.bad is not None:
         reason = "training met a non-finite value (train.finite)"
         raise NotApplicableError(reason)
     if len(run.gradient_norms) == run.skipped:
         reason = "the loss scaler skipped every step (train.amp)" if run.skipped else "no step was taken"
         raise NotApplicableError(reason)
-    without = tuple(name for name in dead_parameters(evidence) if name in run.absent)
+    without = tuple(name for name in dead_parameters(context) if name in run.absent)
     still = (*without, *(name for name in run.unmoved if name not in without))
     yield Measurement(
         name="untrained",
@@ -39,5 +39,5 @@ def updates(evidence: Evidence) -> Iterable[Measurement]:
     worst = max(run.held, key=lambda held: held.roundoffs_lost, default=None)
     if worst is not None:
         facts: dict[str, Fact] = {"share of the steps that is held": worst.share, "its standard error": worst.error}
-        facts |= {"dtype": worst.dtype, "learning rate": evidence.request.plan.lr}
+        facts |= {"dtype": worst.dtype, "learning rate": context.request.plan.lr}
         yield Measurement(name="lost", value=worst.roundoffs_lost, unit="roundoffs per share", facts=facts)

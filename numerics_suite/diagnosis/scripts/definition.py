@@ -26,11 +26,11 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 
 def _config(scene: ScriptContext) -> Mapping[str, Any]:
-    return scene.config or scene.evidence.subject.config
+    return scene.config or scene.context.subject.config
 
 
 def _oracle(scene: ScriptContext) -> Oracle | None:
-    kind = oracle_for(scene.evidence.family.name)
+    kind = oracle_for(scene.context.family.name)
     try:
         return None if kind is None else kind.from_config(_config(scene))
     except OracleUnavailable:
@@ -45,8 +45,8 @@ def _module(scene: ScriptContext) -> list[str] | None:
     oracle, path = _oracle(scene), scene.finding.module
     if oracle is None or not path:
         return None
-    kind = type(scene.evidence.model.get_submodule(path)).__name__
-    role = scene.evidence.family.kind_of(kind) or kind
+    kind = type(scene.context.model.get_submodule(path)).__name__
+    role = scene.context.family.kind_of(kind) or kind
     writers = {
         "norm": _norm,
         "mlp": _gated_unit,
@@ -205,8 +205,8 @@ def _rotary(scene: ScriptContext) -> list[str] | None:
 
 def _answer(scene: ScriptContext) -> list[str] | None:
     """Of a table that is wrong itself all else follows."""
-    if scene.finding.module and type(scene.evidence.model.get_submodule(scene.finding.module)).__name__.endswith(
-        scene.evidence.family.rotary_classes or ("RotaryEmbedding",)
+    if scene.finding.module and type(scene.context.model.get_submodule(scene.finding.module)).__name__.endswith(
+        scene.context.family.rotary_classes or ("RotaryEmbedding",)
     ):
         return _rotary(scene)
     return _module(scene)

@@ -63,8 +63,8 @@ def _shape(scene: ScriptContext) -> list[str] | None:
 def _pooling(scene: ScriptContext) -> list[str] | None:
     heads = [
         name
-        for name, _ in scene.evidence.model.named_modules()
-        if name.split(".")[-1] in scene.evidence.family.head_names
+        for name, _ in scene.context.model.named_modules()
+        if name.split(".")[-1] in scene.context.family.head_names
     ]
     if not heads:
         return None

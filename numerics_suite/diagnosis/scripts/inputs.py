@@ -30,9 +30,9 @@ def _floating_ids(scene: ScriptContext) -> list[str] | None:
 
 
 def _narrow_ids(scene: ScriptContext) -> list[str] | None:
-    limit = min(127, scene.evidence.vocab_size)
+    limit = min(127, scene.context.vocab_size)
     return [
-        f'ids = (torch.arange(1, 9) % {limit}).unsqueeze(0).to("{scene.evidence.condition.main_device}")',
+        f'ids = (torch.arange(1, 9) % {limit}).unsqueeze(0).to("{scene.context.condition.main_device}")',
         "",
         "",
         "def answer(ids):",
@@ -52,7 +52,7 @@ def _narrow_ids(scene: ScriptContext) -> list[str] | None:
 
 def _merged_ids(scene: ScriptContext) -> list[str] | None:
     """Ids that a 16-bit float would merge, or the first and the last id with their neighbours."""
-    last = scene.evidence.vocab_size - 1
+    last = scene.context.vocab_size - 1
     pairs = ["pairs = [(0, 1), (LAST, LAST - 1)]"]
     if scene.measurement == "merged-ids":
         pairs = [
@@ -70,7 +70,7 @@ def _merged_ids(scene: ScriptContext) -> list[str] | None:
         "",
         "",
         "def embedded(token):",
-        f'    ids = torch.full((1, 2), token, device="{scene.evidence.condition.main_device}")',
+        f'    ids = torch.full((1, 2), token, device="{scene.context.condition.main_device}")',
         *indented(under(scene, "model(input_ids=ids, attention_mask=torch.ones_like(ids))")),
         "    return states[-1]",
         "",
@@ -125,7 +125,7 @@ def _given(scene: ScriptContext) -> list[str]:
 
 def _floating(scene: ScriptContext) -> list[str] | None:
     names = ["input_ids", "attention_mask", "position_ids", "token_type_ids"]
-    names += ["labels"] if scene.evidence.space.targets == "classes" else []
+    names += ["labels"] if scene.context.space.targets == "classes" else []
     return [
         *_given(scene),
         f"names = [name for name in {names!r} if name in batch]",
@@ -158,7 +158,7 @@ def _looks_rounded(scene: ScriptContext) -> list[str] | None:
 
 
 def _tokenizer(scene: ScriptContext) -> list[str]:
-    trusted = ", trust_remote_code=True" if scene.evidence.subject.trust_remote_code else ""
+    trusted = ", trust_remote_code=True" if scene.context.subject.trust_remote_code else ""
     return [f"tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT{trusted})"]
 
 
@@ -194,9 +194,9 @@ def _no_pad_token(scene: ScriptContext) -> list[str] | None:
 def _padding_moves(scene: ScriptContext) -> list[str] | None:
     if scene.source != "checkpoint":
         return None
-    task = scene.evidence.subject.task
-    given = [*GIVEN[:2], *(name for name in GIVEN[2:] if names_keyword(scene.evidence.model, name))]
-    counts = task == "causal-lm" and takes_positions(scene.evidence.model)
+    task = scene.context.subject.task
+    given = [*GIVEN[:2], *(name for name in GIVEN[2:] if names_keyword(scene.context.model, name))]
+    counts = task == "causal-lm" and takes_positions(scene.context.model)
     return [
         *_tokenizer(scene),
         f"batch = tokenizer({list(TEXTS)!r}, padding=True, return_tensors='pt')",

@@ -28,12 +28,12 @@ def _padding(scene: ScriptContext) -> list[str]:
     mask = scene.tensors["attention_mask"]
     left_free, right_free = bool(mask[:, -1].all()), bool(mask[:, 0].all())
     free = {"left": left_free, "right": right_free}  # a row is padded on one side only
-    sides = [side for side in scene.evidence.family.padding_sides if free[side]]
+    sides = [side for side in scene.context.family.padding_sides if free[side]]
     pooled = scene.measurement == "true-pooled"
     kept = "" if pooled else "[real]"
     more = "" if pooled else "[more.bool()]"
     lines = [
-        f"pad, none = torch.full_like(ids[:, :1], {scene.evidence.space.pad_id}), torch.zeros_like(mask[:, :1])",
+        f"pad, none = torch.full_like(ids[:, :1], {scene.context.space.pad_id}), torch.zeros_like(mask[:, :1])",
         "usual, other = [], []",
     ]
     for side in sides:
@@ -60,7 +60,7 @@ def _batch(_: ScriptContext) -> list[str]:
 
 
 def _causal(scene: ScriptContext) -> list[str]:
-    vocab, pad = scene.evidence.vocab_size, scene.evidence.space.pad_id
+    vocab, pad = scene.context.vocab_size, scene.context.space.pad_id
     return [
         "cut = ids.shape[1] // 2",
         f"changed = (ids + 1) % {vocab}",
@@ -92,7 +92,7 @@ def _cache(scene: ScriptContext) -> list[str]:
 
 
 def _packing(scene: ScriptContext) -> list[str]:
-    vocab, pad = scene.evidence.vocab_size, scene.evidence.space.pad_id
+    vocab, pad = scene.context.vocab_size, scene.context.space.pad_id
     way = next((way for way, words in WORDS.items() if words == scene.finding.evidence.get("packed by")), "")
     mask = {
         "position_ids": ["mask, more = None, {}"],
@@ -131,7 +131,7 @@ def _second(scene: ScriptContext) -> list[str]:
     """The same weights under the other attention implementation."""
     if scene.check != "forward.attention":
         return []
-    name = "sdpa" if scene.evidence.loaded.attn == "eager" else "eager"
+    name = "sdpa" if scene.context.loaded.attn == "eager" else "eager"
     lines = loading(scene, "second", attn_implementation=f'"{name}"')
     return [*lines, ready(scene, "second")]
 
@@ -141,7 +141,7 @@ def _second(scene: ScriptContext) -> list[str]:
 
 def _run(scene: ScriptContext) -> list[str]:
     """`run`: the answer by token, or the pooled logits."""
-    by_token = scene.measurement != "true-pooled" and scene.evidence.subject.task == "sequence-classification"
+    by_token = scene.measurement != "true-pooled" and scene.context.subject.task == "sequence-classification"
     states, answer = (", output_hidden_states=True", "hidden_states[-1]") if by_token else ("", "logits")
     more = ", **more" if scene.check == "forward.packing" else ""
     return [
@@ -173,7 +173,7 @@ def _true(scene: ScriptContext, law: Law, told: str) -> list[str] | None:
 
 
 def _rounded(scene: ScriptContext, law: Law, told: str) -> list[str] | None:
-    if scene.evidence.recipe.parameters == "float64":
+    if scene.context.recipe.parameters == "float64":
         return None
     # The plain run of an attention implementation is that of the other one.
     second = ["second.double()"] if scene.check == "forward.attention" else []
@@ -190,7 +190,7 @@ def _rounded(scene: ScriptContext, law: Law, told: str) -> list[str] | None:
         *second,
         "with torch.no_grad(), Float64():",
         "    exact, _ = both(twin)",
-        f"roundoff = torch.finfo(torch.{scene.evidence.recipe.computes_in}).eps / 2",
+        f"roundoff = torch.finfo(torch.{scene.context.recipe.computes_in}).eps / 2",
         "inherent = max(rms(usual - exact), roundoff * rms(exact))",
         f'assert rms(other - exact) <= {ROUNDED_LAW!r} * inherent, f"{SYMPTOM}: {told}: off by {{rms(other - exact) / inherent:.3g}} roundings"',
         'print("not reproduced: the transformed run errs no more than the plain one")',

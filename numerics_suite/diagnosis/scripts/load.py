@@ -77,7 +77,7 @@ def _differing(scene: ScriptContext) -> list[str] | None:
 def _missing(scene: ScriptContext) -> list[str] | None:
     return [
         *_informed(scene),
-        f"head = {set(scene.evidence.loaded.new_head) or '()'}",
+        f"head = {set(scene.context.loaded.new_head) or '()'}",
         'missing = sorted(name for name in info["missing_keys"] if name not in head)',
         'unused = sorted(info["unexpected_keys"])',
         f'assert not missing, f"{SYMPTOM}: {{len(missing)}} weights were drawn at random, first {{missing[:2]}}; unused {{unused[:2]}}"',
@@ -86,12 +86,12 @@ def _missing(scene: ScriptContext) -> list[str] | None:
 
 
 def _unexpected(scene: ScriptContext) -> list[str] | None:
-    subject = scene.evidence.subject
+    subject = scene.context.subject
     dropped = {
         name
         for task in TASKS
         if task != subject.task
-        for name in head_tensors(scene.evidence.loaded.unexpected, scene.evidence.family, task)
+        for name in head_tensors(scene.context.loaded.unexpected, scene.context.family, task)
     } - set(scene.finding.parameters)
     return [
         *_informed(scene),
@@ -147,8 +147,8 @@ def _without_scales(scene: ScriptContext) -> list[str] | None:
 
 
 def _finite(scene: ScriptContext) -> list[str] | None:
-    loaded = scene.evidence.loaded
-    fresh = {*loaded.new_head, *loaded.missing, *scene.evidence.unwritten}
+    loaded = scene.context.loaded
+    fresh = {*loaded.new_head, *loaded.missing, *scene.context.unwritten}
     return [
         f"fresh = {fresh or '()'}",
         "bad = {name: p[~p.isfinite()].tolist() for name, p in model.named_parameters() if name not in fresh}",
@@ -186,7 +186,7 @@ def _dtype(scene: ScriptContext) -> list[str] | None:
         "other = {}",
         "for name, parameter in model.named_parameters():",
         "    declared = parameter.dtype == torch.float32 and any(part in name for part in kept)",
-        f"    if parameter.dtype.is_floating_point and parameter.dtype != torch.{scene.evidence.recipe.parameters} and not declared:",
+        f"    if parameter.dtype.is_floating_point and parameter.dtype != torch.{scene.context.recipe.parameters} and not declared:",
         "        other[name] = parameter.dtype",
         f'assert not other, f"{SYMPTOM}: not in the dtype asked for: {{other}}"',
         'print("not reproduced: every parameter has the dtype asked for")',
@@ -223,7 +223,7 @@ def _uninitialised(_: ScriptContext) -> list[str] | None:
 
 
 def _gain(scene: ScriptContext) -> list[str] | None:
-    head = [name for name in scene.evidence.loaded.new_head if scene.evidence.model.get_parameter(name).dim() > 1]
+    head = [name for name in scene.context.loaded.new_head if scene.context.model.get_parameter(name).dim() > 1]
     return [
         "# Root mean square times the square root of the fan-in: 0.58 to 1.41 for the standard initialisers.",
         "gains = {}",
@@ -238,7 +238,7 @@ def _gain(scene: ScriptContext) -> list[str] | None:
 
 def _roundtrip(scene: ScriptContext) -> list[str] | None:
     saved, again = ["    model.save_pretrained(folder)"], loading(scene, "again")
-    if scene.source == "factory" or not compat.is_language_model(scene.evidence.model):
+    if scene.source == "factory" or not compat.is_language_model(scene.context.model):
         return None  # its class cannot be made from files alone
     return [
         "before = {name: value.clone() for name, value in model.state_dict().items()}",

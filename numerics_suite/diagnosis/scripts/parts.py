@@ -103,7 +103,7 @@ def script(scene: ScriptContext, *, model: bool, batch: bool, fills: bool, body:
 
 
 def _opening(scene: ScriptContext) -> list[str]:
-    cell, finding = scene.evidence.cell, scene.finding
+    cell, finding = scene.context.cell, scene.finding
     told = textwrap.wrap(
         harmless(" ".join(f"{finding.title}.".split())).replace('"""', "'''").replace("\\", "/"), WIDTH
     )
@@ -139,21 +139,21 @@ def _imports(text: str) -> list[str]:
 
 def source_lines(scene: ScriptContext) -> list[str]:
     """Where the model comes from: a tiny config, the checkpoint's folder, or the user's own function."""
-    evidence = scene.evidence
+    context = scene.context
     if scene.source == "factory":
-        module = evidence.subject.source.removeprefix(PREFIX).partition(":")[0]
+        module = context.subject.source.removeprefix(PREFIX).partition(":")[0]
         return [f"sys.path.append({_root_of(module)!r})  # where {module} lies"]
     if scene.config is None:
-        return [f"CHECKPOINT = {str(evidence.subject.path)!r}"]
-    stored = "AutoModelForCausalLM" if evidence.subject.new_head else auto_class_name(scene)
+        return [f"CHECKPOINT = {str(context.subject.path)!r}"]
+    stored = "AutoModelForCausalLM" if context.subject.new_head else auto_class_name(scene)
     return [
         "# The checkpoint's config, cut down; weights at random.",
         f"CONFIG = {written(scene.config)}",
-        f"torch.manual_seed({evidence.request.seed})",
+        f"torch.manual_seed({context.request.seed})",
         "FOLDER = tempfile.TemporaryDirectory()",
         "CHECKPOINT = FOLDER.name",
         f"stored = transformers.{stored}.from_config(transformers.AutoConfig.for_model(**CONFIG))",
-        f"stored.to(torch.{evidence.recipe.parameters}).save_pretrained(CHECKPOINT)",
+        f"stored.to(torch.{context.recipe.parameters}).save_pretrained(CHECKPOINT)",
     ]
 
 
@@ -180,7 +180,7 @@ def loading(scene: ScriptContext, name: str = "model", **more: str) -> list[str]
         more: further keywords of `from_pretrained`, as source text; `attn_implementation` replaces the cell's.
     """
     if scene.source == "factory":
-        return _made(scene, name, str(more.get("attn_implementation", repr(scene.evidence.cell.attn))).strip("\"'"))
+        return _made(scene, name, str(more.get("attn_implementation", repr(scene.context.cell.attn))).strip("\"'"))
     options = ["CHECKPOINT", *(f"{key}={value}" for key, value in {**_options(scene), **more}.items())]
     call = f"{name} = transformers.{auto_class_name(scene)}.from_pretrained("
     whole = f"{call}{', '.join(options)})"
@@ -189,42 +189,42 @@ def loading(scene: ScriptContext, name: str = "model", **more: str) -> list[str]
 
 def auto_class_name(scene: ScriptContext) -> str:
     """The Auto class that loads the subject."""
-    subject = scene.evidence.subject
+    subject = scene.context.subject
     return compat.auto_class_name(subject.task, subject.config.get("model_type"))
 
 
 def _options(scene: ScriptContext) -> dict[str, str]:
-    evidence = scene.evidence
-    subject = evidence.subject
-    options = {compat.dtype_keyword(): f"torch.{evidence.recipe.parameters}"}
-    if evidence.cell.attn != "default":
-        options["attn_implementation"] = f'"{evidence.cell.attn}"'
+    context = scene.context
+    subject = context.subject
+    options = {compat.dtype_keyword(): f"torch.{context.recipe.parameters}"}
+    if context.cell.attn != "default":
+        options["attn_implementation"] = f'"{context.cell.attn}"'
     if subject.task != "causal-lm":
-        options["num_labels"] = str(evidence.num_labels)
-    if evidence.loaded.mismatched:
+        options["num_labels"] = str(context.num_labels)
+    if context.loaded.mismatched:
         options["ignore_mismatched_sizes"] = "True"
     return options | trust(scene)
 
 
 def trust(scene: ScriptContext) -> dict[str, str]:
     """The checkpoint's own code runs where it ran in the suite: on the user's word."""
-    trusted = scene.source == "checkpoint" and scene.evidence.subject.trust_remote_code
-    return {"trust_remote_code": "True"} if trusted and "auto_map" in scene.evidence.subject.config else {}
+    trusted = scene.source == "checkpoint" and scene.context.subject.trust_remote_code
+    return {"trust_remote_code": "True"} if trusted and "auto_map" in scene.context.subject.config else {}
 
 
 def _made(scene: ScriptContext, name: str, attn: str) -> list[str]:
-    evidence = scene.evidence
-    module, _, function = evidence.subject.source.removeprefix(PREFIX).partition(":")
-    several = name if evidence.loaded.batch is None else f"{name}, own_batch"
-    integral = any(not parameter.is_floating_point() for parameter in evidence.model.parameters())
+    context = scene.context
+    module, _, function = context.subject.source.removeprefix(PREFIX).partition(":")
+    several = name if context.loaded.batch is None else f"{name}, own_batch"
+    integral = any(not parameter.is_floating_point() for parameter in context.model.parameters())
     lines = [
         f'{several} = importlib.import_module("{module}").{function}()',
         f"for parameter in {name}.parameters():",
         *(["    if not parameter.is_floating_point():", "        continue"] if integral else []),
-        f"    parameter.data = parameter.data.to(torch.{evidence.recipe.parameters})",
+        f"    parameter.data = parameter.data.to(torch.{context.recipe.parameters})",
     ]
     if attn != "default":
-        built = hasattr(evidence.model, "set_attn_implementation")
+        built = hasattr(context.model, "set_attn_implementation")
         lines.append(
             f'{name}.set_attn_implementation("{attn}")' if built else f'{name}.config._attn_implementation = "{attn}"'
         )
@@ -232,8 +232,8 @@ def _made(scene: ScriptContext, name: str, attn: str) -> list[str]:
 
 
 def _model(scene: ScriptContext, *, fills: bool) -> list[str]:
-    evidence = scene.evidence
-    lines = [f"torch.manual_seed({evidence.request.seed})"] if evidence.subject.new_head else []
+    context = scene.context
+    lines = [f"torch.manual_seed({context.request.seed})"] if context.subject.new_head else []
     fills = fills and _holds_what_nobody_wrote(scene)
     if fills:
         lines += FILLED
@@ -241,31 +241,31 @@ def _model(scene: ScriptContext, *, fills: bool) -> list[str]:
     if fills:
         lines.append("torch.use_deterministic_algorithms(False)")
     lines.append(ready(scene))
-    if evidence.recipe.tf32:
+    if context.recipe.tf32:
         lines.append("torch.backends.cuda.matmul.allow_tf32 = True")
     return [*lines, *_pad_token(scene)]
 
 
 def ready(scene: ScriptContext, name: str = "model") -> str:
     """The line that brings a model to the cell's device, in eval mode."""
-    device = scene.evidence.condition.main_device
+    device = scene.context.condition.main_device
     return f"{name}.eval()" if device == "cpu" else f'{name}.to("{device}").eval()'
 
 
 def _holds_what_nobody_wrote(scene: ScriptContext) -> bool:
     """Whether filling memory makes a difference: the cell's model was made so, and has NaN that no file explains."""
-    evidence = scene.evidence
-    return bool(evidence.unwritten) or any(nan_count(buffer) for buffer in evidence.model.buffers())
+    context = scene.context
+    return bool(context.unwritten) or any(nan_count(buffer) for buffer in context.model.buffers())
 
 
 def _pad_token(scene: ScriptContext) -> list[str]:
     """A classifier's pad token, which a checkpoint of a language model may lack."""
-    evidence = scene.evidence
-    pooled = evidence.subject.task == "sequence-classification" and evidence.family.pooling == "pad-id"
+    context = scene.context
+    pooled = context.subject.task == "sequence-classification" and context.family.pooling == "pad-id"
     if not pooled or scene.measurement == "no-pad-token":
         return []
-    config: Any = evidence.model.config
-    return [f"model.config.pad_token_id = {evidence.space.pad_id}"] if config.pad_token_id is None else []
+    config: Any = context.model.config
+    return [f"model.config.pad_token_id = {context.space.pad_id}"] if config.pad_token_id is None else []
 
 
 # --- the batch -----------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def batch_lines(scene: ScriptContext) -> list[str]:
     lines.append("}")
     if copied:
         lines.append("batch['labels'] = batch['input_ids'].clone()")
-    device = scene.evidence.condition.main_device
+    device = scene.context.condition.main_device
     if device != "cpu":
         lines.append(f'batch = {{name: value.to("{device}") for name, value in batch.items()}}')
     return lines
@@ -327,7 +327,7 @@ def under(scene: ScriptContext, *lines: str, gradients: bool = False, within: st
 
 
 def _arithmetic(scene: ScriptContext) -> list[str]:
-    recipe = scene.evidence.recipe
+    recipe = scene.context.recipe
     if recipe.parameters == "float64":
         return ["Float64()"]
     return [] if recipe.autocast is None else [f'torch.autocast("{scene.device_kind}", torch.{recipe.autocast})']
@@ -335,7 +335,7 @@ def _arithmetic(scene: ScriptContext) -> list[str]:
 
 def backward(scene: ScriptContext, statement: str) -> list[str]:
     """A backward pass in the cell's precision, which autocast has no part in."""
-    return ["with Float64():", f"    {statement}"] if scene.evidence.recipe.parameters == "float64" else [statement]
+    return ["with Float64():", f"    {statement}"] if scene.context.recipe.parameters == "float64" else [statement]
 
 
 def indented(lines: Iterable[str]) -> list[str]:
@@ -345,6 +345,6 @@ def indented(lines: Iterable[str]) -> list[str]:
 
 def uncached(scene: ScriptContext) -> str:
     """`, use_cache=False` where the model takes the word."""
-    taken = inspect.signature(type(scene.evidence.model).forward).parameters.values()
+    taken = inspect.signature(type(scene.context.model).forward).parameters.values()
     words = any(value.name == "use_cache" or value.kind is value.VAR_KEYWORD for value in taken)
     return ", use_cache=False" if words else ""

@@ -35,7 +35,7 @@ def _local(scene: ScriptContext) -> list[str] | None:
     dtype = str(scene.finding.evidence.get("computes in", ""))
     if dtype not in {"float32", "bfloat16", "float16"} or not _is_of_its_role(scene):
         return None
-    allowance = longest_reduction(scene.evidence.model) ** 0.5 if dtype == "float32" else 1.0
+    allowance = longest_reduction(scene.context.model) ** 0.5 if dtype == "float32" else 1.0
     composed = [
         *under(scene, "inherent = first(module(*args, **words)).double() - wanted", within="Rounded()"),
         "floor = 12**-0.5 * roundoff  # a rounding's own root mean square",
@@ -63,15 +63,15 @@ def _is_of_its_role(scene: ScriptContext) -> bool:
     """Whether the module is one that the measurement judges; a NaN's finding names the module where the NaN begins."""
     if not scene.finding.module:
         return False
-    module = scene.evidence.model.get_submodule(scene.finding.module)
+    module = scene.context.model.get_submodule(scene.finding.module)
     kind = type(module).__name__
-    role = scene.evidence.family.kind_of(kind) or {"Linear": "linear", "Embedding": "embedding"}.get(kind, "other")
+    role = scene.context.family.kind_of(kind) or {"Linear": "linear", "Embedding": "embedding"}.get(kind, "other")
     composed = role in {"attention", "block", "mlp"} or any(True for _ in module.children())
     return composed if scene.measurement == "composed" else role == scene.measurement
 
 
 def _coarser(scene: ScriptContext) -> list[str] | None:
-    asked = scene.evidence.recipe.computes_in
+    asked = scene.context.recipe.computes_in
     trains = scene.check == "reference.gradient"
     run = f"model(**batch{uncached(scene)}){'.loss.backward()' if trains else ''}"
     return [
@@ -98,7 +98,7 @@ def _coarser(scene: ScriptContext) -> list[str] | None:
 
 
 def _end_to_end(scene: ScriptContext) -> list[str] | None:
-    by_token = scene.evidence.subject.task == "sequence-classification"
+    by_token = scene.context.subject.task == "sequence-classification"
     states, answer = (", output_hidden_states=True", "hidden_states[-1]") if by_token else ("", "logits")
     return [
         "real = batch['attention_mask'].bool()",
@@ -113,19 +113,19 @@ def _end_to_end(scene: ScriptContext) -> list[str] | None:
         "twin = copy.deepcopy(model).double()",
         "with torch.no_grad(), Float64():",
         "    exact = answer(twin)",
-        f"excess = rms(own - exact) / (rms(rounded - exact) * {rounding_allowance(scene.evidence)!r})",
+        f"excess = rms(own - exact) / (rms(rounded - exact) * {rounding_allowance(scene.context)!r})",
         f'assert excess <= {scene.allowed!r}, f"{SYMPTOM}: the error is {{excess:.3g}} times what the precision makes unavoidable"',
         'print(f"not reproduced: the error is {excess:.3g} times the unavoidable one")',
     ]
 
 
 def _gradient(scene: ScriptContext) -> list[str] | None:
-    if is_reference_itself(scene.evidence) or scene.evidence.subject.task == "sequence-classification":
+    if is_reference_itself(scene.context) or scene.context.subject.task == "sequence-classification":
         return None  # a classifier is differentiated by its states, which takes more than these lines
-    allowance = rounding_allowance(scene.evidence, tokens=int(scene.tensors["input_ids"].numel()))
+    allowance = rounding_allowance(scene.context, tokens=int(scene.tensors["input_ids"].numel()))
     worst = "max(ratios.values())" if scene.measurement == "excess" else "statistics.median(ratios.values())"
     judged = [
-        f"roundoff = torch.finfo(torch.{scene.evidence.recipe.computes_in}).eps / 2",
+        f"roundoff = torch.finfo(torch.{scene.context.recipe.computes_in}).eps / 2",
         "ratios = {}",
         "for name in exact.keys() & own.keys() & rounded.keys():",
         "    scale = max(rms(rounded[name] - exact[name]), roundoff * rms(exact[name]))",

@@ -26,8 +26,8 @@ _LENGTH = 64
 
 def rotary_lines(scene: ScriptContext, config: Mapping[str, Any]) -> list[str] | None:
     """The table of frequencies against the config's, and where transformers' embedding is called, its cosines and sines."""
-    family = scene.evidence.family.name
-    held = scene.evidence.rotary_table
+    family = scene.context.family.name
+    held = scene.context.rotary_table
     try:
         boundary = rotary_boundary(family, config)
         lengths = [_LENGTH] if boundary is None else [boundary, boundary + max(1, boundary // 4)]
@@ -53,7 +53,7 @@ def rotary_lines(scene: ScriptContext, config: Mapping[str, Any]) -> list[str] |
 
 
 def _plain(scene: ScriptContext, length: int) -> list[str]:
-    family = scene.evidence.family.name
+    family = scene.context.family.name
     return [
         f"raw = {'model.config.to_dict()' if scene.source == 'factory' else raw_config(scene)}",
         *(_CHATGLM_ROPE if family == "chatglm" else _GLM_ROPE),

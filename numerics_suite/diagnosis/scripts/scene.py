@@ -11,7 +11,7 @@ from torch import Tensor
 
 from numerics_suite.core.records import Finding
 from numerics_suite.devices.kinds import kind_of
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 
 SYMPTOM = "REPRODUCED"
 """How the assertion of every script begins."""
@@ -24,14 +24,14 @@ class ScriptContext:
     Attributes:
         check: id of the check that failed.
         finding: of that check.
-        evidence: the cell.
+        context: the cell.
         tensors: the batch that is written out.
         config: the checkpoint's config, cut down; None for the checkpoint itself and for a factory.
     """
 
     check: str
     finding: Finding
-    evidence: Evidence
+    context: CellContext
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
 
@@ -40,7 +40,7 @@ class ScriptContext:
         """Where the script takes its model from."""
         if self.config is not None:
             return "config"
-        return "factory" if self.evidence.subject.kind == "factory" else "checkpoint"
+        return "factory" if self.context.subject.kind == "factory" else "checkpoint"
 
     @property
     def measurement(self) -> str:
@@ -60,7 +60,7 @@ class ScriptContext:
     @property
     def device_kind(self) -> str:
         """`cpu`, `cuda`, …: what autocast and the loss scaler are asked for."""
-        return kind_of(self.evidence.cell.device)
+        return kind_of(self.context.cell.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,10 @@ MOST_NAMES = 30
 
 def _begun(scene: ScriptContext, *, optimizer: bool = True) -> list[str] | None:
     """What is trained and by what; None for a scope that cannot be said in a few lines."""
-    plan = scene.evidence.request.plan
+    plan = scene.context.request.plan
     if plan.scope == "full":
         return _optimizer(scene) if optimizer else []
-    trained = scene.evidence.trajectory.trained
+    trained = scene.context.trajectory.trained
     if plan.scope == "lora" or len(trained) > MOST_NAMES:
         return None
     return [
@@ -29,7 +29,7 @@ def _begun(scene: ScriptContext, *, optimizer: bool = True) -> list[str] | None:
 
 
 def _optimizer(scene: ScriptContext) -> list[str]:
-    plan, recipe = scene.evidence.request.plan, scene.evidence.recipe
+    plan, recipe = scene.context.request.plan, scene.context.recipe
     eps = f", eps={plan.eps}" if plan.eps is not None else ""
     scale = f", init_scale={plan.init_scale}" if plan.init_scale is not None else ""
     parameters = "model.parameters()" if plan.scope == "full" else "[p for p in model.parameters() if p.requires_grad]"
@@ -55,7 +55,7 @@ def _step(scene: ScriptContext, *between: str, looks: bool = False) -> list[str]
         'print(f"step {step}: loss {loss.item():.4g}")',
         f'assert loss.isfinite(), f"{SYMPTOM}: the loss is {{loss.item()}} at step {{step}}"',
     ]
-    scaled = scene.evidence.recipe.loss_scaling
+    scaled = scene.context.recipe.loss_scaling
     return [
         "optimizer.zero_grad()",
         *_loss(scene, gradients=True),
@@ -72,7 +72,7 @@ def _clipping(limit: float | None) -> list[str]:
 
 
 def _steps(scene: ScriptContext) -> str:
-    return f"for step in range(1, {scene.evidence.request.plan.steps + 1}):"
+    return f"for step in range(1, {scene.context.request.plan.steps + 1}):"
 
 
 # --- what happens over the steps -----------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _finite(scene: ScriptContext) -> list[str] | None:
     begun = _begun(scene)
     if begun is None:
         return None
-    limit = scene.evidence.request.plan.max_grad_norm or (LIMIT if scene.check == "train.clip" else None)
+    limit = scene.context.request.plan.max_grad_norm or (LIMIT if scene.check == "train.clip" else None)
     return [
         *begun,
         _steps(scene),
@@ -97,7 +97,7 @@ def _finite(scene: ScriptContext) -> list[str] | None:
 
 def _explodes(scene: ScriptContext) -> list[str] | None:
     """The same steps without and with clipping: not finite, or a loss that grows tenfold, without it alone."""
-    begun, plan = _begun(scene), scene.evidence.request.plan
+    begun, plan = _begun(scene), scene.context.request.plan
     if begun is None or plan.scope != "full" or plan.max_grad_norm is not None:
         return None
     clip = ["if limit:", "    torch.nn.utils.clip_grad_norm_(model.parameters(), limit)"]
@@ -126,7 +126,7 @@ def _excess(scene: ScriptContext) -> list[str] | None:
     begun = _begun(scene)
     if begun is None:
         return None
-    limit = scene.evidence.request.plan.max_grad_norm or LIMIT
+    limit = scene.context.request.plan.max_grad_norm or LIMIT
     measured = (
         "gradients = [p.grad for p in model.parameters() if p.grad is not None]",
         "norms.append(float(torch.nn.utils.get_total_norm(gradients)))",
@@ -149,7 +149,7 @@ def _descends(scene: ScriptContext) -> list[str] | None:
         *begun,
         "losses = []",
         _steps(scene),
-        *indented([*_step(scene, *_clipping(scene.evidence.request.plan.max_grad_norm)), "losses.append(loss.item())"]),
+        *indented([*_step(scene, *_clipping(scene.context.request.plan.max_grad_norm)), "losses.append(loss.item())"]),
         *_loss(scene),
         "losses.append(loss.item())",
         f'assert losses[-1] <= losses[0], f"{SYMPTOM}: the loss rises on the batch it is trained on: {{losses}}"',
@@ -165,7 +165,7 @@ def _unmoved(scene: ScriptContext) -> list[str] | None:
         *begun,
         "first = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}",
         _steps(scene),
-        *indented(_step(scene, *_clipping(scene.evidence.request.plan.max_grad_norm))),
+        *indented(_step(scene, *_clipping(scene.context.request.plan.max_grad_norm))),
         *_loss(scene),
         f"names = {written(list(scene.finding.parameters[:MOST_NAMES]))}",
         "still = [name for name in names if torch.equal(model.get_parameter(name), first[name])]",
@@ -175,7 +175,7 @@ def _unmoved(scene: ScriptContext) -> list[str] | None:
 
 
 def _lost(scene: ScriptContext) -> list[str] | None:
-    begun, plan = _begun(scene), scene.evidence.request.plan
+    begun, plan = _begun(scene), scene.context.request.plan
     if begun is None:
         return None
     return [
@@ -218,9 +218,9 @@ def _dead(scene: ScriptContext) -> list[str] | None:
     begun = _begun(scene, optimizer=False)
     if begun is None:
         return None
-    scale = scene.evidence.request.plan.init_scale or INITIAL_SCALE
-    loss = f"(loss * {scale})" if scene.evidence.recipe.loss_scaling else "loss"
-    beside = scene.evidence.family.lm_head_names if scene.evidence.subject.task != "causal-lm" else ()
+    scale = scene.context.request.plan.init_scale or INITIAL_SCALE
+    loss = f"(loss * {scale})" if scene.context.recipe.loss_scaling else "loss"
+    beside = scene.context.family.lm_head_names if scene.context.subject.task != "causal-lm" else ()
     unused = {"experts", "lora_A", *beside}
     return [
         *begun,

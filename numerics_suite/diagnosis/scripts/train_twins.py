@@ -46,7 +46,7 @@ def _logits_changed(scene: ScriptContext) -> list[str] | None:
 
 def loss_error(scene: ScriptContext) -> list[str] | None:
     """The cross entropy of torch, in float64, over the logits that the model itself gives."""
-    task, targets = scene.evidence.subject.task, scene.evidence.space.targets
+    task, targets = scene.context.subject.task, scene.context.space.targets
     if task == "sequence-classification" and targets != "classes":
         loss = "mse_loss" if targets == "numbers" else "binary_cross_entropy_with_logits"
         wanted = [f"wanted = torch.nn.functional.{loss}(scores, targets.double().reshape(scores.shape))"]
@@ -70,7 +70,7 @@ def loss_error(scene: ScriptContext) -> list[str] | None:
 
 
 def _none_counts(scene: ScriptContext) -> list[str] | None:
-    shift = "[:, 1:]" if scene.evidence.subject.task == "causal-lm" or predicts_next_token(scene.evidence.model) else ""
+    shift = "[:, 1:]" if scene.context.subject.task == "causal-lm" or predicts_next_token(scene.context.model) else ""
     bare = [
         "# A batch of those rows in which no label counts:",
         f"bare = (batch['labels']{shift} != -100).flatten(1).sum(dim=1) == 0",
@@ -121,10 +121,10 @@ def in_float64(scene: ScriptContext, *, compares: bool = True) -> list[str]:
 
 
 def _accumulation(scene: ScriptContext) -> list[str] | None:
-    if scene.evidence.subject.task == "sequence-classification":
+    if scene.context.subject.task == "sequence-classification":
         counted = "len({}['labels'])"
     else:
-        columns = "[:, 1:]" if scene.evidence.subject.task == "causal-lm" else ""
+        columns = "[:, 1:]" if scene.context.subject.task == "causal-lm" else ""
         counted = f"int(({{}}['labels']{columns} != -100).sum())"
     return [
         *in_float64(scene),

@@ -57,9 +57,9 @@ def _one_step(scene: ScriptContext) -> list[str]:
 
 
 def _accelerate_loop(scene: ScriptContext) -> list[str]:
-    shift = "[:, 1:]" if scene.evidence.subject.task == "causal-lm" else ""
+    shift = "[:, 1:]" if scene.context.subject.task == "causal-lm" else ""
     counted = "[1] * len(rows)"
-    if scene.evidence.subject.task != "sequence-classification":
+    if scene.context.subject.task != "sequence-classification":
         counted = f"[int((row['labels'][None]{shift} != {IGNORED}).sum()) for row in rows]"
     return [
         *_float64(scene),
@@ -78,7 +78,7 @@ def _accelerate_loop(scene: ScriptContext) -> list[str]:
 
 
 def _float64(scene: ScriptContext) -> list[str]:
-    first = [f'batch["labels"][:, 0] = {IGNORED}'] if scene.evidence.subject.task == "causal-lm" else []
+    first = [f'batch["labels"][:, 0] = {IGNORED}'] if scene.context.subject.task == "causal-lm" else []
     adapter = [
         'options = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)',
         "model = peft.get_peft_model(model, options)",
@@ -108,7 +108,7 @@ def _rows(scene: ScriptContext) -> list[str]:
 def _wanted(scene: ScriptContext) -> list[str]:
     loss = [f"loss = model(**batch{uncached(scene)}).loss"]
     if scene.measurement == "label-smoothing":
-        shift = ["scores, labels = scores[:, :-1], labels[:, 1:]"] if scene.evidence.subject.task == "causal-lm" else []
+        shift = ["scores, labels = scores[:, :-1], labels[:, 1:]"] if scene.context.subject.task == "causal-lm" else []
         loss = [
             f"scores, labels = model(**batch{uncached(scene)}).logits, batch['labels']",
             *shift,

@@ -16,7 +16,7 @@ from numerics_suite.reports.view.formats import STATUSES, many, sentence
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents, Run
+    from numerics_suite.reports.documents import BisectFile, CheckRun, ComparisonFile, Documents
     from numerics_suite.reports.view.places import Places
     from numerics_suite.reports.view.problems import Problem
 
@@ -280,7 +280,7 @@ def about(documents: Documents) -> str:
     return " · ".join(parts)
 
 
-def _environment(run: Run) -> str:
+def _environment(run: CheckRun) -> str:
     result = run.result
     packages = result.environment.get("packages", {})
     versions = [f"{name} {packages[name]}" for name in ("transformers", "torch") if name in packages]

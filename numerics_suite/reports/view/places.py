@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numerics_suite.core.versions import Failure, MatrixCell
-    from numerics_suite.reports.documents import Documents, Matrix, Run
+    from numerics_suite.reports.documents import CheckRun, Documents, Matrix
 
 
 ANSWERED = frozenset({"passed", "failed", "accepted"})
@@ -33,7 +33,7 @@ class Source:
     """
 
     label: str
-    run: Run | None
+    run: CheckRun | None
     matrix: int | None = None
     at: int = 0
     cell: MatrixCell | None = None
@@ -100,7 +100,7 @@ def places_of(documents: Documents) -> Places:
     return Places(sources=tuple(sources))
 
 
-def _runs(runs: Sequence[Run]) -> Iterator[Source]:
+def _runs(runs: Sequence[CheckRun]) -> Iterator[Source]:
     """Two runs of one label are told apart by a number."""
     seen = Counter[str]()
     for run in runs:

@@ -14,8 +14,8 @@ from numerics_suite.extending import (
     Context,
     Family,
     Head,
+    ModuleScope,
     OracleUnavailable,
-    Place,
     activation,
     attend,
     frequencies,
@@ -81,25 +81,25 @@ class Llama:
         del mask
         return torch.arange(input_ids.shape[1])[None]
 
-    def block(self, place: Place, hidden: Tensor, context: Context) -> Tensor:
+    def block(self, scope: ModuleScope, hidden: Tensor, context: Context) -> Tensor:
         """Norm, attention, residual; norm, gated unit, residual."""
-        normed = place.rms_norm("input_layernorm", hidden, self.eps)
-        hidden = hidden + self.attention(place.below("self_attn"), normed, context)
-        normed = place.rms_norm("post_attention_layernorm", hidden, self.eps)
-        return place.output(hidden + self.gated_unit(place.below("mlp"), normed))
+        normed = scope.rms_norm("input_layernorm", hidden, self.eps)
+        hidden = hidden + self.attention(scope.below("self_attn"), normed, context)
+        normed = scope.rms_norm("post_attention_layernorm", hidden, self.eps)
+        return scope.output(hidden + self.gated_unit(scope.below("mlp"), normed))
 
-    def attention(self, place: Place, x: Tensor, context: Context) -> Tensor:
+    def attention(self, scope: ModuleScope, x: Tensor, context: Context) -> Tensor:
         """Grouped causal attention over rotated queries and keys."""
         query, key, value = (
-            torch.unflatten(place.linear(name, x), -1, (-1, self.head_width)) for name in ("q_proj", "k_proj", "v_proj")
+            torch.unflatten(scope.linear(name, x), -1, (-1, self.head_width)) for name in ("q_proj", "k_proj", "v_proj")
         )
         query, key = (rotate(_paired(part), context.turn) for part in (query, key))
-        return place.output(place.linear("o_proj", attend(query, key, value, context.visible)))
+        return scope.output(scope.linear("o_proj", attend(query, key, value, context.visible)))
 
-    def gated_unit(self, place: Place, x: Tensor) -> Tensor:
+    def gated_unit(self, scope: ModuleScope, x: Tensor) -> Tensor:
         """`W_down (act(W_gate x) · W_up x)`: Shazeer 2020."""
-        gated = activation(self.hidden_act)(place.linear("gate_proj", x)) * place.linear("up_proj", x)
-        return place.output(place.linear("down_proj", gated))
+        gated = activation(self.hidden_act)(scope.linear("gate_proj", x)) * scope.linear("up_proj", x)
+        return scope.output(scope.linear("down_proj", gated))
 
     def head(self, task: str) -> Head:
         """`lm_head`, or the `score` of a classifier; neither has a bias."""

@@ -14,7 +14,7 @@ from numerics_suite.extending import (
     Attempt,
     Batch,
     Budget,
-    Evidence,
+    CellContext,
     Finding,
     Loaded,
     Measurement,
@@ -24,12 +24,12 @@ from numerics_suite.extending import (
 
 
 @check(check_id="acme.logit-spacing", batches=True, seeks="largest-logit", needs=("token-ids",))
-def logit_spacing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
+def logit_spacing(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is the next number after the largest logit near enough for a softmax to tell two answers apart?
 
     bfloat16 has 8 bits: after 128 comes 129, so two tokens of which one is 2.7 times as likely have one logit.
     """
-    logits = evidence.forward(batch)["logits"]
+    logits = context.forward(batch)["logits"]
     if logits.dim() > 2:
         logits = logits[batch.tensors["attention_mask"].bool()]  # what stands at padding, nobody reads
     largest = logits.abs().max().item()
@@ -38,14 +38,14 @@ def logit_spacing(evidence: Evidence, batch: Batch) -> Iterable[Measurement]:
         raise NotApplicableError(reason)
     spacing = torch.finfo(logits.dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
     facts = {"largest logit": largest, "dtype": str(logits.dtype).removeprefix("torch.")}
-    yield Measurement(name="spacing", value=spacing, unit="nats", module=next(iter(heads(evidence)), None), facts=facts)
+    yield Measurement(name="spacing", value=spacing, unit="nats", module=next(iter(heads(context)), None), facts=facts)
     yield Measurement(name="largest-logit", value=largest, unit="nats")  # without a budget: Hypothesis climbs it
 
 
-def heads(evidence: Evidence) -> list[str]:
+def heads(context: CellContext) -> list[str]:
     """Names of the linear layers on top, as the family calls them."""
-    names = {*evidence.family.lm_head_names, *evidence.family.head_names}
-    modules = evidence.model.named_modules()
+    names = {*context.family.lm_head_names, *context.family.head_names}
+    modules = context.model.named_modules()
     return [name for name, module in modules if name.rpartition(".")[2] in names and isinstance(module, nn.Linear)]
 
 
@@ -76,10 +76,10 @@ class _Float32Linear(nn.Linear):
             return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
-def float32_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
+def float32_head(context: CellContext, _: Finding) -> Iterator[Attempt]:
     """The head in float32, on a fresh copy; nothing where the model computes in float32 or has no such head."""
-    names = heads(evidence)
-    if not names or evidence.recipe.computes_in in {"float32", "float64"}:
+    names = heads(context)
+    if not names or context.recipe.computes_in in {"float32", "float64"}:
         return
 
     def change(loaded: Loaded) -> Loaded:
@@ -87,7 +87,7 @@ def float32_head(evidence: Evidence, _: Finding) -> Iterator[Attempt]:
             loaded.model.get_submodule(name).__class__ = _Float32Linear
         return loaded
 
-    yield Attempt(evidence=evidence.variant(change=change), how=f"{', '.join(names)} in float32")
+    yield Attempt(context=context.variant(change=change), how=f"{', '.join(names)} in float32")
 
 
 FLOAT32_HEAD = AddedRemedy(

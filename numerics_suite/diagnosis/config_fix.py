@@ -19,7 +19,7 @@ from numerics_suite.checks.load.config import TEXT
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding, Subject
 from numerics_suite.definitions import file_weights
-from numerics_suite.diagnosis.rewriting import (
+from numerics_suite.diagnosis.config_rewrites import (
     OF_ROPE,
     SYNONYMS,
     Rewriting,
@@ -28,7 +28,7 @@ from numerics_suite.diagnosis.rewriting import (
     of_stored_sizes,
     tied_as_stored,
 )
-from numerics_suite.engine.evidence import Evidence
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.files import tensor_headers
 
@@ -52,65 +52,65 @@ class Fixed:
     """A model built from another config.json.
 
     Attributes:
-        evidence: the cell on the copy.
+        context: the cell on the copy.
         meant: the same model, whose answers are held to what the user's own file means; None where that has not changed, or where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """
 
-    evidence: Evidence
-    meant: Evidence | None
+    context: CellContext
+    meant: CellContext | None
     how: str
 
 
-def fixed_configs(evidence: Evidence, finding: Finding) -> Iterator[Fixed]:
+def fixed_configs(context: CellContext, finding: Finding) -> Iterator[Fixed]:
     """The cell on a copy of its folder with the config rewritten; the copy lasts until the next is asked for.
 
     Args:
-        evidence: the cell; its files are only read.
+        context: the cell; its files are only read.
         finding: of `load.*`, `inputs.*`, `forward.pooling` or `reference.oracle`.
 
     Raises:
         NotApplicableError: there is nothing to rewrite, with the reason.
     """
-    subject = evidence.subject
+    subject = context.subject
     measurement = str(finding.evidence.get("measurement", ""))
     if measurement in ELSEWHERE:
         raise NotApplicableError(ELSEWHERE[measurement])
     if subject.path is None:
         reason = "not tried: a factory's model has no config.json"
         raise NotApplicableError(reason)
-    rewriting = _rewriting(evidence, finding)
+    rewriting = _rewriting(context, finding)
     with _copied(subject, rewriting.config) as copy:
-        fixed = evidence.variant(subject=copy)
-        meant = None if measurement in AS_STORED else evidence.variant(subject=replace(copy, config=rewriting.meaning))
-        how = f"{rewriting}, {_built(evidence, fixed, rewriting)}"
-        yield Fixed(evidence=fixed, meant=meant, how="; ".join((how, *rewriting.left)))
+        fixed = context.variant(subject=copy)
+        meant = None if measurement in AS_STORED else context.variant(subject=replace(copy, config=rewriting.meaning))
+        how = f"{rewriting}, {_built(context, fixed, rewriting)}"
+        yield Fixed(context=fixed, meant=meant, how="; ".join((how, *rewriting.left)))
 
 
-def _rewriting(evidence: Evidence, finding: Finding) -> Rewriting:
-    raw, built = evidence.subject.config, evidence.model.config
+def _rewriting(context: CellContext, finding: Finding) -> Rewriting:
+    raw, built = context.subject.config, context.model.config
     measurement = finding.evidence.get("measurement")
     known = compat.known_config_keys(type(built))
     if measurement == "wrong-shape":
-        return _of_own_code(evidence)
+        return _of_own_code(context)
     if measurement == "mismatched":
-        return of_stored_sizes(raw, known, built, _shapes(evidence.subject))
+        return of_stored_sizes(raw, known, built, _shapes(context.subject))
     if measurement in {"wrongly-tied", "stored-apart"}:
-        return _tied(evidence)
+        return _tied(context)
     if measurement == "ignored-dtype":
-        return of_dtype(raw, evidence.recipe.parameters, compat.dtype_keyword())
+        return of_dtype(raw, context.recipe.parameters, compat.dtype_keyword())
     of_rotary = ("rotary-excess", "rotary-scale")
     if any(name.startswith(f"{TEXT}.") for name in finding.parameters):
-        return _of_text_part(evidence, finding.parameters)
+        return _of_text_part(context, finding.parameters)
     of_table = measurement in of_rotary or any(f"also {name}" in finding.evidence for name in of_rotary)
     keys = tuple(key for key in OF_ROPE if key in raw) if of_table else finding.parameters
     return in_words_that_are_read(raw, known, keys)
 
 
-def _of_text_part(evidence: Evidence, keys: tuple[str, ...]) -> Rewriting:
+def _of_text_part(context: CellContext, keys: tuple[str, ...]) -> Rewriting:
     """The file with another `text_config`, the section that says what the language part of a model of pictures is."""
-    raw, section = evidence.subject.config, f"{TEXT}."
-    known = compat.known_config_keys(type(getattr(evidence.model.config, TEXT)))
+    raw, section = context.subject.config, f"{TEXT}."
+    known = compat.known_config_keys(type(getattr(context.model.config, TEXT)))
     part = in_words_that_are_read(raw[TEXT], known, (key.removeprefix(section) for key in keys))
     return replace(
         part,
@@ -121,12 +121,12 @@ def _of_text_part(evidence: Evidence, keys: tuple[str, ...]) -> Rewriting:
     )
 
 
-def _of_own_code(evidence: Evidence) -> Rewriting:
+def _of_own_code(context: CellContext) -> Rewriting:
     """The class of the checkpoint's own code that is a sequence classifier by name, where auto_map names another."""
-    raw = evidence.subject.config
+    raw = context.subject.config
     target = str((raw.get("auto_map") or {}).get(CLASSIFIER, ""))
     file, _, named = target.rpartition("--")[2].partition(".")
-    code = _folder(evidence.subject) / f"{file}.py"
+    code = _folder(context.subject) / f"{file}.py"
     text = code.read_text(encoding="utf-8") if target and "--" not in target and code.is_file() else ""
     other = next(
         (name for name in re.findall(r"^class (\w+ForSequenceClassification)\b", text, re.MULTILINE) if name != named),
@@ -148,19 +148,19 @@ def _folder(subject: Subject) -> Path:
     return Path(subject.adapter_base or str(subject.path))
 
 
-def _tied(evidence: Evidence) -> Rewriting:
+def _tied(context: CellContext) -> Rewriting:
     """Whether both embeddings are one matrix is seen in the files: the output's is absent there, or the same."""
-    model, folder = evidence.model, _folder(evidence.subject)
+    model, folder = context.model, _folder(context.subject)
     entry, head = (
         f"{_name_of(model, embedding)}.weight"
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     )
-    stored = _shapes(evidence.subject)
+    stored = _shapes(context.subject)
     equal = False
     if entry in stored and stored.get(head) == stored[entry]:
         weights = file_weights(folder)
         equal = torch.equal(weights(entry), weights(head))
-    return tied_as_stored(evidence.subject.config, stored, head=head, equal=equal)
+    return tied_as_stored(context.subject.config, stored, head=head, equal=equal)
 
 
 def _name_of(model: nn.Module, wanted: object) -> str:
@@ -199,7 +199,7 @@ def _link(file: Path, place: Path) -> None:
         shutil.copy2(file, place)
 
 
-def _built(before: Evidence, after: Evidence, rewriting: Rewriting) -> str:
+def _built(before: CellContext, after: CellContext, rewriting: Rewriting) -> str:
     """`transformers 5.24.0 builds rotary base 500000 (was 10000)`: what the new words change, in numbers."""
     was, now = _values(before), _values(after)
     names = {name for key in (*rewriting.written, *rewriting.dropped) for name in (key, *_synonyms(key))}
@@ -216,11 +216,11 @@ def _synonyms(key: str) -> tuple[str, ...]:
     return next((names for names in SYNONYMS if key in names), ())
 
 
-def _values(evidence: Evidence) -> dict[str, Any]:
+def _values(context: CellContext) -> dict[str, Any]:
     """What the built model has: its config's values, and the rotary base as its own table has it."""
-    config = evidence.model.config
+    config = context.model.config
     values = {key: getattr(config, key, None) for names in (*SYNONYMS, ("tie_word_embeddings",)) for key in names}
-    table = evidence.rotary_table
+    table = context.rotary_table
     if table is not None and table[1].dim() == 1 and len(table[1]) > 1:
         pairs = len(table[1])
         # The k-th frequency is the base to the power of -k / pairs. The power multiplies the roundoff of a float32 by the pairs: five digits are sure.

@@ -25,8 +25,8 @@ from numerics_suite.diagnosis.findings import batch_as_json
 from numerics_suite.diagnosis.remedy_register import cures, remedies_of, untried
 from numerics_suite.diagnosis.versions_advice import is_users_code
 from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.documented_calls import documented_calls, is_documented
-from numerics_suite.engine.evidence import Evidence
 from numerics_suite.observations.module_trace import OWN, TORCH
 
 NO_KERNEL = ("not implemented for", "not currently implemented for")
@@ -58,25 +58,25 @@ class Raised:
     module: str | None = None
 
 
-def model_raises(error: Exception, evidence: Evidence) -> Finding | None:
+def model_raises(error: Exception, context: CellContext) -> Finding | None:
     """The finding of an exception that a check met; None where it is no matter of the model's own code.
 
     Args:
         error: as raised, with its traceback.
-        evidence: the cell.
+        context: the cell.
     """
     if isinstance(error, NumericsSuiteError):
-        return _while_loading(error, evidence)
+        return _while_loading(error, context)
     if not _may_be_the_models(error):
         return None
-    seen = raised_in(error, evidence.model)
+    seen = raised_in(error, context.model)
     if seen is None:
         return None
-    replay = _replay(error, seen, evidence)
+    replay = _replay(error, seen, context)
     if replay is None:
         return None
     call, tensors = replay
-    return _finding(seen, evidence, call, tensors)
+    return _finding(seen, context, call, tensors)
 
 
 def _may_be_the_models(error: BaseException) -> bool:
@@ -128,10 +128,10 @@ def _is_remote(file: str) -> bool:
     return "transformers_modules" in Path(file).parts
 
 
-def _replay(error: Exception, seen: Raised, evidence: Evidence) -> tuple[str, Mapping[str, Any]] | None:
+def _replay(error: Exception, seen: Raised, context: CellContext) -> tuple[str, Mapping[str, Any]] | None:
     """The documented call that ends in the same exception, and its tensors."""
-    double = evidence.recipe.parameters == "float64"
-    plain = evidence.variant(precision_name="fp32" if double else None)
+    double = context.recipe.parameters == "float64"
+    plain = context.variant(precision_name="fp32" if double else None)
     given, keywords = _called_with(error)
     if given is None or not is_documented(plain, given, keywords):
         given, keywords = plain.training_batch.tensors, {}
@@ -159,7 +159,7 @@ def _called_with(error: Exception) -> tuple[Mapping[str, Any] | None, Mapping[st
     return held["tensors"], {name: value for name, value in held["keywords"].items() if name != "use_cache" or value}
 
 
-def _while_loading(error: NumericsSuiteError, evidence: Evidence) -> Finding | None:
+def _while_loading(error: NumericsSuiteError, context: CellContext) -> Finding | None:
     """A model whose own code raises while `from_pretrained` makes it; a value of its config that it refuses is bad input."""
     reason = error.__cause__
     if reason is None or isinstance(reason, ValueError) or not _may_be_the_models(reason):
@@ -169,12 +169,12 @@ def _while_loading(error: NumericsSuiteError, evidence: Evidence) -> Finding | N
     if not _is_remote(file) and Path("transformers", "models").as_posix() not in Path(file).as_posix():
         return None
     seen = _raised(reason, frames[-1], None)
-    return _finding(seen, evidence, f"from_pretrained, attention {evidence.cell.attn}", {})
+    return _finding(seen, context, f"from_pretrained, attention {context.cell.attn}", {})
 
 
-def _finding(seen: Raised, evidence: Evidence, call: str, tensors: Mapping[str, Any]) -> Finding:
+def _finding(seen: Raised, context: CellContext, call: str, tensors: Mapping[str, Any]) -> Finding:
     text = f"{seen.kind}: {seen.text}"
-    versions = () if is_users_code(evidence) else ("newer-version", "pin-version")
+    versions = () if is_users_code(context) else ("newer-version", "pin-version")
     names = (*(name for name in TRIED if name in cures()), *versions, *remedies_of(RAISES))
     return Finding(
         cause=RAISES,
@@ -185,7 +185,7 @@ def _finding(seen: Raised, evidence: Evidence, call: str, tensors: Mapping[str, 
         evidence={
             "exception": text,
             "line": seen.line,
-            "input": _described(tensors) or f"dtype {evidence.recipe.parameters}",
+            "input": _described(tensors) or f"dtype {context.recipe.parameters}",
             "call": call,
         },
         batch=batch_as_json(Batch(tensors=tensors)) if tensors else None,

@@ -15,8 +15,8 @@ SCRIPT = """\
 from numerics_suite.observations.module_trace import model_line
 
 def own_function():
-    from numerics_suite.observations.module_trace import Stack
-    stack = Stack()
+    from numerics_suite.observations.module_trace import ModuleStack
+    stack = ModuleStack()
     stack.enter("layer")
     return stack.place(None).source  # place() asks from inside the package
 

@@ -51,7 +51,7 @@ def try_versions(
     if not open_ids:
         return result
     installed = Version(str(result.environment["packages"]["transformers"]))
-    trial = _Trial(result=result, settings=settings, kept=kept, execute=execute, tell=tell)
+    trial = _ReleaseTrial(result=result, settings=settings, kept=kept, execute=execute, tell=tell)
     releases = released("transformers")
     newer = [version for version in releases if version > installed]
     older = [version for version in releases if version < installed]
@@ -71,7 +71,7 @@ def try_versions(
     return replace(result, checks=told)
 
 
-class _Trial:
+class _ReleaseTrial:
     """Asks checks in other environments."""
 
     def __init__(

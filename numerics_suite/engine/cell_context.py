@@ -1,7 +1,7 @@
-"""Evidence: one cell's model and everything that checks ask of it, each computed once.
+"""The context of a check: one cell's model and everything that checks ask of it, each computed once.
 
-A check receives an :class:`Evidence` and asks it for forward passes, fresh copies and the training run. The suite builds
-one per cell and keeps it while that cell's checks run. :meth:`Evidence.variant` is the same under another condition or with
+A check receives a :class:`CellContext` and asks it for forward passes, fresh copies and the training run. The suite builds
+one per cell and keeps it while that cell's checks run. :meth:`CellContext.variant` is the same under another condition or with
 a change, so experiments and remedies are written once: for a cell, a factory and a step that the watch caught.
 """
 
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
-from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
+from numerics_suite.core.renamed import renamed
 from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
@@ -78,7 +79,8 @@ class Request:
     packing: tuple[str, ...] = ()
 
 
-class Evidence:
+@renamed(tampered="modified_model", let_go="release")
+class CellContext:
     """One cell under test.
 
     Attributes:
@@ -92,9 +94,9 @@ class Evidence:
         unheld: parameters that are meant to train and that no optimizer of these holds.
     """
 
-    first_step = 1
-    origin = ""
+    first_step, origin = 1, ""
     unheld: tuple[str, ...] = ()
+    unusable: UnusableError | None = None  # why no model could be loaded of the files
 
     def __init__(
         self,
@@ -133,8 +135,8 @@ class Evidence:
         change: Callable[[Loaded], Loaded] | None = None,
         plan: TrainingPlan | None = None,
         **request: Any,
-    ) -> Evidence:
-        """Evidence of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
+    ) -> CellContext:
+        """A context of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
 
         Training runs are shared with it, so that an experiment and the remedy of its name train once.
 
@@ -153,8 +155,8 @@ class Evidence:
         variant.runs = self.runs
         return variant
 
-    def _like(self, subject: Subject, cell: Cell, request: Request) -> Evidence:
-        return Evidence(subject, cell, request, loader=self._loader)
+    def _like(self, subject: Subject, cell: Cell, request: Request) -> CellContext:
+        return CellContext(subject, cell, request, loader=self._loader)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -175,7 +177,12 @@ class Evidence:
 
         Loaded under poison, so that memory which nobody writes to is NaN here as on any machine, and not zero today.
         """
-        return self.load(seed=self.request.seed, poison=True)
+        if self.unusable is None:
+            try:
+                return self.load(seed=self.request.seed, poison=True)
+            except UnusableError as error:
+                self.unusable = error
+        raise self.unusable  # every check that asks meets the same one
 
     @cached_property
     def unwritten(self) -> tuple[str, ...]:
@@ -208,7 +215,7 @@ class Evidence:
         return copy.deepcopy(self.model)
 
     @contextmanager
-    def tampered(self) -> Iterator[nn.Module]:
+    def modified_model(self) -> Iterator[nn.Module]:
         """The shared model for a check that changes a switch and puts it back; cached forwards are set aside."""
         kept, self._forwards = self._forwards, OrderedDict()
         try:
@@ -216,7 +223,7 @@ class Evidence:
         finally:
             self._forwards = kept
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Drop every answer kept; cycles inside a model would hold them until the collector comes by."""
         self._forwards.clear()
         self.passes.clear()
@@ -352,12 +359,10 @@ class Evidence:
             self._forwards.move_to_end(key)
         else:
             self._forwards[key] = floating_outputs(self.run(tensors))
-            while len(self._forwards) > 1 and self._kept_bytes() > KEPT_BYTES:
+            held = self._forwards.values()
+            while len(held) > 1 and sum(tensor.nbytes for kept in held for tensor in kept.values()) > KEPT_BYTES:
                 self._forwards.popitem(last=False)
         return self._forwards[key]
-
-    def _kept_bytes(self) -> int:
-        return sum(tensor.nbytes for outputs in self._forwards.values() for tensor in outputs.values())
 
     @cached_property
     def trajectory(self) -> Trajectory:
