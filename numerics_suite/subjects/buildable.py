@@ -18,7 +18,7 @@ from numerics_suite.devices.kinds import CPU
 from numerics_suite.devices.memory import free_bytes
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
-from numerics_suite.subjects.built import parameters_on_meta
+from numerics_suite.subjects.built_model import parameters_on_meta
 from numerics_suite.subjects.files import StoredTensor, read_json
 from numerics_suite.subjects.quiet import quiet_transformers
 

@@ -12,6 +12,9 @@ from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.buildable import why_not_loaded
 
+NO_CUDA = ("Torch not compiled with CUDA enabled", "Found no NVIDIA driver", "No CUDA GPUs are available")
+"""What torch says, in an AssertionError or a RuntimeError, where code asks for CUDA by name (ChatGLM's own `quantization_bit` does)."""
+
 
 @contextmanager
 def load_failures(subject: Subject, attn: str) -> Iterator[None]:
@@ -22,7 +25,8 @@ def load_failures(subject: Subject, attn: str) -> Iterator[None]:
         attn: that was asked for.
 
     Raises:
-        UnsupportedError: this class has no such attention, or nothing here can read its quantised weights.
+        UnsupportedError: this class has no such attention, nothing here can read its quantised weights, or its code
+            needs CUDA where there is none.
         UnusableError: no model comes of the files.
         CheckError: none comes of a fixture's, which are right.
     """
@@ -38,6 +42,11 @@ def load_failures(subject: Subject, attn: str) -> Iterator[None]:
             raise UnsupportedError(message) from error
         if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
             message = f"this quantised checkpoint cannot be loaded here: {compat.first_line(error)}"
+            raise UnsupportedError(message) from error
+        if any(said in text for said in NO_CUDA):
+            message = (
+                f"the code of {subject.model_class} needs CUDA, which this machine has not: {compat.first_line(error)}"
+            )
             raise UnsupportedError(message) from error
         if subject.kind == "fixture":  # its files are right, so it is the release that cannot
             message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"

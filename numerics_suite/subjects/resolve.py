@@ -294,6 +294,9 @@ def _model_class(config: Mapping[str, Any], task: Task, folder: Path) -> str:
         if not isinstance(target, str):
             message = f"{folder / 'config.json'}: the checkpoint's code has no class for {task} (auto_map.{auto})"
             raise UnsupportedError(message)
+        if not validate.is_defined(folder, target):
+            message = f"{folder / 'config.json'}: auto_map.{auto} names {target}, which that file does not define"
+            raise UnsupportedError(message)
         return target.rpartition(".")[2]
     found = compat.model_class_name(str(config["model_type"]), task)
     if found is None or config.get("is_encoder_decoder"):

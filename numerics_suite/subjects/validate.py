@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,29 @@ def _check_code_is_there(folder: Path, config: Mapping[str, Any]) -> None:
         if not file.is_file():
             message = f"{folder / 'config.json'}: auto_map.{name} names {target}, and {file.name} is not in the folder"
             raise BadInputError(message)
+
+
+def is_defined(folder: Path, target: str) -> bool:
+    """Whether a class that auto_map names stands in its file; so does one whose file is elsewhere, or cannot be read by this Python.
+
+    Args:
+        folder: of the checkpoint.
+        target: `file.Class`, or `org/repository--file.Class`.
+    """
+    file, _, wanted = target.rpartition(".")
+    try:
+        tree = ast.parse((folder / f"{file}.py").read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return True  # what it says then is told by the load
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return bool({wanted, "*"} & names)
 
 
 def _refuse_model_type(path: Path, model_type: str) -> None:

@@ -179,7 +179,7 @@ class SuiteSession:
             return result("skipped", reason=str(error)), ""
         except NumericsSuiteError as error:
             raised = self._raised(question, error, result)
-            unusable = self.evidence(question.cell).unusable is error
+            unusable = self.context(question.cell).unusable is error
             return raised or result("error", reason=str(error), bad_input=unusable), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
             raised = self._raised(question, error, result)

@@ -24,9 +24,11 @@ from unit.test_clean_models import statuses
 from unit.test_loading_dtypes import answer
 from unit.test_other_defects import run_of, verified
 
+from numerics_suite.core.errors import UnsupportedError
 from numerics_suite.core.records import Finding
 from numerics_suite.diagnosis.remedies import SAFE_EPS
 from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.resolve import resolve
 from numerics_suite.suite.session import SuiteSession
 
 CODE = os.environ.get("NUMERICS_CHATGLM_CODE", "")
@@ -74,6 +76,15 @@ pytestmark = [
         int(transformers.__version__.split(".")[0]) >= 5, reason="the code is older than transformers 5"
     ),
 ]
+
+
+def code(name: str) -> str:
+    return Path(CODE, name).read_text("utf-8")
+
+
+needs_classifier = pytest.mark.skipif(
+    not CODE or "ForSequenceClassification(" not in code("modeling_chatglm.py"), reason="this copy has no classifier"
+)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -157,6 +168,11 @@ def test_its_tokenizer(tmp_path):
     """Written before 4.45, its `_pad` takes no `padding_side`; the change that is tried is verified, also where the head is new."""
     folder = with_tokenizer(checkpoint(tmp_path, head=False))
     told, remedies = answer(folder, "inputs.pipeline", "fp32", attn=("default",), **{**TRUSTED, "diagnose": True})
+    if told.status == "skipped":
+        pytest.skip(told.reason)
+    if not of_tokenizer():
+        assert told.finding is None
+        return
     assert told.finding.cause == "tokenizer-incompatible"
     assert "padding_side" in told.finding.title
     assert remedies["fix-tokenizer"].verified
@@ -165,24 +181,39 @@ def test_its_tokenizer(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_language_model(precision, tmp_path):
     found = statuses(checkpoint(tmp_path, head=False), (), precision, task="causal-lm", attn=("default",), **TRUSTED)
-    wrong = failed(found)
+    # A fault that the installed training stack is known to have is shown as accepted.
+    wrong = {check: said for check, said in failed(found).items() if not said.startswith("accepted: ")}
     # Up to 4.49 the code builds in the dtype of config.json where it is handed a config.
     ignored = {"load.dtype", "reference.gradient", "reference.local", "train.finite"}
+    if "rotary_pos_emb" in wrong.get("reference.local", ""):
+        del wrong["reference.local"]  # ChatGLM2's angles, as below
     assert set(wrong) <= (ignored if transformers.__version__ < "4.50" else set())
     assert not any(said.startswith("error") for said in wrong.values())
     assert found["reference.oracle"] == found["forward.cache"] == "passed"
 
 
+def test_a_copy_without_a_classifier(tmp_path):
+    """One keeper of ChatGLM2's code left the class out that config.json still names."""
+    if "class ChatGLMForSequenceClassification(" in code("modeling_chatglm.py"):
+        pytest.skip("it has one")
+    with pytest.raises(
+        UnsupportedError, match=r"auto_map.AutoModelForSequenceClassification names .*, which that file"
+    ):
+        resolve(checkpoint(tmp_path, head=False), task=CLASSIFY["task"], trust_remote_code=True)
+
+
+@needs_classifier
 def test_a_classifier_in_the_dtype_of_its_head(tmp_path):
     """In float16 body and head agree: what is left is what training in it meets."""
     found = statuses(checkpoint(tmp_path, head=True), (), "pure-fp16", attn=("default",), **TRUSTED)
     # ChatGLM2's code computes the angles of its rotary table in float16, which reference.local names.
-    wrong = failed(found)
+    wrong = {check: said for check, said in failed(found).items() if not said.startswith("accepted: ")}
     assert set(wrong) <= {"train.finite", "reference.local"}
     assert "rotary_pos_emb" in wrong.get("reference.local", "rotary_pos_emb")
     assert found["forward.pooling"] == found["reference.oracle"] == found["load.roundtrip"] == "passed"
 
 
+@needs_classifier
 def test_a_new_head(tmp_path):
     folder = checkpoint(tmp_path, head=False)
     found = statuses(folder, ("load.*",), task="sequence-classification", attn=("default",), **TRUSTED)
@@ -196,15 +227,6 @@ def test_a_new_head(tmp_path):
 # --- from what was published to a cured classifier -----------------------------------------------------------------
 
 
-def code(name: str) -> str:
-    return Path(CODE, name).read_text("utf-8")
-
-
-needs_classifier = pytest.mark.skipif(
-    not CODE or "ForSequenceClassification(" not in code("modeling_chatglm.py"), reason="this copy has no classifier"
-)
-
-
 def judged(folder: str, precision: str, **changes: object) -> dict[str, Finding]:
     """The roots of all findings by check; what an installed training stack is known for is accepted, and no check is an error."""
     run = run_of(folder, (), precision, **CLASSIFY, **{"steps": 3, **changes})
@@ -215,6 +237,9 @@ def judged(folder: str, precision: str, **changes: object) -> dict[str, Finding]
         for each in run.checks
         if each.finding is not None and each.status == "failed" and each.finding.consequence_of is None
     }
+    # ChatGLM2's code computes the angles of its rotary table in the precision of its weights: a finding of its own, which nothing here cures.
+    if "rotary_pos_emb" in str(getattr(roots.get("reference.local"), "module", "")):
+        del roots["reference.local"]
     told = ", ".join(f"{check} {root.cause} {verified(root)}" for check, root in roots.items())
     logging.getLogger(__name__).info("%s %s %s: %s", transformers.__version__, CODE, precision, told or "no finding")
     return roots
@@ -237,7 +262,10 @@ def causes(found: Mapping[str, Finding]) -> dict[str, str]:
     return {check: finding.cause for check, finding in found.items()}
 
 
-TOKENIZER = {"inputs.pipeline": "tokenizer-incompatible"}
+def of_tokenizer() -> dict[str, str]:
+    """Some copies were given a `_pad` that takes `padding_side` by whoever keeps them."""
+    old = "padding_side:" not in code("tokenization_chatglm.py").partition("def _pad(")[2].partition(")")[0]
+    return {"inputs.pipeline": "tokenizer-incompatible"} if old else {}
 
 
 @needs_classifier
@@ -246,7 +274,7 @@ def test_a_new_head_is_named(precision, tmp_path):
     """Nobody initialises it; where the class names float16 for it, that shows as soon as it was saved."""
     found = judged(with_tokenizer(checkpoint(tmp_path, head=False)), precision)
     alone = precision != "pure-fp16"
-    expected, cures = dict(TOKENIZER), {}
+    expected, cures = of_tokenizer(), {}
     if ".normal_(" not in code("modeling_chatglm.py"):
         expected["load.head-init"] = "uninitialised-parameters"
         cures["init-head"] = () if alone else ("larger-optimizer-eps",)
@@ -268,7 +296,7 @@ def test_a_new_head_is_named(precision, tmp_path):
 def test_a_saved_head_is_named(precision, tmp_path):
     """What the class or the release makes of the dtype asked for, and in float16 AdamW's eps."""
     found = judged(with_head(tmp_path), precision)
-    expected = dict(TOKENIZER)
+    expected = of_tokenizer()
     if ignores(precision):
         expected["load.dtype"] = "ignored-dtype"
     elif names_half() and precision != "pure-fp16":
@@ -297,7 +325,8 @@ def cured(folder: str, precision: str, target: Path) -> str:
         shutil.copy(file, target)
     tokenization = target / "tokenization_chatglm.py"
     kind = re.search(r"^class (\w+)\(PreTrainedTokenizer\)", tokenization.read_text("utf-8"), re.MULTILINE)[1]
-    tokenization.write_text(tokenization.read_text("utf-8") + MENDED.format(kind=kind), "utf-8")
+    if of_tokenizer():
+        tokenization.write_text(tokenization.read_text("utf-8") + MENDED.format(kind=kind), "utf-8")
     return str(target)
 
 

@@ -507,7 +507,7 @@ def test_new_names_do_not_warn(example):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
         assert all(hasattr(public, name) for name in public.__all__)
-        load_all("acme.logit-spacing")
+        load_extensions(("acme.logit-spacing",), NEEDS)
     assert not get_check("acme.logit-spacing").runs_on_nonfinite
 
 

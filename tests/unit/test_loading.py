@@ -138,6 +138,19 @@ def test_a_load_that_fails_otherwise_is_bad_input_of_one_line(checkpoint):
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what asks for CUDA gets it here")
+def test_code_that_asks_for_cuda_is_a_reason_to_skip(tmp_path):
+    """ChatGLM's own `quantization_bit` moves weights there as it builds: nothing of the model is wrong."""
+    built = "self.transformer = ChatGLMModel(config)\n"
+    asks = f"{built}        self.scale = torch.ones(1).cuda()\n"
+    folder = tmp_path / "asks_for_cuda"
+    shutil.copytree(fixture_path("chatglm-tiny"), folder)
+    code = folder / "modeling_chatglm.py"
+    code.write_text(code.read_text("utf-8").replace(built, asks), "utf-8")
+    with pytest.raises(UnsupportedError, match="needs CUDA, which this machine has not: "):
+        load(resolve(str(folder), trust_remote_code=True), dtype="bfloat16", attn="eager")
+
+
 # --- remote code -----------------------------------------------------------------------------------------------------
 
 
