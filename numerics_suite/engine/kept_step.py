@@ -100,7 +100,11 @@ def _of_transformers(kept: Kept, found: Any, source: str | None) -> Any:
         import peft
 
         for name, (kind, options) in adapter["configs"].items():
-            made = getattr(peft, kind)(**options)
+            found_kind = getattr(peft, kind, None)
+            if not isinstance(found_kind, type) or not issubclass(found_kind, peft.PeftConfig):
+                message = f"peft has no adapter of the kind {kind}"
+                raise NoModelError(message)
+            made = found_kind(**options)
             if hasattr(model, "add_adapter") and hasattr(model, "get_base_model"):
                 model.add_adapter(name, made)
             else:
@@ -201,6 +205,7 @@ class Steps:
         self.scale = float(kept.loop["scale"] if kept.loop else kept.told["loss_scale"])
         self.scaled = bool(kept.loop["scaled"]) if kept.loop else self.scale != 1
         self.factor: float | None = None
+        self.without_loss = False
 
     def _optimizer(self, written: Mapping[str, Any]) -> torch.optim.Optimizer:
         options = zip(groups_of(written["groups"]), written["names"], strict=True)
@@ -240,7 +245,10 @@ class Steps:
                 stack.enter_context(torch.autocast(kind, dtype=getattr(torch, dtype)))
             kwargs = {name: self.value(value) for name, value in call["kwargs"].items()}
             output = self.model(*[self.value(value) for value in call["args"]], **kwargs)
-        return dict(output) if hasattr(output, "items") else {"output": output}
+        if hasattr(output, "items"):
+            return dict(output)
+        several = isinstance(output, (tuple, list))
+        return {f"output{place}": item for place, item in enumerate(output)} if several else {"output": output}
 
     def passes(self, step: int) -> list[str]:
         """Forward and backward passes of a step; what is not finite in them."""
@@ -252,6 +260,11 @@ class Steps:
             loss = named.get("loss")
             if isinstance(loss, Tensor) and loss.requires_grad:
                 torch.autograd.backward(loss * self.scale / len(calls))
+            elif sent := {name: self.value(kept) for name, kept in call.get("cotangents", {}).items() if name in named}:
+                # The loop computed its loss outside of the model: what it sent back is as it was then.
+                torch.autograd.backward([named[name] for name in sent], list(sent.values()))
+            else:
+                self.without_loss = True
         self._as_multiplied(step)
         for name, value in self.kept.gradients.items():  # left over from before, and never cleared
             self.named[name].grad = value.to(self.named[name])

@@ -38,7 +38,12 @@ def not_finite(steps: Steps) -> tuple[bool, str]:
         if bad:
             more = f" and {len(bad) - 4} more" if bad[4:] else ""
             return True, f"not finite: {', '.join(bad[:4])}{more}"
-    return False, "every value is finite"
+    outside = (
+        "; the loop computed its loss outside of the model, so only forward passes could be run"
+        if steps.without_loss
+        else ""
+    )
+    return False, f"every value is finite{outside}"
 
 
 def skipped(steps: Steps) -> tuple[bool, str]:

@@ -32,7 +32,7 @@ from numerics_suite.training_watch.alarms import Alarm, Reading
 from numerics_suite.training_watch.caught_step import Start, usual_dtype
 from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import LOSS_NOW
-from numerics_suite.training_watch.frozen import FROZEN
+from numerics_suite.training_watch.frozen_parameters import FROZEN
 from numerics_suite.training_watch.norms import local
 from numerics_suite.training_watch.ring import ForwardCall
 from numerics_suite.training_watch.snapshots import SMALL_BYTES
@@ -263,6 +263,9 @@ def _call_to_json(call: ForwardCall, index: int, tensors: dict[str, Tensor]) -> 
         "args": [_packed(value, f"{index}.{place}", tensors) for place, value in enumerate(call.args)],
         "kwargs": {name: _packed(value, f"{index}.{name}", tensors) for name, value in call.kwargs.items()},
         "autocast": {kind: str(dtype).removeprefix("torch.") for kind, dtype in call.autocast.items()},
+        "cotangents": {
+            name: _packed(value, f"{index}.back.{name}", tensors) for name, value in call.cotangents.items()
+        },
         "rng": {name: state.numpy().tobytes().hex() for name, state in call.rng.items()},
     }
 

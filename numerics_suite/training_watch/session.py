@@ -158,10 +158,11 @@ class Watch:
 
     def after_forward(self, output: Any) -> None:
         """A forward pass ended: its largest logit and its loss are sent for."""
-        if self._muted or not torch.is_grad_enabled() or not self._due:
-            return
-        figures, limit = self._gauges.of_output(output, scaled=self._scaled)
-        self._mailbox.post(self.step, figures, scaled=self._scaled, limit=limit)
+        if not self._muted and torch.is_grad_enabled():
+            self._ring.listen(output)
+            if self._due:
+                figures, limit = self._gauges.of_output(output, scaled=self._scaled)
+                self._mailbox.post(self.step, figures, scaled=self._scaled, limit=limit)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to step."""

@@ -60,7 +60,7 @@ for step in range(1, {steps} + 1):
         batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 {each}
         with torch.autocast("cpu", dtype=torch.{autocast}, enabled={cast}):
-            loss = model(**batch).loss
+            {loss}
         scaler.scale(loss / {parts}).backward()
     if {clip}:
         scaler.unscale_(optimizer)
@@ -188,6 +188,8 @@ class Way:
     clip: str = "0"
     parts: int = 1
     warm_up: bool = False
+    outside: bool = False
+    """The loop computes its loss outside of the model."""
 
     @property
     def name(self) -> str:
@@ -197,6 +199,7 @@ class Way:
         words += [f"clip-{self.clip}"] if self.clip != "0" else []
         words += [f"parts-{self.parts}"] if self.parts > 1 else []
         words += ["warm-up"] if self.warm_up else []
+        words += ["loss-outside"] if self.outside else []
         return " ".join(words)
 
 
@@ -238,7 +241,10 @@ def _script(fault: str, way: Way, seed: int) -> Script:
     found = FAULTS[fault]
     dtype = "" if way.dtype == "float32" else f"model.to(torch.{way.dtype})\n"
     labels = "torch.randint(0, 3, (2,), generator=generator)" if way.model == "classifier" else "ids.clone()"
+    inside = "loss = model(**batch).loss"
+    outside = "logits = model(ids, attention_mask=batch['attention_mask']).logits; loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())"
     loop = LOOP.format(
+        loss=outside if way.outside else inside,
         before=found.before,
         after=found.after,
         each=found.each,
@@ -298,6 +304,22 @@ def _ways_of(fault: str) -> tuple[Way, ...]:  # noqa: PLR0911 - a line for each
     if fault == "optimizer of copies":
         return (*FULL[:4], *ADAPTED[:3])
     return (*FULL, *ADAPTED)
+
+
+OUTSIDE = (
+    "weight that becomes NaN",
+    "rate that overflows",
+    "rate far too high",
+    "updates that round away",
+    "optimizer of copies",
+)
+
+
+def _both(fault: str) -> tuple[Way, ...]:
+    """The ways, the second one of some faults with a loss of the loop's own too."""
+    first, second, *rest = _ways_of(fault)
+    own = [replace(second, outside=True)] if fault in OUTSIDE else []
+    return (first, *own, second, *rest)
 
 
 OWN = """\
@@ -368,7 +390,7 @@ def _own(index: int) -> Script:
 def scripts() -> Iterator[Script]:
     """The hundred: each fault in each way that it fits, evenly chosen."""
     own = [_own(index) for index in range(8)]
-    every = {fault: [_script(fault, way, seed) for seed, way in enumerate(_ways_of(fault))] for fault in FAULTS}
+    every = {fault: [_script(fault, way, seed) for seed, way in enumerate(_both(fault))] for fault in FAULTS}
     chosen: list[Script] = []
     while len(chosen) + len(own) < 100:
         rest = [found.pop(0) for found in every.values() if found]
