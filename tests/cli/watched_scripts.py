@@ -309,7 +309,6 @@ def _ways_of(fault: str) -> tuple[Way, ...]:  # noqa: PLR0911 - a line for each
 OUTSIDE = (
     "weight that becomes NaN",
     "rate that overflows",
-    "rate far too high",
     "updates that round away",
     "optimizer of copies",
 )
