@@ -1,7 +1,8 @@
 """Which findings follow from another one, by evidence that both carry; in the order of the plan the first is the root.
 
 A finding is a consequence where it names nothing that a root does not: the same parameters that are not finite, the same exception at
-the same line, or the same op of the same module at which a value stops being finite. A remedy that acts on the root's own place and
+the same line, or the same op of the same module at which a value stops being finite. It is one where the break of a law implies its
+own (:mod:`numerics_suite.diagnosis.implications`). A remedy that acts on the root's own place and
 cures the other check too is tried while the cell is loaded (:mod:`numerics_suite.diagnosis.roots`). Whatever shares none of this
 stays a root, and so does what the root's remedy does not cure, or only with another one: two defects of one model are two findings.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from numerics_suite.diagnosis.implications import first_cause
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import CheckResult, Finding
@@ -25,9 +28,6 @@ AT_AN_OP = frozenset({"overflow", "underflow", "invalid-operation", "fully-maske
 """Causes that are seen at one op, where a value stops being finite."""
 
 RAISES = "model-raises"
-
-PADDING_LAWS = frozenset({"forward.padding", "forward.causal", "forward.pooling"})
-"""Laws whose breach lets any padding move the answers, so that the tokenizer's padding moves them too."""
 
 NO_RUN = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
 """What a model raises that cannot be run on a batch; a trial or replay that ends so has shown what it could."""
@@ -45,32 +45,57 @@ def as_tree(results: Sequence[CheckResult], covers: Covers) -> list[CheckResult]
     """
     roots: list[CheckResult] = []
     known: dict[str, tuple[Finding, CheckResult]] = {}
-    ordered: dict[int, CheckResult] = {}
-    # The tokenizer is asked before the laws, and what it shows follows from a law that is broken in itself.
-    for place, result in sorted(enumerate(results), key=lambda placed: _of_the_tokenizers_padding(placed[1])):
-        told = result
+    told = []
+    for result in results:
         if result.finding is not None:
             root = _root_of(result, result.finding, roots, known, covers)
             if root is None:
-                told = replace(result, finding=replace(result.finding, consequence_of=None))
-                roots.append(told)
-            else:
-                told = replace(result, finding=replace(result.finding, consequence_of=root.id))
-                if root.status == "accepted":
-                    told = replace(told, status="accepted", reason=root.reason)
-            known[result.id] = result.finding, root or told
-        ordered[place] = told
-    return [ordered[place] for place in range(len(results))]
+                roots.append(replace(result, finding=replace(result.finding, consequence_of=None)))
+            known[result.id] = result.finding, root or roots[-1]
+            told.append(_following(result, root, covers))
+        else:
+            told.append(result)
+    implied = {root.id: _implied_by(root, roots, covers) for root in roots}
+    return [
+        result if result.finding is None else _following(result, _first(known[result.id][1], implied), covers)
+        for result in told
+    ]
 
 
-def _of_the_tokenizers_padding(result: CheckResult) -> bool:
-    return result.check == "inputs.pipeline" and result.finding is not None and result.finding.cause == "padding-leak"
+def _first(root: CheckResult, implied: Mapping[str, CheckResult | None]) -> CheckResult:
+    """The root that nothing implies, from one to the next."""
+    passed = {root.id}
+    while (cause := implied[root.id]) is not None and cause.id not in passed:
+        root = cause
+        passed.add(root.id)
+    return root
 
 
-def _breaks_a_padding_law(root: CheckResult) -> bool:
-    """Whether the law is broken in true fp64, or the head reads a wrong row."""
-    measurement = str(root.finding.evidence.get("measurement", "")) if root.finding is not None else ""
-    return root.check in PADDING_LAWS and (root.check == "forward.pooling" or measurement.startswith("true"))
+def _following(result: CheckResult, root: CheckResult | None, covers: Covers) -> CheckResult:
+    """The result as a consequence of the root, or as one itself; what follows from an accepted one is accepted with its reason."""
+    assert result.finding is not None
+    if root is None or root.id == result.id:
+        return replace(result, finding=replace(result.finding, consequence_of=None))
+    told = replace(result, finding=replace(result.finding, consequence_of=root.id))
+    if root.status == "accepted" and covers(root, result):
+        return replace(told, status="accepted", reason=root.reason)
+    return told
+
+
+def _implied_by(result: CheckResult, roots: Sequence[CheckResult], covers: Covers) -> CheckResult | None:
+    """The root of the same cell whose law implies this one's break."""
+    assert result.finding is not None
+    if _has_more_causes(result.finding):
+        return None
+    reached = [
+        root
+        for root in roots
+        if root.cell == result.cell
+        and root.finding is not None
+        and not _outlasts(result.finding, root.finding)
+        and (root.status != "accepted" or covers(root, result))
+    ]
+    return first_cause(reached, result)
 
 
 def _root_of(
@@ -86,8 +111,6 @@ def _root_of(
     _, tried = known.get(finding.consequence_of or "", (None, None))
     if tried is not None and any(root.id == tried.id for root in reached):
         return tried
-    if _of_the_tokenizers_padding(result):
-        return next((root for root in reached if _breaks_a_padding_law(root)), None)
     if _has_more_causes(finding):
         return None
     reached = [root for root in reached if root.finding is not None and not _outlasts(finding, root.finding)]

@@ -177,7 +177,8 @@ class Terminal:
         # What it is and not yet why: the end of the run says that, beside everything that follows from it.
         what = sentence_of(finding, diagnosed=False) if finding is not None else result.reason or ""
         cause = finding.cause if finding is not None else what
-        key = (result.check, result.cell.subject, cause)
+        # Where no model can be loaded, every check says the same.
+        key = ("" if result.bad_input else result.check, result.cell.subject, cause)
         if key in self._shown:
             return
         self._shown.add(key)

@@ -55,14 +55,22 @@ def built_buffers(model: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor] 
     return None if other is None else dict(other.named_buffers())
 
 
-def built_dtypes(model: nn.Module, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+def built_dtypes(
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    kind: type[nn.Module] | None = None,
+    changed: Mapping[str, Any] | None = None,
+) -> Mapping[str, torch.dtype]:
     """The dtypes in which the class builds its parameters, by name; empty where it cannot be built from its config alone.
 
     Args:
         model: of transformers, without an adapter.
         dtype: torch's default dtype while the class builds; a parameter in another one has a dtype that the class itself names.
+        kind: another class to build from the config, None for the model's own.
+        changed: values of the config that are others, by attribute.
     """
-    other = _built(model, dtype)
+    other = _built(model, dtype, changed, kind)
     return {} if other is None else {name: parameter.dtype for name, parameter in other.named_parameters()}
 
 
@@ -79,7 +87,12 @@ def built_with(model: nn.Module, changed: Mapping[str, Any]) -> nn.Module | None
     return _built(model, torch.get_default_dtype(), changed)
 
 
-def _built(model: nn.Module, dtype: torch.dtype, changed: Mapping[str, Any] | None = None) -> nn.Module | None:
+def _built(
+    model: nn.Module,
+    dtype: torch.dtype,
+    changed: Mapping[str, Any] | None = None,
+    kind: type[nn.Module] | None = None,
+) -> nn.Module | None:
     if not compat.is_language_model(model):
         return None
     config: Any = copy.deepcopy(model.config)
@@ -89,8 +102,8 @@ def _built(model: nn.Module, dtype: torch.dtype, changed: Mapping[str, Any] | No
             setattr(config, name, value)
         torch.set_default_dtype(dtype)
         # With its parameters on the meta device it costs no memory to speak of.
-        with quiet_transformers(), seeded(0), _parameters_on_meta():
-            return type(model)(config)
+        with quiet_transformers(), seeded(0), parameters_on_meta():
+            return (kind or type(model))(config)
     except Exception:  # noqa: BLE001 - a class of the user's own may ask for more than a config, in any way
         return None
     finally:
@@ -98,7 +111,7 @@ def _built(model: nn.Module, dtype: torch.dtype, changed: Mapping[str, Any] | No
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Each parameter goes to the meta device as soon as its module has it, so its initialisation writes nothing."""
     own = nn.Module.register_parameter
 

@@ -60,12 +60,16 @@ def _forget_registered_classes() -> None:
         for mapping in list(vars(sys.modules[name]).values()):
             extra = vars(mapping).get("_extra_content") if hasattr(mapping, "__dict__") else None
             if isinstance(extra, dict):
-                for key in [key for key, value in extra.items() if _is_a_checkpoints(value)]:
+                for key in [key for key, value in extra.items() if is_a_checkpoints(value)]:
                     del extra[key]
 
 
-def _is_a_checkpoints(registered: object) -> bool:
-    """Whether a class, or one of several, comes from a checkpoint's own code."""
+def is_a_checkpoints(registered: object) -> bool:
+    """Whether a class, or one of several, comes from a checkpoint's own code.
+
+    Args:
+        registered: a class, or several.
+    """
     classes = registered if isinstance(registered, tuple) else (registered,)
     return any(getattr(each, "__module__", "").startswith(f"{_PACKAGE}.") for each in classes)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from numerics_suite.core.errors import CheckError, UnsupportedError
+from numerics_suite.core.errors import UnsupportedError, UnusableError
 from numerics_suite.devices.arithmetic import deterministic_algorithms
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
@@ -126,16 +126,29 @@ def test_a_pickle_is_read_where_resolve_let_it_pass(checkpoint):
     assert loaded.model.get_parameter("lm_head.weight").equal(tensors["lm_head.weight"])
 
 
-def test_a_load_that_fails_otherwise_is_an_error_of_one_line(checkpoint):
+def test_a_load_that_fails_otherwise_is_bad_input_of_one_line(checkpoint):
     subject = resolve(str(checkpoint))
     (checkpoint / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckError, match="GlmForCausalLM could not be loaded by transformers") as caught:
+    with pytest.raises(UnusableError, match="and cannot load this one") as caught:
         load(subject, dtype="float32", attn="eager")
     assert "\n" not in str(caught.value)
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckError, match="could not be loaded by transformers"):
+    with pytest.raises(UnusableError, match="and cannot load this one"):
         load(subject, dtype="float16", attn="eager")
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what asks for CUDA gets it here")
+def test_code_that_asks_for_cuda_is_a_reason_to_skip(tmp_path):
+    """ChatGLM's own `quantization_bit` moves weights there as it builds: nothing of the model is wrong."""
+    built = "self.transformer = ChatGLMModel(config)\n"
+    asks = f"{built}        self.scale = torch.ones(1).cuda()\n"
+    folder = tmp_path / "asks_for_cuda"
+    shutil.copytree(fixture_path("chatglm-tiny"), folder)
+    code = folder / "modeling_chatglm.py"
+    code.write_text(code.read_text("utf-8").replace(built, asks), "utf-8")
+    with pytest.raises(UnsupportedError, match="needs CUDA, which this machine has not: "):
+        load(resolve(str(folder), trust_remote_code=True), dtype="bfloat16", attn="eager")
 
 
 # --- remote code -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,50 @@ TABLE = 'self.register_buffer("inv_freq", rotary_frequencies(config), persistent
 CLASSIFY = {"task": "sequence-classification"}
 
 
+# --- names and shapes in the files ---------------------------------------------------------------------------------
+
+
+MISTRAL = {**BODY, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "num_labels": 3}
+
+
+def with_tensors(folder, change):
+    """A classifier whose stored tensors are others."""
+    folder = Path(save(folder, "MistralForSequenceClassification", "MistralConfig", **MISTRAL))
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("score.weight", "score.modules_to_save.default.weight"),
+        ("q_proj.weight", "q_proj.base_layer.weight"),
+        ("model.", "_orig_mod.model."),
+    ],
+)
+def test_names_that_a_wrapper_of_training_left(tmp_path, old, new):
+    """A model that peft or torch.compile had wrapped, saved as if it were the plain one."""
+    folder = with_tensors(tmp_path, lambda held: {name.replace(old, new): value for name, value in held.items()})
+    finding = answer(folder, "load.complete", "fp32")[0].finding
+    assert (finding.cause, finding.evidence["measurement"]) == ("missing-weights", "renamed")
+    assert new in finding.title
+    stored, looked_for = finding.evidence["stored as"], finding.evidence["looked for as"]
+    assert stored.replace(new, old) == looked_for
+    assert set(finding.parameters) == {name for name in finding.parameters if old in name}
+
+
+def test_tensors_that_sharded_training_left_empty(tmp_path):
+    """DeepSpeed's third stage, saved without gathering: names without values."""
+    folder = with_tensors(
+        tmp_path, lambda held: {name: torch.empty(0) if "mlp" in name else value for name, value in held.items()}
+    )
+    finding = answer(folder, "load.complete", "fp32")[0].finding
+    assert (finding.cause, len(finding.parameters)) == ("lost-weights", 6)
+    told = {name: finding.evidence[name] for name in ("stored shape", "built shape", "stored without any element")}
+    assert told == {"stored shape": "[0]", "built shape": told["built shape"], "stored without any element": 6}
+
+
 # --- buffers that nobody wrote -----------------------------------------------------------------------------------
 
 

@@ -79,6 +79,34 @@ def test_a_half_head_is_the_root_of_every_exception_that_it_ends_in(tmp_path):
     }
 
 
+@pytest.mark.parametrize("rest", ["config.torch_dtype", "torch.get_default_dtype()"])
+def test_the_line_that_names_half_is_told_with_what_to_write(rest, tmp_path):
+    """As the rest of the file builds; written so, the checkpoint passes, saved and loaded again too."""
+    own = "torch.half if config.legacy_half_head else torch.get_default_dtype()"
+    folder = changed(tmp_path, CLASSIFIER, code=(own, "torch.half"))
+    code = Path(folder, "modeling_chatglm.py")
+    if rest.startswith("config"):
+        code.write_text(f"# builds in config.torch_dtype\n{code.read_text('utf-8')}", "utf-8")
+    told = str(findings(run_of(folder, ("load.dtype",), "bf16"))["load.dtype"].evidence["the class"])
+    line = next(at for at, text in enumerate(code.read_text("utf-8").splitlines(), 1) if "dtype=torch.half" in text)
+    assert f"write dtype={rest} for dtype=torch.half at modeling_chatglm.py:{line}, which" in told
+    code.write_text(code.read_text("utf-8").replace("dtype=torch.half", f"dtype={rest}"), "utf-8")
+    assert findings(run_of(folder, ("load.dtype", "load.roundtrip"), "bf16")) == {}
+
+
+def test_a_line_that_would_not_help_is_not_told(tmp_path):
+    """The class casts its head a second time."""
+    own = "torch.half if config.legacy_half_head else torch.get_default_dtype()"
+    folder = changed(tmp_path, CLASSIFIER, code=(own, "torch.half"))
+    code = Path(folder, "modeling_chatglm.py")
+    text = code.read_text("utf-8")
+    assert text.count("        self.post_init()") >= 1
+    at = text.rindex("        self.post_init()")
+    code.write_text(f"{text[:at]}        self.classifier_head.half()\n{text[at:]}", "utf-8")
+    told = str(findings(run_of(folder, ("load.dtype",), "bf16"))["load.dtype"].evidence["the class"])
+    assert told.endswith("in float16 whatever is asked for: change its code, or cast after every load")
+
+
 def test_each_precision_has_a_root_of_its_own(tmp_path):
     run = run_of(changed(tmp_path, CLASSIFIER, **HALF), ("load.dtype", "forward.finite"), "bf16", "fp32")
     ends = [each for each in run.checks if each.check == "forward.finite"]

@@ -262,6 +262,29 @@ def test_a_task_without_a_class_is_unsupported():
         resolve("fixture:chatglm-tiny", task="token-classification")
 
 
+@pytest.mark.parametrize("left", ["class", "import", "star"])
+def test_a_class_that_its_file_does_not_define(tmp_path, left):
+    """Copies of published code leave the classifier out that config.json goes on to name; one may also be imported."""
+    copy = Path(shutil.copytree(fixture_path("chatglm-tiny"), tmp_path / "chatglm"))
+    code = copy / "modeling_chatglm.py"
+    text = code.read_text("utf-8").replace("class ChatGLMForSequenceClassification(", "class Other(")
+    more = {
+        "class": "",
+        "import": "from .heads import Head as ChatGLMForSequenceClassification\n",
+        "star": "from .heads import *\n",
+    }
+    code.write_text(f"{text}\n\n{more[left]}", "utf-8")
+    wanted = {"task": "sequence-classification", "trust_remote_code": True}
+    if left == "class":
+        with pytest.raises(
+            UnsupportedError, match=r"modeling_chatglm\.ChatGLMForSequenceClassification, which that file does"
+        ):
+            resolve(str(copy), **wanted)
+    else:
+        assert resolve(str(copy), **wanted).model_class == "ChatGLMForSequenceClassification"
+    assert resolve(str(copy), trust_remote_code=True).task == "causal-lm"
+
+
 def test_code_that_is_not_in_the_folder(tmp_path):
     copy = Path(shutil.copytree(fixture_path("chatglm-tiny"), tmp_path / "chatglm"))
     (copy / "modeling_chatglm.py").unlink()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 from unit.test_clean_models import BODY, save, statuses
 
 CHECK = ("train.grad-flow",)
@@ -33,6 +35,34 @@ def test_a_part_that_is_left_out(tmp_path, monkeypatch, part):
     monkeypatch.setattr(getattr(modeling_mistral, part), "forward", lambda _, x: x)
     found = statuses(save(tmp_path, "MistralForCausalLM", "MistralConfig", **MISTRAL), CHECK, "fp32")
     assert found["train.grad-flow"].startswith("failed: ")
+
+
+def first_position() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A batch in which the loss reads the answer of the first position alone."""
+    import transformers
+
+    torch.manual_seed(0)
+    ids = torch.randint(3, 300, (2, 6))
+    labels = torch.full_like(ids, -100)
+    labels[:, 1] = ids[:, 1]
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def queries_times_zero() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """In the same batch, one layer's queries are lost in any batch."""
+    model, batch = first_position()
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda _module, _args, output: 0 * output)
+    return model, batch
+
+
+def test_a_loss_that_reads_the_first_position_alone():
+    """One key has a softmax of 1 whatever the scores are, so queries and keys have no gradient by mathematics."""
+    assert statuses(f"factory:{__name__}:first_position", CHECK, "fp32") == {"train.grad-flow": "passed"}
+    found = statuses(f"factory:{__name__}:queries_times_zero", CHECK, "fp32")
+    # The keys that only these queries read are dead with them.
+    assert "model.layers.1.self_attn.q_proj.weight" in found["train.grad-flow"]
+    assert "layers.0" not in found["train.grad-flow"]
 
 
 def test_a_pooler_whose_answer_is_cut_off(tmp_path, monkeypatch):

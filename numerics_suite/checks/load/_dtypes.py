@@ -11,6 +11,7 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.built_model import built_dtypes, without_adapter
 from numerics_suite.subjects.load import default_dtype
+from numerics_suite.subjects.own_dtype import named_dtypes
 
 SHOWN = 5
 
@@ -28,7 +29,9 @@ def named_by_class(context: CellContext, names: Iterable[str]) -> dict[str, Fact
     if not own:
         return {}
     dtypes = ", ".join(sorted({str(built[name]).removeprefix("torch.") for name in own}))
-    told = f"builds {listed(own, SHOWN)} in {dtypes} whatever is asked for: change its code, or cast after every load"
+    lines = " and ".join(map(str, named_dtypes(model, own, asked)))
+    code = f"{lines}, which builds it in the dtype that config.json names" if lines else "change its code"
+    told = f"builds {listed(own, SHOWN)} in {dtypes} whatever is asked for: {code}, or cast after every load"
     return {"the class": f"{type(model).__name__} {told}"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.adapters import adapter_task, read_adapter
@@ -35,18 +35,33 @@ def complete(context: CellContext) -> Iterable[Measurement]:
         ("mismatched", loaded.mismatched),
     ]
     for name, found in names:
-        yield _count(name, found)
+        yield _count(name, found, _shapes(context, loaded) if name == "mismatched" else None)
     changed = () if context.subject.adapter_base or context.subject.quantized else tuple(_changed(context, loaded))
     yield _count("changed", changed)
 
 
-def _count(name: str, found: tuple[str, ...]) -> Measurement:
+def _shapes(context: CellContext, loaded: Loaded) -> dict[str, Fact]:
+    """The shape of the first that differs; stored tensors without elements are what sharded training leaves that gathered nothing."""
+    stored = {} if context.subject.path is None else tensor_headers(context.subject.path)
+    shapes = {name: tuple(stored[name][1]) for name in loaded.mismatched if name in stored}
+    if not shapes:
+        return {}
+    first, built = next(iter(shapes)), dict(loaded.model.named_parameters())
+    empty = sum(0 in shape for shape in shapes.values())
+    facts: dict[str, Fact] = {"stored shape": str(list(shapes[first]))}
+    if first in built:
+        facts["built shape"] = str(list(built[first].shape))
+    return facts | ({"stored without any element": empty} if empty else {})
+
+
+def _count(name: str, found: tuple[str, ...], facts: dict[str, Fact] | None = None) -> Measurement:
     return Measurement(
         name=name,
         value=len(found),
         unit="tensors",
         module=found[0].rpartition(".")[0] if found else None,
         parameters=found,
+        facts=facts or {},
     )
 
 
@@ -79,30 +94,41 @@ def _renamed(context: CellContext, loaded: Loaded) -> Measurement:
     stored = tensor_headers(context.subject.path)
     wanted = dict(loaded.model.named_parameters())
     homeless = [name for name in loaded.unexpected if name in stored]
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for name in loaded.missing:
         if name in loaded.new_head or name not in wanted:
             continue
         shape = tuple(wanted[name].shape)
-        like = [
-            other
-            for other in homeless
-            if tuple(stored[other][1]) == shape and other.split(".")[-2:] == name.split(".")[-2:]
-        ]
-        prefixes = {_prefixes(other, name) for other in like}
-        for pair in prefixes:
-            found.setdefault(pair, []).append(name)
+        for other in (other for other in homeless if tuple(stored[other][1]) == shape):
+            # A wrapper of training (peft's `base_layer`, `modules_to_save.default`) adds parts within a name, others before it.
+            added = _added_parts(name, other)
+            if added or other.split(".")[-2:] == name.split(".")[-2:]:
+                found.setdefault(added or _prefixes(other, name), []).append((name, other))
     if not found:
         return Measurement(name="renamed", value=0, unit="tensors")
-    (theirs, ours), names = max(found.items(), key=lambda item: len(item[1]))
+    pairs = max(found.values(), key=len)
+    names = tuple(dict.fromkeys(name for name, _ in pairs))
     return Measurement(
         name="renamed",
         value=len(names),
         unit="tensors",
         module=names[0].rpartition(".")[0],
-        parameters=tuple(names),
-        facts={"stored as": theirs + names[0].removeprefix(ours), "looked for as": names[0]},
+        parameters=names,
+        facts={"stored as": pairs[0][1], "looked for as": names[0]},
     )
+
+
+def _added_parts(name: str, other: str) -> tuple[str, ...]:
+    """The parts that another name has within this one, empty where it begins otherwise or has none."""
+    left, added = name.split("."), []
+    if other.partition(".")[0] != left[0]:
+        return ()
+    for part in other.split("."):
+        if left and part == left[0]:
+            left.pop(0)
+        else:
+            added.append(part)
+    return () if left else tuple(added)
 
 
 def _prefixes(one: str, other: str) -> tuple[str, str]:

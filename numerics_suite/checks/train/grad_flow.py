@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Batch, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.devices import random_state
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.runner import Runner
+from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.observations.roundoff import rms
 
 LAYER = re.compile(r"\.\d+\.")
@@ -25,6 +27,8 @@ STEP = 1e-6
 FLAT = 1e-13
 """Change of the loss, relative to it: some hundred roundings of float64, a ten-millionth of the step."""
 
+TOKENS = 8
+"""Tokens of a row in which every parameter can matter: queries see several keys, and most positions have a label."""
 
 OPTIONAL = frozenset({"mask_emb", "seg_embed", "r_s_bias"})
 """XLNet's parameters that only segment ids and the target mapping of its pretraining reach."""
@@ -63,6 +67,7 @@ def dead_parameters(context: CellContext) -> tuple[str, ...]:
         run = context.trajectory
         dead = [name for name in run.dead if not _unused(context, name)]
         apart = _apart(context, [name for name in dead if name in run.absent])
+        apart |= _without_part_in_the_batch(context, [name for name in dead if name not in run.absent])
         context.memo[key] = tuple(name for name in dead if name not in apart)
     found: tuple[str, ...] = context.memo[key]
     return found
@@ -100,6 +105,34 @@ def _apart(context: CellContext, absent: Sequence[str]) -> frozenset[str]:
         if part and kind is None and LAYER.sub(".N.", name) not in layers:
             whole.append(name)
     return frozenset(fixed | (set(whole) if loss_is_flat(context, whole) else set()))
+
+
+def _without_part_in_the_batch(context: CellContext, zero: Sequence[str]) -> frozenset[str]:
+    """Those of the parameters with a gradient of exactly zero that this batch cannot teach, and another one does.
+
+    Where the loss reads the first position alone, its attention has one key, whose softmax is 1 whatever the scores are: the
+    true gradient of queries and keys is exactly zero. It is not over rows of several tokens in which every label counts.
+    """
+    if not zero or not context.takes_ids:
+        return frozenset()
+    here = _true_gradients(context, context.training_batch)
+    unmoved = [name for name in zero if _is_zero(here.get(name))]
+    if not unmoved:
+        return frozenset()
+    rows = training_batch(
+        context.space, rows=context.rows, length=min(TOKENS, context.longest), seed=context.request.seed
+    )
+    elsewhere = _true_gradients(context, rows)
+    return frozenset(name for name in unmoved if not _is_zero(elsewhere.get(name)))
+
+
+def _true_gradients(context: CellContext, batch: Batch) -> Mapping[str, Tensor]:
+    with random_state.torch_seeded(context.request.seed):  # a caught step may be in training mode
+        return context.runner.true_fp64(batch.tensors, gradients=True).gradients or {}
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is None or not bool(gradient.any())
 
 
 def _whole_part(name: str, reached: Iterable[str]) -> str:

@@ -64,7 +64,7 @@ BUDGETS = (
         cause="missing-weights",
         title="{value} weights are stored under other names ({facts[stored as]} for {facts[looked for as]}): "
         "the model runs on initial values",
-        reason="The files hold tensors of these shapes whose names end alike, so the checkpoint was saved with another layout. "
+        reason="The files hold tensors of these shapes whose names end alike or have parts added, so the checkpoint was saved with another layout or by a wrapper. "
         "transformers warns and goes on with weights drawn at random, and the answers are noise.",
         remedies=("newer-version", "pin-version", "reload-weights"),
     ),
