@@ -214,6 +214,7 @@ class Recorded:
         baseline: its measurements, None where there are none.
         error: why it could not be measured, empty elsewhere.
         skipped: why it cannot be had here, of a default list; empty elsewhere.
+        bad_input: the error is that no model can be loaded of the subject's files.
     """
 
     done: int
@@ -222,3 +223,4 @@ class Recorded:
     baseline: CellBaseline | None = None
     error: str = ""
     skipped: str = ""
+    bad_input: bool = False

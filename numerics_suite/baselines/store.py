@@ -22,7 +22,7 @@ from numerics_suite.baselines.json_reader import Node
 from numerics_suite.baselines.records import OLDEST_SCHEMA, SCHEMA_VERSION, CellBaseline
 from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.core.json_text import parse_json
+from numerics_suite.core.json_text import LARGEST, parse_json, read_bytes
 from numerics_suite.core.records import Cell
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _load_file(file: Path) -> tuple[CellBaseline, ...]:
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             message = f"'{name}' is no tensor file beside it"
             raise tensors.wrong(message)
-        if not path.exists() and tries_left and _read(file) != text:
+        if not path.is_file() and tries_left and _read(file) != text:
             continue
         arrays = _arrays(path, digest, file)
         decoder = Decoder(content, arrays, content.get("subject").text(), content.get("task").text())
@@ -145,11 +145,11 @@ def _load_file(file: Path) -> tuple[CellBaseline, ...]:
     raise BadInputError(message)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, largest: int = LARGEST) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        message = f"cannot read {path}: {error.strerror or error}"
+        return read_bytes(path, largest)
+    except (OSError, ValueError) as error:
+        message = f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
         raise BadInputError(message) from None
 
 
@@ -187,14 +187,18 @@ def _parsed(text: bytes, file: Path) -> Any:
     return content
 
 
+LARGEST_ARRAYS = 2**30
+"""Bytes of a tensor file, which is read whole; those of a fixture are some tens of thousands."""
+
+
 def _arrays(path: Path, digest: str, file: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a tensor file, once its digest is the one that the JSON holds."""
-    if not path.exists():
+    if not path.is_file():
         message = (
             f"{path}: missing, and {file.name} needs it; restore it from git, or delete {file.name} and record again"
         )
         raise BadInputError(message)
-    raw = _read(path)
+    raw = _read(path, LARGEST_ARRAYS)
     if hashlib.sha256(raw).hexdigest() != digest:
         message = (
             f"{path}: torn or edited, its SHA-256 is not the one in {file.name}; "

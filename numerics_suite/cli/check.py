@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.settings.tree import Settings
 
+BAD_INPUT = 4
 TRIED = ".numerics/tried"
 """Where answers of other releases are kept."""
 
@@ -129,13 +130,17 @@ def _check(settings: Settings, *, other_versions: bool) -> int:
                 write_json(settings.json, to_json(result))  # first: whoever stops the run may not wait for the rest
             except BadInputError as error:  # a disk that is full now: what was found is still told
                 unwritten = error
-        terminal.summary(result)
+        refused = tuple(dict.fromkeys(str(check.reason) for check in result.checks if check.bad_input))
+        if not refused or any(check.status in {"passed", "failed", "accepted"} for check in result.checks):
+            terminal.summary(result)
         if unwritten is not None:
             raise unwritten
     if settings.json == "-":
         write_json(settings.json, to_json(result))
     documents = Documents(runs=(CheckRun(label="check", result=result),))
     deliver(documents, settings.report, settings.junitxml, silent=settings.quiet or settings.json == "-")
+    if result.exit_status == BAD_INPUT:
+        raise BadInputError("; ".join(refused))
     return result.exit_status
 
 
@@ -169,7 +174,7 @@ def _with_other_versions(result: RunResult, settings: Settings, terminal: Termin
 
 def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
     """The result with training on the user's own texts, where checks of training were asked for."""
-    from numerics_suite.suite.planning import selected_checks
+    from numerics_suite.suite.check_selection import selected_checks
     from numerics_suite.suite.rehearsal import rehearse
 
     if not any(check.startswith("train.") for check in selected_checks(settings)):

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from numerics_suite.cli.parser import HelpShown
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
 
 def entry() -> int:
     """The program itself: one command, with a process that watches over those that run models."""
+    _fill_closed_streams()
     given = sys.argv[1:]
     if given[:1] != ["watch"]:
         os.environ.setdefault(
@@ -100,6 +102,17 @@ def entry() -> int:
     if given[:1] and given[0] in SUPERVISED and not {"-h", "--help"} & set(given):
         return supervised(given, main)
     return main(given)
+
+
+def _fill_closed_streams() -> None:
+    """Let what a caller closed (`>&-`) lead nowhere: else the next file that is opened gets its number, and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w" if number else "r", encoding="utf-8"))  # noqa: SIM115 - it lives as long as the process
 
 
 def _tolerate() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from numerics_suite.core.records import Cell
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.settings.tree import Settings
     from numerics_suite.versions.matrix import MatrixPlan
@@ -111,6 +112,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.core.machine import core_count
+    from numerics_suite.suite.check_selection import selected_checks
     from numerics_suite.versions.combinations import resolve_all
     from numerics_suite.versions.extensions import without_extensions
     from numerics_suite.versions.fingerprints import know_all
@@ -122,6 +124,7 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
 
         refuse_without_ray()
     settings = without_extensions(settings)
+    selected_checks(settings)  # each environment would refuse what leaves none
     known = know_all(settings)
     baseline = baseline_of(settings, [one.name for one in known])
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
@@ -252,4 +255,15 @@ def baseline_of(settings: Settings, subjects: Sequence[str]) -> Path | None:
     if settings.baseline is not None and not set(there) & set(subjects):
         message = f"--baseline {settings.baseline}: it holds {', '.join(there)}, and nothing of {', '.join(subjects)}"
         raise BadInputError(message)
+    if settings.baseline is not None and not any(_may_be_asked(cell, settings) for cell in found):
+        held = sorted({f"{cell.subject} ({cell.task}) in {cell.precision}/{cell.attn}" for cell in found})
+        message = f"--baseline {settings.baseline}: no cell in common with this run; it holds {', '.join(held[:6])}"
+        raise BadInputError(message)
     return found.folder
+
+
+def _may_be_asked(cell: Cell, settings: Settings) -> bool:
+    """Whether the options that were given leave the cell, as far as that can be told without its subject."""
+    precisions, attentions, tasks = settings.precision, settings.attn, {"auto", cell.task}
+    attn = cell.attn == "default" or not attentions or cell.attn in attentions  # a plain module has no switch
+    return attn and settings.task in tasks and (not precisions or cell.precision in precisions)

@@ -81,6 +81,8 @@ def run(arguments: Sequence[str]) -> int:
         written = write_baselines(settings, folder, force=force, stream=stream, offer=offer)
     if settings.json:
         write_json(settings.json, written.to_json(), written.exit_status)
+    if written.exit_status == 4:
+        raise BadInputError("; ".join(dict.fromkeys(written.refused)))
     return written.exit_status
 
 
@@ -141,6 +143,7 @@ class Written:
         self.folder, self.force, self.printer = folder, force, printer
         self.files: list[tuple[dict[str, str], Path]] = []
         self.errors: list[dict[str, str]] = []
+        self.refused: list[str] = []
 
     def take(self, recorded: Recorded) -> None:
         """Save a cell as soon as it is measured."""
@@ -152,12 +155,15 @@ class Written:
             self.files.append((_key(recorded.baseline.cell), file))
         elif recorded.error:
             self.errors.append({**_key(recorded.cell), "error": recorded.error})
+            self.refused += [recorded.error] if recorded.bad_input else []
         self.printer.cell(recorded, file)
 
     @property
     def exit_status(self) -> int:
-        """0 where all was written."""
-        return 3 if self.errors else 0
+        """0 where all was written; 4 where nothing else went wrong than that no model can be loaded of the files."""
+        if not self.errors:
+            return 0
+        return 4 if len(self.refused) == len(self.errors) else 3
 
     def to_json(self) -> dict[str, Any]:
         """The answer of the command; `bytes` are those of the file and of the arrays that it names."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.deaths import RSS_UNIT, death_text
+from numerics_suite.core.interrupts import stop_signals
 from numerics_suite.core.lifeline import EarlierAnswers, Lifeline, hold, lifeline
 from numerics_suite.core.text import harmless
 
@@ -109,9 +110,6 @@ class _Signals:
             os.kill(self.pid, number)
 
 
-HANDED_ON = (signal.SIGINT, signal.SIGTERM)
-
-
 def _one(
     arguments: list[str], main: Callable[[list[str]], int], known: EarlierAnswers, signals: _Signals
 ) -> tuple[_Run | None, int, int | None]:
@@ -120,8 +118,9 @@ def _one(
     alive, living = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
-    before = {number: signal.signal(number, signals) for number in HANDED_ON}
+    handed_on = stop_signals()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, handed_on)
+    before = {number: signal.signal(number, signals) for number in handed_on}
     pid = os.fork()
     if pid == 0:
         os.close(told)

@@ -29,6 +29,13 @@ class CheckError(NumericsSuiteError):
     """A check could not be carried out (not a finding): status `error`, exit status 3."""
 
 
+class UnusableError(CheckError):
+    """No model can be loaded of a checkpoint, though its files passed every look: bad input that only a load could tell.
+
+    Its questions have status `error`, so that other subjects keep their answers; exit status 4 where nothing else went wrong.
+    """
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The phrase ``; did you mean 'x'?`` for the known name closest to `name`, or an empty string.
 

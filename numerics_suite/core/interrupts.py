@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as one request to stop, which no code under test can swallow or fake."""
+"""SIGTERM, Ctrl-C and a terminal that closes as one request to stop, which no code under test can swallow or fake."""
 
 from __future__ import annotations
 
@@ -44,13 +44,20 @@ def stop_if_requested() -> None:
         raise KeyboardInterrupt
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those that ask for an end; SIGHUP, the end of the terminal, only where `nohup` does not have it ignored."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    heeded = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT, *((hangup,) if heeded else ()))
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGINT raise KeyboardInterrupt, once for each request; a request inside one that lasts changes nothing."""
+    """Each of them raises KeyboardInterrupt, once for each request; a request inside one that lasts changes nothing."""
     if _request.active or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
     lost = sys.unraisablehook
     sys.unraisablehook = lambda told: None if _is_ours(told) else lost(told)
     _request.at, _request.active = None, True

@@ -248,7 +248,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """What one check said of one cell; `series` are of the batch that measured worst."""
+    """What one check said of one cell.
+
+    `series` are of the batch that measured worst. `bad_input` is an error because no model can be loaded of the subject's files.
+    """
 
     check: str
     cell: Cell
@@ -258,6 +261,7 @@ class CheckResult:
     measurements: Mapping[str, float] = field(default_factory=dict)
     finding: Finding | None = None
     series: tuple[Series, ...] = ()
+    bad_input: bool = False
 
     @property
     def id(self) -> str:

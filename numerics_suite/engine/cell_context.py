@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
-from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
 from numerics_suite.core.renamed import renamed
 from numerics_suite.devices import random_state
@@ -94,9 +94,9 @@ class CellContext:
         unheld: parameters that are meant to train and that no optimizer of these holds.
     """
 
-    first_step = 1
-    origin = ""
+    first_step, origin = 1, ""
     unheld: tuple[str, ...] = ()
+    unusable: UnusableError | None = None  # why no model could be loaded of the files
 
     def __init__(
         self,
@@ -177,7 +177,12 @@ class CellContext:
 
         Loaded under poison, so that memory which nobody writes to is NaN here as on any machine, and not zero today.
         """
-        return self.load(seed=self.request.seed, poison=True)
+        if self.unusable is None:
+            try:
+                return self.load(seed=self.request.seed, poison=True)
+            except UnusableError as error:
+                self.unusable = error
+        raise self.unusable  # every check that asks meets the same one
 
     @cached_property
     def unwritten(self) -> tuple[str, ...]:
@@ -354,12 +359,10 @@ class CellContext:
             self._forwards.move_to_end(key)
         else:
             self._forwards[key] = floating_outputs(self.run(tensors))
-            while len(self._forwards) > 1 and self._kept_bytes() > KEPT_BYTES:
+            held = self._forwards.values()
+            while len(held) > 1 and sum(tensor.nbytes for kept in held for tensor in kept.values()) > KEPT_BYTES:
                 self._forwards.popitem(last=False)
         return self._forwards[key]
-
-    def _kept_bytes(self) -> int:
-        return sum(tensor.nbytes for outputs in self._forwards.values() for tensor in outputs.values())
 
     @cached_property
     def trajectory(self) -> Trajectory:

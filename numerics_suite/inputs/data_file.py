@@ -148,6 +148,9 @@ def _check_row(example: Example, num_labels: int, targets: Targets) -> None:
 
 
 def _examples(path: Path) -> Iterator[Example]:
+    if path.exists() and not path.is_file():
+        message = f"--data {path}: is no regular file, and it is read more than once; write the rows to a file"
+        raise BadInputError(message)
     try:
         with path.open("rb") as file:
             number = 0

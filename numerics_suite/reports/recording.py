@@ -38,7 +38,9 @@ class RecordTerminal(Terminal):
         """
         cell = recorded.cell
         where = f"{cell.subject} {cell.task} {cell.precision} {cell.attn} {cell.device}"
-        if recorded.error:
+        if recorded.bad_input and not self._quiet:
+            self._print([TerminalLine(f"{where}: ERROR {recorded.error}")])  # the command ends with the reason
+        elif recorded.error:
             self._tell_error(f"{where}: ERROR {recorded.error}")
         elif recorded.baseline is None:
             self.say(f"{where}: skipped, {recorded.skipped}")

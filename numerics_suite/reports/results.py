@@ -130,6 +130,7 @@ def check_to_json(result: CheckResult) -> dict[str, Any]:
         "measurements": jsonable(result.measurements),
         "finding": None if result.finding is None else finding_to_json(result.finding),
         "series": [_series_to_json(series) for series in result.series],
+        **({"bad_input": True} if result.bad_input else {}),
     }
 
 
@@ -221,6 +222,7 @@ def check_from_json(content: Mapping[str, Any]) -> CheckResult:
         measurements=revived(content["measurements"]),
         finding=None if finding is None else finding_from_json(finding),
         series=tuple(_series_from_json(series) for series in content.get("series", ())),
+        bad_input=bool(content.get("bad_input", False)),
     )
 
 

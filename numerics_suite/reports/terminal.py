@@ -173,7 +173,8 @@ class Terminal:
             return
         what = result.finding.title if result.finding is not None else result.reason or ""
         cause = result.finding.cause if result.finding is not None else what
-        key = (result.check, result.cell.subject, cause)
+        # Where no model can be loaded, every check says the same.
+        key = ("" if result.bad_input else result.check, result.cell.subject, cause)
         if key in self._shown:
             return
         self._shown.add(key)

@@ -102,7 +102,7 @@ def _built(
             setattr(config, name, value)
         torch.set_default_dtype(dtype)
         # With its parameters on the meta device it costs no memory to speak of.
-        with quiet_transformers(), seeded(0), _parameters_on_meta():
+        with quiet_transformers(), seeded(0), parameters_on_meta():
             return (kind or type(model))(config)
     except Exception:  # noqa: BLE001 - a class of the user's own may ask for more than a config, in any way
         return None
@@ -111,7 +111,7 @@ def _built(
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Each parameter goes to the meta device as soon as its module has it, so its initialisation writes nothing."""
     own = nn.Module.register_parameter
 

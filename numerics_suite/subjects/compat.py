@@ -92,6 +92,13 @@ def knows_architecture(name: str) -> bool:
     return name in _class_names()
 
 
+def class_of(name: object) -> Any:
+    """The class of that name that this release has; None where it has none."""
+    import transformers  # heavy
+
+    return getattr(transformers, str(name), None)
+
+
 @cache
 def _class_names() -> frozenset[str]:
     import transformers  # heavy

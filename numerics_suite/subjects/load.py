@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.errors import UnsupportedError
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.arithmetic import deterministic_algorithms
 from numerics_suite.devices.kinds import parts_of
-from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
 from numerics_suite.subjects.built_model import built_buffers, is_outside_body, without_adapter
@@ -26,6 +25,7 @@ from numerics_suite.subjects.compat import LoadingInfo
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.files import pickle_files, safetensors_files, tensor_headers
+from numerics_suite.subjects.load_failures import adapter_failures, load_failures
 from numerics_suite.subjects.memory import refuse_too_large
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import modules_folder, private_modules
@@ -88,7 +88,8 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
     Raises:
         UnsupportedError: this release or this class cannot (architecture, attention); the text is the reason.
         BadInputError: a factory fails.
-        CheckError: the load fails for another reason.
+        UnusableError: no model comes of the checkpoint's files.
+        CheckError: none comes of a fixture, whose files are right, or memory ran out.
     """
     with ExitStack() as switches:
         if subject.kind != "factory":
@@ -123,10 +124,11 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
     refuse_too_large(subject, dtype, device)
     # A cell of a subject that this release lacks ends here, and is skipped with this reason.
     validate.check_model_type(folder, subject.config, trust_remote_code=subject.trust_remote_code)
-    with _failures(subject, attn):
+    with load_failures(subject, attn):
         model, info = _from_folder(subject, folder, dtype=dtype, attn=attn, device=device)
         if subject.adapter_base:
-            model, info = _with_adapter(subject, model, info)
+            with adapter_failures(subject):
+                model, info = _with_adapter(subject, model, info)
         if not subject.quantized:
             place(model, device)
     own_code = validate.needs_remote_code(subject.config)
@@ -144,39 +146,6 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
     )
 
 
-NO_CUDA = ("Torch not compiled with CUDA enabled", "Found no NVIDIA driver", "No CUDA GPUs are available")
-"""What torch says, in an AssertionError or a RuntimeError, where code asks for CUDA by name (ChatGLM's own `quantization_bit` does)."""
-
-
-@contextmanager
-def _failures(subject: Subject, attn: str) -> Iterator[None]:
-    """Give every failure of a load one line: an implementation that is lacking is a skip, the rest an error."""
-    try:
-        yield
-    except NumericsSuiteError:
-        raise
-    except Exception as error:
-        reraise_if_fatal(error)
-        text = f"{type(error).__name__}: {compat.first_line(error)}"
-        if attn != "default" and isinstance(error, (ImportError, ValueError)) and _is_about_attention(text):
-            message = f"{subject.model_class} cannot use {attn} attention: {compat.first_line(error)}"
-            raise UnsupportedError(message) from error
-        if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
-            message = f"this quantised checkpoint cannot be loaded here: {compat.first_line(error)}"
-            raise UnsupportedError(message) from error
-        if any(said in text for said in NO_CUDA):
-            message = (
-                f"the code of {subject.model_class} needs CUDA, which this machine has not: {compat.first_line(error)}"
-            )
-            raise UnsupportedError(message) from error
-        message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"
-        raise CheckError(message) from error
-
-
-def _is_about_attention(text: str) -> bool:
-    return any(word in text.lower() for word in ("attention", "attn", "flash", "sdpa", "flex"))
-
-
 def default_dtype(subject: Subject, dtype: str | None = None) -> str:
     """The dtype of most parameters where a checkpoint is loaded without naming one, or by its folder alone with one.
 
@@ -185,11 +154,11 @@ def default_dtype(subject: Subject, dtype: str | None = None) -> str:
         dtype: asked for, and then no config object is handed over; None asks for none: the stored one from 5.0.0 on.
 
     Raises:
-        CheckError: the load fails.
+        UnusableError: the load fails; CheckError of a fixture.
     """
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
-    with quiet_transformers(), private_modules(), _default_dtype_kept(), seeded(0), _failures(subject, "default"):
+    with quiet_transformers(), private_modules(), _default_dtype_kept(), seeded(0), load_failures(subject, "default"):
         model, _ = _from_folder(subject, folder, dtype=dtype, attn="default", device="cpu", config=dtype is None)
     sizes: dict[str, int] = {}
     for parameter in model.parameters():

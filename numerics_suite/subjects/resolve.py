@@ -13,6 +13,7 @@ from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
 from numerics_suite.subjects import compat, fixtures, validate
 from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter, refuse_unusable
+from numerics_suite.subjects.buildable import refuse_impossible_sizes
 from numerics_suite.subjects.factory import PREFIX as FACTORY
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of
@@ -232,11 +233,13 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     validate.check_weights(folder, allow_pickle=wanted.allow_pickle)
     family, tensors = family_of(config), stored_tensors(folder)
     task = _task(wanted, config, folder, adapter)
+    own_code = validate.needs_remote_code(config)
+    if not own_code:
+        refuse_impossible_sizes(folder, config, tensors)
     validate.check_vocabulary(folder, config, tensors, family)
     validate.check_pad_token(folder, config, tensors, task)
     new_head = needs_new_head(tensors, config, family, task, wanted.num_labels)
     labels, model_class = wanted.num_labels, _model_class(config, task, folder)
-    own_code = validate.needs_remote_code(config)
     notes = (*shallow, *(() if own_code or adapter is not None else checkpoint_notes(tensors, config, model_class)))
     if adapter is not None:
         held = stored_tensors(place.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ def baselines_of(settings: Settings) -> Baselines | None:
 def _usual_place() -> Path | None:
     project = find_pyproject(Path.cwd())
     places = [Path.cwd(), *([project.parent] if project is not None else [])]
-    return next((place / FOLDER for place in places if (place / FOLDER).is_dir()), None)
+    # A file of that name, or a link that leads nowhere, is a gate that somebody believes in: loading it says what it is.
+    return next((place / FOLDER for place in places if os.path.lexists(place / FOLDER)), None)
 
 
 def asks_by_name(settings: Settings) -> bool:

@@ -47,7 +47,8 @@ def ending(
     if "failed" in statuses or broken:
         return Ending(status=1, verdict="fail", complete=True)
     if "error" in statuses:
-        return Ending(status=3, verdict="error", complete=True)
+        bad_input = all(result.bad_input for result in results if result.status == "error")
+        return Ending(status=4 if bad_input else 3, verdict="error", complete=True)
     unasked = {result.reason for result in results if result.status == "skipped" and result.reason in UNASKED}
     if allow_partial:
         unasked -= {TIME_LIMIT}

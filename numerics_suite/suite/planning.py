@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, CheckError, UnsupportedError
 from numerics_suite.core.records import Cell, Subject
-from numerics_suite.core.registry import GROUPS, CheckSpec, check_ids, get_check, own_check_ids
+from numerics_suite.core.registry import GROUPS, CheckSpec, get_check, own_check_ids
 from numerics_suite.devices.device import default_precisions, lacks, lacks_attention, resolve_device
 from numerics_suite.devices.precisions import SERVING_REASON, Precision, precision
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_names
 from numerics_suite.subjects.resolve import factory_subject, resolve_all, unsupported_subject
 from numerics_suite.suite.baseline_selection import GROUP, asks_by_name, baselines_of, lacking, refuse_strangers
+from numerics_suite.suite.check_selection import selected_checks
 from numerics_suite.suite.data import checked_data
 from numerics_suite.suite.endings import NO_BATCH
 from numerics_suite.suite.extensions import load_extensions
@@ -135,28 +135,6 @@ def _checks(settings: Settings) -> tuple[list[CheckSpec], Baselines | None]:
 
 def _group(check: str) -> str:
     return check.partition(".")[0]
-
-
-def selected_checks(settings: Settings) -> tuple[str, ...]:
-    """Ids of the checks that `--checks` names and `--skip` leaves."""
-
-    def named(check: str, globs: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatchcase(check, glob) for glob in globs)
-
-    known = check_ids()
-    for glob in settings.checks:
-        if not any(named(check, (glob,)) for check in known):
-            message = f"--checks {glob}: only checks of other packages match it, and extensions are off"
-            raise BadInputError(message)
-    wanted = tuple(
-        check
-        for check in known
-        if (not settings.checks or named(check, settings.checks)) and not named(check, settings.skip)
-    )
-    if not wanted:
-        message = "--checks and --skip leave no check to run"
-        raise BadInputError(message)
-    return wanted
 
 
 def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str], dict[str, str]]:

@@ -15,7 +15,7 @@ from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline, Recorded
 from numerics_suite.checks.baseline._difference import measured_as
 from numerics_suite.core.activity import doing
-from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.errors import NumericsSuiteError, UnusableError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.files import digests_from_json, digests_to_json
@@ -30,6 +30,7 @@ class _Answer:
 
     baseline: CellBaseline | None = None
     error: str = ""
+    bad_input: bool = False
 
 
 def recording_session(settings: Settings) -> SuiteSession:
@@ -84,7 +85,16 @@ def record_cells(
             done += 1
             if answer.baseline is not None:
                 measured[cell] = answer.baseline
-            on_progress(Recorded(done=done, total=total, cell=cell, baseline=answer.baseline, error=answer.error))
+            on_progress(
+                Recorded(
+                    done=done,
+                    total=total,
+                    cell=cell,
+                    baseline=answer.baseline,
+                    error=answer.error,
+                    bad_input=answer.bad_input,
+                )
+            )
     return tuple(measured[cell] for cell in plan.cells if cell in measured)
 
 
@@ -169,7 +179,7 @@ def _measured(session: SuiteSession, cell: Cell) -> _Answer:
         with doing(f"measuring {cell.id}"):
             return _measured_now(session, cell)
     except NumericsSuiteError as error:
-        return _Answer(error=" ".join(str(error).split()))
+        return _Answer(error=" ".join(str(error).split()), bad_input=isinstance(error, UnusableError))
     except Exception as error:  # noqa: BLE001 - one cell's failure never hides the others
         return _Answer(error=error_line(error, cell.device))
 

@@ -178,7 +178,9 @@ class SuiteSession:
         except (NotApplicableError, UnsupportedError) as error:
             return result("skipped", reason=str(error)), ""
         except NumericsSuiteError as error:
-            return self._raised(question, error, result) or result("error", reason=str(error)), ""
+            raised = self._raised(question, error, result)
+            unusable = self.context(question.cell).unusable is error
+            return raised or result("error", reason=str(error), bad_input=unusable), ""
         except Exception as error:  # noqa: BLE001 - one check's failure never hides the others
             raised = self._raised(question, error, result)
             if raised is not None:

@@ -61,7 +61,8 @@ def _run(job: Job, folder: Path, done: dict[str, Any]) -> None:
         done["results"] = True
         if result.verdict == "error":
             first = next(check for check in result.checks if check.status == "error")
-            done["reason"] = f"{first.id}: {first.reason}"
+            done["reason"] = first.reason if first.bad_input else f"{first.id}: {first.reason}"
+            done["bad_input"] = result.exit_status == 4
         clock.lap("check")
     else:
         done["status"] = "passed"

@@ -289,9 +289,8 @@ def _line(error: Exception) -> str:
 
 def _refuse_if_all(cells: Sequence[MatrixCell], known: Sequence[KnownSubject]) -> None:
     """Where the input can be used in no cell, the command line is wrong and not the versions."""
-    reasons = {cell.reason for cell in cells}
-    if len(reasons) == 1 and all(cell.bad_input for cell in cells) and known:
-        raise BadInputError(str(reasons.pop()))
+    if known and cells and all(cell.bad_input for cell in cells):
+        raise BadInputError("; ".join(dict.fromkeys(str(cell.reason) for cell in cells)))
 
 
 @contextlib.contextmanager

@@ -92,6 +92,84 @@ def test_a_subject_that_is_not_there(subject, words, tmp_path, capsys, monkeypat
     _refused([subject], words, tmp_path, capsys)
 
 
+LOAD = (
+    "--precision",
+    "fp32",
+    "--attn",
+    "eager",
+    "--checks",
+    "load.*",
+    "--no-diagnose",
+    "-n",
+    "0",
+    "--json",
+    "out.json",
+)
+
+
+@pytest.fixture
+def unbuildable(tmp_path, monkeypatch):
+    """A folder that passes every look at its files, and of whose config no model can be built."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(fixture_path("glm4-tiny"), tmp_path / "mine"))
+    edit(folder, hidden_act="x")
+    return "mine"
+
+
+def test_a_config_of_which_no_model_can_be_built(unbuildable, capsys):
+    assert main(["check", unbuildable, *LOAD]) == 4
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert all(word in err for word in ("mine/config.json", "hidden_act is 'x'", "KeyError")), err
+    assert "could not be carried out" not in out
+    document = json.loads(Path("out.json").read_text())
+    assert (document["complete"], document["verdict"]) == (True, "error")
+    assert {(entry["status"], entry["bad_input"]) for entry in document["checks"]} == {("error", True)}
+
+
+def test_it_hides_no_answer_of_another_subject(unbuildable, capsys):
+    assert main(["check", unbuildable, "fixture:glm4-tiny", *LOAD]) == 4
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert out.count("hidden_act is 'x'") == 2, out  # as it goes on, and in the summary; not once a check
+    statuses = {entry["subject"]: entry["status"] for entry in json.loads(Path("out.json").read_text())["checks"]}
+    assert statuses == {"mine": "error", "glm4-tiny": "passed"}
+
+
+def test_a_finding_beside_it_is_a_finding(unbuildable, tmp_path, capsys):
+    shutil.copytree(fixture_path("glm4-tiny"), tmp_path / "other")
+    edit(tmp_path / "other", num_hidden_layers=4)
+    assert main(["check", unbuildable, "other", *LOAD]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_neither_can_it_be_recorded_nor_is_it_loaded_for_a_list(unbuildable, capsys):
+    assert main(["record", unbuildable, *LOAD[:4], "-n", "0", "--baseline", "kept"]) == 4
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "hidden_act is 'x'" in err
+    assert main(["check", unbuildable, "--list"]) == 0
+
+
+def test_an_adapter_that_does_not_fit_its_base(tmp_path, capsys, monkeypatch):
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(fixture_path("glm4-tiny"), "base")
+    Path("mine").mkdir()
+    begin = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{begin}.lora_A.weight": torch.ones(2, 64), f"{begin}.lora_B.weight": torch.zeros(64, 2)},
+              "mine/adapter_model.safetensors")  # fmt: skip
+    told = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base"), "r": 2, "task_type": "CAUSAL_LM",
+            "target_modules": ["q_proj"], "layers_to_transform": [0], "init_lora_weights": "no-such-way"}  # fmt: skip
+    Path("mine/adapter_config.json").write_text(json.dumps(told))
+    assert main(["check", "mine", *LOAD]) == 4
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert str(tmp_path / "mine") in err
+
+
 def test_remote_code_names_its_flag(tmp_path, capsys):
     folder = Path(shutil.copytree(fixture_path("chatglm-tiny"), tmp_path / "mine"))
     _refused([str(folder)], ["--trust-remote-code"], tmp_path, capsys)

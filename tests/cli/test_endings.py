@@ -166,7 +166,10 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 SLOW = ("--checks", "load.*,forward.*,train.*", "--precision", "fp32,bf16", "--no-diagnose", "-n", "0")
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [(signal.SIGTERM, "0"), (signal.SIGINT, "2"), (getattr(signal, "SIGHUP", signal.SIGTERM), "0")],
+)
 def test_a_run_that_is_stopped_keeps_what_was_answered(folder: Path, number: signal.Signals, workers: str) -> None:
     running = subprocess.Popen(
         [*command("sleeps", arguments=(*SLOW[:-1], workers))], cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -181,6 +184,18 @@ def test_a_run_that_is_stopped_keeps_what_was_answered(folder: Path, number: sig
     assert len(document["checks"]) >= seen
     assert "INTERRUPTED (exit 2)" in out
     assert "load.finite" in out
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that hang up")
+def test_a_run_under_nohup_outlives_its_terminal(folder: Path) -> None:
+    running = subprocess.Popen(
+        ["nohup", *command("sleeps", arguments=("--checks", "load.*,forward.finite", *SLOW[2:]))], cwd=folder, env=environment(folder),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: shown_answers(folder) > 0)
+    running.send_signal(signal.SIGHUP)
+    assert running.wait(timeout=120) == 0
+    assert json.loads((folder / "out.json").read_text(encoding="utf-8"))["complete"]
 
 
 def test_the_results_file_of_a_run_that_is_killed_holds_what_was_answered(folder: Path) -> None:

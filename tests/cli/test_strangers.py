@@ -13,7 +13,7 @@ import torch
 
 from numerics_suite.cli.main import main
 from numerics_suite.core.json_text import DEEPEST, parse_json, read_bytes
-from numerics_suite.observations.finiteness import nan_count, nonfinite_count
+from numerics_suite.observations.finiteness import nan_count, nonfinite_count, not_finite
 from numerics_suite.reports.lines import harmless
 from numerics_suite.settings import strangers
 from numerics_suite.settings.options import from_command_line
@@ -189,3 +189,40 @@ def test_complex_numbers_are_counted_where_either_part_is_not_finite():
     values = torch.tensor([complex(1, 2), complex(float("nan"), 0), complex(0, float("inf"))])
     assert (nonfinite_count(values), nan_count(values)) == (2, 1)
     assert nonfinite_count(torch.tensor([1j])) == 0
+
+
+def test_a_module_of_complex_numbers_is_not_finite_where_either_part_is_not():
+    module = torch.nn.Module()
+    module.sound = torch.nn.Parameter(torch.tensor([1 + 2j]))
+    module.infinite = torch.nn.Parameter(torch.tensor([complex(float("-inf"), 0)]))
+    module.register_buffer("table", torch.tensor([complex(0, float("nan"))]))
+    assert not_finite(module) == ("infinite", "table")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("report", "pipe", "--out", "out"),
+        ("compare", "folder", "folder"),
+        ("check", "--bundle", "folder"),
+        ("check", "fixture:glm-tiny", "--list", "--data", "pipe"),
+        ("check", "folder", "--list"),
+    ],
+)
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, capsys, command):
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder/bundle.json", "folder/config.json", "folder/kept.json"):
+        os.mkfifo(tmp_path / name)
+    assert main(command) == 4
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert command[-1] in err or command[1] in err
+
+
+def test_a_pipe_that_somebody_writes_to_is_read(tmp_path, capsys):
+    line = f"{sys.executable} -m numerics_suite report <(sleep 1; echo '[1]') --out out"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 4
+    assert "/dev/fd/" in done.stderr
+    assert "not JSON" not in done.stderr

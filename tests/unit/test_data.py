@@ -75,6 +75,16 @@ def test_only_a_line_feed_ends_a_line_and_a_mark_may_begin_it(tmp_path):
     assert [example.text for example in read_sample(path, size=8, seed=0).examples] == ["a\u2028b\x85c", "d"]
 
 
+def test_no_other_control_character_ends_a_line_of_a_conversation(tmp_path):
+    text = "a\x0bb\x0cc\x1cd\x1ee\u2029f"
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": text, "completion": text}, {"prompt": "g", "completion": "h"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    # JSON itself escapes those below U+0020, so only a reader that splits before it parses would meet them.
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_sample(path, size=8, seed=0).examples) == 2
+
+
 def test_a_completion_is_learnt_and_its_prompt_is_not(tmp_path, tokenizer):
     path = written(tmp_path / "rows.jsonl", {"prompt": "what is the capital? ", "completion": "paris it is"})
     what, rest = learnt(tokenizer, path)

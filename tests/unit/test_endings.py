@@ -135,3 +135,20 @@ def test_a_matrix_refuses_baselines_of_other_subjects_before_it_installs(monkeyp
     assert baseline_of(Settings(), ["another"]) == Path(
         "kept"
     )  # found in its usual place: it need not speak of every subject
+
+
+@pytest.mark.parametrize("other", [{"precision": ("fp32",)}, {"attn": ("sdpa",)}, {"task": "token-classification"}])
+def test_a_matrix_refuses_baselines_of_other_cells_before_it_installs(
+    monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    from numerics_suite.suite import baseline_selection
+
+    class Baselines(list[Any]):
+        folder = Path("kept")
+
+    cell = result("forward.finite", "bf16", "eager").cell
+    monkeypatch.setattr(baseline_selection, "baselines_of", lambda _: Baselines([cell]))
+    same = Settings(baseline=Path("kept"), precision=("bf16", "fp32"), attn=("eager",), task=cell.task)
+    assert baseline_of(same, [cell.subject]) == Path("kept")
+    with pytest.raises(BadInputError, match=f"no cell in common with this run; it holds {cell.subject} "):
+        baseline_of(dataclasses.replace(same, **{"precision": ("bf16",), **other}), [cell.subject])

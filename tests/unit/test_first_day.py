@@ -17,6 +17,7 @@ from numerics_suite.cli import fixtures as command
 from numerics_suite.cli.main import main
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.files import read_json
 from numerics_suite.suite.run import worker_count
 from numerics_suite.suite.session import SuiteSession
 from numerics_suite.versions import environments, installers
@@ -124,3 +125,14 @@ def test_a_reader_that_has_seen_enough_ends_the_output_quietly(arguments, tmp_pa
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
     assert done.stdout[1:].strip() == "0", done.stdout
     assert not done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_caller_closed_changes_no_status(closed, tmp_path):
+    check = f"{sys.executable} -m numerics_suite check"
+    line = f"{check} nowhere {closed}; echo $?; {check} fixture:glm-tiny --list --json out.json {closed}; echo $?"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=tmp_path)
+    said = done.stdout.splitlines()
+    assert (said[0], said[-1]) == ("4", "0")
+    assert "Traceback" not in done.stderr
+    assert read_json(tmp_path / "out.json")

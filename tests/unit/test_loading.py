@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from numerics_suite.core.errors import CheckError, UnsupportedError
+from numerics_suite.core.errors import UnsupportedError, UnusableError
 from numerics_suite.devices.arithmetic import deterministic_algorithms
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
@@ -126,14 +126,14 @@ def test_a_pickle_is_read_where_resolve_let_it_pass(checkpoint):
     assert loaded.model.get_parameter("lm_head.weight").equal(tensors["lm_head.weight"])
 
 
-def test_a_load_that_fails_otherwise_is_an_error_of_one_line(checkpoint):
+def test_a_load_that_fails_otherwise_is_bad_input_of_one_line(checkpoint):
     subject = resolve(str(checkpoint))
     (checkpoint / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckError, match="GlmForCausalLM could not be loaded by transformers") as caught:
+    with pytest.raises(UnusableError, match="and cannot load this one") as caught:
         load(subject, dtype="float32", attn="eager")
     assert "\n" not in str(caught.value)
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckError, match="could not be loaded by transformers"):
+    with pytest.raises(UnusableError, match="and cannot load this one"):
         load(subject, dtype="float16", attn="eager")
     assert torch.get_default_dtype() == torch.float32
 

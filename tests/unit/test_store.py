@@ -469,3 +469,20 @@ def test_the_key_is_the_whole_cell():
         for task in ("causal-lm", "token-classification")
     ]
     assert len(Baselines(Path(), [replace(baseline(), cell=cell) for cell in cells])) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_lies_in_the_usual_place_is_never_passed_over(tmp_path, monkeypatch, kind):
+    from numerics_suite.settings.tree import Settings
+    from numerics_suite.suite.baseline_selection import baselines_of
+
+    monkeypatch.chdir(tmp_path)
+    assert baselines_of(Settings()) is None
+    (tmp_path / ".numerics").mkdir()
+    place = tmp_path / ".numerics" / "baselines"
+    if kind == "file":
+        place.write_text("")
+    else:
+        place.symlink_to("nowhere")
+    with pytest.raises(BadInputError, match="baselines"):
+        baselines_of(Settings())
