@@ -45,6 +45,11 @@ class Source:
             return self.run.result.checks
         return tuple(_result(failure) for failure in self.cell.failures) if self.cell is not None else ()
 
+    @property
+    def diagnosed(self) -> bool:
+        """Causes were looked for; without that (`--no-diagnose`) none is told."""
+        return self.run is None or bool(self.run.result.settings.get("diagnose", True))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckCell:
@@ -130,6 +135,7 @@ def version_labels(cells: Sequence[MatrixCell]) -> list[str]:
         parts = [held.transformers or "?"] if several or len(torches) == len(pythons) == 1 else []
         parts += [f"torch {held.torch or '?'}"] if len(torches) > 1 else []
         parts += [f"python {held.python or '?'}"] if len(pythons) > 1 else []
+        parts += [f"{name} {version}" for name, version in held.others]
         labels.append(", ".join(parts))
     return labels
 
