@@ -251,8 +251,8 @@ class Watch:
                 self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=text, cause="wrong-input-dtype"))
             elif self._forwards <= ID_BATCHES and name == "input_ids" and (count := unrepresentable(ids)) is not None:
                 self._mailbox.post(self.step, [(UNREPRESENTABLE, count)])
-        if self.finding is None and (text := out_of_range(self.model, args, kwargs)) is not None:
-            self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=text, cause="out-of-range-input"))
+        if self.finding is None and (outside := out_of_range(self.model, args, kwargs)) is not None:
+            self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=outside, cause="out-of-range-input"))
 
     def _on_norm(self, gradients: Sequence[Tensor], order: float, norm: Tensor) -> None:
         if not self._muted and self._due:
