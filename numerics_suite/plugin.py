@@ -212,7 +212,7 @@ class Asked:
         if result.status == "failed":
             from numerics_suite.reports.text import finding_text
 
-            pytest.fail(finding_text(result), pytrace=False)
+            pytest.fail(finding_text(result, diagnosed=self.session.settings.diagnose), pytrace=False)
         if result.status == "error":
             pytest.fail(_shown(f"{result.id}: error: {result.reason}\n{trace}"), pytrace=False)
 

@@ -16,7 +16,7 @@ from typing import Any
 # What happens to be installed beside the package has no place in its reference.
 os.environ["NUMERICS_SUITE_EXTENSIONS"] = "off"
 
-from reference_words import CAUSES, COMPARED, FIELDS
+from reference_words import COMPARED, FIELDS
 
 import numerics_suite
 from numerics_suite.cli.main import COMMANDS
@@ -27,6 +27,8 @@ from numerics_suite.diagnosis.remedies import CURES
 from numerics_suite.diagnosis.remedy_words import COST, DESCRIPTIONS
 from numerics_suite.diagnosis.root_causes import REMEDIES
 from numerics_suite.judgement.budgets import all_budgets, budgets_of
+from numerics_suite.reports.view.causes import why
+from numerics_suite.reports.view.formats import sentence
 from numerics_suite.settings import choices
 from numerics_suite.settings.accept import AcceptEntry
 from numerics_suite.settings.table import OPTIONS, Option
@@ -251,7 +253,7 @@ def causes() -> str:
         decided = (
             "loaded without poison, the tensor holds something else" if cause == "uninitialised-parameters" else decided
         )
-        text += f"\n## {cause}\n\n{CAUSES[cause]}\n\n"
+        text += f"\n## {cause}\n\n{sentence(why(cause, {}))}.\n\n"
         text += f"- decided by: {decided or 'it is seen, not concluded'}\n" if cause != "unknown" else ""
         text += f"- from: {codes(named, link='checks.md')}\n" if named else "- from: a replay of the failing case\n"
         text += f"- remedies: {codes(cures, link='remedies.md')}\n"

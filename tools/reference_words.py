@@ -1,59 +1,9 @@
-"""What the generated reference says that no docstring does: a sentence for each cause and for each field of a results file.
+"""What the generated reference says that no docstring does: a sentence for each field of a results file.
 
-`tests/docs/test_reference.py` holds both to the code: nothing is missing, and nothing is told that is not there.
+`tests/docs/test_reference.py` holds them to the code: nothing is missing, and nothing is told that is not there.
 """
 
 from __future__ import annotations
-
-CAUSES = {
-    "uninitialised-parameters": "Nobody wrote to a parameter's memory; it holds whatever was there before.",
-    "bad-initialisation": "A new head was drawn at a scale from which training starts from noise.",
-    "missing-weights": "A weight that the model has is not in the checkpoint.",
-    "lost-weights": "A weight of the checkpoint has no place in the model, or does not come back from saving.",
-    "corrupt-weights": "A stored weight is NaN or infinite.",
-    "untied-weights": "Two weights that the config ties are two tensors.",
-    "ignored-config": "This transformers does not read a key of `config.json`, so another model is computed.",
-    "wrong-input-dtype": "Ids or masks of some dtype are silently read as something else.",
-    "out-of-range-input": "An id lies outside of the vocabulary.",
-    "overflow": "A value leaves the range of the dtype: an infinity from finite inputs.",
-    "underflow": "A value is lost below the range of the dtype.",
-    "invalid-operation": "NaN from finite inputs: 0/0, the root of a negative, the logarithm of what has none.",
-    "fully-masked-row": "A softmax over a row of which every score is masked.",
-    "low-precision-section": "A part that should be computed in a wider float is not.",
-    "kernel-accuracy": "The program is right and a kernel rounds more than its precision makes unavoidable.",
-    "padding-leak": "Padding changes what real tokens get.",
-    "batch-leak": "A row depends on its neighbours.",
-    "future-leak": "A token depends on one after it.",
-    "cache-mismatch": "Decoding with the cache is not the full forward pass.",
-    "wrong-positions": "Positions are counted wrongly.",
-    "wrong-pooling": "The classifier reads another token than the last real one.",
-    "wrong-loss": "The loss is not the one that the labels define.",
-    "wrong-gradient": "A gradient is not that of the loss.",
-    "dead-gradient": "A trained parameter gets no gradient.",
-    "optimizer-underflow": "The optimizer's eps is 0 in the dtype of its state.",
-    "loss-scaling": "The loss scaler skips steps and does not recover.",
-    "divergence": "Steps are too large for this model.",
-    "nondeterminism": "The same call twice gives two answers.",
-    "attention-mismatch": "Two implementations of attention compute two functions.",
-    "semantic-error": "The model is not what its family's definition says.",
-    "semantic-change": "In float64 the answer is not the baseline's: another model is computed.",
-    "rounding-change": "The same answer in float64, and a larger error in the precision than rounding explains.",
-    "contract-change": "Something that callers rely on is gone or another.",
-    "unknown": "No experiment decided.",
-    "ignored-dtype": "The dtype that was asked for is not the one that the release builds.",
-    "rounded-buffer": "A buffer was rounded to a narrower dtype than the one it was computed or stored in.",
-    "uninitialised-buffer": "Nobody wrote to a buffer's memory; it holds whatever was there before.",
-    "model-raises": "The model's own code raises an exception on inputs that it documents.",
-    "tokenizer-incompatible": "The tokenizer's code raises under this transformers.",
-    "no-pad-token": "Rows of several lengths are batched, and no token is there to pad them with.",
-    "no-counted-labels": "No label of a batch counts, so the loss is the mean of nothing.",
-    "lost-head": "An adapter was saved without the head that it was trained with.",
-    "wrong-output-shape": "The answers have another shape than the task's: one per token where one per row was meant.",
-    "rounded-update": "An optimizer step is smaller than the spacing of the weights' dtype, so nothing moves.",
-    "untrained-parameters": "A parameter that is meant to train does not move, or moves otherwise than float64 would move it.",
-    "packing-leak": "Rows packed into one row depend on each other.",
-}
-"""Each cause of the contract."""
 
 FIELDS = {
     "schema_version": "Of this layout; another number is another meaning.",

@@ -200,7 +200,7 @@ def _search(  # noqa: PLR0913 - keywords
             processes.stop()
             raise
     found = replace(found, notes=(*((note,) if note else ()), *left_out_notes()))
-    terminal.story(found)
+    terminal.story(found, diagnosed=settings.diagnose)
     return found
 
 

@@ -65,6 +65,11 @@ def make_parser() -> CommandParser:
         action="store_true",
         help="try newer-version and pin-version on findings, in environments of other transformers releases",
     )
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="of each finding also evidence, batch, curves and where the limit comes from",
+    )
     return parser
 
 
@@ -78,15 +83,15 @@ def run(arguments: Sequence[str]) -> int:
         BadInputError: the input cannot be used.
     """
     given = vars(make_parser().parse(arguments))
-    bundle, other_versions = given.pop("bundle"), given.pop("try_versions")
+    bundle, other_versions, verbose = (given.pop(name) for name in ("bundle", "try_versions", "verbose"))
     settings = from_command_line(given)
     refuse_unwritable(settings.json)
     refuse_undeliverable(settings.report, settings.junitxml)
     if bundle is not None:
-        return _reopen(settings, Path(bundle))
+        return _reopen(settings, Path(bundle), verbose=verbose)
     if settings.list_only:
         return _list(settings)
-    return _check(settings, other_versions=other_versions)
+    return _check(settings, other_versions=other_versions, verbose=verbose)
 
 
 def _list(settings: Settings) -> int:
@@ -102,14 +107,14 @@ def _list(settings: Settings) -> int:
     return 0
 
 
-def _check(settings: Settings, *, other_versions: bool) -> int:
+def _check(settings: Settings, *, other_versions: bool, verbose: bool) -> int:
     from numerics_suite.reports.documents import CheckRun, Documents
     from numerics_suite.reports.results import to_json
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.run import run_check
 
     with for_people(settings) as stream:
-        terminal = Terminal(stream=stream, quiet=settings.quiet)
+        terminal = Terminal(stream=stream, quiet=settings.quiet, verbose=verbose)
         try:
             with unfinished_answer(settings.json, "check", **_so_far(settings)):
                 result = run_check(settings, terminal, asks_index=other_versions)
@@ -182,7 +187,7 @@ def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> Run
     return replace(result, rehearsals=rehearse(settings, terminal.say))
 
 
-def _reopen(settings: Settings, bundle: Path) -> int:
+def _reopen(settings: Settings, bundle: Path, *, verbose: bool) -> int:
     from numerics_suite.reports.results import to_json
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.bundle_replay import refuse_other_options, reopen
@@ -190,7 +195,7 @@ def _reopen(settings: Settings, bundle: Path) -> int:
     refuse_other_options(settings)
     with for_people(settings) as stream:
         result = reopen(settings, bundle)
-        Terminal(stream=stream, quiet=settings.quiet).summary(result)
+        Terminal(stream=stream, quiet=settings.quiet, verbose=verbose).summary(result)
     if settings.json:
         write_json(settings.json, to_json(result))
     return result.exit_status

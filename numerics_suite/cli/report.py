@@ -73,7 +73,8 @@ def run(arguments: Sequence[str]) -> int:
         switch_off()
     from numerics_suite.reports.documents import read_documents
     from numerics_suite.reports.github import tell_github
-    from numerics_suite.reports.report import ensure_report, verdict_of, write_report
+    from numerics_suite.reports.report import ensure_report, write_report
+    from numerics_suite.reports.view.overview import verdict_of
 
     folder = Path(given.out)
     documents = _labelled(read_documents(list(_files(given.results))))

@@ -7,8 +7,10 @@ from typing import IO, TYPE_CHECKING, Any
 from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.text import listed
+from numerics_suite.reports.documents import BisectFile
 from numerics_suite.reports.lines import TerminalLine, wrapped
 from numerics_suite.reports.terminal import Terminal
+from numerics_suite.reports.view.bisections import boundary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,46 +84,34 @@ class BisectTerminal(Terminal):
             text = f"{listed(list(checks), 3)} decide{'s' if len(checks) == 1 else ''} between {count} candidates"
             self._print(wrapped(text, width=self.width, rest="  "))
 
-    def story(self, result: BisectResult) -> None:
+    def story(self, result: BisectResult, *, diagnosed: bool = True) -> None:
         """The end of the search.
 
         Args:
             result: of the search.
+            diagnosed: False where no cause was looked for.
         """
         self.stop()
-        self._print([*([] if self._quiet else [TerminalLine("")]), *story_lines(result, self.width)])
+        self._print(
+            [*([] if self._quiet else [TerminalLine("")]), *story_lines(result, self.width, diagnosed=diagnosed)]
+        )
         if self._error is not None and not isinstance(self._error, BrokenPipeError):
             raise self._error
 
 
-def story_lines(result: BisectResult, width: int) -> list[TerminalLine]:
-    """Last good, first bad, kind, module, cause, and the command that shows it.
+def story_lines(result: BisectResult, width: int, *, diagnosed: bool = True) -> list[TerminalLine]:
+    """The boundary with what happens there and why, facts about it, and the command that shows it.
 
     Args:
         result: of the search.
         width: in columns.
+        diagnosed: False where no cause was looked for.
     """
-    finding = result.finding
-    rows = [("last good", result.last_good), ("first bad", result.first_bad)]
-    if result.between:
-        rows.append(
-            (
-                "between",
-                f"{listed(list(result.between), 6)} cannot be tried: the change is in one of them or in {result.first_bad}",
-            )
-        )
-    rows += [("subject", result.subject), ("check", result.check)]
-    if finding is not None:
-        rows += [
-            ("kind", kind_of(result)),
-            ("cause", finding.cause),
-            ("module", finding.module or "none named"),
-            ("what", finding.title),
-        ]
-    lines = [line for label, text in rows for line in wrapped(text, width=width, first=f"{label:<11}", style="bold")]
-    lines.append(TerminalLine(f"{'show it':<11}{result.show}", "bold", 11))  # whole, to be copied
-    lines += [line for note in result.notes for line in wrapped(note, width=width, first="note: ")]
-    return lines
+    found = boundary_of(BisectFile(content=bisect_to_json(result), finding=result.finding), diagnosed=diagnosed)
+    lines = wrapped(found.title, width=width, rest="  ", style="bold")
+    for label, text in found.facts:
+        lines += wrapped(text, width=width, first=f"{label:<11}", style="bold")
+    return [*lines, TerminalLine(f"{'show it':<11}{result.show}", "bold", 11)]  # whole, to be copied
 
 
 def kind_of(result: BisectResult) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.reports.lines import TerminalLine, wrapped
 from numerics_suite.reports.numbers import shown
+from numerics_suite.reports.view.finding_text import value_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -181,7 +182,7 @@ def _over_limits(series: Series) -> list[tuple[str, str, str]]:
     for at, value, limit in zip(series.at, series.values, series.limits, strict=False):
         if limit is not None and not value <= limit:
             excess = value / limit if limit and math.isfinite(value) else math.inf
-            text = f"{shown(value)} {series.unit}, {shown(limit)} allowed"
+            text = value_text(series.name, value, limit, series.unit)
             rows.append((excess, (str(at) or "(model)", "", text)))
     worst = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
     return worst[:ROWS] if len(worst) > 1 else []

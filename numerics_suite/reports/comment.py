@@ -14,17 +14,23 @@ from numerics_suite.core.text import listed
 from numerics_suite.judgement.classify import FAILING
 from numerics_suite.reports.against import Against, Turn, against
 from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents
-from numerics_suite.reports.findings import cells_text
-from numerics_suite.reports.markdown import MOST_ROWS, bisect_blocks, comparison_blocks, finding_block, versions_table
+from numerics_suite.reports.markdown import (
+    MOST_ROWS,
+    bisect_blocks,
+    comparison_blocks,
+    finding_block,
+    notes_block,
+    versions_table,
+)
 from numerics_suite.reports.markup import code, joined, table, text, without_folders
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.view.cards import cards_of
 from numerics_suite.reports.view.differences import differences_of
+from numerics_suite.reports.view.finding_text import cells_text
 from numerics_suite.reports.view.formats import many
-from numerics_suite.reports.view.overview import story_of
+from numerics_suite.reports.view.overview import WORDS, verdict_of
 from numerics_suite.reports.view.places import CheckCell
 from numerics_suite.reports.view.problems import Problem, problems_of
-from numerics_suite.reports.view.reproducers import Scripts
 
 MARKER = "<!-- numerics-suite -->"
 """The first line: by it the comment of an earlier run is found."""
@@ -42,9 +48,10 @@ def comment_markdown(documents: Documents, earlier: Documents | None = None, mos
         most: letters at most.
     """
     found = against(documents, earlier)
+    known = earlier.every_note if earlier is not None else ()
     problems = problems_of(found.places)
     new = _new_problems(problems, found)
-    word = story_of(documents, found.places, problems).word
+    word = WORDS[verdict_of(documents)]
     comparisons = [_changed_only(item, earlier) for item in documents.comparisons]
     blocks = [
         f"{MARKER}\n## numerics-suite: {word}",
@@ -63,7 +70,7 @@ def comment_markdown(documents: Documents, earlier: Documents | None = None, mos
         _turned("Accepted from now on", found.of("accepted"), _why_accepted),
         _turned("Could not be carried out", found.of("broken"), lambda turn: turn.told.reason or "no reason given"),
         _turned("Not asked any more", found.of("unasked"), lambda turn: turn.reason),
-        _notes(documents, earlier),
+        notes_block((note for note in documents.every_note if note not in known), without_folders),
     ]
     told = [block for block in blocks if block]
     if len(told) == 2 and earlier is not None:
@@ -111,7 +118,7 @@ def _packages(found: Against) -> str:
 
 def _findings(new: Sequence[Problem], found: Against) -> Iterator[str]:
     before = {_identity(turn.label, turn.told): turn for turn in found.of("new")}
-    for card, problem in zip(cards_of(new, Scripts(left=0)), new, strict=True):
+    for card, problem in zip(cards_of(new), new, strict=True):
         turn = before[_identity(problem.worst.source.label, problem.worst.result)]
         line = _before(turn, problem.worst)
         yield finding_block(card, heading="### ", clean=without_folders, extra=[f"- **before** {line}"] if line else [])
@@ -178,7 +185,7 @@ def _turned(title: str, turns: Iterable[Turn], reason: Callable[[Turn], str]) ->
         cells.setdefault((turn.told.check, turn.told.cell.subject, reason(turn), turn.label), []).append(turn)
     labels: dict[tuple[str, str, str, str], list[str]] = {}
     for (check, subject, why, label), members in cells.items():
-        where = cells_text([turn.told.cell for turn in members]).removesuffix(" on ")
+        where = cells_text([turn.told.cell for turn in members])
         labels.setdefault((check, subject, where, why), []).append(label)
     rows = [
         (
@@ -207,17 +214,3 @@ def _cause(turn: Turn) -> str:
 def _why_accepted(turn: Turn) -> str:
     finding = turn.told.finding
     return f"{finding.cause if finding is not None else ''}: {turn.told.reason or 'no reason given'}"
-
-
-def _notes(documents: Documents, earlier: Documents | None) -> str:
-    known = set(_of_all(earlier)) if earlier is not None else set()
-    told = [f"- {text(without_folders(note))}" for note in dict.fromkeys(_of_all(documents)) if note not in known]
-    return "\n".join(["### Notes", "", *told[:MOST_ROWS]]) if told else ""
-
-
-def _of_all(documents: Documents) -> Iterator[str]:
-    yield from documents.notes
-    for matrix in documents.matrices:
-        yield from matrix.result.notes
-    for run in documents.every_run:
-        yield from run.result.notes

@@ -126,6 +126,12 @@ class Documents:
         inside = (run for matrix in self.matrices for run in matrix.runs if run is not None)
         return (*self.runs, *inside)
 
+    @property
+    def every_note(self) -> tuple[str, ...]:
+        """What a person should see: notes of the report, of its matrices and of every run, each once."""
+        notes = [*self.notes, *(note for matrix in self.matrices for note in matrix.result.notes)]
+        return tuple(dict.fromkeys([*notes, *(note for run in self.every_run for note in run.result.notes)]))
+
 
 def read_documents(paths: Sequence[Path]) -> Documents:
     """Read result files of any command.

@@ -14,19 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from numerics_suite.core.text import listed
 from numerics_suite.judgement.classify import FAILING
 from numerics_suite.reports.comparison import MEANS
 from numerics_suite.reports.documents import Documents
-from numerics_suite.reports.findings import following_text
-from numerics_suite.reports.lines import printable
+from numerics_suite.reports.lines import cut, printable
 from numerics_suite.reports.markdown import summary_markdown
 from numerics_suite.reports.sources import SourceLine, Sources
 from numerics_suite.reports.streams import abandon
-from numerics_suite.reports.view.advice import advice_on
-from numerics_suite.reports.view.formats import many, sentence
+from numerics_suite.reports.view.bisections import boundary_of
+from numerics_suite.reports.view.cards import Card, cards_of
+from numerics_suite.reports.view.formats import many
 from numerics_suite.reports.view.places import Places, places_of
-from numerics_suite.reports.view.problems import Problem, problems_of
+from numerics_suite.reports.view.problems import problems_of
 from numerics_suite.reports.view.sections import reasons_of
 
 MOST = 10
@@ -38,8 +37,8 @@ LARGEST_SUMMARY = 1_048_576
 LEFT = 1_000
 """Bytes below which a summary says nothing worth reading."""
 
-LONGEST = 2_000
-"""Letters of one annotation."""
+LONGEST, LONGEST_TITLE = 2_000, 200
+"""Letters of one annotation, and of its title."""
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 
@@ -131,9 +130,10 @@ def _property(value: str) -> str:
 def _annotations(documents: Documents, root: Path | None) -> Iterator[Annotation]:
     places = places_of(documents)
     sources = Sources(documents, root)
-    for problem in problems_of(places):
+    problems = problems_of(places)
+    for problem, card in zip(problems, cards_of(problems), strict=True):
         if not problem.accepted:
-            yield _of_problem(problem, sources)
+            yield _of_card(card, sources.find(problem.finding.source))
     for comparison in documents.comparisons:
         for item in comparison.content["subjects"]:
             if item["kind"] in FAILING:
@@ -141,29 +141,15 @@ def _annotations(documents: Documents, root: Path | None) -> Iterator[Annotation
                 first = f", first in {item['module']}" if item.get("module") else ""
                 yield _made(f"{item['kind']}: {cell}", [f"{MEANS[item['kind']]}{first}"])
     for bisection in documents.bisections:
-        what, bad, good = (bisection.content.get(name, "version") for name in ("what", "first_bad", "last_good"))
-        title = f": {bisection.finding.title}" if bisection.finding is not None else ""
-        yield _made(f"{what} {bad} is the first bad version", [f"{good} before it is good{title}"])
+        found = boundary_of(bisection)
+        yield _made(found.title, [f"{label}: {value}" for label, value in found.facts])
     yield from _of_errors(places)
     yield from _of_runs(documents)
 
 
-def _of_problem(problem: Problem, sources: Sources) -> Annotation:
-    finding = problem.finding
-    where = [finding.module or listed(list(finding.parameters), 3), finding.source or ""]
-    versions = [f"{label} {text}" for span in problem.spans[:2] for label, text in span.lines()]
-    lines = [
-        f"{problem.check}: {finding.cause}" + "".join(f", {part}" for part in where if part),
-        f"{listed(problem.subjects, 3)} in {listed(problem.precisions, 6)}",
-        "; ".join(versions),
-        f"leads to {following}"
-        if (following := following_text(place.result for place in problem.consequences))
-        else "",
-        *(f"try {advised.text}{' (it works)' if advised.tried else ''}" for advised in advice_on([problem])[:2]),
-    ]
-    place = sources.find(finding.source)
+def _of_card(card: Card, place: SourceLine | None) -> Annotation:
     own = place if place is not None and place.root == "repository" else None
-    return _made(sentence(finding.title), lines, own)
+    return _made(card.sentence, list(card.told), own)
 
 
 def _of_errors(places: Places) -> Iterator[Annotation]:
@@ -184,5 +170,7 @@ def _of_runs(documents: Documents) -> Iterator[Annotation]:
 
 
 def _made(title: str, lines: list[str], place: SourceLine | None = None) -> Annotation:
+    """A title that is too long is said whole in the text."""
+    lines = [title, *lines] if len(title) > LONGEST_TITLE else lines
     text = "\n".join(printable(line) for line in lines if line)
-    return Annotation(title=printable(title)[:200], text=text[:LONGEST], place=place)
+    return Annotation(title=cut(printable(title), LONGEST_TITLE), text=text[:LONGEST], place=place)

@@ -22,10 +22,12 @@ from numerics_suite.core.versions import MatrixCell
 from numerics_suite.judgement.classify import FAILING
 from numerics_suite.reports.comparison import MEANS
 from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents
-from numerics_suite.reports.findings import block, grouped
+from numerics_suite.reports.findings import block
 from numerics_suite.reports.numbers import shown
-from numerics_suite.reports.summary import NOTHING_RAN
-from numerics_suite.reports.view.places import Source, places_of
+from numerics_suite.reports.view.bisections import boundary_of
+from numerics_suite.reports.view.cards import Card, card_of
+from numerics_suite.reports.view.formats import NOTHING_RAN
+from numerics_suite.reports.view.places import CheckCell, Source, places_of
 
 NAME = "numerics-suite"
 
@@ -73,7 +75,7 @@ def _of_source(source: Source) -> Iterator[TestSuite]:
         by_subject.setdefault(result.cell.subject, []).append(result)
     for subject, results in by_subject.items():
         name = f"{source.label}: {subject}" if source.label else subject
-        cases = [_case(result, run) for result in results]
+        cases = [_case(CheckCell(source=source, result=result)) for result in results]
         yield _suite(name, cases, _properties(run, subject, source.cell), run)
     whole = list(_of_run(run) if run is not None else _of_summary(source.cell))
     if whole:
@@ -111,18 +113,18 @@ def _properties(run: RunResult | None, subject: str | None, cell: MatrixCell | N
     return facts
 
 
-def _case(result: CheckResult, run: RunResult | None) -> TestCase:
+def _case(place: CheckCell) -> TestCase:
+    result = place.result
     case = TestCase(_line(result.cell.id.rstrip("/")), classname=_line(result.check), time=_seconds(result.duration_s))
-    text = _text(result, run)
+    card = None if result.finding is None else card_of(place)
     reason = result.reason or "no reason given"
     if result.status == "failed":
-        finding = result.finding
-        told = reason if finding is None else finding.title
+        told = reason if card is None else card.sentence
         if root_id(result) != result.id:
             told = f"follows from {root_id(result)}: {told}"
-        case.result = _outcome(Failure, told, finding.cause if finding else None, text)
+        case.result = _outcome(Failure, told, card.cause or "finding" if card else None, _text(card))
     elif result.status == "accepted":
-        case.result = _outcome(Skipped, f"accepted: {reason}", "accepted", text)
+        case.result = _outcome(Skipped, f"accepted: {reason}", "accepted", _text(card))
     elif result.status == "skipped":
         case.result = _outcome(Skipped, reason, "skipped", "")
     elif result.status == "error":
@@ -133,9 +135,9 @@ def _case(result: CheckResult, run: RunResult | None) -> TestCase:
     return case
 
 
-def _text(result: CheckResult, run: RunResult | None) -> str:
-    """The block that the terminal shows: cause, cells, where, measured, why, cures, reproducer and the command to rerun."""
-    return "\n".join(line.text for group in grouped([result]) for line in block(group, run=run))
+def _text(card: Card | None) -> str:
+    """The block that the terminal shows, with everything that was measured."""
+    return "" if card is None else "\n".join(line.text for line in block(card, verbose=True))
 
 
 def _outcome(kind: type[Any], message: str, type_: str | None, text: str) -> list[Any]:
@@ -208,24 +210,12 @@ def _texts(value: object) -> list[str]:
 
 
 def _of_bisection(bisection: BisectFile) -> TestSuite:
-    content, finding = bisection.content, bisection.finding
-    case = TestCase(
-        _line(f"{content.get('what', 'version')} {content['first_bad']}"),
-        classname=_line(content.get("check", "bisect")),
-    )
-    title = finding.title if finding else "the verdict changes here"
-    lines = [
-        f"last good: {content['last_good']}",
-        f"first bad: {content['first_bad']}",
-        *(
-            [f"cause: {finding.cause}", f"module: {finding.module or 'none named'}", finding.explanation]
-            if finding
-            else []
-        ),
-        f"show it: {content['show']}" if content.get("show") else "",
-    ]
-    text = "\n".join(line for line in lines if line)
-    case.result = _outcome(Failure, title, finding.cause if finding else None, text)
+    content, finding, found = bisection.content, bisection.finding, boundary_of(bisection)
+    name = _line(f"{content.get('what', 'version')} {content['first_bad']}")
+    case = TestCase(name, classname=_line(content.get("check", "bisect")))
+    facts = (*found.facts, ("why", found.why), ("show it", found.show))
+    text = "\n".join(f"{label}: {value}" for label, value in facts if value)
+    case.result = _outcome(Failure, found.title, finding.cause if finding else None, text)
     return _suite(f"bisect: {content.get('subject', '')}", [case], {}, None)
 
 

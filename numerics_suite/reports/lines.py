@@ -58,6 +58,16 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most].rstrip()}… ({len(text) - most:,} letters more)"
 
 
+def cut(text: str, most: int) -> str:
+    """The text in so many letters, the last of them an ellipsis where there were more.
+
+    Args:
+        text: one line.
+        most: letters.
+    """
+    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
+
+
 def sayable(text: str, stream: object) -> str:
     """The text as :func:`harmless`, in letters that the stream can say: charts and arrows in ASCII where it has no others.
 

@@ -5,20 +5,19 @@ It is what a step of GitHub Actions shows, and what `summary.md` of a report is.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
 from numerics_suite.reports.markup import code, fenced, folded, joined, table, text
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.cards import Card, cards_of
 from numerics_suite.reports.view.differences import Differences, differences_of
-from numerics_suite.reports.view.formats import many, sentence
+from numerics_suite.reports.view.formats import many
 from numerics_suite.reports.view.overview import Story, about, story_of
 from numerics_suite.reports.view.places import Places, places_of
 from numerics_suite.reports.view.problems import problems_of
-from numerics_suite.reports.view.reproducers import Scripts
 from numerics_suite.reports.view.sections import reasons_of
 from numerics_suite.reports.view.version_ranges import sequences
 
@@ -31,9 +30,6 @@ MOST_BYTES = 1_000_000
 
 MOST_ROWS = 60
 """Rows of a table; the HTML has them all."""
-
-MARKS = {None: "", True: "*it works:* ", False: "*no help:* "}
-"""What is said of a cure that was tried."""
 
 BASELINE = "baseline"
 
@@ -50,8 +46,8 @@ def summary_markdown(documents: Documents, most: int = MOST_BYTES) -> str:
     """
     places = places_of(documents)
     problems = problems_of(places)
-    story = story_of(documents, places, problems)
-    cards = cards_of(problems, Scripts(left=0))
+    cards = cards_of(problems)
+    story = story_of(documents, places, problems, cards)
     blocks = [
         *_head(story, about(documents)),
         *(versions_table(matrix, places, at) for at, matrix in enumerate(documents.matrices)),
@@ -61,7 +57,7 @@ def summary_markdown(documents: Documents, most: int = MOST_BYTES) -> str:
         _errors(places),
         _accepted(cards),
         _skipped(places),
-        *_notes(documents),
+        notes_block(documents.every_note),
     ]
     return joined(blocks, most, _rest, lambda block: len(block.encode("utf-8", "replace")))
 
@@ -74,11 +70,7 @@ def _head(story: Story, told_of: str) -> Iterator[str]:
     yield f"## numerics-suite: {story.word}"
     counts = " · ".join(f"{number:,} {status}" for status, number in story.counts)
     yield f"**{text(story.headline)}**" + (f"\n\n{counts}" if counts else "")
-    cures = [
-        f"- {MARKS[cure.tried]}{text(cure.text)}" + (f" {code(cure.command)}" if cure.command else "")
-        for issue in story.issues[:1]
-        for cure in issue.cures
-    ]
+    cures = [f"- {text(cure.text)}" for issue in story.issues[:1] for cure in issue.cures]
     yield "\n".join(["What to do:", "", *cures]) if cures else ""
     yield text(told_of) if told_of else ""
 
@@ -92,21 +84,14 @@ def finding_block(card: Card, *, heading: str, clean: Clean = str, extra: Sequen
         clean: of every text.
         extra: lines of Markdown that come first.
     """
-    # Several parameters are a list with words in it, and no code.
-    where = ", ".join(
-        f"{label} {text(clean(value)) if label == 'parameters' else code(clean(value))}" for label, value in card.where
-    )
     lines = [
-        f"- **check** {code(card.check)} on {text(clean(card.summary))}",
-        f"- **cause** {code(card.cause)}" + (f", {where}" if where else ""),
-        f"- **measured** {text(clean(card.measured))}" if card.measured else "",
-        *(f"- **versions** {text(line)}" for line in card.versions),
-        f"- **leads to** {text(clean(card.following))}" if card.following else "",
-        *(f"- **try** {MARKS[cure.tried]}{text(clean(cure.text))}" for cure in card.cures),
+        f"- {code(card.check)} on {text(clean(card.scope))}",
+        *(f"- **{label}** {text(clean(value))}" for label, value in card.lines),
+        *(f"- **fix** {text(clean(fix))}" for fix in card.fixes),
     ]
     parts = [
-        f"{heading}{text(clean(sentence(card.title)))}",
-        "\n".join([*extra, *(line for line in lines if line)]),
+        f"{heading}{text(clean(card.sentence))}",
+        "\n".join([*extra, *lines]),
         fenced(clean(card.command), "sh") if card.command else "",
         folded("Why, evidence, batch and script", "\n".join(_details(card, clean))),
     ]
@@ -121,11 +106,13 @@ def _details(card: Card, clean: Clean) -> Iterator[str]:
         yield f"- **cells** {lead}{text(clean(subject))}: {text(clean(cells))}"
     if card.more:
         yield f"- and {many(card.more, 'row')} more"
+    if card.measured:
+        yield f"- **measured** {text(clean(card.measured))}"
     yield from (f"- **{text(clean(name))}** {text(clean(value))}" for name, value in card.evidence)
     if card.batch:
         yield f"- **batch** {code(clean(card.batch))}"
     if card.script_path:
-        yield f"- **script** {code('python ' + shlex.quote(clean(card.script_path)))}"
+        yield f"- **script** {code(clean(card.run_script))}"
 
 
 def versions_table(
@@ -185,16 +172,10 @@ def bisect_blocks(bisection: BisectFile, clean: Clean = str) -> Iterator[str]:
         bisection: its file.
         clean: of every text.
     """
-    content, finding = bisection.content, bisection.finding
-    what = str(content.get("what", "version"))
-    title = sentence(finding.title) if finding is not None else "the verdict changes"
-    yield f"### {text(clean(title))}, from {text(clean(what))} {text(content['first_bad'])} on"
-    rows = [("last good", content["last_good"]), ("first bad", content["first_bad"])]
-    rows += [(name, content[name]) for name in ("subject", "check", "kind") if content.get(name)]
-    rows += [("cause", finding.cause), ("module", finding.module or "none named")] if finding is not None else []
-    rows += [("cannot be tried", listed([str(one) for one in content["between"]], 6))] if content.get("between") else []
-    yield "\n".join(f"- **{label}** {code(clean(value))}" for label, value in rows)
-    yield fenced(clean(content["show"]), "sh") if content.get("show") else ""
+    found = boundary_of(bisection)
+    yield f"### {text(clean(found.title))}"
+    yield "\n".join(f"- **{label}** {text(clean(value))}" for label, value in found.facts)
+    yield fenced(clean(found.show), "sh") if found.show else ""
 
 
 def comparison_blocks(found: Differences, clean: Clean = str) -> Iterator[str]:
@@ -228,7 +209,7 @@ def _errors(places: Places) -> str:
 
 def _accepted(cards: Iterable[Card]) -> str:
     rows = [
-        (code(card.check), text(card.summary), text(card.title), text(card.reason))
+        (code(card.check), text(card.scope), text(card.sentence), text(card.reason))
         for card in cards
         if card.status == "accepted"
     ]
@@ -243,12 +224,12 @@ def _skipped(places: Places) -> str:
     return folded(f"{many(total, 'check')} skipped", table(("", "checks", "on", "reason"), rows[:MOST_ROWS]))
 
 
-def _notes(documents: Documents) -> Iterator[str]:
-    notes = (
-        *documents.notes,
-        *(note for matrix in documents.matrices for note in matrix.result.notes),
-        *(note for run in documents.every_run for note in run.result.notes),
-    )
-    told = [f"- {text(note)}" for note in dict.fromkeys(notes)]
-    if told:
-        yield "\n".join(["### Notes", "", *told[:MOST_ROWS]])
+def notes_block(notes: Iterable[str], clean: Clean = str) -> str:
+    """What a person should see, as a list.
+
+    Args:
+        notes: a line each.
+        clean: of every text.
+    """
+    told = [f"- {text(clean(note))}" for note in notes]
+    return "\n".join(["### Notes", "", *told[:MOST_ROWS]]) if told else ""

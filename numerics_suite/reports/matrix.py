@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from numerics_suite.core.text import listed
-from numerics_suite.reports.lines import TerminalLine, printable, wrapped
+from numerics_suite.reports.lines import TerminalLine, cut, printable, wrapped
 from numerics_suite.reports.terminal import Terminal
+from numerics_suite.reports.view.formats import many
+from numerics_suite.reports.view.places import version_labels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,7 +65,7 @@ class MatrixTerminal(Terminal):
             self._advance(done, total)
         how = "kept from an earlier run" if cell.reused else f"{cell.duration_s:.1f} s"
         checks = len({failure.check for failure in cell.failures})
-        what = f"{checks} {'check' if checks == 1 else 'checks'} did not pass" if checks else (cell.reason or "")
+        what = f"{many(checks, 'check')} did not pass" if checks else (cell.reason or "")
         text = f"{cell.held.text}: {cell.status} ({how}){f': {what}' if what else ''}"
         first = f"{MARKS[cell.status]:<5}"
         self._print(wrapped(text, width=self.width, first=first, style=STYLES[cell.status]))
@@ -226,8 +228,7 @@ def _changes_text(changes: Sequence[Change]) -> list[str]:
 def _detail(change: Change) -> str | None:
     if not change.details:
         return None
-    text = printable(change.details[0])
-    return text if len(text) <= LONGEST_DETAIL else f"{text[: LONGEST_DETAIL - 1].rstrip()}…"
+    return cut(printable(change.details[0]), LONGEST_DETAIL)
 
 
 def verdict_lines(result: MatrixResult, width: int) -> list[TerminalLine]:
@@ -243,14 +244,25 @@ def verdict_lines(result: MatrixResult, width: int) -> list[TerminalLine]:
     kept = f"; {reused} kept from an earlier run" if reused else ""
     lines = [line for note in result.notes for line in wrapped(note, width=width, first="note: ")]
     lines += wrapped(f"results: {result.folder}", width=width, rest="  ")
-    noun = "environment" if len(result.cells) == 1 else "environments"
-    lines.append(TerminalLine(f"{len(result.cells)} {noun}: {told} in {result.duration_s:.1f} s{kept}"))
+    lines.append(TerminalLine(f"{many(len(result.cells), 'environment')}: {told} in {result.duration_s:.1f} s{kept}"))
     status = result.exit_status
     word = {0: "PASS", 1: "FAIL", 3: "ERROR"}.get(status, "NOTHING RAN")
     style = {0: "bold green", 1: "bold red", 3: "bold magenta"}.get(status, "bold yellow")
-    changed = sum(bool(cell.changes) for cell in result.cells)
-    note = f": {changed} of them changed something" if changed else ""
-    return [*lines, TerminalLine(f"{word}{note} (exit {status})", style)]
+    return [*lines, *wrapped(f"{word}{_about(result)} (exit {status})", width=width, rest="  ", style=style)]
+
+
+def _about(result: MatrixResult) -> str:
+    """Which environments the verdict is about: `: 1 of 2 environments failed: 4.57.6; 1 changed: 5.8.0`."""
+    named = list(zip(version_labels(result.cells), result.cells, strict=True))
+    kinds = [(word, [label for label, cell in named if cell.status == word]) for word in ("failed", "error")]
+    kinds.append(("changed", [label for label, cell in named if cell.changes]))
+    said = [(word, labels) for word, labels in kinds if labels]
+    of_all = f" of {many(len(result.cells), 'environment')}"
+    parts = [
+        f"{len(labels)}{'' if at else of_all} {'could not be checked' if word == 'error' else word}: {listed(labels, 6)}"
+        for at, (word, labels) in enumerate(said)
+    ]
+    return f": {'; '.join(parts)}" if parts else ""
 
 
 def matrix_to_json(result: MatrixResult) -> dict[str, Any]:
@@ -310,33 +322,8 @@ def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
         "reused": cell.reused,
         "unsupported": dict(cell.unsupported),
         "rows": [asdict(row) for row in cell.rows],
-        "failures": [
-            {
-                "check": failure.check,
-                "subject": failure.subject,
-                "task": failure.task,
-                "precision": failure.precision,
-                "attn": failure.attn,
-                "status": failure.status,
-                "cause": failure.cause,
-                "module": failure.module,
-                "title": failure.title,
-            }
-            for failure in cell.failures
-        ],
-        "changes": [
-            {
-                "against": change.against,
-                "subject": change.subject,
-                "task": change.task,
-                "precision": change.precision,
-                "attn": change.attn,
-                "kind": change.kind,
-                "module": change.module,
-                "details": list(change.details),
-            }
-            for change in cell.changes
-        ],
+        "failures": [asdict(failure) for failure in cell.failures],
+        "changes": [asdict(change) | {"details": list(change.details)} for change in cell.changes],
     }
 
 

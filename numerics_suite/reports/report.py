@@ -14,9 +14,6 @@ from numerics_suite.reports.junit import junit_xml
 from numerics_suite.reports.markdown import summary_markdown
 from numerics_suite.reports.plugins import added_reporters, write_added
 from numerics_suite.reports.sarif import sarif_text
-from numerics_suite.reports.view.overview import story_of
-from numerics_suite.reports.view.places import places_of
-from numerics_suite.reports.view.problems import problems_of
 
 HTML, JUNIT, SARIF, SUMMARY, COMMENT = "index.html", "junit.xml", "results.sarif", "summary.md", "comment.md"
 FILES = (HTML, JUNIT, SARIF, SUMMARY, COMMENT)
@@ -113,13 +110,3 @@ def write_wanted(documents: Documents, report: Path | None, junitxml: Path | Non
         write_atomic(junitxml, junit_xml(documents), f"{prefix}junitxml")
     if report is not None:
         write_report(report, documents, option=f"{prefix}report")
-
-
-def verdict_of(documents: Documents) -> str:
-    """`pass`, `fail`, `error`, `incomplete`, or `empty` for a report of nothing: the worst that any document says.
-
-    Args:
-        documents: what the report tells of.
-    """
-    places = places_of(documents)
-    return story_of(documents, places, problems_of(places)).verdict

@@ -7,11 +7,9 @@ Accepted findings are notes, suppressed by their reason; what could not be carri
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,16 @@ from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.judgement.classify import FAILING
 from numerics_suite.reports.comparison import MEANS
 from numerics_suite.reports.documents import BisectFile, ComparisonFile, Documents
-from numerics_suite.reports.findings import following_text
-from numerics_suite.reports.lines import printable
+from numerics_suite.reports.lines import cut, printable
 from numerics_suite.reports.markup import text as escaped
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.sources import SourceLine, Sources
-from numerics_suite.reports.view.advice import advice_on
+from numerics_suite.reports.view.bisections import boundary_of
+from numerics_suite.reports.view.cards import Card, cards_of
+from numerics_suite.reports.view.measured import question
 from numerics_suite.reports.view.places import Places, places_of
 from numerics_suite.reports.view.problems import Problem, part_of, problems_of
+from numerics_suite.reports.view.sections import reasons_of
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 MOST_RESULTS = 25_000
@@ -45,8 +45,6 @@ ROOTS = {"repository": "%SRCROOT%", "site-packages": "SITE_PACKAGES"}
 
 NOWHERE = SourceLine(path="pyproject.toml", line=1, root="repository")
 """Code scanning shows no result without a file: where nothing better is known, the file with the settings of the gate."""
-
-CHECKS = Path(__file__).resolve().parent.parent / "checks"
 
 
 def sarif_text(documents: Documents, root: Path | None = None) -> str:
@@ -68,8 +66,9 @@ def sarif_log(documents: Documents, root: Path | None = None, most: int = MOST_R
         most: results at most.
     """
     places, sources = places_of(documents), Sources(documents, root)
+    problems = problems_of(places)
     results = [
-        *(_of_problem(problem, sources) for problem in problems_of(places)),
+        *(_of_problem(problem, card, sources) for problem, card in zip(problems, cards_of(problems), strict=True)),
         *(result for comparison in documents.comparisons for result in _of_comparison(comparison)),
         *(result for bisection in documents.bisections for result in _of_bisection(bisection, sources)),
     ]
@@ -103,26 +102,12 @@ def sarif_log(documents: Documents, root: Path | None = None, most: int = MOST_R
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
-def _of_problem(problem: Problem, sources: Sources) -> dict[str, Any]:
+def _of_problem(problem: Problem, card: Card, sources: Sources) -> dict[str, Any]:
     finding, worst = problem.finding, problem.worst.result
-    versions = [
-        f"{span.package} {span.bad}" + (f", {span.last_good} before it is good" if span.last_good else "")
-        for span in problem.spans
-    ]
-    parts = [
-        f"{_ended(finding.title)}",
-        f"{problem.check}: {finding.cause}" + (f" in {finding.module}" if finding.module else "") + ".",
-        f"Cells: {listed(problem.subjects, 4)} in {listed(problem.precisions, 6)}.",
-        f"Versions: {listed(versions, 3)}." if versions else "",
-        f"Leads to: {following}."
-        if (following := following_text(place.result for place in problem.consequences))
-        else "",
-        *(f"Try: {_ended(advised.text)}" for advised in advice_on([problem])[:2]),
-    ]
     result = _result(
         problem.check,
         "note" if problem.accepted else "error",
-        " ".join(part for part in parts if part),
+        " ".join([card.sentence, *(_ended(line) for line in card.told)]),
         (finding.cause, part_of(finding)),
     )
     result["locations"] = [_location(sources.find(finding.source) or _of_check(problem.check), _named(problem))]
@@ -176,10 +161,8 @@ def _of_bisection(bisection: BisectFile, sources: Sources) -> Iterator[dict[str,
     content, finding = bisection.content, bisection.finding
     if finding is None:
         return
-    what, bad = content.get("what", "version"), content["first_bad"]
     check = str(content.get("check", "bisect"))
-    text = f"{what} {bad} is the first bad version, {content['last_good']} is good: {_ended(finding.title)}"
-    result = _result(check, "error", text, (finding.cause, part_of(finding), "bisect"))
+    result = _result(check, "error", boundary_of(bisection).title, (finding.cause, part_of(finding), "bisect"))
     named = [{"fullyQualifiedName": printable(finding.module), "kind": "module"}] if finding.module else []
     result["locations"] = [_location(sources.find(finding.source) or _of_check(check), named)]
     yield result
@@ -217,19 +200,19 @@ def _of_check(check: str) -> SourceLine:
 
 def _rule(check: str) -> dict[str, Any]:
     kind = check.removeprefix("compare.") if check.startswith("compare.") else ""
-    question = MEANS[kind] if kind in MEANS else question_of(check)
+    asked = MEANS[kind] if kind in MEANS else question_of(check)
     budgets = {} if kind in MEANS else _budgets(check)
     lines = [f"- {name}: at most {shown(budget.limit)}. {budget.reason}" for name, budget in budgets.items()]
-    description = " ".join([question, *dict.fromkeys(budget.reason for budget in budgets.values())])
+    description = " ".join([asked, *dict.fromkeys(budget.reason for budget in budgets.values())])
     title = "".join(word.capitalize() for word in check.replace("-", ".").split(".") if word)
     return {
         "id": check,
         "name": _shortened(title or "Check", 255),
-        "shortDescription": {"text": _shortened(question, LONGEST_RULE)},
+        "shortDescription": {"text": _shortened(asked, LONGEST_RULE)},
         "fullDescription": {"text": _shortened(description, LONGEST_RULE)},
         "help": {
-            "text": "\n".join([question.replace("](", "] ("), *lines]),
-            "markdown": "\n".join([f"**{question if check in own_check_ids() else escaped(question)}**", "", *lines]),
+            "text": "\n".join([asked.replace("](", "] ("), *lines]),
+            "markdown": "\n".join([f"**{asked if check in own_check_ids() else escaped(asked)}**", "", *lines]),
         },
         "defaultConfiguration": {"level": "error"},
         "properties": {
@@ -247,43 +230,31 @@ def _budgets(check: str) -> dict[str, Any]:
         return {}
 
 
-@cache
 def question_of(check: str) -> str:
-    """The question that a check asks, read from its file without importing it; the id of a check that is not known here.
+    """The question that a check asks; the id of a check that is not known here.
 
     Args:
         check: its id.
     """
-    if check not in own_check_ids():
-        try:
-            added = added_check(check)
-        except BadInputError:
-            added = None
-        return added.spec.doc if added is not None else printable(check)
-    group, name = check.split(".")
-    tree = ast.parse((CHECKS / group / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
-    wanted = name.replace("-", "_")
-    found = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == wanted)
-    text = next((ast.get_docstring(node) for node in found), None)
-    return text.splitlines()[0] if text else check
+    if check in own_check_ids():
+        return question(check) or check
+    try:
+        added = added_check(check)
+    except BadInputError:
+        added = None
+    return added.spec.doc if added is not None else printable(check)
 
 
 def _notifications(documents: Documents, places: Places) -> Iterator[dict[str, Any]]:
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for place in places.all:
-        if place.result.status == "error":
-            key = (place.result.check, place.result.reason or "no reason given")
-            reasons.setdefault(key, []).append(place.result.cell.id)
-    for (check, reason), cells in reasons.items():
-        text = f"{check} could not be carried out on {listed(list(dict.fromkeys(cells)), 4)}: {reason}"
+    for one in reasons_of(places, "error"):
+        text = f"{one.checks} could not be carried out on {one.where}: {one.reason}"
         yield {"level": "error", "message": {"text": _shortened(text, LONGEST_MESSAGE)}}
     for source in places.sources:
         if source.run is None and source.cell is not None and source.cell.reason:
             text = f"{source.label or 'the environment'}: {source.cell.reason}"
             level = "error" if source.cell.status == "error" else "note"
             yield {"level": level, "message": {"text": _shortened(text, LONGEST_MESSAGE)}}
-    notes = (*documents.notes, *(note for run in documents.every_run for note in run.result.notes))
-    for note in dict.fromkeys(notes):
+    for note in documents.every_note:
         yield {"level": "warning", "message": {"text": _shortened(note, LONGEST_MESSAGE)}}
 
 
@@ -312,8 +283,7 @@ def _ended(text: str) -> str:
 
 def _shortened(text: str, most: int) -> str:
     """One line of so many characters; what would be a link of SARIF's is told apart from one."""
-    line = printable(text).replace("](", "] (")
-    return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
+    return cut(printable(text).replace("](", "] ("), most)
 
 
 def _clean(value: Any) -> Any:

@@ -2,68 +2,71 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
-from numerics_suite.judgement.budgets import budgets_of
-from numerics_suite.reports.findings import block, cells_text, grouped
-from numerics_suite.reports.lines import WIDTH, TerminalLine, wrapped
-from numerics_suite.reports.numbers import shown
+from numerics_suite.reports.documents import CheckRun, Documents
+from numerics_suite.reports.findings import block
+from numerics_suite.reports.lines import WIDTH, TerminalLine, printable, wrapped
 from numerics_suite.reports.results import counts
+from numerics_suite.reports.view.cards import Card, cards_of
+from numerics_suite.reports.view.formats import NOTHING_RAN, many, worst_status
+from numerics_suite.reports.view.measured import worst_of
+from numerics_suite.reports.view.places import CheckCell, Places, places_of
+from numerics_suite.reports.view.problems import problems_of
+from numerics_suite.reports.view.sections import reasons_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from numerics_suite.core.records import CheckResult, RunResult
+    from numerics_suite.core.records import RunResult
 
 LABELS = {"failed": "FAIL", "error": "ERR", "accepted": "acc", "passed": "ok", "skipped": "skip"}
-"""Worst first; a check's label is its worst result's."""
-
 STYLES = {"failed": "bold red", "error": "bold magenta", "accepted": "yellow", "passed": "green", "skipped": "dim"}
-RANK = {status: index for index, status in enumerate(LABELS)}
-
-NOTHING_RAN = 5
-"""The exit status for which no check ran, or not all that were asked for."""
-
-INFORMS = {"forward.headroom": ("bits", min)}
-"""Checks whose telling number has no budget: its name, and which of several is the worst."""
 
 
-def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False) -> list[TerminalLine]:
+def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False, verbose: bool = False) -> list[TerminalLine]:
     """All lines of the end of a run.
 
     Args:
         run: the whole run.
         width: in columns.
-        quiet: the titles of the findings and the verdict alone.
+        quiet: the sentences of the findings and the verdict alone.
+        verbose: with everything that was measured of each finding.
     """
-    groups = grouped(result for result in run.checks if result.status == "failed")
+    places = places_of(Documents(runs=(CheckRun(label="", result=run),)))
+    cards = cards_of(problems_of(places))
+    failed = [card for card in cards if card.status == "failed"]
     if quiet:
         lines = []
-        for group in groups:
-            text = f"{group.worst.check} {group.worst.cell.subject}: {group.finding.title}"
+        for card in failed:
+            text = f"{card.check} {listed(card.subjects, 2)}: {card.sentence}"
             lines += wrapped(text, width=width, rest="  ", style="bold red")
-        return [*lines, *_notes(run, width), *verdict_lines(run)]
-    lines = _table(run.checks, width)
-    for number, group in enumerate(groups, start=1):
-        lines += [TerminalLine(""), *block(group, number=number, run=run, width=width)]
+        return [*lines, *_notes(run, width), *verdict_lines(run, failed)]
+    lines = _table(places, width)
+    for card in failed:
+        lines += [TerminalLine(""), *block(card, width=width, verbose=verbose)]
     for section in (
-        _errors(run, width),
-        _accepted(run, width),
-        _skipped(run, width),
+        _reasons(places, "error", "could not be carried out", width),
+        _accepted(cards, width),
+        _reasons(places, "skipped", "skipped", width),
         _notes(run, width, told_before="--data: "),
     ):
         if section:
             lines += [TerminalLine(""), *section]
-    return [*lines, TerminalLine(""), *verdict_lines(run)]
+    return [*lines, TerminalLine(""), *verdict_lines(run, failed)]
 
 
-def verdict_lines(run: RunResult) -> list[TerminalLine]:
-    """How many of each status in what time, and last of all the verdict: `FAIL: 3 findings (exit 1)`."""
+def verdict_lines(run: RunResult, failed: Sequence[Card]) -> list[TerminalLine]:
+    """How many of each status in what time, and last of all the verdict: `FAIL: 2 findings in glm4-tiny (exit 1)`.
+
+    Args:
+        run: the whole run.
+        failed: its findings.
+    """
     counted = counts(run.checks)
     parts = [
-        _many(number, status) if status == "error" else f"{number:,} {status}"
+        many(number, status) if status == "error" else f"{number:,} {status}"
         for status, number in counted.items()
         if number
     ]
@@ -74,149 +77,65 @@ def verdict_lines(run: RunResult) -> list[TerminalLine]:
         style = "bold yellow"
     if not run.complete:
         word, style = "INTERRUPTED", "bold yellow"
-    groups = grouped(result for result in run.checks if result.status == "failed")
-    found = f": {_many(len(groups), 'finding')}" if groups else ""
+    subjects = printable(listed(list(dict.fromkeys(name for card in failed for name in card.subjects)), 4))
+    about = f": {many(len(failed), 'finding')} in {subjects}" if failed else ""
     told = ", ".join(parts) or "no check was planned"
     return [
         TerminalLine(f"{told} in {run.duration_s:.1f} s"),
-        TerminalLine(f"{word}{found} (exit {run.exit_status})", style),
+        TerminalLine(f"{word}{about} (exit {run.exit_status})", style),
     ]
 
 
-def _many(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _table(checks: Sequence[CheckResult], width: int) -> list[TerminalLine]:
-    by_check: dict[str, list[CheckResult]] = {}
-    for result in checks:
-        by_check.setdefault(result.check, []).append(result)
+def _table(places: Places, width: int) -> list[TerminalLine]:
+    by_check: dict[str, list[CheckCell]] = {}
+    for place in places.all:
+        by_check.setdefault(place.result.check, []).append(place)
     if not by_check:
         return []
     column = max(len(check) for check in by_check)
     lines = [TerminalLine(f"{'':<5}{'check':<{column}}  {'ran':>5}  worst", "bold")]
-    for check, results in by_check.items():
-        lines.append(_row(check, results, column, width))
-    return lines
+    return lines + [_row(check, members, column, width) for check, members in by_check.items()]
 
 
-def _row(check: str, results: list[CheckResult], column: int, width: int) -> TerminalLine:
-    status = min((result.status for result in results), key=RANK.__getitem__)
-    ran = [result for result in results if result.status not in {"skipped", "error"}]
-    lead = f"{LABELS[status]:<5}{check:<{column}}  {len(ran):>5}  "
-    value, where = worst_of(check, results)
+def _row(check: str, members: Sequence[CheckCell], column: int, width: int) -> TerminalLine:
+    status = worst_status(place.result.status for place in members)
+    ran = sum(place.result.status not in {"skipped", "error"} for place in members)
+    lead = f"{LABELS[status]:<5}{check:<{column}}  {ran:>5}  "
+    worst, where = worst_of(members)
+    value = "" if worst is None else worst.text
     gap = "  " if value and where else ""
     room = width - len(lead) - len(value) - len(gap)
-    return TerminalLine(f"{lead}{value}{gap}{_fitted(where, room)}".rstrip(), STYLES[status], 4)
+    return TerminalLine(f"{lead}{value}{gap}{_cell(where, room)}".rstrip(), STYLES[status], 4)
 
 
-def _fitted(where: str, room: int) -> str:
-    """The cell in so many columns: its subject is cut, for precision and attention tell more."""
-    if len(where) <= room:
-        return where
-    subject, slash, rest = where.partition("/")
-    kept = max(room - len(slash) - len(rest) - 3, 1)
-    return f"{subject[:kept]}...{slash}{rest}"
+def _cell(place: CheckCell | None, room: int) -> str:
+    """The cell in so many columns: its subject is cut, for precision and attention tell more; the device is in the header."""
+    if place is None:
+        return ""
+    cell = place.result.cell
+    rest = f"/{cell.precision}/{cell.attn}"
+    if len(cell.subject) + len(rest) <= room:
+        return cell.subject + rest
+    return f"{cell.subject[: max(room - len(rest) - 3, 1)]}...{rest}"
 
 
-def worst_of(check: str, results: Sequence[CheckResult]) -> tuple[str, str]:
-    """The worst value that a check measured and the cell where that was; no cell where all are alike.
-
-    Args:
-        check: its id.
-        results: of all cells, at least one.
-    """
-    status = min((result.status for result in results), key=RANK.__getitem__)
-    if status == "skipped":
-        return "", ""
-    if status == "error":
-        first = next(result for result in results if result.status == "error")
-        return "", _cell(first)
-    if status == "passed" and check in INFORMS:
-        name, extreme = INFORMS[check]
-        told = [(result.measurements[name], result) for result in results if name in result.measurements]
-        if told:
-            least, where = extreme(told, key=lambda pair: _first_nan(pair[0], extreme))
-            return f"{name} {shown(least)}", _cell(where)
-    found = [(*_worst(result), result) for result in results if result.status == status]
-    excess, nearest, result = max(found, key=lambda entry: entry[0])
-    if nearest is None:
-        return "", (_cell(result) if status != "passed" else "")
-    everywhere = status == "passed" and all(entry[0] == excess for entry in found)
-    value = f"{nearest} {shown(result.measurements[nearest])}"
-    return value, ("" if everywhere else _cell(result))
-
-
-def _first_nan(value: float, extreme: Callable[..., object]) -> float:
-    """NaN ordered as the worst there is."""
-    if not math.isnan(value):
-        return value
-    return -math.inf if extreme is min else math.inf
-
-
-def _cell(result: CheckResult) -> str:
-    """The cell in its table row; the device is the same for all and stands in the header."""
-    return f"{result.cell.subject}/{result.cell.precision}/{result.cell.attn}"
-
-
-def _worst(result: CheckResult) -> tuple[float, str | None]:
-    """How near its budget the measurement is that is nearest, and its name; a check without budgets has none."""
-    budgets = budgets_of(result.check)
-    rated = [
-        (_excess(value, budgets[name].limit), name) for name, value in result.measurements.items() if name in budgets
-    ]
-    return max(rated, default=(0.0, None), key=lambda pair: pair[0])
-
-
-def _excess(value: float, limit: float) -> float:
-    if math.isnan(value):
-        return math.inf
-    if limit == 0:
-        return value * 1e300 if value > 0 else value
-    return value / limit
-
-
-def _errors(run: RunResult, width: int) -> list[TerminalLine]:
-    by_reason: dict[str, list[CheckResult]] = {}
-    for result in run.checks:
-        if result.status == "error":
-            by_reason.setdefault(result.reason or "no reason given", []).append(result)
-    lines = [TerminalLine("could not be carried out", STYLES["error"])] if by_reason else []
-    for reason, results in by_reason.items():
-        lines += wrapped(f"{reason} -- {_asked(results)}", width=width, first="   ")
+def _reasons(places: Places, status: str, title: str, width: int) -> list[TerminalLine]:
+    found = reasons_of(places, status)
+    lines = [TerminalLine(title, STYLES[status])] if found else []
+    for one in found:
+        text = f"{one.reason} -- {one.checks} on {one.where}"
+        lines += wrapped(text, width=width, first=f"{one.count:>5}  ")
     return lines
 
 
-def _accepted(run: RunResult, width: int) -> list[TerminalLine]:
-    groups = grouped(result for result in run.checks if result.status == "accepted")
-    lines = [TerminalLine("accepted", STYLES["accepted"])] if groups else []
-    for group in groups:
-        cells = cells_text([member.cell for member in group.results])
-        text = f"{group.worst.check} on {group.worst.cell.subject}: {group.finding.title} ({group.finding.cause})"
-        lines += wrapped(text, width=width, first="   ", rest=" " * 5)
-        lines += wrapped(f"reason: {group.worst.reason} -- {cells}", width=width, first=" " * 5)
-    return lines
-
-
-def _skipped(run: RunResult, width: int) -> list[TerminalLine]:
-    by_reason: dict[str, list[CheckResult]] = {}
-    for result in run.checks:
-        if result.status == "skipped":
-            by_reason.setdefault(result.reason or "no reason given", []).append(result)
-    lines = [TerminalLine("skipped", STYLES["skipped"])] if by_reason else []
-    for reason, results in by_reason.items():
-        lines += wrapped(f"{reason} -- {_asked(results)}", width=width, first=f"{len(results):>5}  ")
-    return lines
-
-
-def _asked(results: Sequence[CheckResult]) -> str:
-    """Which checks on which subjects, short; a group of checks where there are many."""
-    checks = sorted({result.check for result in results})
-    if len(checks) > 3:
-        checks = sorted({f"{check.partition('.')[0]}.*" for check in checks})
-    subjects = sorted({result.cell.subject for result in results})
-    precisions = sorted({result.cell.precision for result in results})
-    return f"{', '.join(checks)} on {listed(subjects, 3)} in {listed(precisions, 4)}"
+def _accepted(cards: Sequence[Card], width: int) -> list[TerminalLine]:
+    lines = []
+    for card in cards:
+        if card.status == "accepted":
+            lines += wrapped(f"{card.check}   {card.scope}", width=width, first="   ", rest=" " * 5)
+            lines += wrapped(card.sentence, width=width, first=" " * 5)
+            lines += wrapped(f"reason: {card.reason}", width=width, first=" " * 5)
+    return [TerminalLine("accepted", STYLES["accepted"]), *lines] if lines else []
 
 
 def _notes(run: RunResult, width: int, told_before: str | None = None) -> list[TerminalLine]:

@@ -59,14 +59,15 @@ class Terminal:
         width: columns that are used.
     """
 
-    def __init__(self, *, stream: IO[str], quiet: bool = False) -> None:
+    def __init__(self, *, stream: IO[str], quiet: bool = False, verbose: bool = False) -> None:
         """Print to `stream`; colour and live progress only where it is a terminal.
 
         Args:
             stream: standard output, or standard error where the results go to standard output.
-            quiet: the verdict and the titles of findings only.
+            quiet: the verdict and the sentences of findings only.
+            verbose: of findings everything that was measured.
         """
-        self._stream, self._quiet = stream, quiet
+        self._stream, self._quiet, self._verbose = stream, quiet, verbose
         self._live = bool(getattr(stream, "isatty", lambda: False)())
         _tolerate(stream)
         self._console = _Console(
@@ -171,8 +172,10 @@ class Terminal:
         """A line for the first finding or error of its kind; its copies in other cells are counted at the end."""
         if result.status not in {"failed", "error"}:
             return
-        what = result.finding.title if result.finding is not None else result.reason or ""
-        cause = result.finding.cause if result.finding is not None else what
+        finding = result.finding
+        # What it is and not yet why: the end of the run says that, beside everything that follows from it.
+        what = finding.title if finding is not None else result.reason or ""
+        cause = finding.cause if finding is not None else what
         # Where no model can be loaded, every check says the same.
         key = ("" if result.bad_input else result.check, result.cell.subject, cause)
         if key in self._shown:
@@ -259,7 +262,7 @@ class Terminal:
         """
         self.stop()
         begin = [] if self._quiet else [TerminalLine("")]
-        self._print([*begin, *summary(run, width=self.width, quiet=self._quiet)])
+        self._print([*begin, *summary(run, width=self.width, quiet=self._quiet, verbose=self._verbose)])
         if self._error is not None and not isinstance(self._error, BrokenPipeError):
             raise self._error
 

@@ -5,27 +5,32 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from numerics_suite.reports.findings import block, grouped
+from numerics_suite.reports.findings import block
 from numerics_suite.reports.lines import sayable
 from numerics_suite.reports.summary import summary
+from numerics_suite.reports.view.cards import card_of
+from numerics_suite.reports.view.places import CheckCell, Source
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import CheckResult, RunResult
 
 
-def finding_text(result: CheckResult) -> str:
+def finding_text(result: CheckResult, *, diagnosed: bool = True) -> str:
     """The block of one result's finding.
 
     Args:
         result: one with a finding.
+        diagnosed: False where no cause was looked for.
     """
-    return "\n".join(sayable(line.text, sys.__stdout__) for group in grouped([result]) for line in block(group))
+    card = card_of(CheckCell(source=Source(label="", run=None), result=result), diagnosed=diagnosed)
+    return "\n".join(sayable(line.text, sys.__stdout__) for line in block(card))
 
 
-def summary_lines(run: RunResult) -> list[str]:
+def summary_lines(run: RunResult, *, verbose: bool = False) -> list[str]:
     """Everything that the terminal shows at the end of a run.
 
     Args:
         run: the whole run.
+        verbose: with everything that was measured of each finding.
     """
-    return [sayable(line.text, sys.__stdout__) for line in summary(run)]
+    return [sayable(line.text, sys.__stdout__) for line in summary(run, verbose=verbose)]

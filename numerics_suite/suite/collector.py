@@ -309,7 +309,7 @@ class Gate:
 
         assert self.result is not None
         reporter.section("numerics-suite")
-        for line in summary_lines(self.result):
+        for line in summary_lines(self.result, verbose=reporter.verbosity > 0):
             reporter.line(line)
 
 

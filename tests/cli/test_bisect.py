@@ -127,9 +127,8 @@ def test_the_story_is_short_and_its_command_runs(world):
         "subject",
         "check",
         "kind",
-        "cause",
-        "module",
-        "what",
+        "where",
+        "tried",
         "show",
     ]
     command = story[-1].removeprefix("show it    numerics-suite ")

@@ -234,7 +234,7 @@ def test_matrix_writes_a_report_and_its_folder_makes_the_same(capsys, world, fol
     assert status == 1
     assert out.splitlines()[-1] == "report: r/index.html"
     summary = Path("r/summary.md").read_text(encoding="utf-8")
-    assert "in transformers 5.1.0 to 5.2.0**" in summary
+    assert "**In transformers 5.1.0 to 5.2.0: " in summary
     assert "| `5.1.0 … 5.2.0` | **failed** | `load.head-init` |" in summary
     assert Path("j.xml").read_bytes() == Path("r/junit.xml").read_bytes()
     assert main(["report", ".numerics/matrix", "--out", "again", "--quiet"]) == 0
@@ -253,7 +253,7 @@ def test_bisect_writes_a_report(capsys, world):
     status, _, err = ended(capsys, "bisect", "fixture:glm4-tiny", *ends, "--report", "r", "--json", "b.json")
     assert (status, err) == (0, "")
     summary = Path("r/summary.md").read_text(encoding="utf-8")
-    assert "- **first bad** `5.1.0`" in summary
+    assert "- **first bad** 5.1.0" in summary
     assert main(["report", "b.json", "--out", "again", "--quiet"]) == 0
     assert Path("again/summary.md").read_text(encoding="utf-8") == summary
 

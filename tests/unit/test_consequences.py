@@ -21,8 +21,8 @@ from numerics_suite.diagnosis import roots
 from numerics_suite.diagnosis.consequences import as_tree
 from numerics_suite.diagnosis.remedies import Attempt
 from numerics_suite.diagnosis.remedy_trials import CheckAnswer
+from numerics_suite.reports import markup
 from numerics_suite.reports.documents import CheckRun, Documents
-from numerics_suite.reports.findings import grouped
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.junit import junit_xml
 from numerics_suite.reports.markdown import summary_markdown
@@ -209,19 +209,22 @@ def test_what_an_entry_does_not_reach_has_a_root_of_its_own():
 def test_printers_show_one_card_for_each_root():
     run = run_of("uninitialised_head")
     documents = Documents(runs=(CheckRun(label="check", result=run),))
-    follows = "forward.finite, train.finite"
-    (group,) = grouped(run.checks)
-    assert [each.check for each in group.consequences] == ["forward.finite", "train.finite"]
+    follows = [
+        f"{each.check}: {each.finding.title}" for each in run.checks if each.finding and each.finding.consequence_of
+    ]
+    assert [line.partition(":")[0] for line in follows] == ["forward.finite", "train.finite"]
     lines = [line.text for line in summary(run)]
-    assert any(line.split() == ["leads", "to", "forward.finite,", "train.finite"] for line in lines)
+    begin = lines.index(f"  leads to  {follows[0]}")
+    assert lines[begin + 1] == f"{'':12}{follows[1]}"
     assert any("1 finding " in line for line in lines)
     (problem,) = problems_of(places_of(documents))
-    assert len(problem.consequences) == 2
-    assert f"- **leads to** {follows}" in summary_markdown(documents)
+    assert [place.result.check for place in problem.consequences] == ["forward.finite", "train.finite"]
+    markdown = summary_markdown(documents)
+    assert all(f"- **leads to** {markup.text(line)}" in markdown for line in follows)
     (sarif,) = sarif_log(documents)["runs"][0]["results"]
     assert [one.partition("/")[0] for one in sarif["properties"]["consequences"]] == ["forward.finite", "train.finite"]
     (annotation,) = annotation_lines(documents)
-    assert f"leads to {follows}" in annotation
+    assert all(f"leads to: {line}" in annotation.replace("%25", "%") for line in follows)
     xml = junit_xml(documents).decode()
     assert xml.count("<failure") == 3
     assert xml.count('message="follows from load.head-init/uninitialised_head/fp32/default/cpu: ') == 2

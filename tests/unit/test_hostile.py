@@ -198,7 +198,9 @@ def test_every_printer_shows_a_hostile_document_and_obeys_nothing_in_it(
         assert running.count("<!--") == (name == "comment.md")
         assert not re.search(r"(?<!\w)[@#](?=\w)", running), name
         hostile, harmless = both(name, structure_of_markdown)
-        assert hostile <= harmless | {("code",), ("p",), ("br",)}
+        # What has no room is counted in a line of its own, in italics.
+        counted = {("em",)} if "more than there is room for" in text else set()
+        assert hostile <= harmless | counted | {("code",), ("p",), ("br",)}
     hostile, harmless = both(
         "junit.xml",
         lambda text: [(one.tag, *sorted(one.attrib)) for one in ET.fromstring(text.encode()).iter()],

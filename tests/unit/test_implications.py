@@ -18,8 +18,8 @@ ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.0.mlp"
 
 
 def of(check, cause, measurement, measured=1.0, module=None, **more):
-    context = {"measurement": measurement, "measured": measured, **more.pop("evidence", {})}
-    return failed(check, cause, module=module, evidence=context, **more)
+    evidence = {"measurement": measurement, "measured": measured, **more.pop("evidence", {})}
+    return failed(check, cause, module=module, evidence=evidence, **more)
 
 
 CAUSAL = of("forward.causal", "future-leak", "true", module=ATTENTION)

@@ -18,9 +18,10 @@ from numerics_suite.reports import report
 from numerics_suite.reports.documents import CheckRun, Documents, read_documents
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.lines import printable
-from numerics_suite.reports.report import FILES, ensure_report, ensure_wanted, verdict_of, write_report, write_wanted
+from numerics_suite.reports.report import FILES, ensure_report, ensure_wanted, write_report, write_wanted
 from numerics_suite.reports.results import dump, to_json, write_results
 from numerics_suite.reports.summary import summary
+from numerics_suite.reports.view.overview import verdict_of
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 
@@ -57,7 +58,7 @@ def test_junit_tells_them_in_words(survivor):
     xmlschema.XMLSchema(SCHEMAS / "junit-10.xsd").validate(text)
     assert "non-finite = NaN" in text
     assert "last-loss = -Infinity" in text
-    assert "Infinity parameters (uninitialised)" in text
+    assert "Infinity parameters; none is allowed" in text
 
 
 def test_sarif_tells_them_in_words(survivor):
@@ -72,18 +73,18 @@ def test_sarif_tells_them_in_words(survivor):
 @pytest.mark.parametrize("name", ["summary.md", "comment.md", "index.html"])
 def test_markdown_and_html_tell_them_in_words(survivor, name):
     text = (survivor[1] / name).read_text(encoding="utf-8")
-    assert "NaN tensors (non-finite)" in text
-    assert "Infinity parameters (uninitialised)" in text
-    assert "allowed -Infinity" in text
+    assert "NaN tensors; none is allowed" in text
+    assert "Infinity parameters; none is allowed" in text
+    assert "at most -Infinity" in text
     assert "<script>alert(1)</script>" not in text
     assert "\x1b" not in text
 
 
 def test_terminal_and_annotations_tell_them_in_words(survivor):
     (run,) = survivor[0].runs
-    lines = "\n".join(line.text for line in summary(run.result))
-    assert "NaN tensors (non-finite), 0 allowed" in lines
-    assert "Infinity parameters (uninitialised)" in lines
+    lines = "\n".join(line.text for line in summary(run.result, verbose=True))
+    assert "NaN tensors; none is allowed" in lines
+    assert "Infinity parameters; none is allowed" in lines
     assert "\x1b" not in lines
     told = annotation_lines(survivor[0])
     assert all(line.startswith("::") and "\x1b" not in line for line in told)

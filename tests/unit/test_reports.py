@@ -18,7 +18,8 @@ from numerics_suite.core.atomic import ensure_writable, write_atomic
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json, finding_to_json
 from numerics_suite.core.records import Cell, Finding, Remedy, Subject
-from numerics_suite.reports.findings import block, grouped
+from numerics_suite.reports.documents import CheckRun, Documents
+from numerics_suite.reports.findings import block
 from numerics_suite.reports.plan import PlanRow, plan_to_json, readable_bytes
 from numerics_suite.reports.results import (
     check_from_json,
@@ -31,6 +32,9 @@ from numerics_suite.reports.results import (
 )
 from numerics_suite.reports.terminal import COLOURS, Terminal
 from numerics_suite.reports.text import finding_text, summary_lines
+from numerics_suite.reports.view.cards import cards_of
+from numerics_suite.reports.view.places import places_of
+from numerics_suite.reports.view.problems import problems_of
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "summary.txt"
 
@@ -280,12 +284,16 @@ def test_quiet_is_the_titles_and_the_verdict():
     terminal = Terminal(stream=stream, quiet=True)
     header_and_progress(terminal)
     assert stream.getvalue() == ""
-    assert printed(quiet=True).splitlines()[2:] == [
-        f"forward.finite {SUBJECT}: 6 output elements are NaN or infinite",
-        f"train.finite {SUBJECT}: training is not finite from step 2 on",
+    assert printed(quiet=True).splitlines()[4:] == [
+        f"forward.finite {SUBJECT}: 6 output elements are NaN or infinite:",
+        "  aten.mul.Tensor of finite inputs exceeds the largest number of its dtype",
+        "  (overflow).",
+        f"train.finite {SUBJECT}: Training is not finite from step 2 on: the",
+        "  optimizer's eps (1e-8 by default) is 0 in the dtype of its state, so its step",
+        "  divides by 0 (optimizer-underflow).",
         "note: accept entry (check=load.tied) matched no finding of this run: remove it",
         "3 passed, 12 failed, 1 accepted, 8 skipped, 1 error in 41.2 s",
-        "FAIL: 3 findings (exit 1)",
+        f"FAIL: 3 findings in {SUBJECT} (exit 1)",
     ]
 
 
@@ -338,8 +346,10 @@ def test_a_stream_without_the_letter_shows_its_code():
 
 def test_the_text_for_pytest_is_the_blocks():
     text = finding_text(failing_checks()[-1])
-    assert text.startswith("training is not finite from step 2 on\n   check     train.finite on glm4-tiny-classifier")
-    assert "measured  NaN tensors (non-finite), 0 allowed" in text
+    assert text.startswith(
+        f"FAIL  train.finite   {SUBJECT} · pure-fp16 · sdpa · cpu\n  Training is not finite from step 2 on: "
+    )
+    assert "  where     step 2, score.weight\n" in text
     assert "\n".join(summary_lines(sample_run())) in printed()
 
 
@@ -352,11 +362,12 @@ def test_alike_findings_are_one_block_with_nan_as_the_worst():
         )
         for precision, value in zip(("fp32", "fp16", "bf16"), values, strict=True)
     ]  # fmt: skip
-    (group,) = grouped(checks)
-    assert len(group.results) == 3
-    assert group.finding.title == "value nan"
-    lines = [line.text for line in block(group)]
-    assert "   cells     bf16 (eager), fp16 (eager), fp32 (eager) on cpu" in lines
+    run = sample_run(checks=tuple(checks))
+    (problem,) = problems_of(places_of(Documents(runs=(CheckRun(label="", result=run),))))
+    assert len(problem.places) == 3
+    assert problem.finding.title == "value nan"
+    (card,) = cards_of([problem])
+    assert block(card)[0].text == f"FAIL  forward.finite   {SUBJECT} · bf16 (eager), fp16 (eager), fp32"
 
 
 # --- plan

@@ -57,10 +57,10 @@ def test_a_result_says_what_where_and_what_to_do():
     assert (found["ruleId"], found["level"]) == ("load.head-init", "error")
     text = found["message"]["text"]
     assert text.startswith(
-        "nobody initialised score.weight of 5.8.0. load.head-init: uninitialised-parameters in score."
+        "Nobody initialised score.weight of 5.8.0: nothing wrote to the memory of score.weight, so it holds NaN on one start and zeros on another (uninitialised-parameters)."
     )
-    assert "Cells: glm4-tiny-classifier in bf16." in text
-    assert "Try: init-head: initialise the head by hand (finite)." in text
+    assert "load.head-init on glm4-tiny-classifier · bf16 · sdpa · cpu." in text
+    assert "fix: initialise the head by hand -- tried, works: finite." in text
     (location,) = found["locations"]
     assert location["physicalLocation"] == {
         "artifactLocation": {"uri": "transformers/models/glm4/modeling_glm4.py", "uriBaseId": "SITE_PACKAGES"},
@@ -99,7 +99,10 @@ def test_every_check_has_its_question():
 
 def test_cells_and_versions_are_told_once():
     (found,) = results(Documents(matrices=(matrix_document(),)))
-    assert "Versions: transformers 5.8.0 to 5.8.1, 5.7.0 before it is good." in found["message"]["text"]
+    assert (
+        "versions: first bad transformers 5.8.0; last good transformers 5.7.0; good again transformers 5.9.0."
+        in found["message"]["text"]
+    )
     assert found["properties"]["runs"] == ["5.8.0", "5.8.1"]
     assert found["properties"]["cells"] == ["glm4-tiny-classifier/bf16/sdpa/cpu"]
 
@@ -122,7 +125,7 @@ def test_errors_are_notifications_and_the_run_was_no_success():
     (told,) = invocation["toolExecutionNotifications"]
     assert told["level"] == "error"
     assert told["message"]["text"] == (
-        "forward.padding could not be carried out on glm4-tiny-classifier/fp16/eager/cpu: out of memory"
+        "forward.padding could not be carried out on glm4-tiny-classifier in fp16: out of memory"
     )
     good = sarif_log(of_run(run_of(result("load.config", "fp32"))))["runs"][0]["invocations"][0]
     assert good == {"executionSuccessful": True, "toolExecutionNotifications": []}
@@ -182,7 +185,7 @@ def test_differences_that_fail_are_results():
 def test_a_bisection_is_a_result():
     (found,) = results(Documents(bisections=(bisect_document(),)))
     assert found["message"]["text"].startswith(
-        "transformers 5.8.0 is the first bad version, 5.7.0 is good: nobody initialised"
+        "transformers 5.8.0 is the first bad version, 5.7.0 is good: Nobody initialised"
     )
 
 

@@ -16,7 +16,7 @@ from unit.watched_models import Decoder, ids, train
 from numerics_suite import NumericsError, NumericsWarning, watch
 from numerics_suite.cli.main import main
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.reports.findings import rerun_words
+from numerics_suite.reports.view.finding_text import rerun_words
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.fixtures import fixture_path
 from numerics_suite.suite.bundle_replay import reopen

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.reports.view.formats import STATUSES, plain
-from numerics_suite.reports.view.measured import Nearest, nearest, question
+from numerics_suite.reports.view.measured import Nearest, nearest, question, worst_of
 from numerics_suite.reports.view.problems import group_rank
 
 if TYPE_CHECKING:
@@ -123,23 +123,14 @@ def _dimensions(keys: Sequence[tuple[Any, ...]], *, versions: bool) -> list[dict
 
 def _row(check: str, members: Sequence[CheckCell], found: dict[int, Nearest | None]) -> CheckRow:
     counted = Counter(place.result.status for place in members)
-    rated = [(value, place) for place in members if (value := found[id(place.result)]) is not None]
-    worst, where = max(rated, key=lambda pair: _order(pair[0]), default=(None, None))
-    alike = worst is not None and all(_order(value) == _order(worst) for value, _ in rated)
+    worst, where = worst_of(members, lambda result: found[id(result)])
     return CheckRow(
         check=check,
         question=question(check),
         counts=tuple(counted[status] for status in STATUSES),
         nearest="" if worst is None else worst.text,
-        where="" if where is None or alike else cell_text(where),
+        where="" if where is None else cell_text(where),
     )
-
-
-def _order(value: Nearest) -> float:
-    """Nearest its budget is largest; of numbers that only inform (bits of headroom), the least."""
-    if value.limit is None:
-        return math.inf if math.isnan(value.value) else -value.value
-    return value.share
 
 
 def cell_text(place: CheckCell) -> str:

@@ -13,10 +13,11 @@ from markupsafe import Markup
 from numerics_suite import __version__
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.reports.comparison import MEANS
 from numerics_suite.reports.html.assets import early, policy, scripts, style
-from numerics_suite.reports.html.bisection import bisected
 from numerics_suite.reports.html.grid import grid_of
-from numerics_suite.reports.html.timeline import LETTERS, MEANS, tracks_of
+from numerics_suite.reports.html.timeline import LETTERS, tracks_of
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.cards import cards_of
 from numerics_suite.reports.view.differences import differences_of
 from numerics_suite.reports.view.formats import FILTERS, STATUSES, many
@@ -28,8 +29,6 @@ from numerics_suite.reports.view.sections import reasons_of, rehearsed, surround
 from numerics_suite.reports.view.series import Chapters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numerics_suite.reports.documents import Documents
     from numerics_suite.reports.html.timeline import Track
     from numerics_suite.reports.view.places import Places
@@ -117,16 +116,17 @@ def _environment() -> Environment:
 def _context(documents: Documents) -> dict[str, Any]:
     places = places_of(documents)
     problems = problems_of(places)
+    cards = cards_of(problems, Scripts())
     chapters = Chapters(places)
     context: dict[str, Any] = {
         "tool_version": __version__,
         # Package data alone is put in as it is; everything of the documents is escaped.
         "style": Markup(style()),  # noqa: S704
         "early": Markup(early()),  # noqa: S704
-        "story": story_of(documents, places, problems),
+        "story": story_of(documents, places, problems, cards),
         "about": about(documents),
-        "notes": list(dict.fromkeys(_notes(documents))),
-        "cards": cards_of(problems, Scripts()),
+        "notes": documents.every_note,
+        "cards": cards,
         "grid": grid_of(places, problems),
         "filters": _filters(places),
         "statuses": STATUSES,
@@ -141,7 +141,7 @@ def _context(documents: Documents) -> dict[str, Any]:
         "chapters": [(anchor, title, lead, draw(chapters)) for anchor, title, lead, draw in CHAPTERS],
         "rehearsals": rehearsed(documents),
         "differences": [differences_of(item) for item in documents.comparisons],
-        "bisections": [bisected(item) for item in documents.bisections],
+        "bisections": [boundary_of(item) for item in documents.bisections],
         "errors": reasons_of(places, "error"),
         "skipped": reasons_of(places, "skipped"),
         "surroundings": surroundings_of(documents, places),
@@ -160,12 +160,6 @@ def _plots(context: dict[str, Any]) -> bool:
     chapters = any(chapter.subjects for *_, chapter in context["chapters"])
     rehearsals = any(item.figures for item in context["rehearsals"])
     return chapters or rehearsals or any(entry.figure for item in context["differences"] for entry in item.entries)
-
-
-def _notes(documents: Documents) -> Iterator[str]:
-    yield from documents.notes
-    yield from (note for run in documents.runs for note in run.result.notes)
-    yield from (note for matrix in documents.matrices for note in matrix.result.notes)
 
 
 def _filters(places: Places) -> list[tuple[str, list[str]]]:

@@ -33,17 +33,6 @@ LETTERS = {
 }
 """The letter of each kind of change, worst first."""
 
-MEANS = {
-    "missing": "the older one holds something that this one lacks",
-    "changed": "computes something else in float64",
-    "worse": "the same function with a larger rounding error",
-    "contract": "code that worked with the older one may fail or do another thing",
-    "new": "nothing to compare with",
-    "better": "the same function with a smaller rounding error",
-    "rounding": "the same function, other bits",
-    "identical": "the same bits",
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:

@@ -25,18 +25,33 @@ class Advised:
     """One thing to do.
 
     Attributes:
-        text: one sentence.
+        action: what to do, in a line.
         tried: True where it was seen to work, False where it was seen not to, None where nobody tried.
-        version: it is another version, which was asked and passed.
+        effect: what came of it, or why nobody tried.
         advice: it is no cure that could be tried.
-        command: to copy, None without.
     """
 
-    text: str
+    action: str
     tried: bool | None = None
-    version: bool = False
+    effect: str = ""
     advice: bool = False
-    command: str | None = None
+
+    @property
+    def told(self) -> str:
+        """What is known of it: `tried, works: finite; loss 7.24 → 4.9 in 5 steps`."""
+        if self.tried is None:
+            return self.effect or ("" if self.advice else "not tried")
+        return ": ".join(part for part in (TRIED[self.tried], self.effect) if part)
+
+    @property
+    def text(self) -> str:
+        """Both in one line."""
+        return " -- ".join(part for part in (self.action, self.told) if part)
+
+
+TRIED = {True: "tried, works", False: "tried, no help"}
+NOT_HERE = "does not apply"
+"""How the effect begins of a remedy that is for another model than this."""
 
 
 def advice_on(problems: Sequence[Problem]) -> tuple[Advised, ...]:
@@ -57,15 +72,16 @@ def bisected_cures(bisection: BisectFile) -> tuple[Advised, ...]:
         bisection: its file.
     """
     content = bisection.content
-    stay = Advised(text=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True, version=True)
+    stay = Advised(action=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True)
     findings = [] if bisection.finding is None else [bisection.finding]
     return _useful([stay, *_cures(findings, leave_out=PLAIN_VERSIONS)])
 
 
 def _useful(advised: Sequence[Advised]) -> tuple[Advised, ...]:
-    """Cures that did not help are told only where nothing else is."""
-    useful = [item for item in advised if item.tried is not False]
-    return tuple((useful or list(advised))[:MOST])
+    """Cures that did not help are told only where nothing else is; those that are for another model never."""
+    apply = [item for item in advised if not item.effect.startswith(NOT_HERE)]
+    useful = [item for item in apply if item.tried is not False]
+    return tuple((useful or apply)[:MOST])
 
 
 def _cures(findings: Sequence[Finding], leave_out: Sequence[str]) -> Iterator[Advised]:
@@ -87,13 +103,11 @@ def _versions(spans: Sequence[Span]) -> Iterator[Advised]:
         newer = f"{span.package} {span.repaired} or newer" if span.repaired else ""
         if newer:
             text = f"use {newer}{f', or stay with {older}' if older else ''}"
-            yield Advised(text=f"{text}; leave out {span.bad}", tried=True, version=True)
+            yield Advised(action=f"{text}; leave out {span.bad}", tried=True)
         elif older:
-            yield Advised(text=f"stay with {older}", tried=True, version=True)
+            yield Advised(action=f"stay with {older}", tried=True)
 
 
 def _cure(remedy: Remedy) -> Advised:
-    effect = f" ({remedy.effect})" if remedy.effect else ""
-    return Advised(
-        text=f"{' with '.join((remedy.name, *remedy.together))}: {remedy.description}{effect}", tried=remedy.verified
-    )
+    beside = f" (with {', '.join(remedy.together)})" if remedy.together else ""
+    return Advised(action=f"{remedy.description}{beside}", tried=remedy.verified, effect=remedy.effect)

@@ -1,4 +1,4 @@
-"""A card for each problem: what, where, why, the evidence, the cures, a script to copy and a command to run again."""
+"""A card for each problem: what every printer says of it, in one order, and what only the roomier ones add."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import listed
-from numerics_suite.reports.findings import batch_text, cells_text, following_text, rerun_words
 from numerics_suite.reports.view.advice import Advised, advice_on
-from numerics_suite.reports.view.formats import many, number
-from numerics_suite.reports.view.reproducers import script_text
+from numerics_suite.reports.view.causes import sentence_of
+from numerics_suite.reports.view.finding_text import (
+    batch_text,
+    cells_text,
+    evidence_rows,
+    following_lines,
+    measured_text,
+    rerun_words,
+    scope_text,
+    shown_text,
+    where_text,
+)
+from numerics_suite.reports.view.problems import Problem
+from numerics_suite.reports.view.reproducers import Scripts, script_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from numerics_suite.core.records import Cell, Finding
+    from numerics_suite.core.records import Cell, Series
     from numerics_suite.reports.view.places import CheckCell
-    from numerics_suite.reports.view.problems import Problem
-    from numerics_suite.reports.view.reproducers import Scripts
 
 MOST_ROWS = 40
 """Rows of a card's list of cells; the map has them all."""
 
 MOST_SPANS = 3
 """Stretches of bad versions that a card tells one by one, the newest first."""
-
-NAMED = 6
-"""Parameters that a card names before it says how many more there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,52 +43,52 @@ class Card:
     Attributes:
         number: from 1, in the order of reading.
         status: `failed` or `accepted`.
-        title: one sentence.
+        sentence: what happens and why, with the cause in brackets.
         check: its id.
-        cause: its cause.
+        cause: its cause, empty where nobody looked for it.
         subjects: all of them, for the filter.
         precisions: all of them, for the filter.
-        summary: in how many cells, subjects and versions, in a few words.
-        where: labels and texts of the place in the model.
-        measured: the value and what is allowed, empty where neither is known.
-        why: the explanation.
+        scope: subjects, cells and versions.
+        lines: labels and texts that every printer shows, in this order.
+        measured: the value beside its limit, empty where neither is known; `lines` has it where the sentence does not say it.
+        why: where the limit comes from and what it means to be over it.
         reason: why it was accepted, empty for a failure.
         evidence: names and values.
         batch: the smallest failing batch.
+        series: curves and numbers by module of the worst result.
+        step: where training broke, None where that is not known.
         cures: what to do.
         cells: rows of version, subject and cells.
         cell_count: results that have it.
         more: how many rows were left out.
-        versions: one line for each span of versions.
         script: text of the reproducer, empty where there is none that can be read.
         script_path: its path, empty without one.
-        command: to ask the check again, empty where the run is not known.
-        following: checks that fail as a consequence, empty without any.
+        words: of the command that asks the check again, empty where the run is not known.
     """
 
     number: int
     status: str
-    title: str
+    sentence: str
     check: str
     cause: str
     subjects: tuple[str, ...]
     precisions: tuple[str, ...]
-    summary: str
-    where: tuple[tuple[str, str], ...]
+    scope: str
+    lines: tuple[tuple[str, str], ...]
     measured: str
     why: str
     reason: str
     evidence: tuple[tuple[str, str], ...]
     batch: str
+    series: tuple[Series, ...]
+    step: int | None
     cures: tuple[Advised, ...]
     cells: tuple[tuple[str, str, str], ...]
     cell_count: int
     more: int
-    versions: tuple[str, ...]
     script: str
     script_path: str
-    command: str
-    following: str = ""
+    words: tuple[str, ...]
 
     @property
     def anchor(self) -> str:
@@ -94,88 +100,100 @@ class Card:
         """The group of its check."""
         return self.check.partition(".")[0]
 
+    @property
+    def command(self) -> str:
+        """The command that asks the check again."""
+        return shlex.join(self.words)
 
-def cards_of(problems: Sequence[Problem], scripts: Scripts) -> tuple[Card, ...]:
+    @property
+    def fixes(self) -> tuple[str, ...]:
+        """What to do, a line each; where nothing is known, where to begin."""
+        steps = ["begin at the place above"] if any(label == "where" for label, _ in self.lines) else []
+        steps += ["run the script"] if self.script_path else []
+        none = ": ".join(part for part in ("no remedy of the suite applies", "; ".join(steps)) if part)
+        return tuple(cure.text for cure in self.cures) or (none,)
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What a printer without columns says behind the sentence: check and scope, the lines, the best two fixes."""
+        lines = (f"{label}: {text}" for label, text in self.lines)
+        return (f"{self.check} on {self.scope}", *lines, *(f"fix: {text}" for text in self.fixes[:2]))
+
+    @property
+    def run_script(self) -> str:
+        """The command that runs the reproducer, empty without one."""
+        return f"python {shlex.quote(self.script_path)}" if self.script_path else ""
+
+
+def cards_of(problems: Sequence[Problem], scripts: Scripts | None = None) -> tuple[Card, ...]:
     """The cards, in the order of the problems.
 
     Args:
         problems: equal findings each.
-        scripts: where reproducers are read, and how much of them.
+        scripts: where reproducers are read, and how much of them; none of them without it.
     """
+    scripts = scripts if scripts is not None else Scripts(left=0)
     return tuple(_card(at, problem, scripts) for at, problem in enumerate(problems, start=1))
 
 
-def _card(at: int, problem: Problem, scripts: Scripts) -> Card:
+def card_of(place: CheckCell, *, diagnosed: bool = True) -> Card:
+    """The card of one result alone.
+
+    Args:
+        place: a result with a finding.
+        diagnosed: False where no cause was looked for.
+    """
+    return _card(1, Problem(places=(place,)), Scripts(left=0), diagnosed=diagnosed)
+
+
+def _card(at: int, problem: Problem, scripts: Scripts, *, diagnosed: bool = True) -> Card:
     finding, worst = problem.finding, problem.worst
+    diagnosed = diagnosed and worst.source.diagnosed
     rows = list(_rows(problem.places))
     path, text = script_text(problem, scripts)
+    labels = tuple(dict.fromkeys(place.source.label for place in problem.places if place.source.label))
     return Card(
         number=at,
         status="accepted" if problem.accepted else "failed",
-        title=finding.title,
+        sentence=sentence_of(finding, diagnosed=diagnosed),
         check=problem.check,
-        cause=finding.cause,
+        cause=finding.cause if diagnosed else "",
         subjects=problem.subjects,
         precisions=problem.precisions,
-        summary=_summary(problem),
-        where=tuple(_where(finding)),
-        measured=_measured(finding),
+        scope=scope_text(problem.subjects, (place.result.cell for place in problem.places), labels),
+        lines=tuple(line for line in _lines(problem, diagnosed=diagnosed) if line[1]),
+        measured=measured_text(worst.result),
         why=finding.explanation,
         reason=(worst.result.reason or "") if problem.accepted else "",
-        evidence=tuple(_evidence(finding)),
+        evidence=evidence_rows(finding),
         batch=batch_text(finding.batch),
+        series=worst.result.series,
+        step=finding.step,
         cures=advice_on([problem]),
         cells=tuple(rows[:MOST_ROWS]),
         cell_count=len(problem.places),
         more=max(len(rows) - MOST_ROWS, 0),
-        versions=tuple(_versions(problem)),
         script=text,
         script_path=path,
-        command=_command(worst),
-        following=following_text(place.result for place in problem.consequences),
+        words=tuple(_words(worst)),
     )
 
 
-def _summary(problem: Problem) -> str:
-    """`glm4-tiny in bf16, fp16; 4 cells; transformers 5.8.0`."""
-    parts = [f"{listed(problem.subjects, 2)} in {listed(problem.precisions, 3)}"]
-    labels = list(dict.fromkeys(place.source.label for place in problem.places if place.source.label))
-    cells = len({place.result.cell for place in problem.places})
-    if cells > 1:
-        parts.append(many(cells, "cell"))
-    if len(labels) > 2:
-        parts.append(f"{len(labels)} {'versions' if problem.spans else 'files'}, {labels[0]} to {labels[-1]}")
-    elif labels:
-        parts.append(" and ".join(labels))
-    return " · ".join(parts)
-
-
-def _where(finding: Finding) -> Iterator[tuple[str, str]]:
-    if finding.module:
-        yield "module", finding.module
-    if finding.op:
-        yield "op", finding.op
-    if finding.source:
-        yield "source", finding.source
-    if finding.step is not None:
-        yield "step", str(finding.step)
-    if finding.parameters:
-        yield ("parameter" if len(finding.parameters) == 1 else "parameters"), listed(finding.parameters, NAMED)
-
-
-def _measured(finding: Finding) -> str:
-    facts = finding.evidence
-    if "measured" not in facts:
-        return ""
-    unit = f" {facts['unit']}" if facts.get("unit") else ""
-    name = f" ({facts['measurement']})" if facts.get("measurement") else ""
-    allowed = f"; allowed {number(facts['allowed'])}" if "allowed" in facts else ""
-    return f"{number(facts['measured'])}{unit}{name}{allowed}"
-
-
-def _evidence(finding: Finding) -> Iterator[tuple[str, str]]:
-    told = {"measured", "allowed", "unit", "measurement"}
-    yield from ((str(name), number(value)) for name, value in finding.evidence.items() if name not in told)
+def _lines(problem: Problem, *, diagnosed: bool) -> Iterator[tuple[str, str]]:
+    """Place, proof, value, versions, then what follows from it."""
+    finding, worst = problem.finding, problem.worst.result
+    yield "where", where_text(finding)
+    yield "shown by", shown_text(finding) if diagnosed else ""
+    # A count that must be zero stands in the sentence already.
+    yield "measured", measured_text(worst) if finding.evidence.get("allowed") or "rise" in worst.measurements else ""
+    for span in problem.spans[:MOST_SPANS]:
+        yield "versions", "; ".join(f"{label} {text}" for label, text in span.lines())
+    if len(problem.spans) > MOST_SPANS:
+        yield "versions", f"and {len(problem.spans) - MOST_SPANS} earlier stretches; the map has them all"
+    for text in following_lines(finding, (place.result for place in problem.consequences)):
+        yield "leads to", text
+    yield "follows", finding.consequence_of or ""
+    yield "accepted", (worst.reason or "") if problem.accepted else ""
 
 
 def _rows(places: Sequence[CheckCell]) -> Iterator[tuple[str, str, str]]:
@@ -188,7 +206,7 @@ def _rows(places: Sequence[CheckCell]) -> Iterator[tuple[str, str, str]]:
                 cells.setdefault((source.label, place.result.cell.subject), []).append(place.result.cell)
     rows: dict[tuple[str, str], list[str]] = {}
     for (label, subject), members in cells.items():
-        rows.setdefault((subject, cells_text(members).removesuffix(" on ")), []).append(label)
+        rows.setdefault((subject, cells_text(members)), []).append(label)
     for (subject, text), labels in rows.items():
         yield listed([label for label in labels if label], 8), subject, text
 
@@ -198,18 +216,11 @@ def _order(place: CheckCell) -> tuple[int, int, str]:
     return matrix, place.source.at, place.source.label
 
 
-def _versions(problem: Problem) -> Iterator[str]:
-    for span in problem.spans[:MOST_SPANS]:
-        yield "; ".join(f"{label} {text}" for label, text in span.lines())
-    if len(problem.spans) > MOST_SPANS:
-        yield f"and {len(problem.spans) - MOST_SPANS} earlier stretches of versions; the map has them all"
-
-
-def _command(place: CheckCell) -> str:
+def _words(place: CheckCell) -> list[str]:
     """The command that asks the check again of the worst cell, in the version where it failed."""
     run = place.source.run
     if run is None:
-        return ""
+        return []
     words = rerun_words(place.result, run.result)
     if place.source.cell is not None:
         held = place.source.cell.held
@@ -217,4 +228,4 @@ def _command(place: CheckCell) -> str:
         others = (("--with", f"{name}=={version}") for name, version in held.others)
         named = (("--transformers", held.transformers), ("--torch", held.torch), ("--python", held.python), *others)
         words += [word for flag, version in named if version for word in (flag, version)]
-    return shlex.join(words)
+    return words

@@ -11,13 +11,16 @@ from numerics_suite.core.numbers import jsonable, name_of
 from numerics_suite.reports.numbers import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 SIGNS: Final = {"passed": "✓", "failed": "×", "accepted": "≈", "skipped": "–", "error": "!", "unsupported": "–"}
 """A status is told by its sign and its word; colour only repeats them."""
 
 STATUSES: Final = ("failed", "error", "accepted", "passed", "skipped")
 """Worst first."""
+
+NOTHING_RAN: Final = 5
+"""The exit status for which no check ran, or not all that were asked for."""
 
 DIGITS: Final = 5
 """Significant digits in tables from which plots are drawn."""
@@ -49,6 +52,13 @@ def many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def plural(nouns: str, count: float) -> str:
+    """A unit in the plural, such as `batches`, as it is for that count."""
+    if count != 1:
+        return nouns
+    return nouns.removesuffix("es") if nouns.endswith(("ches", "sses")) else nouns.removesuffix("s")
+
+
 def seconds(value: float) -> str:
     """A duration as a person says it."""
     if not math.isfinite(value):
@@ -74,6 +84,11 @@ def slug(text: str) -> str:
 def as_json(value: Any) -> str:
     """JSON for an attribute or a script element: the template escapes what HTML would read."""
     return json.dumps(jsonable(value), allow_nan=False, separators=(",", ":"))
+
+
+def worst_status(statuses: Iterable[str]) -> str:
+    """The worst of some statuses, at least one."""
+    return min(statuses, key=STATUSES.index)
 
 
 def sign(status: str) -> str:

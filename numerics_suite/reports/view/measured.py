@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING
 
 import numerics_suite
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.numbers import nan_last
 from numerics_suite.judgement.budgets import budgets_of
-from numerics_suite.reports.summary import INFORMS
-from numerics_suite.reports.view.formats import number
+from numerics_suite.reports.view.finding_text import value_text
+from numerics_suite.reports.view.formats import number, worst_status
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numerics_suite.core.records import CheckResult
+    from numerics_suite.reports.view.places import CheckCell
+
+INFORMS = {"forward.headroom": "bits"}
+"""Checks whose telling number has no budget, by its name; the least is worst."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +34,13 @@ class Nearest:
         name: of the measurement.
         value: the number.
         limit: of its budget, None where it only informs.
+        fall: of the loss in nats, where the value is its rise.
     """
 
     name: str
     value: float
     limit: float | None
+    fall: float | None = None
 
     @property
     def share(self) -> float:
@@ -43,9 +50,18 @@ class Nearest:
         return share_of(self.value, self.limit)
 
     @property
+    def order(self) -> tuple[float, float]:
+        """Nearest its budget is largest, of equals the larger value; of numbers that only inform (bits of headroom), the least."""
+        if self.limit is None:
+            return nan_last(-self.value), 0.0
+        return self.share, nan_last(self.value)
+
+    @property
     def text(self) -> str:
-        """`norm 0.6054 of 0.75`."""
-        allowed = "" if self.limit is None else f" of {number(self.limit)}"
+        """`norm 0.6054, at most 0.75`; a limit of 0 goes without saying, but for a rise."""
+        if self.name == "rise" and self.fall is not None:
+            return value_text(self.name, self.value, 0, "", self.fall)
+        allowed = f", at most {number(self.limit)}" if self.limit else ""
         return f"{self.name} {number(self.value)}{allowed}"
 
 
@@ -70,15 +86,39 @@ def nearest(result: CheckResult) -> Nearest | None:
         result: what a check said of a cell.
     """
     informs = INFORMS.get(result.check)
-    if informs is not None and informs[0] in result.measurements and result.status == "passed":
-        return Nearest(name=informs[0], value=result.measurements[informs[0]], limit=None)
+    if informs is not None and informs in result.measurements and result.status == "passed":
+        return Nearest(name=informs, value=result.measurements[informs], limit=None)
     limits = _limits(result.check)
     worst, share = None, -math.inf
     for name, value in result.measurements.items():
         limit = limits.get(name)
         if limit is not None and (found := share_of(value, limit)) > share:
             worst, share = name, found
-    return None if worst is None else Nearest(name=worst, value=result.measurements[worst], limit=limits[worst])
+    if worst is None:
+        return None
+    fall = result.measurements.get("fall")
+    return Nearest(name=worst, value=result.measurements[worst], limit=limits[worst], fall=fall)
+
+
+def worst_of(
+    members: Sequence[CheckCell], nearest_of: Callable[[CheckResult], Nearest | None] = nearest
+) -> tuple[Nearest | None, CheckCell | None]:
+    """The value that tells most of one check over many cells, and where that is; no place where all are alike.
+
+    Args:
+        members: the results of one check, at least one.
+        nearest_of: what :func:`nearest` says of each.
+    """
+    status = worst_status(place.result.status for place in members)
+    alike = [place for place in members if place.result.status == status]
+    if status in {"skipped", "error"}:
+        return None, alike[0] if status == "error" else None
+    rated = [(value, place) for place in alike if (value := nearest_of(place.result)) is not None]
+    worst, where = max(rated, key=lambda pair: pair[0].order, default=(None, alike[0]))
+    if worst is None:
+        return None, where if status != "passed" else None
+    same = status == "passed" and all(value.order == worst.order for value, _ in rated)
+    return worst, None if same else where
 
 
 @cache

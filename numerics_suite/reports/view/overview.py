@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from numerics_suite.core.text import listed
 from numerics_suite.judgement.classify import FAILING, KINDS
 from numerics_suite.reports.comparison import MEANS
-from numerics_suite.reports.view.advice import Advised, advice_on, bisected_cures
+from numerics_suite.reports.view.advice import Advised, advice_on
+from numerics_suite.reports.view.bisections import boundary_of
 from numerics_suite.reports.view.differences import versions_of
-from numerics_suite.reports.view.formats import STATUSES, many, sentence
+from numerics_suite.reports.view.formats import NOTHING_RAN, STATUSES, many, sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numerics_suite.reports.documents import BisectFile, CheckRun, ComparisonFile, Documents
+    from numerics_suite.reports.view.cards import Card
     from numerics_suite.reports.view.places import Places
     from numerics_suite.reports.view.problems import Problem
-
-NOTHING_RAN = 5
-"""The exit status for which no check ran, or not all that were asked for."""
 
 WORDS = {"fail": "FAIL", "error": "ERROR", "incomplete": "INCOMPLETE", "pass": "PASS", "empty": "EMPTY"}
 """The verdict in a word, worst first."""
@@ -81,22 +80,23 @@ class Story:
         return WORDS[self.verdict]
 
 
-def story_of(documents: Documents, places: Places, problems: Sequence[Problem]) -> Story:
+def story_of(documents: Documents, places: Places, problems: Sequence[Problem], cards: Sequence[Card]) -> Story:
     """The first screen of a report.
 
     Args:
         documents: what the report tells of.
         places: every result.
-        problems: the cards, in their order.
+        problems: in their order.
+        cards: of the problems.
     """
     counted = Counter[str](place.result.status for place in places.all)
     issues = [
-        *_of_problems(problems),
-        *(issue for item in documents.bisections for issue in _of_bisection(item)),
+        *_of_problems(problems, cards),
+        *(_of_bisection(item) for item in documents.bisections),
         *(issue for item in documents.comparisons for issue in _of_comparison(item)),
         *_of_errors(places),
     ]
-    verdict = _verdict(documents)
+    verdict = verdict_of(documents)
     headline = issues[0].title if issues else _calm(documents, counted, verdict)
     return Story(
         verdict=verdict,
@@ -107,8 +107,12 @@ def story_of(documents: Documents, places: Places, problems: Sequence[Problem]) 
     )
 
 
-def _verdict(documents: Documents) -> str:
-    """The worst that any document says."""
+def verdict_of(documents: Documents) -> str:
+    """The worst that any document says, a key of :data:`WORDS`.
+
+    Args:
+        documents: what the report tells of.
+    """
     said = {
         "incomplete" if run.result.exit_status == NOTHING_RAN else str(run.result.verdict) for run in documents.runs
     }
@@ -139,41 +143,27 @@ def _calm(documents: Documents, counted: Counter[str], verdict: str) -> str:
     return f"Every check that ran passed: {what}{where}"
 
 
-def _of_problems(problems: Sequence[Problem]) -> Iterator[Issue]:
-    """One issue for each cause in the same versions; what is upstream gives it its title."""
-    issues: dict[tuple[object, ...], list[tuple[int, Problem]]] = {}
-    for at, problem in enumerate(problems, start=1):
+def _of_problems(problems: Sequence[Problem], cards: Sequence[Card]) -> Iterator[Issue]:
+    """One issue for each cause in the same versions; what is upstream gives it its sentence."""
+    issues: dict[tuple[object, ...], list[tuple[Problem, Card]]] = {}
+    for problem, card in zip(problems, cards, strict=True):
         if not problem.accepted:
             bad = tuple((span.package, span.within, span.first_bad) for span in problem.spans)
-            issues.setdefault((problem.finding.cause, bad), []).append((at, problem))
-    for numbered in issues.values():
-        at, lead = numbered[0]
-        members = [problem for _, problem in numbered]
+            issues.setdefault((problem.finding.cause, bad), []).append((problem, card))
+    for members in issues.values():
+        (lead, card), known = members[0], [problem for problem, _ in members]
         span = lead.spans[0] if lead.spans and lead.spans[0].telling else None
-        versions = f" in {span.package} {span.bad}" if span is not None else ""
+        versions = f"In {span.package} {span.bad}: " if span is not None else ""
+        checks = listed(list(dict.fromkeys(problem.check for problem in known)), 4)
         yield Issue(
-            title=f"{sentence(lead.finding.title)}{versions}",
-            what=tuple(_what(lead, members)),
+            title=f"{versions}{card.sentence}",
+            what=(*(line for line in card.lines if line[0] != "versions"), ("seen by", checks)),
             versions=tuple(line for span in lead.spans[:1] for line in span.lines()),
-            where=tuple(_where(members)),
-            cures=advice_on(members),
+            where=tuple(_where(known)),
+            cures=advice_on(known),
             why=lead.finding.explanation,
-            anchor=f"finding-{at}",
+            anchor=card.anchor,
         )
-
-
-def _what(lead: Problem, members: Sequence[Problem]) -> Iterator[tuple[str, str]]:
-    finding = lead.finding
-    yield "cause", finding.cause
-    if finding.module:
-        yield "module", finding.module
-    if finding.op or finding.source:
-        yield "op", " at ".join(part for part in (finding.op, finding.source) if part)
-    if finding.step is not None:
-        yield "step", str(finding.step)
-    if finding.parameters:
-        yield ("parameter" if len(finding.parameters) == 1 else "parameters"), listed(finding.parameters, 3)
-    yield "seen by", listed(list(dict.fromkeys(problem.check for problem in members)), 4)
 
 
 def _where(members: Sequence[Problem]) -> Iterator[tuple[str, str]]:
@@ -228,33 +218,23 @@ def _of_comparison(comparison: ComparisonFile) -> Iterator[Issue]:
             versions=moved.lines,
             where=(("subjects", names), ("precisions", precisions)),
             cures=(
-                Advised(text=f"stay with {moved.old} until it is clear what that means for your code", advice=True),
+                Advised(action=f"stay with {moved.old} until it is clear what that means for your code", advice=True),
             ),
             anchor="differences",
             why=MEANS[kind],
         )
 
 
-def _of_bisection(bisection: BisectFile) -> Iterator[Issue]:
-    content, finding = bisection.content, bisection.finding
-    what, bad, good = content.get("what", "version"), content["first_bad"], content["last_good"]
-    title = f"{what} {bad} is the first bad version"
-    told: list[tuple[str, str]] = []
-    if finding is not None:
-        title = f"{sentence(finding.title)} from {what} {bad} on"
-        told = [("cause", finding.cause)]
-        told += [("module", finding.module)] if finding.module else []
-    told += [("seen by", str(content["check"]))] if content.get("check") else []
-    versions = [("first bad", f"{what} {bad}"), ("last good", f"{what} {good}")]
-    between = content.get("between") or ()
-    versions += [("cannot be tried", listed([str(version) for version in between], 4))] if between else []
-    yield Issue(
-        title=title,
-        what=tuple(told),
-        versions=tuple(versions),
-        where=(("subject", str(content["subject"])),) if content.get("subject") else (),
-        cures=bisected_cures(bisection),
-        why=finding.explanation if finding is not None else "",
+def _of_bisection(bisection: BisectFile) -> Issue:
+    found = boundary_of(bisection)
+    ends = [fact for fact in found.facts if fact[0] in {"last good", "first bad", "between"}]
+    return Issue(
+        title=found.title,
+        what=tuple(fact for fact in found.facts if fact[0] in {"check", "kind", "where"}),
+        versions=tuple(ends),
+        where=tuple(fact for fact in found.facts if fact[0] == "subject"),
+        cures=found.cures,
+        why=found.why,
         anchor="bisections",
     )
 

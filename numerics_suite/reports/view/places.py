@@ -45,6 +45,11 @@ class Source:
             return self.run.result.checks
         return tuple(_result(failure) for failure in self.cell.failures) if self.cell is not None else ()
 
+    @property
+    def diagnosed(self) -> bool:
+        """Causes were looked for; without that (`--no-diagnose`) none is told."""
+        return self.run is None or bool(self.run.result.settings.get("diagnose", True))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckCell:

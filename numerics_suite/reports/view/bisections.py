@@ -1,12 +1,15 @@
-"""A `bisect` as the page tells it: the boundary, and the versions in the order in which they were tried."""
+"""A `bisect` as every printer tells it: the boundary, what happens there, and the versions in the order in which they were tried."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from numerics_suite.core.text import listed
 from numerics_suite.reports.view.advice import Advised, bisected_cures
-from numerics_suite.reports.view.formats import number, sentence
+from numerics_suite.reports.view.causes import sentence_of
+from numerics_suite.reports.view.finding_text import where_text
+from numerics_suite.reports.view.formats import number
 
 if TYPE_CHECKING:
     from numerics_suite.reports.documents import BisectFile
@@ -16,12 +19,13 @@ STATUS = {"good": "passed", "bad": "failed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bisected:
+class Boundary:
     """One search.
 
     Attributes:
-        title: what was found.
+        title: what was found, in a sentence.
         facts: labels and texts.
+        why: what it means, empty where nobody says.
         cures: what to do.
         show: a command that shows it, empty without one.
         steps: version, verdict, status, seconds and a note.
@@ -29,36 +33,35 @@ class Bisected:
 
     title: str
     facts: tuple[tuple[str, str], ...]
+    why: str
     cures: tuple[Advised, ...]
     show: str
     steps: tuple[tuple[str, str, str, str, str], ...]
 
 
-def bisected(file: BisectFile) -> Bisected:
-    """One `bisect` as the page tells it.
+def boundary_of(file: BisectFile, *, diagnosed: bool = True) -> Boundary:
+    """One `bisect`.
 
     Args:
         file: of the search.
+        diagnosed: False where no cause was looked for.
     """
     content, finding = file.content, file.finding
-    what = content.get("what", "version")
-    facts = [("first bad", f"{what} {content['first_bad']}"), ("last good", f"{what} {content['last_good']}")]
+    what, bad, good = content.get("what", "version"), content["first_bad"], content["last_good"]
+    facts = [("last good", str(good)), ("first bad", str(bad))]
     if content.get("between"):
-        facts.append(("cannot be tried", ", ".join(str(version) for version in content["between"])))
+        names = listed([str(version) for version in content["between"]], 6)
+        facts.append(("between", f"{names} cannot be tried: the change is in one of them or in {bad}"))
     facts += [(name, str(content[name])) for name in ("subject", "check", "kind") if content.get(name)]
-    if finding is not None:
-        facts += [("cause", finding.cause)]
-        facts += [("module", finding.module)] if finding.module else []
-        facts += [("why", finding.explanation)] if finding.explanation else []
+    facts += [("where", where_text(finding) or "no module is named")] if finding is not None else []
     if content.get("candidates"):
         facts.append(("tried", f"{len(content['tested'])} of {content['candidates']} versions"))
     facts += [("note", str(note)) for note in content.get("notes", ())]
-    title = (
-        sentence(finding.title) if finding is not None else f"{what} {content['first_bad']} is the first bad version"
-    )
-    return Bisected(
-        title=title,
+    said = f": {sentence_of(finding, diagnosed=diagnosed)}" if finding is not None else "."
+    return Boundary(
+        title=f"{what} {bad} is the first bad version, {good} is good{said}",
         facts=tuple(facts),
+        why=finding.explanation if finding is not None else "",
         cures=bisected_cures(file),
         show=str(content.get("show") or ""),
         steps=tuple(

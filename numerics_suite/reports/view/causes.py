@@ -1,0 +1,140 @@
+"""Why a finding happens, in plain words: one template for each cause, filled from the finding's own facts."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from numerics_suite.core.text import listed
+from numerics_suite.reports.numbers import shown
+from numerics_suite.reports.view.formats import sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numerics_suite.core.records import Finding
+
+NAMED = 2
+"""Parameters that a sentence names; the line with the place names more."""
+
+WHY: dict[str, str] = {
+    "uninitialised-parameters": "nothing wrote to the memory of {parameters|a parameter}, so it holds NaN on one start and zeros on another",
+    "bad-initialisation": "the first logits and gradients are far too large, and training starts from noise",
+    "missing-weights": "{parameters|weights that the checkpoint lacks} will run with values that no training gave them",
+    "lost-weights": "what was trained in {parameters|some weights} never reaches the model, or does not come back from saving",
+    "corrupt-weights": "{parameters|a stored weight} is NaN or infinite before anything is computed",
+    "untied-weights": "the output embedding in use is not the one that was trained",
+    "ignored-config": "the model is built with other values than the checkpoint was trained with",
+    "wrong-input-dtype": "ids and masks are integers, and a cast to a narrow float turns them into other tokens or another mask",
+    "out-of-range-input": "an id lies outside the vocabulary, or is read as its neighbour",
+    "overflow": "{op|an operation} of finite inputs exceeds the largest number of {dtype|its dtype}",
+    "underflow": "a value that float32 still holds is 0 in {dtype|its dtype}",
+    "invalid-operation": "{op|an operation} gives NaN from finite inputs, as 0/0 or the root of a negative number does",
+    "fully-masked-row": "a softmax over a row in which every position is masked has nothing to average",
+    "low-precision-section": "a section holds or computes numbers in another float than the rest, and everything behind it carries the error",
+    "kernel-accuracy": "the program is right, and a kernel rounds more than its precision makes unavoidable",
+    "padding-leak": "padded positions reach the answers of real tokens, so an answer depends on its batch",
+    "batch-leak": "the rows of a batch reach each other",
+    "future-leak": "a position sees tokens behind it, which do not exist yet when text is generated",
+    "cache-mismatch": "generation with the cache computes another function than the full forward pass",
+    "wrong-positions": "positions are counted wrongly, so tokens are rotated as if they stood elsewhere",
+    "wrong-pooling": "the class is read from another position than the last real token",
+    "wrong-loss": "training minimises another number than the mean loss over the labels that count",
+    "wrong-gradient": "the optimizer steps along another gradient than the loss's",
+    "dead-gradient": "no gradient reaches {parameters|a trained parameter}, so it never learns",
+    "optimizer-underflow": "the optimizer's eps (1e-8 by default) is 0 in {dtype|the dtype of its state}, so its step divides by 0",
+    "loss-scaling": "no loss scale keeps the gradients finite, so every step is skipped and nothing trains",
+    "divergence": "the steps are too large for this model and carry its weights away",
+    "nondeterminism": "the same call gives another answer each time, so no comparison can be trusted",
+    "attention-mismatch": "two implementations of attention compute two functions",
+    "semantic-error": "the model computes another function than its family's definition gives for these weights",
+    "semantic-change": "this is another function than the recorded one; rounding does not explain it",
+    "rounding-change": "the function is the same, and its rounding error grew by more than chance",
+    "contract-change": "code that relied on what was recorded may fail, or silently do another thing",
+    "unknown": "no experiment could decide on a cause",
+    "ignored-dtype": "the model's own code or its config chose the dtype, and not the caller",
+    "rounded-buffer": "a cast of the whole model, such as model.to(dtype), rounded what belongs in a wider float",
+    "uninitialised-buffer": "nothing wrote to the memory of {parameters|a buffer}, so another value is there at each start",
+    "model-raises": "the model's own code stops with an exception, and training and serving stop there too",
+    "tokenizer-incompatible": "the tokenizer's code does not fit the installed transformers",
+    "no-pad-token": "rows of different lengths need a token to pad them with, and there is none",
+    "no-counted-labels": "the loss is then a mean over nothing: 0/0, or a step that learns nothing",
+    "lost-head": "each load draws a new head at random, so its answers are chance",
+    "wrong-output-shape": "a loss over such logits is an error, or that of another task",
+    "rounded-update": "most steps are smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and are lost",
+    "untrained-parameters": "{parameters|a parameter} should be trained, and no optimizer step changes it as the loss asks",
+    "packing-leak": "attention or positions run on across the border between two packed rows",
+}
+"""By cause; `{fact|what is said without it}`."""
+
+WITH: dict[str, tuple[str, str]] = {
+    "out-of-range-input": (
+        "input that is not finite",
+        "the input {input that is not finite} is NaN or infinite already",
+    ),
+    "low-precision-section": (
+        "computes in",
+        "it computes in {computes in}, and everything behind it carries that rounding error",
+    ),
+    "divergence": (
+        "largest norm after clipping",
+        "it leaves a norm of {largest norm after clipping}, where {limit|less} was asked for",
+    ),
+    "model-raises": ("exception", "training and serving stop there too"),
+}
+"""Causes that are told otherwise where a finding has a certain fact: its name, and the template then."""
+
+_SLOT = re.compile(r"\{([^}|]+)(?:\|([^}]*))?\}")
+_FIGURE = re.compile(r" \([^()]*(?:\d|nan|inf)[^()]*\)(?=$|[,:])")
+"""What a title says in numbers: where there is a limit the line with the measured value says it, with limit and unit."""
+
+PLAINER = (("of the true fp64 run", "in float64"), ("in true fp64", "in float64"))
+"""Terms of the theory, as a title has them, in plain words."""
+
+UNSURE = "low"
+"""How the confidence begins where an experiment spoke against the cause."""
+
+
+def why(cause: str, facts: Mapping[str, str]) -> str:
+    """Why a finding with this cause happens, empty for a cause of another package.
+
+    Args:
+        cause: its id.
+        facts: texts for the places of a template; what is missing is said in general.
+    """
+    fact, other = WITH.get(cause, ("", ""))
+    template = other if fact in facts else WHY.get(cause, "")
+    return _SLOT.sub(lambda slot: facts.get(slot[1], slot[2] or ""), template)
+
+
+def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
+    """What happens and why, with the cause's id in brackets.
+
+    Args:
+        finding: any.
+        diagnosed: False where nobody looked for the cause (`--no-diagnose`): then none is told.
+    """
+    facts = {str(name): shown(value) for name, value in finding.evidence.items()}
+    named = listed(finding.parameters, NAMED)
+    facts |= {"parameters": named} if named else {}
+    facts |= {"op": finding.op} if finding.op else {}
+    title = title_of(finding)
+    if not diagnosed:
+        return f"{sentence(title)}."
+    reason = why(finding.cause, facts)
+    if ": " in title and reason:
+        title, reason = f"{title}. ", reason[:1].upper() + reason[1:] if reason.split(" ")[0].isalpha() else reason
+    elif reason:
+        title = f"{title}: "
+    unsure = "perhaps " if str(finding.evidence.get("confidence", "")).startswith(UNSURE) else ""
+    return f"{sentence(title)}{reason} ({unsure}{finding.cause})."
+
+
+def title_of(finding: Finding) -> str:
+    """The title without the figure and the parameters that lines of their own say."""
+    title = finding.title.rstrip(" .")
+    title = _FIGURE.sub("", title) if finding.evidence.get("allowed") else title
+    for term, words in PLAINER:
+        title = title.replace(term, words)
+    head, colon, tail = title.rpartition(": ")
+    return head if colon and finding.parameters and tail.startswith(finding.parameters[0]) else title

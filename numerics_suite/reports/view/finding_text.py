@@ -1,0 +1,245 @@
+"""The texts of one finding: its cells, its place, what shows its cause, its value beside its limit, its batch, its command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from numerics_suite.core.text import listed
+from numerics_suite.reports.lines import cut
+from numerics_suite.reports.numbers import shown
+from numerics_suite.reports.view.causes import title_of
+from numerics_suite.reports.view.formats import many, plural
+from numerics_suite.settings.table import BY_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult
+
+NAMED = 2
+"""Parameters that a place names before it says how many more there are."""
+
+LONGEST_BATCH = 300
+"""Characters of a batch's values that are shown; the results file has them all."""
+
+LONGEST_FACT = 100
+"""Characters of a fact that stands for an experiment."""
+
+MEASURED = frozenset({"measured", "allowed", "unit", "measurement"})
+"""Facts that :func:`measured_text` says."""
+
+NO_SHOWING = frozenset(
+    {*MEASURED, "confidence", "exception", "losses", "gradient norms", "first", "and others", "op", "line", "source"}
+)
+"""Facts that show nothing of a cause, or stand elsewhere."""
+
+OUTCOMES = {
+    ("the same op in float64", "finite"): "the same operation in float64 is finite",
+    ("the same op in float64", "not finite"): "the same operation in float64 is not finite either",
+    ("loaded without poison", "other values"): "the values differ with what was in memory before the load",
+    ("over memory of zeros", "other values"): "the values differ with what was in memory before the load",
+    ("loaded without poison", "NaN again"): "loaded into memory of zeros it is NaN as well",
+}
+"""Facts that are experiments of their own, in words."""
+
+PASSES = {"optimizer": "optimizer step", "backward": "backward pass of step", "forward": "forward pass of step"}
+
+OF_THE_ANSWER = "times the answer's size, in float64"
+UNITS = {
+    "rounded": "times the rounding error of the plain run",
+    "excess": "times the rounding error that the precision makes unavoidable",
+    "median-excess": "times the rounding error that the precision makes unavoidable",
+    "gain": "times the scale that keeps variance",
+    "local-excess": "times what the baseline and chance explain",
+    "gradient-excess": "times what the baseline and chance explain",
+    "rotary-excess": "times what rounding explains",
+    "curve-growth": "times what rounding explains",
+    "composed": "times the error of the same module with every operation rounded once",
+    "lost": "times as much rounding as is kept of the steps",
+}
+"""What a ratio is a ratio of, by measurement; others are named by their unit."""
+
+RERUN_OPTIONS = (
+    "task",
+    "num_labels",
+    "device",
+    "trust_remote_code",
+    "allow_pickle",
+    "steps",
+    "optimizer",
+    "lr",
+    "max_grad_norm",
+    "train_scope",
+    "effort",
+    "max_examples",
+    "batch_size",
+    "seq_len",
+    "data",
+    "baseline",
+)
+"""Settings that a rerun needs where somebody set them."""
+
+
+def cells_text(cells: Iterable[Cell]) -> str:
+    """Cells of one subject, short: `bf16 (eager, sdpa), fp16 (eager) · cpu`; a single one as `bf16 · eager · cpu`."""
+    devices: dict[str, dict[str, list[str]]] = {}
+    for cell in sorted(set(cells), key=lambda cell: (cell.device, cell.precision, cell.attn)):
+        attns = devices.setdefault(cell.device, {}).setdefault(cell.precision, [])
+        attns += [] if cell.attn in attns else [cell.attn]
+    texts = []
+    for device, precisions in devices.items():
+        parts = [f"{precision} ({', '.join(attns)})" for precision, attns in precisions.items()]
+        if len(parts) == 1:
+            ((precision, attns),) = precisions.items()
+            parts = [" · ".join((precision, *attns))] if len(attns) == 1 else parts
+        texts.append(" · ".join(part for part in (", ".join(parts), device) if part))
+    return "; ".join(texts)
+
+
+def where_text(finding: Finding) -> str:
+    """Step, parameters or module, operation and line: `optimizer step 1, lm_head.weight; aten.addcdiv_ at adam.py:546`."""
+    facts = finding.evidence
+    step = ""
+    if finding.step is not None:
+        step = f"{PASSES.get(str(facts.get('pass')), 'step')} {finding.step}"
+    elif facts.get("pass") in PASSES:
+        step = PASSES[str(facts["pass"])].removesuffix(" of step")
+    names = list(finding.parameters[:NAMED])
+    others = facts.get("and others", 0) if str(facts.get("first", "")).startswith("parameter ") else 0
+    more = len(finding.parameters) - len(names) + (int(others) if isinstance(others, (int, float)) else 0)
+    named = ", ".join(names) + (f" and {many(more, 'more parameter')}" if more and names else "")
+    module = finding.module
+    if module and any(name.startswith(f"{module}.") for name in names):
+        module = None
+    source = " at ".join(part for part in (finding.op, finding.source) if part)
+    return "; ".join(part for part in (", ".join(part for part in (step, module, named) if part), source) if part)
+
+
+def shown_text(finding: Finding) -> str:
+    """What shows that the cause is right: the experiments and what came of them, or what was seen; and how sure that is."""
+    facts = {str(name): value for name, value in finding.evidence.items()}
+    parts = [words for (name, value), words in OUTCOMES.items() if facts.get(name) == value]
+    for outcome, words in (("passes", "the check passes {}"), ("fails", "the check fails {} too")):
+        conditions = [name for name, value in facts.items() if value == outcome]
+        parts += [words.format(" and ".join(conditions))] if conditions else []
+    if not parts:
+        seen = [
+            (name, value) for name, value in facts.items() if name not in NO_SHOWING and not name.startswith("also ")
+        ]
+        parts = [cut(_seen(name, value), LONGEST_FACT) for name, value in seen[:2]]
+    confidence = str(facts.get("confidence", ""))
+    parts += [confidence.partition(": ")[2]] if confidence.startswith(("low", "medium")) else []
+    return "; ".join(part for part in parts if part)
+
+
+def _seen(name: str, value: object) -> str:
+    text = {"True": "yes", "False": "no"}.get(str(value)) or shown(value)
+    return f"seen in {text}" if name == "where" else f"{name}: {text}"
+
+
+def value_text(name: str, value: float, limit: float, unit: str, fall: float | None = None) -> str:
+    """A value beside its limit, in words: `0.79 roundoffs; at most 0.75`, `1 pair; none is allowed`.
+
+    Args:
+        name: of the measurement.
+        value: measured.
+        limit: the most that it may be.
+        unit: of both.
+        fall: of the loss, in nats, where the value is its rise.
+    """
+    if name == "rise" and fall is not None:
+        return f"loss {'fell' if fall >= 0 else 'rose'} by {shown(abs(fall))}; it must not rise"
+    if limit == 0:
+        return f"{shown(value)} {plural(unit, value)}; none is allowed"
+    words = UNITS.get(name, unit)
+    if name not in UNITS and unit == "ratio":
+        words = OF_THE_ANSWER
+    return f"{shown(value)} {words}".rstrip() + f"; at most {shown(limit)}"
+
+
+def measured_text(result: CheckResult) -> str:
+    """The measured value of a result's finding beside its limit, empty where neither is known."""
+    facts = {} if result.finding is None else result.finding.evidence
+    value, limit = facts.get("measured"), facts.get("allowed")
+    if not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    name, unit = str(facts.get("measurement", "")), str(facts.get("unit", ""))
+    if not isinstance(limit, (int, float)):
+        return f"{shown(value)} {unit}".rstrip()
+    return value_text(name, value, limit, unit, result.measurements.get("fall"))
+
+
+def evidence_rows(finding: Finding, leave_out: Iterable[str] = ()) -> tuple[tuple[str, str], ...]:
+    """Every fact but the measured value, as names and texts."""
+    left = {*MEASURED, *leave_out}
+    return tuple((str(name), shown(value)) for name, value in finding.evidence.items() if name not in left)
+
+
+def batch_text(batch: Mapping[str, Any] | None) -> str:
+    """The smallest failing batch: how it was drawn, then each tensor with its values where they are few."""
+    if not batch:
+        return ""
+    parts = [str(batch["drawn"])] if batch.get("drawn") else []
+    for name, value in batch.items():
+        if not isinstance(value, dict):
+            parts += [] if name == "drawn" else [f"{name}: {shown(value)}"]
+            continue
+        values = str(value.get("values", ""))
+        text = f"{name} {value.get('dtype', '')} {value.get('shape', '')}".rstrip()
+        parts.append(f"{text} = {values}" if 0 < len(values) <= LONGEST_BATCH else text)
+    return "; ".join(parts)
+
+
+def following_lines(root: Finding, results: Iterable[CheckResult]) -> tuple[str, ...]:
+    """Which checks fail as a consequence, a line for each title: `train.finite (3 cells): training is not finite …`.
+
+    Args:
+        root: the finding that they follow from; a title that is its own is not said again.
+        results: whose findings follow from it.
+    """
+    checks: dict[str, dict[str, set[Cell]]] = {}
+    for result in results:
+        title = title_of(result.finding) if result.finding is not None else ""
+        checks.setdefault("" if title == title_of(root) else title, {}).setdefault(result.check, set()).add(result.cell)
+    lines = []
+    for title, cells in checks.items():
+        names = [f"{check} ({len(held)} cells)" if len(held) > 1 else check for check, held in cells.items()]
+        lines.append(f"{listed(names, 6)}{f': {title}' if title else ''}")
+    return tuple(lines)
+
+
+def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
+    """The words of the command that asks the same check of the same cell again, with the same batches.
+
+    Args:
+        result: of the check.
+        run: the whole run.
+    """
+    settings, cell = run.settings, result.cell
+    source = next((subject.source for subject in run.subjects if subject.id == cell.subject), None)
+    bundle = settings.get("bundle")
+    # A bundle is of the model that was watched: without a subject there is only the name of its class.
+    words = ["numerics-suite", "check", *([] if bundle and source is None else [source or cell.subject])]
+    if cell.subject in settings.get("names", ()):
+        words += ["--name", cell.subject]
+    words += ["--bundle", str(bundle)] if bundle else ["--checks", result.check]
+    words += ["--precision", cell.precision, "--attn", cell.attn]
+    for name in RERUN_OPTIONS:
+        value = settings.get(name)
+        if name not in settings.get("origins", {}) or value is None or value is False:
+            continue
+        flag = BY_NAME[name].flags[0]
+        words += [flag] if value is True else [flag, str(value)]
+    return [*words, "--seed", str(settings.get("seed", 0))]
+
+
+def scope_text(subjects: Sequence[str], cells: Iterable[Cell], labels: Sequence[str] = ()) -> str:
+    """What a finding is about: `glm4-tiny · bf16 (eager, sdpa) · cpu · 5.8.0 to 5.9.1`.
+
+    Args:
+        subjects: their names.
+        cells: of them.
+        labels: of the versions or files, in order.
+    """
+    span = f"{labels[0]} to {labels[-1]}" if len(labels) > 2 else " and ".join(labels)
+    return " · ".join(part for part in (listed(subjects, 2), cells_text(cells), span) if part)
