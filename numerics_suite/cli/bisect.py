@@ -44,6 +44,9 @@ EXAMPLES = """\
           --check baseline.contract
       a baseline is recorded at the good end and held against the others
   numerics-suite bisect ./my-checkpoint --package torch --good 2.8.0 --bad 2.9.1
+  numerics-suite bisect ./my-checkpoint --package accelerate --good 1.2.1 \\
+          --bad 1.3.0 --check train.trainer
+      releases of accelerate, under the transformers that is installed here
   numerics-suite bisect ./my-checkpoint --git ../transformers \\
           --good v5.7.0 --bad main
       commits of a clone, which is only read
@@ -55,7 +58,7 @@ exit status:
   4 bad input, or an end does not hold
 """
 
-PACKAGES = ("transformers", "torch", "checkpoint")
+PACKAGES = ("transformers", "torch", "accelerate", "peft", "trl", "tokenizers", "checkpoint")
 OUT = Path(".numerics/bisect")
 OWN = ("good", "bad", "package", "check", "git", "transformers", "torch", "python", "pre", "jobs", "out")
 LEFT_OUT = {"list_only", "checks", "skip"}
@@ -73,7 +76,7 @@ def make_parser() -> CommandParser:
     group = parser.add_argument_group("versions")
     group.add_argument("--good", metavar="V", help="a version, ref or revision that passes")
     group.add_argument("--bad", metavar="V", help="a later one that fails")
-    group.add_argument("--package", metavar="NAME", help="transformers, torch or checkpoint (default: transformers)")
+    group.add_argument("--package", metavar="NAME", help="one of: " + ", ".join(PACKAGES) + " (default: transformers)")
     group.add_argument("--check", metavar="ID", help="the check that decides (default: what fails at the bad end)")
     group.add_argument("--git", metavar="PATH", help="V is a ref of this clone of transformers")
     group.add_argument("--transformers", metavar="V", help="in every environment (default: the installed one)")
@@ -235,8 +238,11 @@ def _shower(settings: Settings, own: Mapping[str, Any]) -> Callable[[Candidate, 
             return shlex.join(["git", "-C", str(bad.exported.repository), "diff", good.label, bad.label, "--", inside])
         if own["package"] == "checkpoint":
             return shlex.join(["numerics-suite", "check", f"{source}@{bad.label}", *options])
-        axis = f"--{own['package'] or 'transformers'}"
-        return shlex.join(["numerics-suite", "matrix", source, *options, *fixed, axis, f"{good.label},{bad.label}"])
+        package = own["package"] or "transformers"
+        axis = [f"--{package}", f"{good.label},{bad.label}"]
+        if package not in {"transformers", "torch"}:
+            axis = [word for end in (good, bad) for word in ("--with", f"{package}=={end.label}")]
+        return shlex.join(["numerics-suite", "matrix", source, *options, *fixed, *axis])
 
     return show
 

@@ -37,6 +37,9 @@ EXAMPLES = """\
       the shipped fixtures over the last patch release of every minor
   numerics-suite matrix ./my-checkpoint --torch latest:3 --baseline DIR
       three releases of torch, held to your own baselines too
+  numerics-suite matrix ./my-checkpoint --checks train.trainer \\
+          --with 'accelerate>=1.2,<1.5' --with peft==0.17.1
+      releases of other packages, under the transformers that is installed here
   numerics-suite matrix ./my-checkpoint --transformers latest:5 --list
       what would be run
 
@@ -82,6 +85,14 @@ def make_parser() -> CommandParser:
     group.add_argument("--transformers", metavar="SPEC", help="default: the installed one")
     group.add_argument("--torch", metavar="SPEC", help="default: the installed one")
     group.add_argument("--python", metavar="SPEC", help="a list such as 3.10,3.12 (default: this one)")
+    group.add_argument(
+        "--with",
+        metavar="PACKAGE==V",
+        dest="others",
+        action="append",
+        default=[],
+        help="versions of another package: 'peft>=0.13,<0.15', accelerate:latest:3; repeat it for more",
+    )
     add_version_options(parser, out=OUT)
     parser.add_argument("--ray", metavar="ADDRESS", help="spread the cells over a Ray cluster; 'local' starts one")
     add_cli_options(parser, SHARED)
@@ -98,14 +109,12 @@ def run(arguments: Sequence[str]) -> int:
         BadInputError: the input cannot be used.
     """
     given = vars(make_parser().parse(arguments))
-    own = {name: given.pop(name) for name in ("transformers", "torch", "python", "pre", "jobs", "out", "ray")}
+    own = {name: given.pop(name) for name in ("transformers", "torch", "python", "others", "pre", "jobs", "out", "ray")}
     settings = from_command_line(given)
     refuse_unwritable(settings.json)
     refuse_undeliverable(settings.report, settings.junitxml)
-    if not any(own[name] for name in ("transformers", "torch", "python")):
-        message = (
-            "matrix needs versions: give --transformers SPEC (or --torch, --python), as in --transformers latest:3"
-        )
+    if not any(own[name] for name in ("transformers", "torch", "python", "others")):
+        message = "matrix needs versions: give --transformers SPEC (or --torch, --python, --with), as in --transformers latest:3"
         raise BadInputError(message)
     return _matrix(settings, own)
 
@@ -128,7 +137,7 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     known = know_all(settings)
     baseline = baseline_of(settings, [one.name for one in known])
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
-    versions = resolve_all(own["transformers"], own["torch"], own["python"], pre=own["pre"])
+    versions = resolve_all(own["transformers"], own["torch"], own["python"], own["others"], pre=own["pre"])
     threads = max(1, core_count() // jobs)
     plan = make_plan(settings, known, versions, cwd=Path.cwd(), threads=threads, baseline=baseline)
     kept = ResultStore(Path(own["out"] or OUT))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -112,7 +113,7 @@ def _watched(path: Path, arguments: list[str], given: argparse.Namespace) -> int
     except ValueError as error:
         raise BadInputError(str(error).removeprefix("watch: ")) from None
     finder = Finder(settings, on_bad=given.on_bad, bundle=Path(given.bundle))
-    status, stopped = 0, False
+    status, stopped, process = 0, False, os.getpid()
     try:
         with only_json_on_stdout() if given.json == "-" else contextlib.nullcontext():
             status = run_script(path, arguments, finder)
@@ -121,6 +122,12 @@ def _watched(path: Path, arguments: list[str], given: argparse.Namespace) -> int
     except Exception as error:  # noqa: BLE001 - the script's own; it is shown as python would
         traceback.print_exception(type(error), error, _of_script(error, path))
         status = 1
+    if (
+        os.getpid() != process
+    ):  # a child that the script forked: it tells nothing, and ends with the status that it chose
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return _ended(finder, given, status, stopped=stopped)
 
 

@@ -23,17 +23,24 @@ class Versions:
         transformers: a released version, or None.
         torch: a released version, or None.
         python: `3.11`, or None.
+        others: name and version of other packages that somebody chose, by name.
     """
 
     transformers: str | None = None
     torch: str | None = None
     python: str | None = None
+    others: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def named(self) -> Mapping[str, str]:
+        """The versions by package, without those that nobody chose."""
+        own = {"transformers": self.transformers, "torch": self.torch, "python": self.python, **dict(self.others)}
+        return {name: version for name, version in own.items() if version}
 
     @property
     def text(self) -> str:
         """`transformers 5.8.0, torch 2.7.0, python 3.11`, without those that nobody chose."""
-        named = (("transformers", self.transformers), ("torch", self.torch), ("python", self.python))
-        return ", ".join(f"{name} {version}" for name, version in named if version) or "the current environment"
+        return ", ".join(f"{name} {version}" for name, version in self.named.items()) or "the current environment"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +186,7 @@ class BisectResult:
     """The boundary.
 
     Attributes:
-        what: `transformers`, `torch`, `checkpoint`, or the folder of a clone.
+        what: a package such as `transformers`, `checkpoint`, or the folder of a clone.
         subject: its name.
         last_good: the newest version at which the deciding checks passed.
         first_bad: the oldest after it at which one failed.

@@ -1,11 +1,15 @@
-"""Remedies for what a load did to dtypes: parameters cast once more, buffers as the class builds them."""
+"""Remedies for what a load did to dtypes, parameters cast once more and buffers as the class builds them; and for a head that was not saved."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from numerics_suite.checks.load._buffers import rounded_buffers
 from numerics_suite.core.errors import NotApplicableError
@@ -13,7 +17,7 @@ from numerics_suite.core.records import Finding
 from numerics_suite.core.text import listed
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.built_model import built_buffers, without_adapter
-from numerics_suite.subjects.files import read_tensor, tensor_headers
+from numerics_suite.subjects.files import read_json, read_tensor, tensor_headers
 from numerics_suite.subjects.load import Loaded
 
 Change = Callable[[Loaded], Loaded]
@@ -22,6 +26,9 @@ OF_BUFFERS = "rounded-buffers"
 """The measurement of load.dtype that counts buffers."""
 
 CONFIG = "config.json"
+
+PEFT = "base_model.model."
+"""How peft begins the names of what it saves."""
 
 IGNORED = "ignored-dtype"
 """The measurement of load.dtype that counts what is held where nothing has the dtype asked for."""
@@ -98,22 +105,46 @@ def loaded_with_dtype(context: CellContext, finding: Finding) -> Iterator[tuple[
     yield context.variant(change=_with_values(values)), f"{listed(finding.parameters, 2)} as the class builds it"
 
 
-def saved_head(_: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
-    """Nothing: a head that was not saved is gone.
+def saved_head(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
+    """The adapter as it is saved with its head, loaded again: what was lost stays lost, and the head is a new one.
 
     Args:
+        context: the cell, of an adapter.
         finding: of load.complete.
 
     Raises:
-        NotApplicableError: what was lost, and how the next one is saved.
+        NotApplicableError: its tensors are in no safetensors file.
     """
     names = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in finding.parameters})
-    reason = (
-        "cannot be tried: the trained head is in no file, and nothing here brings it back; train it again with "
-        f"modules_to_save={names} in the LoraConfig, or save it beside the adapter"
-    )
-    raise NotApplicableError(reason)
-    yield
+    folder, file = context.subject.path, "adapter_model.safetensors"
+    if folder is None or not (folder / file).is_file():
+        reason = f"not tried: {file} is not there; train again with modules_to_save={names} in the LoraConfig"
+        raise NotApplicableError(reason)
+    heads = {name: _head(context, name) for name in finding.parameters}
+    with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch:
+        saved = Path(scratch) / folder.name
+        saved.mkdir()
+        told = read_json(folder / "adapter_config.json")
+        kept = sorted({*(told.get("modules_to_save") or ()), *names})
+        text = json.dumps({**told, "base_model_name_or_path": context.subject.adapter_base, "modules_to_save": kept})
+        (saved / "adapter_config.json").write_text(text, encoding="utf-8")
+        tensors = {**load_file(folder / file), **{_in_file(name): value for name, value in heads.items()}}
+        save_file(tensors, saved / file, metadata={"format": "pt"})
+        how = f"saved with modules_to_save={names} and loaded again, with a new head: the trained one is in no file and must be trained again"
+        yield context.variant(subject=replace(context.subject, path=saved)), how
+
+
+def _in_file(name: str) -> str:
+    """The name under which peft saves a parameter of a module that it saves whole."""
+    plain = name.replace(".modules_to_save.default", "").replace(".original_module", "")
+    return plain if plain.startswith(PEFT) else f"{PEFT}{plain}"
+
+
+def _head(context: CellContext, name: str) -> torch.Tensor:
+    """What the loaded model holds there."""
+    held: dict[str, torch.Tensor] = context.model.state_dict()
+    found = next(value for key, value in reversed(held.items()) if _in_file(key) == _in_file(name))
+    return found.detach().to("cpu", copy=True).contiguous()
 
 
 def _stored(context: CellContext, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -71,9 +71,19 @@ def has_reentrant_checkpoints(model: nn.Module) -> bool:
     return any(_is_reentrant(module) for module in model.modules())
 
 
-def _is_reentrant(module: nn.Module) -> bool:
+def checkpointing_of(module: nn.Module) -> functools.partial[object] | None:
+    """By what transformers recomputes the module's forward pass, None where it does not.
+
+    Args:
+        module: of any class.
+    """
     function = getattr(module, CHECKPOINT, None)
-    return isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is True
+    return function if isinstance(function, functools.partial) else None
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    function = checkpointing_of(module)
+    return function is not None and function.keywords.get("use_reentrant") is True
 
 
 def _not_reentrant(loaded: Loaded) -> Loaded:

@@ -162,11 +162,9 @@ class CellContext:
 
     def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:
         """A fresh model, in eval mode; dtype and attention are the cell's unless given."""
-        held = dtype or self.recipe.parameters
-        with doing(f"loading {self.subject.id} in {held}"):
-            loaded = self._loader(
-                self.subject, dtype=held, attn=attn or self.cell.attn, device=self.cell.device, seed=seed, poison=poison
-            )
+        dtype, attn, device = dtype or self.recipe.parameters, attn or self.cell.attn, self.cell.device
+        with doing(f"loading {self.subject.id} in {dtype}"):
+            loaded = self._loader(self.subject, dtype=dtype, attn=attn, device=device, seed=seed, poison=poison)
             for change in self.changes:
                 loaded = change(loaded)
         return loaded

@@ -18,6 +18,7 @@ PACKAGES = (
     "huggingface-hub",
     "accelerate",
     "peft",
+    "trl",
     "numpy",
     "hypothesis",
     "pytest",

@@ -41,12 +41,14 @@ class Step:
         handed: the `num_items_in_batch` of each call of the model, None where it was not handed over.
         left_out: what was not computed in float64; the step says something only where this is empty.
         lines: `file.py:123` of each line outside of torch that made a scalar that can be differentiated, in order.
+        divided: what accelerate divides each loss by on top of what the Trainer does.
     """
 
     gradients: Gradients
     handed: tuple[float | None, ...]
     left_out: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
+    divided: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,34 @@ def trainer_step(model: nn.Module, rows: Sequence[Row], way: Way) -> Step:
             trainer.train()
         found = {name: optimizer.handed[id(each)] for name, each in trained.items() if id(each) in optimizer.handed}
         left_out = _computed(session.left_out)
-        return Step(gradients=found, handed=tuple(handed), left_out=left_out, lines=tuple(seen.lines))
+        divided = int(trainer.accelerator.gradient_accumulation_steps)
+        return Step(gradients=found, handed=tuple(handed), left_out=left_out, lines=tuple(seen.lines), divided=divided)
+
+
+def accelerate_step(model: nn.Module, rows: Sequence[Row], shares: Sequence[float]) -> Step:
+    """One optimizer step of a plain loop over accelerate, in true float64 and without dropout: a row in each micro-batch.
+
+    Args:
+        model: see :func:`trainer_step`.
+        rows: of the whole batch.
+        shares: of each row in the mean over all labels that count.
+    """
+    from accelerate import Accelerator  # heavy
+
+    with _process_kept(), _float64(model) as session:
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        keeps = _Keeps(list(trained.values()), lr=0.0)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=len(rows))
+        prepared, optimizer = accelerator.prepare(model.train(), keeps)
+        for row, share in zip(rows, shares, strict=True):
+            tensors = {name: value[None] for name, value in row.items()}
+            with accelerator.accumulate(prepared):
+                loss = call_model(prepared, tensors)["loss"]
+                accelerator.backward(loss * share * len(rows))  # accelerate divides by the number of micro-batches
+                optimizer.step()
+                optimizer.zero_grad()
+        found = {name: keeps.handed[id(each)] for name, each in trained.items() if id(each) in keeps.handed}
+        return Step(gradients=found, handed=(), left_out=_computed(session.left_out))
 
 
 _QUIET: Mapping[str, Any] = {

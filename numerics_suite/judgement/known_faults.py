@@ -48,6 +48,12 @@ KNOWN_FAULTS: Final = (
         "Trainer adds up the micro-batches' gradients undivided; without accumulation it trains as it should",
     ),
     KnownFault(
+        fault="divided-twice at transformers.trainer.Trainer.create_accelerator_and_postprocess",
+        transformers=">=5.2.0,<5.5",
+        reason="known in transformers 5.2.0 to 5.4.0: the Trainer has accelerate divide each micro-batch's loss by their number too, which the class has divided "
+        "by num_items_in_batch; without accumulation it trains as it should",
+    ),
+    KnownFault(
         fault="miscount of * at transformers.trainer.Trainer.get_batch_samples",
         transformers=">=4.46.2,<5.10",
         reason="known in transformers 4.46.2 to 5.9: the Trainer counts the first label of each row, which nothing predicts; the gradient is "

@@ -259,7 +259,12 @@ def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> CheckRun | None:
 
 
 def _cell(content: Mapping[str, Any]) -> MatrixCell:
-    versions = Versions(transformers=content["transformers"], torch=content.get("torch"), python=content.get("python"))
+    versions = Versions(
+        transformers=content["transformers"],
+        torch=content.get("torch"),
+        python=content.get("python"),
+        others=tuple(sorted(content.get("with", {}).items())),
+    )
     results, baseline = content.get("results"), content.get("baseline")
     failures = tuple(Failure(**failure) for failure in content.get("failures", ()))
     changes = tuple(

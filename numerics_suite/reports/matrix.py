@@ -92,6 +92,7 @@ class MatrixTerminal(Terminal):
         lines = [TerminalLine(f"{'transformers':<14}{'torch':<12}python", "bold")]
         for versions, done in rows:
             text = f"{versions.transformers or '?':<14}{versions.torch or '?':<12}{versions.python or '?':<8}"
+            text += "".join(f"{name} {version}  " for name, version in versions.others)
             lines.append(TerminalLine(f"{text}{'done already' if done else ''}".rstrip()))
         done_already = sum(done for _, done in rows)
         self._print([*lines, TerminalLine(f"{len(rows)} environments, {done_already} done already; nothing was run")])
@@ -116,14 +117,16 @@ def table_lines(result: MatrixResult, width: int) -> list[TerminalLine]:
         result: of the whole matrix.
         width: in columns.
     """
-    parts: dict[tuple[str | None, str | None], list[MatrixCell]] = {}
+    parts: dict[str, list[MatrixCell]] = {}
     for cell in result.cells:
-        parts.setdefault((cell.held.torch, cell.held.python), []).append(cell)
+        held = cell.held
+        others = "".join(f", {name} {version}" for name, version in held.others)
+        parts.setdefault(f"torch {held.torch or '?'}, python {held.python or '?'}{others}", []).append(cell)
     lines: list[TerminalLine] = []
-    for (torch, python), cells in parts.items():
+    for title, cells in parts.items():
         if lines:
             lines.append(TerminalLine(""))
-        lines.append(TerminalLine(f"torch {torch or '?'}, python {python or '?'}", "bold"))
+        lines.append(TerminalLine(title, "bold"))
         groups = _groups(cells)
         column = max(12, *(len(group.label) for group in groups))
         subject = max([7, *(len(name) for cell in cells for name in _subjects(cell))])
@@ -309,6 +312,7 @@ def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
         "transformers": cell.held.transformers,
         "torch": cell.held.torch,
         "python": cell.held.python,
+        "with": dict(cell.held.others),
         "status": cell.status,
         "verdict": cell.verdict,
         "reason": cell.reason,
@@ -333,7 +337,13 @@ def planned_to_json(rows: Sequence[tuple[Versions, bool]]) -> dict[str, Any]:
         "schema_version": 1,
         "command": "matrix",
         "planned": [
-            {"transformers": versions.transformers, "torch": versions.torch, "python": versions.python, "done": done}
+            {
+                "transformers": versions.transformers,
+                "torch": versions.torch,
+                "python": versions.python,
+                "with": dict(versions.others),
+                "done": done,
+            }
             for versions, done in rows
         ],
     }

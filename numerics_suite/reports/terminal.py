@@ -16,7 +16,6 @@ from numerics_suite.reports.plan import PlanRow, about_seconds, plan_lines, read
 from numerics_suite.reports.rehearsal import rehearsal_lines
 from numerics_suite.reports.streams import abandon
 from numerics_suite.reports.summary import LABELS, STYLES, summary
-from numerics_suite.reports.view.causes import sentence_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -175,7 +174,7 @@ class Terminal:
             return
         finding = result.finding
         # What it is and not yet why: the end of the run says that, beside everything that follows from it.
-        what = sentence_of(finding, diagnosed=False) if finding is not None else result.reason or ""
+        what = finding.title if finding is not None else result.reason or ""
         cause = finding.cause if finding is not None else what
         # Where no model can be loaded, every check says the same.
         key = ("" if result.bad_input else result.check, result.cell.subject, cause)

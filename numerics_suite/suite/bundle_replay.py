@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from numerics_suite.core.errors import BadInputError, NotApplicableError
 from numerics_suite.core.records import Cell, CheckResult, Finding, RunResult, Subject
+from numerics_suite.devices import random_state
 from numerics_suite.devices.device import resolve_device
 from numerics_suite.devices.precisions import precision
 from numerics_suite.diagnosis.remedy_register import remedies_of, untried
@@ -17,6 +21,8 @@ from numerics_suite.diagnosis.remedy_trials import breaks
 from numerics_suite.diagnosis.root_causes import REMEDIES
 from numerics_suite.diagnosis.versions_advice import borne_out_of
 from numerics_suite.engine.environment import describe_run
+from numerics_suite.engine.kept_step import filled, fits
+from numerics_suite.engine.reproduce_step import shown
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.load import load, place
 from numerics_suite.subjects.resolve import resolve_all
@@ -27,12 +33,10 @@ from numerics_suite.training_watch.bundle_reader import (
     Bundle,
     bad_calls,
     built_model,
-    holds_all_of,
     read_bundle,
     scene_of,
-    with_stored_parameters,
 )
-from numerics_suite.training_watch.caught_step import Start, precision_name
+from numerics_suite.training_watch.caught_step import Start, precision_name, undisturbed
 from numerics_suite.training_watch.diagnosis import CaughtContext, run_again, trained_again
 from numerics_suite.training_watch.remedies import ITS_OWN_CHECK, check_of, left_untried, with_remedies_tried
 
@@ -136,7 +140,7 @@ def _tried_again(bundle: Bundle, device: str) -> Finding:
     try:
         start = bundle.start()
         scene = scene_of(bundle, model, () if start is None else (start,))
-        found = bundle.finding
+        _, found = reopened(bundle, model, bundle.finding)
         if found.op is None and (trained := trained_again(scene, bundle.step)) is not None:
             found = borne_out_of(_found_again(found, *trained), model)
         return with_remedies_tried(found, scene)
@@ -154,12 +158,12 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
     started = time.perf_counter()
     dtype = precision(cell.precision).parameters
     loaded = load(subject, dtype=dtype, attn=cell.attn, device=cell.device, seed=settings.seed)
-    start = bundle.start() if subject.kind == "factory" and holds_all_of(bundle, loaded.model) else None
+    start = bundle.start() if subject.kind == "factory" and fits(bundle.kept, loaded.model) else None
     if start is not None:
-        with_stored_parameters(bundle, loaded.model)
+        filled(bundle.kept, loaded.model)
     own = Start(words=f"the weights of {subject.id}", calls=bad_calls(bundle), scale=bundle.scale)
     scene = scene_of(bundle, loaded.model, (start or own,))
-    found = _on(subject, bundle, scene)
+    found = _on(subject, bundle, scene) if start is None else _of_factory(subject, bundle, scene)
     if found is not None and settings.diagnose:
         found = with_remedies_tried(found, scene)
     seconds = round(time.perf_counter() - started, 3)
@@ -168,6 +172,33 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
             check=CHECK, cell=cell, status="passed", duration_s=seconds, measurements={"non-finite": 0.0}
         )
     return replace(_failed(cell, found), duration_s=seconds)
+
+
+def reopened(bundle: Bundle, model: nn.Module, found: Finding) -> tuple[bool, Finding]:
+    """Whether the finding comes about again, and it with the fact `reopened`: what its kept steps, taken as the bundle's own script takes them, show.
+
+    Args:
+        bundle: as read.
+        model: with the parameters that the folder holds; left as it is.
+        found: its finding.
+    """
+    with undisturbed(), random_state.kept():
+        again, text = shown(bundle.kept, copy.deepcopy(model))
+    words = "reproduced" if again else "not reproduced"
+    return again, replace(found, evidence={**found.evidence, "reopened": f"{words}: {text}"})
+
+
+def _of_factory(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Finding | None:
+    """The finding on the module that was watched, made anew; None where it does not come about again."""
+    again, found = reopened(bundle, scene.model, bundle.finding)
+    if not again:
+        return None
+    origin, how, cause = None, "", found.cause
+    if check_of(found) == ITS_OWN_CHECK and found.op is not None:
+        where = trained_again(scene, bundle.step)
+        origin, how, cause = where or (run_again(scene, {}, backward=True), "", found.cause)
+    found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
+    return borne_out_of(replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies))), scene.model)
 
 
 def _on(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Finding | None:

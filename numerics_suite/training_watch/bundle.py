@@ -5,6 +5,7 @@ No pickle: JSON and safetensors. The folder appears whole or not at all, and nev
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from torch import Tensor
 from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.records import Finding
+from numerics_suite.diagnosis.update_remedies import checkpointing_of
+from numerics_suite.engine import kept_step, reproduce_step
 from numerics_suite.engine.digests import tensor_digest
 from numerics_suite.engine.environment import describe_environment
 from numerics_suite.subjects.files import sha256_of
@@ -29,8 +32,8 @@ from numerics_suite.training_watch.alarms import Alarm, Reading
 from numerics_suite.training_watch.caught_step import Start, usual_dtype
 from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import LOSS_NOW
+from numerics_suite.training_watch.frozen_parameters import FROZEN
 from numerics_suite.training_watch.norms import local
-from numerics_suite.training_watch.reproducer_script import SCRIPT
 from numerics_suite.training_watch.ring import ForwardCall
 from numerics_suite.training_watch.snapshots import SMALL_BYTES
 
@@ -38,6 +41,9 @@ KIND = "numerics-suite watch bundle"
 SCHEMA_VERSION = 1
 JSON_NAME, SCRIPT_NAME = "bundle.json", "reproduce.py"
 BATCHES, PARAMETERS, OPTIMIZER = "batches.safetensors", "parameters.safetensors", "optimizer.safetensors"
+BUFFERS, GRADIENTS = "buffers.safetensors", "gradients.safetensors"
+SCRIPTS = {SCRIPT_NAME: reproduce_step, "kept_step.py": kept_step}
+"""Modules of this package that a bundle carries, so that it runs without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +52,14 @@ class Caught:
 
     Attributes:
         calls: of the ring, oldest first.
+        kind: of the alarm, which says what shows it again.
         readings: the last figures.
         warnings: early warnings that came before.
         settings: of the watch.
     """
 
     calls: Sequence[ForwardCall]
+    kind: str = ""
     readings: Sequence[Reading] = ()
     warnings: Sequence[Alarm] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -107,13 +115,20 @@ def _fill(folder: Path, finding: Finding, scene: CaughtContext, caught: Caught) 
     stepped = loop.to_json(states) if loop is not None else None
     if states:
         save_file(states, folder / OPTIMIZER)
-    (folder / SCRIPT_NAME).write_text(SCRIPT, encoding="utf-8")
+    small = {BUFFERS: _buffers(scene), GRADIENTS: _left_over(scene, finding) if caught.kind == FROZEN else {}}
+    for name, values in small.items():
+        if values:
+            save_file(values, folder / name)
+    for name, module in SCRIPTS.items():
+        text = inspect.getsource(module)
+        (folder / name).write_text(text.replace(kept_step.__name__, "kept_step"), encoding="utf-8")
     content = {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "created_at": datetime.now(tz=timezone.utc).isoformat(timespec="seconds"),
         "environment": describe_environment(str(next((p.device for p in scene.model.parameters()), "cpu"))),
         "step": finding.step,
+        "alarm": caught.kind,
         "finding": {**finding_to_json(finding), "reproducer": SCRIPT_NAME},
         "replay": _what_can_be_replayed(written, start, finding.step or 0),
         "settings": jsonable(caught.settings),
@@ -121,6 +136,7 @@ def _fill(folder: Path, finding: Finding, scene: CaughtContext, caught: Caught) 
         "parameters_are": written,
         "loss_scale": jsonable(scene.scale),
         "loop": stepped,
+        "unheld": [] if start is None else list(start.unheld),
         "digests": {"parameters": _digest(dict(scene.model.named_parameters())), "optimizer": _digest(_state(scene))},
         "calls": calls,
         "warnings": [jsonable(asdict(alarm)) for alarm in caught.warnings],
@@ -188,24 +204,57 @@ def _model_to_json(scene: CaughtContext) -> dict[str, Any]:
         "trained_dtype": usual_dtype(p for p in model.parameters() if p.requires_grad),
         "training": model.training,
         "trained": sum(p.requires_grad for p in model.parameters()),
+        "trained_names": [name for name, p in model.named_parameters() if p.requires_grad],
+        "checkpointing": _checkpointing(model),
+        "inputs_require_grads": any("require_grad" in hook.__qualname__ for hook in _hooks_of_embedding(model)),
     }
 
 
+def _checkpointing(model: Any) -> dict[str, Any] | None:
+    """How transformers' modules recompute their forward passes, None where none does."""
+    ways = [function.keywords for module in model.modules() if (function := checkpointing_of(module)) is not None]
+    return jsonable({key: value for key, value in ways[0].items() if isinstance(value, bool)}) if ways else None
+
+
+def _hooks_of_embedding(model: Any) -> list[Any]:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return [hook for hook in getattr(embedding, "_forward_hooks", {}).values() if hasattr(hook, "__qualname__")]
+
+
+def _buffers(scene: CaughtContext) -> dict[str, Tensor]:
+    """The model's buffers where they are small: a model that was cast holds others than one that is built anew."""
+    named = {name: local(buffer) for name, buffer in scene.model.named_buffers()}
+    small = sum(value.nbytes for value in named.values()) <= SMALL_BYTES
+    return {name: _stored(value) for name, value in named.items()} if small and scene.replay else {}
+
+
+def _left_over(scene: CaughtContext, finding: Finding) -> dict[str, Tensor]:
+    """Gradients that no backward pass writes, of the parameters that the finding is about."""
+    named = {name: p.grad for name, p in scene.model.named_parameters() if name in finding.parameters}
+    held = {name: local(gradient) for name, gradient in named.items() if gradient is not None}
+    small = sum(value.nbytes for value in held.values()) <= SMALL_BYTES
+    return {name: _stored(value) for name, value in held.items()} if small else {}
+
+
 def _adapter_to_json(model: Any) -> dict[str, Any] | None:
-    """Class and config of the one adapter that peft has put on a base of another class; None without one."""
+    """Class and config of each adapter that peft has put on a base of another class; None without one."""
     configs = getattr(model, "peft_config", None)
-    if not hasattr(model, "get_base_model") or not isinstance(configs, Mapping) or len(configs) != 1:
+    if not hasattr(model, "get_base_model") or not isinstance(configs, Mapping):
         return None
-    name, config = next(iter(configs.items()))
+    written = {name: [type(config).__name__, _options(config)] for name, config in configs.items()}
+    return {"base": type(model.get_base_model()).__name__, "configs": written, "active": model.active_adapter}
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """What an adapter's config says beside its defaults."""
     written = {}
     for each in fields(config):
         value = getattr(config, each.name)
-        value = sorted(value) if isinstance(value, set) else value
-        plain = isinstance(value, (str, int, float, bool, list)) and not isinstance(value, Enum)
-        if each.init and plain and value != each.default:
-            written[each.name] = value
-    base = type(model.get_base_model()).__name__
-    return {"base": base, "class": type(config).__name__, "name": name, "config": jsonable(written)}
+        value = value.value if isinstance(value, Enum) else sorted(value) if isinstance(value, set) else value
+        plain = isinstance(value, (str, int, float, bool, list, dict))
+        if each.init and plain and value != each.default and not (isinstance(value, dict) and not value):
+            written[each.name] = jsonable(value)
+    return written
 
 
 def _call_to_json(call: ForwardCall, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -214,6 +263,9 @@ def _call_to_json(call: ForwardCall, index: int, tensors: dict[str, Tensor]) -> 
         "args": [_packed(value, f"{index}.{place}", tensors) for place, value in enumerate(call.args)],
         "kwargs": {name: _packed(value, f"{index}.{name}", tensors) for name, value in call.kwargs.items()},
         "autocast": {kind: str(dtype).removeprefix("torch.") for kind, dtype in call.autocast.items()},
+        "cotangents": {
+            name: _packed(value, f"{index}.back.{name}", tensors) for name, value in call.cotangents.items()
+        },
         "rng": {name: state.numpy().tobytes().hex() for name, state in call.rng.items()},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
 from numerics_suite.core.typed_records import refuse_other_shape, refuse_wrong_types
+from numerics_suite.engine.kept_step import Kept, NoModelError, build
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.training_watch.bundle import BATCHES, JSON_NAME, KIND, OPTIMIZER, PARAMETERS, SCHEMA_VERSION
@@ -50,7 +52,7 @@ SHAPE = {
 """What is read of `bundle.json`, here and where a bundle is reopened."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """A caught step, read back.
 
@@ -69,6 +71,11 @@ class Bundle:
     calls: tuple[ForwardCall, ...]
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     loop: Loop | None = None
+
+    @cached_property
+    def kept(self) -> Kept:
+        """The same, as the folder's own script reads it."""
+        return Kept(self.path)
 
     @property
     def step(self) -> int:
@@ -89,7 +96,13 @@ class Bundle:
         whole = {call.step for call in calls} == set(range(first, self.step + 1))
         words = f"the {self._words}"
         return Start(
-            words=words, calls=calls, loop=self.loop, scale=self.scale, parameters=self.parameters, whole=whole
+            words=words,
+            calls=calls,
+            loop=self.loop,
+            scale=self.scale,
+            parameters=self.parameters,
+            whole=whole,
+            unheld=tuple(self.content.get("unheld", ())),
         )
 
     @property
@@ -248,7 +261,7 @@ def bad_calls(bundle: Bundle) -> list[ForwardCall]:
 
 
 def built_model(bundle: Bundle) -> nn.Module:
-    """The watched model, of a class of transformers, with the parameters that the folder holds.
+    """The watched model, of a class of transformers, with its adapters and the parameters that the folder holds.
 
     Args:
         bundle: as read.
@@ -256,55 +269,13 @@ def built_model(bundle: Bundle) -> nn.Module:
     Raises:
         NotApplicableError: it is another class, or the folder does not hold every parameter.
     """
-    import transformers  # heavy
-
-    told = bundle.content["model"]
-    found = getattr(transformers, str(told["class"]), None)
-    if told["config"] is None or not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        reason = f"not tried: {told['class']} is no class of transformers; give what makes it: check factory:module:function --bundle"
-        raise NotApplicableError(reason)
-    if not bundle.parameters:
-        reason = "not tried: the bundle holds no parameters (snapshot_every); give a checkpoint: check SUBJECT --bundle"
-        raise NotApplicableError(reason)
-    kind: Any = found
     try:
         with quiet_transformers():
-            config = kind.config_class.from_dict(revived(told["config"]))
-            config._attn_implementation = told["attn"]  # noqa: SLF001 - as from_pretrained sets it
-            with torch.device("meta"):  # a config of any size costs nothing there
-                fits = holds_all_of(bundle, kind(config))
-            model: nn.Module = kind(config) if fits else nn.Module()
+            return build(bundle.kept)
+    except NoModelError as error:
+        reason = f"not tried: {error}"
+        raise NotApplicableError(reason) from None
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        reason = f"not tried: {told['class']} cannot be built from the bundle's config ({type(error).__name__})"
+        name = bundle.content["model"]["class"]
+        reason = f"not tried: {name} cannot be built from the bundle's config ({type(error).__name__})"
         raise NotApplicableError(reason) from error
-    if not fits:
-        reason = f"not tried: the parameters in the bundle are not those of {told['class']} as this release builds it"
-        raise NotApplicableError(reason)
-    return with_stored_parameters(bundle, model)
-
-
-def holds_all_of(bundle: Bundle, model: nn.Module) -> bool:
-    """Whether the folder holds every parameter of the model, in its shape.
-
-    Args:
-        bundle: as read.
-        model: of any class.
-    """
-    stored = bundle.parameters
-    return all(name in stored and stored[name].shape == p.shape for name, p in model.named_parameters())
-
-
-def with_stored_parameters(bundle: Bundle, model: nn.Module) -> nn.Module:
-    """The model, changed: it holds what the folder does, in its dtypes, is trained where the loop trained it, and in its mode.
-
-    Args:
-        bundle: that :func:`holds_all_of`.
-        model: on the CPU.
-    """
-    trained = (
-        {name for each in bundle.loop.optimizers for names in each.names for name in names} if bundle.loop else None
-    )
-    for name, parameter in model.named_parameters():
-        parameter.data = bundle.parameters[name].clone()
-        parameter.requires_grad_(parameter.is_floating_point() and (trained is None or name in trained))
-    return model.train(bool(bundle.content["model"]["training"]))

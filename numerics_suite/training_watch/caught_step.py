@@ -28,13 +28,14 @@ from numerics_suite.devices.kinds import kind_of
 from numerics_suite.devices.precisions import PRECISIONS, Precision
 from numerics_suite.diagnosis.consequences import NO_RUN
 from numerics_suite.diagnosis.remedies import InputChange
-from numerics_suite.engine.calls import call_with, input_device, takes_token_ids
+from numerics_suite.engine.calls import call_with, input_device
 from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Trainer, TrainingPlan, Trajectory
 from numerics_suite.observations.finiteness import nonfinite_count
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.load import Loaded, convert
+from numerics_suite.training_watch.inputs import named_inputs
 from numerics_suite.training_watch.norms import local, total_norm
 from numerics_suite.training_watch.optimizer_states import Loop
 from numerics_suite.training_watch.patches import unheard
@@ -330,12 +331,6 @@ def precision_name(dtype: str, autocast: str | None) -> str:
     # Parameters in half precision under autocast are no recipe: the section is what another precision would take away.
     alike = [recipe.name for recipe in trained if autocast is not None and recipe.autocast == autocast]
     return next(iter((*exact, *alike)), "fp32")
-
-
-def named_inputs(model: nn.Module, call: ForwardCall) -> dict[str, Any]:
-    """What a call hands to the model, by name; the first positional input of a language model is its `input_ids`."""
-    names = ["input_ids" if index == 0 and takes_token_ids(model) else f"arg{index}" for index in range(len(call.args))]
-    return {**dict(zip(names, call.args, strict=True)), **call.kwargs}
 
 
 def _changed(model: nn.Module, call: ForwardCall, caught: CaughtStep) -> ForwardCall:

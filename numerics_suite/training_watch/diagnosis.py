@@ -31,8 +31,9 @@ from numerics_suite.inputs.labels import no_label_counts, predicts_next_token
 from numerics_suite.observations.bad_value_location import Origin, find_origin
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.training_watch.alarms import Alarm
-from numerics_suite.training_watch.caught_step import CaughtStep, Start, bad_parameters, named_inputs, undisturbed
+from numerics_suite.training_watch.caught_step import CaughtStep, Start, bad_parameters, undisturbed
 from numerics_suite.training_watch.divergence import THE_BATCH, blame, growth_facts
+from numerics_suite.training_watch.inputs import named_inputs
 from numerics_suite.training_watch.judge import ROSE
 from numerics_suite.training_watch.ring import ForwardCall, as_called, same_buffers, with_values
 from numerics_suite.training_watch.snapshots import SMALL_BYTES
@@ -135,7 +136,7 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
         cause=cause,
         title=title(alarm, cause, origin, parameters),
         explanation=EXPLANATIONS[cause],
-        module=origin.module if origin else (parameters[0].rpartition(".")[0] if parameters else None),
+        module=_module(origin, parameters, facts),
         op=origin.op if origin else None,
         source=origin.source if origin else None,
         step=alarm.step,
@@ -145,6 +146,14 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
         remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
     )
     return borne_out_of(found, scene.model)
+
+
+def _module(origin: Origin | None, parameters: Sequence[str], facts: Mapping[str, Fact]) -> str | None:
+    """Where the value began; of training that ran away, whose update grew first where the value began in no module."""
+    if origin is not None and origin.module:
+        return origin.module
+    first = parameters[0] if parameters else str(facts.get("update that grew first", ""))
+    return first.rpartition(".")[0] or None
 
 
 RUN_AWAY = frozenset({"divergence", "overflow", "invalid-operation", "unknown"})

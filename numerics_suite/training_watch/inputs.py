@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from numerics_suite.training_watch.ring import ForwardCall
 
 ID_NAMES = ("input_ids", "position_ids", "token_type_ids")
 """Inputs that count or name something, so that no rounding is harmless."""
+
+UNREPRESENTABLE = "ids that bfloat16 cannot hold"
+"""Figure of the first batches."""
 
 CHANCE_BITS = 40.0
 """Ids are called rounded where chance would make them all representable in bfloat16 in less than 1 of 2^40 batches.
@@ -70,3 +74,14 @@ def rounded_ids(model: nn.Module, calls: Sequence[ForwardCall]) -> Alarm | None:
     facts = {"bits of chance": bits}
     step = calls[0].step
     return Alarm(step=step, kind="rounded-ids", bad=False, text=text, cause="wrong-input-dtype", facts=facts)
+
+
+def named_inputs(model: nn.Module, call: ForwardCall) -> dict[str, Any]:
+    """What a call hands to the model, by name; the first positional input of a language model is its `input_ids`."""
+    count = len(call.args)
+    kinds = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    own = [name for name, each in inspect.signature(model.forward).parameters.items() if each.kind in kinds]
+    names = own[:count] + [f"arg{index}" for index in range(len(own), count)]
+    if count and takes_token_ids(model):
+        names[0] = "input_ids"
+    return {**dict(zip(names, call.args, strict=True)), **call.kwargs}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from numerics_suite.devices import random_state
 from numerics_suite.devices.arithmetic import autocast_as, autocast_dtypes
 from numerics_suite.devices.kinds import CPU, kind_of
+from numerics_suite.engine.outputs import floating_outputs
 
 Rates = tuple[Mapping[str, Any], ...]
 """Learning rate, betas, momentum and weight decay of each group of an optimizer."""
@@ -37,6 +39,8 @@ class ForwardCall:
         kwargs: inputs by name.
         rng: random states before it, by device: `cpu`, `cuda:0`, …
         autocast: dtype of the autocast section around it, by kind of device; empty outside one.
+        cotangents: what a loop that computes its loss outside of the model sends back into each output, once it has; empty where the model has a loss,
+            or where they are large.
     """
 
     step: int
@@ -44,6 +48,7 @@ class ForwardCall:
     kwargs: Mapping[str, Any]
     rng: Mapping[str, Tensor]
     autocast: Mapping[str, torch.dtype]
+    cotangents: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Ring:
@@ -78,6 +83,20 @@ class Ring:
         )
         self.calls.append(call)
 
+    def listen(self, output: Any) -> None:
+        """Keep what comes back into the output of the last call, where the model has no loss of its own; nothing waits for a device.
+
+        Args:
+            output: of the model.
+        """
+        tensors = floating_outputs(output)
+        if not self.calls or "loss" in tensors:
+            return
+        kept = self.calls[-1].cotangents
+        for name, tensor in tensors.items():
+            if tensor.requires_grad and tensor.nbytes <= CLONED_BYTES:
+                tensor.register_hook(functools.partial(_add, kept, name))  # type: ignore[no-untyped-call]
+
     def note(self, step: int, optimizer: int, rates: Rates) -> None:
         """Keep what an optimizer is about to step by.
 
@@ -91,6 +110,12 @@ class Ring:
     def of_step(self, step: int) -> list[ForwardCall]:
         """The calls of one step, first to last."""
         return [call for call in self.calls if call.step == step]
+
+
+def _add(kept: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    """A second backward pass over one call adds to the first."""
+    gradient = gradient.detach()
+    kept[name] = kept[name] + gradient if name in kept else gradient.clone()
 
 
 def _is_small(inputs: Any) -> bool:

@@ -73,7 +73,7 @@ class Finder:
         found = []
         for watch in self.watches:
             name = type(watch.model).__name__
-            if not watch.optimizers:
+            if watch.step <= 1 and not watch._stepped and watch.finding is None:  # noqa: SLF001 - nobody else asks
                 found.append(
                     f"{name}: no torch.optim.Optimizer stepped it, so its values were looked at, and neither steps nor updates"
                 )

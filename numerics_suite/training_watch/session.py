@@ -25,7 +25,7 @@ from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import diverged
 from numerics_suite.training_watch.gauges import Gauges, parameters_of
 from numerics_suite.training_watch.hooks import around_forward, around_step, plain_model, plain_optimizer
-from numerics_suite.training_watch.inputs import ID_BATCHES, rounded_ids, token_ids, unrepresentable
+from numerics_suite.training_watch.inputs import ID_BATCHES, UNREPRESENTABLE, rounded_ids, token_ids, unrepresentable
 from numerics_suite.training_watch.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.training_watch.norms import is_shard
 from numerics_suite.training_watch.optimizer_states import rates_of
@@ -43,8 +43,6 @@ from numerics_suite.training_watch.ring import Ring
 from numerics_suite.training_watch.snapshots import CaughtValue, Snapshots
 from numerics_suite.training_watch.updates import UNREACHED, ZERO, Updates
 from numerics_suite.training_watch.watch_settings import WatchSettings
-
-UNREPRESENTABLE = "ids that bfloat16 cannot hold"
 
 
 class Watch:
@@ -160,10 +158,11 @@ class Watch:
 
     def after_forward(self, output: Any) -> None:
         """A forward pass ended: its largest logit and its loss are sent for."""
-        if self._muted or not torch.is_grad_enabled() or not self._due:
-            return
-        figures, limit = self._gauges.of_output(output, scaled=self._scaled)
-        self._mailbox.post(self.step, figures, scaled=self._scaled, limit=limit)
+        if not self._muted and torch.is_grad_enabled():
+            self._ring.listen(output)
+            if self._due:
+                figures, limit = self._gauges.of_output(output, scaled=self._scaled)
+                self._mailbox.post(self.step, figures, scaled=self._scaled, limit=limit)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to step."""
@@ -313,7 +312,7 @@ class Watch:
             return
         scene, self._muted = self._scene(alarm), True
         try:
-            line = self._response.answer(alarm, scene, self._caught())
+            line = self._response.answer(alarm, scene, self._caught(alarm))
         finally:
             self._muted = False
         if line is not None:
@@ -347,9 +346,10 @@ class Watch:
             replay=alone,
         )
 
-    def _caught(self) -> Caught:
+    def _caught(self, alarm: Alarm) -> Caught:
         return Caught(
             calls=tuple(self._ring.calls),
+            kind=alarm.kind,
             readings=tuple(self.readings),
             warnings=tuple(self.warnings),
             settings={**asdict(self.settings), "on_bad": self._response.policy},

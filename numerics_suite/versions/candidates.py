@@ -13,8 +13,6 @@ from numerics_suite.versions.index import released
 from numerics_suite.versions.recipes import Wanted
 from numerics_suite.versions.specs import missing
 
-PACKAGES = ("transformers", "torch")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
@@ -52,7 +50,7 @@ def of_package(package: str, good: str, bad: str, fixed: Wanted, *, pre: bool = 
     """Every release from good to bad, the good one first.
 
     Args:
-        package: `transformers` or `torch`.
+        package: such as `transformers` or `accelerate`.
         good: a version.
         bad: a newer one.
         fixed: the rest of each environment.
@@ -85,7 +83,9 @@ def _version(end: str, text: str) -> Version:
 
 
 def _with(fixed: Wanted, package: str, version: str) -> Wanted:
-    return replace(fixed, transformers=version) if package == "transformers" else replace(fixed, torch=version)
+    if package == "transformers":
+        return replace(fixed, transformers=version)
+    return replace(fixed, torch=version) if package == "torch" else replace(fixed, others=((package, version),))
 
 
 # --- commits -----------------------------------------------------------------------------------------------------------

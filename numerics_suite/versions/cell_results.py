@@ -84,8 +84,12 @@ def _held(filled: Versions, held: Mapping[str, str]) -> Versions:
         return version if seen is None or (version or "").startswith("git-") else seen.partition("+")[0]
 
     python = minor_of(held["python"]) if "python" in held else filled.python and minor_of(filled.python)
+    others = tuple((name, public(name, version) or version) for name, version in filled.others)
     return Versions(
-        transformers=public("transformers", filled.transformers), torch=public("torch", filled.torch), python=python
+        transformers=public("transformers", filled.transformers),
+        torch=public("torch", filled.torch),
+        python=python,
+        others=others,
     )
 
 

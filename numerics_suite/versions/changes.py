@@ -78,12 +78,13 @@ def _earlier(cell: MatrixCell, before: Sequence[MatrixCell]) -> Iterator[tuple[s
         if axis == "transformers":
             yield axis, str(other.held.transformers), other
         elif axis is not None:
-            yield axis, f"{axis} {getattr(other.held, axis)}", other
+            yield axis, f"{axis} {other.held.named.get(axis)}", other
 
 
 def _axis(one: Versions, other: Versions) -> str | None:
     """The only axis in which two environments differ, None where there are several or none."""
-    different = [name for name in ("transformers", "torch", "python") if getattr(one, name) != getattr(other, name)]
+    ours, theirs = one.named, other.named
+    different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     return different[0] if len(different) == 1 else None
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 _IMPORT = """
 import json, platform, sys
+import importlib.metadata
 versions = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    versions[name] = importlib.metadata.version(name)
 for name in ("torch", "transformers"):
     try:
         versions[name] = __import__(name).__version__
@@ -83,11 +86,13 @@ def import_once(python: Path, recipe: Recipe) -> dict[str, str]:
     unwanted = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "VIRTUAL_ENV")
     variables = {name: value for name, value in os.environ.items() if name not in unwanted}
     variables |= {"PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1"}
-    status, output, complaint = run_quietly([str(python), "-c", _IMPORT], variables, cwd=str(python.parent))
+    status, output, complaint = run_quietly(
+        [str(python), "-c", _IMPORT, *(name for name, _ in recipe.others)], variables, cwd=str(python.parent)
+    )
     if status != 0:
         raise _import_refusal(status, complaint, recipe)
     versions: dict[str, str] = json.loads(output.splitlines()[-1])
-    for name, wanted in (("torch", recipe.torch), ("transformers", recipe.transformers)):
+    for name, wanted in (("torch", recipe.torch), ("transformers", recipe.transformers), *recipe.others):
         if not wanted.startswith("git-") and Version(versions[name]).public != Version(wanted).public:
             message = f"{name} {wanted} was installed and {versions[name]} is imported"
             raise UnsupportedError(message)

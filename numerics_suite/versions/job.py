@@ -66,9 +66,7 @@ class Job:
     def name(self) -> str:
         """Name of the folder that keeps the answer: what a person looks for, and a hash of everything asked."""
         content = json.dumps(self.to_json(), sort_keys=True).encode()
-        versions = self.versions
-        named = (("transformers", versions.transformers), ("torch", versions.torch), ("python", versions.python))
-        begin = "_".join(f"{name}-{version}" for name, version in named if version) or "current"
+        begin = "_".join(f"{name}-{version}" for name, version in self.versions.named.items()) or "current"
         return f"{begin}_{hashlib.sha256(content).hexdigest()[:16]}"
 
 
@@ -81,7 +79,7 @@ def read_job(path: Path) -> Job:
     content = json.loads(path.read_text(encoding="utf-8"))
     return Job(
         settings=settings_from_json(content["settings"]),
-        versions=Versions(**content["versions"]),
+        versions=Versions(**{**content["versions"], "others": tuple(map(tuple, content["versions"]["others"]))}),
         cwd=content["cwd"],
         check=content["check"],
         record=content["record"],

@@ -79,7 +79,9 @@ class MatrixPlan:
         python = recipe.python if len(recipe.python) < 12 else Path(recipe.python).name
         return Job(
             settings=self.settings,
-            versions=Versions(transformers=recipe.transformers, torch=recipe.torch, python=python),
+            versions=Versions(
+                transformers=recipe.transformers, torch=recipe.torch, python=python, others=recipe.others
+            ),
             cwd=str(self.cwd),
             check=self.check,
             record=self.record,
@@ -94,7 +96,9 @@ class MatrixPlan:
 
 def wanted_of(versions: Versions) -> Wanted:
     """What the environments are asked for."""
-    return Wanted(transformers=versions.transformers, torch=versions.torch, python=versions.python)
+    return Wanted(
+        transformers=versions.transformers, torch=versions.torch, python=versions.python, others=versions.others
+    )
 
 
 def make_plan(  # noqa: PLR0913 - keywords
@@ -242,11 +246,11 @@ def _one(
 def _filled(versions: Versions) -> Versions:
     """With what stands in for what was left open, where that much is known."""
     try:
-        recipe = make_recipe(Wanted(torch=versions.torch, python=versions.python))
+        recipe = make_recipe(Wanted(torch=versions.torch, python=versions.python, others=versions.others))
     except NumericsSuiteError:
         return versions
     transformers = versions.transformers or recipe.transformers
-    return Versions(transformers=transformers, torch=recipe.torch, python=minor_of(recipe.python))
+    return Versions(transformers=transformers, torch=recipe.torch, python=minor_of(recipe.python), others=recipe.others)
 
 
 def answer(

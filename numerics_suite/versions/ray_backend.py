@@ -21,6 +21,7 @@ from numerics_suite.core.errors import BadInputError, UnsupportedError
 from numerics_suite.subjects.fixtures import fixture_names, fixtures_root
 from numerics_suite.versions.job import JOB, Job
 from numerics_suite.versions.jobs import Jobs, Stopped, failed
+from numerics_suite.versions.matrix import wanted_of
 from numerics_suite.versions.recipes import Wanted, own_requirements
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _exact(job: Job) -> Wanted:
     versions, wanted = job.versions, job.wanted or Wanted()
     if wanted.transformers_source is not None:
         return replace(wanted, torch=versions.torch, python=versions.python)
-    return Wanted(transformers=versions.transformers, torch=versions.torch, python=versions.python)
+    return wanted_of(versions)
 
 
 def run_on_node(job: Job) -> Mapping[str, Any]:

@@ -41,6 +41,7 @@ class Wanted:
         transformers: a release; None for the running one.
         torch: a release; None for the running one.
         python: `3.12`, `3.12.1` or an interpreter's path; None for the running one.
+        others: name and release of other packages, by name.
         transformers_source: a git checkout of transformers to build instead of a release.
         transformers_commit: the commit of it; the working tree does not matter.
     """
@@ -48,6 +49,7 @@ class Wanted:
     transformers: str | None = None
     torch: str | None = None
     python: str | None = None
+    others: tuple[tuple[str, str], ...] = ()
     transformers_source: Path | None = None
     transformers_commit: str | None = None
 
@@ -63,6 +65,7 @@ class Recipe:
         requirements: of numerics-suite, without these two.
         sources: where packages come from.
         platform: system, machine and C library.
+        others: name and release of the packages of `requirements` that somebody chose.
     """
 
     python: str
@@ -71,6 +74,7 @@ class Recipe:
     requirements: tuple[str, ...]
     sources: PackageSources
     platform: str
+    others: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,7 +91,8 @@ class Recipe:
     @property
     def title(self) -> str:
         """For a person."""
-        return f"transformers {self.transformers}, torch {self.torch}, Python {self.python}"
+        others = "".join(f", {name} {version}" for name, version in self.others)
+        return f"transformers {self.transformers}, torch {self.torch}, Python {self.python}{others}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a constraints file by its content."""
@@ -130,10 +135,21 @@ def make_recipe(wanted: Wanted) -> Recipe:
         python=_python(wanted.python),
         torch=torch,
         transformers=transformers,
-        requirements=(*map(str, others), *filter(_is_installed, OPTIONAL)),
+        requirements=(
+            *map(str, others),
+            *_optional(wanted),
+            *(f"{name}=={version}" for name, version in wanted.others),
+        ),
         sources=package_sources(),
         platform="-".join((platform.system(), platform.machine(), *platform.libc_ver())).rstrip("-"),
+        others=wanted.others,
     )
+
+
+def _optional(wanted: Wanted) -> Iterator[str]:
+    """What the running environment has, of releases that nobody chose."""
+    chosen = {name for name, _ in wanted.others}
+    return (name for name in OPTIONAL if name not in chosen and _is_installed(name))
 
 
 def _refuse_unsupported(requirement: Requirement, version: str) -> None:

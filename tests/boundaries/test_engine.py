@@ -33,6 +33,10 @@ NAMES = frozenset(
 """Attributes of torch that a device decides about."""
 
 EXEMPT = {
+    "numerics_suite/engine/kept_step.py": {
+        "autocast",
+        "set_rng_state",
+    },  # a bundle carries it to where this package is not
     "numerics_suite/engine/weight_stream.py": {"get_rng_state", "set_rng_state"},  # with torch's own helper for devices
     "numerics_suite/training_watch/patches.py": {"GradScaler"},  # the user's scaler is watched
     "numerics_suite/suite/bench_watch.py": {"manual_seed"},

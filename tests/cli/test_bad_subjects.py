@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 import numerics_suite
@@ -125,6 +126,9 @@ def test_a_config_of_which_no_model_can_be_built(unbuildable, capsys):
     document = json.loads(Path("out.json").read_text())
     assert (document["complete"], document["verdict"]) == (True, "error")
     assert {(entry["status"], entry["bad_input"]) for entry in document["checks"]} == {("error", True)}
+    schema = Path(numerics_suite.__file__).parent / "reports" / "schema.json"
+    jsonschema.validate(document, json.loads(schema.read_text(encoding="utf-8")))
+    assert main(["report", "out.json", "--out", "report"]) == 0
 
 
 def test_it_hides_no_answer_of_another_subject(unbuildable, capsys):

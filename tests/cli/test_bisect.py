@@ -154,6 +154,16 @@ def test_torch_is_searched_likewise(world, monkeypatch):
     assert found["show"].endswith("--transformers 5.1.0 --torch 5.8.0,5.9.0")
 
 
+@pytest.mark.parametrize("package", ["accelerate", "peft", "trl", "tokenizers"])
+def test_other_packages_are_searched_likewise(world, package):
+    world.tell(world.from_on(7, failed=["train.finite"]))
+    found = world.found(*ENDS, "--package", package, "--transformers", "5.1.0")
+    assert (found["what"], found["last_good"], found["first_bad"]) == (package, RELEASES[6], RELEASES[7])
+    ends = f"--with {package}==5.6.0 --with {package}==5.7.0"
+    assert found["show"].endswith(f"--transformers 5.1.0 {ends}")
+    assert set(world.asked) == {"5.1.0"}, "transformers stays as it was pinned"
+
+
 def test_a_change_without_a_failing_check_is_found_by_a_baseline_of_the_good_end(world):
     """The world's `baseline.contract` fails where it says so, and only where a baseline is given."""
     world.tell(world.from_on(7, failed=["baseline.contract"]))

@@ -176,6 +176,27 @@ def test_axes_are_compared_each_by_itself(world):
     ]
 
 
+def test_other_packages_vary_under_one_transformers(world):
+    world.tell(v5_3_0={"failed": ["train.finite"], "bits": "other"})
+    status, cells = world.cells("--transformers", "5.0.0", "--with", "accelerate>=5.2.0,<5.3.1")
+    assert status == 1
+    assert [(cell["transformers"], cell["with"], cell["status"]) for cell in cells] == [
+        ("5.0.0", {"accelerate": "5.2.0"}, "passed"),
+        ("5.0.0", {"accelerate": "5.3.0"}, "failed"),
+    ]
+    assert changes(cells[1]) == [("accelerate 5.2.0", "glm4-tiny", "rounding", None)]
+
+
+def test_several_packages_are_combined(world):
+    status, out, _ = world.matrix(
+        "--with", "accelerate==5.2.0", "--with", "accelerate==5.1.0", "--with", "Peft:latest:2", "--list"
+    )
+    assert status == 0
+    assert [line.split()[3:7] for line in out.splitlines() if "accelerate" in line] == [
+        ["accelerate", version, "peft", other] for version in ("5.1.0", "5.2.0") for other in ("5.3.0", "5.3.1")
+    ]
+
+
 def test_each_version_is_compared_with_the_users_baselines(world, tmp_path):
     from numerics_suite.baselines.store import save
 
@@ -274,11 +295,14 @@ def test_a_version_named_twice_runs_once(world):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "matrix needs versions: give --transformers SPEC (or --torch, --python), as in --transformers latest:3"),
+        ([], "matrix needs versions: give --transformers SPEC (or --torch, --python, --with), as in --transformers latest:3"),
         (["--transformers", "5.3.2"], "--transformers: there is no transformers 5.3.2 for this Python; the nearest is 5.3.1"),
         (["--transformers", ">=9"], "--transformers: no release of transformers is '>=9'"),
         (["--transformers", "five"], "--transformers: 'five' says no versions of transformers: give"),
         (["--transformers", "latest:0"], "--transformers: 'latest:0' says no versions of transformers: give"),
+        (["--with", "accelerate"], "--with accelerate: --with takes a package and its versions: accelerate==1.2.0"),
+        (["--with", "accelerate==9.9.9"], "--with: there is no accelerate 9.9.9 for this Python; the nearest is"),
+        (["--with", "torch==2.8.0"], "--with torch==2.8.0: torch has an option of its own, --torch SPEC"),
         (["--python", "three"], "--python: 'three' is no version of Python; give a list such as 3.10,3.12"),
         (["--transformers", "5.0.0", "--jobs", "0"], "--jobs: must be a whole number of at least 1, not '0'"),
         (["--transformers", "5.0.0", "--jsn", "x"], "unknown option '--jsn'; did you mean '--json'?"),

@@ -27,8 +27,9 @@ TASK = "causal-lm"
 class FakeEnvironment:
     """Runs this file instead of the package."""
 
-    def __init__(self, world: Path, transformers: str, torch: str) -> None:
+    def __init__(self, world: Path, transformers: str, torch: str, release: str | None = None) -> None:
         self.given = {"FAKE_WORLD": str(world), "FAKE_TRANSFORMERS": transformers, "FAKE_TORCH": torch}
+        self.given["FAKE_RELEASE"] = release or transformers
 
     def command(self, module: str, *arguments: str) -> list[str]:
         assert module == "numerics_suite.versions.cell"
@@ -63,12 +64,14 @@ def install(world: Path, put: Any, releases: list[str], asked: list[str] | None 
         if asked is not None:
             asked.append(recipe.transformers)
         told = json.loads(world.read_text(encoding="utf-8"))
-        entry = told.get(recipe.transformers, {})
+        # What a release of another package says is written as that of transformers is.
+        release = recipe.others[-1][1] if recipe.others else recipe.transformers
+        entry = told.get(release, {})
         if "no uv" in told:
             raise BadInputError(told["no uv"])
         if "install" in entry:
             raise UnsupportedError(entry["install"])
-        return FakeEnvironment(world, recipe.transformers, recipe.torch)
+        return FakeEnvironment(world, recipe.transformers, recipe.torch, *([release] if recipe.others else []))
 
     def resolve(package: str, spec: str, *, pre: bool = False, python: str | None = None) -> list[str]:
         told = json.loads(world.read_text(encoding="utf-8"))
@@ -93,7 +96,7 @@ def cell(path: Path) -> None:
 
     end_with_parent()
     job, folder = read_job(path), path.parent
-    release = os.environ["FAKE_TRANSFORMERS"]
+    release = os.environ.get("FAKE_RELEASE", os.environ["FAKE_TRANSFORMERS"])
     told = json.loads(Path(os.environ["FAKE_WORLD"]).read_text(encoding="utf-8")).get(release, {})
     if release == "by-config":
         told = {"failed": ["forward.finite"]} if config_of(job.settings.subjects[0])["bad"] else {}
@@ -117,7 +120,11 @@ def cell(path: Path) -> None:
         "unsupported": lacking,
         "status": "passed",
     }
-    done["held"] = {"transformers": release, "torch": f"{os.environ['FAKE_TORCH']}+cpu", "python": "3.11.9"}
+    done["held"] = {
+        "transformers": os.environ["FAKE_TRANSFORMERS"],
+        "torch": f"{os.environ['FAKE_TORCH']}+cpu",
+        "python": "3.11.9",
+    }
     if set(names) <= set(lacking):
         done |= {"status": "unsupported", "reason": "; ".join(lacking.values())}
     else:

@@ -84,6 +84,18 @@ def test_what_is_open_is_as_it_runs_here(wheels):
     assert ensure(Wanted(transformers=RUNNING_TRANSFORMERS, torch=RUNNING_TORCH)).folder == environment.folder
 
 
+def test_another_package_is_of_the_release_that_was_chosen(wheels):
+    for release in ("1.2.0", "1.3.0"):
+        write_wheel(wheels, "accelerate", release)
+    older = ensure(Wanted(transformers="4.50.0", others=(("accelerate", "1.2.0"),)))
+    program = "import accelerate, transformers; print(accelerate.__version__, transformers.__version__)"
+    assert asked(older, program) == "1.2.0 4.50.0"
+    newer = ensure(Wanted(transformers="4.50.0", others=(("accelerate", "1.3.0"),)))
+    assert (asked(newer, program), newer.name != older.name) == ("1.3.0 4.50.0", True)
+    with pytest.raises(UnsupportedError, match="accelerate"):
+        ensure(Wanted(transformers="4.50.0", others=(("accelerate", "9.9.9"),)))
+
+
 def test_a_pre_release_can_be_named(wheels):
     assert ensure(Wanted(transformers="4.51.0rc1")).transformers == "4.51.0rc1"
 

@@ -90,7 +90,7 @@ def off(trial):
 def test_a_causal_model_of_the_newest_release_gets_its_gradient_in_each_way(language_model):
     found = [each.name for each in get_check("train.trainer").function(language_model)]
     assert found == [
-        *("label-count", "accumulation", "label-smoothing", "padding-free"),
+        *("label-count", "accumulation", "adapter", "accelerate-loop", "label-smoothing", "padding-free"),
         *("reentrant-checkpointing", "non-reentrant-checkpointing", "clipping"),
     ]
     assert not faults_of(language_model)
@@ -157,6 +157,46 @@ def test_a_padding_free_collator_that_counts_positions_on(stack, monkeypatch):
     monkeypatch.setattr(transformers.DataCollatorWithFlattening, "__call__", on_and_on)
     (trial,) = check_file._packing(stack, check_file._whole(stack))
     assert off(trial).startswith("unknown at transformers.data.data_collator.DataCollatorWithFlattening")
+
+
+@newest
+def test_an_accelerate_that_divides_once_more(stack, monkeypatch):
+    """As the Trainer of 5.2.0 asks it to."""
+    import transformers.trainer as module
+
+    plugin = module.GradientAccumulationPlugin
+    monkeypatch.setattr(module, "GradientAccumulationPlugin", lambda **words: plugin(**{**words, "num_steps": 4}))
+    step = trainer_step(stack.model, stack.rows(), Way(micro_batches=4))
+    fault = check_file.faults.fault_of_count(stack, step, 0.25)
+    assert str(fault) == "divided-twice at transformers.trainer.Trainer.create_accelerator_and_postprocess"
+    assert fault.source.startswith("trainer.py:")
+
+
+@newest
+def test_an_adapter_that_loses_the_count(stack, monkeypatch):
+    from peft import PeftModel
+
+    own = PeftModel.forward
+
+    def without(self, *args, num_items_in_batch=None, **words):
+        return own(self, *args, **words)
+
+    (sound,) = check_file._adapter(stack, 4)
+    assert off(sound) is None
+    monkeypatch.setattr(PeftModel, "forward", without)
+    (trial,) = check_file._adapter(stack, 4)
+    assert off(trial) == "lost-count at peft.peft_model.PeftModel.forward"
+
+
+def test_an_accelerate_that_adds_up(stack, monkeypatch):
+    from accelerate import Accelerator
+
+    whole = check_file._whole(stack)
+    assert off(check_file._loop(stack, whole)) is None
+    monkeypatch.setattr(Accelerator, "backward", lambda self, loss, **_: loss.backward())
+    trial = check_file._loop(stack, whole)
+    assert off(trial) == "accumulation at accelerate.accelerator.Accelerator.backward"
+    assert check_file._measured(trial).facts[check_file.TIMES] == pytest.approx(4)
 
 
 def test_a_clipping_that_does_nothing(stack, monkeypatch):
@@ -271,6 +311,8 @@ SWALLOWED = "ignored-count at transformers.modeling_layers.GenericForSequenceCla
         ((SWALLOWED,), "4.53.3", False),
         ((SWALLOWED, "clipping at accelerate.accelerator.Accelerator.clip_grad_norm_"), "5.24.0", False),
         (("ignored-count at transformers_modules.mine.ChatGLMForSequenceClassification.forward",), "5.24.0", False),
+        (("divided-twice at transformers.trainer.Trainer.create_accelerator_and_postprocess",), "5.3.0", True),
+        (("divided-twice at transformers.trainer.Trainer.create_accelerator_and_postprocess",), "5.24.0", False),
         (("smoothed-means at transformers.trainer_pt_utils.LabelSmoother.__call__",), "5.14.1", True),
         (("smoothed-means at transformers.trainer_pt_utils.LabelSmoother.__call__",), "5.15.0", False),
         (("miscount of GPT2LMHeadModel at transformers.trainer.Trainer.get_batch_samples",), "5.24.0", True),

@@ -310,6 +310,7 @@ PATCHED = {
     *(("train.clip", "excess"), ("train.clip", "non-finite")),
     *(("train.trainer", f"{kind}-checkpointing") for kind in ("reentrant", "non-reentrant")),
     *(("train.trainer", name) for name in ("label-count", "label-smoothing", "padding-free", "clipping")),
+    *(("train.trainer", name) for name in ("adapter", "accelerate-loop")),
 }
 """Only torch's own clipping, or the installed Trainer, could be at fault."""
 

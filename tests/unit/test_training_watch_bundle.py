@@ -62,6 +62,7 @@ def test_a_bundle_comes_back_as_it_was(tmp_path, monkeypatch):
     assert sorted(path.suffix for path in (tmp_path / "b").iterdir()) == [
         ".json",
         ".py",
+        ".py",
         ".safetensors",
         ".safetensors",
         ".safetensors",

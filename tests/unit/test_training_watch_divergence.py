@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from unit.watched_models import Decoder, Loud, train
 
 from numerics_suite import NumericsError, watch
+from numerics_suite.cli import watch as command_line
 from numerics_suite.training_watch.alarms import Reading
 from numerics_suite.training_watch.judge import ROSE, Judge
 
@@ -43,6 +45,39 @@ def test_a_rate_that_ends_in_an_overflow_is_divergence_without_being_asked_for_s
     assert not finding.evidence["caused by"].startswith("the batch:"), "it is finite with the older state"
     assert finding.evidence["in step"] == 1
     assert remedies["lower-learning-rate"].verified is True
+
+
+SGD = """
+import torch
+from unit.watched_models import Decoder, train
+
+model = Decoder()
+train(model, torch.optim.SGD(model.parameters(), lr=30), 12, clip=None)
+"""
+
+
+def test_the_command_line_says_what_python_says(tmp_path, monkeypatch):
+    """SGD at 30: warned of at the first step, before the loss has moved, and the rate that would have worked."""
+    model = Decoder()
+    finding, remedies = caught(model, torch.optim.SGD(model.parameters(), lr=30.0))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(SGD, encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert command_line.run(["--json", "watched.json", "train.py"]) == 1
+    told = json.loads((tmp_path / "watched.json").read_text(encoding="utf-8"))
+    (same,) = told["findings"]
+    assert (same["cause"], same["step"], same["module"]) == (finding.cause, finding.step, finding.module)
+    assert same["cause"] == "divergence"
+    assert same["evidence"]["caused by"].startswith("the state: another batch is not finite either")
+    assert same["evidence"]["update that grew first"] == finding.evidence["update that grew first"]
+    lower = remedies["lower-learning-rate"]
+    assert lower.verified is True
+    assert 1 < float(lower.effect.split()[1]) < 10
+    assert [(each["verified"], each["effect"]) for each in same["remedies"] if each["name"] == lower.name] == [
+        (True, lower.effect)
+    ]
+    assert [(each["step"], each["kind"]) for each in told["warnings"]] == [(1, "update-ratio")]
 
 
 def test_batches_that_are_harder_are_no_divergence():

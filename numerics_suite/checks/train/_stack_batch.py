@@ -50,6 +50,11 @@ class StackSubject:
         return inner
 
     @property
+    def adapted(self) -> bool:
+        """The subject has an adapter itself."""
+        return hasattr(self.model, "peft_config")
+
+    @property
     def counted(self) -> int:
         """Labels that enter the mean."""
         return count(self.tensors["labels"], self.task)

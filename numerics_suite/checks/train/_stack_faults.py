@@ -64,12 +64,45 @@ def fault_of_count(stack: StackSubject, step: Step, times: float) -> Fault:
             sentence = f"{name} takes no num_items_in_batch, so each micro-batch's loss is a mean over its own labels"
             return Fault(kind="no-count", where=_path(owner, "forward"), sentence=sentence, source=line)
         return _in_trainer("unhanded-count", "compute_loss", f"the Trainer hands {name} no num_items_in_batch")
+    if step.divided > 1:
+        sentence = f"accelerate divides each micro-batch's loss by {step.divided}, which num_items_in_batch has divided already"
+        return _in_trainer("divided-twice", "create_accelerator_and_postprocess", sentence)
     single, line = loss_with(model, stack.tensors, num_items_in_batch=torch.tensor(stack.counted))
     double, _ = loss_with(model, stack.tensors, num_items_in_batch=torch.tensor(2 * stack.counted))
     if single and abs(double / single - 1) < 0.25:  # where the count is used, twice the count halves the loss
         sentence = f"{name} accepts num_items_in_batch and never hands it to the loss"
         return Fault(kind="ignored-count", where=_path(owner, "forward"), sentence=sentence, source=line)
     return _in_trainer("unknown", "training_step", "neither the class's loss nor the count of labels explains it")
+
+
+def fault_of_adapter(stack: StackSubject, step: Step, times: float) -> Fault:
+    """Why an adapter over the model, whose own accumulation is right, gets another gradient.
+
+    Args:
+        stack: the model with its adapter, and the batch.
+        step: the Trainer's, whose gradient is wrong.
+        times: see :func:`fault_of_count`.
+    """
+    losses = [
+        loss_with(stack.model, stack.tensors, num_items_in_batch=torch.tensor(many * stack.counted))[0]
+        for many in (1, 2)
+    ]
+    if losses[0] and abs(losses[1] / losses[0] - 1) < 0.25:  # as in `fault_of_count`
+        wrapper: Any = type(stack.model)
+        sentence = f"{wrapper.__name__}.forward does not hand num_items_in_batch on"
+        return Fault(
+            kind="lost-count", where=_path(wrapper, "forward"), sentence=sentence, source=_line(wrapper.forward)
+        )
+    return fault_of_count(stack, step, times)
+
+
+def fault_of_accelerate() -> Fault:
+    """Why a loop over accelerate, which accumulates as its pages say, gets another gradient."""
+    from accelerate import Accelerator  # heavy
+
+    sentence = "what Accelerator.backward accumulates is not the mean over the micro-batches"
+    where = _path(Accelerator, "backward")
+    return Fault(kind="accumulation", where=where, sentence=sentence, source=_line(Accelerator.backward))
 
 
 def fault_of_counting(stack: StackSubject, step: Step, times: float) -> Fault:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from numerics_suite.checks.train import _stack_faults as faults
-from numerics_suite.checks.train._stack_batch import StackSubject, smoothed, stack_of
+from numerics_suite.checks.train._stack_batch import StackSubject, count, smoothed, stack_of
 from numerics_suite.checks.train.labels import defined_loss
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
@@ -21,7 +23,7 @@ from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.calls import takes_decoder_ids
 from numerics_suite.engine.cell_context import CellContext
-from numerics_suite.engine.installed_trainer import Step, Way, trainer_step, whole_gradient
+from numerics_suite.engine.installed_trainer import Step, Way, accelerate_step, trainer_step, whole_gradient
 from numerics_suite.engine.references import trusted
 from numerics_suite.inputs.targets import targets_of
 from numerics_suite.observations.roundoff import gradient_errors, relative_error
@@ -53,8 +55,8 @@ class Trial:
 def trainer(context: CellContext) -> Iterable[Measurement]:
     """Do the installed Trainer, accelerate and peft hand the optimizer the gradient of the whole batch's loss?
 
-    In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, label smoothing, a
-    padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
+    In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, an adapter, a loop
+    over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
     """
     stack = stack_of(context)
     try:
@@ -122,6 +124,9 @@ def _trials(stack: StackSubject) -> Iterator[Trial]:
         step=step,
         fault=lambda times: faults.fault_of_count(stack, step, times),
     )
+    if not stack.adapted and not _differs(step, whole) and find_spec("peft") is not None:
+        yield from _adapter(stack, rows)
+    yield _loop(stack, whole)
     if _smooths(stack):
         yield _smoothing(stack, rows)
     if shifts:
@@ -168,6 +173,39 @@ def _counting(stack: StackSubject) -> Trial:
         wanted=whole_gradient(stack.model, from_the_first.tensors, _own_loss),
         step=step,
         fault=lambda times: faults.fault_of_counting(from_the_first, step, times),
+    )
+
+
+def _adapter(stack: StackSubject, rows: int) -> Iterator[Trial]:
+    """LoRA of peft on every linear layer, with values in both of its halves."""
+    from peft import LoraConfig, get_peft_model  # heavy
+
+    copied: Any = copy.deepcopy(stack.model)
+    try:
+        model = get_peft_model(copied, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    except ValueError:  # a model without a layer that peft knows
+        return
+    adapted = replace(stack, model=model)
+    step = trainer_step(model, stack.rows(), Way(micro_batches=rows))
+    yield Trial(
+        name="adapter",
+        words=f"an adapter of peft and gradient accumulation over {rows} micro-batches",
+        wanted=whole_gradient(model, stack.tensors, _own_loss),
+        step=step,
+        fault=lambda times: faults.fault_of_adapter(adapted, step, times),
+    )
+
+
+def _loop(stack: StackSubject, whole: Step) -> Trial:
+    """A loop over accelerate itself, which weighs each row by the labels that it counts, as accelerate's pages say."""
+    rows = stack.rows()
+    counts = [count(stack.tensors["labels"][row : row + 1], stack.task) for row in range(len(rows))]
+    return Trial(
+        name="accelerate-loop",
+        words=f"a loop over accelerate that accumulates over {len(rows)} micro-batches",
+        wanted=whole,
+        step=accelerate_step(stack.model, rows, [each / sum(counts) for each in counts]),
+        fault=lambda _: faults.fault_of_accelerate(),
     )
 
 

@@ -26,6 +26,9 @@ LONGEST = 80
 WIDTH = 116
 """Characters of a script's line, about."""
 
+OTHERS = {"accelerate": "accelerate.Accelerator(", "peft": "peft.get_peft_model("}
+"""Packages that few scripts need, and the call by which they do."""
+
 STANDARD = ("contextlib", "copy", "importlib", "json", "math", "pathlib", "statistics", "sys", "tempfile")
 """Modules of the standard library that a script imports where it uses them."""
 
@@ -120,6 +123,7 @@ def _opening(scene: ScriptContext) -> list[str]:
 def _imports(text: str) -> list[str]:
     standard = [f"import {name}" for name in STANDARD if re.search(rf"\b{name}\.", text)]
     outside = ["import torch", *(["import transformers"] if "transformers." in text else [])]
+    outside += [f"import {name}" for name, call in OTHERS.items() if call in text]
     if "safe_open(" in text:
         outside.append("from safetensors import safe_open")
     if "TorchDispatchMode" in text:

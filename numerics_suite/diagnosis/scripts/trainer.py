@@ -14,10 +14,16 @@ ARGUMENTS = {
     "reentrant-checkpointing": 'gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}',
     "non-reentrant-checkpointing": 'gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}',
 }
-CUT = ("accumulation", "label-smoothing")
+CUT = ("accumulation", "adapter", "label-smoothing")
 """Ways in which each row is a micro-batch of its own."""
 
-WAYS = ("label-count", "accumulation", "label-smoothing", "padding-free", *list(ARGUMENTS)[1:], "clipping")
+WAYS = ("label-count", "accumulation", "adapter", "label-smoothing", "padding-free", *list(ARGUMENTS)[1:], "clipping")
+
+JUDGED = [
+    "off, times = float((got - wanted).norm() / wanted.norm()), float(got @ wanted / wanted.square().sum())",
+    f'assert off <= {SHARE}, f"{SYMPTOM}: the optimizer gets {{times:.3g}} times the whole batch\'s gradient (off by {{off:.2g}})"',
+    'print(f"not reproduced: the optimizer gets the whole batch\'s gradient, to {off:.2g}")',
+]
 
 
 def _one_step(scene: ScriptContext) -> list[str]:
@@ -46,16 +52,40 @@ def _one_step(scene: ScriptContext) -> list[str]:
         f"options = dict(args=arguments, train_dataset=rows, optimizers=(optimizer, schedule){collator})",
         "transformers.Trainer(model, **options).train()",
         "got = torch.cat([gradient.flatten() for gradient in optimizer.handed])",
-        "off, times = float((got - wanted).norm() / wanted.norm()), float(got @ wanted / wanted.square().sum())",
-        f'assert off <= {SHARE}, f"{SYMPTOM}: the optimizer gets {{times:.3g}} times the whole batch\'s gradient (off by {{off:.2g}})"',
-        'print(f"not reproduced: the optimizer gets the whole batch\'s gradient, to {off:.2g}")',
+        *JUDGED,
+    ]
+
+
+def _accelerate_loop(scene: ScriptContext) -> list[str]:
+    shift = "[:, 1:]" if scene.context.subject.task == "causal-lm" else ""
+    counted = "[1] * len(rows)"
+    if scene.context.subject.task != "sequence-classification":
+        counted = f"[int((row['labels'][None]{shift} != {IGNORED}).sum()) for row in rows]"
+    return [
+        *_float64(scene),
+        *_rows(scene),
+        *_wanted(scene),
+        f"counts = {counted}",
+        "accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=len(rows))",
+        "model, optimizer = accelerator.prepare(model, torch.optim.SGD(trained, lr=0.0))",
+        "for row, count in zip(rows, counts):",
+        "    with accelerator.accumulate(model):",
+        f"        loss = model(**{{name: value[None] for name, value in row.items()}}{uncached(scene)}).loss",
+        "        accelerator.backward(loss * count / sum(counts) * len(rows))",
+        "got = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])",
+        *JUDGED,
     ]
 
 
 def _float64(scene: ScriptContext) -> list[str]:
     first = [f'batch["labels"][:, 0] = {IGNORED}'] if scene.context.subject.task == "causal-lm" else []
+    adapter = [
+        'options = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)',
+        "model = peft.get_peft_model(model, options)",
+    ]
     return [
         "torch.set_default_dtype(torch.float64)",
+        *(adapter if scene.measurement == "adapter" else []),
         "model.cpu().double().train()",
         "for module in model.modules():  # dropout off",
         "    held = [name for name, value in vars(module).items() if isinstance(value, float)]",
@@ -95,4 +125,7 @@ def _wanted(scene: ScriptContext) -> list[str]:
     return found
 
 
-TRAINER = {("train.trainer", way): Body(lines=_one_step, twins=True, rows=2) for way in WAYS}
+TRAINER = {
+    **{("train.trainer", way): Body(lines=_one_step, twins=True, rows=2) for way in WAYS},
+    ("train.trainer", "accelerate-loop"): Body(lines=_accelerate_loop, twins=True, rows=2),
+}

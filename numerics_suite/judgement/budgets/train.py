@@ -209,7 +209,7 @@ BUDGETS = (
             "has no part in it.",
         )
         for way in (
-            *("label-count", "accumulation", "label-smoothing", "padding-free"),
+            *("label-count", "accumulation", "adapter", "accelerate-loop", "label-smoothing", "padding-free"),
             *("reentrant-checkpointing", "non-reentrant-checkpointing", "clipping"),
         )
     ),

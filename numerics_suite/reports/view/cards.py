@@ -225,6 +225,7 @@ def _words(place: CheckCell) -> list[str]:
     if place.source.cell is not None:
         held = place.source.cell.held
         words[1] = "matrix"
-        named = (("--transformers", held.transformers), ("--torch", held.torch), ("--python", held.python))
+        others = (("--with", f"{name}=={version}") for name, version in held.others)
+        named = (("--transformers", held.transformers), ("--torch", held.torch), ("--python", held.python), *others)
         words += [word for flag, version in named if version for word in (flag, version)]
     return words

@@ -85,7 +85,7 @@ WITH: dict[str, tuple[str, str]] = {
 """Causes that are told otherwise where a finding has a certain fact: its name, and the template then."""
 
 _SLOT = re.compile(r"\{([^}|]+)(?:\|([^}]*))?\}")
-_FIGURE = re.compile(r" \([^()]*\d[^()]*\)(?=$|[,:])")
+_FIGURE = re.compile(r" \([^()]*(?:\d|nan|inf)[^()]*\)(?=$|[,:])")
 """What a title says in numbers: where there is a limit the line with the measured value says it, with limit and unit."""
 
 PLAINER = (("of the true fp64 run", "in float64"), ("in true fp64", "in float64"))

@@ -135,6 +135,7 @@ def version_labels(cells: Sequence[MatrixCell]) -> list[str]:
         parts = [held.transformers or "?"] if several or len(torches) == len(pythons) == 1 else []
         parts += [f"torch {held.torch or '?'}"] if len(torches) > 1 else []
         parts += [f"python {held.python or '?'}"] if len(pythons) > 1 else []
+        parts += [f"{name} {version}" for name, version in held.others]
         labels.append(", ".join(parts))
     return labels
 

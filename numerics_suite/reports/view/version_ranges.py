@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from numerics_suite.reports.view.places import CheckCell, Places, Source
 
 PACKAGES = ("transformers", "torch", "python")
+"""Packages of every environment; a matrix may vary others too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +89,16 @@ def sequences(sources: Sequence[Source]) -> list[tuple[str, str, list[Source]]]:
     Args:
         sources: of one matrix, oldest first.
     """
-    held = [[getattr(source.cell.held, name) for name in PACKAGES] for source in sources if source.cell is not None]
-    varying = [at for at in range(len(PACKAGES)) if len({versions[at] for versions in held}) > 1] or [0]
+    cells = [source.cell.held.named for source in sources if source.cell is not None]
+    packages = [*PACKAGES, *sorted({name for named in cells for name in named} - set(PACKAGES))]
+    held = [[named.get(name) for name in packages] for named in cells]
+    varying = [at for at in range(len(packages)) if len({versions[at] for versions in held}) > 1] or [0]
     leading, others = varying[0], varying[1:]
     found: dict[str, list[Source]] = {}
     for source, versions in zip(sources, held, strict=True):
-        within = ", ".join(f"{PACKAGES[at]} {versions[at] or '?'}" for at in others)
+        within = ", ".join(f"{packages[at]} {versions[at] or '?'}" for at in others)
         found.setdefault(within, []).append(source)
-    return [(PACKAGES[leading], within, members) for within, members in found.items()]
+    return [(packages[leading], within, members) for within, members in found.items()]
 
 
 def _asked(source: Source, check: str, subjects: set[str], places: Places) -> bool:
@@ -109,7 +112,7 @@ def _asked(source: Source, check: str, subjects: set[str], places: Places) -> bo
 def _spans(package: str, within: str, asked: Sequence[Source], bad: set[int]) -> Iterator[Span]:
     def version(at: int) -> str | None:
         cell = asked[at].cell if 0 <= at < len(asked) else None
-        return None if cell is None else getattr(cell.held, package) or "?"
+        return None if cell is None else cell.held.named.get(package, "?")
 
     last = len(asked) - 1
     while last >= 0:
