@@ -14,10 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from numerics_suite.checks.train import trainer as check_file
 from numerics_suite.checks.train._stack_batch import stack_of
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Finding
+from numerics_suite.core.records import Finding, Measurement
 from numerics_suite.core.registry import get_check
+from numerics_suite.diagnosis.findings import finding as finding_of
+from numerics_suite.diagnosis.reproducer import reproducer
 from numerics_suite.engine.installed_trainer import Way, trainer_step
 from numerics_suite.judgement.known_faults import KNOWN_FAULTS, reason_to_accept
+from numerics_suite.judgement.verdicts import judge
 from numerics_suite.settings.tree import Settings
 
 pytest.importorskip("accelerate")
@@ -197,6 +200,28 @@ def test_an_accelerate_that_adds_up(stack, monkeypatch):
     trial = check_file._loop(stack, whole)
     assert off(trial) == "accumulation at accelerate.accelerator.Accelerator.backward"
     assert check_file._measured(trial).facts[check_file.TIMES] == pytest.approx(4)
+
+
+@newest
+@pytest.mark.parametrize("name", ["accelerate-loop", "adapter"])
+def test_a_script_fails_with_the_defect_and_not_without(language_model, monkeypatch, name):
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+    facts = {check_file.TIMES: 4.0, "most in": "lm_head.weight", "with": "a loop", "fault": "adds up"}
+    breach = judge("train.trainer", [Measurement(name=name, value=3.0, unit="ratio", facts=facts)])
+    found = finding_of(breach, language_model, None)
+    assert reproducer("train.trainer", found, language_model, None) is None
+    own = PeftModel.forward
+    if name == "adapter":
+
+        def without(self, *given, num_items_in_batch=None, **words):
+            return own(self, *given, **words)
+
+        monkeypatch.setattr(PeftModel, "forward", without)
+    else:
+        monkeypatch.setattr(Accelerator, "backward", lambda self, loss, **_: loss.backward())
+    assert "REPRODUCED" in reproducer("train.trainer", found, language_model, None)
 
 
 def test_a_clipping_that_does_nothing(stack, monkeypatch):
