@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
+import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import Any
 
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline, Recorded
 from numerics_suite.checks.baseline._difference import measured_as
 from numerics_suite.core.activity import doing
+from numerics_suite.core.deaths import death_text, peak_of_children
 from numerics_suite.core.errors import NumericsSuiteError, UnusableError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.files import digests_from_json, digests_to_json
+from numerics_suite.subjects.files import digests_to_json
 from numerics_suite.suite.planning import SuitePlan, applicable_checks
 from numerics_suite.suite.run import threads_of_each, variables, worker_count
 from numerics_suite.suite.session import SuiteSession, error_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class CellAnswer:
     """What a worker says of a cell."""
 
     baseline: CellBaseline | None = None
@@ -100,104 +101,110 @@ def record_cells(
     return tuple(measured[cell] for cell in plan.cells if cell in measured)
 
 
-def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generator[tuple[Cell, _Answer], None, None]:
+def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generator[tuple[Cell, CellAnswer], None, None]:
     if workers < 2:
         for cell in cells:
-            yield cell, _measured(session, cell)
+            yield cell, cell_answer(session, cell)
         return
     own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads_of_each(workers)}
+    crew = _Workers(session.settings)
+    threads = ThreadPoolExecutor(workers)
     with variables(own):
-        lost: list[Cell] = []
-        with contextlib.closing(_in_workers(session, cells, workers)) as answers:
-            for cell, answer in answers:
-                if answer is None:
-                    lost.append(cell)
-                else:
-                    yield cell, answer
-        # A worker that dies takes the other workers' cells along. Each by itself shows which one it was.
-        for cell in lost:
-            with contextlib.closing(_in_workers(session, [cell], 1)) as answers:
-                for _, answer in answers:
-                    yield cell, answer or _Answer(error=DIED)
+        try:
+            pending = {threads.submit(crew.ask, cell): cell for cell in cells}
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        finally:
+            # A cell that is half measured is of no use to anybody: whoever stops the work does not wait for it.
+            crew.end()
+            threads.shutdown(wait=True, cancel_futures=True)
 
 
-DIED = "a worker process ended before it had an answer: out of memory, or killed"
+GRACE = 5.0
+"""Seconds in which a worker that gives no answer any more has to end: how it ends is told."""
 
 
-def _in_workers(
-    session: SuiteSession, cells: list[Cell], workers: int
-) -> Generator[tuple[Cell, _Answer | None], None, None]:
-    """The cells as they are measured, None for those of which a worker's death left nothing."""
-    others = set(multiprocessing.active_children())
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(session.settings, digests_to_json()),
-    )
-    pending: dict[concurrent.futures.Future[_Answer], Cell] = {}
-    try:
-        for cell in cells:
-            try:
-                pending[pool.submit(_measured_there, cell)] = cell
-            except concurrent.futures.process.BrokenProcessPool:
-                yield cell, None
-        for future in concurrent.futures.as_completed(pending):
-            yield pending[future], _answer_of(future)
-    except BaseException:
-        # A cell that is half measured is of no use to anybody: whoever stops the work does not wait for it.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+class _Workers:
+    """Processes that measure cells, each begun when there is a cell for it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._begin_with = pickle.dumps((settings, digests_to_json()))
+        self._lock, self._ended = threading.Lock(), False
+        self._all, self._idle = list[subprocess.Popen[bytes]](), list[subprocess.Popen[bytes]]()
+
+    def ask(self, cell: Cell) -> CellAnswer:
+        """What a worker says of a cell; from any thread. Its death is an error of this cell alone."""
+        worker = self._worker()
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(pickle.dumps(cell))
+            worker.stdin.flush()
+            answer: CellAnswer = pickle.load(worker.stdout)  # noqa: S301 - our own process's
+        except (OSError, EOFError, pickle.UnpicklingError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(GRACE)
+            worker.kill()  # one that has closed its output and goes on
+            how = death_text(worker.wait(), peak_of_children())
+            return CellAnswer(error=f"the worker process was {how}")
+        with self._lock:
+            self._idle.append(worker)
+        return answer
+
+    def _worker(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._ended:
+                raise concurrent.futures.CancelledError
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.poll() is None:
+                    return worker
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "numerics_suite.suite.recording_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
+                start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which acts on it
+            )
+            self._all.append(worker)
+        assert worker.stdin is not None
+        with contextlib.suppress(OSError):  # it is dead already: whoever asks it sees that
+            worker.stdin.write(self._begin_with)
+        return worker
+
+    def end(self) -> None:
+        """Let the idle ones end, and end those that are at work."""
+        with self._lock:
+            self._ended = True
+        for worker in self._all:
+            if worker not in self._idle:
+                worker.kill()
+            for pipe in filter(None, (worker.stdin, worker.stdout)):
+                with contextlib.suppress(OSError):  # what it did not read any more
+                    pipe.close()
+        for worker in self._all:
+            worker.wait()
 
 
-def _answer_of(future: concurrent.futures.Future[_Answer]) -> _Answer | None:
-    try:
-        return future.result()
-    except concurrent.futures.process.BrokenProcessPool:
-        return None
+def cell_answer(session: SuiteSession, cell: Cell) -> CellAnswer:
+    """The baseline of a cell, or why there is none.
 
-
-_OWN: list[SuiteSession] = []
-"""The session of this worker process."""
-
-
-def _begin(settings: Settings, digests: list[Any]) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the terminal's Ctrl-C reaches every process; the first one acts on it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    digests_from_json(digests)
-    _OWN[:] = [SuiteSession(settings)]
-
-
-def _end_with_parent() -> None:
-    """End this worker where the process that began it is killed: nothing else tells it, for it holds its queue's other end itself."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _measured_there(cell: Cell) -> _Answer:
-    return _measured(_OWN[0], cell)
-
-
-def _measured(session: SuiteSession, cell: Cell) -> _Answer:
+    Args:
+        session: whose plan has the cell.
+        cell: of it.
+    """
     try:
         with doing(f"measuring {cell.id}"):
-            return _measured_now(session, cell)
+            return _measured(session, cell)
     except NumericsSuiteError as error:
-        return _Answer(error=" ".join(str(error).split()), bad_input=isinstance(error, UnusableError))
+        return CellAnswer(error=" ".join(str(error).split()), bad_input=isinstance(error, UnusableError))
     except Exception as error:  # noqa: BLE001 - one cell's failure never hides the others
-        return _Answer(error=error_line(error, cell.device))
+        return CellAnswer(error=error_line(error, cell.device))
 
 
-def _measured_now(session: SuiteSession, cell: Cell) -> _Answer:
+def _measured(session: SuiteSession, cell: Cell) -> CellAnswer:
     context = session.context(cell)
     if context.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
-        return _Answer(baseline=measured_as(context.request.baseline, context))
+        return CellAnswer(baseline=measured_as(context.request.baseline, context))
     checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
-    return _Answer(baseline=measure_cell(context, checks=checks))
+    return CellAnswer(baseline=measure_cell(context, checks=checks))

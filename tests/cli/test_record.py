@@ -246,52 +246,89 @@ def test_killed_at_any_moment_it_leaves_whole_files():
         assert load(Path("kept"))
 
 
-DEADLY = """
-import multiprocessing, os, torch
+FACTORIES = """
+import os, signal, sys, time, torch
+
+WORKER = "numerics_suite.suite.recording_worker" in sys.orig_argv
+
+class Net(torch.nn.Linear):
+    at_work = staticmethod(lambda: None)
+
+    def forward(self, input):
+        if WORKER:
+            self.at_work()
+        return super().forward(input)
+
+def made(at_work):
+    model = Net(2, 2)
+    model.at_work = at_work
+    return model, {"input": torch.ones(1, 2)}
 
 def net():
-    if multiprocessing.parent_process() is not None:
-        os._exit(9)
-    return torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)}
+    return made(lambda: None)
+
+def deadly():
+    return made(lambda: os._exit(9))
+
+def leaving():
+    return made(sys.exit)
+
+def killed():
+    return made(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+def endless():
+    return made(lambda: time.sleep(1000))
 """
 
 
-def test_a_worker_that_dies_is_an_error_of_its_cells(capsys, tmp_path, monkeypatch):
-    (tmp_path / "deadly_factory.py").write_text(DEADLY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(tmp_path)]))
-    command = [
-        sys.executable,
-        "-m",
-        "numerics_suite",
-        "record",
-        "factory:deadly_factory:net",
-        "--precision",
-        "fp32,bf16",
-    ]
-    done = subprocess.run(
-        [*command, "--baseline", "kept", "-n", "2"], env=dict(os.environ), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 3
-    assert done.stderr.count("ERROR a worker process ended before it had an answer") == 2
-    assert "Traceback" not in done.stderr
+def recording_of(folder: Path, *factories: str) -> subprocess.Popen[str]:
+    """`record` of made-up modules, in two workers."""
+    (folder / "made_factory.py").write_text(FACTORIES)
+    path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(folder)])
+    subjects = [word for name in factories for word in (f"factory:made_factory:{name}", "--name", name)]
+    command = [sys.executable, "-m", "numerics_suite", "record", *subjects, "--precision", "fp32"]
+    return subprocess.Popen(
+        [*command, "--baseline", str(folder / "kept"), "-n", "2"],
+        env={**ENVIRONMENT, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
-def test_cells_that_a_workers_death_took_along_are_measured_again_each_by_itself(monkeypatch):
-    asked = []
+def test_a_worker_that_dies_is_an_error_of_its_cell_alone(tmp_path):
+    process = recording_of(tmp_path, "deadly", "leaving", "killed", "net")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    died = {line.split()[0]: line.partition("the worker process was ")[2] for line in err.splitlines()}
+    assert died.keys() == {"deadly", "leaving", "killed"}, err
+    assert died["deadly"].startswith("ended with exit status 9 ")
+    assert died["leaving"].startswith("ended with exit status 0 ")
+    assert died["killed"].startswith("killed, probably out of memory: ")
+    assert out.startswith("net module fp32 "), out
+    assert [cell.subject for cell in load(tmp_path / "kept")] == ["net"]
 
-    def in_workers(_session, cells, workers):
-        asked.append((cells, workers))
-        dies = len(cells) > 1
-        yield from (
-            (cell, None if (dies and cell != "first") or cell == "deadly" else f"{cell} measured") for cell in cells
-        )
 
-    monkeypatch.setattr(recording, "_in_workers", in_workers)
-    told = dict(recording._answers(None, ["first", "deadly", "beside", "later"], 2))
-    assert asked == [(["first", "deadly", "beside", "later"], 2), (["deadly"], 1), (["beside"], 1), (["later"], 1)]
-    assert told.pop("deadly").error == recording.DIED
-    assert told == {cell: f"{cell} measured" for cell in ("first", "beside", "later")}
+def below(pid: int) -> dict[int, str]:
+    """The processes below one, with their command lines."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found |= {child: Path(f"/proc/{child}/cmdline").read_text().replace("\0", " "), **below(child)}
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_workers_end_with_a_run_that_is_killed_and_there_is_no_helper_beside_them(tmp_path):
+    """A helper that is killed would have its own last words, and a worker that stays would hold the output."""
+    process = recording_of(tmp_path, "endless", "net")
+    deadline = time.monotonic() + 120
+    while sum("recording_worker" in line for line in below(process.pid).values()) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = below(process.pid)
+    (run,) = (pid for pid, line in family.items() if "recording_worker" not in line)
+    assert len(family) == 3, family
+    os.kill(run, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)  # returns once no process holds the output any more
+    assert (process.returncode, "Traceback" in out + err) == (3, False), err
 
 
 def test_help_has_examples_in_80_columns(capsys):
