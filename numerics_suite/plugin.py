@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +106,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     told: dict[str, Any] = getattr(config, "workerinput", {})
     known().lost.update(told.get("numerics_lost", {}))
     if told.get("numerics_quiet") is False:
+        from numerics_suite.reports.streams import notice
+
         heard = ExitStack()
-        heard.enter_context(listening(_say))
+        heard.enter_context(listening(notice))
         config.add_cleanup(heard.close)
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
     suite = SuiteSession(
@@ -140,13 +141,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         gate = Gate(suite, run=run)
         config.stash[gate_key] = gate
         config.pluginmanager.register(gate, "numerics-suite-gate")
-
-
-def _say(text: str) -> None:
-    """A line of a worker, whose standard output is xdist's."""
-    with suppress(OSError):
-        sys.stderr.write(f"numerics-suite: {harmless(text)}\n")
-        sys.stderr.flush()
 
 
 def _share_cores(config: pytest.Config) -> None:

@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What else is installed beside the suite takes no part in its own tests; those of extensions turn them on.
 os.environ["NUMERICS_SUITE_EXTENSIONS"] = "off"
+# Notices of long work depend on how busy the machine is; the tests of notices ask for them.
+os.environ["NUMERICS_SUITE_NOTICES"] = "off"
 
 # Commands under test say what they say to everybody; tests of what they tell GitHub set these themselves.
 for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):

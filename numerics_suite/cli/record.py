@@ -113,7 +113,7 @@ def write_baselines(
 
     printer = RecordTerminal(stream=stream, quiet=settings.quiet)
     session = recording_session(settings)
-    with listening(printer.say):
+    with listening(printer.notice):
         skipped = skipped_cells(session.plan)
     cells = [cell for cell in session.plan.cells if cell not in skipped]
     if not cells:
@@ -128,7 +128,7 @@ def write_baselines(
         offer(baselines=content["baselines"], errors=content["errors"])
 
     try:
-        with listening(printer.say):
+        with listening(printer.notice):
             record_cells(settings, take, session)
     finally:
         printer.stop()

@@ -54,8 +54,14 @@ class BisectTerminal(Terminal):
             label: of the version.
             what: in a few words.
         """
-        if not self._quiet and what not in {"environment", "running"}:
-            self._print(wrapped(f"{label}: {what}", width=self.width, rest="  ", style="dim"))
+        if what not in {"environment", "running"}:
+            self.notice(f"{label}: {what}")
+
+    def undecided(self) -> None:
+        """No check decides between the ends."""
+        if not self._quiet:
+            text = "no check decides; comparing with a baseline of the good end"
+            self._print(wrapped(text, width=self.width, rest="  "))
 
     def step(self, step: BisectStep) -> None:
         """One more version was tried.

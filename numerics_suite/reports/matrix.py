@@ -43,8 +43,8 @@ class MatrixTerminal(Terminal):
             versions: of the cell.
             what: in a few words.
         """
-        if not self._quiet and what not in {"environment", "running"}:
-            self._print(wrapped(f"{versions.text}: {what}", width=self.width, rest="  ", style="dim"))
+        if what not in {"environment", "running"}:
+            self.notice(f"{versions.text}: {what}")
 
     def done(self, cell: MatrixCell, done: int, total: int) -> None:
         """One more cell has ended.

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.text import Text
 
 from numerics_suite import __version__
+from numerics_suite.core import activity
 from numerics_suite.core.text import listed
 from numerics_suite.reports.lines import WIDTH, TerminalLine, sayable, wrapped
 from numerics_suite.reports.plan import PlanRow, about_seconds, plan_lines, readable_seconds
 from numerics_suite.reports.rehearsal import rehearsal_lines
-from numerics_suite.reports.streams import abandon
+from numerics_suite.reports.streams import abandon, notice
 from numerics_suite.reports.summary import LABELS, STYLES, summary
 
 if TYPE_CHECKING:
@@ -39,9 +40,6 @@ COLOURS = {
 }
 """Of the 256 colours those that read on white and on black alike: the 16 are whatever a terminal's owner made of them, and
 its yellow or cyan on white is often not there at all."""
-
-QUIET_SECONDS = 10.0
-"""Where nobody watches, progress is a line at most this often, and at most one for each tenth of the work."""
 
 
 class _Console(Console):
@@ -187,12 +185,12 @@ class Terminal:
 
     def _say_sparsely(self, done: int, total: int) -> None:
         now, tenth = time.monotonic(), 10 * done // max(total, 1)
-        if tenth > self._tenth and now - self._said >= QUIET_SECONDS:
+        if tenth > self._tenth and now - self._said >= activity.FIRST:
             self._said, self._tenth = now, tenth
             left = self._left()
             rest = "" if left is None or done == total else f", {about_seconds(left)} left"
             text = f"{done} of {total} checks, {self._failed} not passed, {now - self._began:.0f} s{rest}"
-            self._print([TerminalLine(text)])
+            self.notice(text)
 
     def _advance(self, done: int, total: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -226,13 +224,26 @@ class Terminal:
         return "" if not now else sayable(now[0] if len(now) == 1 else f"{now[0]} (+{len(now) - 1})", self._stream)
 
     def say(self, text: str) -> None:
-        """One line while long work goes on.
+        """One line of the run.
 
         Args:
             text: any length.
         """
         if not self._quiet:
             self._print([TerminalLine(text)])
+
+    def notice(self, text: str) -> None:
+        """One line on how far long work is: above the progress bar, or on standard error.
+
+        Args:
+            text: any length.
+        """
+        if self._quiet:
+            return
+        if self._live:
+            self._print(wrapped(text, width=self.width, rest="  ", style="dim"))
+        else:
+            notice(text)
 
     def rehearsals(self, rehearsals: Sequence[Rehearsal]) -> None:
         """Training tried on the user's own texts, and what it recommends.

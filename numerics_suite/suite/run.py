@@ -23,6 +23,7 @@ from numerics_suite.core.records import CheckResult, RunResult
 from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 from numerics_suite.devices.speed import measure_speed
+from numerics_suite.reports.streams import notices_past_capture
 from numerics_suite.reports.terminal import PlanRow, Terminal
 from numerics_suite.settings.options import to_args
 from numerics_suite.settings.tree import Settings, to_json
@@ -117,7 +118,7 @@ def run_check(
         KeyboardInterrupt: the user stopped it before anything was asked.
         CheckError: pytest itself failed.
     """
-    with listening(terminal.say):
+    with notices_past_capture(), listening(terminal.notice):
         return _run_check(settings, terminal, reproducers, asks_index=asks_index)
 
 

@@ -35,6 +35,9 @@ class BisectListener(Protocol):
     def doing(self, label: str, what: str) -> None:
         """A version has come to this."""
 
+    def undecided(self) -> None:
+        """No check decides between the ends; a baseline of the good one does."""
+
     def step(self, step: BisectStep) -> None:
         """One more version was tried."""
 
@@ -151,7 +154,7 @@ class Bisection:
         bad, good = self._both(settings)
         deciding = _deciding(good, bad)
         if not deciding and not self.named and settings.baseline is None:
-            self.audience.doing(self.bad.label, "no check decides; comparing with a baseline of the good end")
+            self.audience.undecided()
             self.heard.clear()
             return self._against_the_good_end(
                 replace(settings, checks=(BASELINE_CHECKS,), origins=_said(settings, "checks"))

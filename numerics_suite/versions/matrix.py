@@ -167,7 +167,7 @@ def in_environments(jobs: Jobs) -> Execute:
 def _said_last(folder: Path) -> str:
     """What a job's process said last of how far it is, with a colon before it; empty where it said nothing yet."""
     said = [line for line in tail(folder / LOG) if PROGRESS.search(line)]
-    return f": {said[-1]}" if said else ""
+    return f": {said[-1].removeprefix('numerics-suite: ')}" if said else ""
 
 
 def planned(plan: MatrixPlan, kept: ResultStore) -> list[tuple[Versions, bool]]:

@@ -71,7 +71,7 @@ def test_work_that_nobody_follows_starts_no_thread(monkeypatch):
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_run_tells_of_loading_and_batches(tmp_path, monkeypatch):
+def test_a_run_tells_of_loading_and_batches_on_standard_error_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     own = resolve.resolve
     monkeypatch.setattr(resolve, "resolve", lambda *args, **words: (time.sleep(0.05), own(*args, **words))[1])
@@ -79,7 +79,10 @@ def test_a_run_tells_of_loading_and_batches(tmp_path, monkeypatch):
     given = {"subjects": ["fixture:glm-tiny-classifier"], "precision": "fp16", "attn": "eager", "checks": "forward.headroom",
              "workers": "0", "max_examples": "3"}  # fmt: skip
     run_check(from_command_line(given), Terminal(stream=stream))
-    said = stream.getvalue()
+    assert "s so far" not in stream.getvalue()
+    said = capfd.readouterr().err
+    assert "1 of 1 checks, " in said
+    assert "1 of 1 checks, " not in stream.getvalue()
     assert "reading fixture:glm-tiny-classifier: " in said
     assert "loading glm-tiny-classifier in float16: " in said
     assert "forward.headroom/glm-tiny-classifier/fp16/eager/cpu, batch " in said
