@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.subjects.fixtures import cache_dir
 from numerics_suite.subjects.hub import parse_hub_id
+from numerics_suite.versions import locks
 from numerics_suite.versions.candidates import Candidate, Exported
 from numerics_suite.versions.commits import commits_between, export, git, refuse_equal, refuse_swapped
+from numerics_suite.versions.markers import locks_folder
 
 
 def of_checkpoint(source: str, good: str, bad: str) -> tuple[list[Candidate], str]:
@@ -63,7 +66,7 @@ def _place(root: Path, commit: str, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def brought(candidate: Candidate) -> Iterator[None]:
-    """The candidate's files are there while this lasts; the repository is only read.
+    """The candidate's files are there while this lasts, also where another process ends its use; the repository is only read.
 
     Args:
         candidate: any.
@@ -76,17 +79,28 @@ def brought(candidate: Candidate) -> Iterator[None]:
         yield
         return
     target = Path(candidate.subject)
+    name = f"revision-{hashlib.sha256(str(target).encode()).hexdigest()[:16]}"
+    with locks.alone(locks_folder(), name):
+        if not locks.is_used(locks_folder(), name):  # what lies there was left by a process that was killed
+            shutil.rmtree(target, ignore_errors=True)
+            _bring(exported, target)
+        use = locks.Use(locks_folder(), name)
+    try:
+        yield
+    finally:
+        with locks.alone(locks_folder(), name):
+            use.end()
+            if not locks.is_used(locks_folder(), name):
+                shutil.rmtree(target, ignore_errors=True)
+
+
+def _bring(exported: Exported, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".bring-", dir=target.parent) as scratch:
         inside, files = exported.folder.as_posix(), Path(scratch) / "files"
         refusal = f"commit {exported.commit[:12]} has no {inside}"
         export(exported.repository, exported.commit, inside, files, refusal=refusal)
-        shutil.rmtree(target, ignore_errors=True)
         (files / exported.folder).rename(target)
-    try:
-        yield
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
 
 
 def _of_hub(hub_id: str, good: str, bad: str) -> tuple[list[Candidate], str]:

@@ -19,6 +19,7 @@ from unit import fake_versions
 import numerics_suite
 from numerics_suite.cli.main import main
 from numerics_suite.subjects.fixtures import fixture_path
+from numerics_suite.versions.revisions import brought, of_checkpoint
 
 RELEASES = [f"5.{minor}.0" for minor in range(12)]
 SCHEMA = json.loads(
@@ -283,6 +284,39 @@ def test_commits_of_a_checkpoint_are_searched(world, tmp_path, answering):
     assert found["show"] == f"git -C {root} diff {commits[3][:12]} {commits[4][:12]} -- models/mine"
     assert git(root, "status", "--porcelain") == ""
     assert not list((tmp_path / "cache" / "revisions").rglob("config.json"))
+
+
+def test_files_of_a_commit_stay_while_anybody_uses_them(tmp_path, monkeypatch):
+    """Two searches of one repository share a folder: the one that ends first leaves the other's files alone."""
+    monkeypatch.setenv("NUMERICS_SUITE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "repository" / "checkpoint"
+    folder.mkdir(parents=True)
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for word in ("one", "two"):
+        (folder / "config.json").write_text(word)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", word], check=True)
+    candidate = of_checkpoint(str(folder), "HEAD~1", "HEAD")[0][-1]
+    file = Path(candidate.subject) / "config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("half of it")  # of a run that was killed
+    waits = "import sys; print(flush=True); sys.stdin.read()"
+    other = f"from numerics_suite.versions.revisions import brought, of_checkpoint\nwith brought(of_checkpoint({str(folder)!r}, 'HEAD~1', 'HEAD')[0][-1]): {waits}"
+    with subprocess.Popen(
+        [sys.executable, "-c", other], env=ENVIRONMENT | {"NUMERICS_SUITE_CACHE": str(tmp_path / "cache")},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        assert file.read_text() == "two"
+        with brought(candidate):
+            assert file.read_text() == "two"
+        assert file.read_text() == "two"
+        with brought(candidate):
+            process.stdin.close()
+            assert process.wait(60) == 0
+            assert file.read_text() == "two"
+    assert not file.parent.exists()
 
 
 def test_revisions_in_the_hubs_cache_are_searched(world, tmp_path, answering, monkeypatch):
