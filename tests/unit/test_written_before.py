@@ -6,7 +6,7 @@ are about; names of machines are cut.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import math
 import shutil
@@ -81,7 +81,7 @@ def test_a_section_of_pyproject_is_read():
     assert stated["checks"] == ("load.*", "forward.finite", "baseline.*")
     assert stated["precision"] == ("fp32", "bf16")
     assert math.isclose(stated["lr"], 1e-4)
-    assert [(entry.check, entry.until) for entry in accepted] == [("load.head-init", datetime.date(2099, 3, 31))]
+    assert [(entry.check, entry.until) for entry in accepted] == [("load.head-init", dt.date(2099, 3, 31))]
 
 
 def test_a_file_of_a_later_schema_is_refused(files):
