@@ -43,6 +43,28 @@ def token_ids(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         yield "input_ids", args[0]
 
 
+def refused(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: int, *, first: bool
+) -> Alarm | None:
+    """The alarm of a batch that the model cannot take: ids that are no integers, or what it has no row for; None of any other.
+
+    Args:
+        model: that is about to be called, without wrappers.
+        args: of the call.
+        kwargs: of the call.
+        step: of the optimizer.
+        first: nothing has been found yet; what the model has no row for is told once.
+    """
+    for name, ids in token_ids(model, args, kwargs):
+        if ids.is_floating_point():
+            text = f"{name} came as {str(ids.dtype).removeprefix('torch.')}; token ids must be integers"
+            return Alarm(step=step, kind="inputs", bad=True, text=text, cause="wrong-input-dtype")
+    outside = out_of_range(model, args, kwargs) if first else None
+    if outside is None:
+        return None
+    return Alarm(step=step, kind="inputs", bad=True, text=outside, cause="out-of-range-input")
+
+
 def out_of_range(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """What the batch names that the model has not: an id without a row of the embedding, a label without a class; None without any.
 
@@ -103,6 +125,22 @@ def unrepresentable(ids: Tensor) -> Tensor | None:
     if not ids.numel() or ids.dtype == torch.bool:
         return None
     return (ids.float().bfloat16().float() != ids.float()).sum()
+
+
+def unrepresentable_ids(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The figure of a call's `input_ids`, to be read once the device has it; none where the call has none.
+
+    Args:
+        model: that is about to be called, without wrappers.
+        args: of the call.
+        kwargs: of the call.
+    """
+    counts = [
+        unrepresentable(ids)
+        for name, ids in token_ids(model, args, kwargs)
+        if name == "input_ids" and not ids.is_floating_point()
+    ]
+    return [(UNREPRESENTABLE, count) for count in counts if count is not None]
 
 
 def rounding_bits(ids: Tensor) -> float:

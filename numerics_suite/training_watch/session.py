@@ -25,14 +25,7 @@ from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import diverged
 from numerics_suite.training_watch.gauges import Gauges, parameters_of
 from numerics_suite.training_watch.hooks import around_forward, around_step, plain_model, plain_optimizer
-from numerics_suite.training_watch.inputs import (
-    ID_BATCHES,
-    UNREPRESENTABLE,
-    out_of_range,
-    rounded_ids,
-    token_ids,
-    unrepresentable,
-)
+from numerics_suite.training_watch.inputs import ID_BATCHES, UNREPRESENTABLE, refused, rounded_ids, unrepresentable_ids
 from numerics_suite.training_watch.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.training_watch.norms import is_shard
 from numerics_suite.training_watch.optimizer_states import rates_of
@@ -244,15 +237,10 @@ class Watch:
 
     def _look_at_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forwards += 1
-        for name, ids in token_ids(self.model, args, kwargs):
-            if ids.is_floating_point():
-                dtype = str(ids.dtype).removeprefix("torch.")
-                text = f"{name} came as {dtype}; token ids must be integers"
-                self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=text, cause="wrong-input-dtype"))
-            elif self._forwards <= ID_BATCHES and name == "input_ids" and (count := unrepresentable(ids)) is not None:
-                self._mailbox.post(self.step, [(UNREPRESENTABLE, count)])
-        if self.finding is None and (outside := out_of_range(self.model, args, kwargs)) is not None:
-            self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=outside, cause="out-of-range-input"))
+        if (alarm := refused(self.model, args, kwargs, self.step, first=self.finding is None)) is not None:
+            self._raise(alarm)
+        if self._forwards <= ID_BATCHES:
+            self._mailbox.post(self.step, unrepresentable_ids(self.model, args, kwargs))
 
     def _on_norm(self, gradients: Sequence[Tensor], order: float, norm: Tensor) -> None:
         if not self._muted and self._due:
