@@ -70,6 +70,7 @@ class RoundOnce(reference_ops.LeanMode):
         if kind is Kind.COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs)
+        # `a.add_(b)` rounds where it stores, into the dtype of `a`: one rounding as well.
         if plan.written:
             if reference_ops.writes_lower(plan, args, kwargs):
                 return reference_ops.write_through(func, plan, args, kwargs)
@@ -117,6 +118,7 @@ def _signature(value: Any) -> Any:
 
 def _rounded(result: Any, dtypes: Any) -> Any:
     if isinstance(result, Tensor):
+        # The one rounding of the op. A result that takes no rounding (an index) has its own dtype already.
         return result.to(next(dtypes))
     if isinstance(result, list | tuple):
         return type(result)(_rounded(item, dtypes) for item in result)
