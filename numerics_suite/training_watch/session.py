@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Finding
+from numerics_suite.training_watch import inputs
 from numerics_suite.training_watch.alarms import Alarm, NumericsError, Reading
 from numerics_suite.training_watch.async_metrics import Mailbox
 from numerics_suite.training_watch.bundle import Caught
@@ -25,14 +26,6 @@ from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import diverged
 from numerics_suite.training_watch.gauges import Gauges, parameters_of
 from numerics_suite.training_watch.hooks import around_forward, around_step, plain_model, plain_optimizer
-from numerics_suite.training_watch.inputs import (
-    ID_BATCHES,
-    UNREPRESENTABLE,
-    out_of_range,
-    rounded_ids,
-    token_ids,
-    unrepresentable,
-)
 from numerics_suite.training_watch.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.training_watch.norms import is_shard
 from numerics_suite.training_watch.optimizer_states import rates_of
@@ -182,7 +175,7 @@ class Watch:
             self._gauges.before_update(optimizer)
         self._updates.before(optimizer, due=self._parameters_due)
         if self._kept.step:
-            self._ring.note(self.step, self._place_of(optimizer), rates_of(optimizer))
+            self._ring.note(self.step, self.optimizers.index(optimizer), rates_of(optimizer))
         # A fused optimizer is stepped all the same, and leaves out within its kernel what the scaler has found.
         found = getattr(optimizer, "found_inf", None)
         self._found_inf = found.detach().clone() if isinstance(found, Tensor) else None
@@ -239,19 +232,17 @@ class Watch:
             self._read(wait=True)
             self._kept.take(self.step, self.optimizers)
 
-    def _place_of(self, optimizer: torch.optim.Optimizer) -> int:
-        return next((place for place, known in enumerate(self.optimizers) if known is optimizer), 0)
-
     def _look_at_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forwards += 1
-        for name, ids in token_ids(self.model, args, kwargs):
+        first = self._forwards <= inputs.ID_BATCHES
+        for name, ids in inputs.token_ids(self.model, args, kwargs):
             if ids.is_floating_point():
                 dtype = str(ids.dtype).removeprefix("torch.")
                 text = f"{name} came as {dtype}; token ids must be integers"
                 self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=text, cause="wrong-input-dtype"))
-            elif self._forwards <= ID_BATCHES and name == "input_ids" and (count := unrepresentable(ids)) is not None:
-                self._mailbox.post(self.step, [(UNREPRESENTABLE, count)])
-        if self.finding is None and (outside := out_of_range(self.model, args, kwargs)) is not None:
+            elif first and name == "input_ids" and (count := inputs.unrepresentable(ids)) is not None:
+                self._mailbox.post(self.step, [(inputs.UNREPRESENTABLE, count)])
+        if self.finding is None and (outside := inputs.out_of_range(self.model, args, kwargs)) is not None:
             self._raise(Alarm(step=self.step, kind="inputs", bad=True, text=outside, cause="out-of-range-input"))
 
     def _on_norm(self, gradients: Sequence[Tensor], order: float, norm: Tensor) -> None:
@@ -293,9 +284,9 @@ class Watch:
                     self._raise(found)
             if self.finding is None and (lost := self._updates.rounded(reading, self._updates.rate)) is not None:
                 self._raise(lost)
-            if 0.0 in reading.values.get(UNREPRESENTABLE, ()):
+            if 0.0 in reading.values.get(inputs.UNREPRESENTABLE, ()):
                 seen = any(alarm.kind == "rounded-ids" for alarm in self.warnings)
-                if not seen and (cast := rounded_ids(self.model, self._ring.of_step(reading.step))) is not None:
+                if not seen and (cast := inputs.rounded_ids(self.model, self._ring.of_step(reading.step))) is not None:
                     self._raise(cast)
 
     def _question(self, alarm: Alarm) -> Callable[[Alarm, CaughtContext], Alarm | None] | None:
