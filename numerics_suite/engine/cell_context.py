@@ -353,23 +353,21 @@ class CellContext:
         """
         tensors = dict(batch.tensors) if labels else self.inputs_of(batch)
         key = batch_key(tensors)
-        if key in self._forwards:
-            self._forwards.move_to_end(key)
-        else:
+        if key not in self._forwards:
             self._forwards[key] = floating_outputs(self.run(tensors))
             held = self._forwards.values()
             while len(held) > 1 and sum(tensor.nbytes for kept in held for tensor in kept.values()) > KEPT_BYTES:
                 self._forwards.popitem(last=False)
+        self._forwards.move_to_end(key)
         return self._forwards[key]
 
     @cached_property
     def trajectory(self) -> Trajectory:
         """The watched training run of the cell on a copy of its model, on the fixed batch; once under the same conditions."""
-        request = self.request
-        asked = (request.plan, request.seed, request.rows, request.length, self.family.padding_sides)
-        conditions = (self.subject, self.cell, asked, self.changes)
+        asked, sides = self.request, self.family.padding_sides
+        conditions = (self.subject, self.cell, asked.plan, asked.seed, asked.rows, asked.length, sides, self.changes)
         if conditions not in self.runs:
-            self.runs[conditions] = self.train(request.plan)
+            self.runs[conditions] = self.train(asked.plan)
         return self.runs[conditions]
 
     def train(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trajectory:

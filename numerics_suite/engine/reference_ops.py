@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 WIDER: Final[dict[torch.dtype, torch.dtype]] = {
     torch.float32: torch.float64,
@@ -245,34 +244,35 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Buffers are replaced by copies for the while, so that an in-place update does not reach the real ones. Dicts, lists and
     sets that a module or a config holds get their entries back; parameters keep what is written into them.
     """
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    owners = {
-        id(owner): owner for owner in (*model.modules(), *configs) if isinstance(getattr(owner, "__dict__", 0), dict)
-    }
-    held: dict[int, tuple[Any, Any]] = {}
-    for owner in owners.values():
-        _keep_entries(owner.__dict__, held)
+    modules = list(model.modules())
+    configs = [getattr(module, "config", None) for module in modules]
+    owners = {id(owner): owner for owner in (*modules, *configs) if isinstance(getattr(owner, "__dict__", 0), dict)}
+    held = _entries(owner.__dict__ for owner in owners.values())
     copies: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in modules:
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())  # noqa: SLF001
     try:
         yield
     finally:
-        for holder, entries in held.values():
-            holder.clear()
-            (holder.extend if isinstance(holder, list) else holder.update)(entries)
+        for holder, entries in held:
+            if entries or holder:  # most are the hooks of a module that has none
+                holder.clear()
+                (holder.extend if isinstance(holder, list) else holder.update)(entries)
 
 
-def _keep_entries(holder: Any, held: dict[int, tuple[Any, Any]]) -> None:
-    """Note what a dict, list or set holds now, and what each of these within it does."""
-    if id(holder) in held:
-        return
-    held[id(holder)] = holder, copy.copy(holder)
-    for value in holder.values() if isinstance(holder, dict) else holder:
-        if type(value) in _CONTAINERS:
-            _keep_entries(value, held)
+def _entries(holders: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Dicts, lists and sets, those within them too, each with a copy of what it holds now."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = list(holders)
+    while waiting:
+        holder = waiting.pop()
+        if id(holder) not in found:
+            found[id(holder)] = holder, holder.copy()
+            values = holder.values() if isinstance(holder, dict) else holder
+            waiting += [value for value in values if type(value) in _CONTAINERS]
+    return list(found.values())
 
 
 _CONTAINERS: Final = frozenset({dict, OrderedDict, list, set})

@@ -35,11 +35,11 @@ _COPY: Final = torch.ops.aten.copy_.default
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedRun:
-    """One run with every op rounded once; the fields are those of `Fp64Run`, the values exactly upcast.
+    """One run with every op rounded once; the fields are those of `Fp64Run`.
 
     Attributes:
-        outputs: Floating tensors of the model's output, float64, by name.
-        gradients: Parameter name → gradient of the loss, float64; None if they were not asked for.
+        outputs: Floating tensors of the model's output, exactly upcast to float64, by name.
+        gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if they were not asked for.
         left_out: "module: op" for what ran as it is: a foreign kernel, or an op without a float64 one.
     """
 
@@ -152,10 +152,7 @@ def run_rounded(
                 output = call(model, batch)
             if gradients:
                 scalar_loss(output).backward()  # type: ignore[no-untyped-call]
-        found: dict[str, Tensor] = {}
-        for name, leaf in leaves.items():
-            if leaf.grad is not None:
-                found[name], leaf.grad = leaf.grad.double(), None  # never two copies of all gradients at once
+        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return RoundedRun(
             outputs={name: widen(tensor.detach()) for name, tensor in floating_outputs(output).items()},
             gradients=found if gradients else None,

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 STREAM_ABOVE_BYTES: Final = 1 << 30
 """A model whose parameters in float64 take more than this is streamed unless the caller says otherwise."""
 
-CHUNK_ELEMENTS: Final = 1 << 23
-"""A weight with more elements is upcast in pieces of this size (64 MiB in float64) when it is multiplied."""
+CHUNK_ELEMENTS: Final = 1 << 20
+"""A weight with more elements is upcast in pieces of this size (8 MiB in float64, which caches hold) when it is multiplied."""
 
 _ATEN: Final = torch.ops.aten
 
@@ -167,23 +167,34 @@ _CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
 
 
 def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Multiply by a large weight of a lower float piece by piece; None where that is not the case."""
+    """Multiply by a large weight of a lower float piece by piece; None where that is not the case.
+
+    Each piece is upcast into the same memory: fresh pages for a whole head cost more than a product with a few tokens.
+    """
     right: Tensor = args[-1]
     if right.dtype not in WIDER or right.numel() <= CHUNK_ELEMENTS or kwargs:
         return None
     left: Tensor = widen(args[-2])
     inner, outer = right.shape
-    bias = widen(args[0]) if func is _ATEN.addmm.default else None
-    result = left.new_zeros(left.shape[0], outer) if bias is None else bias.expand(left.shape[0], outer).clone()
-    if outer >= inner:
-        step = max(1, CHUNK_ELEMENTS // inner)
-        for start in range(0, outer, step):
-            result[:, start : start + step] += left @ right[:, start : start + step].double()
-    else:
-        step = max(1, CHUNK_ELEMENTS // outer)
-        for start in range(0, inner, step):
-            result += left[:, start : start + step] @ right[start : start + step].double()
+    along, shorter = int(outer >= inner), min(inner, outer)  # the longer side is cut
+    step = max(1, CHUNK_ELEMENTS // shorter)
+    scratch = torch.empty(step * shorter, dtype=WIDER[right.dtype], device=right.device)
+    shape = (left.shape[0], outer)
+    result = left.new_zeros(shape) if func is _ATEN.mm.default else widen(args[0]).expand(shape).clone()
+    for start in range(0, right.shape[along], step):
+        part = right.narrow(along, start, min(step, right.shape[along] - start))
+        wide = _like(scratch, part).copy_(part)
+        if along:
+            result[:, start : start + step] += left @ wide
+        else:
+            result += left[:, start : start + step] @ wide
     return result
+
+
+def _like(scratch: Tensor, part: Tensor) -> Tensor:
+    """The first elements of `scratch` in the shape and order of `part`: a copy between two orders costs several times as much."""
+    held = scratch[: part.numel()]
+    return held.view(part.shape[::-1]).t() if part.stride(0) == 1 else held.view(part.shape)
 
 
 class Fp64Session:
