@@ -1,6 +1,6 @@
 """Runs the caught step again: python reproduce.py [CHECKPOINT | factory:MODULE:FUNCTION].
 
-Ends with 1 where the finding comes about again, with 0 where it does not, with 4 without a model, with 3 where it cannot be run. It needs torch,
+Ends with 1 where the finding is reproduced, with 0 where it does not, with 4 without a model, with 3 where it cannot be run. It needs torch,
 safetensors and, for a model of theirs, transformers and peft. For a model of your own name a FUNCTION without arguments that returns it, or write build().
 """
 
@@ -192,7 +192,7 @@ SHOWN: Mapping[str, Callable[[Steps], tuple[bool, str]]] = {
 
 
 def shown(kept: Kept, model: nn.Module) -> tuple[bool, str]:
-    """Whether the finding comes about again, and the measured quantity in words.
+    """Whether the finding is reproduced, and the measured quantity in words.
 
     Args:
         kept: what the folder holds.

@@ -50,7 +50,7 @@ from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
 REPRODUCERS = Path(".numerics/reproducers")
-"""Where the scripts that show a finding alone are written unless told otherwise, below the folder that the command runs in."""
+"""Where the scripts that show a finding alone are written by default, below the folder that the command runs in."""
 
 
 class SuiteSession:
@@ -80,7 +80,7 @@ class SuiteSession:
 
     @cached_property
     def plan(self) -> SuitePlan:
-        """What is asked of what."""
+        """Which check runs on which cell."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `answer`
             return make_plan(self.settings)

@@ -43,7 +43,7 @@ SECONDS = 60.0
 """As long as a loop that stops is kept for its remedies."""
 
 EXPLANATIONS = {
-    "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: nobody wrote them.",
+    "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: they were never initialised.",
     "corrupt-weights": "Parameters were not finite before the first step: the file, or what was done to the model after loading it.",
     "wrong-input-dtype": "Token ids name rows of a table; as floating numbers, or rounded to bfloat16 on the way (8 bits), they name other rows.",
     "out-of-range-input": "The batch itself holds what the model cannot take: a value that is not finite, an id without a row of the embedding, a label without a class.",
