@@ -186,7 +186,7 @@ class _Trial:
 
     def remedy(self, name: str) -> Remedy:
         """One remedy alone."""
-        untried = Remedy(name=name, description=description_of(name))
+        untried = Remedy(name=name, description=description_of(name, self.finding.cause))
         if name not in cures() and name != LOWER_RATE:
             return replace(untried, effect=NOT_HERE.get(name, NOT_APPLIED))
         try:
