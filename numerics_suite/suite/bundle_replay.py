@@ -198,7 +198,9 @@ def _of_factory(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Findi
         where = trained_again(scene, bundle.step)
         origin, how, cause = where or (run_again(scene, {}, backward=True), "", found.cause)
     found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
-    return borne_out_of(replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies))), scene.model)
+    return borne_out_of(
+        replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies), found.cause)), scene.model
+    )
 
 
 def _on(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Finding | None:
@@ -215,7 +217,9 @@ def _on(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Finding | Non
         return None
     origin, how, cause = trained or (where, "", found.cause)
     found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
-    return borne_out_of(replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies))), scene.model)
+    return borne_out_of(
+        replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies), found.cause)), scene.model
+    )
 
 
 def _found_again(found: Finding, origin: Origin | None, how: str, cause: str) -> Finding:
@@ -223,7 +227,7 @@ def _found_again(found: Finding, origin: Origin | None, how: str, cause: str) ->
     if cause == "unknown":
         cause = found.cause
     if cause != found.cause:
-        found = replace(found, cause=cause, remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))))
+        found = replace(found, cause=cause, remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause)), cause))
     return replace(_placed(found, origin), evidence={**_placed(found, origin).evidence, "replay": how})
 
 

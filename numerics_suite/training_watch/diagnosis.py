@@ -143,7 +143,7 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
         parameters=parameters,
         evidence=facts,
         batch=_batch(alarm.step, inputs),
-        remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
+        remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause)), cause),
     )
     return borne_out_of(found, scene.model)
 
@@ -180,7 +180,7 @@ def _silent(alarm: Alarm, scene: CaughtContext) -> Finding:
         parameters=alarm.parameters,
         evidence=dict(alarm.facts),
         batch=_batch(alarm.step, inputs),
-        remedies=untried((*REMEDIES.get(alarm.cause, ()), *remedies_of(alarm.cause))),
+        remedies=untried((*REMEDIES.get(alarm.cause, ()), *remedies_of(alarm.cause)), alarm.cause),
     )
 
 

@@ -29,22 +29,65 @@ MEASURED = frozenset({"measured", "allowed", "unit", "measurement"})
 """Facts that :func:`measured_text` says."""
 
 NO_SHOWING = frozenset(
-    {*MEASURED, "confidence", "exception", "losses", "gradient norms", "first", "and others", "op", "line", "source"}
+    {
+        *MEASURED,
+        "confidence",
+        "exception",
+        "losses",
+        "gradient norms",
+        "first",
+        "and others",
+        "trained parameters",
+        "op",
+        "line",
+        "source",
+    }
 )
 """Facts that show nothing of a cause, or stand elsewhere."""
 
 OUTCOMES = {
     ("the same op in float64", "finite"): "the same operation in float64 is finite",
     ("the same op in float64", "not finite"): "the same operation in float64 is not finite either",
-    ("loaded without poison", "other values"): "the values differ with what was in memory before the load",
-    ("over memory of zeros", "other values"): "the values differ with what was in memory before the load",
+    (
+        "loaded without poison",
+        "other values",
+    ): "loaded twice into memory with other contents, the values are other ones",
+    ("over memory of zeros", "other values"): "loaded twice into memory with other contents, the values are other ones",
     ("loaded without poison", "NaN again"): "loaded into memory of zeros it is NaN as well",
 }
 """Facts that are experiments of their own, in words."""
 
+OF_CAUSE = {
+    (
+        "optimizer-underflow",
+        "the same op in float64",
+        "not finite",
+    ): "float64, given the values as {dtype} holds them (eps is 0 already), is not finite either: so no overflow",
+}
+"""The same where the cause gives an outcome its meaning."""
+
 PASSES = {"optimizer": "optimizer step", "backward": "backward pass of step", "forward": "forward pass of step"}
 
-OF_THE_ANSWER = "times the answer's size, in float64"
+DIFFERENCES = {
+    "true-gradient": "times the gradient's largest value",
+    "true-loss": "times the loss",
+    "true-training-mode": "times the gradient's largest value",
+}
+OF_THE_ANSWER = "times the root mean square of the logits"
+"""What a difference in float64 is measured in, by measurement; of all others it is logits that are compared."""
+
+ROUNDOFFS = {
+    "fp64": "float64",
+    "fp32": "float32",
+    "tf32": "TF32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "pure-fp16": "float16",
+    "amp-bf16": "bfloat16",
+    "amp-fp16": "float16",
+}
+"""By precision, the float whose unit roundoff errors of it are measured in."""
+
 UNITS = {
     "rounded": "times the rounding error of the plain run",
     "excess": "times the rounding error that the precision makes unavoidable",
@@ -108,6 +151,8 @@ def where_text(finding: Finding) -> str:
     others = facts.get("and others", 0) if str(facts.get("first", "")).startswith("parameter ") else 0
     more = len(finding.parameters) - len(names) + (int(others) if isinstance(others, (int, float)) else 0)
     named = ", ".join(names) + (f" and {many(more, 'more parameter')}" if more and names else "")
+    trained = facts.get("trained parameters")
+    named += f" of {trained} trained" if more and names and isinstance(trained, int) else ""
     module = finding.module
     if module and any(name.startswith(f"{module}.") for name in names):
         module = None
@@ -118,7 +163,12 @@ def where_text(finding: Finding) -> str:
 def shown_text(finding: Finding) -> str:
     """What shows that the cause is right: the experiments and what came of them, or what was seen; and how sure that is."""
     facts = {str(name): value for name, value in finding.evidence.items()}
-    parts = [words for (name, value), words in OUTCOMES.items() if facts.get(name) == value]
+    meant = {key[1:]: words for key, words in OF_CAUSE.items() if key[0] == finding.cause}
+    outcomes = {
+        **OUTCOMES,
+        **{key: words.format(dtype=facts.get("dtype", "the dtype")) for key, words in meant.items()},
+    }
+    parts = [words for (name, value), words in outcomes.items() if facts.get(name) == value]
     for outcome, words in (("passes", "the check passes {}"), ("fails", "the check fails {} too")):
         conditions = [name for name, value in facts.items() if value == outcome]
         parts += [words.format(" and ".join(conditions))] if conditions else []
@@ -153,7 +203,7 @@ def value_text(name: str, value: float, limit: float, unit: str, fall: float | N
         return f"{shown(value)} {plural(unit, value)}; none is allowed"
     words = UNITS.get(name, unit)
     if name not in UNITS and unit == "ratio":
-        words = OF_THE_ANSWER
+        words = f"{DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64"
     return f"{shown(value)} {words}".rstrip() + f"; at most {shown(limit)}"
 
 
@@ -166,6 +216,8 @@ def measured_text(result: CheckResult) -> str:
     name, unit = str(facts.get("measurement", "")), str(facts.get("unit", ""))
     if not isinstance(limit, (int, float)):
         return f"{shown(value)} {unit}".rstrip()
+    if unit == "roundoffs" and result.check.startswith("reference."):
+        unit = f"unit roundoffs of {ROUNDOFFS.get(result.cell.precision, result.cell.precision)}"
     return value_text(name, value, limit, unit, result.measurements.get("fall"))
 
 
