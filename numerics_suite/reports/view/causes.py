@@ -80,6 +80,11 @@ WITH: dict[str, tuple[str, str]] = {
         "largest norm after clipping",
         "it leaves a norm of {largest norm after clipping}, where {limit|less} was asked for",
     ),
+    "uninitialised-parameters": (
+        "the checkpoint",
+        "the checkpoint {the checkpoint}, and nothing wrote to the memory of {parameters|a parameter}: it holds what lay there before, "
+        "NaN in one process and zeros in another",
+    ),
     "wrong-gradient": (
         "times the true gradient",
         "along the true gradient it is {times the true gradient} times as large, and the optimizer steps by it",

@@ -51,11 +51,17 @@ OUTCOMES = {
     (
         "loaded without poison",
         "other values",
-    ): "loaded twice into memory with other contents, the values are other ones",
-    ("over memory of zeros", "other values"): "loaded twice into memory with other contents, the values are other ones",
+    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
+    (
+        "over memory of zeros",
+        "other values",
+    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
     ("loaded without poison", "NaN again"): "loaded into memory of zeros it is NaN as well",
 }
 """Facts that are experiments of their own, in words."""
+
+RAISES = "model-raises"
+"""The cause of a finding that keeps other checks from being asked."""
 
 OF_CAUSE = {
     (
@@ -256,7 +262,9 @@ def following_lines(root: Finding, results: Iterable[CheckResult]) -> tuple[str,
     lines = []
     for title, cells in checks.items():
         names = [f"{check} ({len(held)} cells)" if len(held) > 1 else check for check, held in cells.items()]
-        lines.append(f"{listed(names, 6)}{f': {title}' if title else ''}")
+        # Where the model's own code raises, the same exception in another check is no other fault: that check did not run.
+        could_not = "could not run: " if not title and root.cause == RAISES else ""
+        lines.append(f"{could_not}{listed(names, 6)}{f': {title}' if title else ''}")
     return tuple(lines)
 
 
