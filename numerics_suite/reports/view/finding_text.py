@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.core.text import listed
+from numerics_suite.core.text import listed, percent
 from numerics_suite.reports.lines import cut
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.view.causes import title_of
@@ -44,6 +44,9 @@ NO_SHOWING = frozenset(
     }
 )
 """Facts that show nothing of a cause, or stand elsewhere."""
+
+SHARES = frozenset({"share of the steps that is held", "its standard error"})
+"""Facts that are told in percent."""
 
 OUTCOMES = {
     ("the same op in float64", "finite"): "the same operation in float64 is finite",
@@ -104,7 +107,7 @@ UNITS = {
     "rotary-excess": "times what rounding explains",
     "curve-growth": "times what rounding explains",
     "composed": "times the error of the same module with every operation rounded once",
-    "lost": "times as much rounding as is kept of the steps",
+    "lost": "times the share held (plus 3 standard errors) is the unit roundoff",
 }
 """What a ratio is a ratio of, by measurement; others are named by their unit."""
 
@@ -189,6 +192,8 @@ def shown_text(finding: Finding) -> str:
 
 
 def _seen(name: str, value: object) -> str:
+    if name in SHARES and isinstance(value, (int, float)):
+        return f"{name}: {percent(value)}"
     text = {"True": "yes", "False": "no"}.get(str(value)) or shown(value)
     return f"seen in {text}" if name == "where" else f"{name}: {text}"
 
