@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from numerics_suite.definitions.trace import TURN, capture_states
+from numerics_suite.devices import memory
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
@@ -16,6 +17,9 @@ from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.engine.true_passes import keeps_gradients
+
+GRADIENT = "true fp64 gradient"
+"""What checks that read it name as such, so that a large model's is dropped after the last of them."""
 
 Result = TypeVar("Result")
 
@@ -51,7 +55,7 @@ def true_gradient(context: CellContext) -> TrueRun:
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    return kept_run(context, "gradient", lambda: true_run(context, context.gradient_batch.tensors, gradients=True))
+    return kept_run(context, "whole batch", lambda: true_run(context, context.gradient_batch.tensors, gradients=True))
 
 
 def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> Result:
@@ -63,11 +67,28 @@ def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> 
         compute: runs it, if it is not kept.
     """
     store = context.true_passes.runs if keeps_gradients(context.model) else context.memo
-    key = f"true fp64: {name} over {batch_key(context.gradient_batch.tensors)}"
+    key = f"{GRADIENT}: {name} over {batch_key(context.gradient_batch.tensors)}"
     if key not in store:
         store[key] = compute()
     found: Result = store[key]
     return found
+
+
+def after_reading(context: CellContext, name: str, *, last: bool) -> None:
+    """Hand memory back to the system after a check that read what is kept under this name.
+
+    What passes over a large model leave is more than the allocator gives back by itself.
+
+    Args:
+        context: the cell; of a small model it holds nothing under the name.
+        name: :data:`GRADIENT`.
+        last: no check to come reads it; one that asks all the same computes it again.
+    """
+    read = [key for key in context.memo if key.startswith(name)]
+    for key in read if last else ():
+        del context.memo[key]
+    if read:
+        memory.release(context.cell.device)
 
 
 def true_run(context: CellContext, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:

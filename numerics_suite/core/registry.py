@@ -44,6 +44,7 @@ class CheckSpec:
         seeks: the measurement that Hypothesis climbs towards (`target()`), None elsewhere.
         share: of `--max-examples` that is asked; a law under twins costs tens of forward passes a batch.
         adds: columns that it adds to a batch, which is drawn that much shorter where the model's longest row ends.
+        reads: results that checks of a cell share and that are large; each is dropped after the last check that reads it.
         runs_on_nonfinite: asked also where weights are NaN or infinite; elsewhere every answer would be the same NaN.
         doc: the first line of the function's docstring: the question.
     """
@@ -57,6 +58,7 @@ class CheckSpec:
     seeks: str | None = None
     share: float = 1.0
     adds: int = 0
+    reads: frozenset[str] = frozenset()
     runs_on_nonfinite: bool = False
     doc: str = ""
 
@@ -84,6 +86,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
     seeks: str | None = None,
     share: float = 1.0,
     adds: int = 0,
+    reads: tuple[str, ...] = (),
     runs_on_nonfinite: bool = False,
     check_id: str | None = None,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
@@ -97,6 +100,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
         seeks: see :class:`CheckSpec`.
         share: see :class:`CheckSpec`.
         adds: see :class:`CheckSpec`.
+        reads: see :class:`CheckSpec`.
         runs_on_nonfinite: see :class:`CheckSpec`.
         check_id: of a check of another package, such as `acme.logit-range`.
     """
@@ -113,6 +117,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
             seeks=seeks,
             share=share,
             adds=adds,
+            reads=frozenset(reads),
             runs_on_nonfinite=runs_on_nonfinite or named.startswith("load."),
             doc=(function.__doc__ or "").strip().partition("\n")[0],
         )

@@ -34,7 +34,7 @@ def added_remedies() -> Mapping[str, AddedRemedy]:
     """The remedies of other packages, by name.
 
     Raises:
-        BadInputError: one cannot be loaded, or is for a cause that nobody has.
+        BadInputError: one cannot be loaded, or is for an unknown cause.
     """
     return _loaded(tuple(extensions(REMEDIES).values()))
 

@@ -62,7 +62,7 @@ class Request:
         plan: how cells are trained.
         data: the user's own batch as a tokenizer makes it, None without `--data`.
         tokenizer: opens the subject's tokenizer; None where it has none.
-        baseline: what was recorded of the cell, None where it is held to nothing.
+        baseline: what was recorded of the cell, None without a baseline.
         applicable: ids of the checks that have something to ask of the cell.
         packing: the ways in which rows are packed; each that the installed release supports where empty.
     """
@@ -173,7 +173,7 @@ class CellContext:
     def loaded(self) -> Loaded:
         """The cell's model as loaded, shared by every check that does not change it.
 
-        Loaded under poison, so that memory which nobody writes to is NaN here as on any machine, and not zero today.
+        Loaded under poison, so that memory which is never written is NaN here as on any machine, and not zero today.
         """
         if self.unusable is None:
             try:
@@ -353,23 +353,21 @@ class CellContext:
         """
         tensors = dict(batch.tensors) if labels else self.inputs_of(batch)
         key = batch_key(tensors)
-        if key in self._forwards:
-            self._forwards.move_to_end(key)
-        else:
+        if key not in self._forwards:
             self._forwards[key] = floating_outputs(self.run(tensors))
             held = self._forwards.values()
             while len(held) > 1 and sum(tensor.nbytes for kept in held for tensor in kept.values()) > KEPT_BYTES:
                 self._forwards.popitem(last=False)
+        self._forwards.move_to_end(key)
         return self._forwards[key]
 
     @cached_property
     def trajectory(self) -> Trajectory:
         """The watched training run of the cell on a copy of its model, on the fixed batch; once under the same conditions."""
-        request = self.request
-        asked = (request.plan, request.seed, request.rows, request.length, self.family.padding_sides)
-        conditions = (self.subject, self.cell, asked, self.changes)
+        asked, sides = self.request, self.family.padding_sides
+        conditions = (self.subject, self.cell, asked.plan, asked.seed, asked.rows, asked.length, sides, self.changes)
         if conditions not in self.runs:
-            self.runs[conditions] = self.train(request.plan)
+            self.runs[conditions] = self.train(asked.plan)
         return self.runs[conditions]
 
     def train(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trajectory:

@@ -97,8 +97,12 @@ def _step(
         # Code that only ever prepares one token is called as a loop of the user's own would call it.
         step = {"input_ids": ids[:, start:], "attention_mask": mask, "use_cache": True, **cache}
         positions = "counted" if own and takes_positions(model) else positions
-    elif not own:
-        step.pop("position_ids", None)
+    else:
+        if not own:
+            step.pop("position_ids", None)
+        if generation.names_keyword(model, "use_cache"):
+            # ChatGLM2's code does not hand the word on, and what it is called without is for the config to say.
+            step.setdefault("use_cache", True)
     if positions == "counted":
         step["position_ids"] = counted_positions(mask)[:, start:]
     return {key: value for key, value in step.items() if value is not None}

@@ -1,4 +1,4 @@
-"""A cell's run beside its twins: the true fp64 run, the rounded run, and the answer that laws are asked of."""
+"""A cell's run beside its twins: the true fp64 run, the rounded run, and the answer that laws are checked on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.exact import AGREED
+from numerics_suite.core.records import Batch
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
@@ -18,15 +20,26 @@ from numerics_suite.engine.layout import STATES, batch_first, sequence_first
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observations.roundoff import relative_error, rms
 
+Answer = Callable[..., Tensor]
+""":func:`true_answer` or :func:`rounded_answer`."""
+
 TRUE = "fp64"
 """The condition of the true fp64 run."""
 
 
 def _read(context: CellContext, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
     """The answer of a pass from the cell's store; every condition but true fp64 computes in the cell's own dtype."""
+    batch = batch_key(tensors)
+    lasting = _is_planned(context, batch)
     if condition.startswith(TRUE):
-        return context.true_passes.answers.read((condition, batch_key(tensors)), compute)
-    return context.passes.read((condition, batch_key(tensors)), compute, dtype_of(context.recipe.computes_in))
+        return context.true_passes.answers.read((condition, batch), compute, lasting=lasting)
+    narrow = dtype_of(context.recipe.computes_in)
+    return context.passes.read((condition, batch), compute, narrow, lasting=lasting)
+
+
+def _is_planned(context: CellContext, key: tuple[Any, ...]) -> bool:
+    """Whether the key is that of a batch which every check examines."""
+    return any(key == batch_key(context.inputs_of(batch)) for batch in context.planned_batches)
 
 
 def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
@@ -51,7 +64,7 @@ def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, na
 
 
 def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without its labels: laws are asked of logits."""
+    """The batch without its labels: laws apply to logits."""
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 
@@ -91,9 +104,14 @@ def answer_of(output: Any, *, by_token: bool, turned: frozenset[str] = frozenset
     return logits
 
 
+def reads_states(context: CellContext, *, by_token: bool) -> bool:
+    """Whether a law compares states, since the logits are pooled and the law is about tokens."""
+    return by_token and context.subject.task == "sequence-classification"
+
+
 def caller(context: CellContext, *, by_token: bool, **keywords: Any) -> Caller:
     """Calls a model so that :func:`answer_of` finds its answer."""
-    pooled = by_token and context.subject.task == "sequence-classification"
+    pooled = reads_states(context, by_token=by_token)
     turned = turned_states(context) if pooled else frozenset()
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
@@ -111,7 +129,7 @@ def true_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: b
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
     call = caller(context, by_token=by_token)
-    return true_pass(context, without_labels(tensors), call, f"by token: {by_token}")
+    return true_pass(context, without_labels(tensors), call, f"states: {reads_states(context, by_token=by_token)}")
 
 
 def trusted(left_out: tuple[str, ...]) -> None:
@@ -148,7 +166,24 @@ def rounded_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token
             raise NotApplicableError(no_reference(run.left_out, kind="rounded"))
         return run.outputs["answer"].cpu()
 
-    return _read(context, f"rounded {by_token}", given, make)
+    return _read(context, f"rounded, states: {reads_states(context, by_token=by_token)}", given, make)
+
+
+def agreeing(moved: Tensor, *sources: Callable[[Answer], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
+    """What a law compares with: the true answer, and what gives the rounded one, of the first source that agrees in true fp64.
+
+    The passes over a whole batch are there for every law. Only where a law's own answer is another than theirs must it be told
+    whose fault that is: a neighbour in the batch, or what the law is about. So the rows alone come last.
+
+    Args:
+        moved: true fp64 answer of the transformed batch.
+        sources: answers at the same positions, given what answers; the cheapest first.
+    """
+    for source in sources:
+        true, chosen = source(true_answer), source
+        if relative_error(moved, true) <= AGREED:
+            break
+    return true, lambda: chosen(rounded_answer)
 
 
 def plain_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
@@ -156,11 +191,15 @@ def plain_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: 
     given = without_labels(tensors)
 
     def make() -> Tensor:
+        if _is_planned(context, batch_key(given)) and not reads_states(context, by_token=by_token):
+            outputs = context.forward(Batch(tensors=given, drawn=""))  # which checks of a plain call have run already
+            if "logits" in outputs:
+                return outputs["logits"]
         call = caller(context, by_token=by_token)
         answer: Tensor = context.runner.apply(lambda: call(context.model, given)["answer"])
         return answer
 
-    return _read(context, f"plain {by_token}", given, make)
+    return _read(context, f"plain, states: {reads_states(context, by_token=by_token)}", given, make)
 
 
 def is_reference_itself(context: CellContext) -> bool:

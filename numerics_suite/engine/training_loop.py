@@ -324,7 +324,7 @@ class Trainer:
         """Every step, up to the first tensor that is not finite, and what happened."""
         before = {name: p.dtype for name, p in self.parameters.items()}
         bad: BadTensor | None = None
-        meter = UpdateMeter()
+        meter = UpdateMeter.of(len(self.parameters))
         try:
             with metered(self.optimizers, meter, self.plan.rounding):
                 for step in self.numbers():

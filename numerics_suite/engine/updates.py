@@ -37,8 +37,8 @@ ELEMENTWISE = (
 )
 """Optimizers whose step of an element needs nothing of the others, so that a sample of a parameter steps as the whole does."""
 
-SAMPLE = 1 << 14
-"""Elements of each parameter that a training run of the suite looks at."""
+SAMPLE, ALL_SAMPLES = (1 << 10, 1 << 14), 1 << 20
+"""Elements of each parameter that a training run of the suite looks at, at least and at most; and of all parameters together."""
 
 DEVIATIONS = 3.0
 """Standard errors that are added to the share: a share that only its sample makes small stays within the limit."""
@@ -97,7 +97,7 @@ class UpdateMeter:
         held: by parameter, what it gained in these steps.
     """
 
-    def __init__(self, most: int = SAMPLE, *, narrow: bool = False) -> None:
+    def __init__(self, most: int = SAMPLE[1], *, narrow: bool = False) -> None:
         """Nothing was seen yet.
 
         Args:
@@ -159,6 +159,15 @@ class UpdateMeter:
             return False
         whole = not hasattr(parameter, "_local_tensor") and parameter.numel() > 0 and has_float64(parameter.device)
         return whole and (not self.narrow or parameter.dtype.itemsize < torch.float32.itemsize)
+
+    @classmethod
+    def of(cls, parameters: int) -> UpdateMeter:
+        """One for a training run of the suite.
+
+        Args:
+            parameters: how many tensors are trained.
+        """
+        return cls(min(SAMPLE[1], max(SAMPLE[0], ALL_SAMPLES // max(parameters, 1))))
 
     def sample(self, tensor: Tensor | None) -> Tensor:
         """At most that many evenly spaced elements, copied to float64."""

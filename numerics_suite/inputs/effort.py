@@ -33,7 +33,7 @@ class BatchPlan:
 
     @property
     def batches(self) -> int:
-        """How many a check is asked of at most."""
+        """How many a check runs on at most."""
         return self.drawn + (0 if self.planned is None else 2) + self.long_row
 
 
@@ -44,9 +44,9 @@ _OF_SMALL: Final = {
 }
 _OF_LARGE: Final = {
     # A pass over a large model is its matrix products: coverage is counted in rows and positions, not in calls. Four rows hold
-    # one row of each kind of contents; 64 tokens give each entry of a weight's gradient 64 terms.
+    # one row of each kind of contents, and 24 tokens of it the longest that `forward.packing` packs; 64 tokens give each entry of a weight's gradient 64 terms.
     "quick": BatchPlan(drawn=0, planned=(4, 16), gradient=(4, 8)),
-    "standard": BatchPlan(drawn=0, planned=(4, 32), gradient=(4, 16)),
+    "standard": BatchPlan(drawn=0, planned=(4, 24), gradient=(4, 16)),
     "thorough": BatchPlan(drawn=4, planned=(4, 64), long_row=True),
 }
 
@@ -57,9 +57,9 @@ class Effort:
 
     Attributes:
         name: `quick`, `standard` or `thorough`.
-        examples: `--max-examples`, None where nobody set it.
-        rows: `--batch-size`, None where nobody set it.
-        length: `--seq-len`, None where nobody set it.
+        examples: `--max-examples`, None where it is not set.
+        rows: `--batch-size`, None where it is not set.
+        length: `--seq-len`, None where it is not set.
     """
 
     name: str = "standard"

@@ -155,7 +155,8 @@ what is free, so that a row is as long on every machine."""
 def planned_batches(space: InputSpace, *, rows: int, length: int, seed: int) -> tuple[Batch, ...]:
     """Three batches without chance in their shape: rows of one length, of several lengths, and these with a pad id inside.
 
-    Every kind of contents stands in a row of each where there are four rows. The first has no padding: the law of padding adds
+    Every kind of contents stands in a row of each where there are four rows; the longest is never one token repeated, in which no
+    position shows. The first has no padding: the law of padding adds
     columns to it on every side. The second is padded on the left where the family allows it, which moves positions. Of the
     third no law is asked.
 
@@ -171,7 +172,7 @@ def planned_batches(space: InputSpace, *, rows: int, length: int, seed: int) -> 
         build_batch(
             space,
             lengths=lengths,
-            contents=[CONTENTS[(row + turn) % len(CONTENTS)] for row in range(rows)],
+            contents=[CONTENTS[(row - turn) % len(CONTENTS)] for row in range(rows)],
             side="left" if "left" in space.sides else space.sides[0],
             content_seed=random.Random(f"planned {turn} {seed}").randrange(2**32),  # noqa: S311 - test data, not a secret
             pad_inside=turn == 2,

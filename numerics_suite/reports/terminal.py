@@ -1,4 +1,4 @@
-"""The terminal: a header, live progress, and the end of the run; plain lines where nobody watches."""
+"""The terminal: a header, live progress, and the end of the run; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COLOURS = {
 its yellow or cyan on white is often not there at all."""
 
 QUIET_SECONDS = 10.0
-"""Where nobody watches, progress is a line at most this often, and at most one for each tenth of the work."""
+"""Without a terminal, progress is a line at most this often, and at most one for each tenth of the work."""
 
 
 class _Console(Console):

@@ -13,7 +13,6 @@ from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Subject, Task
 from numerics_suite.subjects import compat, fixtures, validate
 from numerics_suite.subjects.adapters import adapter_task, base_folder, read_adapter, refuse_unusable
-from numerics_suite.subjects.buildable import refuse_impossible_sizes
 from numerics_suite.subjects.factory import PREFIX as FACTORY
 from numerics_suite.subjects.factory import call_factory
 from numerics_suite.subjects.families import Family, family_of
@@ -235,6 +234,8 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
     task = _task(wanted, config, folder, adapter)
     own_code = validate.needs_remote_code(config)
     if not own_code:
+        from numerics_suite.subjects.buildable import refuse_impossible_sizes  # imports torch
+
         refuse_impossible_sizes(folder, config, tensors)
     validate.check_vocabulary(folder, config, tensors, family)
     validate.check_pad_token(folder, config, tensors, task)

@@ -49,7 +49,7 @@ def test_forward_pass(benchmark: BenchmarkFixture, precision: str) -> None:
     assert logits.shape[:2] == tensors["input_ids"].shape
 
 
-def _bare_step(context: CellContext) -> Callable[[], object]:
+def bare_step(context: CellContext) -> Callable[[], object]:
     """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
     model = context.copy_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -86,5 +86,5 @@ def test_training_step(benchmark: BenchmarkFixture, precision: str, kind: str) -
     if precision == "pure-fp16":
         pytest.skip("AdamW's eps is 0 in float16, so its second step has no parameters left to time")
     context = context_of(precision)
-    loss = benchmark(_watched_step(context) if kind == "watched" else _bare_step(context))
+    loss = benchmark(_watched_step(context) if kind == "watched" else bare_step(context))
     assert loss == loss

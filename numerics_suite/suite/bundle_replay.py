@@ -175,7 +175,7 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
 
 
 def reopened(bundle: Bundle, model: nn.Module, found: Finding) -> tuple[bool, Finding]:
-    """Whether the finding comes about again, and it with the fact `reopened`: what its kept steps, taken as the bundle's own script takes them, show.
+    """Whether the finding is reproduced, and it with the fact `reopened`: what its kept steps, taken as the bundle's own script takes them, show.
 
     Args:
         bundle: as read.
@@ -223,7 +223,7 @@ def _on(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Finding | Non
 
 
 def _found_again(found: Finding, origin: Origin | None, how: str, cause: str) -> Finding:
-    """The finding as it comes about again, with the remedies of its cause."""
+    """The finding as it is reproduced, with the remedies of its cause."""
     if cause == "unknown":
         cause = found.cause
     if cause != found.cause:

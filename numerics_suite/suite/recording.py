@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,8 +168,17 @@ def _begin(settings: Settings, digests: list[Any]) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # the terminal's Ctrl-C reaches every process; the first one acts on it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     digests_from_json(digests)
     _OWN[:] = [SuiteSession(settings)]
+
+
+def _end_with_parent() -> None:
+    """End this worker where the process that began it is killed: nothing else tells it, for it holds its queue's other end itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _measured_there(cell: Cell) -> _Answer:

@@ -14,6 +14,7 @@ from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.checks._laws import TRUE_ONLY, UNSUPPORTED
+from numerics_suite.checks._true_gradient import after_reading
 from numerics_suite.core import interrupts, progress
 from numerics_suite.core.activity import doing
 from numerics_suite.core.atomic import write_atomic
@@ -49,7 +50,7 @@ from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
 REPRODUCERS = Path(".numerics/reproducers")
-"""Where the scripts that show a finding alone are written unless told otherwise, below the folder that the command runs in."""
+"""Where the scripts that show a finding alone are written by default, below the folder that the command runs in."""
 
 
 class SuiteSession:
@@ -79,7 +80,7 @@ class SuiteSession:
 
     @cached_property
     def plan(self) -> SuitePlan:
-        """What is asked of what."""
+        """Which check runs on which cell."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `answer`
             return make_plan(self.settings)
@@ -198,6 +199,18 @@ class SuiteSession:
             return result("error", reason=stopped_line(error)), ""
         finally:
             progress.end()
+            self._drop_unread(question)
+
+    def _drop_unread(self, question: Question) -> None:
+        """Let go what the check just asked was the last one of its cell to read."""
+        read = get_check(question.check).reads
+        if not read or self._context is None:
+            return
+        checks = [other.check for other in self.plan.questions if other.cell == question.cell]
+        later = checks[checks.index(question.check) + 1 :]
+        still_read = frozenset().union(*(get_check(check).reads for check in later))
+        for name in read:
+            after_reading(self._context, name, last=name not in still_read)
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._context is not None and self._context.cell == cell

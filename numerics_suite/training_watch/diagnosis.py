@@ -43,10 +43,10 @@ SECONDS = 60.0
 """As long as a loop that stops is kept for its remedies."""
 
 EXPLANATIONS = {
-    "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: nobody wrote them.",
+    "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: they were never initialised.",
     "corrupt-weights": "Parameters were not finite before the first step: the file, or what was done to the model after loading it.",
     "wrong-input-dtype": "Token ids name rows of a table; as floating numbers, or rounded to bfloat16 on the way (8 bits), they name other rows.",
-    "out-of-range-input": "The batch itself holds a value that is not finite; whatever the model does with it is not either.",
+    "out-of-range-input": "The batch itself holds what the model cannot take: a value that is not finite, an id without a row of the embedding, a label without a class.",
     "overflow": "The op's inputs are finite and its result is larger than the largest number of its dtype.",
     "invalid-operation": "The op's inputs are finite and its result is not: it divided by zero or left its domain.",
     "fully-masked-row": "A softmax over a row whose every score is masked is 0/0.",

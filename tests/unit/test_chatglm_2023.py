@@ -125,3 +125,9 @@ def test_where_states_are_turned_is_seen_from_one_row():
     assert found["chatglm-tiny-classifier"] == frozenset()
     assert read == {CLASSIFIER: False, "chatglm-tiny-classifier": True}
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_code_whose_prepared_step_says_nothing_of_a_cache(tmp_path):
+    """As ChatGLM2's: what it hands on has no `use_cache`, which its config then decides. The cache is asked all the same."""
+    folder = changed(tmp_path, CAUSAL, ('            "use_cache": use_cache,\n', ""))
+    assert statuses(folder, ("forward.cache",), **TRUSTED)["forward.cache"] == "passed"

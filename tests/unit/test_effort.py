@@ -24,7 +24,7 @@ def test_a_small_model_is_drawn_for_as_before_and_a_large_one_has_planned_batche
     assert Effort().plan(SMALL_MODEL).drawn == 10
     assert Effort().plan(SMALL_MODEL).planned is None
     large = Effort().plan(SMALL_MODEL + 1)
-    assert (large.drawn, large.planned, large.gradient) == (0, (4, 32), (4, 16))
+    assert (large.drawn, large.planned, large.gradient) == (0, (4, 24), (4, 16))
 
 
 def test_what_somebody_asked_for_wins() -> None:

@@ -152,3 +152,32 @@ def test_a_matrix_refuses_baselines_of_other_cells_before_it_installs(
     assert baseline_of(same, [cell.subject]) == Path("kept")
     with pytest.raises(BadInputError, match=f"no cell in common with this run; it holds {cell.subject} "):
         baseline_of(dataclasses.replace(same, **{"precision": ("bf16",), **other}), [cell.subject])
+
+
+def test_a_matrix_of_which_no_cell_can_load_the_subject_is_bad_input() -> None:
+    from numerics_suite.core.versions import MatrixCell, Versions
+    from numerics_suite.versions.matrix import _refuse_if_all
+
+    def cell(release: str, *, bad_input: bool) -> MatrixCell:
+        versions = Versions(transformers=release)
+        reason = f"config.json: transformers {release} can build no model"
+        return MatrixCell(
+            wanted=versions, held=versions, status="error", verdict="error", reason=reason, bad_input=bad_input
+        )
+
+    both: Any = [cell("5.0.0", bad_input=True), cell("5.1.0", bad_input=True)]
+    with pytest.raises(BadInputError, match=r"transformers 5\.0\.0 .*; .*transformers 5\.1\.0 "):
+        _refuse_if_all(both, ["one"])  # type: ignore[list-item]
+    _refuse_if_all([both[0], cell("5.1.0", bad_input=False)], ["one"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("others", "status"), [((), 4), (("passed",), 4), (("error",), 3), (("failed",), 1)])
+def test_bad_input_that_only_a_load_can_tell(others: tuple[Any, ...], status: int) -> None:
+    from numerics_suite.suite.endings import ending
+
+    first = dataclasses.replace(
+        result("load.finite", "bf16"), status="error", reason="no model", bad_input=True, finding=None
+    )
+    rest = [dataclasses.replace(result("load.dtype", "bf16"), status=other, finding=None) for other in others]
+    end = ending([first, *rest])
+    assert (end.status, end.complete, end.verdict) == (status, True, "fail" if status == 1 else "error")

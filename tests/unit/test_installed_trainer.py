@@ -11,13 +11,17 @@ import torch
 from mutants.driver import MutantSession, release
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
+from numerics_suite.checks.train import _stack_batch as stack_batch
 from numerics_suite.checks.train import trainer as check_file
 from numerics_suite.checks.train._stack_batch import stack_of
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Finding
+from numerics_suite.core.records import Finding, Measurement
 from numerics_suite.core.registry import get_check
+from numerics_suite.diagnosis.findings import finding as finding_of
+from numerics_suite.diagnosis.reproducer import reproducer
 from numerics_suite.engine.installed_trainer import Way, trainer_step
 from numerics_suite.judgement.known_faults import KNOWN_FAULTS, reason_to_accept
+from numerics_suite.judgement.verdicts import judge
 from numerics_suite.settings.tree import Settings
 
 pytest.importorskip("accelerate")
@@ -199,6 +203,28 @@ def test_an_accelerate_that_adds_up(stack, monkeypatch):
     assert check_file._measured(trial).facts[check_file.TIMES] == pytest.approx(4)
 
 
+@newest
+@pytest.mark.parametrize("name", ["accelerate-loop", "adapter"])
+def test_a_script_fails_with_the_defect_and_not_without(language_model, monkeypatch, name):
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+    facts = {check_file.TIMES: 4.0, "most in": "lm_head.weight", "with": "a loop", "fault": "adds up"}
+    breach = judge("train.trainer", [Measurement(name=name, value=3.0, unit="ratio", facts=facts)])
+    found = finding_of(breach, language_model, None)
+    assert reproducer("train.trainer", found, language_model, None) is None
+    own = PeftModel.forward
+    if name == "adapter":
+
+        def without(self, *given, num_items_in_batch=None, **words):
+            return own(self, *given, **words)
+
+        monkeypatch.setattr(PeftModel, "forward", without)
+    else:
+        monkeypatch.setattr(Accelerator, "backward", lambda self, loss, **_: loss.backward())
+    assert "REPRODUCED" in reproducer("train.trainer", found, language_model, None)
+
+
 def test_a_clipping_that_does_nothing(stack, monkeypatch):
     from accelerate import Accelerator
 
@@ -281,15 +307,53 @@ def test_a_skip_says_why(reason, language_model, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         subject = language_model
     else:
-        tall = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(numel=lambda: 1 << 30)]))
-        tall.get_base_model = lambda: language_model.model
-        model = {"PreTrainedModel": torch.nn.Linear(2, 2), "GiB": tall}.get(reason, language_model.model)
+        model = torch.nn.Linear(2, 2) if reason == "PreTrainedModel" else language_model.model
         cell = SimpleNamespace(device="cuda:0,cuda:1" if reason == "one device" else "cpu")
         subject = SimpleNamespace(
             model=model, cell=cell, rows=1, request=SimpleNamespace(rows=1), space=language_model.space
         )
+    if reason == "GiB":
+        monkeypatch.setattr(stack_batch, "MOST_BYTES", 1000)
+        subject = language_model
     with pytest.raises(NotApplicableError, match=reason):
         stack_of(subject)
+
+
+# --- the depth -------------------------------------------------------------------------------------------------------
+
+
+def float64_bytes(model):
+    return 8 * sum(each.numel() for each in model.parameters())
+
+
+def test_two_blocks_of_six_stand_for_all_and_the_model_keeps_its_own(tmp_path, monkeypatch):
+    context = context_of(saved(tmp_path, num_hidden_layers=6))
+    before = {name: value.clone() for name, value in context.model.state_dict().items()}
+    # Too large as a whole, and judged all the same.
+    monkeypatch.setattr(stack_batch, "MOST_BYTES", float64_bytes(context.model) - 1)
+    asked = stack_of(context)
+    assert len(asked.plain.model.layers) == asked.plain.config.num_hidden_layers == 2
+    assert len(context.model.model.layers) == context.model.config.num_hidden_layers == 6
+    after = context.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not faults_of(context)
+
+
+def test_a_class_that_reaches_for_its_last_block_is_trained_whole(tmp_path, monkeypatch):
+    context = context_of(saved(tmp_path, num_hidden_layers=4))
+    kind = type(context.model.model)
+    own = kind.forward
+
+    def reaches(self, *args, **words):
+        assert self.layers[3] is not None
+        return own(self, *args, **words)
+
+    monkeypatch.setattr(kind, "forward", reaches)
+    assert len(stack_of(context).plain.model.layers) == 4
+    monkeypatch.setattr(stack_batch, "MOST_BYTES", float64_bytes(context.model) - 1)
+    with pytest.raises(NotApplicableError, match="GiB"):
+        stack_of(context)
 
 
 # --- what is accepted ------------------------------------------------------------------------------------------------

@@ -9,12 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from numerics_suite.checks import _true_gradient
 from numerics_suite.checks._laws import law_measurements
+from numerics_suite.checks._true_gradient import GRADIENT
+from numerics_suite.checks.forward.attention import attention
 from numerics_suite.checks.forward.causal import causal
 from numerics_suite.checks.reference.gradient import gradient
 from numerics_suite.checks.reference.oracle import oracle
+from numerics_suite.checks.train._other_ways import agreement
 from numerics_suite.checks.train.accumulation import accumulation
+from numerics_suite.checks.train.checkpointing import checkpointing
 from numerics_suite.checks.train.clip import clip
+from numerics_suite.core.exact import AGREED
 from numerics_suite.core.registry import CheckSpec
 from numerics_suite.engine import runner
 from numerics_suite.engine.cell_context import CellContext
@@ -86,10 +92,66 @@ def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:
 
 def test_one_float64_gradient_serves_every_check_that_compares_with_it(ran: Counter[str]) -> None:
     (context,) = cells("standard", steps=1)
-    for check in (gradient, oracle, accumulation):
+    for check in (gradient, oracle, accumulation, checkpointing):
         assert not ask(check, context, seed=0).breaches
-    # The probe, the gradient and the micro-batches.
+    # The probe, the gradient, and every other way to take it at once.
     assert ran["run_true_fp64 gradients"] == 3
+
+
+class Doubled(torch.autograd.Function):
+    """An identity whose gradient is twice as large."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return 2 * gradients[0]
+
+
+@pytest.mark.parametrize("fault", ["rows", "training", "recomputation"])
+def test_each_way_is_asked_alone_where_all_at_once_change_the_gradient(fault: str) -> None:
+    (context,) = cells("quick", steps=1)
+    norm = context.model.get_submodule("model.norm")
+    block = context.model.get_submodule("model.layers.0")
+    inner = norm.forward
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        wrong = {
+            "rows": states.shape[0] == 1,
+            "training": norm.training,
+            "recomputation": getattr(block, "gradient_checkpointing", False) and norm.training,
+        }
+        return inner(Doubled.apply(states) if wrong[fault] else states)
+
+    norm.forward = forward  # type: ignore[method-assign]
+    assert agreement(context) is None
+    modes = ask(checkpointing, context, seed=0).worst
+    assert (ask(accumulation, context, seed=0).worst["true-gradient"].value > AGREED) == (fault == "rows")
+    assert (modes["true-training-mode"].value > AGREED) == (fault == "training")
+    assert (modes["true-gradient"].value > AGREED) == (fault == "recomputation")
+
+
+def test_a_gradient_is_dropped_after_the_last_check_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_true_gradient, "keeps_gradients", lambda _model: False)  # as for a large model
+    checks = ("reference.gradient", "train.accumulation", "train.clip")
+    settings = Settings(subjects=("fixture:glm4-tiny",), precision=("bf16",), attn=("sdpa",), checks=checks, steps=1)
+    session = SuiteSession(settings)
+    held = []
+    for question in session.plan.questions:
+        assert session.answer(question)[0].status == "passed"
+        held.append(any(key.startswith(GRADIENT) for key in session.context(question.cell).memo))
+    assert held == [True, False, False]
+
+
+def test_the_other_attention_holds_the_same_weights() -> None:
+    (context,) = cells()
+    ask(attention, context, seed=0)
+    other = context.memo["other attention"].model
+    assert other is not context.model
+    for name, parameter in context.model.named_parameters():
+        assert other.get_parameter(name).data_ptr() == parameter.data_ptr()
 
 
 def test_cells_with_equal_numbers_share_their_true_passes(ran: Counter[str]) -> None:
@@ -168,6 +230,20 @@ def test_an_answer_is_computed_once_and_the_least_recent_goes_first() -> None:
         assert bool((read(key) == 1 / 3).all())
     assert computed == ["a", "b", "c", "b"]
     assert len(store) == 2
+    assert store.nbytes <= store.most_bytes
+
+
+def test_what_many_checks_ask_for_stays_while_others_make_room() -> None:
+    store, computed = PassStore(most_bytes=2 * 8 * 100), []
+
+    def read(key: str) -> None:
+        store.read(
+            key, lambda: computed.append(key) or torch.full((100,), 1 / 3, dtype=torch.float64), lasting=key < "c"
+        )
+
+    for key in ("a", "x", "y", "b", "z", "a", "b"):
+        read(key)
+    assert computed == ["a", "x", "y", "b", "z"]
     assert store.nbytes <= store.most_bytes
 
 

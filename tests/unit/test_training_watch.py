@@ -229,6 +229,46 @@ def test_floating_ids_are_refused_before_the_model_sees_them():
     assert [remedy.name for remedy in caught.value.finding.remedies] == ["default-input-dtypes"]
 
 
+def language_model(kind, **config):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    model = getattr(transformers, f"LlamaFor{kind}")(transformers.LlamaConfig(**sizes, **heads, **config))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_ids", "of_labels", "text"),
+    [
+        ("CausalLM", 64, 3, r"input_ids hold 64, and the embedding has 64 rows \(0 to 63\)"),
+        ("CausalLM", 3, 70, r"labels hold 70, and the model has 64 classes \(0 to 63\)"),
+        ("SequenceClassification", 3, 3, r"labels hold 3, and the model has 3 classes \(0 to 2\)"),
+    ],
+)
+def test_what_the_model_has_no_row_for_is_named_before_it_raises(kind, of_ids, of_labels, text):
+    """On a CPU the model raises `Target 3 is out of bounds`, on other devices an op ends the process."""
+    model, optimizer = language_model(kind, num_labels=3)
+    batch = torch.tensor([[5, of_ids, 7], [3, 4, 5]])
+    labels = torch.tensor([[-100, of_labels, 7], [3, 4, 5]]) if kind == "CausalLM" else torch.tensor([1, of_labels])
+    with pytest.raises(NumericsError, match=text) as caught, watch(model, optimizer):
+        model(input_ids=batch, labels=labels)
+    assert caught.value.finding.cause == "out-of-range-input"
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0, 2]), torch.tensor([0.5, 7.0]), torch.tensor([[0, 1, 1], [1, 0, 0]]).float()]
+)
+def test_labels_that_are_numbers_name_no_class(labels):
+    count = {torch.Size([2, 3]): 3}.get(labels.shape, 1 if labels.is_floating_point() else 3)
+    model, optimizer = language_model("SequenceClassification", num_labels=count)
+    with watch(model, optimizer) as w:
+        model(input_ids=torch.tensor([[5, 6, 63], [3, 4, 5]]), labels=labels).loss.backward()
+        optimizer.step()
+    assert w.finding is None
+
+
 def test_ids_that_were_rounded_on_the_way_are_warned_of():
     model, optimizer = pair()
     batch = ids(0, 8, 16).bfloat16().long().clamp(max=996)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from numerics_suite.checks._laws import law_measurements, skipped_law
 from numerics_suite.core.errors import NotApplicableError, UnsupportedError
@@ -65,9 +66,20 @@ def _other(context: CellContext) -> Loaded:
             reason = "a new head is drawn at random, so two loads differ in it"
             raise NotApplicableError(reason)
         try:
-            context.memo["other attention"] = context.load(seed=context.request.seed, attn=name)
+            loaded = context.load(seed=context.request.seed, attn=name)
         except UnsupportedError as error:
             raise NotApplicableError(str(error)) from None
+        _share_weights(loaded.model, context.model)
+        context.memo["other attention"] = loaded
     other = context.memo["other attention"]
     assert isinstance(other, Loaded)
     return other
+
+
+def _share_weights(other: nn.Module, own: nn.Module) -> None:
+    """Let `other` hold the very weights of `own` where they are equal bit for bit: no second copy stays in memory."""
+    held = dict(own.named_parameters())
+    for name, parameter in other.named_parameters():
+        twin = held.get(name)
+        if twin is not None and twin.dtype == parameter.dtype and torch.equal(twin, parameter):
+            parameter.data = twin.data

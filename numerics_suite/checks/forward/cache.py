@@ -16,15 +16,16 @@ from numerics_suite.core.registry import check
 from numerics_suite.engine import decoding
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.references import (
+    agreeing,
     caller,
     compare_law,
-    rounded_answer,
     true_answer,
     true_pass,
     trusted,
     without_labels,
 )
 from numerics_suite.engine.router_loss import without_router_loss
+from numerics_suite.inputs.batch_rows import telling_rows
 from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 from numerics_suite.subjects.generation import is_stateful
@@ -70,14 +71,19 @@ def cache(context: CellContext, batch: Batch) -> Iterable[Measurement]:
 def _in_steps(
     context: CellContext, batch: Batch, cuts: Sequence[int], positions: decoding.Positions
 ) -> Iterable[Measurement]:
-    """The batch decoded in pieces, beside its full forward pass."""
+    """Two rows decoded in pieces, beside the batch's full forward pass."""
+    rows = telling_rows(batch)
+    tensors = {name: value[rows] for name, value in without_labels(batch.tensors).items()}
     # A query that sees padding only has no answer by definition; those columns are left out.
-    tensors = without_labels(batch.tensors)
     real = tensors["attention_mask"].bool()
     decode = decoding.with_cache(cuts, positions=positions)
     plain = context.runner.apply(lambda: decode(context.model, tensors)["answer"])
-    true, stepped = true_answer(context, tensors)[real], _true_steps(context, tensors, cuts, positions)[real]
-    whole, base = caller(context, by_token=True), lambda: rounded_answer(context, tensors)[real]
+    stepped, whole = _true_steps(context, tensors, cuts, positions)[real], caller(context, by_token=True)
+    true, base = agreeing(
+        stepped,
+        lambda answer: answer(context, batch.tensors)[rows][real],
+        lambda answer: answer(context, tensors)[real],
+    )
     if positions == "generate" and not relative_error(stepped, true) <= AGREED:
         # `generate` may count otherwise than the model itself (RoBERTa's own positions begin after its pad id): with and
         # without the cache are then compared under the positions of `generate`.
@@ -133,7 +139,7 @@ def _cause(context: CellContext, tensors: Mapping[str, Any], cuts: Sequence[int]
 
 
 def _after_right_padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """The last token of every row decoded after a prompt that was padded on the right, in true fp64.
+    """The last token of a row decoded after a prompt that was padded on the right, in true fp64.
 
     The other side is the same layout in one call without a cache: what a convolution or a window makes of the padding in
     between is the model's own affair, and the same on both sides.
@@ -155,8 +161,9 @@ def _after_right_padding(context: CellContext, batch: Batch) -> Iterable[Measure
 
 
 def _with_hole(batch: Batch, pad: int) -> dict[str, Tensor] | None:
-    """The batch with the last real token of every row behind the padding; None for one that is padded on the left."""
-    ids, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"]
+    """Two rows with the last token behind the padding; None for a batch that is padded on the left."""
+    chosen = telling_rows(batch)
+    ids, mask = batch.tensors["input_ids"][chosen], batch.tensors["attention_mask"][chosen]
     lengths = mask.sum(dim=1)
     if not bool(mask[:, 0].all()) or bool((lengths < 2).any()):
         return None

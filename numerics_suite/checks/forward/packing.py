@@ -15,7 +15,7 @@ from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.packed_rows import WORDS, Way, packed, padded_rows, row_alone, ways_of
-from numerics_suite.engine.references import caller, compare_law, plain_answer, rounded_answer, true_answer
+from numerics_suite.engine.references import Answer, agreeing, caller, compare_law, plain_answer, true_answer
 from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 
@@ -41,23 +41,36 @@ def packing(context: CellContext, batch: Batch) -> Iterable[Measurement]:
         yield from skipped_law()
         return
     for way in ways.asked:
-        yield from _law(context, _within_window(context, rows, way), way, ways.left_out)
+        yield from _law(context, batch, _within_window(context, rows, way), way, ways.left_out)
 
 
-def _law(context: CellContext, rows: list[Tensor], way: Way, left_out: str) -> Iterable[Measurement]:
-    alone = [row_alone(row, context) for row in rows]
-    true = torch.cat([true_answer(context, tensors)[0] for tensors in alone])
+def _law(context: CellContext, batch: Batch, rows: list[Tensor], way: Way, left_out: str) -> Iterable[Measurement]:
     together = padded_rows(rows, context) if way == "rows" else packed(rows, way, context.model)
-    found = compare_law(
-        context,
-        true=true,
-        true_other=_tokens(true_answer(context, together), together, way),
-        other=_tokens(plain_answer(context, together), together, way),
-        base=lambda: torch.cat([rounded_answer(context, tensors)[0] for tensors in alone]),
+    packs = _tokens(true_answer(context, together), together, way)
+    true, base = agreeing(
+        packs,
+        lambda answer_of: _in_batch(context, batch, rows, answer_of),
+        lambda answer_of: _alone(context, rows, answer_of),
     )
+    other = _tokens(plain_answer(context, together), together, way)
+    found = compare_law(context, true=true, true_other=packs, other=other, base=base)
     facts: dict[str, Fact] = {"packed by": WORDS[way]}
     facts |= {UNSUPPORTED: left_out} if left_out else {}
     yield from law_measurements(*found, place=lambda: _place(context, rows, true, together, way), facts=facts)
+
+
+def _alone(context: CellContext, rows: list[Tensor], answer_of: Answer) -> Tensor:
+    """`[tokens, …]` of all rows, each run alone."""
+    return torch.cat([answer_of(context, row_alone(row, context))[0] for row in rows])
+
+
+def _in_batch(context: CellContext, batch: Batch, rows: list[Tensor], answer_of: Answer) -> Tensor:
+    """The same out of the batch, whose passes every law reads: its rows begin with these."""
+    answers, mask = answer_of(context, batch.tensors), batch.tensors["attention_mask"].bool()
+    found = [answer[real] for answer, real in zip(answers, mask, strict=True) if bool(real.any())]
+    if len(found) < len(rows):  # the first of them is not the batch's
+        return _alone(context, rows, answer_of)
+    return torch.cat([answer[: len(row)] for answer, row in zip(found, rows, strict=False)])
 
 
 def _within_window(context: CellContext, rows: list[Tensor], way: Way) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
 from numerics_suite.engine.position_table import absolute_positions
 from numerics_suite.engine.references import (
+    agreeing,
     caller,
     compare_law,
     plain_answer,
-    rounded_answer,
     true_answer,
     without_labels,
 )
+from numerics_suite.inputs.batch_rows import telling_rows
 from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 
@@ -43,16 +45,17 @@ def padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     if not batch.laws_apply or int(batch.tensors["input_ids"].shape[1]) + EXTRA > context.longest:
         yield from skipped_law()
         return
+    rows = telling_rows(batch)
+    part = replace(batch, tensors={name: value[rows] for name, value in without_labels(batch.tensors).items()})
     worst, worst_pair = (0.0, 0.0, ""), None
-    for plain, more in _pairs(context, batch):
+    for plain, more in _pairs(context, part):
         real, where = plain["attention_mask"].bool(), more["attention_mask"].bool()
-        found = compare_law(
-            context,
-            true=_tokens(true_answer(context, plain), real),
-            true_other=_tokens(true_answer(context, more), where),
-            other=_tokens(plain_answer(context, more), where),
-            base=lambda plain=plain, real=real: _tokens(rounded_answer(context, plain), real),  # type: ignore[misc]
-        )
+        moved = true_answer(context, more)[where]
+        alone = [lambda answer, plain=plain, real=real: answer(context, plain)[real]]
+        shared = [lambda answer, real=real: answer(context, batch.tensors)[rows][real]]
+        true, base = agreeing(moved, *(alone if "position_ids" in plain else shared + alone))
+        other = plain_answer(context, more)[where]
+        found = compare_law(context, true=true, true_other=moved, other=other, base=base)
         if worst_pair is None or nan_last(found[0]) > nan_last(worst[0]):
             worst, worst_pair = found, (plain, more)
     facts = {} if worst_pair is None or worst[0] <= AGREED else _mask_read(context, worst_pair[1])
@@ -61,7 +64,7 @@ def padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     )
     # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
     if context.subject.task == "sequence-classification" and not context.lacks_pad_token:
-        yield from _pooled(context, batch)
+        yield from _pooled(context, part)
 
 
 def _pairs(context: CellContext, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -76,22 +76,17 @@ def _merged(context: CellContext) -> Measurement:
     bfloat16 keeps 8 bits of an integer and float16 11, so above 256 (2,048) some ids round to their neighbour. Where
     the embedding rows of both differ, so must the embedded states.
     """
-    vocab, merged, pairs = context.vocab_size, 0, 0
-    entry = context.model.get_input_embeddings()  # type: ignore[operator]
+    weight = context.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    pairs: list[tuple[int, int]] = []
     for dtype in (torch.bfloat16, torch.float16):
-        candidates = torch.arange(vocab)
+        candidates = torch.arange(context.vocab_size)
         rounded = candidates.to(dtype).to(torch.int64)
-        moved = candidates[(rounded != candidates) & (rounded < vocab)][:4]
-        for token in moved.tolist():
-            other = int(torch.tensor(token).to(dtype).to(torch.int64))
-            weight = entry.weight.detach()
-            if torch.equal(weight[token], weight[other]):
-                continue
-            pairs += 1
-            left, right = (_embedded(context, value) for value in (token, other))
-            merged += int(torch.equal(left, right))
+        moved = candidates[(rounded != candidates) & (rounded < context.vocab_size)][:4]
+        pairs += [(token, int(rounded[token])) for token in moved.tolist()]
+    pairs = [pair for pair in pairs if not torch.equal(*weight[list(pair)])]
+    merged = len(_same(context, pairs))
     return Measurement(
-        name="merged-ids", value=merged, unit="pairs", module=_embedding(context), facts={"pairs tried": pairs}
+        name="merged-ids", value=merged, unit="pairs", module=_embedding(context), facts={"pairs tried": len(pairs)}
     )
 
 
@@ -99,13 +94,8 @@ def _edges(context: CellContext) -> Measurement:
     """The first and the last id of the vocabulary against their neighbours, as a range check off by one merges them."""
     weight = context.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     last = context.vocab_size - 1
-    merged = [
-        f"{left} and {right}"
-        for left, right in ((0, 1), (last, last - 1))
-        if last > 0
-        and not torch.equal(weight[left], weight[right])
-        and torch.equal(_embedded(context, left), _embedded(context, right))
-    ]
+    pairs = [pair for pair in ((0, 1), (last, last - 1)) if last > 0 and not torch.equal(*weight[list(pair)])]
+    merged = [f"{left} and {right}" for left, right in _same(context, pairs)]
     return Measurement(
         name="merged-edges",
         value=len(merged),
@@ -115,14 +105,25 @@ def _edges(context: CellContext) -> Measurement:
     )
 
 
-def _embedded(context: CellContext, token: int) -> torch.Tensor:
-    """The state after the embedding for a row of that one id."""
+def _same(context: CellContext, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of the pairs of ids whose states after the embedding are the same; all ids in a few rows, each run alone."""
+    tokens = sorted({token for pair in pairs for token in pair})
+    states: dict[int, torch.Tensor] = {}
+    room = max(1, context.space.max_length)
+    for start in range(0, len(tokens), room):
+        part = tokens[start : start + room]
+        states |= zip(part, _embedded(context, part), strict=True)
+    return [pair for pair in pairs if torch.equal(states[pair[0]], states[pair[1]])]
+
+
+def _embedded(context: CellContext, tokens: Sequence[int]) -> torch.Tensor:
+    """The states after the embedding for one row of these ids, `[tokens, …]`."""
     seen: list[torch.Tensor] = []
     entry = context.model.get_input_embeddings()  # type: ignore[operator]
     handle = entry.register_forward_hook(lambda _m, _a, output: seen.append(output.detach().clone()))
-    ids = torch.full((1, min(2, context.space.max_length)), token)
+    ids = torch.tensor([tokens])
     try:
         context.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     finally:
         handle.remove()
-    return seen[0] if seen else ids.double()
+    return seen[0].reshape(len(tokens), -1) if seen else ids[0].double()

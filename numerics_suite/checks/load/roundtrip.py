@@ -18,7 +18,7 @@ from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
-from numerics_suite.engine.references import caller, true_answer, without_labels
+from numerics_suite.engine.references import agreeing, caller, without_labels
 from numerics_suite.engine.roundtrip import saved_and_loaded
 from numerics_suite.engine.runner import Runner
 from numerics_suite.observations.roundoff import relative_error
@@ -42,7 +42,7 @@ def roundtrip(context: CellContext) -> Iterable[Measurement]:
         while trip < TRIPS and not changes.names and not changes.dtypes:
             trip += 1
             model = _saved_and_loaded(context, model, Path(folder))
-            changes = _changes(context, model)
+            changes = _changes(context, model, answers=trip == TRIPS)
     tensor = next(iter(changes.tensors), "")
     yield Measurement(
         name="differing",
@@ -91,7 +91,8 @@ class _Changes:
         return found or (() if self.answers <= AGREED else ("answers",))
 
 
-def _changes(context: CellContext, after: nn.Module | Mapping[str, Tensor]) -> _Changes:
+def _changes(context: CellContext, after: nn.Module | Mapping[str, Tensor], *, answers: bool) -> _Changes:
+    """What changed; of answers, which cost a pass, only after the last trip: what moves on one of them has moved then."""
     before = context.model.state_dict()
     state = after if isinstance(after, Mapping) else after.state_dict()
     differing = tuple(name for name in before if name not in state or not same_bits(before[name], state[name]))
@@ -106,7 +107,7 @@ def _changes(context: CellContext, after: nn.Module | Mapping[str, Tensor]) -> _
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     }
-    same = not differing and not extra and not config and not dtypes
+    same = answers and not (differing or extra or config or dtypes)
     return _Changes(
         tensors=differing + extra, dtypes=dtypes, config=config, answers=_moved(context, after) if same else 0.0
     )
@@ -125,16 +126,24 @@ def _moved(context: CellContext, model: nn.Module) -> float:
     """By how much true fp64 answers moved; a table that is neither stored nor in the config shows only here."""
     if not context.takes_ids or context.broken:  # what is not finite already says nothing about the files
         return 0.0
-    tensors = without_labels(context.gradient_batch.tensors)
+    # Of a planned batch, whose answer every law reads, one row: what moved in the files moves each of them.
+    batch = next(iter(context.planned_batches), context.gradient_batch)
+    rows = slice(1 if context.planned_batches else None)
+    tensors = {name: value[rows] for name, value in without_labels(batch.tensors).items()}
     call = caller(context, by_token=False)
     other = Runner(model, context.condition).true_fp64(tensors, call=call)
+    if other.left_out:
+        return 0.0
+    moved = other.outputs["answer"].cpu()
     try:
-        before = true_answer(context, tensors, by_token=False)
+        before, _ = agreeing(
+            moved,
+            lambda answer: answer(context, batch.tensors, by_token=False)[rows],
+            lambda answer: answer(context, tensors, by_token=False),
+        )
     except NotApplicableError:
         return 0.0
-    if other.left_out or not bool(before.isfinite().all()):
-        return 0.0
-    return relative_error(other.outputs["answer"].cpu(), before)
+    return relative_error(moved, before) if bool(before.isfinite().all()) else 0.0
 
 
 def _saved_and_loaded(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -33,7 +33,7 @@ from numerics_suite.observations.nondifferentiable import Kinks
 from numerics_suite.observations.roundoff import rms, wide
 
 
-@check(trains=True)
+@check(trains=True, reads=(GRADIENT,))
 def gradient(context: CellContext) -> Iterable[Measurement]:
     """Is every parameter's gradient as near to the true fp64 one as the precision allows?
 
@@ -152,7 +152,7 @@ def _ratios(
     for name, wanted in true.items():
         if name not in own or name not in rounded:
             continue
-        inherent = rms(rounded[name] - wanted)
+        inherent = rms(wide(rounded[name]) - wanted)
         floor = roundoff * rms(wanted)
         error = rms(wide(own[name]).to(wanted.device) - wanted)
         scale = max(inherent, floor)

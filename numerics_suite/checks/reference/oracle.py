@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numerics_suite.checks._true_gradient import TrueRun, true_gradient, true_run
+from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, true_gradient, true_run
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Fact, Measurement
@@ -40,7 +40,7 @@ LONGEST_BATCH = 1024
 square. Beyond it only the table is judged, whose length costs nothing."""
 
 
-@check(needs=("token-ids",))
+@check(needs=("token-ids",), reads=(GRADIENT,))
 def oracle(context: CellContext) -> Iterable[Measurement]:
     """Is the true fp64 run what the family's definition computes from the checkpoint's own files?
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.kinds import CPU
+from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.shallow_copy import blocks_beyond, shallow_copy
 from numerics_suite.inputs.labels import IGNORED
 from numerics_suite.inputs.strategies import build_batch
 
@@ -21,6 +24,9 @@ MOST_ROWS = 4
 
 LONGEST_ROW = 10
 """Tokens of the longest row; each further row has two fewer."""
+
+MOST_BLOCKS = 2
+"""How the Trainer counts, divides and clips does not depend on how many blocks made the loss; two also show that one feeds the next."""
 
 MOST_BYTES = 1 << 30
 """A model whose float64 parameters take more is not run here; with gradients and what they are compared with it is four times that."""
@@ -31,7 +37,7 @@ class StackSubject:
     """What is trained, and on what.
 
     Attributes:
-        model: a copy of the subject's model on the CPU.
+        model: a copy of the subject's model on the CPU, of its first two blocks.
         task: of the subject.
         tensors: the whole batch, of whose rows no first token counts, as of rows that begin with a prompt.
         from_the_first: labels with which the first token of a row that has no padding before it counts too.
@@ -45,9 +51,7 @@ class StackSubject:
     @property
     def plain(self) -> nn.Module:
         """The model without peft's wrapper."""
-        model: Any = self.model
-        inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return inner
+        return _inner(self.model)
 
     @property
     def adapted(self) -> bool:
@@ -84,7 +88,7 @@ def stack_of(context: CellContext) -> StackSubject:
     """The subject's model and a batch for it.
 
     Raises:
-        NotApplicableError: the Trainer cannot be asked of it.
+        NotApplicableError: the Trainer cannot be checked with it.
     """
     if importlib.util.find_spec("accelerate") is None:
         reason = "transformers' Trainer needs accelerate: pip install 'numerics-suite[accelerate]'"
@@ -106,31 +110,57 @@ def stack_of(context: CellContext) -> StackSubject:
         pad_inside=False,
     )
     answers, whole = _labels(batch.tensors, context.subject.task)
-    model = context.copy_model().to(CPU)
+    tensors = {**batch.tensors, "labels": answers}
+    model = _copied(context, tensors)
     _without_dropout(model)
-    return StackSubject(
-        model=model, task=context.subject.task, tensors={**batch.tensors, "labels": answers}, from_the_first=whole
-    )
+    return StackSubject(model=model, task=context.subject.task, tensors=tensors, from_the_first=whole)
+
+
+def _copied(context: CellContext, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The subject's model on the CPU with its first blocks, or with all where its class does not run with fewer.
+
+    Raises:
+        NotApplicableError: it is too large.
+    """
+    with context.modified_model() as model:
+        beyond = blocks_beyond(model, MOST_BLOCKS)
+        if beyond:
+            _refuse_large(model, beyond)
+            shallow = shallow_copy(model, MOST_BLOCKS).to(CPU)
+            with suppress(Exception), torch.no_grad():  # code that reaches for a certain block may raise anything
+                call_model(shallow, tensors)
+                return shallow
+        _refuse_large(model)
+        return context.copy_model().to(CPU)
 
 
 def _refuse_unsuited(context: CellContext) -> None:
     from transformers import PreTrainedModel  # heavy
 
-    model: Any = context.model
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(context.model)
     if not isinstance(inner, PreTrainedModel):
-        reason = f"transformers' Trainer is asked of its own models, and {type(inner).__name__} is no PreTrainedModel"
+        reason = f"transformers' Trainer is checked with models of transformers only, and {type(inner).__name__} is no PreTrainedModel"
         raise NotApplicableError(reason)
     if "," in context.cell.device:
         reason = "the installed packages are judged on one device: name one"
         raise NotApplicableError(reason)
-    needed = 8 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _refuse_large(model: nn.Module, beyond: Sequence[str] = ()) -> None:
+    without = tuple(f"{name}." for name in beyond)
+    needed = 8 * sum(each.numel() for name, each in model.named_parameters() if not name.startswith(without))
     if needed > MOST_BYTES:
         reason = (
             f"{needed / 2**30:.1f} GiB of parameters in float64; the installed packages are judged as well on a small checkpoint "
-            f"of the class {type(inner).__name__}"
+            f"of the class {type(_inner(model)).__name__}"
         )
         raise NotApplicableError(reason)
+
+
+def _inner(model: Any) -> nn.Module:
+    """The model without peft's wrapper."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from numerics_suite.checks._true_gradient import true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
+from numerics_suite.checks.train._other_ways import agreement, in_training_mode
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
-from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
-from numerics_suite.engine.dropout import WithoutDropout
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.true_fp64 import run_true_fp64
 from numerics_suite.observations.roundoff import gradient_errors
 
 
-@check(trains=True, needs=("token-ids",))
+@check(trains=True, needs=("token-ids",), reads=(GRADIENT,))
 def checkpointing(context: CellContext) -> Iterable[Measurement]:
     """Are the gradients with activation checkpointing those without, and those of training mode eval mode's?
 
@@ -31,18 +28,19 @@ def checkpointing(context: CellContext) -> Iterable[Measurement]:
     if not getattr(context.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
-    evaluated, tensors = _in_eval_mode(context), context.gradient_batch.tensors
-    plain = _in_training_mode(context.model, tensors)
+    if (found := agreement(context)) is not None:
+        yield _measurement("true-training-mode", found.gradient, found.parameter)
+        yield _measurement("true-gradient", found.gradient, found.parameter)
+        yield Measurement(name="lost", value=0, unit="parameters")
+        return
+    evaluated = _in_eval_mode(context)
+    plain = _trained(context, checkpointed=False)
     by_mode = _worst("true-training-mode", plain, evaluated)
     yield by_mode
     if by_mode.value <= AGREED:
         # One function: with checkpointing it is compared with what is held anyway, and a third set of gradients is dropped.
         plain = evaluated
-    model = context.copy_model()
-    # The recomputation runs within the backward pass, beyond the call that turns dropout off.
-    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), WithoutDropout())}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-    again = _in_training_mode(model, tensors)
+    again = _trained(context, checkpointed=True)
     lost = tuple(name for name in plain if name not in again)
     yield _worst("true-gradient", again, {name: value for name, value in plain.items() if name in again})
     yield Measurement(
@@ -65,9 +63,10 @@ def _in_eval_mode(context: CellContext) -> Mapping[str, Tensor]:
         return run.gradients
 
 
-def _in_training_mode(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _trained(context: CellContext, *, checkpointed: bool) -> Mapping[str, Tensor]:
     """The true fp64 gradients in training mode, without dropout."""
-    run = run_true_fp64(model, tensors, gradients=True, stream=False, call=_training_call())
+    call = in_training_mode(checkpointed=checkpointed)
+    run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, stream=False, call=call)
     trusted(run.left_out)
     assert run.gradients is not None
     return run.gradients
@@ -77,17 +76,9 @@ def _worst(name: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     """The error of the parameter whose gradient is worst; one that is not there is infinitely wrong."""
     errors = {**dict.fromkeys(wanted, float("inf")), **gradient_errors(got, wanted)}
     worst = max(errors, key=lambda name: nan_last(errors[name]))
-    return Measurement(
-        name=name, value=errors[worst], unit="ratio", module=worst.rpartition(".")[0], parameters=(worst,)
-    )
+    return _measurement(name, errors[worst], worst)
 
 
-def _training_call() -> Any:
-    """Calls the model in training mode, where checkpointing is on, with every dropout off."""
-
-    def call(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-        model.train()
-        with WithoutDropout():
-            return call_model(model, tensors)
-
-    return call
+def _measurement(name: str, error: float, parameter: str) -> Measurement:
+    module = parameter.rpartition(".")[0]
+    return Measurement(name=name, value=error, unit="ratio", module=module, parameters=(parameter,))

@@ -90,6 +90,10 @@ def _float64(scene: ScriptContext) -> list[str]:
         "for module in model.modules():  # dropout off",
         "    held = [name for name, value in vars(module).items() if isinstance(value, float)]",
         '    vars(module).update({name: 0.0 for name in held if name == "p" or "dropout" in name})',
+        # Eager attention in float64 gives NaN where a query sees no key, as those before a row's first token do.
+        "pads = [int((mask == 0).long().cumprod(0).sum()) for mask in batch['attention_mask']]  # padding goes behind the tokens",
+        "moved = {name: [row.roll(-pad) for row, pad in zip(value, pads)] for name, value in batch.items() if value.dim() > 1}",
+        "batch = {**batch, **{name: torch.stack(rows) for name, rows in moved.items()}}",
         "trained = [p for p in model.parameters() if p.requires_grad]",
         *(first if scene.measurement != "label-count" else []),
     ]

@@ -1,0 +1,135 @@
+"""The gradient of the whole batch, taken in every way at once that must not change it; each way alone only where that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from numerics_suite.checks._true_gradient import true_gradient
+from numerics_suite.core.errors import NotApplicableError
+from numerics_suite.core.exact import AGREED
+from numerics_suite.core.numbers import nan_last
+from numerics_suite.devices.memory import reraise_if_fatal
+from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.digests import batch_key
+from numerics_suite.engine.dropout import WithoutDropout
+from numerics_suite.engine.outputs import scalar_loss
+from numerics_suite.engine.router_loss import adds_router_loss
+from numerics_suite.engine.runner import Caller
+from numerics_suite.engine.true_fp64 import Fp64Run
+from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.observations.roundoff import gradient_errors, relative_error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far a run is from the cell's own true fp64 run of the same batch.
+
+    Attributes:
+        loss: relative difference of the losses.
+        gradient: the largest relative difference of a parameter's gradient; infinite where one is not there.
+        parameter: whose that is.
+    """
+
+    loss: float
+    gradient: float
+    parameter: str
+
+
+def agreement(context: CellContext) -> Difference | None:
+    """By how much micro-batches, training mode and activation checkpointing, all at once, change loss and gradient in true fp64.
+
+    One run instead of three: what each of them changes would have to cancel to ten digits in every parameter, or it shows here.
+    None where it shows, and where the three cannot be had at once: then each check asks for its own way alone.
+    """
+    rows = int(context.gradient_batch.tensors["input_ids"].shape[0])
+    supported = getattr(context.model, "supports_gradient_checkpointing", False)
+    if rows < 2 or not supported or adds_router_loss(context.model):
+        return None
+    runs = context.true_passes.runs
+    key = f"micro-batches, checkpointed, in training mode over {batch_key(context.gradient_batch.tensors)}"
+    if key not in runs:
+        runs[key] = _agreement(context, rows)
+    found: Difference | None = runs[key]
+    return found
+
+
+def _agreement(context: CellContext, rows: int) -> Difference | None:
+    parts = in_training_mode(in_parts(context, rows), checkpointed=True)
+    try:
+        whole = true_gradient(context).found
+        run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=parts)
+    except NotApplicableError:
+        return None
+    except Exception as error:  # noqa: BLE001 - what the model's code raises in one of these ways is that way's check to tell
+        reraise_if_fatal(error)
+        return None
+    if run.left_out or (run.gradients or {}).keys() != (whole.gradients or {}).keys():
+        return None
+    found = difference(run, whole)
+    return found if max(found.loss, found.gradient) <= AGREED else None
+
+
+def difference(run: Fp64Run, whole: Fp64Run) -> Difference:
+    """How far a run's loss and gradients are from those of the whole batch; one that is not there is zero."""
+    assert run.gradients is not None
+    assert whole.gradients is not None
+    sums = {name: run.gradients.get(name, torch.zeros_like(value)) for name, value in whole.gradients.items()}
+    errors = gradient_errors(sums, whole.gradients)
+    worst = max(errors, key=lambda name: nan_last(errors[name]))
+    loss = relative_error(run.outputs["loss"].cpu(), whole.outputs["loss"].cpu())
+    return Difference(loss=loss, gradient=errors[worst], parameter=worst)
+
+
+def in_parts(context: CellContext, rows: int) -> Caller:
+    """Calls the model on micro-batches, whose losses are added up, each weighted by the labels that it counts.
+
+    Their gradients add up in the parameters, as in a loop that accumulates.
+    """
+    task = context.subject.task
+
+    def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        total, losses = counted(tensors["labels"], task), []
+        # Unequal on purpose: one row, and the rest before it, so that dropout that is left on draws otherwise than for the
+        # whole batch. The mean over no label is NaN by definition, and weighs nothing.
+        for start, stop in ((1, rows), (0, 1)):
+            part = {name: value[start:stop] for name, value in tensors.items()}
+            if share := counted(part["labels"], task) / total:
+                losses.append(share * scalar_loss(call_model(model, part)))
+        return {"loss": torch.stack(losses).sum()}
+
+    return call
+
+
+def counted(labels: Tensor, task: str) -> int:
+    """Labels that enter the mean: after the shift for language models, all rows of a sequence classifier."""
+    if task == "sequence-classification":
+        return int(labels.shape[0])
+    kept = labels[:, 1:] if task == "causal-lm" else labels
+    return int((kept != IGNORED).sum())
+
+
+def in_training_mode(call: Callable[[nn.Module, Mapping[str, Any]], Any] = call_model, *, checkpointed: bool) -> Caller:
+    """Makes a call in training mode, where checkpointing is on, with every dropout off.
+
+    Args:
+        call: what is called.
+        checkpointed: with activation checkpointing, which a true fp64 run switches off again at its end.
+    """
+
+    def trained(model: nn.Module, tensors: Mapping[str, Any]) -> Any:
+        if checkpointed:
+            # The recomputation runs within the backward pass, beyond the call that turns dropout off.
+            options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), WithoutDropout())}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        model.train()
+        with WithoutDropout():
+            return call(model, tensors)
+
+    return trained

@@ -1,0 +1,148 @@
+"""What does the verdict on one cell cost, in training steps of the same model?
+
+`pytest -p no:numerics_suite -s numerics_suite/suite/bench_cells.py`, with the extra `test` installed. The unit is a bare bfloat16 step
+(forward, backward, AdamW; 4 rows of 64 tokens) of the same model in the same process, timed after the checks: CPU seconds
+on one thread, so that other work on the machine weighs on both. Peaks are those of processes of their own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from numerics_suite.core.errors import BadInputError
+from numerics_suite.devices import random_state
+from numerics_suite.settings.options import from_command_line
+from numerics_suite.subjects.fixtures import REAL_NAME, fixture_path
+from numerics_suite.subjects.quiet import quiet_transformers
+from numerics_suite.suite.bench_steps import bare_step, context_of
+from numerics_suite.suite.session import SuiteSession
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+STEPS = 3
+"""Timed, of which the median counts; one more before them warms up."""
+
+MEDIUM = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 16384,
+    "pad_token_id": 0,
+    "eos_token_id": [1],
+}
+"""A GLM-4 of 35 million parameters."""
+
+
+@pytest.fixture(params=["tiny", "35M", "135M"])
+def subject(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A shipped fixture, a model with weights of one seed, and the trained one."""
+    if request.param == "tiny":
+        return "fixture:glm4-tiny"
+    if request.param == "135M":
+        try:
+            fixture_path(REAL_NAME)
+        except BadInputError as error:
+            pytest.skip(str(error))
+        return f"fixture:{REAL_NAME}"
+    from transformers import Glm4Config, Glm4ForCausalLM
+
+    with random_state.torch_seeded(0), quiet_transformers():
+        Glm4ForCausalLM(Glm4Config(**MEDIUM)).to(torch.bfloat16).save_pretrained(tmp_path / "medium")
+    return str(tmp_path / "medium")
+
+
+def alone(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    """What the function gives in a process of its own, which ends with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@contextmanager
+def cpu_seconds(into: list[float]) -> Iterator[None]:
+    """Adds the CPU time of what runs within it to a list."""
+    begun = time.process_time()
+    yield
+    into.append(time.process_time() - begun)
+
+
+def timed(step: Callable[[], object]) -> list[float]:
+    """CPU seconds of some steps."""
+    taken: list[float] = []
+    for _ in range(STEPS):
+        with cpu_seconds(taken):
+            step()
+    return taken
+
+
+def steps(subject: str) -> dict[str, float]:
+    """A bare step, and one under torch's own search for NaN; memory of the first."""
+    torch.set_num_threads(1)
+    step = bare_step(context_of("bf16", subject))
+    step()
+    bare, peak = timed(step), peak_gb()
+    with torch.autograd.detect_anomaly():
+        searched = timed(step)
+    return {"peak_gb": peak, "detect_anomaly": statistics.median(searched) / statistics.median(bare)}
+
+
+def cell(subject: str) -> dict[str, float]:
+    """All checks of a bfloat16 cell under sdpa, and each group of them, in bare steps; memory.
+
+    What it takes to import torch and transformers is no part of it: a step needs them too.
+    """
+    torch.set_num_threads(1)
+    session = SuiteSession(from_command_line({"subjects": [subject], "precision": "bf16", "attn": "sdpa"}))
+    groups: defaultdict[str, float] = defaultdict(float)
+    questions = session.plan.questions
+    for question in questions:
+        taken: list[float] = []
+        with cpu_seconds(taken):
+            result, trace = session.answer(question)
+        assert result.status in {"passed", "skipped", "accepted"}, f"{question.id}: {result.reason} {trace}"
+        groups[question.check.partition(".")[0]] += sum(taken)
+    peak = peak_gb()
+    step = bare_step(context_of("bf16", subject))
+    step()
+    unit = statistics.median(timed(step))
+    found = {group: seconds / unit for group, seconds in groups.items()}
+    return {"cell": sum(found.values()), **found, "peak_gb": peak, "step_s": unit}
+
+
+def measure(subject: str) -> dict[str, float]:
+    """Figures of one model.
+
+    Args:
+        subject: SUBJECT as a user types it.
+    """
+    step, whole = alone(steps, subject), alone(cell, subject)
+    memory = {"peak in steps": whole["peak_gb"] / step["peak_gb"], "step's peak_gb": step["peak_gb"]}
+    return {**whole, **memory, "detect_anomaly": step["detect_anomaly"]}
+
+
+def test_cell(benchmark: BenchmarkFixture, subject: str) -> None:
+    """The figures are in the benchmark's extra info."""
+    found = benchmark.pedantic(measure, args=(subject,), rounds=1)  # type: ignore[no-untyped-call]
+    benchmark.extra_info.update(found)
+    print(f"\n{subject}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))  # noqa: T201
+    assert found["cell"] > 0
