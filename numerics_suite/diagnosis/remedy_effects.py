@@ -50,7 +50,7 @@ def before_and_after(finding: Finding, own: CheckAnswer | None) -> str:
         now = own.facts.get(name, {}).get(SHARE)
         if isinstance(now, (int, float)):
             return f"{SHARE} {percent(held)} → {percent(now)}"
-        return f"{SHARE} {percent(held)} before; now no trained parameter is narrower than float32, and float32 holds such steps"
+        return f"{SHARE} {percent(held)} before; now every trained parameter, or the copy of it that steps, is float32"
     if not isinstance(before, (int, float)) or after is None:
         return ""
     limit = facts.get("allowed", 0)

@@ -358,9 +358,10 @@ class _Trial:
             parts += [before_and_after(self.finding, own)]
             parts[0] += opened(own) if parts[0] and own is not None and self.on_users_side else ""
         if self.check in STARTS_TRAINING or not any(parts):
-            parts += [self._curve(attempt)]
+            trains = self._curve(attempt)
+            parts += [f"training is {trains}" if trains and any(parts) else trains]
         if any(parts):
-            return "; then ".join(part for part in parts if part)
+            return "; ".join(part for part in parts if part)
         return f"{', '.join(self._companions(attempt.context))} pass" if own is None or self.on_users_side else "passes"
 
     def _curve(self, attempt: Attempt) -> str:

@@ -108,13 +108,17 @@ def _place(context: CellContext, plain: dict[str, Tensor], more: dict[str, Tenso
 
 
 def _mask_read(context: CellContext, more: dict[str, Tensor]) -> dict[str, Fact]:
-    """Whether the attention mask has an effect at all: the padded batch once more, with a mask that hides nothing."""
+    """Whether attention reads the mask at all: the padded batch once more, with a mask that hides nothing.
+
+    With the positions given where the model takes them: counting those is another use of the mask.
+    """
     where = more["attention_mask"].bool()
+    more = _with_positions(more) if takes_positions(context.model) else more
     masked = _tokens(true_answer(context, more), where)
     shown = _tokens(true_answer(context, {**more, "attention_mask": torch.ones_like(more["attention_mask"])}), where)
     same = torch.equal(masked, shown)
     return {
-        "flipped at the padding": "the same bit for bit (the mask is not read)"
+        "flipped at the padding": "the same bit for bit (attention does not read the mask)"
         if same
         else "other ones (the mask is read)"
     }

@@ -61,7 +61,7 @@ WHY: dict[str, str] = {
     "no-counted-labels": "the loss is then a mean over nothing: 0/0, or a step that learns nothing",
     "lost-head": "the trained head is lost, and each load draws a new one at random, so answers are random until it is trained again",
     "wrong-output-shape": "a loss over such logits is an error, or that of another task",
-    "rounded-update": "most steps are smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and are lost",
+    "rounded-update": "almost every step is smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and is lost",
     "untrained-parameters": "{parameters|a parameter} should be trained, and no optimizer step changes it as the loss asks",
     "packing-leak": "attention or positions run on across the border between two packed rows",
 }
@@ -79,6 +79,11 @@ WITH: dict[str, tuple[str, str]] = {
     "divergence": (
         "largest norm after clipping",
         "it leaves a norm of {largest norm after clipping}, where {limit|less} was asked for",
+    ),
+    "uninitialised-parameters": (
+        "the checkpoint",
+        "the checkpoint {the checkpoint}, and nothing wrote to the memory of {parameters|a parameter}: it holds what lay there before, "
+        "NaN in one process and zeros in another",
     ),
     "wrong-gradient": (
         "times the true gradient",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.core.text import listed
+from numerics_suite.core.text import listed, percent
 from numerics_suite.reports.lines import cut
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.view.causes import title_of
@@ -45,17 +45,26 @@ NO_SHOWING = frozenset(
 )
 """Facts that show nothing of a cause, or stand elsewhere."""
 
+SHARES = frozenset({"share of the steps that is held", "its standard error"})
+"""Facts that are told in percent."""
+
 OUTCOMES = {
     ("the same op in float64", "finite"): "the same operation in float64 is finite",
     ("the same op in float64", "not finite"): "the same operation in float64 is not finite either",
     (
         "loaded without poison",
         "other values",
-    ): "loaded twice into memory with other contents, the values are other ones",
-    ("over memory of zeros", "other values"): "loaded twice into memory with other contents, the values are other ones",
+    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
+    (
+        "over memory of zeros",
+        "other values",
+    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
     ("loaded without poison", "NaN again"): "loaded into memory of zeros it is NaN as well",
 }
 """Facts that are experiments of their own, in words."""
+
+RAISES = "model-raises"
+"""The cause of a finding that keeps other checks from being asked."""
 
 OF_CAUSE = {
     (
@@ -98,7 +107,7 @@ UNITS = {
     "rotary-excess": "times what rounding explains",
     "curve-growth": "times what rounding explains",
     "composed": "times the error of the same module with every operation rounded once",
-    "lost": "times as much rounding as is kept of the steps",
+    "lost": "times the share held (plus 3 standard errors) is the unit roundoff",
 }
 """What a ratio is a ratio of, by measurement; others are named by their unit."""
 
@@ -183,6 +192,8 @@ def shown_text(finding: Finding) -> str:
 
 
 def _seen(name: str, value: object) -> str:
+    if name in SHARES and isinstance(value, (int, float)):
+        return f"{name}: {percent(value)}"
     text = {"True": "yes", "False": "no"}.get(str(value)) or shown(value)
     return f"seen in {text}" if name == "where" else f"{name}: {text}"
 
@@ -256,7 +267,9 @@ def following_lines(root: Finding, results: Iterable[CheckResult]) -> tuple[str,
     lines = []
     for title, cells in checks.items():
         names = [f"{check} ({len(held)} cells)" if len(held) > 1 else check for check, held in cells.items()]
-        lines.append(f"{listed(names, 6)}{f': {title}' if title else ''}")
+        # Where the model's own code raises, the same exception in another check is no other fault: that check did not run.
+        could_not = "could not run: " if not title and root.cause == RAISES else ""
+        lines.append(f"{could_not}{listed(names, 6)}{f': {title}' if title else ''}")
     return tuple(lines)
 
 
