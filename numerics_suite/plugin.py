@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from numerics_suite.suite.collector import Gate
     from numerics_suite.suite.planning import Question
     from numerics_suite.suite.session import SuiteSession
+    from numerics_suite.suite.subject_fixture import NumericsSubject
 
 SUITE = Path(__file__).resolve().parent / "suite"
 PACKAGE = "numerics_suite.suite"
@@ -40,10 +41,14 @@ OTHERS = "extensions"
 
 NO_GPU = "-m gpu: no accelerator is visible to torch, so no gpu cell can run (--numerics-allow-no-gpu lets that pass)"
 
+ASKS_NOTHING = ("collectonly", "showfixtures", "show_fixtures_per_test", "setuponly", "setupplan")
+"""Options of pytest with which no test is run, so there is nothing to judge."""
+
 GAVE_UP = 70
 """Status of a worker that ends on purpose. The controller reads none: it sees the connection end."""
 
 session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
+user_session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
 gate_key: pytest.StashKey[Gate] = pytest.StashKey()
 result_key: pytest.StashKey[CheckResult] = pytest.StashKey()
 
@@ -137,7 +142,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[session_key] = suite
-    if not hasattr(config, "workerinput") and not config.getoption("collectonly", default=False):
+    if not hasattr(config, "workerinput") and not any(config.getoption(name, default=False) for name in ASKS_NOTHING):
         gate = Gate(suite, run=run)
         config.stash[gate_key] = gate
         config.pluginmanager.register(gate, "numerics-suite-gate")
@@ -217,7 +222,12 @@ def _shown(text: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One parameter per question of the file's group; the checks of other packages share one file."""
+    """One parameter per question of the file's group, and per cell for `numerics_subject` in a user's own tests.
+
+    The checks of other packages share one file.
+    """
+    if "numerics_subject" in metafunc.fixturenames:
+        _parametrize_subjects(metafunc)
     if "numerics_question" not in metafunc.fixturenames:
         return
     suite = metafunc.config.stash.get(session_key, None)
@@ -231,8 +241,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks = [pytest.mark.xdist_group(question.cell.param_id)] if _has_xdist(metafunc.config) else []
         if not question.cell.device.startswith("cpu"):
             marks.append(pytest.mark.gpu)
+        if metafunc.config.pluginmanager.hasplugin("rerunfailures"):
+            marks.append(pytest.mark.flaky(reruns=0))  # an answer that changes when it is asked again is no pass
         parameters.append(pytest.param(question, id=question.param_id, marks=marks))
     metafunc.parametrize("numerics_question", parameters, indirect=True)
+
+
+def _parametrize_subjects(metafunc: pytest.Metafunc) -> None:
+    from numerics_suite.suite.subject_fixture import parameters
+
+    config = metafunc.config
+    try:
+        # Scope session: pytest runs the tests of one cell together, so that each model is loaded once.
+        found = list(parameters(_subject_session(config), grouped=_has_xdist(config)))
+    except NumericsSuiteError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
+    metafunc.parametrize("numerics_subject", found, indirect=True, scope="session")
+
+
+def _subject_session(config: pytest.Config) -> SuiteSession | None:
+    """The suite's own session where it runs too, else one for the user's tests; None where no subject is configured."""
+    if session_key in config.stash and config.stash[session_key].settings.subjects:
+        return config.stash[session_key]
+    settings = from_pytest(config)
+    if not settings.subjects:
+        return None
+    if user_session_key not in config.stash:
+        from numerics_suite.suite.session import SuiteSession
+
+        config.stash[user_session_key] = SuiteSession(settings)
+    return config.stash[user_session_key]
 
 
 def _has_xdist(config: pytest.Config) -> bool:
@@ -254,6 +292,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def numerics_question(request: pytest.FixtureRequest) -> Asked:
     """The question of this item."""
     return Asked(request.param, request.config.stash[session_key], request.node)
+
+
+@pytest.fixture(scope="session")
+def numerics_subject(request: pytest.FixtureRequest) -> NumericsSubject:
+    """A configured subject in one precision: `.model`, `.batch`, `.name`, for numerics_suite.assert_… in your own tests."""
+    from numerics_suite.suite.subject_fixture import subject_of
+
+    session = _subject_session(request.config)
+    assert session is not None, "without a subject the parameter is a skip"
+    return subject_of(session, request.param)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,7 +12,7 @@ from numerics_suite.settings.table import OPTIONS
 from numerics_suite.settings.tree import Settings
 
 HEAD = """\
-# Held to account by `numerics-suite check`; every option of that command has a key here.
+# Read by `numerics-suite check`; every option of that command has a key here.
 [tool.numerics-suite]
 """
 

@@ -46,6 +46,8 @@ def two_draws(count: float, comparisons: int) -> float:
     free = count / SHARE
     if free <= 2:
         return math.inf
+    # Chernoff: P(ratio > r) <= cosh(log r) ** (1 - n) =: p, so log cosh(log r) = log(1 / p) / (n - 1), with p shared
+    # by all comparisons (Bonferroni). With b = cosh(log r), log r = arcosh(b), so r = b + sqrt(b² - 1).
     exponent = math.log(max(comparisons, 1) / FALSE_ALARMS) / (free - 1)
     bound = math.exp(min(exponent, 700.0))
     return (bound + math.sqrt(bound * bound - 1)) * (1 + MARGIN)
@@ -61,5 +63,6 @@ def accumulation(shapes: Iterable[tuple[int, ...]], precision: str) -> float:
         shapes: of the parameters; a matrix `[out, in]` sums over `in`.
         precision: of the cell.
     """
+    # Random walk: a chain of K float32 additions errs by about sqrt(K) roundoffs (Higham and Mary, 2019), not by K.
     longest = max((shape[-1] for shape in shapes if len(shape) > 1), default=1)
     return math.sqrt(longest) * ROUNDOFF["fp32"] / ROUNDOFF[precision] if precision != "fp64" else math.sqrt(longest)

@@ -42,6 +42,7 @@ _MEAN_SQUARE: Final = 13 / 12
 def mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Each number hashed to 64 bits (the finaliser of splitmix64)."""
     with np.errstate(over="ignore"):
+        # Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014); uint64 wraps around by definition.
         value = numbers + np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -57,6 +58,7 @@ def hashed(name: str, count: int, start: int = 0) -> NDArray[np.uint64]:
 
 def uniform(name: str, count: int, start: int = 0) -> Floats:
     """Numbers of the stream of that name, each at least 0 and below 1."""
+    # The upper 53 bits as a fraction: each is exact in float64, and 1.0 never occurs.
     return np.asarray((hashed(name, count, start) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
@@ -67,6 +69,7 @@ def _weights(name: str, projections: int, start: int, count: int) -> Tensor:
     for index in range(projections):
         drawn = uniform(f"{name} {index}", count, start)
         sign = np.where(drawn < 0.5, -1.0, 1.0)
+        # The size is uniform on [0.5, 1.5): its mean square is 1 + 1/12 = 13/12. None is near 0, so no element can hide.
         rows.append(sign * (0.5 + (2 * drawn) % 1) / math.sqrt(_MEAN_SQUARE))
     return torch.from_numpy(np.stack(rows))
 
@@ -117,6 +120,8 @@ class Sketcher:
             return
         rows, width = flat.shape
         columns = _weights("column", PROJECTIONS, 0, width)
+        # Σ over rows i and columns j of r_i c_j x_ij. Row weights go on counting over calls, so the pieces' order matters,
+        # as it must: a sketch sees two rows that change places.
         self.sums += ((flat @ columns.t()) * _row_weights(self.rows, rows).t()).sum(0)
         self.squares += float(torch.linalg.vector_norm(flat)) ** 2
         self.rows += rows
@@ -124,6 +129,7 @@ class Sketcher:
 
     def sketch(self) -> Sketch:
         """Of everything seen."""
+        # Divided by sqrt(count): a projection of noise has the size of the noise, whatever the number of elements.
         size = math.sqrt(max(self.count, 1))
         return Sketch(
             shape=(self.rows, *(self.shape or ())),

@@ -42,7 +42,7 @@ EXAMPLES = """\
       the whole suite at both ends, then what fails at the bad one alone
   numerics-suite bisect ./my-checkpoint --good 4.57.6 --bad 5.0.0 \\
           --check baseline.contract
-      a baseline is recorded at the good end and held against the others
+      a baseline is recorded at the good end and compared with the others
   numerics-suite bisect ./my-checkpoint --package torch --good 2.8.0 --bad 2.9.1
   numerics-suite bisect ./my-checkpoint --package accelerate --good 1.2.1 \\
           --bad 1.3.0 --check train.trainer

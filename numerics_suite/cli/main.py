@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
         return _end(INTERNAL, f"internal error: {error}")
     except OSError as error:
         return _end(*_of_os_error(error))
+    except ImportError as error:
+        return _end(*_of_import_error(error))
     except Exception as error:  # noqa: BLE001 - the last resort of the process
         return _end(INTERNAL, f"internal error: {type(error).__name__}: {error}")
     return status
@@ -174,6 +176,16 @@ def _end(status: int, text: str) -> int:
     except OSError:
         pass  # nobody reads it
     return status
+
+
+def _of_import_error(error: ImportError) -> tuple[int, str]:
+    """Packages that do not fit together, as transformers and tokenizers of other releases, are the user's to repair; our own modules are not."""
+    if (error.name or "").partition(".")[0] == "numerics_suite":
+        return INTERNAL, f"internal error: {type(error).__name__}: {error}"
+    return (
+        BAD_INPUT,
+        f"error: the installed packages cannot be imported together ({error}); `pip check` names what does not fit",
+    )
 
 
 def _of_os_error(error: OSError) -> tuple[int, str]:

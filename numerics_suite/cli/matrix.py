@@ -36,7 +36,7 @@ EXAMPLES = """\
   numerics-suite matrix --transformers 'minors:>=4.46' --precision bf16 --jobs 2
       the shipped fixtures over the last patch release of every minor
   numerics-suite matrix ./my-checkpoint --torch latest:3 --baseline DIR
-      three releases of torch, held to your own baselines too
+      three releases of torch, compared with your own baselines too
   numerics-suite matrix ./my-checkpoint --checks train.trainer \\
           --with 'accelerate>=1.2,<1.5' --with peft==0.17.1
       releases of other packages, under the transformers that is installed here
@@ -246,7 +246,7 @@ def jobs_of(text: str | None, weight_bytes: int) -> int:
 
 
 def baseline_of(settings: Settings, subjects: Sequence[str]) -> Path | None:
-    """The folder of baselines that `check` would be held to here, seen to be one that speaks of a subject.
+    """The folder of baselines that `check` would compare with here, checked to hold a subject.
 
     Args:
         settings: of the command.

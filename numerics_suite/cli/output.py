@@ -165,7 +165,7 @@ def deliver(documents: Documents, report: Path | None, junitxml: Path | None = N
     """The report and the JUnit file that were asked for, and in GitHub Actions annotations and the step's summary.
 
     Args:
-        documents: what is told of.
+        documents: to report.
         report: `--report`.
         junitxml: `--junitxml`.
         silent: standard output is the answer's, or nothing is to be printed that was not asked for.

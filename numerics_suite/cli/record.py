@@ -54,7 +54,7 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         "record",
         usage="[SUBJECT ...] [--baseline DIR] [OPTIONS]",
-        description="Writes baselines: measurements of each cell to hold another version to.",
+        description="Writes baselines: measurements of each cell, for comparison with another version.",
         examples=EXAMPLES,
     )
     add_cli_options(parser, OPTIONS)

@@ -40,7 +40,7 @@ class Subject:
         digest: `sha256:…` over the files, None for a factory.
         num_labels: labels of a classification head.
         new_head: the checkpoint lacks the head of `task`, so a new one is made as fine-tuning would.
-        trust_remote_code: its own code may run (by flag, or a fixture held to its digest).
+        trust_remote_code: its own code may run (by flag, or a fixture checked against its digest).
         adapter_base: folder or hub id of the base where `path` is a peft adapter.
         quantized: the checkpoint has a `quantization_config`.
         notes: what a user should know before it runs, and that is no finding.

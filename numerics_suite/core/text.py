@@ -16,6 +16,15 @@ def listed(items: Sequence[str], limit: int) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def percent(share: float) -> str:
+    """A share in percent, two digits: `0.021 %`, `99 %`; `100 %` of the whole alone.
+
+    Args:
+        share: of 1.
+    """
+    return f"{share * 100:.2g} %" if share < 0.995 else f"{share * 100:.4g} %"
+
+
 def harmless(text: str) -> str:
     """A line that a terminal or a CI system shows and does not obey.
 

@@ -1,4 +1,4 @@
-"""Records made from a file that somebody else wrote, held to the types that they declare."""
+"""Records made from a file that somebody else wrote, checked against the types that they declare."""
 
 from __future__ import annotations
 

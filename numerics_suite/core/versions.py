@@ -33,13 +33,13 @@ class Versions:
 
     @property
     def named(self) -> Mapping[str, str]:
-        """The versions by package, without those that nobody chose."""
+        """The versions by package, without those that were not chosen."""
         own = {"transformers": self.transformers, "torch": self.torch, "python": self.python, **dict(self.others)}
         return {name: version for name, version in own.items() if version}
 
     @property
     def text(self) -> str:
-        """`transformers 5.8.0, torch 2.7.0, python 3.11`, without those that nobody chose."""
+        """`transformers 5.8.0, torch 2.7.0, python 3.11`, without those that were not chosen."""
         return ", ".join(f"{name} {version}" for name, version in self.named.items()) or "the current environment"
 
 

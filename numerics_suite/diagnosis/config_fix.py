@@ -31,6 +31,7 @@ from numerics_suite.diagnosis.config_rewrites import (
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.files import tensor_headers
+from numerics_suite.subjects.load import Loaded
 
 CONFIG = "config.json"
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -76,8 +77,15 @@ def fixed_configs(context: CellContext, finding: Finding) -> Iterator[Fixed]:
     measurement = str(finding.evidence.get("measurement", ""))
     if measurement in ELSEWHERE:
         raise NotApplicableError(ELSEWHERE[measurement])
+    if subject.path is None and measurement == "wrongly-tied":
+        yield Fixed(
+            context=context.variant(change=_tie),
+            meant=None,
+            how="with model.tie_weights(), or the weight of the output embedding set to that of the input embedding",
+        )
+        return
     if subject.path is None:
-        reason = "not tried: a factory's model has no config.json"
+        reason = "does not apply: a factory's model has no config.json; set its config where your code builds the model"
         raise NotApplicableError(reason)
     rewriting = _rewriting(context, finding)
     with _copied(subject, rewriting.config) as copy:
@@ -146,6 +154,17 @@ def _shapes(subject: Subject) -> Mapping[str, tuple[int, ...]]:
 
 def _folder(subject: Subject) -> Path:
     return Path(subject.adapter_base or str(subject.path))
+
+
+def _tie(loaded: Loaded) -> Loaded:
+    """Both embeddings one tensor, as the config of code's own model declares: by its own method, or where that does nothing, by hand."""
+    model: Any = loaded.model
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    output, entry = model.get_output_embeddings(), model.get_input_embeddings()
+    if output.weight is not entry.weight:
+        output.weight = entry.weight
+    return loaded
 
 
 def _tied(context: CellContext) -> Rewriting:

@@ -56,7 +56,7 @@ def finding(breaches: Sequence[Breach], context: CellContext, batch: Batch | Non
         parameters=measured.parameters,
         evidence=facts,
         batch=batch_as_json(batch) if batch is not None else None,
-        remedies=untried(tuple(dict.fromkeys((*_remedies(worst, breaches[1:], cause), *remedies_of(cause))))),
+        remedies=untried(tuple(dict.fromkeys((*_remedies(worst, breaches[1:], cause), *remedies_of(cause)))), cause),
     )
 
 

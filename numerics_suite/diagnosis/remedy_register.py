@@ -9,7 +9,7 @@ from functools import cache
 from numerics_suite.core.extensions import OWN_NAME, REMEDIES, Extension, extensions, load_as
 from numerics_suite.core.records import Remedy
 from numerics_suite.diagnosis.remedies import CURES, Cure
-from numerics_suite.diagnosis.remedy_words import COST, DESCRIPTIONS
+from numerics_suite.diagnosis.remedy_words import COST, DESCRIPTIONS, FOR_CAUSE
 from numerics_suite.settings.choices import CAUSES
 
 
@@ -34,7 +34,7 @@ def added_remedies() -> Mapping[str, AddedRemedy]:
     """The remedies of other packages, by name.
 
     Raises:
-        BadInputError: one cannot be loaded, or is for a cause that nobody has.
+        BadInputError: one cannot be loaded, or is for an unknown cause.
     """
     return _loaded(tuple(extensions(REMEDIES).values()))
 
@@ -81,12 +81,15 @@ def is_remedy(name: str) -> bool:
     return name in DESCRIPTIONS or name in added_remedies()
 
 
-def description_of(name: str) -> str:
+def description_of(name: str, cause: str = "") -> str:
     """What the user does, in a line.
 
     Args:
         name: of a remedy that :func:`is_remedy` knows.
+        cause: of the finding that it is for.
     """
+    if (name, cause) in FOR_CAUSE:
+        return FOR_CAUSE[name, cause]
     return DESCRIPTIONS[name] if name in DESCRIPTIONS else added_remedies()[name].description
 
 
@@ -100,6 +103,11 @@ def useful_first(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
     return tuple(sorted(remedies, key=lambda remedy: rank[remedy.verified]))
 
 
-def untried(names: tuple[str, ...]) -> tuple[Remedy, ...]:
-    """The remedies of these names, not tried yet (`verified` is None)."""
-    return tuple(Remedy(name=name, description=description_of(name)) for name in names)
+def untried(names: tuple[str, ...], cause: str = "") -> tuple[Remedy, ...]:
+    """The remedies of these names, not tried yet (`verified` is None).
+
+    Args:
+        names: of remedies.
+        cause: of the finding that they are for.
+    """
+    return tuple(Remedy(name=name, description=description_of(name, cause)) for name in names)

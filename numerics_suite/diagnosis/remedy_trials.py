@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from numerics_suite.core.activity import doing
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
-from numerics_suite.core.records import Finding, Measurement, Remedy
+from numerics_suite.core.records import Fact, Finding, Measurement, Remedy
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosis.consequences import NO_RUN, RAISES
 from numerics_suite.diagnosis.findings import finding as finding_of
@@ -25,9 +25,10 @@ from numerics_suite.diagnosis.learning_rates import learning_rates
 from numerics_suite.diagnosis.other_defects import without_others
 from numerics_suite.diagnosis.remedies import Attempt
 from numerics_suite.diagnosis.remedy_combinations import Shown, combined
+from numerics_suite.diagnosis.remedy_effects import OF_TRAINING, STARTS_TRAINING, before_and_after, curve, opened
 from numerics_suite.diagnosis.remedy_register import cost_of, cures, description_of, useful_first
 from numerics_suite.engine.cell_context import CellContext
-from numerics_suite.engine.training_loop import TrainingPlan, Trajectory
+from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.judgement.verdicts import Breach, judge
 
 SOUND = ("load.finite", "load.head-init")
@@ -63,10 +64,11 @@ SAME = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckAnswer:
-    """What a check said of a cured copy."""
+    """What a check said of a cured copy; numbers and facts by measurement."""
 
     breaches: Sequence[Breach]
     measurements: Mapping[str, float]
+    facts: Mapping[str, Mapping[str, Fact]] = field(default_factory=dict)
 
 
 Ask = Callable[[str, CellContext], CheckAnswer]
@@ -88,7 +90,19 @@ def ask_once(check: str, context: CellContext) -> CheckAnswer:
         reason = f"weights are not finite: {context.broken[0]} (load.finite, load.head-init)"
         raise NotApplicableError(reason)
     measured = [item for item in spec.function(context) if isinstance(item, Measurement)]
-    return CheckAnswer(breaches=judge(check, measured), measurements={each.name: each.value for each in measured})
+    return answer_of(judge(check, measured), {each.name: each for each in measured})
+
+
+def answer_of(breaches: Sequence[Breach], measured: Mapping[str, Measurement]) -> CheckAnswer:
+    """The answer of a check.
+
+    Args:
+        breaches: worst first.
+        measured: the worst of each name.
+    """
+    numbers = {name: each.value for name, each in measured.items()}
+    facts = {name: each.facts for name, each in measured.items() if each.facts}
+    return CheckAnswer(breaches=breaches, measurements=numbers, facts=facts)
 
 
 def breaks(check: str, context: CellContext) -> bool:
@@ -172,7 +186,7 @@ class _Trial:
 
     def remedy(self, name: str) -> Remedy:
         """One remedy alone."""
-        untried = Remedy(name=name, description=description_of(name))
+        untried = Remedy(name=name, description=description_of(name, self.finding.cause))
         if name not in cures() and name != LOWER_RATE:
             return replace(untried, effect=NOT_HERE.get(name, NOT_APPLIED))
         try:
@@ -336,29 +350,29 @@ class _Trial:
             return None  # in these conditions there is nothing to ask
 
     def _effect(self, own: CheckAnswer | None, attempt: Attempt) -> str:
-        cured = attempt.context
-        if attempt.meant is None and TRAINS[0] in self._companions(cured):
-            try:
-                return curve(cured.trajectory) + (f", with {cured.origin}" if cured.origin else "")
-            except NumericsSuiteError:
-                pass
+        """What the failing check measures now beside what it measured before; where training is the question, or begins there, how it goes."""
         name = str(self.finding.evidence.get("measurement", ""))
-        before = self.finding.evidence.get("measured")
-        shown = not self.on_users_side or name in BY_THE_MODEL
-        after = own.measurements.get(name) if own is not None and shown else None
-        if isinstance(before, (int, float)) and after is not None:
-            left = "".join(f"; then {title(each)}" for each in own.breaches) if self.on_users_side and own else ""
-            return f"{name} {before:.3g} → {after:.3g}, {self.finding.evidence.get('allowed', 0):.3g} allowed{left}"
-        return f"{', '.join(self._companions(cured))} pass" if own is None or self.on_users_side else "passes"
+        called_otherwise = self.on_users_side and name not in BY_THE_MODEL
+        parts = []
+        if self.check not in OF_TRAINING and not called_otherwise:
+            parts += [before_and_after(self.finding, own)]
+            parts[0] += opened(own) if parts[0] and own is not None and self.on_users_side else ""
+        if self.check in STARTS_TRAINING or not any(parts):
+            trains = self._curve(attempt)
+            parts += [f"training is {trains}" if trains and any(parts) else trains]
+        if any(parts):
+            return "; ".join(part for part in parts if part)
+        return f"{', '.join(self._companions(attempt.context))} pass" if own is None or self.on_users_side else "passes"
 
-
-def curve(run: Trajectory) -> str:
-    """`finite; loss 1.79 → 0.48 in 5 steps`, or where it stopped being finite."""
-    if run.bad is not None:
-        return f"{run.bad.kind} {run.bad.name} is not finite at step {run.bad.step}"
-    if len(run.losses) < 2:
-        return "finite"
-    return f"finite; loss {run.losses[0]:.3g} → {run.losses[-1]:.3g} in {len(run.gradient_norms)} steps"
+    def _curve(self, attempt: Attempt) -> str:
+        """How the cured copy trains, empty where nobody asks."""
+        cured = attempt.context
+        if attempt.meant is not None or TRAINS[0] not in self._companions(cured):
+            return ""
+        try:
+            return curve(cured.trajectory) + (f", with {cured.origin}" if cured.origin else "")
+        except NumericsSuiteError:
+            return ""
 
 
 def _still(answer: CheckAnswer, cured: CellContext, check: str) -> str:

@@ -9,8 +9,8 @@ DESCRIPTIONS = {
     "fix-tokenizer": "change the tokenizer's code or tokenizer_config.json so that the installed release can call it",
     "separate-rows": "give packed rows position ids that start again and an attention that ends at each row",
     "fix-padding": "pad on the side that the model is made for, with the mask that goes with it",
-    "count-labels": "let labels count in every batch: cut the prompt, not the answer, or raise the maximal length",
-    "fix-config": "correct config.json, in the layout that the installed release reads",
+    "count-labels": "let labels count in every batch: check with --seq-len at the length that you train with; then cut the prompt, not the answer, or raise that length",
+    "fix-config": "write in config.json what the weights were trained with, in keys that the installed transformers reads",
     "save-head": 'save the head with the adapter (modules_to_save=["score"] in its LoraConfig)',
     "cast-after-loading": "cast what is in another dtype once it is loaded: head.to(dtype), and not model.to(dtype), which rounds buffers",
     "load-with-dtype": "load with from_pretrained(dtype=...) and not with model.to(dtype), so that buffers keep theirs",
@@ -20,19 +20,36 @@ DESCRIPTIONS = {
     "larger-optimizer-eps": "give the optimizer an eps that float16 holds: AdamW(eps=1e-4)",
     "tune-loss-scale": "start the GradScaler at a scale that this model's gradients fit (init_scale, growth_interval)",
     "lower-learning-rate": "lower the learning rate until the loss on one small batch falls",
-    "raise-learning-rate": "raise the learning rate until a step moves the weights",
-    "stochastic-rounding": "round updates stochastically, so that small steps count on average",
     "eager-attention": 'load with attn_implementation="eager"',
     "sdpa-attention": 'load with attn_implementation="sdpa"',
     "use-amp-bf16": "keep float32 parameters, with bfloat16 autocast (amp-bf16)",
     "keep-in-fp32": "keep this module in float32 and cast its result",
-    "fp32-master-weights": "keep float32 copies of the weights for the optimizer",
+    "fp32-master-weights": "keep the parameters narrow, and let the optimizer step a float32 copy of each (master weights)",
+    "stochastic-rounding": "round updates stochastically, so that small steps count on average",
     "disable-amp": "train without autocast, in fp32",
+    "raise-learning-rate": "raise the learning rate until a step moves the weights; this is another experiment, so only where it was too low by mistake",
     "reload-weights": "fetch the checkpoint again and compare its SHA-256",
     "newer-version": "install a transformers release without the defect",
     "pin-version": "pin transformers to the last release without the defect",
 }
-"""What each remedy of the contract means for a user, cheapest first: a line of code, a setting, speed, memory, other files."""
+"""What each remedy of the contract means for a user, cheapest first: a line of code, a setting, speed, memory, another experiment, other files."""
+
+FOR_CAUSE = {
+    (
+        "fix-config",
+        "untied-weights",
+    ): "make the model and tie_word_embeddings in config.json agree: true with model.tie_weights() for one tensor, "
+    "false for two",
+    (
+        "use-amp-bf16",
+        "rounded-update",
+    ): "train in amp-bf16: float32 parameters and optimizer, bfloat16 arithmetic under autocast",
+    **dict.fromkeys(
+        (("use-amp-bf16", cause) for cause in ("overflow", "underflow")),
+        "compute in bfloat16, which has the range of float32, with float32 parameters (amp-bf16)",
+    ),
+}
+"""By remedy and cause: what it means where the reason for it is another than elsewhere."""
 
 COST = tuple(DESCRIPTIONS)
 """Every remedy of the contract, cheapest for the user first."""

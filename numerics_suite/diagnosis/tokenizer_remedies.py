@@ -116,7 +116,7 @@ def _exception(context: CellContext) -> str:
     """What the tokenizer raises now, empty where it does not.
 
     Raises:
-        NotApplicableError: a package is missing, so that nobody knows.
+        NotApplicableError: a package is missing, so that it is not known.
     """
     try:
         tokenizer = context.tokenizer

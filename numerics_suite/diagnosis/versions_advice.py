@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ NEWEST_READ = Version("5.24.0")
 
 RELEASED_CODE = frozenset({"transformers", "peft"})
 """Packages whose classes change with the release that is installed."""
+
+ITS_PARTS = RELEASED_CODE | {"torch", "accelerate", "numerics_suite"}
+"""Packages whose modules and wrappers a model of such a class has inside, and those of this tool."""
 
 
 NO_SHAPE = frozenset(
@@ -139,9 +143,24 @@ def is_users_code(context: CellContext) -> bool:
     if context.subject.kind == "fixture":
         return False  # its code ships with this tool
     try:
-        return _is_users_class(context.model)
+        return _is_users_class(context.model) or (context.subject.kind == "factory" and _is_changed(context.model))
     except NumericsSuiteError:  # it cannot be loaded
         return context.subject.kind == "factory" or needs_remote_code(context.subject.config)
+
+
+def _is_changed(model: nn.Module) -> bool:
+    """Whether code of the user's own runs inside: a module of another class, or one whose class or instance was given another forward."""
+    return any(not _is_released(type(module)) or _root(module.forward) not in ITS_PARTS for module in model.modules())
+
+
+def _is_released(kind: type) -> bool:
+    """Whether a package that is a part of every such model has this class; one made of it as it runs stands in no module."""
+    held = getattr(sys.modules.get(kind.__module__), kind.__name__, None)
+    return _root(kind) in ITS_PARTS and held is kind
+
+
+def _root(named: object) -> str:
+    return str(getattr(named, "__module__", None)).partition(".")[0]
 
 
 def _is_users_class(model: nn.Module) -> bool:

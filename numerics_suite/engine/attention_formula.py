@@ -71,6 +71,7 @@ class Attention:
         outs, sums = [], []
         for rows in self.rows():
             scores = self._scores(rows)
+            # logsumexp subtracts the row's maximum first, so exp does not overflow however large the scores are.
             lse = scores.logsumexp(dim=-1)
             outs.append(self.merged(probabilities(scores, lse), self.value))
             sums.append(lse)
@@ -83,19 +84,23 @@ class Attention:
         for rows in self.rows():
             weights = probabilities(self._scores(rows), lse[:, :, rows])
             back = grad_out[:, :, rows]
+            # D = Σ dO ∘ O equals Σ P ∘ (dO Vᵀ) of the same row (FlashAttention, Dao 2022), and needs no matrix of M × N.
             delta = (back * out[:, :, rows]).sum(dim=-1, keepdim=True)
             scores = weights * (self.products(back, self.value) - delta)
+            # dV = Pᵀ dO: with grouped heads the sum runs over the query heads of the group too.
             value += self.gathered(weights, back)
             query.append(self.merged(scores, self.key) * self.scale)
             key += self.gathered(scores, self.query[:, :, rows]) * self.scale
             if bias is not None:
                 part = bias[..., rows, :] if bias.shape[-2] > 1 else bias
+                # A bias that was broadcast has the gradient Σ over what it was broadcast to.
                 part += scores.sum_to_size(part.shape)
         return Gradients(query=torch.cat(query, dim=-2), key=key, value=value, bias=self._shaped_bias(bias))
 
     def rows(self) -> Iterator[slice]:
         """Yield slices of the queries; one empty slice where there is no query."""
         batch, heads, count, _ = self.query.shape
+        # Rows of S are independent of each other, so any cut along the queries gives the same numbers.
         step = max(1, SCORES // max(1, batch * heads * self.key.shape[-2]))
         yield from (slice(start, min(start + step, count)) for start in range(0, max(count, 1), step))
 

@@ -1,4 +1,4 @@
-"""The batches of a cell: the one it trains on, the one for float64 gradients, and the planned ones that every law is asked of."""
+"""The batches of a cell: the one it trains on, the one for float64 gradients, and the planned ones that every law is checked on."""
 
 from __future__ import annotations
 

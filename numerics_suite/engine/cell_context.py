@@ -62,7 +62,7 @@ class Request:
         plan: how cells are trained.
         data: the user's own batch as a tokenizer makes it, None without `--data`.
         tokenizer: opens the subject's tokenizer; None where it has none.
-        baseline: what was recorded of the cell, None where it is held to nothing.
+        baseline: what was recorded of the cell, None without a baseline.
         applicable: ids of the checks that have something to ask of the cell.
         packing: the ways in which rows are packed; each that the installed release supports where empty.
     """
@@ -173,7 +173,7 @@ class CellContext:
     def loaded(self) -> Loaded:
         """The cell's model as loaded, shared by every check that does not change it.
 
-        Loaded under poison, so that memory which nobody writes to is NaN here as on any machine, and not zero today.
+        Loaded under poison, so that memory which is never written is NaN here as on any machine, and not zero today.
         """
         if self.unusable is None:
             try:

@@ -102,6 +102,9 @@ class OpPlan:
     narrow_flag: int = -1
 
 
+# The trap of both tables: an op listed here that does round would run in the lower float in both references, and its
+# error would be invisible. Only ops whose every result element is an input element, a constant or an exact function
+# of one (abs, neg, sign, floor, relu) belong here; `add` of two floats does not, nor does any sum.
 _GATHERS: Final = frozenset({"embedding", "index_select", "gather", "index", "take", "_to_copy", "clone"})
 _EXACT: Final = _GATHERS | frozenset(
     """
@@ -138,6 +141,7 @@ def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
     if schema.name == "prim::device" or torch.Tag.inplace_view in func.tags:
         # A tensor subclass is asked for its device by an op that has no registered kernel; no number is in it.
         return OpPlan(kind=Kind.VIEW)
+    # Attention carries the tag for its dropout; without dropout it draws nothing, and it must be computed.
     seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name
     if schema.is_mutable:
         return _work_out_mutable(schema, Kind.RANDOM if seeded else Kind.MUTABLE)
@@ -176,6 +180,7 @@ def _work_out_mutable(schema: Any, kind: Kind) -> OpPlan:
 
 def widen(value: Any) -> Any:
     """Return an op's argument in double precision: tensors upcast, dtypes lifted, all else as it is."""
+    # Widening is exact: each lower float's values are a subset of float64's, subnormals included.
     if isinstance(value, Tensor):
         wide = WIDER.get(value.dtype)
         if wide is None:
@@ -184,6 +189,7 @@ def widen(value: Any) -> Any:
     kind = type(value)
     if kind is torch.dtype:
         return WIDER.get(value, value)
+    # Lists of integers are shapes and dims, the most common list; they are passed through unread.
     if kind in (list, tuple) and value and type(value[0]) is not int:
         return [widen(item) for item in value]
     return value
@@ -206,6 +212,7 @@ def write_through(func: Any, plan: OpPlan, args: tuple[Any, ...], kwargs: dict[s
     pairs = [(args[place], wide_args[place]) for place in plan.written if place < len(args)]
     pairs += [(kwargs[name], wide_kwargs[name]) for name in plan.written_names if name in kwargs]
     for target, source in pairs:
+        # The one rounding of an in-place op happens in `copy_`, into the dtype that the program chose for its target.
         for stored, wide in zip(tensors_in(target), tensors_in(source), strict=True):
             if stored is not wide:
                 if stored.shape != wide.shape:
@@ -252,6 +259,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     for module in modules:
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None:
+                # A batch norm counts batches and a rotary table grows in place: without the copy a reference would change the model.
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())  # noqa: SLF001
     try:
         yield
@@ -301,11 +309,13 @@ def plain_kernels(model: nn.Module) -> Iterator[None]:
     """Ask for attention that a mode can see and experts that have float64 kernels, autocast off, for the while."""
     with ExitStack() as stack:
         stack.enter_context(autocast_off(*{parameter.device.type for parameter in model.parameters()}))
+        # A kernel that a package calls through its own binding is no ATen op: the mode would never see it, nor its rounding.
         stack.enter_context(flash_registry.visible_attention(model))
         for config in {
             id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
         }.values():
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
+                # Grouped products of experts (`_grouped_mm`) have no float64 kernel; the eager loop computes the same sums.
                 stack.enter_context(_attribute(config, "_experts_implementation_internal", "eager"))
         yield
 

@@ -1,4 +1,4 @@
-"""A cell's run beside its twins: the true fp64 run, the rounded run, and the answer that laws are asked of."""
+"""A cell's run beside its twins: the true fp64 run, the rounded run, and the answer that laws are checked on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, na
 
 
 def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without its labels: laws are asked of logits."""
+    """The batch without its labels: laws apply to logits."""
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 

@@ -1,6 +1,6 @@
 """Runs the caught step again: python reproduce.py [CHECKPOINT | factory:MODULE:FUNCTION].
 
-Ends with 1 where the finding comes about again, with 0 where it does not, with 4 without a model, with 3 where it cannot be run. It needs torch,
+Ends with 1 where the finding is reproduced, with 0 where it does not, with 4 without a model, with 3 where it cannot be run. It needs torch,
 safetensors and, for a model of theirs, transformers and peft. For a model of your own name a FUNCTION without arguments that returns it, or write build().
 """
 
@@ -163,13 +163,19 @@ def risen(steps: Steps) -> tuple[bool, str]:
     return not now - mean < max(RISE, RISE_SHARE * abs(mean)), text
 
 
-def floating_ids(steps: Steps) -> tuple[bool, str]:
-    """Whether the ids of the bad step are no integers."""
-    values = [
-        steps.value(v) for call in steps.calls[steps.kept.step] for v in (*call["args"], *call["kwargs"].values())
-    ]
+def bad_inputs(steps: Steps) -> tuple[bool, str]:
+    """Whether the ids of the bad step are no integers, or name what the model does not have, so that it raises."""
+    calls = steps.calls[steps.kept.step]
+    values = [steps.value(v) for call in calls for v in (*call["args"], *call["kwargs"].values())]
     found = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-    return bool(found), f"ids came as {found[0]}" if found else "no input is floating"
+    if found:
+        return True, f"ids came as {found[0]}"
+    try:
+        for call in calls:
+            steps.forward(call)
+    except (IndexError, RuntimeError, ValueError) as error:
+        return True, f"the model raises {type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return False, "no input is floating, and the model takes them"
 
 
 SHOWN: Mapping[str, Callable[[Steps], tuple[bool, str]]] = {
@@ -180,13 +186,13 @@ SHOWN: Mapping[str, Callable[[Steps], tuple[bool, str]]] = {
     "frozen": moved,
     "untied": functools.partial(moved, every=False),
     "loss-rose": risen,
-    "inputs": floating_ids,
+    "inputs": bad_inputs,
 }
 """What shows a finding again, by its kind; a value that is not finite shows all others."""
 
 
 def shown(kept: Kept, model: nn.Module) -> tuple[bool, str]:
-    """Whether the finding comes about again, and the measured quantity in words.
+    """Whether the finding is reproduced, and the measured quantity in words.
 
     Args:
         kept: what the folder holds.

@@ -46,6 +46,7 @@ def reads_table(model: nn.Module) -> bool:
             call_model(model, tensors)
         return {}
 
+    # Three tokens: position 0 is turned by angle 0 whatever the frequencies are.
     ids = torch.ones(1, 3, dtype=torch.long)
     run_true_fp64(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, call=call)
     return watch.found
@@ -61,6 +62,8 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
         held = {**vars(self.owner), **dict(self.owner.named_buffers())}
+        # Compared by storage and not by identity: `inv_freq[None, :, None]` is another tensor over the same memory,
+        # and the published code may keep an alias of the buffer in an attribute.
         storages = {
             value.untyped_storage().data_ptr()
             for name, value in held.items()

@@ -59,6 +59,7 @@ class RoundOnce(reference_ops.LeanMode):
         kwargs = kwargs or {}
         plan = plan_of(func)
         kind = plan.kind
+        # A fused kernel is rounded once at its end, as a perfect kernel of its kind would; its inner sums count as exact.
         if (fused := fused_ops.formula_for(self, func, args, kwargs)) is not None:
             formula, given = fused
             return fused_ops.rounded(formula.compute(given), formula.dtypes(given))
@@ -69,6 +70,7 @@ class RoundOnce(reference_ops.LeanMode):
         if kind is Kind.COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs)
+        # `a.add_(b)` rounds where it stores, into the dtype of `a`: one rounding as well.
         if plan.written:
             if reference_ops.writes_lower(plan, args, kwargs):
                 return reference_ops.write_through(func, plan, args, kwargs)
@@ -77,6 +79,8 @@ class RoundOnce(reference_ops.LeanMode):
 
     def _compute(self, func: Any, plan: reference_ops.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
         key = (func, tuple(map(_signature, args)), tuple((name, _signature(value)) for name, value in kwargs.items()))
+        # The dtype of a result follows type promotion (0-dim tensors and Python scalars count less), which PyTorch alone knows.
+        # So the op runs once as it is, and its answer's dtypes are kept for all later calls with the same dtypes.
         dtypes = self._dtypes.get(key)
         if dtypes is None:
             as_is = func(*args, **kwargs)
@@ -93,6 +97,7 @@ class RoundOnce(reference_ops.LeanMode):
             result = func(*wide, **{name: widen(argument) for name, argument in kwargs.items()})
         except (RuntimeError, NotImplementedError) as error:
             reraise_if_fatal(error)
+            # No float64 kernel: its own rounding is in the result, so the inherent error would be too large. Named, not hidden.
             result = func(*args, **kwargs)
             self.leave_out(func)
         return _rounded(result, iter(dtypes))
@@ -101,6 +106,7 @@ class RoundOnce(reference_ops.LeanMode):
 def _signature(value: Any) -> Any:
     """Return what the dtype of a result may depend on."""
     if isinstance(value, Tensor):
+        # A tensor without dimensions promotes as a scalar does: 0-dim float32 times bfloat16 is bfloat16.
         return value.dtype, value.dim() == 0
     kind = type(value)
     if kind is bool or kind is torch.dtype:
@@ -112,6 +118,7 @@ def _signature(value: Any) -> Any:
 
 def _rounded(result: Any, dtypes: Any) -> Any:
     if isinstance(result, Tensor):
+        # The one rounding of the op. A result that takes no rounding (an index) has its own dtype already.
         return result.to(next(dtypes))
     if isinstance(result, list | tuple):
         return type(result)(_rounded(item, dtypes) for item in result)

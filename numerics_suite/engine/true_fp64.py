@@ -80,10 +80,13 @@ class LiftToFp64(reference_ops.LeanMode):
         if (fused := fused_ops.formula_for(self, func, args, kwargs)) is not None:
             formula, given = fused
             return formula.compute(given)
+        # A view must stay a view: on an upcast copy, a later in-place op would write to the copy and the program would not see it.
+        # The one view that reads numbers otherwise is `view(dtype)`, which reinterprets bits; no float64 value has those bits.
         if kind is Kind.VIEW:
             if func is _ATEN.view.dtype and (args[0].is_floating_point() or args[1].is_floating_point):
                 self.leave_out(func)
             return func(*args, **kwargs)
+        # Taken apart under the mode itself, so that the parts come back here one by one.
         if kind is Kind.COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs)
@@ -97,11 +100,14 @@ class LiftToFp64(reference_ops.LeanMode):
     def _compute(self, func: Any, plan: reference_ops.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs:
             kwargs = {name: widen(argument) for name, argument in kwargs.items()}
+        # Rows first, upcast then: an embedding of 150,000 rows would be upcast whole for the few that are read.
+        # Picking rounds nothing, so both orders give the same numbers.
         if plan.gathers:
             return widen(func(*args, **kwargs))
         if func in _CHUNKED and (product := _multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
+        # `half_to_float=True` asks for a float32 result of a float16 input; with a float64 input PyTorch refuses it.
         if 0 <= plan.narrow_flag < len(wide):
             wide[plan.narrow_flag] = False
         try:
@@ -109,6 +115,7 @@ class LiftToFp64(reference_ops.LeanMode):
         except (RuntimeError, NotImplementedError) as error:
             reraise_if_fatal(error)
             result = self._in_lower_float(func, wide, kwargs, error)
+        # Still a lower float: the op has its dtype built in. The digits are lost, so the run is no reference any more.
         if isinstance(result, Tensor):
             if result.dtype in WIDER:
                 self.leave_out(func)
@@ -176,6 +183,8 @@ def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor 
         return None
     left: Tensor = widen(args[-2])
     inner, outer = right.shape
+    # [n, k] @ [k, m] is cut along the longer side of the weight. Along m each piece is a part of the result; along k
+    # the pieces are summed, in float64, which differs from one product by roundoffs of 1e-16 only.
     along, shorter = int(outer >= inner), min(inner, outer)  # the longer side is cut
     step = max(1, CHUNK_ELEMENTS // shorter)
     scratch = torch.empty(step * shorter, dtype=WIDER[right.dtype], device=right.device)
@@ -259,6 +268,7 @@ def float64_surroundings(module: nn.Module) -> Iterator[None]:
     default = torch.get_default_dtype()
     with reference_ops.preserved(module), reference_ops.plain_kernels(module), _convolutions(module):
         _widen_buffers(module)
+        # For `torch.zeros(3)` and the like inside a forward pass, which name no dtype that could be lifted.
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -295,11 +305,13 @@ def _storages(model: nn.Module, *, trained_only: bool) -> frozenset[int]:
 
 
 def _wide_leaf(parameter: nn.Parameter) -> nn.Parameter:
+    # `copy=True`: a float64 parameter would share memory with its leaf otherwise, and an in-place op would change the model.
     wide = parameter.detach().to(WIDER.get(parameter.dtype, parameter.dtype), copy=True)
     return nn.Parameter(wide, requires_grad=parameter.requires_grad)
 
 
 def _widen_buffers(model: nn.Module) -> None:
+    # One wide copy for each buffer object: modules that share a buffer still share it.
     wide: dict[int, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():  # noqa: SLF001

@@ -46,6 +46,7 @@ class GradientSink:
         """Take one part of the gradient of parameter `name`; None where the loss does not reach it."""
         if part is not None:
             whole = self.gradients.get(name)
+            # A tied weight (embedding and head) gets one part from each use; dL/dW is their sum.
             self.gradients[name] = part if whole is None else whole.add_(part)
         self._awaited[name] -= 1
         if self._on_gradient is not None and not self._awaited[name] and name in self.gradients:
@@ -76,6 +77,7 @@ def recomputed_blocks(model: nn.Module, on_gradient: Callable[[str, Tensor], Non
                 module=module, inner=module.forward, names=names, sink=sink, trigger=torch.zeros((), requires_grad=True)
             )
             module.forward = unit
+        # Each block runs twice; a second run would append its keys again and attend to twice the tokens.
         if use_cache and torch.is_grad_enabled():
             config.use_cache = False  # type: ignore[union-attr]
         try:
@@ -127,6 +129,8 @@ class Unit:
         flat, spec = pytree.tree_flatten((args, kwargs))
         shape: list[Any] = []
         function = _written_out(self.module, self.inner) or _Recomputed
+        # `trigger` is the one input that always requires a gradient. Without it the first unit, whose inputs are token ids,
+        # would be left out of the graph and its backward pass would never be called.
         result = function.apply(self, spec, shape, self.trigger, *flat)
         return pytree.tree_unflatten(result, shape[0])
 
@@ -144,6 +148,7 @@ class Unit:
         leaves: dict[str, nn.Parameter] = {}
         for owner, key, parameter in places:
             name = self.names[id(parameter)]
+            # A parameter that two modules of the unit share gets one leaf, in which autograd adds both parts.
             if name not in leaves:
                 leaves[name] = nn.Parameter(parameter.detach().double())
             owner._parameters[key] = leaves[name]  # noqa: SLF001
@@ -163,10 +168,12 @@ class _Recomputed(torch.autograd.Function):
         ctx.places = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
         ctx.others = [None if isinstance(value, Tensor) else value for value in flat]
         ctx.save_for_backward(*(flat[place] for place in ctx.places))
+        # Dropout must draw the same mask in both runs, else the gradient is that of another function.
         ctx.random = (torch.get_rng_state(), *get_device_states(*flat)) if unit.module.training else None
         args, kwargs = pytree.tree_unflatten(list(flat), spec)
         result, layout = pytree.tree_flatten(unit.inner(*args, **kwargs))
         shape.append(layout)
+        # An output that the loss does not reach gives None here and not zeros, so what only it needs gets no gradient at all.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(v for v in result if isinstance(v, Tensor) and not v.is_floating_point()))
         return tuple(result)
@@ -216,6 +223,7 @@ class _LinearUnit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         (features,) = ctx.saved_tensors
+        # y = x Wᵀ + b, so dW = dYᵀ x, db = Σ over rows of dY, dx = dY W.
         rows = gradient.reshape(-1, gradient.shape[-1])
         for _, key, parameter in ctx.unit.stored():
             part = rows.sum(0) if key == "bias" else rows.t() @ features.reshape(-1, features.shape[-1])
@@ -238,6 +246,7 @@ class _EmbeddingUnit(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
         table = ctx.unit.module
+        # dW[i] = Σ of dY over the places where id i stands, but 0 for the padding row, as in PyTorch's own kernel.
         padding = -1 if table.padding_idx is None else table.padding_idx
         for _, _, parameter in ctx.unit.stored():
             part = torch.ops.aten.embedding_dense_backward(

@@ -33,7 +33,7 @@ class BatchPlan:
 
     @property
     def batches(self) -> int:
-        """How many a check is asked of at most."""
+        """How many a check runs on at most."""
         return self.drawn + (0 if self.planned is None else 2) + self.long_row
 
 
@@ -57,9 +57,9 @@ class Effort:
 
     Attributes:
         name: `quick`, `standard` or `thorough`.
-        examples: `--max-examples`, None where nobody set it.
-        rows: `--batch-size`, None where nobody set it.
-        length: `--seq-len`, None where nobody set it.
+        examples: `--max-examples`, None where it is not set.
+        rows: `--batch-size`, None where it is not set.
+        length: `--seq-len`, None where it is not set.
     """
 
     name: str = "standard"

@@ -186,6 +186,8 @@ class _Observer(reference_ops.LeanMode):
             return
         self.busy = True
         try:
+            # On the inputs that the module really gets, rounded as they are by what came before: the difference at its end is
+            # what this module adds. Against a whole float64 run of the model each module would inherit the errors before it.
             output, left_out = run_module_in_fp64(module, args, kwargs, self.names)
             name, class_name = self.names[id(module)], type(module).__name__
             rounded = self._rounded(module, args, kwargs)
@@ -216,6 +218,7 @@ class _Observer(reference_ops.LeanMode):
     def _close(self, started: _Open, got: dict[str, Tensor]) -> None:
         for tensor in got.values():
             started.saw(tensor.dtype)
+        # A container is as coarse as the coarsest of what runs in it, though its own output may be cast back to float32.
         if self.open:
             self.open[-1].saw(started.coarsest)
             self.open[-1].ran(started.fused_op, started.fused_excess)
@@ -224,7 +227,8 @@ class _Observer(reference_ops.LeanMode):
 
     def _keep(self, error: LocalError) -> None:
         before = self.worst.get(error.module)
-        if before is None or not error.rms_roundoffs <= before.rms_roundoffs:
+        # `not <=` and not `>`: a NaN replaces every number. Nothing replaces a NaN, or a good last run would hide it.
+        if before is None or not (math.isnan(before.rms_roundoffs) or error.rms_roundoffs <= before.rms_roundoffs):
             self.worst[error.module] = error
 
 
@@ -254,6 +258,7 @@ def _error(started: _Open, got: Tensor | None, want: Tensor, rounded: Tensor | N
         got, want = at_real(real, got.to(want.device)), at_real(real, want)
         typical = rms_error_in_roundoffs(got, want, started.coarsest)
         relative = _relative_roundoffs(got, want, started.coarsest)
+        # The unit is u · rms(y*), not u · |y*_i|: an element near zero by cancellation has no relative accuracy to lose.
         scale = rms(want) * unit_roundoff(started.coarsest)
         error = largest_difference(got, want)
         largest = 0.0 if error == 0.0 else error / scale if scale != 0.0 else math.inf
@@ -277,6 +282,8 @@ def _error(started: _Open, got: Tensor | None, want: Tensor, rounded: Tensor | N
 def _relative_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     """Root mean square of the elements' own relative errors in unit roundoffs; subnormal elements are left out."""
     size = want.double().abs()
+    # Below tiny a float's spacing stops shrinking, and what underflows to 0 errs by 100 %; above tiny / eps an inner value
+    # that is eps times smaller is normal too.
     normal = size > torch.finfo(dtype).tiny / torch.finfo(dtype).eps if dtype != torch.float64 else size > 0
     error = (got.double() - want.double()).abs()
     if not bool(normal.any()):
@@ -290,6 +297,8 @@ def _kernel_ratio(got: Tensor, want: Tensor, rounded: Tensor, dtype: torch.dtype
     The rounded run's error is taken as at least a single rounding's, 0.29 roundoffs: it may be exact by luck.
     """
     own, inherent = (got.double() - want.double()).abs(), (rounded.double() - want.double()).abs()
+    # Rounding a number in [1, 2) errs uniformly on [-u, u]: root mean square u / sqrt(3), so between u / sqrt(3) relative to 1
+    # and u / sqrt(12) relative to 2. 12 ** -0.5 = 0.29 is the lower end, so an exact rounded run cannot make the ratio infinite.
     one_rounding = 12**-0.5 * unit_roundoff(dtype)
     by_rms = rms(own) / max(rms(inherent), one_rounding * rms(want))
     typical = float(want.double().abs().median())

@@ -28,6 +28,7 @@ _PART: Final = 1 << 18
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Return the largest relative error of rounding once to `dtype`, half its epsilon: 2**-24 for float32."""
+    # eps is the spacing above 1, 2 ** (1 - p) with p significand bits; rounding to nearest errs by half of it at most.
     return torch.finfo(dtype).eps / 2
 
 
@@ -136,12 +137,14 @@ def rms_error_in_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> flo
 def _difference(got: Tensor, want: Tensor) -> Tensor:
     wide_got, wide_want = wide(got), wide(want)
     difference = (wide_got - wide_want).abs()
+    # inf - inf is NaN, though both answers agree; two -inf at a masked place are no error.
     return torch.where(wide_got == wide_want, torch.zeros_like(difference), difference)
 
 
 def _ratio(error: float, scale: float) -> float:
     if math.isnan(error) or math.isnan(scale):
         return math.nan
+    # 0 / 0 is no error: a bias that is exactly zero in both runs agrees. x / 0 is infinite, never a pass.
     if error == 0.0:
         return 0.0
     if scale == 0.0 or math.isinf(error):

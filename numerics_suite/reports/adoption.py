@@ -69,7 +69,7 @@ class AdoptionPrinter(Terminal):
             TerminalLine("  numerics-suite check"),
             *wrapped("what CI will say; it has to pass before the gate is of use", width=self.width, first="      "),
             TerminalLine(f"  git add {files}"),  # whole, to be copied
-            *wrapped("commit it: from now on every pull request is held to it", width=self.width, first="      "),
+            *wrapped("commit it: from now on every pull request is compared with it", width=self.width, first="      "),
         ]
         self._print(steps)
 

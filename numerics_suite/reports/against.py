@@ -77,7 +77,7 @@ def against(new: Documents, old: Documents | None) -> Against:
     """Hold new results against earlier ones.
 
     Args:
-        new: what is told of.
+        new: to report.
         old: the earlier ones; with None everything is new.
     """
     places = places_of(new)

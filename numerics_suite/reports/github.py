@@ -61,7 +61,7 @@ def tell_github(documents: Documents, stream: IO[str] | None) -> None:
     """Annotate and append the summary, where this is a step of GitHub Actions; elsewhere nothing.
 
     Args:
-        documents: what is told of.
+        documents: to report.
         stream: standard output; None where it is somebody else's, and then nothing is annotated.
     """
     if not in_actions():
@@ -82,7 +82,7 @@ def append_summary(path: Path, documents: Documents) -> None:
 
     Args:
         path: of the file that the runner reads.
-        documents: what is told of.
+        documents: to report.
     """
     try:
         room = LARGEST_SUMMARY - (path.stat().st_size if path.exists() else 0) - 2
@@ -98,7 +98,7 @@ def annotation_lines(documents: Documents, root: Path | None = None) -> list[str
     """The lines that the runner takes as annotations: the worst first, and how many more there are.
 
     Args:
-        documents: what is told of.
+        documents: to report.
         root: of the repository, None to look for it.
     """
     told = list(_annotations(documents, root))

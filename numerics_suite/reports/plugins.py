@@ -35,7 +35,7 @@ def write_added(documents: Documents, folder: Path) -> tuple[Path, ...]:
     """Let every added reporter write; the paths of what they wrote.
 
     Args:
-        documents: what is told of.
+        documents: to report.
         folder: that is there.
 
     Raises:

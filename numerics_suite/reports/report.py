@@ -98,7 +98,7 @@ def write_wanted(documents: Documents, report: Path | None, junitxml: Path | Non
     """Write what was asked for.
 
     Args:
-        documents: what is told of.
+        documents: to report.
         report: folder of a report, None for none.
         junitxml: a JUnit file, None for none.
         prefix: of the options' names, for messages.

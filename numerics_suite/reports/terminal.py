@@ -1,4 +1,4 @@
-"""The terminal: a header, live progress, and the end of the run; plain lines where nobody watches."""
+"""The terminal: a header, live progress, and the end of the run; plain lines without a terminal."""
 
 from __future__ import annotations
 

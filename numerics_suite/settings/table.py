@@ -22,7 +22,7 @@ class Option:
     Attributes:
         name: the field of `Settings`.
         help: one line.
-        default: the value where nobody sets it.
+        default: the value where it is not set.
         parse: one text to its value; raises ValueError with the reason.
         form: how it is given.
         flags: on the command line; empty for one that the command line lacks, SUBJECT for the positional.

@@ -1,4 +1,4 @@
-"""Which baselines a run is held to: where they lie, which cells they have, and what they hold that the run leaves out."""
+"""Which baselines a run is compared with: where they lie, which cells they have, and what they hold that the run leaves out."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def refuse_strangers(settings: Settings, baselines: Baselines, cells: Sequence[C
 
 
 def lacking(baselines: Baselines | None, cell: Cell, subject: Subject) -> str | None:
-    """Why the cell cannot be held to a baseline, None where it can.
+    """Why the cell cannot be compared with a baseline, None where it can.
 
     Args:
         baselines: loaded, None without a folder.

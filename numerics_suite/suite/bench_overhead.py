@@ -240,7 +240,7 @@ def measure(precision: str, checks: tuple[str, ...], skip: tuple[str, ...]) -> d
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "amp-bf16"])
 @pytest.mark.parametrize("which", ["without-twins", "all"])
 def test_overhead(benchmark: BenchmarkFixture, precision: str, which: str) -> None:
-    """The ratio is in the benchmark's extra info; that of the checks without twins is held to its limit."""
+    """The ratio is in the benchmark's extra info; that of the checks without twins must stay below its limit."""
     checks, skip = (WITHOUT_TWINS, TWINS) if which == "without-twins" else ((), ())
     found = benchmark.pedantic(measure, args=(precision, checks, skip), rounds=1)  # type: ignore[no-untyped-call]
     benchmark.extra_info.update(found)

@@ -3,7 +3,7 @@
 `pytest -p no:numerics_suite numerics_suite/suite/bench_watch.py -s`, with the extra `test` installed. Each round takes one step in each way, one after
 the other in turning order, and each way's ratio to the bare step of its own round is kept: whatever else the machine does meanwhile, it does to
 both. The median of these ratios is told, in seconds of the clock and, on a CPU, in seconds of this process's own work, which neighbours on
-the machine do not lengthen; the latter are held to the limit. Ways that nobody is held to take part in every sixth round.
+the machine do not lengthen; the latter must stay below the limit. Ways without a limit take part in every sixth round.
 
 A step that also looks at the parameters is timed as a way of its own; the amortised ratio is the plain one and a twentieth of the difference.
 """
@@ -80,7 +80,7 @@ def clocks(device: str) -> dict[str, Callable[[], float]]:
 
 
 def held_clock(device: str) -> str:
-    """The clock whose ratio is held to the limit."""
+    """The clock whose ratio must stay below the limit."""
     return "work" if device == CPU else "clock"
 
 
@@ -185,7 +185,7 @@ def measure(scale: Scale = ACCEPTANCE, device: str | None = None, rounds: int = 
     Args:
         scale: of the model.
         device: where it is trained; None for the accelerator, or the CPU where there is none.
-        rounds: at least 6, so that the ways that nobody is held to take part in one.
+        rounds: at least 6, so that the ways without a limit take part in one.
     """
     bench = make_bench(scale, device or accelerator() or CPU)
     model = bench.model
@@ -229,7 +229,7 @@ def _ratios(bench: Bench, clock: str, names: list[str]) -> dict[str, float]:
 
 
 def test_watch(benchmark: BenchmarkFixture) -> None:
-    """The amortised ratio is held to its limit; the others are in the benchmark's extra info."""
+    """The amortised ratio must stay below its limit; the others are in the benchmark's extra info."""
     device = accelerator() or CPU
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # detect_anomaly's own, which says that it is slow

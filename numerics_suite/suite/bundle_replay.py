@@ -175,7 +175,7 @@ def _replayed(bundle: Bundle, subject: Subject, settings: Settings) -> CheckResu
 
 
 def reopened(bundle: Bundle, model: nn.Module, found: Finding) -> tuple[bool, Finding]:
-    """Whether the finding comes about again, and it with the fact `reopened`: what its kept steps, taken as the bundle's own script takes them, show.
+    """Whether the finding is reproduced, and it with the fact `reopened`: what its kept steps, taken as the bundle's own script takes them, show.
 
     Args:
         bundle: as read.
@@ -198,7 +198,9 @@ def _of_factory(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Findi
         where = trained_again(scene, bundle.step)
         origin, how, cause = where or (run_again(scene, {}, backward=True), "", found.cause)
     found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
-    return borne_out_of(replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies))), scene.model)
+    return borne_out_of(
+        replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies), found.cause)), scene.model
+    )
 
 
 def _on(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Finding | None:
@@ -215,15 +217,17 @@ def _on(subject: Subject, bundle: Bundle, scene: CaughtContext) -> Finding | Non
         return None
     origin, how, cause = trained or (where, "", found.cause)
     found = _found_again(found, origin, f"on {subject.id}{', ' if how else ''}{how}", cause)
-    return borne_out_of(replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies))), scene.model)
+    return borne_out_of(
+        replace(found, remedies=untried(tuple(remedy.name for remedy in found.remedies), found.cause)), scene.model
+    )
 
 
 def _found_again(found: Finding, origin: Origin | None, how: str, cause: str) -> Finding:
-    """The finding as it comes about again, with the remedies of its cause."""
+    """The finding as it is reproduced, with the remedies of its cause."""
     if cause == "unknown":
         cause = found.cause
     if cause != found.cause:
-        found = replace(found, cause=cause, remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))))
+        found = replace(found, cause=cause, remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause)), cause))
     return replace(_placed(found, origin), evidence={**_placed(found, origin).evidence, "replay": how})
 
 

@@ -68,7 +68,7 @@ class SuitePlan:
         subjects: by id, in the order of the command line.
         cells: in the order in which they run.
         questions: grouped by cell.
-        baselines: what the cells are held to, None without a folder of baselines.
+        baselines: what the cells are compared with, None without a folder of baselines.
         data: what is taken of `--data` and how many of its labels count; empty without.
     """
 

@@ -28,7 +28,7 @@ from numerics_suite.diagnosis.consequences import RAISES, raised
 from numerics_suite.diagnosis.experiments import with_confidence
 from numerics_suite.diagnosis.findings import finding
 from numerics_suite.diagnosis.model_exceptions import model_raises
-from numerics_suite.diagnosis.remedy_trials import CheckAnswer, try_remedies
+from numerics_suite.diagnosis.remedy_trials import CheckAnswer, answer_of, try_remedies
 from numerics_suite.diagnosis.reproducer import reproducer
 from numerics_suite.diagnosis.roots import following
 from numerics_suite.diagnosis.versions_advice import PIN, borne_out, clean_on_a_fixture, without_pin
@@ -50,7 +50,7 @@ from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 
 REPRODUCERS = Path(".numerics/reproducers")
-"""Where the scripts that show a finding alone are written unless told otherwise, below the folder that the command runs in."""
+"""Where the scripts that show a finding alone are written by default, below the folder that the command runs in."""
 
 
 class SuiteSession:
@@ -80,7 +80,7 @@ class SuiteSession:
 
     @cached_property
     def plan(self) -> SuitePlan:
-        """What is asked of what."""
+        """Which check runs on which cell."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `answer`
             return make_plan(self.settings)
@@ -322,7 +322,7 @@ class SuiteSession:
     def _ask_again(self, check: str, cured: CellContext) -> CheckAnswer:
         """A check of a cured copy, with the batches that this run draws."""
         outcome = ask(get_check(check), cured, seed=self.settings.seed)
-        return CheckAnswer(breaches=outcome.breaches, measurements=_numbers(outcome))
+        return answer_of(outcome.breaches, outcome.worst)
 
     @staticmethod
     def _accepts(entry: object, failed: CheckResult) -> bool:

@@ -1,4 +1,4 @@
-"""A bundle read back: held to its digests, and its calls made on a model again."""
+"""A bundle read back: checked against its digests, and its calls made on a model again."""
 
 from __future__ import annotations
 

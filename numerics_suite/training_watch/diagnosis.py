@@ -43,7 +43,7 @@ SECONDS = 60.0
 """As long as a loop that stops is kept for its remedies."""
 
 EXPLANATIONS = {
-    "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: nobody wrote them.",
+    "uninitialised-parameters": "Parameters of a head that the checkpoint lacks were not finite before the first step: they were never initialised.",
     "corrupt-weights": "Parameters were not finite before the first step: the file, or what was done to the model after loading it.",
     "wrong-input-dtype": "Token ids name rows of a table; as floating numbers, or rounded to bfloat16 on the way (8 bits), they name other rows.",
     "out-of-range-input": "The batch itself holds what the model cannot take: a value that is not finite, an id without a row of the embedding, a label without a class.",
@@ -143,7 +143,7 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
         parameters=parameters,
         evidence=facts,
         batch=_batch(alarm.step, inputs),
-        remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause))),
+        remedies=untried((*REMEDIES.get(cause, ()), *remedies_of(cause)), cause),
     )
     return borne_out_of(found, scene.model)
 
@@ -180,7 +180,7 @@ def _silent(alarm: Alarm, scene: CaughtContext) -> Finding:
         parameters=alarm.parameters,
         evidence=dict(alarm.facts),
         batch=_batch(alarm.step, inputs),
-        remedies=untried((*REMEDIES.get(alarm.cause, ()), *remedies_of(alarm.cause))),
+        remedies=untried((*REMEDIES.get(alarm.cause, ()), *remedies_of(alarm.cause)), alarm.cause),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Finding
+from numerics_suite.training_watch import inputs
 from numerics_suite.training_watch.alarms import Alarm, NumericsError, Reading
 from numerics_suite.training_watch.async_metrics import Mailbox
 from numerics_suite.training_watch.bundle import Caught
@@ -25,7 +26,6 @@ from numerics_suite.training_watch.diagnosis import CaughtContext
 from numerics_suite.training_watch.divergence import diverged
 from numerics_suite.training_watch.gauges import Gauges, parameters_of
 from numerics_suite.training_watch.hooks import around_forward, around_step, plain_model, plain_optimizer
-from numerics_suite.training_watch.inputs import ID_BATCHES, UNREPRESENTABLE, refused, rounded_ids, unrepresentable_ids
 from numerics_suite.training_watch.judge import HALVED, HALVINGS_AT_START, ROSE, Judge
 from numerics_suite.training_watch.norms import is_shard
 from numerics_suite.training_watch.optimizer_states import rates_of
@@ -175,7 +175,7 @@ class Watch:
             self._gauges.before_update(optimizer)
         self._updates.before(optimizer, due=self._parameters_due)
         if self._kept.step:
-            self._ring.note(self.step, self._place_of(optimizer), rates_of(optimizer))
+            self._ring.note(self.step, self.optimizers.index(optimizer), rates_of(optimizer))
         # A fused optimizer is stepped all the same, and leaves out within its kernel what the scaler has found.
         found = getattr(optimizer, "found_inf", None)
         self._found_inf = found.detach().clone() if isinstance(found, Tensor) else None
@@ -232,15 +232,12 @@ class Watch:
             self._read(wait=True)
             self._kept.take(self.step, self.optimizers)
 
-    def _place_of(self, optimizer: torch.optim.Optimizer) -> int:
-        return next((place for place, known in enumerate(self.optimizers) if known is optimizer), 0)
-
     def _look_at_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forwards += 1
-        if (alarm := refused(self.model, args, kwargs, self.step, first=self.finding is None)) is not None:
+        if (alarm := inputs.refused(self.model, args, kwargs, self.step, first=self.finding is None)) is not None:
             self._raise(alarm)
-        if self._forwards <= ID_BATCHES:
-            self._mailbox.post(self.step, unrepresentable_ids(self.model, args, kwargs))
+        if self._forwards <= inputs.ID_BATCHES:
+            self._mailbox.post(self.step, inputs.unrepresentable_ids(self.model, args, kwargs))
 
     def _on_norm(self, gradients: Sequence[Tensor], order: float, norm: Tensor) -> None:
         if not self._muted and self._due:
@@ -281,9 +278,9 @@ class Watch:
                     self._raise(found)
             if self.finding is None and (lost := self._updates.rounded(reading, self._updates.rate)) is not None:
                 self._raise(lost)
-            if 0.0 in reading.values.get(UNREPRESENTABLE, ()):
+            if 0.0 in reading.values.get(inputs.UNREPRESENTABLE, ()):
                 seen = any(alarm.kind == "rounded-ids" for alarm in self.warnings)
-                if not seen and (cast := rounded_ids(self.model, self._ring.of_step(reading.step))) is not None:
+                if not seen and (cast := inputs.rounded_ids(self.model, self._ring.of_step(reading.step))) is not None:
                     self._raise(cast)
 
     def _question(self, alarm: Alarm) -> Callable[[Alarm, CaughtContext], Alarm | None] | None:

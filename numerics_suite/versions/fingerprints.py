@@ -110,7 +110,7 @@ def digests(settings: Settings, known: Sequence[KnownSubject], baseline: Path | 
     Args:
         settings: as a cell uses them.
         known: its subjects.
-        baseline: the folder of baselines that the cells are held to.
+        baseline: the folder of baselines that the cells are compared with.
     """
     found = {"numerics-suite": source_digest(), **{one.name: one.digest for one in known}}
     for name, path in (("--data", settings.data), ("--baseline", baseline)):

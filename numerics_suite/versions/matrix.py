@@ -52,7 +52,7 @@ class MatrixPlan:
         cells: versions, oldest first, each once.
         cwd: the folder of the command.
         threads: of each cell's process.
-        baseline: the folder of baselines that the cells are held to, None without.
+        baseline: the folder of baselines that the cells are compared with, None without.
         check: run the suite.
         record: record baselines too.
     """
@@ -118,7 +118,7 @@ def make_plan(  # noqa: PLR0913 - keywords
         cells: may hold one twice.
         cwd: the folder of the command.
         threads: of each cell's process.
-        baseline: the folder of baselines that the cells are held to, None without.
+        baseline: the folder of baselines that the cells are compared with, None without.
     """
     return MatrixPlan(
         settings=for_a_cell(settings),

@@ -147,7 +147,7 @@ def make_recipe(wanted: Wanted) -> Recipe:
 
 
 def _optional(wanted: Wanted) -> Iterator[str]:
-    """What the running environment has, of releases that nobody chose."""
+    """What the running environment has, of releases that were not chosen."""
     chosen = {name for name, _ in wanted.others}
     return (name for name in OPTIONAL if name not in chosen and _is_installed(name))
 

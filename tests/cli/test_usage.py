@@ -120,6 +120,17 @@ def test_an_unwritable_path_is_refused_before_the_run(capsys, tmp_path, option, 
         (CheckError("pytest ended"), 3, "internal error: pytest ended"),
         (KeyboardInterrupt(), 2, "interrupted"),
         (ZeroDivisionError("oops"), 3, "internal error: ZeroDivisionError: oops"),
+        (
+            ImportError("tokenizers<=0.23.0 is required, but found 0.23.3"),
+            4,
+            "error: the installed packages cannot be imported together (tokenizers<=0.23.0 is required, but found 0.23.3); "
+            "`pip check` names what does not fit",
+        ),
+        (
+            ModuleNotFoundError("No module named 'numerics_suite.gone'", name="numerics_suite.gone"),
+            3,
+            "internal error: ModuleNotFoundError: No module named 'numerics_suite.gone'",
+        ),
         (OSError(28, "No space left on device", "/x"), 4, "error: cannot write /x: No space left on device"),
         (OSError(5, "Input/output error"), 3, "internal error: OSError: [Errno 5] Input/output error"),
     ],

@@ -99,7 +99,7 @@ def test_the_suite_by_its_package_name_with_a_finding_fails_with_its_block(tmp_p
         "load.head-init",
     )
     assert run.returncode == 1, run.stdout
-    assert "never initialised: weight" in run.stdout
+    assert "  where     weight" in run.stdout
     assert "uninitialised-parameters" in run.stdout
 
 

@@ -130,6 +130,23 @@ def test_nan_is_kept_and_never_within_a_budget():
     assert math.isnan(found.rms_roundoffs)
 
 
+def test_nan_of_an_earlier_run_of_a_module_is_not_hidden_by_a_later_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Linear(4, 4)
+
+        def forward(self, first, second):
+            return self.shared(first) + self.shared(second)
+
+    good, bad = torch.ones(2, 4), torch.full((2, 4), float("nan"))
+    for batch in ({"first": bad, "second": good}, {"first": good, "second": bad}):
+        errors = {error.module: error for error in local_errors(Twice(), batch)}
+        assert math.isnan(errors["shared"].rms_roundoffs)
+    errors = {error.module: error for error in local_errors(Twice(), {"first": good, "second": good})}
+    assert errors["shared"].rms_roundoffs < 1
+
+
 def test_nothing_of_the_size_of_all_activations_is_kept():
     class Watch(nn.Module):
         def __init__(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -278,3 +279,42 @@ def test_a_remedy_that_the_class_refuses_is_not_verified():
     remedies = tried(session, question, finding, "sdpa-attention")
     assert remedies["sdpa-attention"].verified is None
     assert remedies["sdpa-attention"].effect == "Glm4ForCausalLM cannot use sdpa attention"
+
+
+def factory_told(name, check):
+    settings = settings_of("glm-tiny", "fp32", "eager", max_examples=2)
+    session = MutantSession(replace(settings, subjects=(f"factory:mutants.{name}",)), None)
+    session.tries_remedies = True
+    (question,) = [question for question in session.plan.questions if question.check == check]
+    return session.answer(question)[0]
+
+
+def test_untied_embeddings_of_code_are_tied_and_the_check_passes():
+    found = factory_told("article_models:untied", "load.tied").finding
+    assert found.cause == "untied-weights"
+    (remedy,) = [remedy for remedy in found.remedies if remedy.name == "fix-config"]
+    assert remedy.verified is True
+    assert "with model.tie_weights()" in remedy.effect
+    assert "1 → 0, 0 allowed" in remedy.effect
+    assert "tie_word_embeddings" in remedy.description
+    assert factory_told("article_models:norm_without_fp32", "load.tied").status == "passed"
+
+
+def test_a_wrong_gradient_has_its_factor_and_a_leak_says_whether_the_mask_is_read():
+    doubled = factory_told("factories:gradient_doubled", "reference.oracle").finding
+    assert doubled.evidence["times the true gradient"] == pytest.approx(2, abs=1e-6)
+    ignored = factory_told("factories:mask_padding_ignored", "forward.padding").finding
+    assert "does not read the mask" in ignored.evidence["flipped at the padding"]
+    moved = factory_told("factories:mask_padding_shifted", "forward.padding").finding
+    assert "the mask is read" in moved.evidence["flipped at the padding"]
+
+
+def test_updates_that_round_away_show_the_share_that_is_held():
+    """Not the loss, which five tiny steps move nowhere."""
+    finding, remedies, _, _ = told(None, "train.updates", lr=1e-7)
+    assert finding.cause == "rounded-update"
+    before, after = re.findall(r"([\d.]+) %", remedies["stochastic-rounding"].effect)
+    assert float(before) < 0.5
+    assert float(after) > 50
+    assert not any("loss" in remedy.effect for remedy in remedies.values())
+    assert [remedy.name for remedy in finding.remedies][-1] == "raise-learning-rate"

@@ -39,6 +39,11 @@ def test_a_release_is_no_advice_on_the_users_own_code():
     assert names(versions_advice.borne_out(advised(), context_of("fixture:glm4-tiny"))) == BOTH
 
 
+def test_a_release_is_no_advice_where_a_part_of_the_model_is_the_users_own():
+    assert names(versions_advice.borne_out(advised(), context_of("factory:mutants.factories:gradient_doubled"))) == ()
+    assert names(versions_advice.borne_out(advised(), context_of("factory:mutants.factories:clean_glm_tiny"))) == BOTH
+
+
 def test_no_release_gives_back_the_weights_of_a_baseline():
     baseline = SimpleNamespace(subject={"digest": "sha256:other"})
     context = context_of("fixture:glm4-tiny", baseline=baseline)

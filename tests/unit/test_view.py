@@ -120,7 +120,7 @@ def test_a_title_says_nothing_that_another_line_says(title, facts, begin):
 def test_the_lines_of_a_finding():
     assert dict(card().lines) == {
         "where": "optimizer step 1, model.embed_tokens.weight and 32 more parameters; aten.addcdiv_ at adam.py:546",
-        "shown by": "the same operation in float64 is not finite either; the check passes with eps 0.0001 and in fp32",
+        "shown by": "float64, given the values as float16 holds them (eps is 0 already), is not finite either: so no overflow; the check passes with eps 0.0001 and in fp32",
     }
     assert card().fixes == ("AdamW(eps=1e-4) -- tried, works: finite", "a newer release -- not tried")
     helpless = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[1:2])
@@ -146,7 +146,8 @@ def test_a_place_names_a_module_where_no_parameter_is_of_it():
     ("arguments", "text"),
     [
         (("norm", 0.79, 0.75, "roundoffs"), "0.79 roundoffs; at most 0.75"),
-        (("true", 4.73, 1e-10, "ratio"), "4.73 times the answer's size, in float64; at most 1e-10"),
+        (("true", 4.73, 1e-10, "ratio"), "4.73 times the root mean square of the logits, in float64; at most 1e-10"),
+        (("true-gradient", 1.03, 1e-10, "ratio"), "1.03 times the gradient's largest value, in float64; at most 1e-10"),
         (("excess", 3, 1.5, "ratio"), "3 times the rounding error that the precision makes unavoidable; at most 1.5"),
         (("wrongly-tied", 1, 0, "pairs"), "1 pair; none is allowed"),
         (("empty", 3, 0, "batches"), "3 batches; none is allowed"),

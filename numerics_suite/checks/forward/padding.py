@@ -11,7 +11,7 @@ from torch import Tensor
 from numerics_suite.checks._laws import is_rotary, law_measurements, skipped_law
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
-from numerics_suite.core.records import Batch, Measurement
+from numerics_suite.core.records import Batch, Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.decoding import counted_positions, takes_positions
@@ -58,7 +58,10 @@ def padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
         found = compare_law(context, true=true, true_other=moved, other=other, base=base)
         if worst_pair is None or nan_last(found[0]) > nan_last(worst[0]):
             worst, worst_pair = found, (plain, more)
-    yield from law_measurements(*worst, place=lambda: None if worst_pair is None else _place(context, *worst_pair))
+    facts = {} if worst_pair is None or worst[0] <= AGREED else _mask_read(context, worst_pair[1])
+    yield from law_measurements(
+        *worst, place=lambda: None if worst_pair is None else _place(context, *worst_pair), facts=facts
+    )
     # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
     if context.subject.task == "sequence-classification" and not context.lacks_pad_token:
         yield from _pooled(context, part)
@@ -102,6 +105,23 @@ def _place(context: CellContext, plain: dict[str, Tensor], more: dict[str, Tenso
         return Side(model=context.model, tensors=tensors, call=call, pick=lambda state: state[real])
 
     return first_parting(run(plain), run(more), passed_over=is_rotary(context))
+
+
+def _mask_read(context: CellContext, more: dict[str, Tensor]) -> dict[str, Fact]:
+    """Whether attention reads the mask at all: the padded batch once more, with a mask that hides nothing.
+
+    With the positions given where the model takes them: counting those is another use of the mask.
+    """
+    where = more["attention_mask"].bool()
+    more = _with_positions(more) if takes_positions(context.model) else more
+    masked = _tokens(true_answer(context, more), where)
+    shown = _tokens(true_answer(context, {**more, "attention_mask": torch.ones_like(more["attention_mask"])}), where)
+    same = torch.equal(masked, shown)
+    return {
+        "flipped at the padding": "the same bit for bit (attention does not read the mask)"
+        if same
+        else "other ones (the mask is read)"
+    }
 
 
 def _sides(context: CellContext, batch: Batch) -> list[str]:

@@ -19,7 +19,7 @@ from numerics_suite.subjects.tokenizers import TokenizerRaisesError, tokenizer_f
 
 TEXTS = (
     "The logits are finite.",
-    "Gradients blow up when the loss scale is never lowered, and nobody looks at them until step two.",
+    "Gradients blow up when the loss scale is never lowered, and they go unnoticed until step two.",
     "数值稳定性",
     "x",
 )

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.observations.roundoff import rms
+from numerics_suite.subjects.files import tensor_headers
 
 
 @check(scope="precision")
@@ -27,8 +28,19 @@ def head_init(context: CellContext) -> Iterable[Measurement]:
         unit="parameters",
         module=unwritten[0].rpartition(".")[0] if unwritten else None,
         parameters=unwritten,
+        facts=_stored(context, unwritten),
     )
     yield _gain(context.model, tuple(name for name in context.loaded.new_head if name not in unwritten))
+
+
+def _stored(context: CellContext, names: tuple[str, ...]) -> dict[str, Fact]:
+    """Whether a trained value of these is in the files: of a new head there is none, and one that is there is lost to a load."""
+    if not names or context.subject.path is None or context.subject.adapter_base:
+        return {}
+    stored = [f".{name}" for name in tensor_headers(context.subject.path)]
+    # A class with another prefix than the file's has the same tensor under a name that ends alike.
+    held = any(one.endswith(f".{name}") or f".{name}".endswith(one) for name in names for one in stored)
+    return {"the checkpoint": "holds such a tensor" if held else "has no such tensor (it is a new head)"}
 
 
 def _gain(model: nn.Module, names: tuple[str, ...]) -> Measurement:

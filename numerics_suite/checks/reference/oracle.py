@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, true_gradient, true_run
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
-from numerics_suite.core.records import Measurement
+from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.definitions import (
     exact_rotary,
@@ -135,7 +136,12 @@ def _against_definition(
     # A wrong forward pass has a wrong gradient too; the gradient is judged where it alone can be wrong.
     if max(logits, loss) <= AGREED:
         yield Measurement(
-            name="true-gradient", value=gradient, unit="ratio", module=where, parameters=(worst,) if worst else ()
+            name="true-gradient",
+            value=gradient,
+            unit="ratio",
+            module=where,
+            parameters=(worst,) if worst else (),
+            facts=_along(run.found, wanted, where, worst) if not gradient <= AGREED else {},
         )
 
 
@@ -216,6 +222,20 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
     # A tied weight has one gradient in both, under either of its names; what is missing altogether was detached.
     lost = [name for name, g in wanted.gradients.items() if name not in found.gradients and bool(g.any())]
     return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
+
+
+def _along(found: Fp64Run, wanted: OracleRun, where: str | None, worst: str | None) -> dict[str, Fact]:
+    """How often the true gradient is held: ⟨held, true⟩/⟨true, true⟩ over the place where the two part first, else over the worst parameter.
+
+    A factor, as of a scale that is applied twice, is seen in it at once; it is 1 where the difference is at right angles to the gradient.
+    """
+    assert found.gradients is not None
+    both = [name for name in wanted.gradients if name in found.gradients]
+    names = [name for name in both if where and name.rpartition(".")[0] == where] or [n for n in both if n == worst]
+    pairs = [(found.gradients[name].cpu().double(), wanted.gradients[name].double()) for name in names]
+    size = sum(float((true * true).sum()) for _, true in pairs)
+    ratio = sum(float((held * true).sum()) for held, true in pairs) / size if size > 0 else math.nan
+    return {"times the true gradient": float(f"{ratio:.6g}")} if math.isfinite(ratio) else {}
 
 
 def _first_apart(context: CellContext, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:

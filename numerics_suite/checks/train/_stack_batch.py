@@ -88,7 +88,7 @@ def stack_of(context: CellContext) -> StackSubject:
     """The subject's model and a batch for it.
 
     Raises:
-        NotApplicableError: the Trainer cannot be asked of it.
+        NotApplicableError: the Trainer cannot be checked with it.
     """
     if importlib.util.find_spec("accelerate") is None:
         reason = "transformers' Trainer needs accelerate: pip install 'numerics-suite[accelerate]'"
@@ -139,7 +139,7 @@ def _refuse_unsuited(context: CellContext) -> None:
 
     inner = _inner(context.model)
     if not isinstance(inner, PreTrainedModel):
-        reason = f"transformers' Trainer is asked of its own models, and {type(inner).__name__} is no PreTrainedModel"
+        reason = f"transformers' Trainer is checked with models of transformers only, and {type(inner).__name__} is no PreTrainedModel"
         raise NotApplicableError(reason)
     if "," in context.cell.device:
         reason = "the installed packages are judged on one device: name one"

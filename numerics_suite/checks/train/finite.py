@@ -19,7 +19,7 @@ def finite(context: CellContext) -> Iterable[Measurement | Series]:
     if run.gradient_norms:
         facts["gradient norms"] = ", ".join(f"{norm:.3g}" for norm in run.gradient_norms)
     if bad is not None:
-        facts |= {"first": f"{bad.kind} {bad.name}", "and others": bad.others}
+        facts |= {"first": f"{bad.kind} {bad.name}", "and others": bad.others, "trained parameters": len(run.trained)}
     yield Measurement(
         name="non-finite",
         value=0 if bad is None else 1 + bad.others,

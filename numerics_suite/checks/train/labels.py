@@ -79,9 +79,12 @@ def _counted(context: CellContext, batch: Batch) -> Iterable[Measurement]:
         facts["without a label that counts"] = f"the factory's own batch: {without}"
     else:
         facts["rows of a batch (--batch-size)"] = context.request.rows
-        facts["without a label that counts"] = (
-            f"about {empty} of the batches of an epoch: {without} when cut to {context.space.max_length} tokens (--seq-len)"
+        batches = -(-max(batch.rows_in_file, len(rows)) // context.request.rows)
+        some = "any batch of an epoch" if not any(rows) else f"about {empty} of {batches} batches of an epoch"
+        cut = (
+            f"when cut to {context.space.max_length} tokens, the --seq-len of this run and not always of your training"
         )
+        facts["without a label that counts"] = f"{some}: {without} {cut}"
     yield Measurement(name="no-counted-labels", value=empty, unit="batches", facts=facts)
 
 

@@ -146,7 +146,7 @@ def _whole(stack: StackSubject) -> Step:
             encoder-decoder's, whose labels another rule shifts.
     """
     if stack.task == "causal-lm" and takes_decoder_ids(stack.plain):
-        reason = "transformers' Trainer is asked of decoders and classifiers, not of encoder-decoders"
+        reason = "transformers' Trainer is checked with decoders and classifiers, not with encoder-decoders"
         raise NotApplicableError(reason)
     pair: dict[str, Tensor] = {}
 

@@ -68,7 +68,7 @@ def rms(values):
 """
 
 FILLED = (
-    "# Memory that nobody writes to is NaN on any machine, not what the allocator happens to hand out.",
+    "# Memory that is never written is NaN on any machine, not what the allocator happens to hand out.",
     "torch.use_deterministic_algorithms(True, warn_only=True)",
     "torch.utils.deterministic.fill_uninitialized_memory = True",
 )

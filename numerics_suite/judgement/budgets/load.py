@@ -164,7 +164,7 @@ BUDGETS = (
         limit=0,
         cause="uninitialised-parameters",
         title="never initialised: {parameters}",
-        reason="Nobody wrote to this memory: with uninitialised memory filled with NaN the weights come out NaN. In an "
+        reason="This memory was never written: with uninitialised memory filled with NaN the weights come out NaN. In an "
         "ordinary run they hold whatever the allocator had there, which may be zeros today and NaN tomorrow.",
         remedies=("init-head", "newer-version"),
     ),

@@ -147,7 +147,7 @@ BUDGETS: tuple[Budget, ...] = (
             measurement=role,
             limit=limit,
             cause="low-precision-section",
-            title=f"{{module}} errs {{value:.3g}} {unit}, more than {what} needs",
+            title=f"{{module}} errs {{value:.3g}} {unit.replace('roundoffs', 'unit roundoffs')}, more than {what} needs",
             reason=reason
             + " Fed what it really got, the module alone is at fault: it rounds once too often, or in too low a dtype.",
             remedies=("keep-in-fp32", *CURE),

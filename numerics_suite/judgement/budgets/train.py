@@ -51,7 +51,7 @@ BUDGETS = (
         measurement="lost",
         limit=1,
         cause="rounded-update",
-        title="updates round away: the {facts[dtype]} parameters hold {facts[share of the steps that is held]:.2g} of the steps at lr {facts[learning rate]:.2g}",
+        title="updates round away: the {facts[dtype]} parameters hold {facts[share of the steps that is held]:.2%} of the steps at lr {facts[learning rate]:.2g}",
         reason="Unit roundoff of the parameters' dtype over the share of the float64 steps that they hold (with three standard errors of the sample): "
         "above 1 the dtype cannot tell what was held and all of the steps from the steps alone, so the run is one that did not train.",
         remedies=("raise-learning-rate", "stochastic-rounding", "fp32-master-weights", "use-amp-bf16"),

@@ -18,7 +18,7 @@ NAMED = 2
 """Parameters that a sentence names; the line with the place names more."""
 
 WHY: dict[str, str] = {
-    "uninitialised-parameters": "nothing wrote to the memory of {parameters|a parameter}, so it holds NaN on one start and zeros on another",
+    "uninitialised-parameters": "nothing wrote to the memory of {parameters|a parameter}, so it holds what lay there before, NaN in one process and zeros in another",
     "bad-initialisation": "the first logits and gradients are far too large, and training starts from noise",
     "missing-weights": "{parameters|weights that the checkpoint lacks} will run with values that no training gave them",
     "lost-weights": "what was trained in {parameters|some weights} never reaches the model, or does not come back from saving",
@@ -40,7 +40,7 @@ WHY: dict[str, str] = {
     "wrong-positions": "positions are counted wrongly, so tokens are rotated as if they stood elsewhere",
     "wrong-pooling": "the class is read from another position than the last real token",
     "wrong-loss": "training minimises another number than the mean loss over the labels that count",
-    "wrong-gradient": "the optimizer steps along another gradient than the loss's",
+    "wrong-gradient": "the optimizer is given a gradient that is not the loss's",
     "dead-gradient": "no gradient reaches {parameters|a trained parameter}, so it never learns",
     "optimizer-underflow": "the optimizer's eps (1e-8 by default) is 0 in {dtype|the dtype of its state}, so its step divides by 0",
     "loss-scaling": "no loss scale keeps the gradients finite, so every step is skipped and nothing trains",
@@ -54,14 +54,14 @@ WHY: dict[str, str] = {
     "unknown": "no experiment could decide on a cause",
     "ignored-dtype": "the model's own code or its config chose the dtype, and not the caller",
     "rounded-buffer": "a cast of the whole model, such as model.to(dtype), rounded what belongs in a wider float",
-    "uninitialised-buffer": "nothing wrote to the memory of {parameters|a buffer}, so another value is there at each start",
+    "uninitialised-buffer": "nothing wrote to the memory of {parameters|a buffer}, so another value is there in each process",
     "model-raises": "the model's own code stops with an exception, and training and serving stop there too",
     "tokenizer-incompatible": "the tokenizer's code does not fit the installed transformers",
     "no-pad-token": "rows of different lengths need a token to pad them with, and there is none",
     "no-counted-labels": "the loss is then a mean over nothing: 0/0, or a step that learns nothing",
-    "lost-head": "each load draws a new head at random, so its answers are chance",
+    "lost-head": "the trained head is lost, and each load draws a new one at random, so answers are random until it is trained again",
     "wrong-output-shape": "a loss over such logits is an error, or that of another task",
-    "rounded-update": "most steps are smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and are lost",
+    "rounded-update": "almost every step is smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and is lost",
     "untrained-parameters": "{parameters|a parameter} should be trained, and no optimizer step changes it as the loss asks",
     "packing-leak": "attention or positions run on across the border between two packed rows",
 }
@@ -79,6 +79,19 @@ WITH: dict[str, tuple[str, str]] = {
     "divergence": (
         "largest norm after clipping",
         "it leaves a norm of {largest norm after clipping}, where {limit|less} was asked for",
+    ),
+    "uninitialised-parameters": (
+        "the checkpoint",
+        "the checkpoint {the checkpoint}, and nothing wrote to the memory of {parameters|a parameter}: it holds what lay there before, "
+        "NaN in one process and zeros in another",
+    ),
+    "wrong-gradient": (
+        "times the true gradient",
+        "along the true gradient it is {times the true gradient} times as large, and the optimizer steps by it",
+    ),
+    "padding-leak": (
+        "flipped at the padding",
+        "with the attention mask set to 1 at the padding the answers are {flipped at the padding}, and padded positions reach real tokens",
     ),
     "model-raises": ("exception", "training and serving stop there too"),
 }

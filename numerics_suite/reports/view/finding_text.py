@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.core.text import listed
+from numerics_suite.core.text import listed, percent
 from numerics_suite.reports.lines import cut
 from numerics_suite.reports.numbers import shown
 from numerics_suite.reports.view.causes import title_of
@@ -29,22 +29,74 @@ MEASURED = frozenset({"measured", "allowed", "unit", "measurement"})
 """Facts that :func:`measured_text` says."""
 
 NO_SHOWING = frozenset(
-    {*MEASURED, "confidence", "exception", "losses", "gradient norms", "first", "and others", "op", "line", "source"}
+    {
+        *MEASURED,
+        "confidence",
+        "exception",
+        "losses",
+        "gradient norms",
+        "first",
+        "and others",
+        "trained parameters",
+        "op",
+        "line",
+        "source",
+    }
 )
 """Facts that show nothing of a cause, or stand elsewhere."""
+
+SHARES = frozenset({"share of the steps that is held", "its standard error"})
+"""Facts that are told in percent."""
 
 OUTCOMES = {
     ("the same op in float64", "finite"): "the same operation in float64 is finite",
     ("the same op in float64", "not finite"): "the same operation in float64 is not finite either",
-    ("loaded without poison", "other values"): "the values differ with what was in memory before the load",
-    ("over memory of zeros", "other values"): "the values differ with what was in memory before the load",
+    (
+        "loaded without poison",
+        "other values",
+    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
+    (
+        "over memory of zeros",
+        "other values",
+    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
     ("loaded without poison", "NaN again"): "loaded into memory of zeros it is NaN as well",
 }
 """Facts that are experiments of their own, in words."""
 
+RAISES = "model-raises"
+"""The cause of a finding that keeps other checks from being asked."""
+
+OF_CAUSE = {
+    (
+        "optimizer-underflow",
+        "the same op in float64",
+        "not finite",
+    ): "float64, given the values as {dtype} holds them (eps is 0 already), is not finite either: so no overflow",
+}
+"""The same where the cause gives an outcome its meaning."""
+
 PASSES = {"optimizer": "optimizer step", "backward": "backward pass of step", "forward": "forward pass of step"}
 
-OF_THE_ANSWER = "times the answer's size, in float64"
+DIFFERENCES = {
+    "true-gradient": "times the gradient's largest value",
+    "true-loss": "times the loss",
+    "true-training-mode": "times the gradient's largest value",
+}
+OF_THE_ANSWER = "times the root mean square of the logits"
+"""What a difference in float64 is measured in, by measurement; of all others it is logits that are compared."""
+
+ROUNDOFFS = {
+    "fp64": "float64",
+    "fp32": "float32",
+    "tf32": "TF32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "pure-fp16": "float16",
+    "amp-bf16": "bfloat16",
+    "amp-fp16": "float16",
+}
+"""By precision, the float whose unit roundoff errors of it are measured in."""
+
 UNITS = {
     "rounded": "times the rounding error of the plain run",
     "excess": "times the rounding error that the precision makes unavoidable",
@@ -55,7 +107,7 @@ UNITS = {
     "rotary-excess": "times what rounding explains",
     "curve-growth": "times what rounding explains",
     "composed": "times the error of the same module with every operation rounded once",
-    "lost": "times as much rounding as is kept of the steps",
+    "lost": "times the share held (plus 3 standard errors) is the unit roundoff",
 }
 """What a ratio is a ratio of, by measurement; others are named by their unit."""
 
@@ -108,6 +160,8 @@ def where_text(finding: Finding) -> str:
     others = facts.get("and others", 0) if str(facts.get("first", "")).startswith("parameter ") else 0
     more = len(finding.parameters) - len(names) + (int(others) if isinstance(others, (int, float)) else 0)
     named = ", ".join(names) + (f" and {many(more, 'more parameter')}" if more and names else "")
+    trained = facts.get("trained parameters")
+    named += f" of {trained} trained" if more and names and isinstance(trained, int) else ""
     module = finding.module
     if module and any(name.startswith(f"{module}.") for name in names):
         module = None
@@ -118,7 +172,12 @@ def where_text(finding: Finding) -> str:
 def shown_text(finding: Finding) -> str:
     """What shows that the cause is right: the experiments and what came of them, or what was seen; and how sure that is."""
     facts = {str(name): value for name, value in finding.evidence.items()}
-    parts = [words for (name, value), words in OUTCOMES.items() if facts.get(name) == value]
+    meant = {key[1:]: words for key, words in OF_CAUSE.items() if key[0] == finding.cause}
+    outcomes = {
+        **OUTCOMES,
+        **{key: words.format(dtype=facts.get("dtype", "the dtype")) for key, words in meant.items()},
+    }
+    parts = [words for (name, value), words in outcomes.items() if facts.get(name) == value]
     for outcome, words in (("passes", "the check passes {}"), ("fails", "the check fails {} too")):
         conditions = [name for name, value in facts.items() if value == outcome]
         parts += [words.format(" and ".join(conditions))] if conditions else []
@@ -133,6 +192,8 @@ def shown_text(finding: Finding) -> str:
 
 
 def _seen(name: str, value: object) -> str:
+    if name in SHARES and isinstance(value, (int, float)):
+        return f"{name}: {percent(value)}"
     text = {"True": "yes", "False": "no"}.get(str(value)) or shown(value)
     return f"seen in {text}" if name == "where" else f"{name}: {text}"
 
@@ -153,7 +214,7 @@ def value_text(name: str, value: float, limit: float, unit: str, fall: float | N
         return f"{shown(value)} {plural(unit, value)}; none is allowed"
     words = UNITS.get(name, unit)
     if name not in UNITS and unit == "ratio":
-        words = OF_THE_ANSWER
+        words = f"{DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64"
     return f"{shown(value)} {words}".rstrip() + f"; at most {shown(limit)}"
 
 
@@ -166,6 +227,8 @@ def measured_text(result: CheckResult) -> str:
     name, unit = str(facts.get("measurement", "")), str(facts.get("unit", ""))
     if not isinstance(limit, (int, float)):
         return f"{shown(value)} {unit}".rstrip()
+    if unit == "roundoffs" and result.check.startswith("reference."):
+        unit = f"unit roundoffs of {ROUNDOFFS.get(result.cell.precision, result.cell.precision)}"
     return value_text(name, value, limit, unit, result.measurements.get("fall"))
 
 
@@ -204,7 +267,9 @@ def following_lines(root: Finding, results: Iterable[CheckResult]) -> tuple[str,
     lines = []
     for title, cells in checks.items():
         names = [f"{check} ({len(held)} cells)" if len(held) > 1 else check for check, held in cells.items()]
-        lines.append(f"{listed(names, 6)}{f': {title}' if title else ''}")
+        # Where the model's own code raises, the same exception in another check is no other fault: that check did not run.
+        could_not = "could not run: " if not title and root.cause == RAISES else ""
+        lines.append(f"{could_not}{listed(names, 6)}{f': {title}' if title else ''}")
     return tuple(lines)
 
 
