@@ -17,6 +17,16 @@ LONGEST_LINE = 1 << 24
 """Bytes of a line: a row is held in memory whole, a file never."""
 
 FORMS = '{"text": "…", "label": 0}, {"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}'
+
+PAIRS = (
+    ("prompt", "completion"),
+    *(
+        (prompt, answer)
+        for prompt in ("prompt", "instruction", "question")
+        for answer in ("response", "answer", "output")
+    ),
+)
+"""Keys of a prompt and of what is learnt after it: TRL's pair first, then those that other recipes use. An `instruction` may have an `input`."""
 COUNTED = 256
 """Rows of which the labels are counted: as many as are read by a tokenizer in about a second."""
 NAMES = {"text": "texts", "prompt": "prompts", "messages": "conversations"}
@@ -174,14 +184,25 @@ def _example(line: bytes, where: str) -> Example:
         raise BadInputError(message)
     if "messages" in record:
         return Example(where=where, form="messages", messages=_messages(record["messages"], where))
-    if "completion" in record or ("prompt" in record and "text" not in record):
-        prompt, completion = (_string(record, key, where) for key in ("prompt", "completion"))
-        return Example(where=where, form="prompt", text=prompt, completion=_filled(completion, "completion", where))
+    pair = next((pair for pair in PAIRS if pair[0] in record and pair[1] in record), PAIRS[0])
+    if "completion" in record or ("text" not in record and pair[0] in record):
+        return _prompt_and_answer(record, pair, where)
     if "text" not in record:
         message = f"{where}: needs 'text', 'prompt' with 'completion', or 'messages', such as {FORMS}"
         raise BadInputError(message)
     text = _filled(_string(record, "text", where), "text", where)
     return Example(where=where, form="text", text=text, label=_label(record, where))
+
+
+def _prompt_and_answer(record: Mapping[str, Any], pair: tuple[str, str], where: str) -> Example:
+    """The two texts; but for TRL's pair, which is joined as it stands, they are set apart by a space where nothing else does."""
+    prompt, answer = (_string(record, key, where) for key in pair)
+    if record.get("input") and pair[0] == "instruction":
+        prompt = f"{prompt}\n{_string(record, 'input', where)}"
+    answer = _filled(answer, pair[1], where)
+    if pair != PAIRS[0] and prompt and not prompt[-1].isspace() and not answer[0].isspace():
+        answer = f" {answer}"
+    return Example(where=where, form="prompt", text=prompt, completion=answer)
 
 
 def _record(line: bytes, where: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import Finding
 from numerics_suite.diagnosis.reproducer import reproducer
+from numerics_suite.inputs import data_file
 from numerics_suite.inputs.data_batch import data_batch, encode
 from numerics_suite.inputs.data_file import read_sample
 from numerics_suite.inputs.labels import IGNORED, counted_labels, empty_batches
@@ -83,6 +84,22 @@ def test_no_other_control_character_ends_a_line_of_a_conversation(tmp_path):
     # JSON itself escapes those below U+0020, so only a reader that splits before it parses would meet them.
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert len(read_sample(path, size=8, seed=0).examples) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"prompt": "a", "completion": "b"}, ("a", "b")),
+        ({"prompt": "a", "answer": "b"}, ("a", " b")),
+        ({"prompt": "a\n", "response": "b"}, ("a\n", "b")),
+        ({"instruction": "a", "input": "c", "output": "b"}, ("a\nc", " b")),
+        ({"instruction": "a", "input": "", "output": "b"}, ("a", " b")),
+        ({"question": "a", "answer": "b", "id": 3}, ("a", " b")),
+    ],
+)
+def test_the_usual_names_of_prompts_and_answers_are_known(tmp_path, row, texts):
+    (example,) = data_file._examples(written(tmp_path / "rows.jsonl", row))
+    assert (example.form, example.text, example.completion) == ("prompt", *texts)
 
 
 def test_a_completion_is_learnt_and_its_prompt_is_not(tmp_path, tokenizer):
