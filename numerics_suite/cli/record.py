@@ -54,7 +54,7 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         "record",
         usage="[SUBJECT ...] [--baseline DIR] [OPTIONS]",
-        description="Writes baselines: measurements of each cell, for comparison with another version.",
+        description="Writes baselines: what each cell measures, to compare another version with.",
         examples=EXAMPLES,
     )
     add_cli_options(parser, OPTIONS)

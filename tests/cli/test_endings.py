@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +168,25 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 SLOW = ("--checks", "load.*,forward.*,train.*", "--precision", "fp32,bf16", "--no-diagnose", "-n", "0")
 
 
+@contextmanager
+def default_action(number: signal.Signals) -> Iterator[None]:
+    """A process that begins within does not inherit that the signal is ignored, as all do below `nohup`."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize(
     ("number", "workers"),
     [(signal.SIGTERM, "0"), (signal.SIGINT, "2"), (getattr(signal, "SIGHUP", signal.SIGTERM), "0")],
 )
 def test_a_run_that_is_stopped_keeps_what_was_answered(folder: Path, number: signal.Signals, workers: str) -> None:
-    running = subprocess.Popen(
-        [*command("sleeps", arguments=(*SLOW[:-1], workers))], cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    with default_action(number):
+        running = subprocess.Popen(
+            [*command("sleeps", arguments=(*SLOW[:-1], workers))], cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
     wait_for(lambda: shown_answers(folder) > 2)
     seen = shown_answers(folder)
     running.send_signal(number)
