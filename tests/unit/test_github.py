@@ -35,7 +35,7 @@ def read(line: str) -> tuple[str, dict[str, str], str]:
     return found[1], {name: plain(value) for name, value in facts.items()}, plain(found[3])
 
 
-WHY = "nothing wrote to the memory of score.weight, so it holds NaN on one start and zeros on another (uninitialised-parameters)."
+WHY = "nothing wrote to the memory of score.weight, so it holds what lay there before, NaN in one process and zeros in another (uninitialised-parameters)."
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def logit_spacing(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """
     logits = context.forward(batch)["logits"]
     if logits.dim() > 2:
-        logits = logits[batch.tensors["attention_mask"].bool()]  # what stands at padding, nobody reads
+        logits = logits[batch.tensors["attention_mask"].bool()]  # values at padding are not used
     largest = logits.abs().max().item()
     if not math.isfinite(largest):
         reason = "logits are not finite, which forward.finite is about"
