@@ -19,6 +19,7 @@ from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.observations.roundoff import rms, unit_roundoff, wide
+from numerics_suite.subjects.built_model import without_adapter
 from numerics_suite.subjects.load import default_dtype
 
 SAME_ROUNDOFFS: Final = 64
@@ -98,8 +99,7 @@ def _items(output: Any) -> list[tuple[str, Any]]:
 def _accepted(context: CellContext, batches: Sequence[StoredBatch]) -> list[str]:
     """Names that `forward` takes, sorted: those of its signature, renamed ones, and those that have an effect."""
     model = context.model
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # peft's wrapper takes anything
-    names = accepted_names(type(inner).forward)
+    names = accepted_names(type(without_adapter(model)).forward)  # peft's wrapper takes anything
     if context.takes_ids:
         names |= _effective(context, tensors_of(batches[0], context), names)
     return sorted(names)

@@ -8,10 +8,7 @@ from typing import Any
 from torch import nn
 
 from numerics_suite.engine.blocks import decoder_blocks
-from numerics_suite.subjects.layers import COUNTS, shallower_config
-
-BLOCK_LISTS = frozenset({"layers", "layer", "h", "blocks"})
-"""Last parts of the names under which transformers keeps a model's blocks; a list of experts, which may be longer, is none of them."""
+from numerics_suite.subjects.layers import BLOCK_LISTS, COUNTS, shallower_config
 
 
 def blocks_beyond(model: nn.Module, kept: int) -> tuple[str, ...]:

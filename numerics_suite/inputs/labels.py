@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numerics_suite.subjects.built_model import without_adapter
+
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
 
@@ -27,10 +29,21 @@ def counted_labels(labels: Tensor, *, shifted: bool) -> Tensor:
     return (rows[:, 1:] if shifted and labels.dim() > 1 else rows).ne(IGNORED).sum(dim=1)
 
 
+def labels_in_mean(labels: Tensor, task: str) -> int:
+    """Labels of a batch that enter the mean of its loss: after the shift for language models, all rows of a sequence classifier.
+
+    Args:
+        labels: `[batch, sequence]`, or of a sequence classifier `[batch]` or `[batch, labels]`.
+        task: of the subject.
+    """
+    if task == "sequence-classification":
+        return int(labels.shape[0])
+    return int(counted_labels(labels, shifted=task == "causal-lm").sum())
+
+
 def predicts_next_token(model: Any) -> bool:
     """Whether the model's own loss shifts the labels by one, as its class's name says."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return type(without_adapter(model)).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def empty_batches(counted: Sequence[int], *, batch: int, rows: int) -> float:

@@ -124,6 +124,18 @@ def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     return errors
 
 
+def projection(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """How often the wanted tensors are in those that were got: ⟨got, want⟩/⟨want, want⟩ over all of them; NaN where these are zero.
+
+    Args:
+        got: has every name of `want`.
+        want: by name.
+    """
+    pairs = [(wide(got[name]).cpu(), wide(value).cpu()) for name, value in want.items()]
+    size = sum(float(wanted.square().sum()) for _, wanted in pairs)
+    return sum(float((held * wanted).sum()) for held, wanted in pairs) / size if size else math.nan
+
+
 def rms_error_in_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     """Return rms(got - want) / rms(want) in unit roundoffs of `dtype`.
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numerics_suite.subjects.built_model import without_adapter
+
 CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
 """What models call their cache, in a call and in its output, the name of the newest releases first."""
 
@@ -19,15 +21,9 @@ def cache_name(model: Any) -> str | None:
     Args:
         model: of transformers, or of remote code.
     """
-    parameters = inspect.signature(type(_within(model)).forward).parameters
+    parameters = inspect.signature(type(without_adapter(model)).forward).parameters
     handed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return next((name for name in CACHES if name in parameters), "past_key_values" if handed_on else None)
-
-
-def _within(model: Any) -> Any:
-    """The model of transformers inside peft's, whose own methods hand on every keyword and name none."""
-    inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
 
 
 def empty_cache(model: Any, *, rows: int, width: int) -> Any:
@@ -38,7 +34,7 @@ def empty_cache(model: Any, *, rows: int, width: int) -> Any:
         rows: sequences of the batch.
         width: most tokens that a row will have.
     """
-    name, model = cache_name(model), _within(model)
+    name, model = cache_name(model), without_adapter(model)
     prepare = getattr(model, "_prepare_cache_for_generation", None)
     if prepare is None or name is None or not _has_cache_of_transformers(model):
         return None
@@ -81,12 +77,12 @@ def names_keyword(model: Any, keyword: str) -> bool:
         model: of transformers, of peft, or of remote code.
         keyword: such as `position_ids`.
     """
-    return keyword in inspect.signature(type(_within(model)).forward).parameters
+    return keyword in inspect.signature(type(without_adapter(model)).forward).parameters
 
 
 def is_stateful(model: Any) -> bool:
     """Whether the class says that its state is rolled on token by token, so that no step decodes several."""
-    return bool(getattr(_within(model), "_is_stateful", False))
+    return bool(getattr(without_adapter(model), "_is_stateful", False))
 
 
 def prepared_step(
@@ -106,7 +102,7 @@ def prepared_step(
         Keywords of the call, with logits of every column; None where the class cannot prepare such a step (remote code
         that only ever decodes one token).
     """
-    model = _within(model)
+    model = without_adapter(model)
     method = getattr(model, "prepare_inputs_for_generation", None)
     if method is None:
         return None

@@ -20,7 +20,10 @@ from numerics_suite.subjects.fixtures import cache_dir
 COUNTS = ("num_hidden_layers", "num_layers", "n_layer")
 """Keys of the number of blocks in a config: of most models, of ChatGLM, of GPT-2."""
 
-_BLOCK = re.compile(r"(?P<before>(?:.*?\.)?(?:layers|h|layer|blocks)\.)(?P<index>\d+)(?P<after>\..+)")
+BLOCK_LISTS = ("layers", "h", "layer", "blocks")
+"""Last parts of the names under which transformers keeps a model's blocks; a list of experts, which may be longer, is none of them."""
+
+_BLOCK = re.compile(rf"(?P<before>(?:.*?\.)?(?:{'|'.join(BLOCK_LISTS)})\.)(?P<index>\d+)(?P<after>\..+)")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 

@@ -33,7 +33,7 @@ from numerics_suite.engine.layout import batch_first, sequence_first
 from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.strategies import training_batch
-from numerics_suite.observations.roundoff import gradient_errors, relative_error
+from numerics_suite.observations.roundoff import gradient_errors, projection, relative_error
 
 LONGEST_BATCH = 1024
 """Tokens of the batch on the other side of a length that changes the rotary table: attention's float64 scores grow with the
@@ -232,9 +232,7 @@ def _along(found: Fp64Run, wanted: OracleRun, where: str | None, worst: str | No
     assert found.gradients is not None
     both = [name for name in wanted.gradients if name in found.gradients]
     names = [name for name in both if where and name.rpartition(".")[0] == where] or [n for n in both if n == worst]
-    pairs = [(found.gradients[name].cpu().double(), wanted.gradients[name].double()) for name in names]
-    size = sum(float((true * true).sum()) for _, true in pairs)
-    ratio = sum(float((held * true).sum()) for held, true in pairs) / size if size > 0 else math.nan
+    ratio = projection(found.gradients, {name: wanted.gradients[name] for name in names})
     return {"times the true gradient": float(f"{ratio:.6g}")} if math.isfinite(ratio) else {}
 
 

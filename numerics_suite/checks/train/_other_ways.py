@@ -23,7 +23,7 @@ from numerics_suite.engine.outputs import scalar_loss
 from numerics_suite.engine.router_loss import adds_router_loss
 from numerics_suite.engine.runner import Caller
 from numerics_suite.engine.true_fp64 import Fp64Run
-from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.inputs.labels import labels_in_mean
 from numerics_suite.observations.roundoff import gradient_errors, relative_error
 
 
@@ -95,24 +95,16 @@ def in_parts(context: CellContext, rows: int) -> Caller:
     task = context.subject.task
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-        total, losses = counted(tensors["labels"], task), []
+        total, losses = labels_in_mean(tensors["labels"], task), []
         # Unequal on purpose: one row, and the rest before it, so that dropout that is left on draws otherwise than for the
         # whole batch. The mean over no label is NaN by definition, and weighs nothing.
         for start, stop in ((1, rows), (0, 1)):
             part = {name: value[start:stop] for name, value in tensors.items()}
-            if share := counted(part["labels"], task) / total:
+            if share := labels_in_mean(part["labels"], task) / total:
                 losses.append(share * scalar_loss(call_model(model, part)))
         return {"loss": torch.stack(losses).sum()}
 
     return call
-
-
-def counted(labels: Tensor, task: str) -> int:
-    """Labels that enter the mean: after the shift for language models, all rows of a sequence classifier."""
-    if task == "sequence-classification":
-        return int(labels.shape[0])
-    kept = labels[:, 1:] if task == "causal-lm" else labels
-    return int((kept != IGNORED).sum())
 
 
 def in_training_mode(call: Callable[[nn.Module, Mapping[str, Any]], Any] = call_model, *, checkpointed: bool) -> Caller:

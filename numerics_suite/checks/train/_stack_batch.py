@@ -16,8 +16,9 @@ from numerics_suite.devices.kinds import CPU
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.shallow_copy import blocks_beyond, shallow_copy
-from numerics_suite.inputs.labels import IGNORED
+from numerics_suite.inputs.labels import IGNORED, labels_in_mean
 from numerics_suite.inputs.strategies import build_batch
+from numerics_suite.subjects.built_model import without_adapter
 
 MOST_ROWS = 4
 """Micro-batches of one row each: enough to tell a mean of means, and a sum of means, from the mean."""
@@ -51,7 +52,7 @@ class StackSubject:
     @property
     def plain(self) -> nn.Module:
         """The model without peft's wrapper."""
-        return _inner(self.model)
+        return without_adapter(self.model)
 
     @property
     def adapted(self) -> bool:
@@ -61,7 +62,7 @@ class StackSubject:
     @property
     def counted(self) -> int:
         """Labels that enter the mean."""
-        return count(self.tensors["labels"], self.task)
+        return labels_in_mean(self.tensors["labels"], self.task)
 
     def rows(self, tensors: Mapping[str, Tensor] | None = None) -> list[dict[str, Tensor]]:
         """The batch as a data set has it: a dict for each row."""
@@ -137,7 +138,7 @@ def _copied(context: CellContext, tensors: Mapping[str, Tensor]) -> nn.Module:
 def _refuse_unsuited(context: CellContext) -> None:
     from transformers import PreTrainedModel  # heavy
 
-    inner = _inner(context.model)
+    inner = without_adapter(context.model)
     if not isinstance(inner, PreTrainedModel):
         reason = f"transformers' Trainer is checked with models of transformers only, and {type(inner).__name__} is no PreTrainedModel"
         raise NotApplicableError(reason)
@@ -152,15 +153,9 @@ def _refuse_large(model: nn.Module, beyond: Sequence[str] = ()) -> None:
     if needed > MOST_BYTES:
         reason = (
             f"{needed / 2**30:.1f} GiB of parameters in float64; the installed packages are judged as well on a small checkpoint "
-            f"of the class {type(_inner(model)).__name__}"
+            f"of the class {type(without_adapter(model)).__name__}"
         )
         raise NotApplicableError(reason)
-
-
-def _inner(model: Any) -> nn.Module:
-    """The model without peft's wrapper."""
-    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -192,13 +187,6 @@ def _labels(tensors: Mapping[str, Any], task: str) -> tuple[Tensor, Tensor]:
     whole = answers.clone()
     whole[:, 0] = torch.where(real[:, 0], ids[:, 0], whole[:, 0])
     return answers, whole
-
-
-def count(labels: Tensor, task: str) -> int:
-    """Labels that enter the mean: after the shift for language models, all rows of a sequence classifier."""
-    if task == "sequence-classification":
-        return int(labels.shape[0])
-    return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
 
 
 def smoothed(stack: StackSubject, epsilon: float, *, shifted: bool) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from numerics_suite.checks.train import _stack_faults as faults
-from numerics_suite.checks.train._stack_batch import StackSubject, count, smoothed, stack_of
+from numerics_suite.checks.train._stack_batch import StackSubject, smoothed, stack_of
 from numerics_suite.checks.train.labels import defined_loss
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
@@ -25,8 +25,9 @@ from numerics_suite.engine.calls import takes_decoder_ids
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.installed_trainer import Step, Way, accelerate_step, trainer_step, whole_gradient
 from numerics_suite.engine.references import trusted
+from numerics_suite.inputs.labels import labels_in_mean
 from numerics_suite.inputs.targets import targets_of
-from numerics_suite.observations.roundoff import gradient_errors, relative_error
+from numerics_suite.observations.roundoff import gradient_errors, projection, relative_error
 
 TIMES = "times the whole batch's gradient"
 """Name of the projection of the gradient that was handed over on the one that is wanted."""
@@ -87,13 +88,11 @@ def _measured(trial: Trial) -> Measurement:
     got = {name: trial.step.gradients.get(name, torch.zeros_like(value)) for name, value in wanted.items()}
     errors = gradient_errors(got, wanted)
     worst = max(errors, key=lambda name: nan_last(errors[name]))
-    size = sum(float(value.square().sum()) for value in wanted.values())
-    factor = sum(float((got[name] * value).sum()) for name, value in wanted.items()) / size
     return Measurement(
         name=trial.name,
         value=errors[worst],
         unit="ratio",
-        facts={TIMES: factor, "most in": worst},
+        facts={TIMES: projection(got, wanted), "most in": worst},
     )
 
 
@@ -199,7 +198,7 @@ def _adapter(stack: StackSubject, rows: int) -> Iterator[Trial]:
 def _loop(stack: StackSubject, whole: Step) -> Trial:
     """A loop over accelerate itself, which weighs each row by the labels that it counts, as accelerate's pages say."""
     rows = stack.rows()
-    counts = [count(stack.tensors["labels"][row : row + 1], stack.task) for row in range(len(rows))]
+    counts = [labels_in_mean(stack.tensors["labels"][row : row + 1], stack.task) for row in range(len(rows))]
     return Trial(
         name="accelerate-loop",
         words=f"a loop over accelerate that accumulates over {len(rows)} micro-batches",
