@@ -49,14 +49,21 @@ def switches(*, tf32: bool, device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def torch_default_dtype(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Torch's default dtype within, None for the present one; whatever is set within, it is restored."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype or before)
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Whatever is switched within, a script's switches for example, is afterwards as it was; the default dtype too."""
-    dtype = torch.get_default_dtype()
-    with _fp32_precision(tf32=False), _full_reductions(), deterministic_algorithms():
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+    with torch_default_dtype(), _fp32_precision(tf32=False), _full_reductions(), deterministic_algorithms():
+        yield
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from numerics_suite.devices.arithmetic import torch_default_dtype
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine import flex_rule, fused_ops, reference_ops, weight_stream
 from numerics_suite.engine.calls import call_model, where_float64_is
@@ -265,15 +266,11 @@ def float64_surroundings(module: nn.Module) -> Iterator[None]:
 
     That is float64 buffers and default dtype, autocast off, attention and experts that have float64 kernels.
     """
-    default = torch.get_default_dtype()
     with reference_ops.preserved(module), reference_ops.plain_kernels(module), _convolutions(module):
         _widen_buffers(module)
         # For `torch.zeros(3)` and the like inside a forward pass, which name no dtype that could be lifted.
-        torch.set_default_dtype(torch.float64)
-        try:
+        with torch_default_dtype(torch.float64):
             yield
-        finally:
-            torch.set_default_dtype(default)
 
 
 class _WideConvolutions(TorchFunctionMode):

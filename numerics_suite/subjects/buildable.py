@@ -16,14 +16,13 @@ from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.machine import swap_bytes
 from numerics_suite.devices.kinds import CPU
 from numerics_suite.devices.memory import free_bytes
-from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
-from numerics_suite.subjects.built_model import parameters_on_meta
+from numerics_suite.subjects.built_model import without_values
 from numerics_suite.subjects.files import StoredTensor, read_json
+from numerics_suite.subjects.layers import COUNTS
 from numerics_suite.subjects.quiet import quiet_transformers
 
 _SIZE = re.compile(r"(_size|_dim|_rank|^num_\w+_(layers|heads))$")
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer")
 
 MOST_LAYERS = 1000
 """Layers that a config may ask for beyond those that its weights can hold; the deepest published models have some hundred, and
@@ -47,7 +46,7 @@ def refuse_impossible_sizes(folder: Path, config: Mapping[str, Any], stored: Map
         BadInputError: no model can be built of it, or none that fits into this machine.
     """
     path = folder / "config.json"
-    for name in _DEPTHS:
+    for name in COUNTS:
         value = config.get(name)
         # A layer has at least one tensor.
         if type(value) is int and value > max(MOST_LAYERS, len(stored)):
@@ -57,9 +56,9 @@ def refuse_impossible_sizes(folder: Path, config: Mapping[str, Any], stored: Map
     odd = [
         name
         for name, value in config.items()
-        if type(value) is int and _SIZE.search(name) and name not in _DEPTHS and not 0 < value <= largest
+        if type(value) is int and _SIZE.search(name) and name not in COUNTS and not 0 < value <= largest
     ]
-    odd += [name for name in _DEPTHS if type(config.get(name)) is int and config[name] <= 0]
+    odd += [name for name in COUNTS if type(config.get(name)) is int and config[name] <= 0]
     named = config.get("architectures") or ()
     built = compat.class_of(named[0]) if odd and named else None
     if built is None:
@@ -133,15 +132,11 @@ def _fault(folder: Path, text: str, task: str, trust_remote_code: bool) -> tuple
 
 def _raised(build: Callable[[], nn.Module]) -> str | None:
     """What building raises, in one line; None where a model comes of it."""
-    default = torch.get_default_dtype()
     try:
-        # Buffers stay on the CPU: some classes read values of theirs while they are built.
-        with quiet_transformers(), seeded(0), parameters_on_meta():
+        with without_values():
             build()
     except Exception as error:  # noqa: BLE001 - model classes raise what they like
         return f"{type(error).__name__}: {compat.last_line(error)}"
-    finally:
-        torch.set_default_dtype(default)
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.devices.arithmetic import torch_default_dtype
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.quiet import quiet_transformers
@@ -96,22 +97,30 @@ def _built(
     if not compat.is_language_model(model):
         return None
     config: Any = copy.deepcopy(model.config)
-    default = torch.get_default_dtype()
     try:
         for name, value in (changed or {}).items():
             setattr(config, name, value)
-        torch.set_default_dtype(dtype)
-        # With its parameters on the meta device it costs no memory to speak of.
-        with quiet_transformers(), seeded(0), parameters_on_meta():
+        with without_values(dtype):
             return (kind or type(model))(config)
     except Exception:  # noqa: BLE001 - a class of the user's own may ask for more than a config, in any way
         return None
-    finally:
-        torch.set_default_dtype(default)
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def without_values(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Models are built within as a load builds them, but for the numbers of their parameters: that costs no memory to speak of.
+
+    Buffers stay on the CPU: some classes read values of theirs while they are built.
+
+    Args:
+        dtype: torch's default dtype within, None for the present one.
+    """
+    with torch_default_dtype(dtype), quiet_transformers(), seeded(0), _parameters_on_meta():
+        yield
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
     """Each parameter goes to the meta device as soon as its module has it, so its initialisation writes nothing."""
     own = nn.Module.register_parameter
 

@@ -5,8 +5,8 @@ A checkpoint is loaded at a dtype and never cast: `model.to(dtype)` would round 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import UnsupportedError
 from numerics_suite.core.records import Subject
-from numerics_suite.devices.arithmetic import deterministic_algorithms
+from numerics_suite.devices.arithmetic import deterministic_algorithms, torch_default_dtype
 from numerics_suite.devices.kinds import parts_of
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat, validate
@@ -95,7 +95,7 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
         if subject.kind != "factory":
             switches.enter_context(quiet_transformers())
             switches.enter_context(private_modules())
-        switches.enter_context(_default_dtype_kept())
+        switches.enter_context(torch_default_dtype())  # releases up to 4.56 leave it changed when a load fails
         switches.enter_context(seeded(seed))
         if poison:
             switches.enter_context(deterministic_algorithms(fill=True))
@@ -104,16 +104,6 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
     if dtype == "float64":
         compat.use_plain_experts(loaded.model)
     return replace(loaded, tied=_tied(loaded.model), attn=compat.attention_of(loaded.model))
-
-
-@contextmanager
-def _default_dtype_kept() -> Iterator[None]:
-    """Restore torch's default dtype, which releases up to 4.56 leave changed when a load fails."""
-    dtype = torch.get_default_dtype()
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
@@ -158,7 +148,7 @@ def default_dtype(subject: Subject, dtype: str | None = None) -> str:
     """
     assert subject.path is not None
     folder = Path(subject.adapter_base or subject.path)
-    with quiet_transformers(), private_modules(), _default_dtype_kept(), seeded(0), load_failures(subject, "default"):
+    with quiet_transformers(), private_modules(), torch_default_dtype(), seeded(0), load_failures(subject, "default"):
         model, _ = _from_folder(subject, folder, dtype=dtype, attn="default", device="cpu", config=dtype is None)
     sizes: dict[str, int] = {}
     for parameter in model.parameters():

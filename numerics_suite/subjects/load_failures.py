@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from numerics_suite.core.errors import CheckError, NumericsSuiteError, UnsupportedError, UnusableError
@@ -17,7 +17,18 @@ NO_CUDA = ("Torch not compiled with CUDA enabled", "Found no NVIDIA driver", "No
 
 
 @contextmanager
-def load_failures(subject: Subject, attn: str) -> Iterator[None]:
+def _in_one_line(word: Callable[[Exception], NumericsSuiteError]) -> Iterator[None]:
+    """Raise what `word` makes of an exception; ours, and one that no later cell can outlive, stay as they are."""
+    try:
+        yield
+    except NumericsSuiteError:
+        raise
+    except Exception as error:
+        reraise_if_fatal(error)
+        raise word(error) from error
+
+
+def load_failures(subject: Subject, attn: str) -> AbstractContextManager[None]:
     """Give every failure of a load one line: an implementation that is lacking is a skip, files that cannot be used are bad input.
 
     Args:
@@ -30,36 +41,25 @@ def load_failures(subject: Subject, attn: str) -> Iterator[None]:
         UnusableError: no model comes of the files.
         CheckError: none comes of a fixture's, which are right.
     """
-    try:
-        yield
-    except NumericsSuiteError:
-        raise
-    except Exception as error:
-        reraise_if_fatal(error)
-        text = f"{type(error).__name__}: {compat.first_line(error)}"
-        if attn != "default" and isinstance(error, (ImportError, ValueError)) and _is_about_attention(text):
-            message = f"{subject.model_class} cannot use {attn} attention: {compat.first_line(error)}"
-            raise UnsupportedError(message) from error
-        if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
-            message = f"this quantised checkpoint cannot be loaded here: {compat.first_line(error)}"
-            raise UnsupportedError(message) from error
-        if any(said in text for said in NO_CUDA):
-            message = (
-                f"the code of {subject.model_class} needs CUDA, which this machine has not: {compat.first_line(error)}"
-            )
-            raise UnsupportedError(message) from error
-        if subject.kind == "fixture":  # its files are right, so it is the release that cannot
-            message = f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}"
-            raise CheckError(message) from error
-        folder = Path(subject.adapter_base or str(subject.path))
-        trusted = subject.trust_remote_code
-        raise UnusableError(
-            why_not_loaded(folder, subject.task, subject.model_class, error, trust_remote_code=trusted)
-        ) from error
+    return _in_one_line(lambda error: _of_load(error, subject, attn))
 
 
-@contextmanager
-def adapter_failures(subject: Subject) -> Iterator[None]:
+def _of_load(error: Exception, subject: Subject, attn: str) -> NumericsSuiteError:
+    line = compat.first_line(error)
+    text = f"{type(error).__name__}: {line}"
+    if attn != "default" and isinstance(error, (ImportError, ValueError)) and _is_about_attention(text):
+        return UnsupportedError(f"{subject.model_class} cannot use {attn} attention: {line}")
+    if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
+        return UnsupportedError(f"this quantised checkpoint cannot be loaded here: {line}")
+    if any(said in text for said in NO_CUDA):
+        return UnsupportedError(f"the code of {subject.model_class} needs CUDA, which this machine has not: {line}")
+    if subject.kind == "fixture":  # its files are right, so it is the release that cannot
+        return CheckError(f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}")
+    folder, trusted = Path(subject.adapter_base or str(subject.path)), subject.trust_remote_code
+    return UnusableError(why_not_loaded(folder, subject.task, subject.model_class, error, trust_remote_code=trusted))
+
+
+def adapter_failures(subject: Subject) -> AbstractContextManager[None]:
     """Name the adapter's folder where its base could be loaded and it cannot be put on that.
 
     Args:
@@ -68,20 +68,16 @@ def adapter_failures(subject: Subject) -> Iterator[None]:
     Raises:
         UnusableError: peft refuses it.
     """
-    try:
-        yield
-    except NumericsSuiteError:
-        raise
-    except Exception as error:
-        reraise_if_fatal(error)
-        import peft  # heavy
+    return _in_one_line(lambda error: _of_adapter(error, subject))
 
-        said = f"{type(error).__name__}: {compat.first_line(error)}"
-        message = (
-            f"{subject.path}: peft {peft.__version__} cannot put this adapter on {subject.adapter_base}: {said}; save it again, "
-            "from the model that it was trained on"
-        )
-        raise UnusableError(message) from error
+
+def _of_adapter(error: Exception, subject: Subject) -> NumericsSuiteError:
+    import peft  # heavy
+
+    return UnusableError(
+        f"{subject.path}: peft {peft.__version__} cannot put this adapter on {subject.adapter_base}: "
+        f"{type(error).__name__}: {compat.first_line(error)}; save it again, from the model that it was trained on"
+    )
 
 
 def _is_about_attention(text: str) -> bool:
