@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import percent
 from numerics_suite.diagnosis.findings import title
+from numerics_suite.engine.updates import SHARE
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Finding
@@ -16,9 +17,7 @@ OF_TRAINING = ("train.finite", "train.descends", "train.clip", "train.amp")
 """Checks whose own answer is how training goes; of the others a loss would prove nothing."""
 
 STARTS_TRAINING = ("load.finite", "load.head-init")
-"""Checks of weights that training starts from: what it makes of them is told beside their own answer."""
-
-SHARE = "share of the steps that is held"
+"""Checks of the weights that training starts from: their effect also says how training goes."""
 
 WORDS = {
     "rounded-buffers": "buffers that are rounded",

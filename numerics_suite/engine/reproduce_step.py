@@ -21,7 +21,19 @@ from torch import Tensor, nn
 from numerics_suite.engine.kept_step import Kept, NoModelError, Steps, build, finite, norm_of
 
 RISE, RISE_SHARE = math.log(2), 0.5
-"""A loss has risen by a factor of 2 of the likelihood and by half of what it was."""
+"""A loss counts as risen by a factor of 2 of the likelihood and half of where it began, whichever is more.
+
+One is what a rise means where the loss is in nats, the other where it is not. A batch that is harder, or a rate that is high at first, moves a
+loss by tenths of a nat; what a loss of 2 that stays at 3 has lost is more than the first epochs of a usual fine-tuning gain."""
+
+
+def least_rise(began: float) -> float:
+    """By how much a loss that began there has to rise to count as risen.
+
+    Args:
+        began: mean loss before.
+    """
+    return max(RISE, RISE_SHARE * abs(began))
 
 
 def not_finite(steps: Steps) -> tuple[bool, str]:
@@ -160,7 +172,7 @@ def risen(steps: Steps) -> tuple[bool, str]:
     after = _losses(steps)
     now = math.fsum(after) / len(after)
     text = f"the loss on the kept batches is {mean:.4g} before their steps and {now:.4g} after them"
-    return not now - mean < max(RISE, RISE_SHARE * abs(mean)), text
+    return not now - mean < least_rise(mean), text
 
 
 def bad_inputs(steps: Steps) -> tuple[bool, str]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numerics_suite.core.records import Fact
 from numerics_suite.devices.device import has_float64
 from numerics_suite.observations.roundoff import unit_roundoff
 
@@ -44,6 +45,10 @@ DEVIATIONS = 3.0
 """Standard errors that are added to the share: a share that only its sample makes small stays within the limit."""
 
 
+SHARE = "share of the steps that is held"
+"""Name of the fact."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldShare:
     """How much of the steps the parameters of one dtype hold.
@@ -58,6 +63,11 @@ class HeldShare:
     dtype: str
     share: float
     error: float
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        """What a finding says of it."""
+        return {SHARE: self.share, "its standard error": self.error, "dtype": self.dtype}
 
     @property
     def roundoffs_lost(self) -> float:

@@ -14,10 +14,11 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import Fact
 from numerics_suite.diagnosis.consequences import NO_RUN
 from numerics_suite.diagnosis.remedy_trials import breaks
+from numerics_suite.engine.reproduce_step import least_rise
 from numerics_suite.engine.training_loop import HaltedError
 from numerics_suite.training_watch.alarms import Alarm
 from numerics_suite.training_watch.caught_step import CaughtStep, Start, undisturbed
-from numerics_suite.training_watch.judge import RISE, RISE_SHARE, UPDATE_RATIO
+from numerics_suite.training_watch.judge import UPDATE_RATIO
 
 if TYPE_CHECKING:
     from numerics_suite.training_watch.diagnosis import CaughtContext
@@ -68,7 +69,7 @@ def diverged(alarm: Alarm, scene: CaughtContext) -> Alarm | None:
             if not before or not after:
                 return _told(alarm, "the loss is computed outside of the model")
             rises = [new - old for old, new in zip(before, after, strict=False)]
-            if min(rises) <= 0 or median(rises) < max(RISE, RISE_SHARE * abs(fmean(before))):
+            if min(rises) <= 0 or median(rises) < least_rise(fmean(before)):
                 return None
             caught = scene.caught(older)
             if not runs_away(caught):

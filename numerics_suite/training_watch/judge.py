@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from numerics_suite.checks.train.amp import LOST_SCALE
+from numerics_suite.engine.reproduce_step import least_rise
 from numerics_suite.training_watch.alarms import Alarm, Reading
 
 HALVED = "loss-scale-halving"
@@ -64,12 +65,6 @@ so a clean start stays below.
 
 ROSE = "loss-rose"
 """Kind of the alarm of a loss that stays far above where training began."""
-
-RISE, RISE_SHARE = math.log(2), 0.5
-"""A loss counts as risen by a factor of 2 of the likelihood and half of where it began, whichever is more.
-
-One is what a rise means where the loss is in nats, the other where it is not. A batch that is harder, or a rate that is high at first, moves a
-loss by tenths of a nat; what a loss of 2 that stays at 3 has lost is more than the first epochs of a usual fine-tuning gain."""
 
 RISEN_FOR, RISEN_AT_MOST = 4, 16
 """Steps in a row for which it must have: half of all steps so far, within these bounds. Of n losses that are drawn alike, the last half lies above all of
@@ -188,7 +183,7 @@ class Judge:
         loss = min(losses)
         if reading.step <= 1:  # of several passes the largest: the batches of one step differ
             self.began = max((*losses, *filter(math.isfinite, [self.began])))
-        high = loss > self.began + max(RISE, RISE_SHARE * abs(self.began))
+        high = loss > self.began + least_rise(self.began)
         self.risen_since = (self.risen_since or reading.step) if high else 0
         risen = reading.step - self.risen_since + 1 if self.risen_since else 0
         enough = min(max(RISEN_FOR, math.ceil(reading.step / 2)), RISEN_AT_MOST)

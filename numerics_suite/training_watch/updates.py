@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.core.records import Fact
 from numerics_suite.engine.updates import HeldShare, UpdateMeter, held_share
 from numerics_suite.training_watch.alarms import Alarm, Reading
 from numerics_suite.training_watch.frozen_parameters import FROZEN, UNTIED, Frozen, untied
@@ -159,14 +158,13 @@ class Updates:
         worst = max(shares, key=lambda share: share.roundoffs_lost, default=None)
         if worst is None or worst.roundoffs_lost <= 1:
             return None
-        facts: dict[str, Fact] = {"share of the steps that is held": worst.share, "its standard error": worst.error}
         return Alarm(
             step=reading.step,
             kind=ROUNDED,
             bad=True,
             text=f"updates round away: the {worst.dtype} parameters hold {worst.share:.2g} of the steps at lr {rate:.2g}",
             cause="rounded-update",
-            facts={**facts, "dtype": worst.dtype, "learning rate": rate},
+            facts={**worst.facts, "learning rate": rate},
         )
 
     @property

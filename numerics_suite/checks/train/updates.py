@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from numerics_suite.checks.train.grad_flow import dead_parameters
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.core.records import Fact, Measurement
+from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
 
@@ -38,6 +38,5 @@ def updates(context: CellContext) -> Iterable[Measurement]:
     )
     worst = max(run.held, key=lambda held: held.roundoffs_lost, default=None)
     if worst is not None:
-        facts: dict[str, Fact] = {"share of the steps that is held": worst.share, "its standard error": worst.error}
-        facts |= {"dtype": worst.dtype, "learning rate": context.request.plan.lr}
+        facts = {**worst.facts, "learning rate": context.request.plan.lr}
         yield Measurement(name="lost", value=worst.roundoffs_lost, unit="roundoffs per share", facts=facts)
