@@ -28,7 +28,7 @@ from numerics_suite.settings.options import add_pytest_options, from_pytest
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from numerics_suite.core.records import CheckResult
+    from numerics_suite.core.records import Cell, CheckResult
     from numerics_suite.suite.collector import Gate
     from numerics_suite.suite.planning import Question
     from numerics_suite.suite.session import SuiteSession
@@ -238,13 +238,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for question in suite.plan.questions:
         if group != (question.group if question.group in GROUPS else OTHERS):
             continue
-        marks = [pytest.mark.xdist_group(question.cell.param_id)] if _has_xdist(metafunc.config) else []
-        if not question.cell.device.startswith("cpu"):
-            marks.append(pytest.mark.gpu)
+        marks = _marks_of(question.cell, metafunc.config)
         if metafunc.config.pluginmanager.hasplugin("rerunfailures"):
             marks.append(pytest.mark.flaky(reruns=0))  # an answer that changes when it is asked again is no pass
         parameters.append(pytest.param(question, id=question.param_id, marks=marks))
     metafunc.parametrize("numerics_question", parameters, indirect=True)
+
+
+def _marks_of(cell: Cell, config: pytest.Config) -> list[pytest.MarkDecorator]:
+    """Of every item of a cell: with xdist all go to one worker, and those that need an accelerator are `gpu`."""
+    marks = [pytest.mark.xdist_group(cell.param_id)] if _has_xdist(config) else []
+    return marks if cell.device.startswith("cpu") else [*marks, pytest.mark.gpu]
 
 
 def _parametrize_subjects(metafunc: pytest.Metafunc) -> None:
@@ -253,7 +257,7 @@ def _parametrize_subjects(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     try:
         # Scope session: pytest runs the tests of one cell together, so that each model is loaded once.
-        found = list(parameters(_subject_session(config), grouped=_has_xdist(config)))
+        found = list(parameters(_subject_session(config), lambda cell: _marks_of(cell, config)))
     except NumericsSuiteError as error:
         raise pytest.Collector.CollectError(str(error)) from None
     metafunc.parametrize("numerics_subject", found, indirect=True, scope="session")

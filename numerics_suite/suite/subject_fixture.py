@@ -12,7 +12,6 @@ import torch
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.devices.device import lacks
-from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 
 if TYPE_CHECKING:
@@ -65,23 +64,20 @@ class NumericsSubject:
         return _quietly(lambda: self.context.vocab_size)
 
 
-def parameters(session: SuiteSession | None, *, grouped: bool) -> Iterator[Any]:
+def parameters(session: SuiteSession | None, marks_of: Callable[[Cell], list[pytest.MarkDecorator]]) -> Iterator[Any]:
     """A pytest parameter for each cell that the settings name; one that is skipped where they name no subject.
 
     Args:
         session: None where no subject is configured.
-        grouped: with xdist: all tests of a cell go to one worker.
+        marks_of: of every item of a cell.
     """
     if session is None:
         yield pytest.param(None, id="no-subject", marks=pytest.mark.skip(reason=NO_SUBJECT))
         return
     for cell in session.plan.cells:
-        marks = [pytest.mark.xdist_group(cell.param_id)] if grouped else []
-        if kind_of(cell.device) != CPU:
-            marks.append(pytest.mark.gpu)
-        reason = lacks(precision(cell.precision), cell.device)
-        if reason is not None:
-            marks.append(pytest.mark.skip(reason=reason))
+        marks = marks_of(cell)
+        if (reason := lacks(precision(cell.precision), cell.device)) is not None:
+            marks = [*marks, pytest.mark.skip(reason=reason)]
         yield pytest.param(cell, id=cell.param_id, marks=marks)
 
 

@@ -46,26 +46,21 @@ def test_a_matrix_on_a_local_ray(tmp_path):
         ),
         *("--transformers", "5.7.0,5.9.0", "--checks", "load.*", "--ray", "local", "--json", "out.json", "--jobs", "2"),
     ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=RunningEnvironment().variables(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+
+    def run():
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=RunningEnvironment().variables(),
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     cells = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["cells"]
     assert [(cell["transformers"], cell["status"]) for cell in cells] == [("5.7.0", "passed"), ("5.9.0", "passed")]
     assert all(Path(cell["results"]).is_file() and Path(cell["baseline"]).is_dir() for cell in cells)
-    again = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=RunningEnvironment().variables(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert "2 kept from an earlier run" in again.stdout
+    assert "2 kept from an earlier run" in run().stdout

@@ -86,9 +86,7 @@ def _counts_columns(context: CellContext, plain: dict[str, Tensor], more: dict[s
     """
     if not absolute_positions(context.model) or not takes_positions(context.model):
         return False
-    base, other = (
-        _tokens(true_answer(context, tensors), tensors["attention_mask"].bool()) for tensors in (plain, more)
-    )
+    base, other = (true_answer(context, tensors)[tensors["attention_mask"].bool()] for tensors in (plain, more))
     return not relative_error(other, base) <= AGREED
 
 
@@ -114,8 +112,8 @@ def _mask_read(context: CellContext, more: dict[str, Tensor]) -> dict[str, Fact]
     """
     where = more["attention_mask"].bool()
     more = _with_positions(more) if takes_positions(context.model) else more
-    masked = _tokens(true_answer(context, more), where)
-    shown = _tokens(true_answer(context, {**more, "attention_mask": torch.ones_like(more["attention_mask"])}), where)
+    masked = true_answer(context, more)[where]
+    shown = true_answer(context, {**more, "attention_mask": torch.ones_like(more["attention_mask"])})[where]
     same = torch.equal(masked, shown)
     return {
         "flipped at the padding": "the same bit for bit (attention does not read the mask)"
@@ -140,10 +138,6 @@ def padded(batch: Batch, side: str, pad: int) -> dict[str, Tensor]:
     pairs = (ids, filler), (mask, nothing)
     columns = [torch.cat(pair if side == "right" else pair[::-1], dim=1) for pair in pairs]
     return {"input_ids": columns[0], "attention_mask": columns[1]}
-
-
-def _tokens(answer: Tensor, real: Tensor) -> Tensor:
-    return answer[real]
 
 
 def _pooled(context: CellContext, batch: Batch) -> Iterable[Measurement]:

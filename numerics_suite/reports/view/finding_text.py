@@ -46,19 +46,15 @@ NO_SHOWING = frozenset(
 """Facts that show nothing of a cause, or stand elsewhere."""
 
 SHARES = frozenset({"share of the steps that is held", "its standard error"})
-"""Facts that are told in percent."""
+"""Facts that are printed in percent."""
 
 OUTCOMES = {
     ("the same op in float64", "finite"): "the same operation in float64 is finite",
     ("the same op in float64", "not finite"): "the same operation in float64 is not finite either",
-    (
-        "loaded without poison",
-        "other values",
-    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
-    (
-        "over memory of zeros",
-        "other values",
-    ): "loaded into memory of zeros the values are other ones than in memory of NaN",
+    **dict.fromkeys(
+        (("loaded without poison", "other values"), ("over memory of zeros", "other values")),
+        "loaded into memory of zeros the values are other ones than in memory of NaN",
+    ),
     ("loaded without poison", "NaN again"): "loaded into memory of zeros it is NaN as well",
 }
 """Facts that are experiments of their own, in words."""
@@ -172,12 +168,11 @@ def where_text(finding: Finding) -> str:
 def shown_text(finding: Finding) -> str:
     """What shows that the cause is right: the experiments and what came of them, or what was seen; and how sure that is."""
     facts = {str(name): value for name, value in finding.evidence.items()}
-    meant = {key[1:]: words for key, words in OF_CAUSE.items() if key[0] == finding.cause}
-    outcomes = {
-        **OUTCOMES,
-        **{key: words.format(dtype=facts.get("dtype", "the dtype")) for key, words in meant.items()},
-    }
-    parts = [words for (name, value), words in outcomes.items() if facts.get(name) == value]
+    parts = [
+        OF_CAUSE.get((finding.cause, name, value), words).format(dtype=facts.get("dtype", "the dtype"))
+        for (name, value), words in OUTCOMES.items()
+        if facts.get(name) == value
+    ]
     for outcome, words in (("passes", "the check passes {}"), ("fails", "the check fails {} too")):
         conditions = [name for name, value in facts.items() if value == outcome]
         parts += [words.format(" and ".join(conditions))] if conditions else []
