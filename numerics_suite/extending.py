@@ -110,7 +110,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in _RENAMED:
-        from numerics_suite.core.renamed import warn_renamed
+        from numerics_suite.core.deprecation import warn_renamed
 
         warn_renamed(name, _RENAMED[name], frames=1)
         name = _RENAMED[name]

@@ -37,7 +37,7 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def _at_once(path: str, flags: int) -> int:
-    """Open without waiting: a named pipe that nobody writes to is empty, as one whose writer is gone."""
+    """Open without waiting: a named pipe without a writer reads as empty, as one whose writer has ended."""
     if not Path(path).is_fifo():
         return os.open(path, flags)
     descriptor = os.open(path, flags | os.O_NONBLOCK)

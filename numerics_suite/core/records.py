@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from numerics_suite.core.renamed import renamed
+from numerics_suite.core.deprecation import renamed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,7 +100,7 @@ class Batch:
         tensors: what the model is called with: `input_ids`, `attention_mask` `[batch, sequence]` int64,
             `labels` where drawn, and whatever a factory's own batch holds.
         drawn: how it came about, as text for a finding (`padding=left lengths=[3, 7]`).
-        laws_apply: False where the laws are not asked of it by definition (a pad id among the real tokens).
+        laws_apply: False where the laws do not apply to it by definition (a pad id among the real tokens).
         label_counts: labels that count in each row of a larger sample of the user's file; empty for any other batch.
         rows_in_file: of that file.
     """

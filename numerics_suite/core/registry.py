@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.core.extensions import CHECKS, extensions, load_as
-from numerics_suite.core.renamed import renamed
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Budget  # its many records take longer to make than all else here

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Finding
-from numerics_suite.core.renamed import renamed
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosis import tokenizer_remedies, update_remedies
 from numerics_suite.diagnosis.config_fix import fixed_configs

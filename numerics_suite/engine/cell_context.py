@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
+from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
-from numerics_suite.core.renamed import renamed
 from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision

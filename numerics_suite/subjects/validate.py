@@ -122,7 +122,7 @@ def is_defined(folder: Path, target: str) -> bool:
     try:
         tree = ast.parse((folder / f"{file}.py").read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return True  # what it says then is told by the load
+        return True  # the load reports it
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):

@@ -78,7 +78,7 @@ def bisected_cures(bisection: BisectFile) -> tuple[Advised, ...]:
 
 
 def _useful(advised: Sequence[Advised]) -> tuple[Advised, ...]:
-    """Cures that did not help are told only where nothing else is; those that are for another model never."""
+    """Cures that did not help appear only where there is nothing else, and cures for another model never."""
     apply = [item for item in advised if not item.effect.startswith(NOT_HERE)]
     useful = [item for item in apply if item.tried is not False]
     return tuple((useful or apply)[:MOST])

@@ -95,7 +95,7 @@ WITH: dict[str, tuple[str, str]] = {
     ),
     "model-raises": ("exception", "training and serving stop there too"),
 }
-"""Causes that are told otherwise where a finding has a certain fact: its name, and the template then."""
+"""Causes with another template where a finding has a certain fact: the name of the fact, and that template."""
 
 _SLOT = re.compile(r"\{([^}|]+)(?:\|([^}]*))?\}")
 _FIGURE = re.compile(r" \([^()]*(?:\d|nan|inf)[^()]*\)(?=$|[,:])")
@@ -125,7 +125,7 @@ def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
 
     Args:
         finding: any.
-        diagnosed: False where nobody looked for the cause (`--no-diagnose`): then none is told.
+        diagnosed: False without a diagnosis (`--no-diagnose`): the sentence then names no cause.
     """
     facts = {str(name): shown(value) for name, value in finding.evidence.items()}
     named = listed(finding.parameters, NAMED)

@@ -47,7 +47,7 @@ class Source:
 
     @property
     def diagnosed(self) -> bool:
-        """Causes were looked for; without that (`--no-diagnose`) none is told."""
+        """Causes were looked for; without a diagnosis (`--no-diagnose`) printers name none."""
         return self.run is None or bool(self.run.result.settings.get("diagnose", True))
 
 
