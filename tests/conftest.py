@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+import preloaded
+
 # Before anything imports torch: the models are tiny, and xdist's workers would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +23,8 @@ for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
 # A run that was begun in the background of a shell ignores SIGINT, and so would every command that a test interrupts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Commands are over."""
+    preloaded.release()
