@@ -17,6 +17,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
+from numerics_suite.core.garbage import living_set_aside
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
@@ -149,7 +150,8 @@ def _run_check(settings: Settings, terminal: Terminal, reproducers: Path | None,
             settings, terminal, plan, answered=answered, asks_index=asks_index, workers=workers, board=board
         )  # fmt: skip
         catcher = _Catcher(run)
-        status = int(pytest.main(arguments, plugins=[catcher]))
+        with living_set_aside():
+            status = int(pytest.main(arguments, plugins=[catcher]))
     terminal.stop()
     gate = catcher.gate
     if gate is None or gate.result is None:

@@ -36,7 +36,7 @@ PAGES = [page for page in page_paths() if not page.endswith(".zh.md")]
 RUN = frozenset({"bash", "python"})
 WRITTEN = frozenset({"toml", "yaml", "json", "jsonl", "ini"})
 
-pytestmark = pytest.mark.xdist_group("docs")
+pytestmark = [pytest.mark.docs, pytest.mark.xdist_group("docs")]
 
 
 @pytest.fixture(scope="module")
