@@ -247,7 +247,7 @@ class _Trial:
         if found is None:
             return _Outcome(works=False, effect=f"no learning rate from {lr:.2g} down to {lr / 1e4:.1g} helps")
         held = seen(context.with_plan(lr=found))
-        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that holds: {held.effect}")
+        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that works: {held.effect}")
 
     def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Outcome:
         """What the attempt shows.

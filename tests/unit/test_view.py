@@ -120,13 +120,13 @@ def test_a_title_says_nothing_that_another_line_says(title, facts, begin):
 def test_the_lines_of_a_finding():
     assert dict(card().lines) == {
         "where": "optimizer step 1, model.embed_tokens.weight and 32 more parameters; aten.addcdiv_ at adam.py:546",
-        "shown by": "float64, given the values as float16 holds them (eps is 0 already), is not finite either: so no overflow; the check passes with eps 0.0001 and in fp32",
+        "shown by": "the same operation in float64 on float16's values (eps is already 0) is not finite either, so it is no overflow; the check passes with eps 0.0001 and in fp32",
     }
     assert card().fixes == ("AdamW(eps=1e-4) -- tried, works: finite", "a newer release -- not tried")
     helpless = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[1:2])
     assert card(helpless).fixes == ("keep it wide -- tried, no help: still fails",)
     none = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[3:])
-    assert card(none).fixes == ("no remedy of the suite applies: begin at the place above; run the script",)
+    assert card(none).fixes == ("no automatic remedy applies: begin at the place above; run the script",)
 
 
 def test_what_shows_a_cause_says_how_sure_it_is():
