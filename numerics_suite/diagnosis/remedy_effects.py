@@ -81,7 +81,8 @@ def before_and_after(finding: Finding, own: CheckAnswer | None) -> str:
     name, before, held = str(facts.get("measurement", "")), facts.get("measured"), facts.get(SHARE)
     after = None if own is None else own.measurements.get(name)
     if own is not None and isinstance(held, (int, float)):
-        now = own.facts.get(name, {}).get(SHARE)
+        # By any measurement: a finding of the watch names none.
+        now = next((each[SHARE] for each in own.facts.values() if SHARE in each), None)
         if isinstance(now, (int, float)):
             return f"{SHARE} {percent(held)} → {percent(now)}"
         return f"{SHARE} {percent(held)} before; now every trained parameter, or the copy of it that steps, is float32"

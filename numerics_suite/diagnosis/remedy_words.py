@@ -9,7 +9,7 @@ DESCRIPTIONS = {
     "fix-tokenizer": "change the tokenizer's code or tokenizer_config.json so that the installed release can call it",
     "separate-rows": "give packed rows position_ids that restart, and attention that ends at each row",
     "fix-padding": "pad on the side that the model expects (tokenizer.padding_side), and pass the attention mask",
-    "count-labels": "let labels count in every batch: check with --seq-len at the length that you train with; then cut the prompt, not the answer, or raise that length",
+    "count-labels": "let labels count in every batch: cut the prompt, not the answer, or raise the maximal length; check at your own length (--seq-len)",
     "fix-config": "write in config.json what the weights were trained with, in keys that the installed transformers reads",
     "save-head": 'save the head with the adapter (modules_to_save=["score"] in its LoraConfig)',
     "cast-after-loading": "after loading, cast only what is in another dtype: head.to(dtype), not model.to(dtype), which rounds buffers",

@@ -190,7 +190,7 @@ def test_a_comparison_is_a_table_worst_first():
 def test_a_bisection_tells_its_boundary():
     told = summary_markdown(Documents(bisections=(bisect_document(),)))
     assert (
-        "### transformers 5.8.0 is the first bad version, 5.7.0 is good: Nobody initialised score.weight of 5.8.0: nothing wrote"
+        "### transformers 5.8.0 is the first bad version, 5.7.0 is good: Nobody initialised score.weight of 5.8.0: no code writes"
         in told
     )
     assert "- **last good** 5.7.0\n- **first bad** 5.8.0" in told

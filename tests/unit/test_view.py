@@ -99,12 +99,13 @@ def test_a_sentence_takes_the_findings_facts_and_names_no_cause_that_nobody_look
 @pytest.mark.parametrize(
     ("title", "facts", "begin"),
     [
-        ("never initialised: a.weight, b.bias", {}, "Never initialised: nothing wrote"),
+        ("never initialised: a.weight, b.bias", {}, "Never initialised: no code writes"),
         ("it differs (0.3 in true fp64)", {"allowed": 1e-10}, "It differs: "),
         ("the loss of the true fp64 run differs (0.3), first in x", {"allowed": 1e-10}, "The loss in float64 differs, first in x: "),
         ("outputs hold NaN (6)", {"allowed": 0}, "Outputs hold NaN (6): "),
-        ("the code raises TypeError: no", {}, "The code raises TypeError: no. Nothing wrote"),
+        ("the code raises TypeError: no", {}, "The code raises TypeError: no. No code writes"),
         ("input_ids are rounded", {}, "input_ids are rounded: "),
+        ("it is NaN in x: uninitialised-parameters", {}, "It is NaN in x: no code writes"),
     ],
 )  # fmt: skip
 def test_a_title_says_nothing_that_another_line_says(title, facts, begin):

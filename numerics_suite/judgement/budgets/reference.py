@@ -71,7 +71,7 @@ BUDGETS: tuple[Budget, ...] = (
             measurement=f"true-{what}",
             limit=AGREED,
             cause="semantic-error" if what != "gradient" else "wrong-gradient",
-            title=f"the {what} of the true fp64 run differs from the family's definition ({{value:.2g}}), first in {{module}}",
+            title=f"the {what} of the true fp64 run {'differ' if what == 'logits' else 'differs'} from the family's definition ({{value:.2g}}), first in {{module}}",
             reason="With rounding out of the way the model computes something else than its family's definition gives for "
             "the same config and weights: an activation, an eps, a residual, an order of heads or a mapped weight is wrong.",
             remedies=CURE,

@@ -20,9 +20,9 @@ NAMED = 2
 WHY: dict[str, str] = {
     "uninitialised-parameters": "no code writes to the memory of {parameters|a parameter}, so it holds whatever was there before: NaN in one process, zeros in another",
     "bad-initialisation": "the first logits and gradients are far too large, and training starts from noise",
-    "missing-weights": "{parameters|weights that the checkpoint lacks} keep untrained values",
+    "missing-weights": "no trained values exist for {parameters|weights that the checkpoint lacks}",
     "lost-weights": "the trained values of {parameters|some weights} never reach the model, or are lost on saving",
-    "corrupt-weights": "{parameters|a stored weight} is NaN or infinite before anything is computed",
+    "corrupt-weights": "there are NaN or infinite values in {parameters|a stored weight} before anything is computed",
     "untied-weights": "the output embedding in use is not the one that was trained",
     "ignored-config": "the model is built with other values than the checkpoint was trained with",
     "wrong-input-dtype": "ids and masks are integers, and a cast to a narrow float turns them into other tokens or another mask",
@@ -41,7 +41,7 @@ WHY: dict[str, str] = {
     "wrong-pooling": "the class is read from another position than the last real token",
     "wrong-loss": "training minimises another number than the mean loss over the counted labels",
     "wrong-gradient": "the optimizer gets a gradient that is not the loss's",
-    "dead-gradient": "no gradient reaches {parameters|a trained parameter}, so it never learns",
+    "dead-gradient": "no gradient reaches {parameters|a trained parameter}, which therefore never learns",
     "optimizer-underflow": "the optimizer's eps (1e-8 by default) is 0 in {dtype|the dtype of its state}, so its step divides by 0",
     "loss-scaling": "no loss scale keeps the gradients finite, so every step is skipped and nothing trains",
     "divergence": "the steps are too large for this model and its weights diverge",
@@ -62,7 +62,7 @@ WHY: dict[str, str] = {
     "lost-head": "the trained head is lost, and each load draws a new one at random, so answers are random until it is trained again",
     "wrong-output-shape": "a loss over such logits raises an error, or is that of another task",
     "rounded-update": "almost every step is smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and is lost",
-    "untrained-parameters": "{parameters|a parameter} should be trained, but no optimizer step changes it as the loss requires",
+    "untrained-parameters": "the optimizer steps do not change these parameters as the loss requires",
     "packing-leak": "attention or positions continue across the border between two packed rows",
 }
 """By cause; `{fact|what is said without it}`."""
@@ -144,8 +144,8 @@ def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
 
 
 def title_of(finding: Finding) -> str:
-    """The title without the figure and the parameters that lines of their own say."""
-    title = finding.title.rstrip(" .")
+    """The title without the figure, the parameters and the cause, which stand in places of their own."""
+    title = finding.title.rstrip(" .").removesuffix(f": {finding.cause}")
     title = _FIGURE.sub("", title) if finding.evidence.get("allowed") else title
     for term, words in PLAINER:
         title = title.replace(term, words)
