@@ -41,10 +41,13 @@ IN_README = EVERYWHERE | {
 }
 """Those, and ordinary words with a narrower meaning here: README links all of them."""
 
-EXPLAINS = {"docs/theory.md": set(EVERYWHERE), "docs/watch.md": {"bundle"}, "docs/mutants.md": {"mutant"}}
+EXPLAINS = {"docs/theory.md": set(EVERYWHERE), "docs/watch.md": {"bundle"}}
 """Pages that are themselves the explanation of these words."""
 
-PAGES = sorted({*page_paths(), "ARCHITECTURE.md", "CONTRIBUTING.md"} - {GLOSSARY})
+WRITTEN = {f"docs/{name}.md" for name in ("accelerator", "constants", "locating", "mutants", "versions")}
+"""Tables that commands of the repository write."""
+
+PAGES = sorted({*page_paths(), "ARCHITECTURE.md", "CONTRIBUTING.md"} - {GLOSSARY} - WRITTEN)
 ENGLISH = [page for page in PAGES if not page.endswith(".zh.md")]
 
 
