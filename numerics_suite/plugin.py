@@ -6,8 +6,8 @@ the suite is named on the command line or `collect = true` asks for it.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,16 @@ from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import interruptible
-from numerics_suite.core.lifeline import known
 from numerics_suite.core.registry import GROUPS
 from numerics_suite.core.switch import switch_kept
 from numerics_suite.core.text import harmless
 from numerics_suite.settings.options import add_pytest_options, from_pytest
+from numerics_suite.suite.stash import WORKER_SESSION, gate_key, result_key, run_key, session_key, user_session_key
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from numerics_suite.core.records import Cell, CheckResult
-    from numerics_suite.suite.collector import Gate
+    from numerics_suite.core.records import Cell
     from numerics_suite.suite.planning import Question
     from numerics_suite.suite.session import SuiteSession
     from numerics_suite.suite.subject_fixture import NumericsSubject
@@ -46,11 +45,6 @@ ASKS_NOTHING = ("collectonly", "showfixtures", "show_fixtures_per_test", "setupo
 
 GAVE_UP = 70
 """Status of a worker that ends on purpose. The controller reads none: it sees the connection end."""
-
-session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
-user_session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
-gate_key: pytest.StashKey[Gate] = pytest.StashKey()
-result_key: pytest.StashKey[CheckResult] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,28 +94,45 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if not _names_suite(config):
         return
-    settings = _settings(config)
     _share_cores(config)
-    from numerics_suite.core.atomic import ensure_writable
-    from numerics_suite.subjects.files import digests_from_json
-    from numerics_suite.suite.collector import Gate
-    from numerics_suite.suite.resume import earlier_answers
-    from numerics_suite.suite.session import REPRODUCERS, SuiteSession
+    run = config.stash.get(run_key, None)
+    handed_on = getattr(config, "workerinput", {}).get(WORKER_SESSION)
+    if run is not None:
+        suite = run.session
+    elif handed_on is not None:
+        suite = _taken_over(config, handed_on)
+    else:
+        suite = _of_options(config)
+    config.stash[session_key] = suite
+    if not hasattr(config, "workerinput") and not any(config.getoption(name, default=False) for name in ASKS_NOTHING):
+        from numerics_suite.suite.collector import Gate
 
-    told: dict[str, Any] = getattr(config, "workerinput", {})
-    known().lost.update(told.get("numerics_lost", {}))
-    if told.get("numerics_quiet") is False:
+        gate = Gate(suite, run=run)
+        config.stash[gate_key] = gate
+        config.pluginmanager.register(gate)
+
+
+def _taken_over(config: pytest.Config, handed_on: bytes) -> SuiteSession:
+    """In a worker, the session of the process that began it, which hears what goes on here."""
+    suite: SuiteSession = pickle.loads(handed_on)  # noqa: S301 - our own process's
+    progress.tell_in(suite.board)
+    if not suite.settings.quiet:
         from numerics_suite.reports.streams import notice
 
         heard = ExitStack()
         heard.enter_context(listening(notice))
         config.add_cleanup(heard.close)
+    return suite
+
+
+def _of_options(config: pytest.Config) -> SuiteSession:
+    """Under plain pytest, a session of its options, with its plan made."""
+    from numerics_suite.core.atomic import ensure_writable
+    from numerics_suite.suite.session import SuiteSession
+
+    settings = _settings(config)
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
-    suite = SuiteSession(
-        settings,
-        deadline=config.getoption("numerics_deadline", None),
-        reproducers=Path(config.getoption("numerics_reproducers", None) or REPRODUCERS),
-    )
+    suite = SuiteSession(settings)
     try:
         if settings.json and settings.json != "-":
             ensure_writable(Path(settings.json), "--numerics-json")
@@ -129,23 +140,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             from numerics_suite.reports.report import ensure_wanted
 
             ensure_wanted(settings.report, settings.junitxml, "--numerics-")
-        run = config.pluginmanager.get_plugin("numerics-suite-run")
-        if run is not None:
-            suite.plan, suite.answered = run.plan, run.answered
-        elif told:
-            suite.answered = json.loads(told.get("numerics_answers", "{}"))
-            digests_from_json(json.loads(told.get("numerics_digests", "[]")))
-            progress.tell_in(Path(told["numerics_board"]) if told.get("numerics_board") else None)
-        elif settings.resume is not None:
-            suite.answered = earlier_answers(settings.resume, settings, suite.plan)
-        suite.plan  # noqa: B018 - made here for its errors
+        suite.prepare()
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None
-    config.stash[session_key] = suite
-    if not hasattr(config, "workerinput") and not any(config.getoption(name, default=False) for name in ASKS_NOTHING):
-        gate = Gate(suite, run=run)
-        config.stash[gate_key] = gate
-        config.pluginmanager.register(gate, "numerics-suite-gate")
+    return suite
 
 
 def _share_cores(config: pytest.Config) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numerics_suite.baselines.records import Recorded
-    from numerics_suite.settings.tree import Settings
+    from numerics_suite.suite.session import SuiteSession
 
 DEFAULT_FOLDER = ".numerics/baselines"
 
@@ -74,11 +74,13 @@ def run(arguments: Sequence[str]) -> int:
     given = vars(make_parser().parse(arguments))
     force = given.pop("force")
     settings = from_command_line(given)
+    from numerics_suite.suite.recording import recording_session
+
     folder = settings.baseline or Path(DEFAULT_FOLDER)
     refuse_unwritable(settings.json)
     unanswered = unfinished_answer(settings.json, "record", baselines=[], errors=[])
     with for_people(settings) as stream, unanswered as offer:
-        written = write_baselines(settings, folder, force=force, stream=stream, offer=offer)
+        written = write_baselines(recording_session(settings), folder, force=force, stream=stream, offer=offer)
     if settings.json:
         write_json(settings.json, written.to_json(), written.exit_status)
     if written.exit_status == 4:
@@ -87,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def write_baselines(
-    settings: Settings,
+    session: SuiteSession,
     folder: Path,
     *,
     force: bool,
@@ -97,7 +99,7 @@ def write_baselines(
     """Measure and save, cell by cell: what is done is kept, whatever comes after.
 
     Args:
-        settings: of the command.
+        session: of :func:`numerics_suite.suite.recording.recording_session`.
         folder: of the baselines.
         force: overwrite cells that are there already.
         stream: for people.
@@ -109,10 +111,9 @@ def write_baselines(
     from numerics_suite.baselines.store import check_writable
     from numerics_suite.core.activity import listening
     from numerics_suite.reports.recording import RecordTerminal
-    from numerics_suite.suite.recording import record_cells, recording_session, skipped_cells
+    from numerics_suite.suite.recording import record_cells, skipped_cells
 
-    printer = RecordTerminal(stream=stream, quiet=settings.quiet)
-    session = recording_session(settings)
+    printer = RecordTerminal(stream=stream, quiet=session.settings.quiet)
     with listening(printer.notice):
         skipped = skipped_cells(session.plan)
     cells = [cell for cell in session.plan.cells if cell not in skipped]
@@ -129,7 +130,7 @@ def write_baselines(
 
     try:
         with listening(printer.notice):
-            record_cells(settings, take, session)
+            record_cells(session, take)
     finally:
         printer.stop()
     return written

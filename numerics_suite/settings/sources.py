@@ -47,17 +47,12 @@ def parse_option(option: Option, given: Any, where: str) -> Any:
         raise BadInputError(message) from None
 
 
-def merge(
-    layers: Sequence[tuple[str, Mapping[str, Any]]],
-    accept: tuple[AcceptEntry, ...] = (),
-    accept_origin: str = PYPROJECT,
-) -> Settings:
+def merge(layers: Sequence[tuple[str, Mapping[str, Any]]], accept: tuple[AcceptEntry, ...] = ()) -> Settings:
     """One `Settings` from layers of parsed values, weakest first.
 
     Args:
         layers: origin, and field name to value.
-        accept: the accepted findings.
-        accept_origin: where these come from.
+        accept: the accepted findings, of pyproject.toml.
 
     Raises:
         BadInputError: values that do not go together.
@@ -68,7 +63,7 @@ def merge(
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     if accept:
-        values["accept"], origins["accept"] = accept, accept_origin
+        values["accept"], origins["accept"] = accept, PYPROJECT
     settings = Settings(**values, origins={name: origins[name] for name in sorted(origins)})
     if len(settings.names) > len(settings.subjects):
         message = f"--name: {len(settings.names)} names for {len(settings.subjects)} subjects; give one per SUBJECT"

@@ -21,7 +21,6 @@ from numerics_suite.core.deaths import death_text, peak_of_children
 from numerics_suite.core.errors import NumericsSuiteError, UnusableError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.files import digests_to_json
 from numerics_suite.suite.planning import SuitePlan, applicable_checks
 from numerics_suite.suite.run import threads_of_each, variables, worker_count
 from numerics_suite.suite.session import SuiteSession, error_line
@@ -59,15 +58,12 @@ def skipped_cells(plan: SuitePlan) -> dict[Cell, str]:
     return reasons
 
 
-def record_cells(
-    settings: Settings, on_progress: Callable[[Recorded], object], session: SuiteSession | None = None
-) -> tuple[CellBaseline, ...]:
+def record_cells(session: SuiteSession, on_progress: Callable[[Recorded], object]) -> tuple[CellBaseline, ...]:
     """Measure every planned cell.
 
     Args:
-        settings: as used.
+        session: whose plan has every check, as that of :func:`recording_session`.
         on_progress: told of each cell as soon as it is done; what it raises ends the work.
-        session: of :func:`recording_session`, where its plan is made already.
 
     Returns:
         The cells that could be measured, in the order of the plan.
@@ -75,7 +71,6 @@ def record_cells(
     Raises:
         BadInputError: something that the user named cannot be used.
     """
-    session = session or recording_session(settings)
     plan, skipped = session.plan, skipped_cells(session.plan)
     wanted = [cell for cell in plan.cells if cell not in skipped]
     total, done = len(plan.cells), 0
@@ -83,7 +78,9 @@ def record_cells(
         done += 1
         on_progress(Recorded(done=done, total=total, cell=cell, skipped=reason))
     measured: dict[Cell, CellBaseline] = {}
-    with contextlib.closing(_answers(session, wanted, min(worker_count(settings, plan), len(wanted)))) as answers:
+    with contextlib.closing(
+        _answers(session, wanted, min(worker_count(session.settings, plan), len(wanted)))
+    ) as answers:
         for cell, answer in answers:
             done += 1
             if answer.baseline is not None:
@@ -107,7 +104,7 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generato
             yield cell, cell_answer(session, cell)
         return
     own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads_of_each(workers)}
-    crew = _Workers(session.settings)
+    crew = _Workers(session)
     threads = ThreadPoolExecutor(workers)
     with variables(own):
         try:
@@ -127,8 +124,8 @@ GRACE = 5.0
 class _Workers:
     """Processes that measure cells, each begun when there is a cell for it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._begin_with = pickle.dumps((settings, digests_to_json()))
+    def __init__(self, session: SuiteSession) -> None:
+        self._begin_with = pickle.dumps(session)
         self._lock, self._ended = threading.Lock(), False
         self._all, self._idle = list[subprocess.Popen[bytes]](), list[subprocess.Popen[bytes]]()
 
