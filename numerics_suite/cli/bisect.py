@@ -90,9 +90,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `bisect` and return its exit status.
 
-    Args:
-        arguments: what follows `bisect`.
-
     Raises:
         BadInputError: the input cannot be used, or an end does not hold.
     """

@@ -54,9 +54,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `cache` and return its exit status.
 
-    Args:
-        arguments: what follows `cache`.
-
     Raises:
         BadInputError: no such action or entry, or it cannot be removed.
     """

@@ -77,9 +77,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `check` and return its exit status.
 
-    Args:
-        arguments: what follows `check`.
-
     Raises:
         BadInputError: the input cannot be used.
     """

@@ -56,9 +56,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `compare` and return its exit status.
 
-    Args:
-        arguments: what follows `compare`.
-
     Raises:
         BadInputError: a folder or a pair cannot be used.
     """

@@ -41,9 +41,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `fixtures` and return its exit status.
 
-    Args:
-        arguments: what follows `fixtures`.
-
     Raises:
         BadInputError: no such action or fixture, or it cannot be built.
     """

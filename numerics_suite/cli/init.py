@@ -65,9 +65,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `init` and return its exit status.
 
-    Args:
-        arguments: what follows `init`.
-
     Raises:
         BadInputError: the input cannot be used, or something cannot be written.
     """

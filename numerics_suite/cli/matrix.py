@@ -58,12 +58,7 @@ OUT = Path(".numerics/matrix")
 
 
 def add_version_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
-    """Options of every command that makes environments.
-
-    Args:
-        parser: of the command.
-        out: default of `--out`.
-    """
+    """Options of every command that makes environments."""
     group = parser.add_argument_group("environments")
     group.add_argument("--pre", action="store_true", help="pre-releases count too")
     group.add_argument("--jobs", metavar="N", help="environments at once (default: what cores and memory allow)")
@@ -101,9 +96,6 @@ def make_parser() -> CommandParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Run `matrix` and return its exit status.
-
-    Args:
-        arguments: what follows `matrix`.
 
     Raises:
         BadInputError: the input cannot be used.
@@ -204,12 +196,7 @@ def _run(  # noqa: PLR0913 - keywords
 
 @contextmanager
 def telling_what_is_kept(terminal: Terminal, kept: ResultStore) -> Iterator[None]:
-    """When the user stops the run, say what a second run will find.
-
-    Args:
-        terminal: whose progress bar goes.
-        kept: the folder of what is done.
-    """
+    """When the user stops the run, say what a second run will find."""
     try:
         yield
     except KeyboardInterrupt:
@@ -224,11 +211,7 @@ def telling_what_is_kept(terminal: Terminal, kept: ResultStore) -> Iterator[None
 
 
 def jobs_of(text: str | None, weight_bytes: int) -> int:
-    """`--jobs`.
-
-    Args:
-        text: as typed, None for what cores and memory allow.
-        weight_bytes: of the largest subject.
+    """The number of `--jobs`; what cores and memory allow where it is not given.
 
     Raises:
         BadInputError: no number.
@@ -247,10 +230,6 @@ def jobs_of(text: str | None, weight_bytes: int) -> int:
 
 def baseline_of(settings: Settings, subjects: Sequence[str]) -> Path | None:
     """The folder of baselines that `check` would compare with here, checked to hold a subject.
-
-    Args:
-        settings: of the command.
-        subjects: names.
 
     Raises:
         BadInputError: it holds none, or was named and holds those of other subjects alone: each environment would refuse it.

@@ -21,14 +21,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser of one command's arguments that raises BadInputError instead of leaving the process."""
 
     def __init__(self, command: str, *, usage: str, description: str, examples: str) -> None:
-        """Prepare the parser.
-
-        Args:
-            command: such as `check`.
-            usage: what follows the command.
-            description: one line.
-            examples: commands to copy, which end the help.
-        """
+        """Prepare the parser."""
         super().__init__(
             prog=f"numerics-suite {command}",
             usage=f"numerics-suite {command} {usage}",

@@ -65,9 +65,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `record` and return its exit status.
 
-    Args:
-        arguments: what follows `record`.
-
     Raises:
         BadInputError: the input cannot be used, or the folder cannot be written.
     """
@@ -96,14 +93,7 @@ def write_baselines(
     stream: IO[str],
     offer: Callable[..., None] = lambda **_: None,
 ) -> Written:
-    """Measure and save, cell by cell: what is done is kept, whatever comes after.
-
-    Args:
-        session: of :func:`numerics_suite.suite.recording.recording_session`.
-        folder: of the baselines.
-        force: overwrite cells that are there already.
-        stream: for people.
-        offer: takes the answer so far, each time that there is more of it.
+    """Measure and save, cell by cell: what is done is kept, whatever comes after; `offer` takes the answer so far.
 
     Raises:
         BadInputError: the input cannot be used, or the folder cannot be written.

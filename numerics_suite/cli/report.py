@@ -60,9 +60,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `report` and return its exit status.
 
-    Args:
-        arguments: what follows `report`.
-
     Raises:
         BadInputError: there are no results, or the folder cannot be written.
     """

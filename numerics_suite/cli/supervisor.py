@@ -58,12 +58,7 @@ class _Run:
 
 
 def supervised(arguments: list[str], main: Callable[[list[str]], int]) -> int:
-    """Run a command in a process of its own and return its exit status.
-
-    Args:
-        arguments: of the command line.
-        main: does the work.
-    """
+    """Run a command in a process of its own and return its exit status."""
     if not hasattr(os, "fork") or threading.active_count() > 1:
         return main(arguments)
     known = EarlierAnswers()

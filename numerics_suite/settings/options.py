@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_cli_options(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
-    """Add the options to a parser of the command line; values stay text, so that one place judges them.
-
-    Args:
-        parser: of one command.
-        names: fields of `Settings`, None for all that the command line has.
-    """
+    """Add all options, or those of these fields, to a parser; values stay text, so that one place judges them."""
     groups: dict[str, Any] = {}
     for option in OPTIONS:
         if not option.flags or (names is not None and option.name not in names):
@@ -104,11 +99,7 @@ def _dest(option: Option) -> str:
 
 
 def add_pytest_options(parser: pytest.Parser) -> None:
-    """Add the `--numerics-…` twins to pytest, all of them text until :func:`from_pytest` reads them.
-
-    Args:
-        parser: pytest's.
-    """
+    """Add the `--numerics-…` twins to pytest, all of them text until :func:`from_pytest` reads them."""
     group = parser.getgroup("numerics-suite", "numerical regression harness")
     for option in OPTIONS:
         help_text = option.help.replace("%", "%%")
@@ -120,9 +111,6 @@ def from_pytest(config: pytest.Config) -> Settings:
     """The settings of a pytest run: its `--numerics-…` options over `[tool.numerics-suite]` of pyproject.toml.
 
     Extensions that they leave out are off from here on.
-
-    Args:
-        config: pytest's.
 
     Raises:
         BadInputError: a value cannot be used.

@@ -25,9 +25,6 @@ GROUP = "baseline"
 def baselines_of(settings: Settings) -> Baselines | None:
     """The baselines of the folder that was named, or of the one that lies in its usual place; None without any.
 
-    Args:
-        settings: as used.
-
     Raises:
         BadInputError: the folder cannot be read, or holds what cannot be used.
     """
@@ -52,11 +49,6 @@ def asks_by_name(settings: Settings) -> bool:
 def refuse_strangers(settings: Settings, baselines: Baselines, cells: Sequence[Cell]) -> None:
     """See that a folder that was named has to do with this run.
 
-    Args:
-        settings: as used.
-        baselines: loaded.
-        cells: of the plan.
-
     Raises:
         BadInputError: no cell is in both.
     """
@@ -72,13 +64,7 @@ def refuse_strangers(settings: Settings, baselines: Baselines, cells: Sequence[C
 
 
 def lacking(baselines: Baselines | None, cell: Cell, subject: Subject) -> str | None:
-    """Why the cell cannot be compared with a baseline, None where it can.
-
-    Args:
-        baselines: loaded, None without a folder.
-        cell: of the plan.
-        subject: whose cell it is.
-    """
+    """Why the cell cannot be compared with a baseline, None where it can."""
     if baselines is None:
         return NOWHERE
     if cell in baselines:
@@ -90,11 +76,6 @@ def left_out(settings: Settings, baselines: Baselines, cells: Iterable[Cell]) ->
     """Lines for subjects of the baselines that the run does not cover: those that only inform, and those that fail it.
 
     Where somebody named the subjects of this run, the others were left out on purpose.
-
-    Args:
-        settings: as used.
-        baselines: loaded.
-        cells: of the plan.
     """
     covered = {(cell.subject, cell.task) for cell in cells}
     missing = sorted({(cell.subject, cell.task) for cell in baselines} - covered)

@@ -147,12 +147,7 @@ class Gate:
         report.outcome = "skipped"
 
     def finish(self, pytest_status: int, *, others_failed: bool) -> int:
-        """Put the run together and give the exit status.
-
-        Args:
-            pytest_status: what pytest would have ended with.
-            others_failed: tests that are not the suite's failed too.
-        """
+        """Put the run together and give the exit status; tests that are not the suite's may have failed too."""
         interrupted = requested()
         results = self._in_order(interrupted=interrupted)
         notes, broken = ([self._stopped(results)], []) if interrupted else self._notes(results)
@@ -296,20 +291,12 @@ class Gate:
 
 
 def subject_facts(subject: Subject) -> SubjectFacts:
-    """What a results file carries of a subject.
-
-    Args:
-        subject: resolved.
-    """
+    """What a results file carries of a subject."""
     return SubjectFacts(**{item.name: getattr(subject, item.name) for item in fields(SubjectFacts)})
 
 
 def _worker_death(node: Any) -> str:
-    """How xdist's worker ended; execnet holds its process.
-
-    Args:
-        node: the worker's controller.
-    """
+    """How xdist's worker ended; execnet holds its process."""
     try:
         process = node.gateway._io.popen  # noqa: SLF001 - neither xdist nor execnet tells how a process ended
         status = int(process.wait(timeout=5))

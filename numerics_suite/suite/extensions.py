@@ -20,10 +20,6 @@ TITLE_FIELDS = frozenset({"value", "limit", "module", "parameters", "step", "fac
 def load_extensions(checks: Sequence[str], needs: Collection[str]) -> None:
     """Load whatever of other packages a run may come to need.
 
-    Args:
-        checks: ids of the selected checks.
-        needs: what a check may need of a subject.
-
     Raises:
         BadInputError: something of it cannot be used; the message says whose it is.
     """

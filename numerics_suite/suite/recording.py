@@ -36,20 +36,12 @@ class CellAnswer:
 
 
 def recording_session(settings: Settings) -> SuiteSession:
-    """The session whose plan has every check: what a baseline says that applies does not depend on `--checks`.
-
-    Args:
-        settings: as used.
-    """
+    """The session whose plan has every check: what a baseline says that applies does not depend on `--checks`."""
     return SuiteSession(replace(settings, checks=(), skip=("baseline.*",), data=None))
 
 
 def skipped_cells(plan: SuitePlan) -> dict[Cell, str]:
-    """Cells of which nothing can be asked here, with the reason.
-
-    Args:
-        plan: with every check.
-    """
+    """Cells of which nothing can be asked here, with the reason."""
     open_to = {question.cell for question in plan.questions if question.skip is None}
     reasons: dict[Cell, str] = {}
     for question in plan.questions:
@@ -59,11 +51,7 @@ def skipped_cells(plan: SuitePlan) -> dict[Cell, str]:
 
 
 def record_cells(session: SuiteSession, on_progress: Callable[[Recorded], object]) -> tuple[CellBaseline, ...]:
-    """Measure every planned cell.
-
-    Args:
-        session: whose plan has every check, as that of :func:`recording_session`.
-        on_progress: told of each cell as soon as it is done; what it raises ends the work.
+    """Measure every planned cell; what `on_progress` raises ends the work.
 
     Returns:
         The cells that could be measured, in the order of the plan.
@@ -184,12 +172,7 @@ class _Workers:
 
 
 def cell_answer(session: SuiteSession, cell: Cell) -> CellAnswer:
-    """The baseline of a cell, or why there is none.
-
-    Args:
-        session: whose plan has the cell.
-        cell: of it.
-    """
+    """The baseline of a cell, or why there is none."""
     try:
         with doing(f"measuring {cell.id}"):
             return _measured(session, cell)

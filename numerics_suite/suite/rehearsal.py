@@ -21,12 +21,7 @@ EXPLODED = 2.0
 
 
 def rehearse(session: SuiteSession, tell: Callable[[str], None] = lambda _: None) -> tuple[Rehearsal, ...]:
-    """Train each subject of the session on the user's batch.
-
-    Args:
-        session: whose settings have `data`.
-        tell: called with one line before each subject and precision.
-    """
+    """Train each subject of the session on the user's batch; `tell` takes a line before each precision."""
     cells: dict[str, list[Cell]] = {}
     for cell in session.plan.cells:
         chosen = cells.setdefault(cell.subject, [])

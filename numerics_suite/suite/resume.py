@@ -30,11 +30,6 @@ def earlier_answers(path: Path, settings: Settings, plan: SuitePlan) -> dict[str
 
     What has no answer is asked again: checks that a time limit left out, and errors, which say that no answer came.
 
-    Args:
-        path: of a results file.
-        settings: of this run.
-        plan: of this run.
-
     Raises:
         BadInputError: it is no results file of `check`, or something that can change an answer differs; the message names it.
     """

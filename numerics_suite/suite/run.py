@@ -99,12 +99,7 @@ def worker_count(settings: Settings, plan: SuitePlan) -> int:
 
 
 def run_check(session: SuiteSession, terminal: Terminal, *, asks_index: bool = False) -> RunResult:
-    """Run the suite as the session's settings say.
-
-    Args:
-        session: which may have its plan already.
-        terminal: that shows the run.
-        asks_index: other releases are tried afterwards.
+    """Run the suite as the session's settings say; with `asks_index` other releases are tried afterwards.
 
     Raises:
         BadInputError: the input cannot be used.
@@ -167,11 +162,7 @@ def _clean_pytest_environment(workers: int, scratch: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def variables(changed: Mapping[str, str]) -> Iterator[None]:
-    """This process's variables, which its workers inherit, with these values while it lasts.
-
-    Args:
-        changed: by name.
-    """
+    """This process's variables, which its workers inherit, with these values while it lasts."""
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:
@@ -185,21 +176,12 @@ def variables(changed: Mapping[str, str]) -> Iterator[None]:
 
 
 def threads_of_each(workers: int) -> str:
-    """As many threads for each worker as there are cores for it.
-
-    Args:
-        workers: processes, at least one.
-    """
+    """As many threads for each worker as there are cores for it."""
     return str(max(1, core_count() // workers))
 
 
 def seconds_of(settings: Settings, plan: SuitePlan) -> dict[str, float] | None:
-    """What each question is expected to take, None on a device that has no float64, or that cannot be measured.
-
-    Args:
-        settings: of the run.
-        plan: made of them.
-    """
+    """What each question is expected to take, None on a device that has no float64, or that cannot be measured."""
     try:
         return expected_seconds(plan, settings, measure_speed(plan.device, dtypes_of(plan)))
     except (RuntimeError, TypeError, ValueError, MemoryError):

@@ -53,13 +53,7 @@ class SuiteSession:
     """
 
     def __init__(self, settings: Settings, *, reproducers: Path = REPRODUCERS, **handed_on: Any) -> None:
-        """Nothing is resolved until the plan is asked for.
-
-        Args:
-            settings: as used.
-            reproducers: folder of the scripts that show a finding alone.
-            handed_on: attributes of the session that a worker continues.
-        """
+        """Nothing is resolved until the plan is asked for; `handed_on` are attributes of a session that a worker continues."""
         self.settings = settings
         self.findings = RunFindings(settings, reproducers)
         self.deadline: float | None = None
@@ -262,11 +256,7 @@ def _fact(outcome: Outcome, name: str) -> str | None:
 
 
 def stopped_line(error: BaseException) -> str:
-    """One line for what ended a check from inside, though it is no error.
-
-    Args:
-        error: a BaseException that is no Exception.
-    """
+    """One line for what ended a check from inside, though it is no error."""
     text = " ".join(str(error).split())
     if isinstance(error, SystemExit):
         return f"the code under test called sys.exit({error.code!r})"
@@ -274,12 +264,7 @@ def stopped_line(error: BaseException) -> str:
 
 
 def error_line(error: Exception, device: str = CPU) -> str:
-    """One line for an unexpected error; out of memory gives the bytes asked for and free.
-
-    Args:
-        error: what was raised.
-        device: of the cell.
-    """
+    """One line for an unexpected error; out of memory gives the bytes asked for and free."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
     if memory.is_out_of_memory(error):
         return memory.out_of_memory_text(error, device)

@@ -65,12 +65,7 @@ class NumericsSubject:
 
 
 def parameters(session: SuiteSession | None, marks_of: Callable[[Cell], list[pytest.MarkDecorator]]) -> Iterator[Any]:
-    """A pytest parameter for each cell that the settings name; one that is skipped where they name no subject.
-
-    Args:
-        session: None where no subject is configured.
-        marks_of: of every item of a cell.
-    """
+    """A pytest parameter for each cell that the settings name; one that is skipped where they name no subject."""
     if session is None:
         yield pytest.param(None, id="no-subject", marks=pytest.mark.skip(reason=NO_SUBJECT))
         return
@@ -82,12 +77,7 @@ def parameters(session: SuiteSession | None, marks_of: Callable[[Cell], list[pyt
 
 
 def subject_of(session: SuiteSession, cell: Cell) -> NumericsSubject:
-    """What a test receives.
-
-    Args:
-        session: holds one cell's model at a time; pytest groups the tests by cell.
-        cell: of its plan.
-    """
+    """What a test receives; the session holds one cell's model at a time, and pytest groups the tests by cell."""
     recipe = precision(cell.precision)
     return NumericsSubject(
         name=cell.subject,

@@ -33,13 +33,7 @@ class Finder:
     """
 
     def __init__(self, settings: WatchSettings, *, on_bad: str, bundle: Path | None) -> None:
-        """Nothing is found yet.
-
-        Args:
-            settings: of every watch.
-            on_bad: `stop`, `warn` or `skip`.
-            bundle: folder of the first bad value, None for none.
-        """
+        """Nothing is found yet."""
         self.settings, self.on_bad, self.bundle = settings, on_bad, bundle
         self.watches: list[Watch] = []
         self._bound: set[int] = set()
@@ -168,11 +162,6 @@ def _outermost_calls(told: Any) -> Iterator[None]:
 
 def run_script(script: Path, arguments: Sequence[str], finder: Finder) -> int:
     """Run a script as `python SCRIPT ARGS…` would, watched.
-
-    Args:
-        script: path of it.
-        arguments: what it finds in `sys.argv[1:]`.
-        finder: opens the watches.
 
     Returns:
         The exit status that it chose.

@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """Do the job and write `done.json`, last of all.
-
-    Args:
-        arguments: the path of the job's file.
-    """
+    """Do the job and write `done.json`, last of all."""
     end_with_parent()
     switch_off()  # the same checks in every environment, also in the running one
     path = Path(arguments[0])

@@ -91,10 +91,6 @@ def _holds_packages(folder: Path) -> bool:
 def ensure(wanted: Wanted, *, on_progress: Callable[[str], None] | None = None) -> Environment:
     """The environment with the wanted versions, made if it is not there.
 
-    Args:
-        wanted: the versions.
-        on_progress: told in one line what takes time.
-
     Raises:
         UnsupportedError: the versions cannot be installed together, or not imported; the message is the reason.
         BadInputError: uv is missing, the disk is full, or the cache cannot be written.

@@ -45,10 +45,6 @@ def find_uv() -> str:
 def make_venv(folder: Path, python: str) -> None:
     """A new, empty virtual environment.
 
-    Args:
-        folder: of the environment; not there yet.
-        python: an interpreter's path, or a version as uv understands it.
-
     Raises:
         UnsupportedError: no such Python.
         BadInputError: uv is missing, or the disk is full.
@@ -58,12 +54,6 @@ def make_venv(folder: Path, python: str) -> None:
 
 def install(python: Path, requirements: Sequence[str], sources: PackageSources, what: str) -> None:
     """Install requirements into the environment of an interpreter.
-
-    Args:
-        python: the environment's interpreter.
-        requirements: as pip understands them.
-        sources: where packages come from.
-        what: is being installed, for the message.
 
     Raises:
         UnsupportedError: they cannot be installed; the message is the reason.
