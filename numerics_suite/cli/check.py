@@ -7,17 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import (
-    deliver,
-    for_people,
-    refuse_undeliverable,
-    refuse_unwritable,
-    unfinished_answer,
-    write_json,
-)
+from numerics_suite.cli.output import deliver, for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,16 +73,12 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInputError: the input cannot be used.
     """
-    given = vars(make_parser().parse(arguments))
-    bundle, other_versions, verbose = (given.pop(name) for name in ("bundle", "try_versions", "verbose"))
-    settings = from_command_line(given)
-    refuse_unwritable(settings.json)
-    refuse_undeliverable(settings.report, settings.junitxml)
-    if bundle is not None:
-        return _reopen(settings, Path(bundle), verbose=verbose)
+    settings, own = make_parser().parse_settings(arguments)
+    if own["bundle"] is not None:
+        return _reopen(settings, Path(own["bundle"]), verbose=own["verbose"])
     if settings.list_only:
         return _list(settings)
-    return _check(settings, other_versions=other_versions, verbose=verbose)
+    return _check(settings, other_versions=own["try_versions"], verbose=own["verbose"])
 
 
 def _list(settings: Settings) -> int:

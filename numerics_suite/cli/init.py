@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
+from numerics_suite.cli.output import for_people, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.cli.record import DEFAULT_FOLDER, OPTIONS, write_baselines
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 from numerics_suite.settings.tree import COMMAND_LINE
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInputError: the input cannot be used, or something cannot be written.
     """
-    given = vars(make_parser().parse(arguments))
-    own = {name: given.pop(name) for name in ("ci", "no_baseline", "dry_run")}
-    settings = from_command_line(given)
-    refuse_unwritable(settings.json)
+    settings, own = make_parser().parse_settings(arguments)
     with for_people(settings) as stream:
         answer, status = _init(settings, own, stream)
     if settings.json:

@@ -7,17 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import (
-    deliver,
-    for_people,
-    refuse_undeliverable,
-    refuse_unwritable,
-    unfinished_answer,
-    write_json,
-)
+from numerics_suite.cli.output import deliver, for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 from numerics_suite.settings.table import OPTIONS
 
 if TYPE_CHECKING:
@@ -100,11 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInputError: the input cannot be used.
     """
-    given = vars(make_parser().parse(arguments))
-    own = {name: given.pop(name) for name in ("transformers", "torch", "python", "others", "pre", "jobs", "out", "ray")}
-    settings = from_command_line(given)
-    refuse_unwritable(settings.json)
-    refuse_undeliverable(settings.report, settings.junitxml)
+    settings, own = make_parser().parse_settings(arguments)
     if not any(own[name] for name in ("transformers", "torch", "python", "others")):
         message = "matrix needs versions: give --transformers SPEC (or --torch, --python, --with), as in --transformers latest:3"
         raise BadInputError(message)

@@ -6,10 +6,10 @@ import glob
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, refuse_unwritable, unfinished_answer, write_json
+from numerics_suite.cli.output import for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,16 +68,13 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         BadInputError: the input cannot be used, or the folder cannot be written.
     """
-    given = vars(make_parser().parse(arguments))
-    force = given.pop("force")
-    settings = from_command_line(given)
+    settings, own = make_parser().parse_settings(arguments)
     from numerics_suite.suite.recording import recording_session
 
     folder = settings.baseline or Path(DEFAULT_FOLDER)
-    refuse_unwritable(settings.json)
     unanswered = unfinished_answer(settings.json, "record", baselines=[], errors=[])
     with for_people(settings) as stream, unanswered as offer:
-        written = write_baselines(recording_session(settings), folder, force=force, stream=stream, offer=offer)
+        written = write_baselines(recording_session(settings), folder, force=own["force"], stream=stream, offer=offer)
     if settings.json:
         write_json(settings.json, written.to_json(), written.exit_status)
     if written.exit_status == 4:
