@@ -33,7 +33,7 @@ def text_in(file: Path) -> str | None:
 
 
 def is_in(file: Path) -> bool:
-    """Whether the file speaks of this tool already.
+    """Whether the file has settings of this tool already.
 
     Raises:
         BadInputError: it is not valid TOML; the message has the line.

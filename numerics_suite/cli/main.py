@@ -170,7 +170,7 @@ def _end(status: int, text: str) -> int:
         sys.stderr.write(f"numerics-suite: {line}\n")
         sys.stderr.flush()
     except OSError:
-        pass  # nobody reads it
+        pass  # no reader is left
     return status
 
 

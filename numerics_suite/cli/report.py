@@ -137,7 +137,7 @@ def _is_results(path: Path) -> bool:
 
 
 def _labelled(documents: Documents) -> Documents:
-    """Runs whose files have the same name are told apart by their folder."""
+    """Runs whose files have the same name get their folder in their label."""
     from dataclasses import replace
 
     labels = [run.label for run in documents.runs]

@@ -122,6 +122,6 @@ def from_pytest(config: pytest.Config) -> Settings:
 
 
 def _pyproject_of(config: pytest.Config) -> Path | None:
-    """The one of pytest's root if it speaks of this suite, else the nearest to where pytest was typed."""
+    """The one of pytest's root if it has a table for this suite, else the nearest to pytest's working directory."""
     own = config.rootpath / "pyproject.toml"
     return own if has_table(own) else find_pyproject(Path(config.invocation_params.dir))

@@ -37,7 +37,7 @@ def baselines_of(settings: Settings) -> Baselines | None:
 def _usual_place() -> Path | None:
     project = find_pyproject(Path.cwd())
     places = [Path.cwd(), *([project.parent] if project is not None else [])]
-    # A file of that name, or a link that leads nowhere, is a gate that somebody believes in: loading it says what it is.
+    # A file of that name, or a broken link, looks like a gate to its user: loading it reports what is wrong.
     return next((place / FOLDER for place in places if os.path.lexists(place / FOLDER)), None)
 
 
@@ -75,7 +75,7 @@ def lacking(baselines: Baselines | None, cell: Cell, subject: Subject) -> str | 
 def left_out(settings: Settings, baselines: Baselines, cells: Iterable[Cell]) -> tuple[list[str], list[str]]:
     """Lines for subjects of the baselines that the run does not cover: those that only inform, and those that fail it.
 
-    Where somebody named the subjects of this run, the others were left out on purpose.
+    Where the command names the subjects of this run, it leaves out the others on purpose.
     """
     covered = {(cell.subject, cell.task) for cell in cells}
     missing = sorted({(cell.subject, cell.task) for cell in baselines} - covered)

@@ -1,4 +1,4 @@
-"""The gathering end of a run: it receives every answer, sees that none is missing, and gives the verdict."""
+"""Collects the answers of a run, sees that none is missing, and gives the verdict."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ class Gate:
         return f"; the smallest cell is expected to take {about_seconds(min(some))}" if some else ""
 
     def _left_out(self) -> tuple[list[str], list[str]]:
-        """What the baselines hold that this run did not cover, where it was to be held to them at all."""
+        """What the baselines hold that this run did not cover, where it compares with them at all."""
         plan = self.suite.plan
         if plan.baselines is None or not any(question.group == GROUP for question in self.expected.values()):
             return [], []

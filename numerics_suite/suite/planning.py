@@ -1,4 +1,4 @@
-"""From settings to the plan: which check is asked of which cell, and what is known to be skipped before it runs."""
+"""From settings to the plan: which checks run on which cell, and which are known to be skipped."""
 
 from __future__ import annotations
 

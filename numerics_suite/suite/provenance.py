@@ -94,7 +94,7 @@ def _spec(name: str) -> ModuleSpec | None:
     """Where a module comes from; None for one that comes from no file, such as `__main__` or one made by hand."""
     try:
         return importlib.util.find_spec(name)
-    except ValueError:  # it is loaded and says nothing of itself
+    except ValueError:  # a loaded module without a spec
         return None
 
 

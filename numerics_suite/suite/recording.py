@@ -106,7 +106,7 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generato
 
 
 GRACE = 5.0
-"""Seconds in which a worker that gives no answer any more has to end: how it ends is told."""
+"""Seconds that a worker without an answer has to end by itself; the report says how it ended."""
 
 
 class _Workers:
@@ -184,7 +184,7 @@ def cell_answer(session: SuiteSession, cell: Cell) -> CellAnswer:
 
 def _measured(session: SuiteSession, cell: Cell) -> CellAnswer:
     context = session.context(cell)
-    if context.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
+    if context.request.baseline is not None:  # compared with a baseline: on the very same batches
         return CellAnswer(baseline=measured_as(context.request.baseline, context))
     checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
     return CellAnswer(baseline=measure_cell(context, checks=checks))

@@ -15,7 +15,7 @@ import time
 from typing import IO, Any
 
 GRACE = 1.0
-"""Seconds that a worker which is at work has left once nobody waits for it; the pipe to its standard input closes then."""
+"""Seconds that a busy worker has left once its parent is gone; the pipe to its standard input closes then."""
 
 
 def main() -> int:

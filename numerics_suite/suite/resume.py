@@ -57,7 +57,7 @@ def _differences(content: Mapping[str, Any], settings: Settings, plan: SuitePlan
     tool = content.get("tool", {})
     found = named_differences({"tool version": tool.get("version")}, {"tool version": __version__})
     found += _subjects(content["subjects"], plan)
-    # SUBJECT and --name are told by what they stand for: `./model` and its absolute path are one thing.
+    # Subjects are compared by what SUBJECT and --name stand for: `./model` and its absolute path are the same.
     left_out = CHANGE_NO_ANSWER | {"subjects", "names"}
     used = jsonable(settings_as_used(settings, plan))
     found += named_differences(

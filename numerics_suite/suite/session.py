@@ -194,7 +194,7 @@ class SuiteSession:
             return result("error", reason=reason), traceback.format_exc()
         except BaseException as error:
             # `sys.exit` of the code under test, pytest's outcomes that another plugin raises inside it (a timeout, a skip),
-            # and a KeyboardInterrupt that nobody sent: each stops this question and says nothing about the model.
+            # and a KeyboardInterrupt without a signal: each stops this question and is no fact about the model.
             interrupts.stop_if_requested()
             if isinstance(error, GeneratorExit):
                 raise
@@ -204,7 +204,7 @@ class SuiteSession:
             self._drop_unread(question)
 
     def _drop_unread(self, question: Question) -> None:
-        """Let go what the check just asked was the last one of its cell to read."""
+        """Drop what no later check of the cell reads."""
         if self._context is None or GRADIENT not in get_check(question.check).reads:
             return
         checks = [other.check for other in self.plan.questions if other.cell == question.cell]

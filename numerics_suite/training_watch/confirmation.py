@@ -28,7 +28,7 @@ ONGOING = SILENT | {"loss-scale", HALVED}
 """Kinds of alarms of what goes on: the kept steps, taken further from the parameters as they are, show it again."""
 
 ASKED = {UNREACHED: "train.updates", ZERO: "train.grad-flow"}
-"""By kind of alarm, the check that is asked of the steps when they are taken again."""
+"""By kind of alarm, the check that runs on the replayed steps."""
 
 FEW = 16
 """The most parameters, or modules of them, that are moved one by one in a loop that waits: two forward passes in float64 each."""

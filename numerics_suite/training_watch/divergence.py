@@ -53,7 +53,7 @@ def diverged(alarm: Alarm, scene: CaughtContext) -> Alarm | None:
     """The alarm of a loss that rose, made bad where the loop's own steps are what raised it; None where they are not.
 
     The state before them has a lower loss on each of the kept batches, and trained from there in the same way it loses it again. Where the older
-    state is as bad on them the batches are harder, and where training from there descends the rise may pass. Where nobody can tell it is an early warning.
+    state is as bad on them the batches are harder, and where training from there descends the rise may pass. Where neither can be shown it is an early warning.
 
     Args:
         alarm: of kind `loss-rose`.

@@ -53,7 +53,7 @@ def refused(
         args: of the call.
         kwargs: of the call.
         step: of the optimizer.
-        first: nothing has been found yet; what the model has no row for is told once.
+        first: nothing has been found yet; what the model has no row for is reported once.
     """
     for name, ids in token_ids(model, args, kwargs):
         if ids.is_floating_point():

@@ -67,7 +67,7 @@ class Finder:
         found = []
         for watch in self.watches:
             name = type(watch.model).__name__
-            if watch.step <= 1 and not watch._stepped and watch.finding is None:  # noqa: SLF001 - nobody else asks
+            if watch.step <= 1 and not watch._stepped and watch.finding is None:  # noqa: SLF001 - for the notes alone
                 found.append(
                     f"{name}: no torch.optim.Optimizer stepped it, so its values were looked at, and neither steps nor updates"
                 )

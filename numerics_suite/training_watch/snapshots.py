@@ -18,7 +18,7 @@ from numerics_suite.training_watch.optimizer_states import Loop, OptimizerState,
 from numerics_suite.training_watch.ring import ForwardCall, Ring
 
 SMALL_BYTES = 64 << 20
-"""Parameters up to this size are copied where nobody asked for it: before the first step, within a loop that stops, and into a bundle."""
+"""Parameters up to this size are copied without a request: before the first step, within a loop that stops, and into a bundle."""
 
 GROWTH_INTERVAL, BACKOFF = 2000, 0.5
 """Of torch's GradScaler."""
@@ -105,7 +105,7 @@ class Snapshots:
 
     @property
     def is_small(self) -> bool:
-        """Whether a copy is made though nobody asked for one."""
+        """Whether a copy is made without a request."""
         parameters = list(self.model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
         return size <= SMALL_BYTES and not any(is_shard(p) or p.is_meta for p in parameters)

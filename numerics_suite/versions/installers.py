@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numerics_suite.versions.pip_settings import PackageSources
 
 _DISTURBING = ("UV_PYTHON", "UV_SYSTEM_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_BREAK_SYSTEM_PACKAGES", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "CONDA_PREFIX")  # fmt: skip
-"""Variables that would send uv, or a build that it runs, to another environment than the one it is told."""
+"""Variables that would send uv, or a build that it runs, to another environment than its argument."""
 
 
 def find_uv() -> str:

@@ -27,7 +27,7 @@ LAYOUT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is asked of one environment.
+    """The task of one environment.
 
     Attributes:
         settings: of `check`, run in the environment's own process.

@@ -181,7 +181,7 @@ def run_matrix(  # noqa: PLR0913 - keywords
         plan: of the matrix.
         kept: entered; what is done is found and kept there.
         execute: how a job is run.
-        audience: told of every step, from any thread.
+        audience: follows every step, from any thread.
         jobs: how many run at once.
         stop: ends what runs, when the user stops.
 
