@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +18,19 @@ from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import interruptible
-from numerics_suite.core.registry import GROUPS
 from numerics_suite.core.switch import switch_kept
-from numerics_suite.core.text import harmless
 from numerics_suite.settings.options import add_pytest_options, from_pytest
-from numerics_suite.suite.stash import WORKER_SESSION, gate_key, result_key, run_key, session_key, user_session_key
+from numerics_suite.suite.items import numerics_question, parametrize_questions, question_of  # noqa: F401 - pytest finds the fixture
+from numerics_suite.suite.stash import WORKER_SESSION, gate_key, result_key, run_key, session_key
+from numerics_suite.suite.subject_fixture import numerics_subject, parametrize_subjects  # noqa: F401 - pytest finds the fixture
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from numerics_suite.core.records import Cell
-    from numerics_suite.suite.planning import Question
     from numerics_suite.suite.session import SuiteSession
-    from numerics_suite.suite.subject_fixture import NumericsSubject
 
 SUITE = Path(__file__).resolve().parent / "suite"
 PACKAGE = "numerics_suite.suite"
-OTHERS = "extensions"
-"""Of `test_extensions.py`, where the checks of other packages are asked, whatever their groups are."""
-
 NO_GPU = "-m gpu: no accelerator is visible to torch, so no gpu cell can run (--numerics-allow-no-gpu lets that pass)"
 
 ASKS_NOTHING = ("collectonly", "showfixtures", "show_fixtures_per_test", "setuponly", "setupplan")
@@ -192,91 +185,13 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     return pytest.Module.from_parent(parent, path=file_path)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The fixture of every item of the suite: one question, and the session that answers it."""
-
-    question: Question
-    session: SuiteSession
-    item: pytest.Item
-
-    def ask(self) -> None:
-        """Answer the question and turn the answer into pytest's outcome."""
-        result, trace = self.session.answer(self.question)
-        self.item.stash[result_key] = result
-        if result.status == "skipped":
-            pytest.skip(_shown(result.reason or ""))
-        if result.status == "failed":
-            from numerics_suite.reports.text import finding_text
-
-            pytest.fail(finding_text(result, diagnosed=self.session.settings.diagnose), pytrace=False)
-        if result.status == "error":
-            pytest.fail(_shown(f"{result.id}: error: {result.reason}\n{trace}"), pytrace=False)
-
-
-def _shown(text: str) -> str:
-    """The text for pytest's terminal: a model's exceptions are shown, and steer neither a terminal nor GitHub's runner."""
-    return "\n".join(harmless(line) for line in text.splitlines())
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One parameter per question of the file's group, and per cell for `numerics_subject` in a user's own tests.
-
-    The checks of other packages share one file.
-    """
+    """One parameter per question of the file's group, and per cell for `numerics_subject` in a user's own tests."""
     if "numerics_subject" in metafunc.fixturenames:
-        _parametrize_subjects(metafunc)
-    if "numerics_question" not in metafunc.fixturenames:
-        return
+        parametrize_subjects(metafunc)
     suite = metafunc.config.stash.get(session_key, None)
-    if suite is None:
-        return
-    group = metafunc.function.__name__.removeprefix("test_")
-    parameters = []
-    for question in suite.plan.questions:
-        if group != (question.group if question.group in GROUPS else OTHERS):
-            continue
-        marks = _marks_of(question.cell, metafunc.config)
-        if metafunc.config.pluginmanager.hasplugin("rerunfailures"):
-            marks.append(pytest.mark.flaky(reruns=0))  # an answer that changes when it is asked again is no pass
-        parameters.append(pytest.param(question, id=question.param_id, marks=marks))
-    metafunc.parametrize("numerics_question", parameters, indirect=True)
-
-
-def _marks_of(cell: Cell, config: pytest.Config) -> list[pytest.MarkDecorator]:
-    """Of every item of a cell: with xdist all go to one worker, and those that need an accelerator are `gpu`."""
-    marks = [pytest.mark.xdist_group(cell.param_id)] if _has_xdist(config) else []
-    return marks if cell.device.startswith("cpu") else [*marks, pytest.mark.gpu]
-
-
-def _parametrize_subjects(metafunc: pytest.Metafunc) -> None:
-    from numerics_suite.suite.subject_fixture import parameters
-
-    config = metafunc.config
-    try:
-        # Scope session: pytest runs the tests of one cell together, so that each model is loaded once.
-        found = list(parameters(_subject_session(config), lambda cell: _marks_of(cell, config)))
-    except NumericsSuiteError as error:
-        raise pytest.Collector.CollectError(str(error)) from None
-    metafunc.parametrize("numerics_subject", found, indirect=True, scope="session")
-
-
-def _subject_session(config: pytest.Config) -> SuiteSession | None:
-    """The suite's own session where it runs too, else one for the user's tests; None where no subject is configured."""
-    if session_key in config.stash and config.stash[session_key].settings.subjects:
-        return config.stash[session_key]
-    settings = from_pytest(config)
-    if not settings.subjects:
-        return None
-    if user_session_key not in config.stash:
-        from numerics_suite.suite.session import SuiteSession
-
-        config.stash[user_session_key] = SuiteSession(settings)
-    return config.stash[user_session_key]
-
-
-def _has_xdist(config: pytest.Config) -> bool:
-    return config.pluginmanager.hasplugin("xdist")
+    if "numerics_question" in metafunc.fixturenames and suite is not None:
+        parametrize_questions(metafunc, suite.plan.questions)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -290,22 +205,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return CellScheduling(config, log, suite.plan)
 
 
-@pytest.fixture
-def numerics_question(request: pytest.FixtureRequest) -> Asked:
-    """The question of this item."""
-    return Asked(request.param, request.config.stash[session_key], request.node)
-
-
-@pytest.fixture(scope="session")
-def numerics_subject(request: pytest.FixtureRequest) -> NumericsSubject:
-    """A configured subject in one precision: `.model`, `.batch`, `.name`, for numerics_suite.assert_… in your own tests."""
-    from numerics_suite.suite.subject_fixture import subject_of
-
-    session = _subject_session(request.config)
-    assert session is not None, "without a subject the parameter is a skip"
-    return subject_of(session, request.param)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run cell by cell, so that each model is loaded once; other tests keep their place before the suite's."""
@@ -314,19 +213,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     order = {question: index for index, question in enumerate(suite.plan.questions)}
     # A file of the suite without a question (`--checks load.*`) is left with an item that asks nothing.
-    empty = [item for item in items if item.path.parent == SUITE and _question(item) is None]
+    empty = [item for item in items if item.path.parent == SUITE and question_of(item) is None]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in empty]
-    items.sort(key=lambda item: order[question] if (question := _question(item)) is not None else -1)
-
-
-def _question(item: pytest.Item) -> Question | None:
-    from numerics_suite.suite.planning import Question
-
-    callspec = getattr(item, "callspec", None)
-    value = callspec.params.get("numerics_question") if callspec is not None else None
-    return value if isinstance(value, Question) else None
+    items.sort(key=lambda item: order[question] if (question := question_of(item)) is not None else -1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -335,7 +226,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
     suite = item.config.stash.get(session_key, None)
     if suite is None or suite.lost is None or not hasattr(item.config, "workerinput"):
         return
-    question = _question(item)
+    question = question_of(item)
     if question is not None and question.cell != suite.lost[0]:
         os._exit(GAVE_UP)
 
@@ -344,7 +235,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Send the result along with pytest's own report, in a form that travels between processes."""
     report = yield
-    report.numerics_item = _question(item) is not None  # type: ignore[attr-defined]
+    report.numerics_item = question_of(item) is not None  # type: ignore[attr-defined]
     result = item.stash.get(result_key, None)
     if result is not None and report.when == "call":
         from numerics_suite.reports.results import check_to_json
@@ -359,7 +250,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Tell the gate what was selected."""
     gate = session.config.stash.get(gate_key, None)
     if gate is not None:
-        gate.select([question for item in session.items if (question := _question(item)) is not None])
+        gate.select([question for item in session.items if (question := question_of(item)) is not None])
 
 
 @pytest.hookimpl(tryfirst=True)
