@@ -89,9 +89,8 @@ class Gate:
         written = getattr(report, "numerics_result", None)
         if written is None:
             return
-        result = check_from_json(written)
+        result = self._write_down(written)
         self.answers[result.id] = result
-        self._write_down(written)
         self._offer()
         watched = lifeline()
         if watched is not None:
@@ -101,11 +100,12 @@ class Gate:
         if self.run is not None:
             self.run.progress(len(self.answers), len(self.expected), result)
 
-    def _write_down(self, entry: Mapping[str, Any]) -> None:
+    def _write_down(self, entry: Mapping[str, Any]) -> CheckResult:
         """Let an answer be in the file."""
         result = check_from_json(entry)
         self._written[result.id] = indented(entry)
         self._statuses[result.id] = (result.status, *(["findings"] if is_root(result) else []))
+        return result
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -114,12 +114,12 @@ class Gate:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:
-        """A worker has made its plan."""
+        """A worker has begun."""
         self._ready.add(node)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """A worker is gone. Where it had not even made its plan, no other one will: begin none."""
+        """A worker is gone. Where it could not even begin, no other one will: begin none."""
         if error and node not in self._ready:
             self._missing = f"no worker could begin: it was {_worker_death(node)}"
             self._stop_workers(node)
@@ -157,15 +157,11 @@ class Gate:
             status = pytest_status  # `-k` and `-m` left none of the suite: then the other tests decide
         elif others_failed and status in {0, 3, 5}:
             status = 1
-        self.result = RunResult(
-            command="check",
-            started_at=self.started.isoformat(timespec="seconds"),
+        self.result = replace(
+            self._unfinished(),
             duration_s=round(time.perf_counter() - self._clock, 3),
             verdict=end.verdict,
             complete=end.complete,
-            environment=self._environment,
-            settings=self._settings_as_used,
-            subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),
             notes=(*notes, *broken),
             exit_status=status,
