@@ -276,7 +276,7 @@ def many_cells(versions: int = 20, cells: int = 5000) -> Documents:
 
 def large() -> Documents:
     """Enough for rows to be joined, cells to be left out and tables to stay text; drawn in a fraction of the time."""
-    return many_cells(cells=1500)
+    return many_cells(cells=500)
 
 
 def big_result(
