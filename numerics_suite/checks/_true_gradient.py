@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.definitions.trace import TURN, capture_states
 from numerics_suite.devices import memory
 from numerics_suite.engine.calls import call_model
@@ -16,7 +17,9 @@ from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.references import trusted
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
-from numerics_suite.engine.true_passes import keeps_gradients
+from numerics_suite.engine.true_passes import gradient_bytes, keeps_gradients
+from numerics_suite.observations.roundoff import gradient_errors, relative_error
+from numerics_suite.subjects.memory import KEPT_GRADIENT_BYTES
 
 GRADIENT = "true fp64 gradient"
 """What checks that read it name as such, so that a large model's is dropped after the last of them."""
@@ -55,40 +58,68 @@ def true_gradient(context: CellContext) -> TrueRun:
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    return kept_run(context, "whole batch", lambda: true_run(context, context.gradient_batch.tensors, gradients=True))
+    if context.shared is not None and not keeps_gradients(context.model):
+        context.shared.drop(GRADIENT, but=context.true_passes)  # one large set at a time
+    tensors = context.gradient_batch.tensors
+    return kept_run(context, "whole batch", lambda: true_run(context, tensors, gradients=True), agree=_same)
 
 
-def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> Result:
-    """A true fp64 run over the gradient batch in eval mode: computed once a cell, and of a small model once for equal cells.
+def _same(one: TrueRun, other: TrueRun) -> bool:
+    """Whether two runs give the same loss, and every gradient of the other."""
+    if one.gradients.keys() != other.gradients.keys():
+        return False
+    loss = relative_error(one.found.outputs["loss"].cpu(), other.found.outputs["loss"].cpu())
+    return all(error <= AGREED for error in (loss, *gradient_errors(one.gradients, other.gradients).values()))
+
+
+def kept_run(
+    context: CellContext,
+    name: str,
+    compute: Callable[[], Result],
+    agree: Callable[[Result, Result], bool] | None = None,
+) -> Result:
+    """A true fp64 run over the gradient batch in eval mode: computed once a cell, and once for cells with equal numbers.
 
     Args:
         context: the cell.
         name: of what is run; two that do the same have the same name.
         compute: runs it, if it is not kept.
+        agree: compares two results; of a large model only such a result outlives the cell.
     """
-    store = context.true_passes.runs if keeps_gradients(context.model) else context.memo
     key = f"{GRADIENT}: {name} over {batch_key(context.gradient_batch.tensors)}"
-    if key not in store:
-        store[key] = compute()
-    found: Result = store[key]
-    return found
+    if keeps_gradients(context.model) or (agree is not None and _outlives(context)):
+        found: Result = context.true_passes.run(key, compute, agree)
+        return found
+    if key not in context.memo:
+        context.memo[key] = compute()
+    kept: Result = context.memo[key]
+    return kept
 
 
-def after_reading(context: CellContext, name: str, *, last: bool) -> None:
+def _outlives(context: CellContext) -> bool:
+    """Whether later cells may read the gradients of a large model."""
+    several = context.shared is not None and context.shared.several
+    return several and gradient_bytes(context.model) <= KEPT_GRADIENT_BYTES
+
+
+def after_reading(context: CellContext, name: str, *, last: bool, last_of_all: bool) -> None:
     """Hand memory back to the system after a check that read what is kept under this name.
 
     What passes over a large model leave is more than the allocator gives back by itself.
 
     Args:
-        context: the cell; of a small model it holds nothing under the name.
+        context: the cell; of a small model nothing is dropped.
         name: :data:`GRADIENT`.
-        last: no check to come reads it; one that asks all the same computes it again.
+        last: no check of the cell to come reads it; one that asks all the same computes it again.
+        last_of_all: nor does one of a cell to come.
     """
-    read = [key for key in context.memo if key.startswith(name)]
-    for key in read if last else ():
+    if keeps_gradients(context.model):
+        return
+    for key in [key for key in context.memo if last and key.startswith(name)]:
         del context.memo[key]
-    if read:
-        memory.release(context.cell.device)
+    if last_of_all and context.shared is not None:
+        context.shared.drop(name)
+    memory.release(context.cell.device)
 
 
 def true_run(context: CellContext, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:

@@ -89,6 +89,7 @@ class CellContext:
         recipe: the precision recipe.
         request: batch shape, seed, training plan.
         family: what is known of the architecture.
+        shared: the true fp64 passes of the run's cells, None for a cell of its own.
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
         unheld: parameters that are meant to train and that no optimizer of these holds.
@@ -121,7 +122,7 @@ class CellContext:
         self.family: Family = family_of(subject.config)
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
-        self.passes, self._shared = PassStore(), shared
+        self.passes, self.shared = PassStore(), shared
         self.memo: dict[str, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
         self.runs: dict[tuple[Any, ...], Trajectory] = {}
@@ -329,7 +330,12 @@ class CellContext:
     @cached_property
     def true_passes(self) -> TrueStore:
         """The true fp64 passes of the cell: an earlier cell's too, where both are the same in true fp64."""
-        return TrueStore() if self._shared is None else self._shared.of(self)
+        return TrueStore() if self.shared is None else self.shared.of(self)
+
+    def leave_other_attention(self) -> bool:
+        """Whether a true fp64 pass of another attention stood in for one of this cell; from now on none does."""
+        store = self.__dict__.get("true_passes")
+        return isinstance(store, TrueStore) and store.apart()
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:

@@ -27,6 +27,8 @@ KEPT_BATCHES = 2.85
 """Batches as large as the training batch whose logits stay in memory for each drawn one, up to :data:`KEPT_BYTES`."""
 KEPT_BYTES = 2**28
 """Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group ask the same batches."""
+KEPT_GRADIENT_BYTES = 2**31
+"""Bytes of one set of float64 gradients that the cells of a subject keep for each other; a larger set lives as long as one cell reads it."""
 GRADIENT_COPIES = 3
 """Float64 copies of all parameters at once where two backward passes are compared: one's gradients, the other's leaves and gradients."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -72,7 +72,6 @@ class SuiteSession:
         self._reproducers: dict[tuple[str, ...], str | None] = {}
         self.deadline, self.reproducers = deadline, reproducers
         self._context: CellContext | None = None
-        self._true_passes = TruePasses()
         self.lost: tuple[Cell, str] | None = None
         self.answered: Mapping[str, Mapping[str, Any]] = {}
         self._raises: set[tuple[str, ...]] = set()
@@ -84,6 +83,12 @@ class SuiteSession:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `answer`
             return make_plan(self.settings)
+
+    @cached_property
+    def _true_passes(self) -> TruePasses:
+        """Of all cells: several of one subject read each other's."""
+        cells = self.plan.cells
+        return TruePasses(several=len({(cell.subject, cell.task) for cell in cells}) < len(cells))
 
     def context(self, cell: Cell) -> CellContext:
         """The context of the cell; the previous cell's is released first."""
@@ -206,11 +211,14 @@ class SuiteSession:
         read = get_check(question.check).reads
         if not read or self._context is None:
             return
-        checks = [other.check for other in self.plan.questions if other.cell == question.cell]
-        later = checks[checks.index(question.check) + 1 :]
-        still_read = frozenset().union(*(get_check(check).reads for check in later))
+        cell, questions = question.cell, self.plan.questions
+        later = [other for other in questions[questions.index(question) + 1 :] if not other.skip and not other.error]
+        of_cell = _reads(other for other in later if other.cell == cell)
+        of_subject = _reads(
+            other for other in later if (other.cell.subject, other.cell.task) == (cell.subject, cell.task)
+        )
         for name in read:
-            after_reading(self._context, name, last=name not in still_read)
+            after_reading(self._context, name, last=name not in of_cell, last_of_all=name not in of_subject)
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._context is not None and self._context.cell == cell
@@ -330,6 +338,11 @@ class SuiteSession:
 
         today = datetime.now(tz=timezone.utc).date()
         return matches(entry, failed, transformers.__version__, today)  # type: ignore[arg-type]
+
+
+def _reads(questions: Iterable[Question]) -> frozenset[str]:
+    """What the checks of these questions read of what others keep."""
+    return frozenset().union(*(get_check(question.check).reads for question in questions))
 
 
 def _known_reason(check: str, found: Finding) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, kept_run, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -91,9 +91,13 @@ def _true(context: CellContext, call: Caller) -> Mapping[str, Tensor]:
     """The true fp64 gradients of what is differentiated: the loss, whose gradients other checks read too, or a classifier's states."""
     if context.subject.task != "sequence-classification":
         return true_gradient(context).gradients
-    run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
-    trusted(run.left_out)
-    return run.gradients or {}
+
+    def make() -> Mapping[str, Tensor]:
+        run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
+        trusted(run.left_out)
+        return run.gradients or {}
+
+    return kept_run(context, "states", make)
 
 
 def _coarser(context: CellContext, run: Callable[[], object]) -> Measurement:
