@@ -141,16 +141,17 @@ def _copied(context: CellContext, rows_in: Callable[[InputSpace], dict[str, Any]
     few = replace(space, vocab_size=MOST_WORDS, special_ids=()) if _spares_words(space) else space
     with context.modified_model() as model:
         beyond = blocks_beyond(model, MOST_BLOCKS)
-        if beyond:
-            _refuse_large(model, beyond)
-            for words in dict.fromkeys((few, space)):
-                shallow, tensors = shallow_copy(model, MOST_BLOCKS).to(CPU), rows_in(words)
-                with suppress(Exception):  # code that reaches for a certain block or word may raise anything
-                    if words is not space:
-                        _keep_words(shallow, words.vocab_size)
-                    with torch.no_grad():
-                        call_model(shallow, tensors)
-                    return shallow, tensors
+        _refuse_large(model, beyond)
+        for words in dict.fromkeys((few, space)):
+            if words is space and not beyond:
+                break
+            shallow, tensors = shallow_copy(model, MOST_BLOCKS).to(CPU), rows_in(words)
+            with suppress(Exception):  # code that reaches for a certain block or word may raise anything
+                if words is not space:
+                    _keep_words(shallow, words.vocab_size)
+                with torch.no_grad():
+                    call_model(shallow, tensors)
+                return shallow, tensors
         _refuse_large(model)
         return context.copy_model().to(CPU), rows_in(space)
 
