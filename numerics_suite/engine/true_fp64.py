@@ -105,7 +105,7 @@ class LiftToFp64(reference_ops.LeanMode):
         # Picking rounds nothing, so both orders give the same numbers.
         if plan.gathers:
             return widen(func(*args, **kwargs))
-        if func in _CHUNKED and (product := _multiply_in_chunks(func, args, kwargs)) is not None:
+        if (func is _MM or func is _ADDMM) and (product := _multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
         # `half_to_float=True` asks for a float32 result of a float16 input; with a float64 input PyTorch refuses it.
@@ -171,7 +171,7 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
     return [_narrow(item, dtype) for item in value] if isinstance(value, list | tuple) else value
 
 
-_CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+_MM, _ADDMM = _ATEN.mm.default, _ATEN.addmm.default
 
 
 def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -190,7 +190,7 @@ def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor 
     step = max(1, CHUNK_ELEMENTS // shorter)
     scratch = torch.empty(step * shorter, dtype=WIDER[right.dtype], device=right.device)
     shape = (left.shape[0], outer)
-    result = left.new_zeros(shape) if func is _ATEN.mm.default else widen(args[0]).expand(shape).clone()
+    result = left.new_zeros(shape) if func is _MM else widen(args[0]).expand(shape).clone()
     for start in range(0, right.shape[along], step):
         part = right.narrow(along, start, min(step, right.shape[along] - start))
         wide = _like(scratch, part).copy_(part)
@@ -289,7 +289,7 @@ class _WideConvolutions(TorchFunctionMode):
 
 
 def _convolutions(module: nn.Module) -> AbstractContextManager[object]:
-    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())  # noqa: SLF001 - the base of all
+    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in reference_ops.modules_of(module))  # noqa: SLF001 - the base of all
     return _WideConvolutions() if convolves else nullcontext()
 
 
@@ -310,7 +310,7 @@ def _wide_leaf(parameter: nn.Parameter) -> nn.Parameter:
 def _widen_buffers(model: nn.Module) -> None:
     # One wide copy for each buffer object: modules that share a buffer still share it.
     wide: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in reference_ops.modules_of(model):
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None and buffer.dtype in WIDER:
                 module._buffers[name] = wide.setdefault(id(buffer), widen(buffer))  # noqa: SLF001
@@ -342,7 +342,7 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
     if stream is None:
         stream = sum(8 * parameter.numel() for parameter in model.parameters()) > STREAM_ABOVE_BYTES
     with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
-        for module in model.modules():
+        for module in reference_ops.modules_of(model):
             module.training = False
         with torch.set_grad_enabled(gradients):
             output = call(model, {name: widen(value) for name, value in batch.items()})
