@@ -111,9 +111,7 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
     if name is not None and alarm.cause is None and not scene.initially_bad:
         alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
     elif alarm.cause is None and not bad and _no_label_counts(alarm, scene, inputs):
-        alarm = replace(
-            alarm, cause="no-counted-labels", text=f"{alarm.text}; no label of the batch counts, all are -100"
-        )
+        alarm = replace(alarm, cause=NO_LABELS, text=f"{alarm.text}; no label of the batch counts, all are -100")
     trained = None if _is_known(alarm, scene) else trained_again(scene, alarm.step)
     if trained is not None:
         origin, how, cause = trained
@@ -184,6 +182,9 @@ def _silent(alarm: Alarm, scene: CaughtContext) -> Finding:
     )
 
 
+NO_LABELS = "no-counted-labels"
+"""The cause that lies in the batch, wherever its NaN shows first."""
+
 LABELLED = frozenset({"loss", "gradient"})
 """Alarms that a batch without labels raises: its logits are fine."""
 
@@ -200,10 +201,10 @@ def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[
     if parameters and (origin is None or origin.parameters):
         others = f", nor are {len(parameters) - 1} more" if parameters[1:] else ""
         where = f"; {parameters[0]} is not finite itself{others}"
-    elif origin is not None:
+    elif origin is not None and cause != NO_LABELS:
         place = ", ".join(part for part in (origin.op, origin.source) if part)
         side = " in the backward pass" if origin.backward else ""
-        where = f"; it began in {origin.module or 'the model'} ({place}){side}"
+        where = f"; it began in {origin.module} ({place}){side}" if origin.module else f"; it began at {place}{side}"
     else:
         where = ""
     return f"{alarm.text}{where}: {cause}"
