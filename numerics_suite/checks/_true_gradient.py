@@ -66,7 +66,7 @@ def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> 
         name: of the run; equal runs share a name.
         compute: runs it, if it is not kept.
     """
-    store = context.true_passes.runs if keeps_gradients(context.model) else context.memo
+    store = context.true_passes.runs if keeps_gradients(context.model) else context.gradient_passes
     key = f"{GRADIENT}: {name} over {batch_key(context.gradient_batch.tensors)}"
     if key not in store:
         store[key] = compute()
@@ -74,21 +74,20 @@ def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> 
     return found
 
 
-def after_reading(context: CellContext, name: str, *, last: bool) -> None:
-    """Hand memory back to the system after a check that read what is kept under this name.
+def after_reading(context: CellContext, *, last: bool) -> None:
+    """Hand memory back to the system after a check that read the true gradient of a large model.
 
     What passes over a large model leave is more than the allocator gives back by itself.
 
     Args:
-        context: the cell; it caches nothing under the name for a small model.
-        name: :data:`GRADIENT`.
+        context: the cell; it caches nothing here for a small model.
         last: no later check reads it; if one does, it is computed again.
     """
-    read = [key for key in context.memo if key.startswith(name)]
-    for key in read if last else ():
-        del context.memo[key]
-    if read:
-        memory.release(context.cell.device)
+    if not context.gradient_passes:
+        return
+    if last:
+        context.gradient_passes.clear()
+    memory.release(context.cell.device)
 
 
 def true_run(context: CellContext, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:

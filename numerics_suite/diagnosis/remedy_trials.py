@@ -334,9 +334,7 @@ class _Trial:
         """
         if check != DEFINITION or attempt.meant is not None:
             return False
-        if DEFINITION not in self.context.memo:
-            self.context.memo[DEFINITION] = self._asked(DEFINITION, Attempt(context=self.context))
-        before = self.context.memo[DEFINITION]
+        before = self.context.cached(_answer, DEFINITION, self.ask)
         worst = answer.breaches[0].measurement
         if before is None:
             return bool(self.context.broken)
@@ -344,10 +342,7 @@ class _Trial:
 
     def _asked(self, check: str, attempt: Attempt) -> CheckAnswer | None:
         meant = attempt.meant if check == DEFINITION else None
-        try:
-            return self.ask(check, meant or attempt.context)
-        except (NotApplicableError, UnsupportedError):
-            return None  # in these conditions there is nothing to ask
+        return _answer(meant or attempt.context, check, self.ask)
 
     def _effect(self, own: CheckAnswer | None, attempt: Attempt) -> str:
         """What the failing check measures now beside what it measured before; where training is the question, or begins there, how it goes."""
@@ -373,6 +368,13 @@ class _Trial:
             return curve(cured.trajectory) + (f", with {cured.origin}" if cured.origin else "")
         except NumericsSuiteError:
             return ""
+
+
+def _answer(context: CellContext, check: str, ask: Ask) -> CheckAnswer | None:
+    try:
+        return ask(check, context)
+    except (NotApplicableError, UnsupportedError):
+        return None  # in these conditions there is nothing to ask
 
 
 def _still(answer: CheckAnswer, cured: CellContext, check: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -50,6 +50,8 @@ from numerics_suite.subjects.zeroed_memory import Zeroed
 if TYPE_CHECKING:
     from numerics_suite.baselines.records import CellBaseline
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -80,7 +82,7 @@ class Request:
     packing: tuple[str, ...] = ()
 
 
-@renamed(tampered="modified_model", let_go="release")
+@renamed(tampered="modified_model", let_go="release", memo="cache")
 class CellContext:
     """One cell under test.
 
@@ -93,6 +95,8 @@ class CellContext:
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
         unheld: parameters that are meant to train and that no optimizer of these holds.
+        gradient_passes: true fp64 passes over the gradient batch of a large model, by name; dropped once no check reads them.
+        cache: the answers of :meth:`cached`.
     """
 
     first_step, origin = 1, ""
@@ -123,7 +127,8 @@ class CellContext:
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self.passes, self._shared = PassStore(), shared
-        self.memo: dict[str, Any] = {}
+        self.gradient_passes: dict[str, Any] = {}
+        self.cache: dict[Any, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
         self.runs: dict[tuple[Any, ...], Trajectory] = {}
 
@@ -158,6 +163,14 @@ class CellContext:
 
     def _like(self, subject: Subject, cell: Cell, request: Request) -> CellContext:
         return CellContext(subject, cell, request, loader=self._loader)
+
+    def cached(self, compute: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function computes of this context and these arguments; once, until :meth:`release`."""
+        key = (compute, *arguments)
+        if key not in self.cache:
+            self.cache[key] = compute(self, *arguments)
+        found: Result = self.cache[key]
+        return found
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -227,7 +240,8 @@ class CellContext:
         self._forwards.clear()
         self.passes.clear()
         self.__dict__.pop("true_passes", None)  # which other cells may still read
-        self.memo.clear()
+        self.gradient_passes.clear()
+        self.cache.clear()
 
     # --- inputs ----------------------------------------------------------------------------------------------------
 
@@ -319,12 +333,7 @@ class CellContext:
         return Runner(self.model, self.condition)
 
     def run(self, tensors: Mapping[str, Any], **keywords: Any) -> Any:
-        """One forward pass without gradients under the cell's recipe; the raw output.
-
-        Args:
-            tensors: what the model is called with.
-            keywords: more keywords of the call.
-        """
+        """One forward pass without gradients under the cell's recipe; the raw output."""
         return self.runner.forward(tensors, **keywords)
 
     @cached_property
@@ -346,12 +355,7 @@ class CellContext:
         return {name: value for name, value in tensors.items() if name != "labels" or not self.takes_ids}
 
     def forward(self, batch: Batch, *, labels: bool = False) -> dict[str, Tensor]:
-        """The floating outputs of the cell's model on the batch, by name; computed once per batch.
-
-        Args:
-            batch: what to run.
-            labels: pass the labels too, so that the model computes its loss.
-        """
+        """The floating outputs of the cell's model on the batch, by name; with its loss if it gets the `labels` too."""
         tensors = dict(batch.tensors) if labels else self.inputs_of(batch)
         key = batch_key(tensors)
         if key not in self._forwards:
@@ -372,12 +376,7 @@ class CellContext:
         return self.runs[conditions]
 
     def train(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trajectory:
-        """Train a copy of the cell's model on the fixed batch.
-
-        Args:
-            plan: steps, optimizer, learning rate, clipping.
-            recipe: another precision recipe than the cell's.
-        """
+        """Train a copy of the cell's model on the fixed batch, under another precision recipe than the cell's where one is given."""
         with random_state.seeded(self.request.seed):
             return self.trainer(plan, recipe).run()
 

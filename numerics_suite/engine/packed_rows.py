@@ -102,11 +102,7 @@ def ways_of(context: CellContext) -> Ways:
     """
     if context.request.packing:
         return Ways(asked=context.request.packing)  # type: ignore[arg-type]
-    if "packing" not in context.memo:
-        context.memo["packing"] = _ways(context)
-    found = context.memo["packing"]
-    assert isinstance(found, Ways)
-    return found
+    return context.cached(_ways)
 
 
 def _ways(context: CellContext) -> Ways:

@@ -81,10 +81,11 @@ def refuse_without_ids(context: CellContext) -> None:
 
 def turned_states(context: CellContext) -> frozenset[str]:
     """Where the cell's model holds states as `[sequence, batch, …]`; see :func:`numerics_suite.engine.layout.sequence_first`."""
-    if "turned states" not in context.memo:
-        context.memo["turned states"] = sequence_first(context.model, output_hidden_states=True)
-    found: frozenset[str] = context.memo["turned states"]
-    return found
+    return context.cached(_turned_states)
+
+
+def _turned_states(context: CellContext) -> frozenset[str]:
+    return sequence_first(context.model, output_hidden_states=True)
 
 
 def answer_of(output: Any, *, by_token: bool, turned: frozenset[str] = frozenset()) -> Tensor:

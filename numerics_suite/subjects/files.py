@@ -278,7 +278,7 @@ _digests: dict[tuple[FileState, ...], str] = {}
 
 
 def read_once(files: Iterable[Path], make: Callable[[], str]) -> str:
-    """The digest of large files, read once per state of the files by this process or its parent.
+    """The digest of large files, read once per state of the files by this process.
 
     Args:
         files: that are digested.
@@ -296,21 +296,6 @@ def read_once(files: Iterable[Path], make: Callable[[], str]) -> str:
 def _state(file: Path) -> FileState:
     told = file.stat()
     return str(file), told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino
-
-
-def digests_to_json() -> list[Any]:
-    """What :func:`read_once` knows, for a worker process, as JSON's own types."""
-    return [[[list(state) for state in key], value] for key, value in _digests.items()]
-
-
-def digests_from_json(content: Iterable[Any]) -> None:
-    """Take over the digests of another process of this run.
-
-    Args:
-        content: of :func:`digests_to_json`.
-    """
-    for states, value in content:
-        _digests[tuple(tuple(state) for state in states)] = value
 
 
 def tree_digest(root: Path, files: Iterable[Path]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -339,7 +340,8 @@ def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
     task: Task = "module"
     language_model = compat.is_language_model(module)
     if language_model:
-        config = module.config.to_dict()  # type: ignore[union-attr, operator]
+        # As in `config.json`: JSON's own types, which travel to workers whatever the user put into the config.
+        config = json.loads(json.dumps(module.config.to_dict(), default=str, skipkeys=True))  # type: ignore[union-attr, operator]
         task = task_of_class(type(module).__name__) or "module"
     if wanted.task not in ("auto", task):
         message = f"{source} makes a {type(module).__name__}, which is not a model for --task {wanted.task}; leave --task out or choose its own"

@@ -54,7 +54,7 @@ def fix_config(folder: Path, check: str):
         origins={"precision": "command line"},
     )
     session = MutantSession(settings)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = session.plan.questions
     result, trace = session.answer(question)
     assert result.finding is not None, f"{result.status} {result.reason} {trace}"

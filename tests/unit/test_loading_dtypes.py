@@ -69,7 +69,7 @@ def answer(source, check="load.dtype", precision="bf16", **changes):
         }
     )
     session = MutantSession(settings)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = session.plan.questions
     result, trace = session.answer(question)
     assert not trace

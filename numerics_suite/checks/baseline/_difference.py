@@ -12,8 +12,6 @@ from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.engine.cell_context import CellContext, Request
 
-MEMO = "baseline.difference"
-
 
 def difference_of(context: CellContext) -> Difference:
     """Recorded against measured, on the recorded batches with the recorded recipe.
@@ -24,15 +22,15 @@ def difference_of(context: CellContext) -> Difference:
     Raises:
         NotApplicableError: there is no baseline of the cell.
     """
+    return context.cached(_difference)
+
+
+def _difference(context: CellContext) -> Difference:
     recorded = context.request.baseline
     if recorded is None:
         reason = "no baseline of this cell was given"
         raise NotApplicableError(reason)
-    if MEMO not in context.memo:
-        context.memo[MEMO] = difference(recorded, measured_as(recorded, context))
-    found = context.memo[MEMO]
-    assert isinstance(found, Difference)
-    return found
+    return difference(recorded, measured_as(recorded, context))
 
 
 def measured_as(recorded: CellBaseline, context: CellContext) -> CellBaseline:

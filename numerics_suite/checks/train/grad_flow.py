@@ -62,15 +62,15 @@ def dead_parameters(context: CellContext) -> tuple[str, ...]:
     Args:
         context: the cell.
     """
-    key = "train.grad-flow: dead"
-    if key not in context.memo:
-        run = context.trajectory
-        dead = [name for name in run.dead if not _unused(context, name)]
-        apart = _apart(context, [name for name in dead if name in run.absent])
-        apart |= _without_part_in_the_batch(context, [name for name in dead if name not in run.absent])
-        context.memo[key] = tuple(name for name in dead if name not in apart)
-    found: tuple[str, ...] = context.memo[key]
-    return found
+    return context.cached(_dead)
+
+
+def _dead(context: CellContext) -> tuple[str, ...]:
+    run = context.trajectory
+    dead = [name for name in run.dead if not _unused(context, name)]
+    apart = _apart(context, [name for name in dead if name in run.absent])
+    apart |= _without_part_in_the_batch(context, [name for name in dead if name not in run.absent])
+    return tuple(name for name in dead if name not in apart)
 
 
 def _unused(context: CellContext, name: str) -> bool:

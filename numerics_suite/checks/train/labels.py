@@ -56,7 +56,7 @@ def labels(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     if torch.isnan(wanted):
         yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
         return
-    roundoff = max(unit_roundoff(got.dtype), _log_softmax_roundoff(context, batch))
+    roundoff = max(unit_roundoff(got.dtype), context.cached(_log_softmax_roundoff))
     # Rounding moves a cross entropy by what it moves the largest logit and the loss by.
     size = float(wanted.abs()) + float(without["logits"].abs().max())
     error = abs(float(got) - float(wanted))
@@ -103,11 +103,9 @@ def _without_labels(context: CellContext, batch: Batch) -> tuple[Batch, str]:
     return replace(batch, tensors={**batch.tensors, "decoder_input_ids": moved}), "token-classification"
 
 
-def _log_softmax_roundoff(context: CellContext, batch: Batch) -> float:
+def _log_softmax_roundoff(context: CellContext) -> float:
     """The unit roundoff of the log-probabilities, which may be coarser than the loss; the same for every batch of a cell."""
-    if "log-softmax" not in context.memo:
-        context.memo["log-softmax"] = log_softmax_dtype(lambda: context.run(batch.tensors))
-    return unit_roundoff(context.memo["log-softmax"])
+    return unit_roundoff(log_softmax_dtype(lambda: context.run(context.training_batch.tensors)))
 
 
 def _cross_entropy(context: CellContext, batch: Batch, with_labels: Mapping[str, Tensor]) -> Tensor:
