@@ -127,7 +127,7 @@ def test_the_lines_of_a_finding():
     helpless = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[1:2])
     assert card(helpless).fixes == ("keep it wide -- tried, no help: still fails",)
     none = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[3:])
-    assert card(none).fixes == ("no automatic remedy applies: begin at the place above; run the script",)
+    assert card(none).fixes == ("no automatic remedy applies: read the code at the place above; run the script",)
 
 
 def test_what_shows_a_cause_says_how_sure_it_is():
