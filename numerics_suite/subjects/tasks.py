@@ -13,7 +13,7 @@ from numerics_suite.subjects.files import StoredTensor
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal-lm"),
     ("LMHeadModel", "causal-lm"),
-    # ChatGLM's language model is called so; a real encoder-decoder is told apart by its config.
+    # ChatGLM's language model has such a name; a real encoder-decoder is recognised by its config.
     ("ForConditionalGeneration", "causal-lm"),
     ("ForSequenceClassification", "sequence-classification"),
     ("ForTokenClassification", "token-classification"),
