@@ -254,7 +254,7 @@ def _process_kept() -> Iterator[None]:
         stack.enter_context(random_state.seeded(0))
         try:
             for name in [name for name in environment if name.startswith("ACCELERATE_")]:
-                del os.environ[name]  # how a launcher was asked to train is no question about the packages
+                del os.environ[name]  # a launcher's settings are no property of the packages
             for state in shared:
                 state.clear()
             gc.freeze()  # the Trainer collects garbage of the whole process as it begins, at most of its cost here

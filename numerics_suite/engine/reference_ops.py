@@ -139,7 +139,7 @@ def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
     packet = schema.name.split("::")[1]
     name = packet.removesuffix("_") if schema.is_mutable else packet
     if schema.name == "prim::device" or torch.Tag.inplace_view in func.tags:
-        # A tensor subclass is asked for its device by an op that has no registered kernel; no number is in it.
+        # A tensor subclass's device is read by an op without a registered kernel; it computes nothing.
         return OpPlan(kind=Kind.VIEW)
     # Attention carries the tag for its dropout; without dropout it draws nothing, and it must be computed.
     seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name

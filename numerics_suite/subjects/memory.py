@@ -114,7 +114,7 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
     asked = subject.parameters * _WIDTHS.get(dtype, 4) // len(parts)
     free = free_bytes(device) + (swap_bytes() if on_cpu else 0)
     if asked > free:
-        message = f"out of memory on {parts[0]}: {asked} bytes asked for the weights in {dtype}, {free} bytes free"
+        message = f"out of memory on {parts[0]}: {asked} bytes requested for the weights in {dtype}, {free} bytes free"
         raise CheckError(message)
 
 

@@ -67,7 +67,7 @@ def _agreement(context: CellContext, rows: int) -> Difference | None:
         run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=parts)
     except NotApplicableError:
         return None
-    except Exception as error:  # noqa: BLE001 - what the model's code raises in one of these ways is that way's check to tell
+    except Exception as error:  # noqa: BLE001 - the check of that way reports the model's exceptions
         reraise_if_fatal(error)
         return None
     if run.left_out or (run.gradients or {}).keys() != (whole.gradients or {}).keys():

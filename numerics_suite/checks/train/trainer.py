@@ -134,7 +134,7 @@ def _trials(stack: StackSubject) -> Iterator[Trial]:
         yield from _packing(stack, whole)
     if getattr(stack.plain, "supports_gradient_checkpointing", False):
         for reentrant in (True, False):
-            with suppress(CheckpointError):  # it does not recompute what it computed: `train.checkpointing` tells
+            with suppress(CheckpointError):  # it recomputes something else: `train.checkpointing` reports it
                 yield _checkpointing(stack, whole, reentrant=reentrant)
     yield _clipping(stack, whole)
 

@@ -204,9 +204,9 @@ def _law(law: Law, told: str, *, rows: int = 1) -> dict[str, Body]:
 
 _BY_LAW = {
     "padding": _law(_padding, "padding changes the answers"),
-    "batch": _law(_batch, "a row's answer depends on the other rows", rows=2),
+    "batch": _law(_batch, "a row's output depends on the other rows", rows=2),
     "packing": _law(_packing, "rows packed into one row see each other"),
-    "causal": _law(_causal, "a later token changes the answers before it"),
+    "causal": _law(_causal, "a later token changes the outputs before it"),
     "cache": _law(_cache, "decoding with the cache is not the full forward pass"),
     "attention": _law(_attention, "attention implementations disagree"),
 }
