@@ -40,7 +40,7 @@ What is done is kept under --out: a run that was stopped goes on where it was,
 and numerics-suite report makes a report of that folder at any time.
 
 exit status:
-  0 passed, 1 a cell fails, 2 interrupted, 3 a cell errs, 4 bad input,
+  0 passed, 1 a cell fails, 2 interrupted, 3 a cell has an error, 4 bad input,
   5 nothing ran
 """
 

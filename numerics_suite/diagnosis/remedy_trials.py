@@ -40,8 +40,8 @@ TRAINS = ("train.finite", "train.descends")
 NOT_HERE = {
     "reload-weights": "cannot be tried: there is no other copy of the files here and nothing is fetched; "
     "run the same check on the files once they are fetched again",
-    "newer-version": "not tried: --try-versions does, in environments of their own",
-    "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
+    "newer-version": "not tried yet: add --try-versions, which tries other releases in environments of their own",
+    "pin-version": "not tried yet: add --try-versions; numerics-suite bisect finds the release that began it",
 }
 NOT_APPLIED = "not tried: it changes what is outside of the model; apply it, then run the same check again"
 """Of every other remedy that nothing here can apply to a copy."""
@@ -247,7 +247,7 @@ class _Trial:
         if found is None:
             return _Outcome(works=False, effect=f"no learning rate from {lr:.2g} down to {lr / 1e4:.1g} helps")
         held = seen(context.with_plan(lr=found))
-        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that holds: {held.effect}")
+        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that works: {held.effect}")
 
     def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Outcome:
         """What the attempt shows.

@@ -1,4 +1,4 @@
-"""What does the user mean by SUBJECT? Text in, a resolved :class:`Subject` out; nothing is loaded."""
+"""Resolves SUBJECT: from text to a :class:`Subject`; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
-    """What the options ask of a subject; as :func:`resolve`."""
+    """The options for a subject; see :func:`resolve`."""
 
     task: str = "auto"
     num_labels: int | None = None
@@ -151,7 +151,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
 
 
 def unsupported_subject(source: str, *, name: str | None = None, task: str = "auto") -> Subject:
-    """What can be said of a subject that :func:`resolve` gave up with `UnsupportedError`: its cells are skipped.
+    """A subject for which :func:`resolve` raised `UnsupportedError`: its cells are skipped.
 
     Raises:
         BadInputError: it cannot be used at all.
@@ -172,7 +172,7 @@ def unsupported_subject(source: str, *, name: str | None = None, task: str = "au
 
 
 def factory_subject(source: str, *, name: str | None = None) -> Subject:
-    """What can be said of a factory that gave no module.
+    """The subject of a factory that failed to return a module.
 
     Args:
         source: `factory:module:function`.
@@ -187,7 +187,7 @@ def factory_subject(source: str, *, name: str | None = None) -> Subject:
 
 
 def _place(source: str, *, allow_pickle: bool) -> _Place:
-    """The folder that SUBJECT names; a hub id is brought into the cache."""
+    """The folder that SUBJECT names; a hub id is downloaded into the cache."""
     if source.startswith(FIXTURE):
         name = source.removeprefix(FIXTURE)
         return _Place(id=name, kind="fixture", path=fixtures.fixture_path(name))

@@ -1,4 +1,4 @@
-"""The cell measured as its baseline was, once for all four checks, and compared with it."""
+"""Measures the cell like its baseline, once for all four checks, and compares the two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def difference_of(context: CellContext) -> Difference:
     """Recorded against measured, on the recorded batches with the recorded recipe.
 
     Args:
-        context: of a cell; its request holds the baseline.
+        context: the cell; its request holds the baseline.
 
     Raises:
         NotApplicableError: there is no baseline of the cell.
@@ -56,7 +56,7 @@ def _as_recorded(context: CellContext, recipe: Mapping[str, Any]) -> CellContext
 
 
 def _request(request: Request, recipe: Mapping[str, Any]) -> Request:
-    """What the settings ask, with what the recipe says instead."""
+    """The settings, with the recipe's values in their place."""
     names = ("steps", "optimizer", "lr", "max_grad_norm")
     plan = replace(request.plan, **{name: recipe[name] for name in names if name in recipe})
     return replace(request, plan=plan, seed=recipe.get("seed", request.seed))

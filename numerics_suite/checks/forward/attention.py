@@ -73,7 +73,7 @@ def _other(context: CellContext) -> Loaded:
 
 
 def _share_weights(other: nn.Module, own: nn.Module) -> None:
-    """Let `other` hold the very weights of `own` where they are equal bit for bit: no second copy stays in memory."""
+    """Let `other` share the weights of `own` that are bitwise equal, so that no second copy stays in memory."""
     held = dict(own.named_parameters())
     for name, parameter in other.named_parameters():
         twin = held.get(name)
