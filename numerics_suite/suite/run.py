@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -163,16 +162,10 @@ def _clean_pytest_environment(workers: int, scratch: str) -> Iterator[None]:
 @contextlib.contextmanager
 def variables(changed: Mapping[str, str]) -> Iterator[None]:
     """This process's variables, which its workers inherit, with these values while it lasts."""
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setenv(name, value)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def threads_of_each(workers: int) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Finding
 from numerics_suite.diagnosis.consequences import NO_RUN
@@ -281,7 +282,8 @@ def run_again(scene: CaughtContext, values: Mapping[str, Tensor], *, backward: b
     with contextlib.ExitStack() as stack:
         stack.enter_context(same_buffers(model.buffers))
         stack.enter_context(with_values(dict(model.named_parameters()), values))
-        stack.enter_context(uncompiled(model))
+        # A model that was compiled in place runs as it is written, op by op.
+        stack.enter_context(with_attribute(model, "_compiled_call_impl", None))
         for run in (_forward, *((_backward,) if backward else ())):
             for call in scene.calls:
                 with as_called(call, input_device(model)):
@@ -297,17 +299,6 @@ def _tolerant(
     """A replay that ends in an error has shown what it could."""
     with contextlib.suppress(*NO_RUN):
         run(model, call, scale)
-
-
-@contextlib.contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Within it a model that was compiled in place runs as it is written, op by op."""
-    compiled = getattr(model, "_compiled_call_impl", None)
-    model._compiled_call_impl = None  # noqa: SLF001 - what nn.Module.compile sets
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled  # noqa: SLF001 - as above
 
 
 def _forward(model: nn.Module, call: ForwardCall, _scale: float) -> None:
