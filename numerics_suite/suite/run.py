@@ -14,6 +14,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
+from numerics_suite.core.garbage import living_set_aside
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
@@ -125,7 +126,8 @@ def run_check(session: SuiteSession, terminal: Terminal, *, asks_index: bool = F
             session.board = Path(scratch, "at-work")
             session.board.mkdir()
             run = RunContext(session, terminal, asks_index=asks_index, workers=workers)
-            status = int(pytest.main(arguments, plugins=[run]))
+            with living_set_aside():
+                status = int(pytest.main(arguments, plugins=[run]))
     terminal.stop()
     if run.result is not None:
         return run.result
