@@ -89,11 +89,8 @@ def _first_that_fails(scenes: Iterator[ScriptContext], body: Body) -> str | None
     for scene in scenes:
         if time.monotonic() - begun > PATIENCE:
             break
-        lines = body.lines(scene)
-        if lines is None or not _fits(scene, body):
-            continue
-        text = script(scene, model=body.model, batch=body.batch, fills=body.fills, body=lines)
-        if len(text.splitlines()) < LONGEST and fails(text):
+        text = script(scene, body) if _fits(scene, body) else None
+        if text is not None and len(text.splitlines()) < LONGEST and fails(text):
             return text
     return None
 
