@@ -1,4 +1,7 @@
-"""The nouns of the tool as frozen records; every stage takes some and returns others."""
+"""The nouns of the tool as frozen records; every stage takes some and returns others.
+
+A field that a results file has under another name says so in its metadata, for `core/typed_records.py`.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +224,7 @@ class Remedy:
     description: str
     verified: bool | None = None
     effect: str = ""
-    together: tuple[str, ...] = ()
+    together: tuple[str, ...] = field(default=(), metadata={"json": "with"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +257,7 @@ class CheckResult:
     """
 
     check: str
-    cell: Cell
+    cell: Cell = field(metadata={"json": ""})
     status: Status
     duration_s: float = 0.0
     reason: str | None = None
@@ -310,5 +313,5 @@ class RunResult:
     checks: tuple[CheckResult, ...]
     notes: tuple[str, ...] = ()
     exit_status: int = 0
-    rehearsals: tuple[Rehearsal, ...] = ()
+    rehearsals: tuple[Rehearsal, ...] = field(default=(), metadata={"json": "rehearsal"})
     complete: bool = True
