@@ -85,12 +85,7 @@ def gradients_matched(old: Sequence[GradientRecord], new: Sequence[GradientRecor
 
 
 def matched(old: Sequence[Item], new: Sequence[Item]) -> Matching:
-    """Match by name first, then what is left by the best common order.
-
-    Args:
-        old: in order.
-        new: in order.
-    """
+    """Match by name first, then what is left by the best common order."""
     place = {item.name: index for index, item in enumerate(new)}
     pairs = [(index, place[item.name]) for index, item in enumerate(old) if item.name in place]
     taken_old, taken_new = {i for i, _ in pairs}, {j for _, j in pairs}

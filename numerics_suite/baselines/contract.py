@@ -109,9 +109,6 @@ def accepted_names(forward: Callable[..., Any]) -> set[str]:
     """Names in a signature, and those that a wrapper of it renames to one of them.
 
     `**kwargs` takes any name, and what it swallows has no effect: that is no acceptance.
-
-    Args:
-        forward: a method of a class, with its decorators.
     """
     names = set(_named(inspect.unwrap(forward)))
     wrapper: Any = forward

@@ -50,11 +50,7 @@ class Parts:
 
 
 def encode(cells: Sequence[CellBaseline]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """What is text and what are arrays of the cells of one subject and task.
-
-    Args:
-        cells: in the order in which they are to be written.
-    """
+    """What is text and what are arrays of the cells of one subject and task."""
     parts, packer = Parts(), Packer()
     written = [_cell(item, parts, packer) for item in cells]
     return {"parts": parts.held, "cells": written}, packer.arrays
@@ -173,14 +169,7 @@ class Decoder:
     """Reads the cells of one file."""
 
     def __init__(self, content: Node, arrays: Arrays, subject: str, task: str) -> None:
-        """Begin with the file's content.
-
-        Args:
-            content: the JSON object.
-            arrays: of the tensor file.
-            subject: whose cells they are.
-            task: likewise.
-        """
+        """Begin with the file's content."""
         self.content, self.arrays, self.subject, self.task = content, arrays, subject, task
 
     def cells(self) -> tuple[CellBaseline, ...]:

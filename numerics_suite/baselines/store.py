@@ -222,11 +222,6 @@ def _arrays(path: Path, digest: str, file: Path) -> dict[str, NDArray[Any]]:
 def check_writable(folder: Path, cells: Sequence[Cell], *, force: bool) -> None:
     """See, before work begins, that these cells can be saved here; nothing is written.
 
-    Args:
-        folder: need not exist yet.
-        cells: that will be saved.
-        force: cells that are there already may be overwritten.
-
     Raises:
         BadInputError: the folder cannot be written, holds what cannot be read, or has a cell already.
     """

@@ -37,11 +37,7 @@ class TensorChange:
 
 
 def tensor_records(model: nn.Module) -> tuple[TensorRecord, ...]:
-    """Every parameter and buffer by its first name, those that are not stored too.
-
-    Args:
-        model: as loaded.
-    """
+    """Every parameter and buffer by its first name, those that are not stored too."""
     from numerics_suite.baselines.records import TensorRecord
     from numerics_suite.baselines.sketch import sketch
 

@@ -36,12 +36,7 @@ class CurveChange:
 
 
 def curve_change(old: CellBaseline, new: CellBaseline) -> CurveChange | None:
-    """How training changed, None where one of the two was not trained.
-
-    Args:
-        old: the reference.
-        new: the other.
-    """
+    """How training changed, None where one of the two was not trained."""
     ours, theirs = old.curve, new.curve
     if not (ours.losses and theirs.losses):
         return None
@@ -57,12 +52,7 @@ def curve_change(old: CellBaseline, new: CellBaseline) -> CurveChange | None:
 
 
 def lost_curve(old: TrainingCurve, new: TrainingCurve) -> list[str]:
-    """The parts of the curve that are no longer measured.
-
-    Args:
-        old: the reference.
-        new: the other.
-    """
+    """The parts of the curve that are no longer measured."""
     parts = (("losses", "training curve"), ("true_losses", "training curve in true fp64"))
     reason = f" ({new.reason})" if new.reason else ""
     return [f"{told}{reason}" for name, told in parts if getattr(old, name) and not getattr(new, name)]

@@ -14,10 +14,6 @@ from numerics_suite.core.errors import BadInputError
 def ensure_writable(path: Path, option: str) -> None:
     """See that a file can be written here, and write nothing.
 
-    Args:
-        path: of the file.
-        option: the option that named it, for the message.
-
     Raises:
         BadInputError: it cannot be written; the message names the file.
     """

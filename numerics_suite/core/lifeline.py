@@ -68,12 +68,7 @@ def known() -> EarlierAnswers:
 
 
 def hold(lifeline: Lifeline, earlier: EarlierAnswers) -> None:
-    """From now on this process tells what it does.
-
-    Args:
-        lifeline: by which.
-        earlier: what earlier processes left.
-    """
+    """From now on this process tells what it does."""
     _held[:] = [lifeline]
     _known.answers.update(earlier.answers)
     _known.lost.update(earlier.lost)

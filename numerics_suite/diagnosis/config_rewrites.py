@@ -142,12 +142,6 @@ def in_words_that_are_read(raw: Raw, known: set[str], keys: Iterable[str]) -> Re
 def of_stored_sizes(raw: Raw, known: set[str], built: object, stored: Shapes) -> Rewriting:
     """The file with the sizes that the stored tensors have, where the model was built with others.
 
-    Args:
-        raw: config.json.
-        known: keys that the release reads for this class.
-        built: the config that the model has.
-        stored: shapes by name.
-
     Raises:
         NotApplicableError: no size of the config is at odds with the tensors, or the tensors do not say which one is.
     """
@@ -181,12 +175,6 @@ def of_dtype(raw: Raw, dtype: str, key: str) -> Rewriting:
 def tied_as_stored(raw: Raw, stored: Shapes, *, head: str, equal: bool) -> Rewriting:
     """The file with `tie_word_embeddings` as the stored tensors have it.
 
-    Args:
-        raw: config.json.
-        stored: shapes by name.
-        head: name of the output embedding's weight.
-        equal: the stored output embedding has the bits of the input embedding.
-
     Raises:
         NotApplicableError: the file says so already, so what is wrong is the class.
     """
@@ -198,12 +186,7 @@ def tied_as_stored(raw: Raw, stored: Shapes, *, head: str, equal: bool) -> Rewri
 
 
 def ignored(raw: Raw, known: set[str]) -> tuple[str, ...]:
-    """Keys of the file that define what is computed and that the release does not read.
-
-    Args:
-        raw: config.json.
-        known: keys that the release reads for this class.
-    """
+    """Keys of the file that define what is computed and that the release does not read."""
     return tuple(key for key in raw if key in DEFINING and key not in known and raw[key] is not None)
 
 

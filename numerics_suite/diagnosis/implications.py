@@ -67,12 +67,7 @@ class Implication:
     where: Pair
 
     def __call__(self, root: CheckResult, result: CheckResult) -> bool:
-        """Whether the result follows from the root.
-
-        Args:
-            root: of a cell, with a finding.
-            result: another of that cell, with a finding.
-        """
+        """Whether the result follows from the root."""
         assert root.finding is not None
         assert result.finding is not None
         named = self.of in {"", root.check} and (not self.follows or result.check in self.follows)
@@ -80,12 +75,7 @@ class Implication:
 
 
 def first_cause(root_candidates: Sequence[CheckResult], result: CheckResult) -> CheckResult | None:
-    """The result that implies this one, by the first implication that does; None where it is a root.
-
-    Args:
-        root_candidates: other results of the cell with findings.
-        result: with a finding.
-    """
+    """The result that implies this one, by the first implication that does; None where it is a root."""
     for implication in IMPLICATIONS:
         for root in root_candidates:
             if root.id != result.id and implication(root, result):

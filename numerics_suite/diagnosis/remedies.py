@@ -65,9 +65,6 @@ def initialised(names: Iterable[str]) -> Change:
     """Xavier-uniform weights and zero biases for these parameters.
 
     Source: Glorot & Bengio 2010; the cure that GLM-4's users found for uninitialised heads.
-
-    Args:
-        names: dotted.
     """
     chosen = tuple(names)
 
@@ -162,12 +159,7 @@ def _keep_in_fp32(context: CellContext, finding: Finding) -> Iterator[Attempt]:
 
 
 def worth_widening(model: nn.Module, module: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The module, its likes in the other blocks, then those that hold it: names, and the same in words.
-
-    Args:
-        model: that has it.
-        module: dotted.
-    """
+    """The module, its likes in the other blocks, then those that hold it: names, and the same in words."""
     known = dict(model.named_modules())
     name = module
     while name:
@@ -186,11 +178,7 @@ def worth_widening(model: nn.Module, module: str) -> Iterator[tuple[tuple[str, .
 
 
 def in_float32(*names: str) -> Change:
-    """Hold modules in float32, autocast off within them; their outputs go back to the dtype that came in.
-
-    Args:
-        names: dotted.
-    """
+    """Hold modules in float32, autocast off within them; their outputs go back to the dtype that came in."""
 
     def change(loaded: Loaded) -> Loaded:
         for name in names:

@@ -116,11 +116,7 @@ def _with_place(breach: Breach, context: CellContext, batch: Batch | None) -> Br
 
 
 def bad_input(tensors: Mapping[str, object]) -> str | None:
-    """Name of the first input that holds NaN or +inf; a mask's -inf is meant.
-
-    Args:
-        tensors: what a model is called with.
-    """
+    """Name of the first input that holds NaN or +inf; a mask's -inf is meant."""
     for name, value in tensors.items():
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         if floating and bool((value.isnan() | (value == float("inf"))).any()):  # type: ignore[attr-defined]
@@ -212,21 +208,12 @@ def _divides_by_eps(origin: Origin | None) -> bool:
 
 
 def parameter_cause(parameters: Iterable[str], context: CellContext) -> str:
-    """The cause of parameters that are not finite themselves.
-
-    Args:
-        parameters: names.
-        context: knows which of them nothing has initialised.
-    """
+    """The cause of parameters that are not finite themselves."""
     return "uninitialised-parameters" if set(parameters) & set(context.unwritten) else "corrupt-weights"
 
 
 def cause_of(origin: Origin) -> str:
-    """What the op itself shows: `corrupt-weights` stands for any parameter that is not finite.
-
-    Args:
-        origin: where the value stopped being finite.
-    """
+    """What the op itself shows: `corrupt-weights` stands for any parameter that is not finite."""
     if origin.parameters:
         return "corrupt-weights"
     if origin.masked_row:
@@ -271,11 +258,7 @@ def _slower_is_finite(context: CellContext, plan: TrainingPlan) -> bool:
 
 
 def eps_underflows(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-    """Whether an eps is 0 in the dtype of a parameter, so that the optimizer divides by the root of an average that may be 0.
-
-    Args:
-        optimizers: of a training loop.
-    """
+    """Whether an eps is 0 in the dtype of a parameter, so that the optimizer divides by the root of an average that may be 0."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         eps = group.get("eps")
         dtypes = {p.dtype for p in group["params"] if p.is_floating_point()}
@@ -285,11 +268,7 @@ def eps_underflows(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
 
 
 def origin_facts(origin: Origin) -> dict[str, Fact]:
-    """The numbers around an origin, for a finding's evidence.
-
-    Args:
-        origin: where the value stopped being finite.
-    """
+    """The numbers around an origin, for a finding's evidence."""
     facts: dict[str, Fact] = {
         "op": origin.op,
         "dtype": origin.dtype,

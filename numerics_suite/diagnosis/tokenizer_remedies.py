@@ -90,10 +90,6 @@ def pad_token(context: CellContext) -> Iterator[tuple[CellContext, str]]:
 def mended(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its tokenizer mended, and the change: what the exception itself names is changed, as long as it names more.
 
-    Args:
-        context: a cell whose tokenizer raises.
-        finding: with the exception.
-
     Raises:
         NotApplicableError: the exception names nothing that could be changed here, or what is changed needs a package.
     """

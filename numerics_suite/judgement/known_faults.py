@@ -93,13 +93,7 @@ KNOWN_FAULTS: Final = (
 
 
 def reason_to_accept(check: str, finding: Finding, transformers_version: str) -> str | None:
-    """Why the finding is accepted, None unless each of its faults is known in the installed release.
-
-    Args:
-        check: id of the check.
-        finding: of that check.
-        transformers_version: the installed release.
-    """
+    """Why the finding is accepted, None unless each of its faults is known in the installed release."""
     if check != "train.trainer":
         return None
     faults = [str(value) for name, value in finding.evidence.items() if name.startswith(FAULT_OF)]

@@ -65,11 +65,7 @@ class Against:
     packages: tuple[tuple[str, str, str], ...]
 
     def of(self, kind: Turned) -> tuple[Turn, ...]:
-        """The turns of one kind.
-
-        Args:
-            kind: which.
-        """
+        """The turns of one kind."""
         return tuple(turn for turn in self.turns if turn.kind == kind)
 
 

@@ -48,12 +48,7 @@ class BisectTerminal(Terminal):
             self._print(wrapped(note, width=self.width, first="note: "))
 
     def doing(self, label: str, what: str) -> None:
-        """A version has come to this.
-
-        Args:
-            label: of the version.
-            what: in a few words.
-        """
+        """A version has come to this."""
         if what not in {"environment", "running"}:
             self.notice(f"{label}: {what}")
 
@@ -64,11 +59,7 @@ class BisectTerminal(Terminal):
             self._print(wrapped(text, width=self.width, rest="  "))
 
     def step(self, step: BisectStep) -> None:
-        """One more version was tried.
-
-        Args:
-            step: what it said.
-        """
+        """One more version was tried."""
         self._steps.append(_step_to_json(step))
         if self._on_steps is not None:
             self._on_steps(list(self._steps))
@@ -80,23 +71,13 @@ class BisectTerminal(Terminal):
         self._print(wrapped(text, width=self.width, first=f"{step.verdict:<12}", style=STYLES[step.verdict]))
 
     def deciding(self, checks: Sequence[str], count: int) -> None:
-        """The ends hold.
-
-        Args:
-            checks: ids that decide.
-            count: candidates.
-        """
+        """The ends hold."""
         if not self._quiet:
             text = f"{listed(list(checks), 3)} decide{'s' if len(checks) == 1 else ''} between {count} candidates"
             self._print(wrapped(text, width=self.width, rest="  "))
 
     def story(self, result: BisectResult, *, diagnosed: bool = True) -> None:
-        """The end of the search.
-
-        Args:
-            result: of the search.
-            diagnosed: False where no cause was looked for.
-        """
+        """The end of the search."""
         self.stop()
         self._print(
             [*([] if self._quiet else [TerminalLine("")]), *story_lines(result, self.width, diagnosed=diagnosed)]
@@ -121,11 +102,7 @@ def story_lines(result: BisectResult, width: int, *, diagnosed: bool = True) -> 
 
 
 def kind_of(result: BisectResult) -> str:
-    """`changed`, `worse` or `contract` of a baseline's finding, `failed` of every other.
-
-    Args:
-        result: of the search.
-    """
+    """`changed`, `worse` or `contract` of a baseline's finding, `failed` of every other."""
     return KINDS.get(result.finding.cause, "failed") if result.finding is not None else "failed"
 
 
@@ -140,11 +117,7 @@ def _step_to_json(step: BisectStep) -> dict[str, Any]:
 
 
 def bisect_to_json(result: BisectResult) -> dict[str, Any]:
-    """The file of `bisect`.
-
-    Args:
-        result: of the search.
-    """
+    """The file of `bisect`."""
     return {
         "schema_version": 1,
         "command": "bisect",

@@ -70,13 +70,7 @@ SIGNS = {"-": "red", "+": "green", " ": ""}
 
 
 def comparison_to_json(found: Sequence[Comparison], *, old: str, new: str) -> dict[str, Any]:
-    """The answer of `compare` as CONTRACT.md has it.
-
-    Args:
-        found: every cell.
-        old: the folder.
-        new: the folder.
-    """
+    """The answer of `compare` as CONTRACT.md has it."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": "compare",

@@ -78,12 +78,7 @@ def tell_github(documents: Documents, stream: IO[str] | None) -> None:
 
 
 def append_summary(path: Path, documents: Documents) -> None:
-    """Add the summary to what the step has written already; a file that cannot be written is told of and ends nothing.
-
-    Args:
-        path: of the file that the runner reads.
-        documents: to report.
-    """
+    """Add the summary to what the step has written already; a file that cannot be written is told of and ends nothing."""
     try:
         room = LARGEST_SUMMARY - (path.stat().st_size if path.exists() else 0) - 2
         if room < LEFT:

@@ -166,12 +166,7 @@ def _said(cell: MatrixCell, clean: Clean) -> tuple[str, str, str]:
 
 
 def bisect_blocks(bisection: BisectFile, clean: Clean = str) -> Iterator[str]:
-    """The boundary, and the command that shows it.
-
-    Args:
-        bisection: its file.
-        clean: of every text.
-    """
+    """The boundary, and the command that shows it."""
     found = boundary_of(bisection)
     yield f"### {text(clean(found.title))}"
     yield "\n".join(f"- **{label}** {text(clean(value))}" for label, value in found.facts)
@@ -179,12 +174,7 @@ def bisect_blocks(bisection: BisectFile, clean: Clean = str) -> Iterator[str]:
 
 
 def comparison_blocks(found: Differences, clean: Clean = str) -> Iterator[str]:
-    """What two baselines differ in, worst first.
-
-    Args:
-        found: the differences.
-        clean: of every text.
-    """
+    """What two baselines differ in, worst first."""
     counts = ", ".join(f"{number:,} {text(kind)}" for kind, number in found.counts) or "nothing to compare"
     yield f"### Baselines {code(clean(found.old))} and {code(clean(found.new))}\n\n{counts}"
     rows = [
@@ -225,11 +215,6 @@ def _skipped(places: Places) -> str:
 
 
 def notes_block(notes: Iterable[str], clean: Clean = str) -> str:
-    """What a person should see, as a list.
-
-    Args:
-        notes: a line each.
-        clean: of every text.
-    """
+    """What a person should see, as a list."""
     told = [f"- {text(clean(note))}" for note in notes]
     return "\n".join(["### Notes", "", *told[:MOST_ROWS]]) if told else ""

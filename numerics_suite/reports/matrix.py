@@ -37,23 +37,12 @@ class MatrixTerminal(Terminal):
         self._noun = "environments"
 
     def doing(self, versions: Versions, what: str) -> None:
-        """Say what takes long: an environment that is made.
-
-        Args:
-            versions: of the cell.
-            what: in a few words.
-        """
+        """Say what takes long: an environment that is made."""
         if what not in {"environment", "running"}:
             self.notice(f"{versions.text}: {what}")
 
     def done(self, cell: MatrixCell, done: int, total: int) -> None:
-        """One more cell has ended.
-
-        Args:
-            cell: without its changes.
-            done: cells so far.
-            total: of the matrix.
-        """
+        """One more cell has ended."""
         self._cells.append(cell_to_json(cell))
         if self._on_cells is not None:
             self._on_cells(list(self._cells))
@@ -71,11 +60,7 @@ class MatrixTerminal(Terminal):
         self._print(wrapped(text, width=self.width, first=first, style=STYLES[cell.status]))
 
     def table(self, result: MatrixResult) -> None:
-        """The end of the run.
-
-        Args:
-            result: of the whole matrix.
-        """
+        """The end of the run."""
         self.stop()
         if not self._quiet:
             self._print([TerminalLine(""), *table_lines(result, self.width), TerminalLine("")])
@@ -111,12 +96,7 @@ class _Group:
 
 
 def table_lines(result: MatrixResult, width: int) -> list[TerminalLine]:
-    """The table: version × subject × precision, runs of identical versions in one line.
-
-    Args:
-        result: of the whole matrix.
-        width: in columns.
-    """
+    """The table: version × subject × precision, runs of identical versions in one line."""
     parts: dict[str, list[MatrixCell]] = {}
     for cell in result.cells:
         held = cell.held
@@ -232,12 +212,7 @@ def _detail(change: Change) -> str | None:
 
 
 def verdict_lines(result: MatrixResult, width: int) -> list[TerminalLine]:
-    """How many of each status in what time, the notes, and the verdict last.
-
-    Args:
-        result: of the whole matrix.
-        width: in columns.
-    """
+    """How many of each status in what time, the notes, and the verdict last."""
     counted = {status: sum(cell.status == status for cell in result.cells) for status in MARKS}
     told = ", ".join(f"{number} {status}" for status, number in counted.items() if number)
     reused = sum(cell.reused for cell in result.cells)
@@ -266,11 +241,7 @@ def _about(result: MatrixResult) -> str:
 
 
 def matrix_to_json(result: MatrixResult) -> dict[str, Any]:
-    """The file of `matrix`.
-
-    Args:
-        result: of the whole matrix.
-    """
+    """The file of `matrix`."""
     return {
         "schema_version": 1,
         "command": "matrix",
@@ -286,11 +257,7 @@ KEPT = "matrix.json"
 
 
 def kept_json(result: MatrixResult) -> dict[str, Any]:
-    """The file of `matrix` with paths from its own folder, so that the folder may be moved.
-
-    Args:
-        result: of the whole matrix.
-    """
+    """The file of `matrix` with paths from its own folder, so that the folder may be moved."""
     cells = tuple(
         replace(cell, results=_within(cell.results, result.folder), baseline=_within(cell.baseline, result.folder))
         for cell in result.cells
@@ -303,11 +270,7 @@ def _within(path: Path | None, folder: Path) -> Path | None:
 
 
 def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
-    """One entry of `cells`.
-
-    Args:
-        cell: with its changes.
-    """
+    """One entry of `cells`."""
     return {
         "transformers": cell.held.transformers,
         "torch": cell.held.torch,
@@ -328,11 +291,7 @@ def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
 
 
 def planned_to_json(rows: Sequence[tuple[Versions, bool]]) -> dict[str, Any]:
-    """The answer of `matrix --list --json`.
-
-    Args:
-        rows: versions, and whether their cell is done already.
-    """
+    """The answer of `matrix --list --json`."""
     return {
         "schema_version": 1,
         "command": "matrix",

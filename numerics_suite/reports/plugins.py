@@ -34,10 +34,6 @@ def _reporter(extension: Extension) -> Reporter:
 def write_added(documents: Documents, folder: Path) -> tuple[Path, ...]:
     """Let every added reporter write; the paths of what they wrote.
 
-    Args:
-        documents: to report.
-        folder: that is there.
-
     Raises:
         BadInputError: one fails; the message says whose it is.
     """

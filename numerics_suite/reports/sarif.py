@@ -231,11 +231,7 @@ def _budgets(check: str) -> dict[str, Any]:
 
 
 def question_of(check: str) -> str:
-    """The question that a check asks; the id of a check that is not known here.
-
-    Args:
-        check: its id.
-    """
+    """The question that a check asks; the id of a check that is not known here."""
     if check in own_check_ids():
         return question(check) or check
     try:

@@ -12,11 +12,7 @@ from numerics_suite.core.text import harmless
 
 
 def notice(text: str) -> None:
-    """One line on how far long work is, on standard error: it depends on the machine's speed, and is no part of any answer.
-
-    Args:
-        text: of any length.
-    """
+    """One line on how far long work is, on standard error: it depends on the machine's speed, and is no part of any answer."""
     stream = _uncaptured[-1] if _uncaptured else sys.stderr
     try:
         stream.write(f"numerics-suite: {harmless(text)}\n")

@@ -69,12 +69,7 @@ class Grid:
 
 
 def grid_of(places: Places, problems: Sequence[Problem]) -> Grid:
-    """The map of every result.
-
-    Args:
-        places: every result.
-        problems: the cards, in their order.
-    """
+    """The map of every result."""
     cards = {id(place.result): at for at, problem in enumerate(problems, start=1) for place in problem.places}
     cells: dict[tuple[Any, ...], int] = {}
     checks: dict[str, list[tuple[int, CheckCell]]] = {}

@@ -137,12 +137,7 @@ def cards_of(problems: Sequence[Problem], scripts: Scripts | None = None) -> tup
 
 
 def card_of(place: CheckCell, *, diagnosed: bool = True) -> Card:
-    """The card of one result alone.
-
-    Args:
-        place: a result with a finding.
-        diagnosed: False where no cause was looked for.
-    """
+    """The card of one result alone."""
     return _card(1, Problem(places=(place,)), Scripts(left=0), diagnosed=diagnosed)
 
 

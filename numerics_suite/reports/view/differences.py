@@ -110,11 +110,7 @@ class Moved:
 
 
 def versions_of(comparison: ComparisonFile) -> Moved:
-    """What was compared with what.
-
-    Args:
-        comparison: its file.
-    """
+    """What was compared with what."""
     content = comparison.content
     old, new = str(content.get("old", "the old baseline")), str(content.get("new", "the new baseline"))
     folders = (("old", old), ("new", new))
@@ -146,11 +142,7 @@ def _apart(old: str, new: str) -> tuple[str, str]:
 
 
 def differences_of(comparison: ComparisonFile) -> Differences:
-    """One `compare` as the page tells it.
-
-    Args:
-        comparison: its file.
-    """
+    """One `compare` as the page tells it."""
     content, moved = comparison.content, versions_of(comparison)
     items: list[Mapping[str, Any]] = list(content["subjects"])
     counted = Counter(item["kind"] for item in items)

@@ -81,14 +81,7 @@ class Story:
 
 
 def story_of(documents: Documents, places: Places, problems: Sequence[Problem], cards: Sequence[Card]) -> Story:
-    """The first screen of a report.
-
-    Args:
-        documents: what the report tells of.
-        places: every result.
-        problems: in their order.
-        cards: of the problems.
-    """
+    """The first screen of a report."""
     counted = Counter[str](place.result.status for place in places.all)
     issues = [
         *_of_problems(problems, cards),
@@ -108,11 +101,7 @@ def story_of(documents: Documents, places: Places, problems: Sequence[Problem], 
 
 
 def verdict_of(documents: Documents) -> str:
-    """The worst that any document says, a key of :data:`WORDS`.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """The worst that any document says, a key of :data:`WORDS`."""
     said = {
         "incomplete" if run.result.exit_status == NOTHING_RAN else str(run.result.verdict) for run in documents.runs
     }
@@ -240,11 +229,7 @@ def _of_bisection(bisection: BisectFile) -> Issue:
 
 
 def about(documents: Documents) -> str:
-    """What the report tells of, in one line: commands, versions, devices.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """What the report tells of, in one line: commands, versions, devices."""
     parts = []
     for matrix in documents.matrices:
         cells = matrix.result.cells

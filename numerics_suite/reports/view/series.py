@@ -61,11 +61,7 @@ class Chapters:
     """The figures of a report, made from the series of its results."""
 
     def __init__(self, places: Places) -> None:
-        """Look at every result once.
-
-        Args:
-            places: every result.
-        """
+        """Look at every result once."""
         self._places = places
         self._by_check: dict[str, list[CheckCell]] = {}
         for place in places.all:
@@ -251,11 +247,7 @@ def _named(place: CheckCell, *names: str) -> Iterator[Series]:
 
 
 def layer_of(module: str) -> str:
-    """The number of the layer that a module is in, empty for one outside all layers.
-
-    Args:
-        module: dotted name.
-    """
+    """The number of the layer that a module is in, empty for one outside all layers."""
     found = _LAYER.search(module)
     return found.group(1) if found else ""
 
