@@ -8,7 +8,7 @@ from numerics_suite.devices.precisions import precision
 from numerics_suite.subjects.memory import estimate_bytes
 
 USABLE = 0.8
-"""Share of the free memory that training may plan with; the rest is for workspaces and other programs."""
+"""Share of the free memory that training may use; the rest is for workspaces and other programs."""
 
 
 def choose_scope(subject: Subject, precision_name: str, device: str, *, rows: int, length: int) -> str:
