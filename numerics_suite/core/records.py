@@ -93,6 +93,11 @@ class Cell:
         """The cell as a pytest parameter id: `glm4-tiny-bf16-sdpa-cpu`."""
         return f"{self.subject}-{self.precision}-{self.attn}-{self.device}"
 
+    @property
+    def named(self) -> dict[str, str]:
+        """Its parts by the names of CONTRACT.md, in the order of an entry there."""
+        return {name: getattr(self, name) for name in ("subject", "task", "precision", "attn", "device")}
+
 
 @renamed(law_abiding="laws_apply")
 @dataclass(frozen=True, slots=True, kw_only=True)

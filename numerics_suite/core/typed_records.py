@@ -15,6 +15,17 @@ from numerics_suite.core.rehearsal import Rehearsal
 
 Record = TypeVar("Record")
 
+WORDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+    **dict.fromkeys((list, tuple), "a list"),
+    **dict.fromkeys((dict, Mapping), "an object"),
+}
+"""Types as a message calls them."""
+
 
 def record_of(kind: type[Record], content: Any, where: str = "") -> Record:
     """A record from a JSON object: each field as the type that its class declares, and so the records in it.
@@ -38,7 +49,7 @@ def record_of(kind: type[Record], content: Any, where: str = "") -> Record:
         if not key:
             made[item.name] = record_of(hints[item.name], content, where)
         elif key in content:
-            made[item.name] = _built(content[key], hints[item.name], f"{where}{key}")
+            made[item.name] = value_of(content[key], hints[item.name], f"{where}{key}")
         elif item.default is MISSING and item.default_factory is MISSING:
             message = f"{where}{key} is missing"
             raise TypeError(message)
@@ -69,7 +80,7 @@ def refuse_other_shape(value: Any, shape: Any, where: str) -> None:
             refuse_other_shape(item, shape[0], f"{where}[{at}]")
     else:
         fits = isinstance(value, shape) and (not isinstance(value, bool) or shape is bool)
-        _refuse_unless(fits, value, str(getattr(shape, "__name__", shape)), where)
+        _refuse_unless(fits, value, " or ".join(map(_words, shape if isinstance(shape, tuple) else (shape,))), where)
 
 
 def _refuse_unless(fits: bool, value: Any, wanted: str, where: str) -> None:  # noqa: FBT001 - read as a sentence
@@ -84,16 +95,17 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, localns={"Mapping": Mapping, "Path": Path, "Rehearsal": Rehearsal})
 
 
-def _built(value: Any, wanted: Any, where: str) -> Any:
+def value_of(value: Any, wanted: Any, where: str) -> Any:
+    """A value of JSON as that type, otherwise as :func:`record_of`."""
     origin, inner = get_origin(wanted), get_args(wanted)
     if is_dataclass(wanted):
         return record_of(wanted, value, f"{where}.")  # type: ignore[arg-type]
     if origin in {Union, types.UnionType}:
         return _one_of(value, wanted, where)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_built(item, inner[0], f"{where}[{at}]") for at, item in enumerate(value))
+        return tuple(value_of(item, inner[0], f"{where}[{at}]") for at, item in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
-        return {key: _built(item, inner[1], f"{where}.{key}") for key, item in value.items()}
+        return {key: value_of(item, inner[1], f"{where}.{key}") for key, item in value.items()}
     if wanted is float or wanted is Any:
         value = revived(value)
     elif wanted is Path and isinstance(value, str):
@@ -108,12 +120,12 @@ def _one_of(value: Any, wanted: Any, where: str) -> Any:
         return None
     choices = [choice for choice in get_args(wanted) if choice is not type(None)]
     if len(choices) == 1:
-        return _built(value, choices[0], where)
+        return value_of(value, choices[0], where)
     for choice in choices:
         with suppress(TypeError):
-            return _built(value, choice, where)
-    message = f"{where} must be {wanted}, not {str(value)[:40]!r}"
-    raise TypeError(message)
+            return value_of(value, choice, where)
+    _refuse_unless(False, value, _words(wanted), where)
+    return None
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -125,6 +137,9 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def _words(wanted: Any) -> str:
+    inner = get_args(wanted)
     if get_origin(wanted) is Literal:
-        return " | ".join(map(str, get_args(wanted)))
-    return {tuple: "a list", Mapping: "an object"}.get(get_origin(wanted)) or str(getattr(wanted, "__name__", wanted))
+        return " | ".join(map(str, inner))
+    if get_origin(wanted) in {Union, types.UnionType}:
+        return " or ".join(map(_words, inner))
+    return WORDS.get(get_origin(wanted) or wanted) or str(getattr(wanted, "__name__", wanted))

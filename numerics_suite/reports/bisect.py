@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from numerics_suite.core.findings import finding_to_json
@@ -60,7 +61,7 @@ class BisectTerminal(Terminal):
 
     def step(self, step: BisectStep) -> None:
         """One more version was tried."""
-        self._steps.append(_step_to_json(step))
+        self._steps.append(jsonable(asdict(step)))
         if self._on_steps is not None:
             self._on_steps(list(self._steps))
         if self._quiet:
@@ -106,34 +107,12 @@ def kind_of(result: BisectResult) -> str:
     return KINDS.get(result.finding.cause, "failed") if result.finding is not None else "failed"
 
 
-def _step_to_json(step: BisectStep) -> dict[str, Any]:
-    return {
-        "version": step.version,
-        "verdict": step.verdict,
-        "duration_s": jsonable(step.duration_s),
-        "reason": step.reason,
-        "reused": step.reused,
-    }
-
-
 def bisect_to_json(result: BisectResult) -> dict[str, Any]:
     """The file of `bisect`."""
     return {
         "schema_version": 1,
         "command": "bisect",
-        "what": result.what,
-        "subject": result.subject,
-        "last_good": result.last_good,
-        "first_bad": result.first_bad,
-        "between": list(result.between),
-        "tested": [_step_to_json(step) for step in result.tested],
-        "check": result.check,
-        "deciding": list(result.deciding),
+        **jsonable(asdict(result)),
         "kind": kind_of(result),
         "finding": None if result.finding is None else finding_to_json(result.finding),
-        "results": None if result.results is None else str(result.results),
-        "show": result.show,
-        "candidates": result.candidates,
-        "duration_s": jsonable(result.duration_s),
-        "notes": list(result.notes),
     }

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.text import listed
 from numerics_suite.reports.lines import TerminalLine, cut, printable, wrapped
 from numerics_suite.reports.terminal import Terminal
@@ -271,38 +272,21 @@ def _within(path: Path | None, folder: Path) -> Path | None:
 
 def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
     """One entry of `cells`."""
+    content: dict[str, Any] = jsonable(asdict(cell))
+    left_out = ("wanted", "held", "bad_input")
+    return _versions_json(cell.held) | {name: value for name, value in content.items() if name not in left_out}
+
+
+def _versions_json(versions: Versions) -> dict[str, Any]:
     return {
-        "transformers": cell.held.transformers,
-        "torch": cell.held.torch,
-        "python": cell.held.python,
-        "with": dict(cell.held.others),
-        "status": cell.status,
-        "verdict": cell.verdict,
-        "reason": cell.reason,
-        "results": None if cell.results is None else str(cell.results),
-        "baseline": None if cell.baseline is None else str(cell.baseline),
-        "duration_s": cell.duration_s,
-        "reused": cell.reused,
-        "unsupported": dict(cell.unsupported),
-        "rows": [asdict(row) for row in cell.rows],
-        "failures": [asdict(failure) for failure in cell.failures],
-        "changes": [asdict(change) | {"details": list(change.details)} for change in cell.changes],
+        "transformers": versions.transformers,
+        "torch": versions.torch,
+        "python": versions.python,
+        "with": dict(versions.others),
     }
 
 
 def planned_to_json(rows: Sequence[tuple[Versions, bool]]) -> dict[str, Any]:
-    """The answer of `matrix --list --json`."""
-    return {
-        "schema_version": 1,
-        "command": "matrix",
-        "planned": [
-            {
-                "transformers": versions.transformers,
-                "torch": versions.torch,
-                "python": versions.python,
-                "with": dict(versions.others),
-                "done": done,
-            }
-            for versions, done in rows
-        ],
-    }
+    """The answer of `matrix --list --json`: each row's versions, and whether its cell is done already."""
+    planned = [{**_versions_json(versions), "done": done} for versions, done in rows]
+    return {"schema_version": 1, "command": "matrix", "planned": planned}

@@ -96,11 +96,7 @@ def plan_to_json(rows: Sequence[PlanRow]) -> dict[str, Any]:
         "command": "check",
         "planned": [
             {
-                "subject": row.cell.subject,
-                "task": row.cell.task,
-                "precision": row.cell.precision,
-                "attn": row.cell.attn,
-                "device": row.cell.device,
+                **row.cell.named,
                 "checks": row.checks,
                 "bytes": row.bytes,
                 "seconds": None if row.seconds is None else round(row.seconds, 1),

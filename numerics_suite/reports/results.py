@@ -110,11 +110,7 @@ def check_to_json(result: CheckResult) -> dict[str, Any]:
     return {
         "id": result.id,
         "check": result.check,
-        "subject": result.cell.subject,
-        "task": result.cell.task,
-        "precision": result.cell.precision,
-        "attn": result.cell.attn,
-        "device": result.cell.device,
+        **result.cell.named,
         "status": result.status,
         "duration_s": jsonable(result.duration_s),
         "reason": result.reason,
