@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numerics_suite.baselines.records import GradientRecord, ModuleRecord, Sketch
 
 CANCELLED: Final = 1e-12
-"""A gradient this small beside the largest is what is left of terms that cancel: it is held to the largest one's size."""
+"""A gradient this small beside the largest is what is left of terms that cancel: it is compared on the largest one's scale."""
 
 MOST_PAIRS: Final = 4_000_000
 """Pairs that are weighed; beyond, alike ones are matched in their order."""

@@ -70,7 +70,7 @@ def draw_batches(context: CellContext) -> tuple[StoredBatch, ...]:
 
 
 def draw_uses(context: CellContext) -> tuple[StoredBatch, ...]:
-    """The batches of what users run beside a plain call, drawn from the checkpoint's files: every release draws the same.
+    """The batches of what users run besides a plain call, drawn from the checkpoint's files: every release draws the same.
 
     One row alone, padded on each side that anybody pads on; two rows on those of them that the family does not declare;
     one row past the sliding window. Nothing for a factory's own batch.

@@ -16,9 +16,9 @@ from numerics_suite.engine.cell_context import CellContext
 
 @contextmanager
 def head_by_formula(context: CellContext) -> Iterator[nn.Module]:
-    """The cell's model with the values of an initialised new head replaced, for the while.
+    """The cell's model with the values of an initialised new head replaced, inside the context.
 
-    What nobody initialised stays NaN, as it is loaded: everything that it reaches is NaN then, and that is the truth.
+    What is uninitialised stays NaN, as it is loaded: everything that it reaches is NaN then, as it should be.
 
     Args:
         context: of the cell; answers that it keeps are set aside.

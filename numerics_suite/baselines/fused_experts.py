@@ -27,7 +27,7 @@ JOINED: Final = 4
 """Most tensors, or stacks of them, that are concatenated: query, key, value and a gate."""
 
 TOGETHER: Final = 12
-"""Tensors beside each other of which some may be parts of one; a module with more of them is no projection split in parts."""
+"""Neighbouring tensors of which some may be parts of one; a module with more of them is no projection split in parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ def _wholes(parts: Sequence[Part], wholes: Sequence[Part]) -> Iterator[tuple[tup
 
 
 def _made_of(parts: Sequence[Part]) -> Iterator[Part]:
-    """What several tensors could have become: those beside each other joined, numbered ones stacked, stacks joined."""
+    """What several tensors could have become: neighbours joined, numbered ones stacked, stacks joined."""
     beside: dict[str, list[Part]] = {}
     stacks: dict[tuple[str, str], list[Part]] = {}
     for part in parts:

@@ -19,7 +19,7 @@ def module_place(
 
     Args:
         old: in the order of returning.
-        new: likewise.
+        new: the other.
         matching: which is which.
         root: whether the model's own code may be at fault.
     """

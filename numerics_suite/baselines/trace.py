@@ -36,7 +36,7 @@ DECODED: Final = "decoded.logits"
 """The answer of decoding after a prefill."""
 
 HIDDEN = "hidden"
-"""The answer that stands beside pooled logits: the last hidden state."""
+"""The answer that is kept with pooled logits: the last hidden state."""
 
 
 @dataclass(slots=True)
@@ -255,7 +255,7 @@ def watched(call: Caller, tensors: Mapping[str, Any], modules: dict[str, ModuleT
 
     def before(value: Any) -> tuple[Tensor | None, bool]:
         args, kwargs = value
-        # A state by name first: what else stands beside it differs between releases.
+        # A state by name first: what else is returned differs between releases.
         given = (args, kwargs.get("hidden_states"), kwargs)
         state = _state(given, real, copy=True)
         # A dropout's scores have no rows of tokens; unseen, they would make the dropout look like the beginning.

@@ -134,7 +134,7 @@ class Measurement:
         op: the aten op concerned, such as `aten.softmax.int`.
         source: `file.py:123` of that op.
         cause: the cause that an experiment inside the check established, over the budget's own.
-        facts: numbers and texts a person needs beside the value.
+        facts: numbers and texts that explain the value.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Measurement:
 class Series:
     """Numbers in an order: a curve over training steps, or one number for each module.
 
-    It is shown and decides nothing; the measurement beside it does.
+    It is shown and decides nothing; the measurements do.
 
     Attributes:
         name: `loss`, `gradient-norm`, `clipped-norm`, `loss-scale`, `bits`, `error`, `composed`.

@@ -35,7 +35,7 @@ class CheckSpec:
 
     Attributes:
         id: such as `forward.padding`.
-        function: the cell's context (and a batch, where `batches`) to measurements, and series of numbers to be shown beside them.
+        function: the cell's context (and a batch, where `batches`) to measurements, and series of numbers to be shown with them.
         scope: how often it is asked.
         batches: Hypothesis draws the batches for it; else it is called once with the context alone.
         trains: it runs training steps, so a serving precision and a quantised checkpoint skip it.

@@ -54,7 +54,7 @@ class Fixed:
 
     Attributes:
         context: the cell on the copy.
-        meant: the same model, whose answers are held to what the user's own file means; None where that has not changed, or where the stored tensors decide.
+        meant: the same model, whose answers must match what the user's own file means; None where that has not changed, or where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """
 

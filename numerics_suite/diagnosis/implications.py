@@ -131,7 +131,7 @@ def _implied(of: str, *follows: str) -> tuple[Implication, ...]:
 
 
 def _is_nan(root: Finding, finding: Finding) -> bool:
-    """What is compared with NaN is NaN: there is no number that would tell of another defect."""
+    """What is compared with NaN is NaN: no number is left that could show another defect."""
     measured = _number(finding, "measured")
     nan = measured is not None and math.isnan(measured)
     return nan and root.cause in NOT_FINITE and finding.cause not in NOT_FINITE
@@ -188,7 +188,7 @@ IMPLICATIONS = (
     Implication(of="train.labels", follows=(ORACLE,), where=_same_loss),
     *_implied("forward.causal", "forward.cache", "forward.packing", "forward.padding", PIPELINE),
     *_implied("forward.batch", "forward.packing"),
-    # Parts of a batch have other neighbours and other padding. Which gradient is off most says nothing of the module at fault.
+    # Parts of a batch have other neighbours and other padding. The gradient with the largest error need not be that of the module at fault.
     Implication(of="forward.batch", follows=TRAINS_IN_PARTS, where=_both_exact),
     Implication(of="forward.padding", follows=TRAINS_IN_PARTS, where=_both_exact),
     Implication(of=POOLING, follows=("forward.padding", PIPELINE), where=_pooled),

@@ -1,4 +1,4 @@
-"""Defects that a cell has beside the one at hand: each has a finding of its own, so none counts against a remedy of another one."""
+"""Other defects of the cell: each has a finding of its own, so none counts against a remedy of another one."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ class _Trial:
         return _answer(meant or attempt.context, check, self.ask)
 
     def _effect(self, own: CheckAnswer | None, attempt: Attempt) -> str:
-        """What the failing check measures now beside what it measured before; where training is the question, or begins there, how it goes."""
+        """What the failing check measures now and before; where training is the question, or begins there, how it goes."""
         name = str(self.finding.evidence.get("measurement", ""))
         called_otherwise = self.on_users_side and name not in BY_THE_MODEL
         parts = []
@@ -337,7 +337,7 @@ class _Trial:
         return f"{', '.join(self._companions(attempt.context))} pass" if own is None or self.on_users_side else "passes"
 
     def _curve(self, attempt: Attempt) -> str:
-        """How the cured copy trains, empty where nobody asks."""
+        """How the cured copy trains, empty where training is not the question."""
         cured = attempt.context
         if attempt.meant is not None or TRAINS[0] not in self._companions(cured):
             return ""

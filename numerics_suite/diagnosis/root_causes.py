@@ -1,6 +1,6 @@
 """Which cause a value that is not finite has, from where it first appears: for a cell and for a step that the watch caught.
 
-The decisive fact of each cause: a parameter that is not finite itself (nobody wrote it, or the file is damaged) ·
+The decisive fact of each cause: a parameter that is not finite itself (uninitialised, or the file is damaged) ·
 a softmax over a row with no finite score (fully masked) · an infinity from finite inputs (overflow: the dtype's range
 ends) · a NaN from finite inputs (0/0 and its like: invalid operation) · an optimizer whose eps is 0 in its dtype.
 """
@@ -110,7 +110,7 @@ def _with_place(breach: Breach, context: CellContext, batch: Batch | None) -> Br
     if origin is None:
         return _named(breach, cause)
     if key[0] == "train.amp" and cause not in {"uninitialised-parameters", "corrupt-weights"}:
-        # Where the gradient breaks is told beside it; what the user sees, and can turn, is the scale that never recovers.
+        # The evidence holds where the gradient breaks; what the user sees, and can turn, is the scale that never recovers.
         return _at(breach, origin, breach.budget.cause, known={"the gradient breaks by": cause})
     return _at(breach, origin, cause)
 
@@ -125,7 +125,7 @@ def bad_input(tensors: Mapping[str, object]) -> str | None:
 
 
 def _with_cause_of_nan(breach: Breach, context: CellContext, batch: Batch | None) -> Breach:
-    """A comparison that came out as NaN says nothing of a law or a rounding: the NaN's own cause is told, where it is found."""
+    """A comparison that came out as NaN shows nothing about a law or a rounding: the finding gives the NaN's own cause, where it is found."""
     compares = breach.budget.check.startswith(("forward.", "reference.", "train."))
     if not compares or breach.measurement.value == breach.measurement.value:
         return breach

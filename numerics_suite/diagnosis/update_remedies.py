@@ -12,7 +12,7 @@ from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.load import Loaded
 
 FASTER = (10.0, 100.0, 1000.0)
-"""Times the learning rate that is tried; the smallest one that helps is told."""
+"""Times the learning rate that is tried; the smallest one that helps is reported."""
 
 NARROW = frozenset({torch.float16, torch.bfloat16})
 CHECKPOINT = "_gradient_checkpointing_func"

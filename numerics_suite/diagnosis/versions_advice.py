@@ -1,4 +1,4 @@
-"""Whether another release of transformers is advice that the evidence bears out."""
+"""Whether another release of transformers is advice that the evidence supports."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _without(finding: Finding, names: set[str]) -> Finding:
 def clean_on_a_fixture(check: str, context: CellContext, ask: Ask) -> bool:
     """Whether the installed release passes the check on a shipped checkpoint of the same shape: then the release is not at fault.
 
-    The shape is what config.json says beside sizes and names: architecture, rotary section, biases, tied embeddings.
+    The shape is what config.json says apart from sizes and names: architecture, rotary section, biases, tied embeddings.
     """
     subject = context.subject
     if subject.kind not in {"directory", "hub"} or subject.adapter_base or subject.quantized:

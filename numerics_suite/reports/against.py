@@ -1,6 +1,6 @@
 """What changed against earlier results: which findings are new, which are gone, and what is not asked any more.
 
-A run is held against the earlier run of the same versions; where there is none, against the earlier runs of `check`, else
+A run is compared with the earlier run of the same versions; where there is none, against the earlier runs of `check`, else
 against the newest version of the earlier matrix. A finding is gone only where its check was asked again and passed.
 """
 

@@ -108,7 +108,7 @@ class BisectFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documents:
-    """Everything that one report tells of.
+    """Everything that one report covers.
 
     Attributes:
         notes: lines that a person should see, such as a cell whose results file is gone.

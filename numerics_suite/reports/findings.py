@@ -50,7 +50,7 @@ def _labelled(parts: Iterable[tuple[str, str]], width: int) -> list[TerminalLine
 
 
 def _cure(cure: Advised, label: str, number: str, width: int) -> list[TerminalLine]:
-    """What to do, and what is known of it: beside it where there is room, below it elsewhere."""
+    """What to do, and what came of trying it: on the same line where there is room, else below."""
     first = f"{INDENT}{label:<{LABEL}}{number}"
     if len(first) + len(cure.text) <= width:
         return wrapped(cure.text, width=width, first=first, style="cyan")

@@ -41,7 +41,7 @@ def summary_markdown(documents: Documents, most: int = MOST_BYTES) -> str:
     """The summary; the same text for the same documents.
 
     Args:
-        documents: what it tells of.
+        documents: everything that it covers.
         most: bytes at most, in UTF-8.
     """
     places = places_of(documents)
@@ -124,7 +124,7 @@ def versions_table(
         matrix: its cells.
         places: every result of the report.
         index: of the matrix in the report.
-        only: the versions that are told of; all without it.
+        only: the versions to include; all without it.
         clean: of every text.
     """
     tables = []

@@ -82,17 +82,17 @@ def folded(title: str, body: str) -> str:
 
 
 def without_folders(value: object) -> str:
-    """The text with the last part alone of every path from a root: nobody's machine is told of, and two machines say the same."""
+    """The text with the last part alone of every path from a root: so a report names no user's folders, and is the same on two machines."""
     return _FOLDERS.sub("…/", str(value))
 
 
 def joined(blocks: Iterable[str], most: int, rest: Callable[[int], str], size: Callable[[str], int] = len) -> str:
-    """As many whole blocks as there is room for, with an empty line between, and what is said of those left out.
+    """As many whole blocks as there is room for, with an empty line between, and a note on those left out.
 
     Args:
         blocks: as Markdown, what matters most first; empty ones are passed over.
         most: size at most.
-        rest: from how many blocks are left out to what is said of it.
+        rest: from the number of blocks left out to the note.
         size: of a text.
     """
     told = [block for block in blocks if block]

@@ -48,7 +48,7 @@ def write_report(
 
     Args:
         folder: made where it is missing.
-        documents: what the report tells of.
+        documents: everything that the report covers.
         earlier: what the comment holds them against.
         option: the option that named the folder, for messages.
 

@@ -29,7 +29,7 @@ def notices_past_capture() -> Iterator[None]:
     """While this lasts, notices reach today's standard error, though pytest puts a file in its place for each test."""
     try:
         stream = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="backslashreplace")
-    except (OSError, ValueError):  # a stream without a descriptor: nobody captures it by one
+    except (OSError, ValueError):  # a stream without a descriptor cannot be captured by one
         yield
         return
     _uncaptured.append(stream)

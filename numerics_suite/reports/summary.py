@@ -97,7 +97,7 @@ def _row(check: str, members: Sequence[CheckCell], column: int, width: int) -> T
 
 
 def _cell(place: CheckCell | None, room: int) -> str:
-    """The cell in so many columns: its subject is cut, for precision and attention tell more; the device is in the header."""
+    """The cell in that many columns: its subject is cut first, since precision and attention matter more; the device is in the header."""
     if place is None:
         return ""
     cell = place.result.cell

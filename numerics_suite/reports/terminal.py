@@ -165,7 +165,7 @@ class Terminal:
         if result.status not in {"failed", "error"}:
             return
         finding = result.finding
-        # What it is and not yet why: the end of the run says that, beside everything that follows from it.
+        # What fails and not yet why: the end of the run gives the cause, with everything that follows from it.
         what = finding.title if finding is not None else result.reason or ""
         cause = finding.cause if finding is not None else what
         # Where no model can be loaded, every check says the same.

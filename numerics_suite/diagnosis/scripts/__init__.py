@@ -111,6 +111,6 @@ BODIES: Mapping[tuple[str, str], Body] = dict(_bodies())
 
 WITHOUT: Mapping[str, str] = {
     "baseline": "the other side of the comparison is a recorded baseline, which torch and transformers alone cannot read",
-    "load.complete lost-head": "an adapter is loaded by peft, and what is missing in its file is told by the finding",
+    "load.complete lost-head": "an adapter is loaded by peft, and the finding lists what is missing in its file",
 }
 """Groups of checks, and measurements (`CHECK MEASUREMENT`), that get no script, and why."""

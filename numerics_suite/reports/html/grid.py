@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LETTERS = {"passed": "p", "failed": "f", "accepted": "a", "skipped": "s", "error": "e"}
 ABSENT = "."
-"""What the map's text of statuses says where a check was not asked of a cell."""
+"""What the map's text of statuses says where a check did not run on a cell."""
 
 DIMENSIONS = ("subject", "task", "precision", "attn", "device")
 

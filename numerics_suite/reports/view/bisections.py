@@ -25,7 +25,7 @@ class Boundary:
     Attributes:
         title: what was found, in a sentence.
         facts: labels and texts.
-        why: what it means, empty where nobody says.
+        why: what it means, empty where that is not known.
         cures: what to do.
         show: a command that shows it, empty without one.
         steps: version, verdict, status, seconds and a note.

@@ -72,7 +72,7 @@ class Differences:
         old: the folder of the reference.
         new: the folder of the other.
         short_old: the reference, as short as it can be told.
-        short_new: the other, likewise.
+        short_new: the other, as short as it can be told.
         counts: cells of each kind, worst first.
         entries: what is not identical or new, worst first.
         quiet: identical and new cells, a line each.

@@ -58,7 +58,7 @@ class Nearest:
 
     @property
     def text(self) -> str:
-        """`norm 0.6054, at most 0.75`; a limit of 0 goes without saying, but for a rise."""
+        """`norm 0.6054, at most 0.75`; a limit of 0 is left out, but for a rise."""
         if self.name == "rise" and self.fall is not None:
             return value_text(self.name, self.value, 0, "", self.fall)
         allowed = f", at most {number(self.limit)}" if self.limit else ""

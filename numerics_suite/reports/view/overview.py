@@ -39,7 +39,7 @@ class Issue:
 
     Attributes:
         title: one sentence.
-        why: what it means, empty where nobody says.
+        why: what it means, empty where that is not known.
         what: labels and texts.
         versions: labels and texts, empty where versions tell nothing.
         where: labels and texts.
@@ -174,7 +174,7 @@ def _of_errors(places: Places) -> Iterator[Issue]:
     versions: dict[str, list[str]] = {}
     for source in places.sources:
         if source.cell is not None and source.cell.status == "error" and not source.results:
-            # Where the log of a version is, differs from version to version; it is told in the section of versions.
+            # The path of a log differs from version to version; it stands in the section of versions.
             reason = (source.cell.reason or "no reason given").partition(" (log: ")[0]
             versions.setdefault(reason, []).append(source.label or source.cell.held.text)
     for found, noun, anchor in ((versions, "version", "versions"), (checks, "check", "errors")):
@@ -229,7 +229,7 @@ def _of_bisection(bisection: BisectFile) -> Issue:
 
 
 def about(documents: Documents) -> str:
-    """What the report tells of, in one line: commands, versions, devices."""
+    """What the report covers, in one line: commands, versions, devices."""
     parts = []
     for matrix in documents.matrices:
         cells = matrix.result.cells

@@ -105,7 +105,7 @@ def _problem(members: Sequence[CheckCell], places: Places, following: Sequence[C
 
 
 def _badness(place: CheckCell) -> tuple[bool, float, int]:
-    """How bad the measured value is, NaN worst of all; of equals, one that names more places and cures is told."""
+    """How bad the measured value is, NaN worst of all; of equals, one that names more places and cures comes first."""
     assert place.result.finding is not None
     finding = place.result.finding
     measured = finding.evidence.get("measured", 0)

@@ -191,7 +191,7 @@ class Chapters:
             yield f"Least: {least[1]}", over_modules("bits", "Headroom by layer", "bits", curves, told)
 
     def _curves(self, _subject: str, _task: str, places: list[CheckCell]) -> Iterator[tuple[str, Figure]]:
-        """What failed is drawn beside the same cell in a version where it did not."""
+        """What failed is drawn next to the same cell in a version where it did not."""
         failed = [place for place in places if place.result.finding is not None]
         first = failed[0].result.finding if failed else None
         summary = f"{self._label(failed[0])}: {first.title}" if first is not None else "finite at every step"
