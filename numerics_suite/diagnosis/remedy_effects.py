@@ -111,9 +111,5 @@ def curve(run: Trajectory) -> str:
 
 
 def opened(answer: CheckAnswer) -> str:
-    """What a pipeline check can ask only now: `; then …` for each new breach.
-
-    Args:
-        answer: of the cured copy.
-    """
+    """What a pipeline check can ask only now: `; then …` for each new breach."""
     return "".join(f"; then {title(each)}" for each in answer.breaches)

@@ -26,8 +26,8 @@ class Advised:
 
     Attributes:
         action: what to do, in a line.
-        tried: True where it was seen to work, False where it was seen not to, None where nobody tried.
-        effect: what came of it, or why nobody tried.
+        tried: True where it worked, False where it did not, None where it was not tried.
+        effect: what came of it, or why it was not tried.
         advice: it is no cure that could be tried.
     """
 
@@ -61,22 +61,14 @@ NOT_HERE = "does not apply"
 
 
 def advice_on(problems: Sequence[Problem]) -> tuple[Advised, ...]:
-    """What to do about findings of one cause: versions first, then cures that work, then those that nobody tried.
-
-    Args:
-        problems: the first of them is told.
-    """
+    """What to do about findings of one cause: versions first, then cures that work, then untried ones."""
     versions = list(_versions(problems[0].spans))
     cures = list(_cures([problem.finding for problem in problems], leave_out=PLAIN_VERSIONS if versions else ()))
     return _useful([*versions, *cures])
 
 
 def bisected_cures(bisection: BisectFile) -> tuple[Advised, ...]:
-    """What to do about what `bisect` found.
-
-    Args:
-        bisection: its file.
-    """
+    """What to do about what `bisect` found."""
     content = bisection.content
     stay = Advised(action=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True)
     findings = [] if bisection.finding is None else [bisection.finding]

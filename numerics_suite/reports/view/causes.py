@@ -65,7 +65,7 @@ WHY: dict[str, str] = {
     "untrained-parameters": "the optimizer steps do not change these parameters as the loss requires",
     "packing-leak": "attention or positions continue across the border between two packed rows",
 }
-"""By cause; `{fact|what is said without it}`."""
+"""By cause; `{fact|text used without it}`."""
 
 WITH: dict[str, tuple[str, str]] = {
     "out-of-range-input": (
@@ -122,7 +122,7 @@ def why(cause: str, facts: Mapping[str, str]) -> str:
 
     Args:
         cause: its id.
-        facts: texts for the places of a template; what is missing is said in general.
+        facts: texts for the places of a template; a missing one is replaced by a general text.
     """
     fact, other = WITH.get(cause, ("", ""))
     template = other if fact in facts else WHY.get(cause, "")

@@ -276,12 +276,7 @@ def following_lines(root: Finding, results: Iterable[CheckResult]) -> tuple[str,
 
 
 def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
-    """The words of the command that asks the same check of the same cell again, with the same batches.
-
-    Args:
-        result: of the check.
-        run: the whole run.
-    """
+    """The words of the command that asks the same check of the same cell again, with the same batches."""
     settings, cell = run.settings, result.cell
     source = next((subject.source for subject in run.subjects if subject.id == cell.subject), None)
     bundle = settings.get("bundle")
@@ -301,12 +296,6 @@ def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
 
 
 def scope_text(subjects: Sequence[str], cells: Iterable[Cell], labels: Sequence[str] = ()) -> str:
-    """What a finding is about: `glm4-tiny · bf16 (eager, sdpa) · cpu · 5.8.0 to 5.9.1`.
-
-    Args:
-        subjects: their names.
-        cells: of them.
-        labels: of the versions or files, in order.
-    """
+    """What a finding is about: `glm4-tiny · bf16 (eager, sdpa) · cpu · 5.8.0 to 5.9.1`."""
     span = f"{labels[0]} to {labels[-1]}" if len(labels) > 2 else " and ".join(labels)
     return " · ".join(part for part in (listed(subjects, 2), cells_text(cells), span) if part)
