@@ -24,7 +24,7 @@ from numerics_suite.engine import flash_registry, flex_rule, fused_ops, referenc
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
-from numerics_suite.engine.true_fp64 import LiftToFp64
+from numerics_suite.engine.true_fp64 import CHUNKED, LiftToFp64, multiply_in_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,6 +90,8 @@ class RoundOnce(reference_ops.LeanMode):
                 return as_is
         if not any(dtype in WIDER for dtype in dtypes):
             return func(*args, **kwargs)
+        if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
+            return _rounded(product, iter(dtypes))
         wide = [widen(argument) for argument in args]
         if 0 <= plan.narrow_flag < len(wide):
             wide[plan.narrow_flag] = False

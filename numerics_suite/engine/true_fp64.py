@@ -105,7 +105,7 @@ class LiftToFp64(reference_ops.LeanMode):
         # Picking rounds nothing, so both orders give the same numbers.
         if plan.gathers:
             return widen(func(*args, **kwargs))
-        if func in _CHUNKED and (product := _multiply_in_chunks(func, args, kwargs)) is not None:
+        if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
         # `half_to_float=True` asks for a float32 result of a float16 input; with a float64 input PyTorch refuses it.
@@ -171,10 +171,11 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
     return [_narrow(item, dtype) for item in value] if isinstance(value, list | tuple) else value
 
 
-_CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+"""Products that :func:`multiply_in_chunks` computes."""
 
 
-def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """Multiply by a large weight of a lower float piece by piece; None where that is not the case.
 
     Each piece is upcast into the same memory: fresh pages for a whole head cost more than a product with a few tokens.
