@@ -13,6 +13,9 @@ from numerics_suite.engine.cell_context import CellContext
 TRUE_ONLY = "judged in true fp64 only"
 """The fact that holds why a law was not judged in the cell's own precision."""
 
+NO_GRADIENTS = "gradients not compared"
+"""The fact that holds why a check compared answers alone."""
+
 UNSUPPORTED = "not supported"
 """The fact that holds which part of a law the installed release or the model has no code for: where nothing fails, the check is a skip with it."""
 

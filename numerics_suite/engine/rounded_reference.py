@@ -24,6 +24,7 @@ from numerics_suite.engine import flash_registry, flex_rule, fused_ops, referenc
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
+from numerics_suite.engine.room import require_gradients
 from numerics_suite.engine.true_fp64 import CHUNKED, LiftToFp64, multiply_in_chunks
 
 if TYPE_CHECKING:
@@ -146,8 +147,11 @@ def run_rounded(
 
     Raises:
         ValueError: Gradients are asked for and the output has no scalar loss.
+        NotApplicableError: The gradients of all parameters do not fit in memory.
     """
     model = where_float64_is(model)
+    if gradients:
+        require_gradients(model.parameters(), 0)
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(reference_ops.preserved(model))

@@ -118,6 +118,9 @@ class Trajectory:
     clipped_copy: ClippedCopy | None = None
 
 
+TRAJECTORY = "training run"
+"""What checks that look at the cell's training run name among what they read."""
+
 RECIPE_NORM = 1.0
 """The norm that GLM-4's fine-tuning recipes clip to."""
 

@@ -10,8 +10,13 @@ from numerics_suite.core.machine import swap_bytes
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.kinds import CPU, kind_of, parts_of
 from numerics_suite.devices.memory import free_bytes
+from numerics_suite.subjects.layers import COUNTS
 
 _WIDTHS: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+PRECISION_OF: Mapping[str, str] = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "float16": "fp16"}
+"""The precision whose parameters are held in a dtype, as `--precision` names it."""
+USABLE = 0.8
+"""Share of the free memory that may be planned with; the rest is for workspaces and other programs."""
 TRAINING_COPIES = 4
 """Parameters, gradients and AdamW's two moments, all in the parameters' dtype."""
 KEPT_PER_BLOCK = 16
@@ -93,6 +98,102 @@ def _activations(subject: Subject, width: int, *, training: bool, batch: int, se
     return block * (layers if training else 1) + logits * (2 if training else 1)
 
 
+def is_mapped(subject: Subject, dtype: str, device: str) -> bool:
+    """Whether the weights stay in the files, of which the system holds what is in use: on the CPU, in the dtype they are stored in.
+
+    Args:
+        subject: resolved.
+        dtype: of its parameters.
+        device: of the cell.
+    """
+    return kind_of(parts_of(device)[0]) == CPU and subject.path is not None and dtype == subject.stored_dtype
+
+
+def held_bytes(subject: Subject, dtype: str, device: str) -> int:
+    """Bytes of memory that the weights of a loaded model take on a device, 0 where they are mapped.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        dtype: of its parameters.
+        device: of the cell.
+    """
+    if is_mapped(subject, dtype, device):
+        return 0
+    return (subject.parameters or 0) * _WIDTHS.get(dtype, 4) // len(parts_of(device))
+
+
+def trained_parameters(subject: Subject, scope: str) -> int:
+    """How many parameters a scope trains: all, the head, or the head and the last blocks.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        scope: `full`, `head` or `last:K`; of `lora`, whose adapters are small, the most that they can be is not known, and 0 is given.
+    """
+    every = subject.parameters or 0
+    if scope in {"full", "lora"}:
+        return every if scope == "full" else 0
+    head = _number(subject.config, "hidden_size", "n_embd", "d_model") * _words(subject)
+    blocks = int(scope.partition(":")[2] or 0)
+    return min(every, head + blocks * block_parameters(subject))
+
+
+def block_parameters(subject: Subject) -> int:
+    """Parameters of one of the repeated blocks, on average."""
+    return max((subject.parameters or 0) - _outside_blocks(subject), 0) // layer_count(subject)
+
+
+def _outside_blocks(subject: Subject) -> int:
+    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
+    embedding = hidden * _number(subject.config, "vocab_size", "padded_vocab_size")
+    tied = bool(subject.config.get("tie_word_embeddings")) or subject.task != "causal-lm"
+    return embedding if tied else 2 * embedding
+
+
+def training_bytes(subject: Subject, dtype: str, scope: str, *, batch: int, seq: int) -> int:
+    """Bytes that a training run takes beside the model: a copy of what is trained, its gradients, AdamW's moments, activations.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        dtype: of the parameters.
+        scope: what is trained.
+        batch: rows.
+        seq: tokens of a row.
+    """
+    width = _WIDTHS.get(dtype, 4)
+    # A frozen weight keeps nothing for a backward pass of its own, but what leads to a trained one below it is kept.
+    activations = _activations(subject, width, training=scope in {"full", "lora"}, batch=batch, seq=seq)
+    return trained_parameters(subject, scope) * width * TRAINING_COPIES + activations
+
+
+def layers_that_fit(subject: Subject, bytes_per_parameter: float, room: float) -> int | None:
+    """The most blocks of the model that leave it within so many bytes, None where one does not.
+
+    Args:
+        subject: resolved.
+        bytes_per_parameter: that are needed.
+        room: bytes.
+    """
+    each = block_parameters(subject)
+    if not each or not any(isinstance(subject.config.get(key), int) for key in COUNTS):
+        return None
+    fitting = int((room / bytes_per_parameter - _outside_blocks(subject)) // each)
+    return fitting if 0 < fitting < layer_count(subject) else None
+
+
+def shallower_hint(subject: Subject, bytes_per_parameter: float, room: float) -> str:
+    """`; --layers first:N checks its first N of M layers`, empty where no number fits, or it is no checkpoint.
+
+    Args:
+        subject: resolved.
+        bytes_per_parameter: that are needed.
+        room: bytes.
+    """
+    fitting = None if subject.path is None else layers_that_fit(subject, bytes_per_parameter, room)
+    if fitting is None:
+        return ""
+    return f"; --layers first:{fitting} checks the first {fitting} of its {layer_count(subject)} layers"
+
+
 def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
     """See that the weights fit, before the system ends the process for them.
 
@@ -108,13 +209,17 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
     if subject.parameters is None or subject.quantized:
         return
     on_cpu = kind_of(parts[0]) == CPU
-    if on_cpu and dtype == subject.stored_dtype:
-        return  # mapped: the system takes pages back and reads them again
-    asked = subject.parameters * _WIDTHS.get(dtype, 4) // len(parts)
+    width = _WIDTHS.get(dtype, 4)
+    if is_mapped(subject, dtype, device):
+        return  # the system takes pages back and reads them again
+    asked = subject.parameters * width // len(parts)
     free = free_bytes(device) + (swap_bytes() if on_cpu else 0)
     if asked > free:
         message = f"out of memory on {parts[0]}: {asked} bytes asked for the weights in {dtype}, {free} bytes free"
-        raise CheckError(message)
+        stored = subject.stored_dtype or ""
+        if on_cpu and stored in PRECISION_OF:
+            message += f"; as they are stored, in {stored}, they are read from disk: --precision {PRECISION_OF[stored]}"
+        raise CheckError(message + shallower_hint(subject, width, USABLE * free * len(parts)))
 
 
 def layer_count(subject: Subject) -> int:

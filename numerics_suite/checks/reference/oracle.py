@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, true_gradient, true_run
+from numerics_suite.checks._laws import NO_GRADIENTS
+from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, require_sets, true_gradient, true_run
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Fact, Measurement
@@ -53,12 +54,27 @@ def oracle(context: CellContext) -> Iterable[Measurement]:
     training = context.gradient_batch.tensors
     other = _length_beyond_boundary(context, _length(training))
     wrong_table = yield from _tables(context, [_length(training), *([] if other is None else [other])])
-    yield from _against_definition(context, weights, true_gradient(context), wrong_table=wrong_table)
+    yield from _against_definition(context, weights, _true_run(context), wrong_table=wrong_table)
     if other is not None and min(3, context.longest) <= other <= LONGEST_BATCH:
         batch = training_batch(context.space, rows=1, length=other, seed=context.request.seed).tensors
         yield from _against_definition(
             context, weights, true_run(context, batch, gradients=False), wrong_table=wrong_table
         )
+
+
+def _true_run(context: CellContext) -> TrueRun:
+    """The true fp64 run of the gradient batch; without gradients where the model's and the definition's do not fit in memory together."""
+    try:
+        require_sets(context, 2)
+    except NotApplicableError as error:
+        context.memo[NO_GRADIENTS] = str(error)
+        return true_run(context, context.gradient_batch.tensors, gradients=False)
+    return true_gradient(context)
+
+
+def _why_without(context: CellContext) -> dict[str, Fact]:
+    """The fact that says why answers and loss alone are compared with the definition; none where a batch is meant to be without."""
+    return {NO_GRADIENTS: context.memo[NO_GRADIENTS]} if NO_GRADIENTS in context.memo else {}
 
 
 def _length(batch: Mapping[str, Tensor]) -> int:
@@ -127,14 +143,14 @@ def _against_definition(
         wrong = wrong_table or (scale is not None and not scale.value <= AGREED)
         where = run.rotary if wrong else _first_apart(context, run, weights, wanted)
     yield from () if scale is None else (scale,)
-    yield Measurement(
-        name="true-logits", value=logits, unit="ratio", module=where, facts={"gradient differs by": gradient}
-    )
+    compares = run.found.gradients is not None
+    facts: dict[str, Fact] = {"gradient differs by": gradient} if compares else _why_without(context)
+    yield Measurement(name="true-logits", value=logits, unit="ratio", module=where, facts=facts)
     # A loss that is wrong although its logits are right is the loss's own mistake.
     alone = "wrong-loss" if logits <= AGREED else None
     yield Measurement(name="true-loss", value=loss, unit="ratio", module=where, cause=alone)
     # A wrong forward pass has a wrong gradient too; the gradient is judged where it alone can be wrong.
-    if max(logits, loss) <= AGREED:
+    if compares and max(logits, loss) <= AGREED:
         yield Measurement(
             name="true-gradient",
             value=gradient,
