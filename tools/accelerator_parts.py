@@ -724,11 +724,17 @@ def nine_billion(setup: Setup) -> Outcome:
     seconds: dict[str, float] = defaultdict(float)
     for check in results["checks"]:
         # The first check loads the model, so its time is no part of the three minutes.
-        seconds["loading" if check["check"] == "load.complete" else check["check"].partition(".")[0]] += check["duration_s"]
+        seconds["loading" if check["check"] == "load.complete" else check["check"].partition(".")[0]] += check[
+            "duration_s"
+        ]
     minutes = sum(value for name, value in seconds.items() if name != "loading") / 60
     rows: list[tuple[Value, ...]] = [(f"{name}, seconds", round(value, 1)) for name, value in seconds.items()]
     rows += [("parameters", parameters), ("peak device memory, GB", None if peak is None else round(peak / 1e9, 1))]
-    rows += [("skipped", f"{check['check']}: {check['reason']}") for check in results["checks"] if check["status"] == "skipped"]
+    rows += [
+        ("skipped", f"{check['check']}: {check['reason']}")
+        for check in results["checks"]
+        if check["status"] == "skipped"
+    ]
     wrong, columns = problems(results), ("what", "value")
     if not whole and not wrong:
         reason = "a small shape is no measure; the aim is for nine billion parameters on an accelerator"

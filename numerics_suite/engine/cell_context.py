@@ -42,7 +42,7 @@ from numerics_suite.observations.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
-from numerics_suite.subjects.memory import KEPT_BYTES, TRAINING_COPIES
+from numerics_suite.subjects.memory import KEPT_BYTES, STEP_COPIES, TRAINING_COPIES
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.subjects.tokenizers import load_tokenizer
 from numerics_suite.subjects.zeroed_memory import Zeroed
@@ -405,7 +405,8 @@ class CellContext:
         def trained(model: nn.Module) -> list[nn.Parameter]:
             freeze_to_scope(model, plan.scope, self.family)
             found = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            needed = TRAINING_COPIES * sum(parameter.nbytes for parameter in found)
+            sizes = [parameter.nbytes for parameter in found]
+            needed = TRAINING_COPIES * sum(sizes) + STEP_COPIES * max(sizes, default=0)
             count = sum(parameter.numel() for parameter in found)
             require_room(self.cell.device, needed, f"training {count:,} parameters (--train-scope {plan.scope})")
             return found

@@ -19,6 +19,12 @@ USABLE = 0.8
 """Share of the free memory that may be planned with; the rest is for workspaces and other programs."""
 TRAINING_COPIES = 4
 """Parameters, gradients and AdamW's two moments, all in the parameters' dtype."""
+PROCESS_BYTES = 300_000_000
+"""Of a process that has imported torch and transformers."""
+SMALL_COPY = 1 << 30
+"""A model whose float64 copy takes less is never streamed."""
+STEP_COPIES = 2
+"""Copies of the largest parameter that AdamW makes within a step."""
 KEPT_PER_BLOCK = 16
 """Hidden-sized tensors that one block keeps for its backward pass: norms, q, k, v, output, gate, up, product, residuals."""
 
@@ -37,7 +43,18 @@ GRADIENT_COPIES = 3
 
 
 def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
-    subject: Subject, dtype: str, computes_in: str, *, training: bool, batch: int, seq: int, examples: int
+    subject: Subject,
+    dtype: str,
+    computes_in: str,
+    *,
+    training: bool,
+    batch: int,
+    seq: int,
+    examples: int,
+    device: str = CPU,
+    scope: str = "full",
+    tokens: int | None = None,
+    gradients: bool = True,
 ) -> int | None:
     """Expected bytes on the device at the peak of one cell with all its checks, None where the number of parameters is unknown.
 
@@ -53,9 +70,22 @@ def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
         batch: rows of the training batch.
         seq: tokens of a row.
         examples: batches drawn for a check.
+        device: where the cell runs.
+        scope: what is trained.
+        tokens: of the largest batch that checks of a forward pass share, None for the training batch.
+        gradients: whether checks compare gradients in float64.
     """
     if subject.parameters is None:
         return None
+    sets = gradient_sets_that_fit(subject, dtype, device) if gradients else 0
+    if 8 * subject.parameters > SMALL_COPY and sets < GRADIENT_COPIES:
+        trains = training_bytes(subject, dtype, scope, batch=batch, seq=seq) if training else 0
+        working = _forward_bytes(subject, computes_in, tokens or batch * seq, examples)
+        return (
+            PROCESS_BYTES
+            + held_bytes(subject, dtype, device)
+            + max(trains, int(8 * subject.parameters * sets), working)
+        )
     width, config, tokens = _WIDTHS.get(dtype, 4), subject.config, batch * seq
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
     inner = _number(config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden
@@ -68,6 +98,34 @@ def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
     states = 8 * (block * layers + tokens * words * (LOGITS if training else SERVED_LOGITS))
     kept = min(KEPT_BYTES, int(KEPT_BATCHES * examples * tokens * words * _WIDTHS.get(computes_in, 4)))
     return models + twins + states + kept
+
+
+def gradient_sets_that_fit(subject: Subject, dtype: str, device: str) -> float:
+    """How many times checks may hold the float64 gradients of all parameters at once: as many as the largest that fits holds, 0 where none does.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        dtype: of its parameters.
+        device: of the cell.
+    """
+    room = USABLE * (free_bytes(device) - held_bytes(subject, dtype, device))
+    wanted = (
+        GRADIENT_COPIES,
+        2,
+        1 + 2 * _WIDTHS.get(dtype, 4) / 8,
+    )  # of `train.checkpointing`, the definition, `reference.gradient`
+    return next((sets for sets in wanted if 8 * (subject.parameters or 0) * sets <= room), 0)
+
+
+def _forward_bytes(subject: Subject, computes_in: str, tokens: int, examples: int) -> int:
+    """Of forward passes whose weights are widened piece by piece: answers in float64, those that are kept, one weight of the definition."""
+    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
+    inner = _number(subject.config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden
+    words = _words(subject)
+    kept = min(KEPT_BYTES, examples * tokens * words * _WIDTHS.get(computes_in, 4)) + 2 * min(
+        KEPT_BYTES, 8 * examples * tokens * words
+    )
+    return 8 * (SERVED_LOGITS * tokens * words + 2 * inner * hidden) + kept
 
 
 def estimate_bytes(subject: Subject, dtype: str, *, training: bool, batch: int, seq: int) -> int | None:
@@ -132,9 +190,14 @@ def trained_parameters(subject: Subject, scope: str) -> int:
     every = subject.parameters or 0
     if scope in {"full", "lora"}:
         return every if scope == "full" else 0
-    head = _number(subject.config, "hidden_size", "n_embd", "d_model") * _words(subject)
+    head = _head(subject)
     blocks = int(scope.partition(":")[2] or 0)
     return min(every, head + blocks * block_parameters(subject))
+
+
+def _head(subject: Subject) -> int:
+    """Weights of the output layer, the largest of all."""
+    return _number(subject.config, "hidden_size", "n_embd", "d_model") * _words(subject)
 
 
 def block_parameters(subject: Subject) -> int:
@@ -160,9 +223,9 @@ def training_bytes(subject: Subject, dtype: str, scope: str, *, batch: int, seq:
         seq: tokens of a row.
     """
     width = _WIDTHS.get(dtype, 4)
-    # A frozen weight keeps nothing for a backward pass of its own, but what leads to a trained one below it is kept.
+    # A graph reaches from the loss down to the lowest trained block.
     activations = _activations(subject, width, training=scope in {"full", "lora"}, batch=batch, seq=seq)
-    return trained_parameters(subject, scope) * width * TRAINING_COPIES + activations
+    return width * (trained_parameters(subject, scope) * TRAINING_COPIES + STEP_COPIES * _head(subject)) + activations
 
 
 def layers_that_fit(subject: Subject, bytes_per_parameter: float, room: float) -> int | None:

@@ -123,7 +123,9 @@ def test_a_wrong_answer_is_found_where_gradients_do_not_fit(short: None) -> None
 
 
 @pytest.mark.parametrize("run", ["true fp64", "rounded", "own"])
-def test_no_backward_pass_begins_whose_gradients_do_not_fit(short: None, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_backward_pass_begins_whose_gradients_do_not_fit(
+    short: None, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = session()
     context = made.context(made.plan.cells[0])
     tensors = context.gradient_batch.tensors
@@ -257,7 +259,9 @@ def test_the_checkpoint_by_formula_is_a_clean_one(writer: Any, tmp_path: Path) -
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 2
     made = session(subjects=(str(tmp_path / "small"),))
     assert made.plan.subjects["small"].parameters == count
-    found = answers(made, "load.complete", "load.finite", "load.config", "load.tied", "forward.finite", "reference.oracle")
+    found = answers(
+        made, "load.complete", "load.finite", "load.config", "load.tied", "forward.finite", "reference.oracle"
+    )
     assert {answer.status for answer in found.values()} == {"passed"}, found
 
 
@@ -299,7 +303,17 @@ class PeakMemory:
 
 
 def _checked(folder: Path, work: Path, *arguments: str) -> tuple[int, dict[str, Any], PeakMemory]:
-    command = [sys.executable, "-m", "numerics_suite", "check", str(folder), "--json", str(work / "out.json"), "-n", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "numerics_suite",
+        "check",
+        str(folder),
+        "--json",
+        str(work / "out.json"),
+        "-n",
+        "0",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*command, *arguments], cwd=work, env=environment, stdout=subprocess.DEVNULL)
     peak = PeakMemory(process)
