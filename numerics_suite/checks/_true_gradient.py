@@ -20,18 +20,18 @@ from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.engine.true_passes import keeps_gradients
 
 GRADIENT = "true fp64 gradient"
-"""What checks that read it name as such, so that a large model's is dropped after the last of them."""
+"""Name under which checks declare that they read it, so that a large model's is dropped after the last of them."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrueRun:
-    """A true fp64 run of one batch, and what its rotary embedding did in it: some scalings compute the table anew in each run.
+    """A true fp64 run of one batch, with the rotary table it used: some scalings compute it in each run.
 
     Attributes:
-        batch: what it was given.
-        found: what it gave.
+        batch: its input.
+        found: its result.
         rotary: module path of the rotary embedding, None where there is none.
         table: the frequencies that this run read out of the model, float64; None where it read none.
         turn: cosines and sines as complex numbers; None in a layout that is not known.
@@ -64,10 +64,10 @@ def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> 
 
     Args:
         context: the cell.
-        name: of what is run; two that do the same have the same name.
+        name: of the run; equal runs share a name.
         compute: runs it, if it is not kept.
     """
-    store = context.true_passes.runs if keeps_gradients(context.model) else context.memo
+    store = context.true_passes.runs if keeps_gradients(context.model) else context.gradient_passes
     key = f"{GRADIENT}: {name} over {batch_key(context.gradient_batch.tensors)}"
     if key not in store:
         store[key] = compute()
@@ -81,29 +81,28 @@ def require_sets(context: CellContext, sets: float) -> None:
     Raises:
         NotApplicableError: with the bytes needed and free.
     """
-    held = any(key.startswith(f"{GRADIENT}: whole batch") for key in context.memo)
+    held = any(key.startswith(f"{GRADIENT}: whole batch") for key in context.gradient_passes)
     require_gradient_sets(context, sets, held=held)
 
 
-def after_reading(context: CellContext, name: str, *, last: bool) -> None:
-    """Hand memory back to the system after a check that read what is kept under this name.
+def after_reading(context: CellContext, *, last: bool) -> None:
+    """Hand memory back to the system after a check that read the true gradient of a large model.
 
     What passes over a large model leave is more than the allocator gives back by itself.
 
     Args:
-        context: the cell; of a small model it holds nothing under the name.
-        name: :data:`GRADIENT`.
-        last: no check to come reads it; one that asks all the same computes it again.
+        context: the cell; it caches nothing here for a small model.
+        last: no later check reads it; if one does, it is computed again.
     """
-    read = [key for key in context.memo if key.startswith(name)]
-    for key in read if last else ():
-        del context.memo[key]
-    if read:
-        memory.release(context.cell.device)
+    if not context.gradient_passes:
+        return
+    if last:
+        context.gradient_passes.clear()
+    memory.release(context.cell.device)
 
 
 def true_run(context: CellContext, batch: Mapping[str, Any], *, gradients: bool) -> TrueRun:
-    """A true fp64 run, and what its rotary embedding did in it.
+    """A true fp64 run with the rotary table it used.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
@@ -126,7 +125,7 @@ def true_run(context: CellContext, batch: Mapping[str, Any], *, gradients: bool)
 
 
 def _rotary_module(context: CellContext) -> str | None:
-    """Path of the rotary embedding: what holds the table that is read, else the module of that kind."""
+    """Path of the rotary embedding: the module whose table is read, else the one of that class."""
     if context.rotary_table is not None:
         return context.rotary_table[0].rpartition(".")[0]
     kinds = {name: context.family.kind_of(type(module).__name__) for name, module in context.model.named_modules()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import NumericsSuiteError
@@ -14,6 +15,7 @@ from numerics_suite.engine.cell_context import CellContext
 
 if TYPE_CHECKING:
     from numerics_suite.diagnosis.remedy_trials import Ask
+    from numerics_suite.judgement.verdicts import Breach
 
 LOCAL = {"load.dtype": "cast-after-loading", "load.head-init": "init-head"}
 """Checks of what a model holds before it runs, and the remedy that changes the named parameters alone; in this order."""
@@ -48,17 +50,18 @@ def without_others(check: str, finding: Finding, context: CellContext, ask: Ask)
 
 def _cured(check: str, remedy: str, context: CellContext, ask: Ask) -> CellContext | None:
     """The cell with what the check names cured; None where it names nothing, or nothing that can be cured."""
-    memo = f"breaches of {check}"
     try:
-        if memo not in context.memo:
-            context.memo[memo] = ask(check, context).breaches
-        named = context.memo[memo]
+        named = context.cached(_breaches, check, ask)
         if not named:
             return None
         attempt = next(cures()[remedy](context, finding_of(named, context, None, diagnose=False)), None)
     except (NumericsSuiteError, *NO_RUN):
         return None
     return None if attempt is None else attempt.context
+
+
+def _breaches(context: CellContext, check: str, ask: Ask) -> Sequence[Breach]:
+    return ask(check, context).breaches
 
 
 def _fails_as_before(check: str, finding: Finding, cured: CellContext, ask: Ask) -> bool:

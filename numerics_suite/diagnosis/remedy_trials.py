@@ -40,8 +40,8 @@ TRAINS = ("train.finite", "train.descends")
 NOT_HERE = {
     "reload-weights": "cannot be tried: there is no other copy of the files here and nothing is fetched; "
     "run the same check on the files once they are fetched again",
-    "newer-version": "not tried: --try-versions does, in environments of their own",
-    "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
+    "newer-version": "not tried yet: add --try-versions, which tries other releases in environments of their own",
+    "pin-version": "not tried yet: add --try-versions; numerics-suite bisect finds the release that began it",
 }
 NOT_APPLIED = "not tried: it changes what is outside of the model; apply it, then run the same check again"
 """Of every other remedy that nothing here can apply to a copy."""
@@ -247,7 +247,7 @@ class _Trial:
         if found is None:
             return _Outcome(works=False, effect=f"no learning rate from {lr:.2g} down to {lr / 1e4:.1g} helps")
         held = seen(context.with_plan(lr=found))
-        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that holds: {held.effect}")
+        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that works: {held.effect}")
 
     def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Outcome:
         """What the attempt shows.
@@ -334,9 +334,7 @@ class _Trial:
         """
         if check != DEFINITION or attempt.meant is not None:
             return False
-        if DEFINITION not in self.context.memo:
-            self.context.memo[DEFINITION] = self._asked(DEFINITION, Attempt(context=self.context))
-        before = self.context.memo[DEFINITION]
+        before = self.context.cached(_answer, DEFINITION, self.ask)
         worst = answer.breaches[0].measurement
         if before is None:
             return bool(self.context.broken)
@@ -344,10 +342,7 @@ class _Trial:
 
     def _asked(self, check: str, attempt: Attempt) -> CheckAnswer | None:
         meant = attempt.meant if check == DEFINITION else None
-        try:
-            return self.ask(check, meant or attempt.context)
-        except (NotApplicableError, UnsupportedError):
-            return None  # in these conditions there is nothing to ask
+        return _answer(meant or attempt.context, check, self.ask)
 
     def _effect(self, own: CheckAnswer | None, attempt: Attempt) -> str:
         """What the failing check measures now beside what it measured before; where training is the question, or begins there, how it goes."""
@@ -373,6 +368,13 @@ class _Trial:
             return curve(cured.trajectory) + (f", with {cured.origin}" if cured.origin else "")
         except NumericsSuiteError:
             return ""
+
+
+def _answer(context: CellContext, check: str, ask: Ask) -> CheckAnswer | None:
+    try:
+        return ask(check, context)
+    except (NotApplicableError, UnsupportedError):
+        return None  # in these conditions there is nothing to ask
 
 
 def _still(answer: CheckAnswer, cured: CellContext, check: str) -> str:

@@ -1,4 +1,4 @@
-"""What does the precision cost this program if every kernel is perfect? The rounded twin.
+"""The rounded run: what does the precision cost this program if every kernel is exact?
 
 Each op is computed in float64 and rounded once to the dtype that the program gives it, which is learned from the op
 itself at the first use of each combination of dtypes. Its distance from the true fp64 run is the inherent error.
@@ -6,7 +6,7 @@ itself at the first use of each combination of dtypes. Its distance from the tru
 An op is what PyTorch dispatches below autograd: a fused kernel (`_scaled_dot_product_flash_attention_for_cpu`, a
 fused norm) is one op, rounded once. Views, copies, comparisons and integer ops are exact and run as they are; so do
 random ops, to draw the same numbers. Rounding from float64 to a 16-bit float passes through float32, as PyTorch's
-conversion does: once in 65,000 values that is off by a hair of a unit, which no measurement sees.
+conversion does: once in 65,000 values that differs by a tiny part of a unit, far below what is measured.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RoundedRun:
     Attributes:
         outputs: Floating tensors of the model's output, exactly upcast to float64, by name.
         gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if they were not asked for.
-        left_out: "module: op" for what ran as it is: a foreign kernel, or an op without a float64 one.
+        left_out: "module: op" for what ran unchanged: a foreign kernel, or an op without a float64 one.
     """
 
     outputs: dict[str, Tensor]
@@ -107,7 +107,7 @@ class RoundOnce(reference_ops.LeanMode):
 
 
 def _signature(value: Any) -> Any:
-    """Return what the dtype of a result may depend on."""
+    """Return the arguments' properties that the dtype of a result may depend on."""
     if isinstance(value, Tensor):
         # A tensor without dimensions promotes as a scalar does: 0-dim float32 times bfloat16 is bfloat16.
         return value.dtype, value.dim() == 0

@@ -1,11 +1,11 @@
-"""What would the model, as stored, compute without rounding? The true fp64 twin.
+"""The true fp64 run: what would the model, as stored, compute without rounding?
 
 A dispatch mode sees every op of the forward and backward passes below autograd. It turns each dtype argument that names
 a lower float into float64 and upcasts each floating tensor argument, so the sections that a program hard-codes
 in float32 (norms, rotary tables, softmax, a half-precision head) run in float64 too. `model.double()` does not
 do that: the float64 minimum of its mask overflows in a float32 softmax.
 
-What is kept from the program as stored: the parameters, the buffers, and constants that Python makes in a lower float
+Kept as the program stores them: the parameters, the buffers, and constants that Python makes in a lower float
 (`torch.tensor(0.1, dtype=torch.float32)`), each with the value it has in its own dtype.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 STREAM_ABOVE_BYTES: Final = 1 << 30
-"""A model whose parameters in float64 take more than this is streamed unless the caller says otherwise."""
+"""A model whose parameters in float64 take more bytes than this is streamed unless the caller decides."""
 
 CHUNK_ELEMENTS: Final = 1 << 20
 """A weight with more elements is upcast in pieces of this size (8 MiB in float64, which caches hold) when it is multiplied."""
@@ -46,7 +46,7 @@ class Fp64Run:
     Attributes:
         outputs: Floating tensors of the model's output, float64, by name ("logits", "loss", "hidden_states.0").
         gradients: Parameter name → gradient of the loss, float64; a tied parameter once, one that the loss does not
-            reach not at all; None if they were not asked for.
+            reach is absent; None without `gradients`.
         left_out: "module: op" for what could not be lifted. The run is a reference only where this is empty.
     """
 
@@ -150,7 +150,7 @@ class LiftToFp64(reference_ops.LeanMode):
         return reference_ops.write_through(func, plan, args, kwargs)
 
     def _in_lower_float(self, func: Any, args: list[Any], kwargs: dict[str, Any], error: Exception) -> Any:
-        """Run an op that has no float64 kernel in the widest float it has, and say so; `error` if it has none."""
+        """Run an op without a float64 kernel in the widest float it has; raise `error` if it has none."""
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             try:
                 result = func(
@@ -210,12 +210,12 @@ def _like(scratch: Tensor, part: Tensor) -> Tensor:
 
 
 class Fp64Session:
-    """A model that computes in float64 for the while; what `true_fp64` yields."""
+    """A model that computes in float64 until the context ends; yielded by `true_fp64`."""
 
     def __init__(
         self, mode: LiftToFp64, leaves: Mapping[str, nn.Parameter], sink: weight_stream.GradientSink | None
     ) -> None:
-        """Hold what `true_fp64` set up."""
+        """Built by `true_fp64`."""
         self._mode = mode
         self._leaves = leaves
         self._sink = sink
@@ -264,9 +264,9 @@ def true_fp64(
 
 @contextmanager
 def float64_surroundings(module: nn.Module) -> Iterator[None]:
-    """Give `module` what surrounds a float64 run but the dispatch mode and the parameters; it is restored on exit.
+    """Prepare `module` for a float64 run, apart from dispatch mode and parameters; restored on exit.
 
-    That is float64 buffers and default dtype, autocast off, attention and experts that have float64 kernels.
+    It gets float64 buffers and default dtype, autocast off, and attention and experts that have float64 kernels.
     """
     with reference_ops.preserved(module), reference_ops.plain_kernels(module), _convolutions(module):
         _widen_buffers(module)
@@ -276,7 +276,7 @@ def float64_surroundings(module: nn.Module) -> Iterator[None]:
 
 
 class _WideConvolutions(TorchFunctionMode):
-    """Upcasts what a convolution is given, above the dispatch mode.
+    """Upcasts the arguments of a convolution above the dispatch mode.
 
     PyTorch compares the dtypes of a convolution's input, weight and bias before it dispatches: parameters that stay as
     stored until an op takes them would be refused there.

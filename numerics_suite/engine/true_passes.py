@@ -1,4 +1,4 @@
-"""True fp64 passes that several cells of a run share: their models hold the same numbers, and compute the same with them."""
+"""True fp64 passes shared by cells of a run whose models hold equal numbers and compute the same with them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrueStore:
     Attributes:
         answers: of forward passes.
         runs: other results of passes, by name; for a model whose gradients are few enough to be kept.
-        probe: what the first of its cells gave in the short pass; None where no other cell may follow.
+        probe: result of the first cell's short pass; None if no other cell may share the store.
     """
 
     answers: PassStore = field(default_factory=PassStore)
@@ -49,10 +49,10 @@ class TrueStore:
 class TruePasses:
     """The stores of a process's cells.
 
-    A pass in true float64 depends on the parameters and buffers and not on the precision that they are held in, unless the
-    class says so: Gemma's normaliser is a constant in the model's own dtype. So equal numbers are not enough, and a short
-    pass of both cells must agree to 1e-10, forward and backward. Passes of another attention are never shared, or a wrong
-    mask would be compared with itself.
+    A pass in true float64 depends on the parameters and buffers and not on the precision that they are stored in,
+    unless the class depends on it: Gemma's normaliser is a constant in the model's own dtype. So equal numbers are not
+    enough, and a short pass of both cells must agree to 1e-10, forward and backward. Passes of another attention are
+    never shared, or a wrong mask would be compared with itself.
     """
 
     def __init__(self) -> None:
@@ -81,12 +81,12 @@ class TruePasses:
 
 
 def keeps_gradients(model: nn.Module) -> bool:
-    """Whether all gradients of the model in float64 take little room beside the answers that are kept."""
+    """Whether all float64 gradients of the model are small beside the cached outputs."""
     return 8 * sum(parameter.numel() for parameter in model.parameters()) <= KEPT_BYTES // 8
 
 
 def digest_of_numbers(model: nn.Module) -> str:
-    """SHA-256 over the values of parameters and buffers by name, whatever dtype they are held in."""
+    """SHA-256 over the values of parameters and buffers by name, independent of their dtype."""
     found = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -99,7 +99,7 @@ def digest_of_numbers(model: nn.Module) -> str:
 
 
 def _probe(context: CellContext) -> Fp64Run | None:
-    """The short pass of a cell; None where it cannot be made: what raises here is some check's to find."""
+    """The short pass of a cell; None if it raises, which a check reports."""
     rows, length = PROBE
     space, seed = context.space, context.request.seed
     tensors = training_batch(space, rows=min(rows, space.max_rows), length=min(length, context.longest), seed=seed)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def nonfinite_count(tensor: Tensor) -> int:
     """Number of NaN and infinite elements; integers have none. A complex element is one if either part is.
 
-    The extremes are asked first: if they are finite every element is, for both are NaN with a NaN.
+    Minimum and maximum come first: if both are finite every element is, since a NaN makes both NaN.
     """
     if tensor.is_complex():
         return int(torch.count_nonzero(~torch.isfinite(tensor)))

@@ -25,7 +25,7 @@ MEANS = {
     "changed": "With rounding out of the way the model computes something else: another formula, other weights, or a config that "
     "is read otherwise.",
     "worse": "The same function, with a larger rounding error than chance explains: a rounding that was not there before.",
-    "contract": "Code that worked with the old version may fail, or silently do another thing.",
+    "contract": "Code that worked with the old version may fail, or silently behave differently.",
     "new": "The old baseline has no such cell, so there is nothing to compare it with.",
     "better": "The same function, with a smaller rounding error.",
     "rounding": "The same function with errors of the same size; other bits.",

@@ -21,11 +21,6 @@ KNOWN_KEYS = (*BY_KEY, "accept")
 def parse_option(option: Option, given: Any, where: str) -> Any:
     """The value of an option from its text, or texts where it is given several times.
 
-    Args:
-        option: which.
-        given: a text, or a list of texts.
-        where: how the user calls it, for the message.
-
     Raises:
         BadInputError: it cannot be used.
     """
@@ -47,17 +42,12 @@ def parse_option(option: Option, given: Any, where: str) -> Any:
         raise BadInputError(message) from None
 
 
-def merge(
-    layers: Sequence[tuple[str, Mapping[str, Any]]],
-    accept: tuple[AcceptEntry, ...] = (),
-    accept_origin: str = PYPROJECT,
-) -> Settings:
+def merge(layers: Sequence[tuple[str, Mapping[str, Any]]], accept: tuple[AcceptEntry, ...] = ()) -> Settings:
     """One `Settings` from layers of parsed values, weakest first.
 
     Args:
         layers: origin, and field name to value.
-        accept: the accepted findings.
-        accept_origin: where these come from.
+        accept: the accepted findings, of pyproject.toml.
 
     Raises:
         BadInputError: values that do not go together.
@@ -68,7 +58,7 @@ def merge(
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     if accept:
-        values["accept"], origins["accept"] = accept, accept_origin
+        values["accept"], origins["accept"] = accept, PYPROJECT
     settings = Settings(**values, origins={name: origins[name] for name in sorted(origins)})
     if len(settings.names) > len(settings.subjects):
         message = f"--name: {len(settings.names)} names for {len(settings.subjects)} subjects; give one per SUBJECT"
@@ -91,9 +81,6 @@ def has_table(file: Path) -> bool:
 
 def read_pyproject(file: Path | None) -> tuple[dict[str, Any], tuple[AcceptEntry, ...]]:
     """Field name to value, and the accepted findings, of `[tool.numerics-suite]`.
-
-    Args:
-        file: the pyproject.toml, None for none.
 
     Raises:
         BadInputError: the file cannot be read, or holds what cannot be used.
@@ -120,11 +107,7 @@ def read_pyproject(file: Path | None) -> tuple[dict[str, Any], tuple[AcceptEntry
 
 
 def option_of_key(key: str) -> Option | None:
-    """The option that a key of pyproject.toml names: by its key, or as its flag or pytest twin is spelt.
-
-    Args:
-        key: with hyphens or underscores.
-    """
+    """The option that a key of pyproject.toml names: by its key, or as its flag or pytest twin is spelt."""
     spelt = key.replace("_", "-")
     twins = {option.twin.removeprefix("--numerics-"): option for option in BY_KEY.values()}
     return BY_KEY.get(spelt) or twins.get(spelt)

@@ -89,12 +89,12 @@ class Settings:
         return self.origins.get(name, DEFAULT)
 
     def explicit(self, name: str) -> bool:
-        """Whether somebody asked for the value, by whatever way."""
+        """Whether the value was set, wherever."""
         return self.origin(name) != DEFAULT
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
-    """The `settings` of a results file: every option as used, and the origins of those that somebody set."""
+    """The `settings` of a results file: every option as used, and the origins of those that were set."""
     written: dict[str, Any] = {}
     for name in (item.name for item in fields(settings)):
         value = getattr(settings, name)

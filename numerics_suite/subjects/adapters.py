@@ -23,7 +23,7 @@ _TASKS: Mapping[str, Task] = {
 
 
 DECOMPOSED = ("corda", "eva", "loftq", "lora_ga", "olora", "orthogonal", "pissa")
-"""Ways to begin that decompose the base's weights, which the meta device does not hold."""
+"""Initialisations that decompose the base's weights, which the meta device does not hold."""
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
@@ -40,16 +40,16 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def refuse_unusable(folder: Path, base: Path, model_class: str, tensors: Mapping[str, StoredTensor]) -> None:
-    """See that peft takes the adapter and puts it on its base, on torch's meta device, which holds shapes and no numbers.
+    """Check that peft can load the adapter onto its base, on torch's meta device, which holds shapes and no numbers.
 
     Args:
         folder: of the adapter.
         base: folder of its base.
-        model_class: of transformers, that the base is loaded as; another one is not looked at.
+        model_class: of transformers, for the base; other classes are not checked.
         tensors: what the adapter's files hold.
 
     Raises:
-        BadInputError: it does not; each check that loads it would fail.
+        BadInputError: it cannot; every check would fail.
     """
     import peft  # heavy
     import torch
@@ -78,7 +78,7 @@ def refuse_unusable(folder: Path, base: Path, model_class: str, tensors: Mapping
 def adapter_task(adapter: Mapping[str, Any]) -> Task | None:
     """The task that the adapter was trained for, None where it does not say.
 
-    An adapter that was made without a `task_type` names the class of its base instead.
+    An adapter without a `task_type` names the class of its base instead.
     """
     told = _TASKS.get(str(adapter.get("task_type")))
     mapping = adapter.get("auto_mapping")

@@ -23,7 +23,7 @@ def find_factory(source: str) -> Callable[[], Any]:
     """The callable that `factory:module:function` names; the module may lie in the working directory.
 
     Raises:
-        BadInputError: the text has another form, the module cannot be imported, or it has no such callable.
+        BadInputError: the text is malformed, the module cannot be imported, or it has no such callable.
         CheckError: the module ends the process.
     """
     module_name, _, name = source.removeprefix(PREFIX).partition(":")
@@ -87,7 +87,7 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
 
 
 def _ended(source: str, error: BaseException) -> CheckError:
-    """What a factory is told of that ends the process instead of returning; an interrupt that the user sent stays one."""
+    """The error for a factory that ends the process instead of returning; a user's interrupt stays an interrupt."""
     stop_if_requested()
     what = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else type(error).__name__
     return CheckError(f"{source} made no module: its code ended with {what}")

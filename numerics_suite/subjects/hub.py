@@ -34,10 +34,10 @@ def parse_hub_id(source: str) -> HubId | None:
 def snapshot(hub_id: HubId, *, allow_pickle: bool) -> Path:
     """The folder of one revision's files; its name is the commit.
 
-    With a network, missing files are downloaded; offline (`HF_HUB_OFFLINE=1`) only what is in the cache serves.
+    With a network, missing files are downloaded; offline (`HF_HUB_OFFLINE=1`) only the cache is used.
 
     Raises:
-        BadInputError: it cannot be had; the message says which way was tried.
+        BadInputError: it is unavailable; the message says what was tried.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

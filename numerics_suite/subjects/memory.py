@@ -1,4 +1,4 @@
-"""How much memory will a cell need? From headers and config alone."""
+"""Estimates the memory of a cell from headers and config alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ is within 6 % of the peak on all of them."""
 KEPT_BATCHES = 2.85
 """Batches as large as the training batch whose logits stay in memory for each drawn one, up to :data:`KEPT_BYTES`."""
 KEPT_BYTES = 2**28
-"""Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group ask the same batches."""
+"""Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group share
+batches."""
 GRADIENT_COPIES = 3
 """Float64 copies of all parameters at once where two backward passes are compared: one's gradients, the other's leaves and gradients."""
 
@@ -65,7 +66,7 @@ def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
     Args:
         subject: resolved.
         dtype: of the parameters, as torch names it.
-        computes_in: dtype of the answers that are kept: under autocast the narrower one.
+        computes_in: dtype of the outputs that are kept: under autocast the narrower one.
         training: whether checks train.
         batch: rows of the training batch.
         seq: tokens of a row.
@@ -258,7 +259,7 @@ def shallower_hint(subject: Subject, bytes_per_parameter: float, room: float) ->
 
 
 def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
-    """See that the weights fit, before the system ends the process for them.
+    """Check that the weights fit, before the system kills the process.
 
     Args:
         subject: about to be loaded.
@@ -266,7 +267,7 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
         device: of the cell.
 
     Raises:
-        CheckError: they do not, with the bytes asked and free.
+        CheckError: they do not, with the bytes requested and free.
     """
     parts = parts_of(device)
     if subject.parameters is None or subject.quantized:
@@ -286,7 +287,7 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
 
 
 def layer_count(subject: Subject) -> int:
-    """Blocks of the model, 1 where the config does not say."""
+    """Number of blocks, 1 if the config does not say."""
     return _number(subject.config, "num_hidden_layers", "num_layers", "n_layer") or 1
 
 
@@ -302,7 +303,7 @@ def product_weights(subject: Subject) -> int:
 
 
 def _words(subject: Subject) -> int:
-    """Numbers of an answer at one token: the vocabulary, or the labels of a classifier."""
+    """Size of the output at one token: the vocabulary, or a classifier's number of labels."""
     if subject.task != "causal-lm":
         return subject.num_labels
     return _number(subject.config, "vocab_size", "padded_vocab_size")

@@ -1,7 +1,8 @@
-"""What does the user mean by SUBJECT? Text in, a resolved :class:`Subject` out; nothing is loaded."""
+"""Resolves SUBJECT: from text to a :class:`Subject`; nothing is loaded."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
-    """What the options ask of a subject; as :func:`resolve`."""
+    """The options for a subject; see :func:`resolve`."""
 
     task: str = "auto"
     num_labels: int | None = None
@@ -150,7 +151,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
 
 
 def unsupported_subject(source: str, *, name: str | None = None, task: str = "auto") -> Subject:
-    """What can be said of a subject that :func:`resolve` gave up with `UnsupportedError`: its cells are skipped.
+    """A subject for which :func:`resolve` raised `UnsupportedError`: its cells are skipped.
 
     Raises:
         BadInputError: it cannot be used at all.
@@ -171,7 +172,7 @@ def unsupported_subject(source: str, *, name: str | None = None, task: str = "au
 
 
 def factory_subject(source: str, *, name: str | None = None) -> Subject:
-    """What can be said of a factory that gave no module.
+    """The subject of a factory that failed to return a module.
 
     Args:
         source: `factory:module:function`.
@@ -186,7 +187,7 @@ def factory_subject(source: str, *, name: str | None = None) -> Subject:
 
 
 def _place(source: str, *, allow_pickle: bool) -> _Place:
-    """The folder that SUBJECT names; a hub id is brought into the cache."""
+    """The folder that SUBJECT names; a hub id is downloaded into the cache."""
     if source.startswith(FIXTURE):
         name = source.removeprefix(FIXTURE)
         return _Place(id=name, kind="fixture", path=fixtures.fixture_path(name))
@@ -339,7 +340,8 @@ def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
     task: Task = "module"
     language_model = compat.is_language_model(module)
     if language_model:
-        config = module.config.to_dict()  # type: ignore[union-attr, operator]
+        # As in `config.json`: JSON's own types, which travel to workers whatever the user put into the config.
+        config = json.loads(json.dumps(module.config.to_dict(), default=str, skipkeys=True))  # type: ignore[union-attr, operator]
         task = task_of_class(type(module).__name__) or "module"
     if wanted.task not in ("auto", task):
         message = f"{source} makes a {type(module).__name__}, which is no model for --task {wanted.task}"

@@ -114,9 +114,6 @@ class Bundle:
 def read_bundle(path: Path) -> Bundle:
     """Read a folder that the watch wrote.
 
-    Args:
-        path: of the folder.
-
     Raises:
         BadInputError: it is none, of another version, or a file of it is missing or was changed.
     """
@@ -247,9 +244,6 @@ def _calls_of_bad_step(bundle: Bundle) -> list[ForwardCall]:
 def bad_calls(bundle: Bundle) -> list[ForwardCall]:
     """The bad step's calls.
 
-    Args:
-        bundle: as read.
-
     Raises:
         BadInputError: none was kept whole.
     """
@@ -262,9 +256,6 @@ def bad_calls(bundle: Bundle) -> list[ForwardCall]:
 
 def built_model(bundle: Bundle) -> nn.Module:
     """The watched model, of a class of transformers, with its adapters and the parameters that the folder holds.
-
-    Args:
-        bundle: as read.
 
     Raises:
         NotApplicableError: it is another class, or the folder does not hold every parameter.

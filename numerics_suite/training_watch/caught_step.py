@@ -292,12 +292,7 @@ def _plan(start: Start) -> TrainingPlan:
 
 
 def recipe_of(model: nn.Module, start: Start) -> Precision:
-    """The recipe that the watched model was trained by: its dtype, its autocast sections, its loss scale.
-
-    Args:
-        model: as watched.
-        start: the calls and the loop.
-    """
+    """The recipe that the watched model was trained by: its dtype, its autocast sections, its loss scale."""
     dtype: Any = usual_dtype(model.parameters()) or "float32"
     # What is trained names the recipe: a float16 base under a float32 adapter is no training in float16.
     trained = usual_dtype(p for p in model.parameters() if p.requires_grad) or dtype
@@ -310,22 +305,13 @@ def recipe_of(model: nn.Module, start: Start) -> Precision:
 
 
 def usual_dtype(parameters: Iterable[Tensor]) -> str | None:
-    """The dtype of most of the floating parameters, such as `float32`; None of none.
-
-    Args:
-        parameters: of a model.
-    """
+    """The dtype of most of the floating parameters, such as `float32`; None of none."""
     dtypes = [str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()]
     return max(dict.fromkeys(dtypes), key=dtypes.count) if dtypes else None
 
 
 def precision_name(dtype: str, autocast: str | None) -> str:
-    """The precision of parameters of that dtype under that autocast.
-
-    Args:
-        dtype: such as `float32`.
-        autocast: the same, None for none.
-    """
+    """The precision of parameters of that dtype under that autocast."""
     trained = [recipe for recipe in PRECISIONS.values() if recipe.trains and not recipe.tf32]
     exact = [recipe.name for recipe in trained if (recipe.parameters, recipe.autocast) == (dtype, autocast)]
     # Parameters in half precision under autocast are no recipe: the section is what another precision would take away.

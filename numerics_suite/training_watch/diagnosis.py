@@ -230,12 +230,7 @@ def _is_known(alarm: Alarm, scene: CaughtContext) -> bool:
 
 
 def trained_again(scene: CaughtContext, step: int) -> tuple[Origin | None, str, str] | None:
-    """Place, what was run and cause of the bad step as it comes about from a snapshot on; None where it cannot, or stays finite.
-
-    Args:
-        scene: with a start from parameters that were kept.
-        step: the bad one.
-    """
+    """Place, what was run and cause of the bad step as it comes about from a snapshot on; None where it cannot, or stays finite."""
     start = next((start for start in scene.starts if start.parameters and start.whole), None)
     if start is None or start.loop is None or (not scene.updated and start.first == step):
         return None

@@ -42,7 +42,7 @@ def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 @contextmanager
 def around_forward(model: nn.Module, before: Before, after: After) -> Iterator[None]:
-    """Within it both bound methods are told of each call of the model.
+    """Within it each call of the model is reported to both bound methods.
 
     A model compiled in place is wrapped from outside: hooks would be traced into its graph.
     """
@@ -95,7 +95,7 @@ def around_step(
     before: Callable[[torch.optim.Optimizer], None],
     after: Callable[[torch.optim.Optimizer], None],
 ) -> Iterator[None]:
-    """Within it both bound methods are told of each step of the optimizer, which holds them weakly."""
+    """Within it each step of the optimizer is reported to both bound methods, which are held weakly."""
     first, second = weakref.WeakMethod(before), weakref.WeakMethod(after)
     del before, after  # this frame lives as long as the hooks do, and would hold the watch
 

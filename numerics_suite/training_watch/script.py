@@ -33,13 +33,7 @@ class Finder:
     """
 
     def __init__(self, settings: WatchSettings, *, on_bad: str, bundle: Path | None) -> None:
-        """Nothing is found yet.
-
-        Args:
-            settings: of every watch.
-            on_bad: `stop`, `warn` or `skip`.
-            bundle: folder of the first bad value, None for none.
-        """
+        """Nothing is found yet."""
         self.settings, self.on_bad, self.bundle = settings, on_bad, bundle
         self.watches: list[Watch] = []
         self._bound: set[int] = set()
@@ -73,7 +67,7 @@ class Finder:
         found = []
         for watch in self.watches:
             name = type(watch.model).__name__
-            if watch.step <= 1 and not watch._stepped and watch.finding is None:  # noqa: SLF001 - nobody else asks
+            if watch.step <= 1 and not watch._stepped and watch.finding is None:  # noqa: SLF001 - for the notes alone
                 found.append(
                     f"{name}: no torch.optim.Optimizer stepped it, so its values were looked at, and neither steps nor updates"
                 )
@@ -168,11 +162,6 @@ def _outermost_calls(told: Any) -> Iterator[None]:
 
 def run_script(script: Path, arguments: Sequence[str], finder: Finder) -> int:
     """Run a script as `python SCRIPT ARGS…` would, watched.
-
-    Args:
-        script: path of it.
-        arguments: what it finds in `sys.argv[1:]`.
-        finder: opens the watches.
 
     Returns:
         The exit status that it chose.

@@ -77,7 +77,7 @@ class Bisection:
         candidates: the good end first.
         kept: entered; steps are found and kept there.
         execute: how a job is run.
-        audience: told of every step.
+        audience: follows every step.
         jobs: how many run at once; the two ends can.
         stop: ends what runs.
         named: the user said which check decides.

@@ -59,13 +59,13 @@ class Recipe:
     """What an environment is made of, and therefore what it is known by.
 
     Attributes:
-        python: version or path, as uv is told.
+        python: version or path, for uv.
         torch: a release.
         transformers: a release, or `git-COMMIT`.
         requirements: of numerics-suite, without these two.
         sources: where packages come from.
         platform: system, machine and C library.
-        others: name and release of the packages of `requirements` that somebody chose.
+        others: name and release of the packages of `requirements` that the user chose.
     """
 
     python: str

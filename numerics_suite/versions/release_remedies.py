@@ -36,13 +36,6 @@ def try_versions(
 ) -> RunResult:
     """The result with `newer-version` and `pin-version` tried for every finding that has them.
 
-    Args:
-        result: of the run at hand.
-        settings: of that run.
-        kept: entered; answers are found and kept there.
-        execute: how a job is run.
-        tell: called with one line before each environment.
-
     Raises:
         KeyboardInterrupt: the user stopped.
     """

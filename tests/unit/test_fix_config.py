@@ -54,7 +54,7 @@ def fix_config(folder: Path, check: str):
         origins={"precision": "command line"},
     )
     session = MutantSession(settings)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = session.plan.questions
     result, trace = session.answer(question)
     assert result.finding is not None, f"{result.status} {result.reason} {trace}"
@@ -87,7 +87,7 @@ def test_a_5x_layout_is_said_in_the_word_of_code_that_knows_no_such_layout(check
     assert remedy.verified is True
     assert remedy.effect.startswith("with rope_ratio 50.0 in place of rope_parameters, transformers ")
     assert "builds rotary base 500000 (was 10000)" in remedy.effect
-    assert "ignored 1 → 0, 0 allowed" in remedy.effect
+    assert "config keys that are ignored 1 → 0, 0 allowed" in remedy.effect
 
 
 def test_a_file_that_is_read_then_and_computes_otherwise_all_the_same_is_not_verified(checkpoint):

@@ -11,8 +11,7 @@ from torch import nn
 
 from numerics_suite.checks import _true_gradient
 from numerics_suite.checks._laws import law_measurements
-from numerics_suite.checks._true_gradient import GRADIENT
-from numerics_suite.checks.forward.attention import attention
+from numerics_suite.checks.forward.attention import _other, attention
 from numerics_suite.checks.forward.causal import causal
 from numerics_suite.checks.reference.gradient import gradient
 from numerics_suite.checks.reference.oracle import oracle
@@ -141,14 +140,14 @@ def test_a_gradient_is_dropped_after_the_last_check_that_reads_it(monkeypatch: p
     held = []
     for question in session.plan.questions:
         assert session.answer(question)[0].status == "passed"
-        held.append(any(key.startswith(GRADIENT) for key in session.context(question.cell).memo))
+        held.append(bool(session.context(question.cell).gradient_passes))
     assert held == [True, False, False]
 
 
 def test_the_other_attention_holds_the_same_weights() -> None:
     (context,) = cells()
     ask(attention, context, seed=0)
-    other = context.memo["other attention"].model
+    other = context.cached(_other).model
     assert other is not context.model
     for name, parameter in context.model.named_parameters():
         assert other.get_parameter(name).data_ptr() == parameter.data_ptr()

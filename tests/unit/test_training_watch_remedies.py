@@ -93,7 +93,7 @@ def test_a_learning_rate_is_cured_by_a_lower_one_and_clipping_is_said_to_hide():
     lower = remedies["lower-learning-rate"]
     assert lower.verified is True
     assert float(lower.effect.split()[1]) < 30
-    assert "(was 3e+02) is the largest that holds: finite; loss 7." in lower.effect
+    assert "(was 3e+02) is the largest that works: finite; loss 7." in lower.effect
     assert remedies["clip-grad-norm"].verified is False
     assert remedies["clip-grad-norm"].effect.startswith("train.descends fails: the loss rises")
     assert finding.remedies[0] == lower

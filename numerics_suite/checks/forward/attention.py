@@ -32,7 +32,7 @@ def attention(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     if not batch.laws_apply:
         yield from skipped_law()
         return
-    other = _other(context)
+    other = context.cached(_other)
     given, real = without_labels(batch.tensors), batch.tensors["attention_mask"].bool()
     run = Runner(other.model, context.condition).true_fp64(given, call=caller(context, by_token=True))
     trusted(run.left_out)
@@ -59,25 +59,21 @@ def attention(context: CellContext, batch: Batch) -> Iterable[Measurement]:
 
 
 def _other(context: CellContext) -> Loaded:
-    """The same weights under the other implementation, loaded once a cell."""
-    if "other attention" not in context.memo:
-        name = "sdpa" if context.loaded.attn == "eager" else "eager"
-        if context.subject.new_head:
-            reason = "a new head is drawn at random, so two loads differ in it"
-            raise NotApplicableError(reason)
-        try:
-            loaded = context.load(seed=context.request.seed, attn=name)
-        except UnsupportedError as error:
-            raise NotApplicableError(str(error)) from None
-        _share_weights(loaded.model, context.model)
-        context.memo["other attention"] = loaded
-    other = context.memo["other attention"]
-    assert isinstance(other, Loaded)
-    return other
+    """The same weights under the other implementation."""
+    name = "sdpa" if context.loaded.attn == "eager" else "eager"
+    if context.subject.new_head:
+        reason = "a new head is drawn at random, so two loads differ in it"
+        raise NotApplicableError(reason)
+    try:
+        loaded = context.load(seed=context.request.seed, attn=name)
+    except UnsupportedError as error:
+        raise NotApplicableError(str(error)) from None
+    _share_weights(loaded.model, context.model)
+    return loaded
 
 
 def _share_weights(other: nn.Module, own: nn.Module) -> None:
-    """Let `other` hold the very weights of `own` where they are equal bit for bit: no second copy stays in memory."""
+    """Let `other` share the weights of `own` that are bitwise equal, so that no second copy stays in memory."""
     held = dict(own.named_parameters())
     for name, parameter in other.named_parameters():
         twin = held.get(name)

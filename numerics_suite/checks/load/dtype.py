@@ -14,12 +14,12 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.cell_context import CellContext
 
 SHOWN = 5
-"""Names that a fact lists."""
+"""Most names that a fact lists."""
 
 
 @check(scope="precision")
 def dtype(context: CellContext) -> Iterable[Measurement]:
-    """Is the dtype asked for the dtype held, but for what the model declares to keep in float32, and is no buffer rounded?"""
+    """Is the model in the requested dtype, apart from what it declares to keep in float32, and is no buffer rounded?"""
     loaded = context.loaded
     asked = dtype_of(context.recipe.parameters)
     kept = _declared_fp32(loaded.model)
@@ -76,7 +76,7 @@ def _of_parameters(
 
 
 def _of_the_load(context: CellContext) -> dict[str, Fact]:
-    """Which load it is that ignores the dtype, where another one heeds it."""
+    """The kind of load that ignores the dtype, if another kind respects it."""
     if not only_with_config(context):
         return {}
     return {
@@ -92,6 +92,6 @@ def _declared_fp32(model: object) -> tuple[str, ...]:
 
 
 def _is_wider(held: str, asked: torch.dtype) -> bool:
-    """Whether the dtype holds every number of the one asked for."""
+    """Whether the dtype represents every number of the requested one."""
     one, other = torch.finfo(dtype_of(held)), torch.finfo(asked)
     return one.eps <= other.eps and one.max >= other.max

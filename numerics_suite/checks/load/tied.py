@@ -44,7 +44,7 @@ def _measured(name: str, failed: bool, facts: dict[str, Fact]) -> Measurement:  
 
 
 def _stored_apart(context: CellContext, entry: nn.Module, output: nn.Module) -> dict[str, Fact]:
-    """What tells the stored output embedding from the stored input embedding; nothing where they are the same, or one is not stored."""
+    """How the stored output embedding differs from the input embedding; nothing if they are equal or one is missing."""
     subject = context.subject
     if subject.path is None or subject.quantized:
         return {}

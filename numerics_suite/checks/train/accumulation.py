@@ -19,10 +19,10 @@ from numerics_suite.engine.true_fp64 import Fp64Run
 
 @check(trains=True, needs=("token-ids",), reads=(GRADIENT,))
 def accumulation(context: CellContext) -> Iterable[Measurement]:
-    """Do micro-batches of unequal token counts, weighted by what they count, give the full batch's loss and gradient?
+    """Do micro-batches of unequal token counts, weighted by their labels, give the full batch's loss and gradient?
 
-    In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. The
-    loss that balances a mixture's experts is no mean over labels, and is left out.
+    In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. A
+    mixture of experts' balancing loss is no mean over labels and is left out.
     """
     rows = int(context.gradient_batch.tensors["input_ids"].shape[0])
     if rows < 2:

@@ -21,7 +21,7 @@ from numerics_suite.observations.roundoff import gradient_errors
 
 @check(trains=True, needs=("token-ids",), reads=(GRADIENT,))
 def checkpointing(context: CellContext) -> Iterable[Measurement]:
-    """Are the gradients with activation checkpointing those without, and those of training mode eval mode's?
+    """Are gradients the same with and without activation checkpointing, and in training mode and eval mode?
 
     Both in true fp64, with every dropout off.
     """
@@ -55,7 +55,7 @@ def checkpointing(context: CellContext) -> Iterable[Measurement]:
 
 
 def _in_eval_mode(context: CellContext) -> Mapping[str, Tensor]:
-    """The cell's true fp64 gradients; of a large model whose blocks cannot be taken one by one those of a run of its own."""
+    """The cell's true fp64 gradients; for a large model whose blocks cannot be streamed, those of a separate run."""
     try:
         return true_gradient(context).gradients
     except NotApplicableError:
@@ -75,7 +75,7 @@ def _trained(context: CellContext, *, checkpointed: bool) -> Mapping[str, Tensor
 
 
 def _worst(name: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Measurement:
-    """The error of the parameter whose gradient is worst; one that is not there is infinitely wrong."""
+    """The error of the parameter whose gradient is worst; a missing one is infinitely wrong."""
     errors = {**dict.fromkeys(wanted, float("inf")), **gradient_errors(got, wanted)}
     worst = max(errors, key=lambda name: nan_last(errors[name]))
     return _measurement(name, errors[worst], worst)

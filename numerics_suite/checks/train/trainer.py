@@ -30,19 +30,20 @@ from numerics_suite.inputs.targets import targets_of
 from numerics_suite.observations.roundoff import gradient_errors, projection, relative_error
 
 TIMES = "times the whole batch's gradient"
-"""Name of the projection of the gradient that was handed over on the one that is wanted."""
+"""Fact: projection of the optimizer's gradient on the right one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One way to train, the gradient it must give, and the gradient it gave.
+    """One way to train, with expected and actual gradient.
 
     Attributes:
         name: of the measurement.
         words: the way, as in "with NAME".
-        wanted: the whole batch's gradient.
+        wanted: the expected gradient, that of the whole batch.
         step: the Trainer's.
-        fault: finds whose fault a difference is, given how many times the whole batch's gradient was handed over; None where it is the model's own, which other checks report.
+        fault: finds the code at fault, given the projection of the actual gradient on the expected one; None if it is
+            the model's own, which other checks report.
     """
 
     name: str
@@ -54,10 +55,11 @@ class Trial:
 
 @check(scope="subject", trains=True, needs=("token-ids",))
 def trainer(context: CellContext) -> Iterable[Measurement]:
-    """Do the installed Trainer, accelerate and peft hand the optimizer the gradient of the whole batch's loss?
+    """Do the installed Trainer, accelerate and peft give the optimizer the gradient of the whole batch's loss?
 
-    In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, an adapter, a loop
-    over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
+    In true fp64, on the CPU, over a few short rows with unequal numbers of labels: with accumulation, an adapter, a
+    loop over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed
+    packages on the subject's class, so once for each subject.
     """
     stack = stack_of(context)
     try:
@@ -83,7 +85,7 @@ def trainer(context: CellContext) -> Iterable[Measurement]:
 
 
 def _measured(trial: Trial) -> Measurement:
-    """The worst difference of a parameter's gradient; one that is not handed over at all differs by all that it is."""
+    """The worst difference of a parameter's gradient; a missing gradient counts as zero."""
     wanted = {name: value for name, value in trial.wanted.gradients.items() if bool(value.any())}
     got = {name: trial.step.gradients.get(name, torch.zeros_like(value)) for name, value in wanted.items()}
     errors = gradient_errors(got, wanted)
@@ -196,7 +198,7 @@ def _adapter(stack: StackSubject, rows: int) -> Iterator[Trial]:
 
 
 def _loop(stack: StackSubject, whole: Step) -> Trial:
-    """A loop over accelerate itself, which weighs each row by the labels that it counts, as accelerate's pages say."""
+    """A loop over accelerate that weights each row by its labels, as accelerate documents."""
     rows = stack.rows()
     counts = [labels_in_mean(stack.tensors["labels"][row : row + 1], stack.task) for row in range(len(rows))]
     return Trial(
@@ -277,7 +279,7 @@ def _checkpointing(stack: StackSubject, whole: Step, *, reentrant: bool) -> Tria
 
 
 def _checkpoints_wrongly(stack: StackSubject, whole: Step, arguments: Mapping[str, Any]) -> bool:
-    """Whether the model does so without the Trainer too: `train.checkpointing` says so."""
+    """Whether checkpointing is wrong without the Trainer too, which `train.checkpointing` reports."""
     model: Any = stack.model
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments["gradient_checkpointing_kwargs"])
     try:

@@ -77,7 +77,7 @@ def _merged_ids(scene: ScriptContext) -> list[str] | None:
         "",
         "pairs = [(a, b) for a, b in pairs if not torch.equal(entry.weight[a], entry.weight[b])]",
         "merged = [(a, b) for a, b in pairs if torch.equal(embedded(a), embedded(b))]",
-        f'assert not merged, f"{SYMPTOM}: ids whose rows differ are embedded alike: {{merged}}"',
+        f'assert not merged, f"{SYMPTOM}: ids whose rows differ get the same embedding: {{merged}}"',
         'print("not reproduced: each of these ids has its own state")',
     ]
 

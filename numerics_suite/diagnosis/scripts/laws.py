@@ -193,7 +193,7 @@ def _rounded(scene: ScriptContext, law: Law, told: str) -> list[str] | None:
         f"roundoff = torch.finfo(torch.{scene.context.recipe.computes_in}).eps / 2",
         "inherent = max(rms(usual - exact), roundoff * rms(exact))",
         f'assert rms(other - exact) <= {ROUNDED_LAW!r} * inherent, f"{SYMPTOM}: {told}: off by {{rms(other - exact) / inherent:.3g}} roundings"',
-        'print("not reproduced: the transformed run errs no more than the plain one")',
+        'print("not reproduced: the error of the transformed run is no larger than that of the plain one")',
     ]
 
 

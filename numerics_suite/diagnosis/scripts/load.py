@@ -188,7 +188,7 @@ def _dtype(scene: ScriptContext) -> list[str] | None:
         "    declared = parameter.dtype == torch.float32 and any(part in name for part in kept)",
         f"    if parameter.dtype.is_floating_point and parameter.dtype != torch.{scene.context.recipe.parameters} and not declared:",
         "        other[name] = parameter.dtype",
-        f'assert not other, f"{SYMPTOM}: not in the dtype asked for: {{other}}"',
+        f'assert not other, f"{SYMPTOM}: not in the requested dtype: {{other}}"',
         'print("not reproduced: every parameter has the dtype asked for")',
     ]
 

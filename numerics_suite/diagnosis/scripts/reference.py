@@ -54,8 +54,8 @@ def _local(scene: ScriptContext) -> list[str] | None:
         f"roundoff = torch.finfo(torch.{dtype}).eps / 2",
         *(composed if scene.measurement == "composed" else [*single, *large]),
         f"allowed = {scene.allowed * allowance!r}",
-        f'assert found <= allowed, f"{SYMPTOM}: {scene.module} errs {{found:.3g}} units of its own rounding, {{allowed:.3g}} allowed"',
-        'print(f"not reproduced: it errs {found:.3g} units of its own rounding")',
+        f'assert found <= allowed, f"{SYMPTOM}: the error of {scene.module} is {{found:.3g}} units of its own rounding; at most {{allowed:.3g}} is allowed"',
+        'print(f"not reproduced: the error is {found:.3g} units of its own rounding")',
     ]
 
 

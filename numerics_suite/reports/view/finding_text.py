@@ -53,9 +53,9 @@ OUTCOMES = {
     ("the same op in float64", "not finite"): "the same operation in float64 is not finite either",
     **dict.fromkeys(
         (("loaded without poison", "other values"), ("over memory of zeros", "other values")),
-        "loaded into memory of zeros the values are other ones than in memory of NaN",
+        "a load into zeroed memory gives other values than a load into memory filled with NaN",
     ),
-    ("loaded without poison", "NaN again"): "loaded into memory of zeros it is NaN as well",
+    ("loaded without poison", "NaN again"): "a load into zeroed memory gives NaN as well",
 }
 """Facts that are experiments of their own, in words."""
 
@@ -67,7 +67,7 @@ OF_CAUSE = {
         "optimizer-underflow",
         "the same op in float64",
         "not finite",
-    ): "float64, given the values as {dtype} holds them (eps is 0 already), is not finite either: so no overflow",
+    ): "the same operation in float64 on {dtype}'s values (eps is already 0) is not finite either, so it is no overflow",
 }
 """The same where the cause gives an outcome its meaning."""
 

@@ -15,7 +15,8 @@ ENCODERS = frozenset(
     {"distilbert", "esmc", "eurobert", "flaubert", "funnel", "modernbert", "mpnet", "neomme", "perceiver", "tapas"}
     | {"ultrabert", "xlm", "xlnet"}
 )
-"""Encoders whose config has none of the keys that tell one: every other in transformers' table of masked models has."""
+"""Encoders without any config key that identifies one; all others in transformers' table of masked models have such a
+key."""
 
 GENERIC = Family(
     name="generic",
@@ -32,7 +33,8 @@ GENERIC = Family(
 )
 
 ENCODER = replace(GENERIC, pooling="unknown", padding_sides=("right",), causal=False)
-"""An encoder sees both sides, pools its first token or a mean, and its absolute positions bear padding on the right only."""
+"""An encoder sees both sides, pools its first token or a mean, and its absolute positions allow padding on the right
+only."""
 
 
 LEFT_PADDED = frozenset({"xlnet"})

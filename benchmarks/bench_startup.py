@@ -20,7 +20,7 @@ def test_help(benchmark: BenchmarkFixture) -> None:
     def run() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - our own
 
-    text = benchmark.pedantic(run, rounds=10, warmup_rounds=1)  # type: ignore[no-untyped-call]
+    text = benchmark.pedantic(run, rounds=10, warmup_rounds=1)
     assert "check" in text
     assert benchmark.stats is not None
     assert benchmark.stats.stats.min < MOST_SECONDS

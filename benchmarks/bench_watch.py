@@ -1,6 +1,6 @@
 """What does the watch add to a training step, and what do other ways to look for NaN add?
 
-`pytest -p no:numerics_suite numerics_suite/suite/bench_watch.py -s`, with the extra `test` installed. Each round takes one step in each way, one after
+`pytest -p no:numerics_suite benchmarks/bench_watch.py -s`, with the extra `test` installed. Each round takes one step in each way, one after
 the other in turning order, and each way's ratio to the bare step of its own round is kept: whatever else the machine does meanwhile, it does to
 both. The median of these ratios is told, in seconds of the clock and, on a CPU, in seconds of this process's own work, which neighbours on
 the machine do not lengthen; the latter must stay below the limit. Ways without a limit take part in every sixth round.
@@ -233,7 +233,7 @@ def test_watch(benchmark: BenchmarkFixture) -> None:
     device = accelerator() or CPU
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # detect_anomaly's own, which says that it is slow
-        found = benchmark.pedantic(measure, rounds=1)  # type: ignore[no-untyped-call]
+        found = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info.update(found)
-    print(f"\n{device}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))  # noqa: T201
+    print(f"\n{device}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
     assert found[f"{held_clock(device)}: amortised"] <= most_ratio(device)

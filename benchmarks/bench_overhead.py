@@ -91,7 +91,7 @@ class Recorder:
         call, load = nn.Module.__call__, PreTrainedModel.__dict__["from_pretrained"]
         backward, grad = torch.autograd.backward, torch.autograd.grad
         handle = register_optimizer_step_post_hook(lambda *_: self._note("step"))
-        nn.Module.__call__ = self._watched(call)  # type: ignore[method-assign]
+        nn.Module.__call__ = self._watched(call)
         PreTrainedModel.from_pretrained = classmethod(self._loader(load.__func__))
         torch.autograd.backward = self._noting(backward)
         torch.autograd.grad = self._noting(grad)
@@ -99,7 +99,7 @@ class Recorder:
             yield
         finally:
             handle.remove()
-            nn.Module.__call__ = call  # type: ignore[method-assign]
+            nn.Module.__call__ = call
             PreTrainedModel.from_pretrained = load
             torch.autograd.backward, torch.autograd.grad = backward, grad
 
@@ -167,7 +167,7 @@ def replay(work: Work, path: Path) -> None:
             optimizer.zero_grad(set_to_none=True)
             loss = loss_in(dict(output))
             if loss.requires_grad:  # the oracle's own backward pass is no work of the model
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             output = None
         elif step == "step":
             optimizer.step()
@@ -242,9 +242,9 @@ def measure(precision: str, checks: tuple[str, ...], skip: tuple[str, ...]) -> d
 def test_overhead(benchmark: BenchmarkFixture, precision: str, which: str) -> None:
     """The ratio is in the benchmark's extra info; that of the checks without twins must stay below its limit."""
     checks, skip = (WITHOUT_TWINS, TWINS) if which == "without-twins" else ((), ())
-    found = benchmark.pedantic(measure, args=(precision, checks, skip), rounds=1)  # type: ignore[no-untyped-call]
+    found = benchmark.pedantic(measure, args=(precision, checks, skip), rounds=1)
     benchmark.extra_info.update(found)
-    print(f"\n{which} {precision}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))  # noqa: T201
+    print(f"\n{which} {precision}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
     if which == "without-twins":
         assert found["twins"] == 0
         assert found["ratio"] <= MOST_RATIO

@@ -1,6 +1,6 @@
 """How long do a forward pass and a training step of a tiny GLM-4 take in each precision, bare and watched?
 
-`pytest -p no:numerics_suite numerics_suite/suite/bench_steps.py`, with the extra `test` installed.
+`pytest -p no:numerics_suite benchmarks/bench_steps.py`, with the extra `test` installed.
 """
 
 from __future__ import annotations
@@ -8,36 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from measurements import bare_step, context_of
 
-from numerics_suite.core.records import Cell
 from numerics_suite.devices.precisions import PRECISIONS
-from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.cell_context import CellContext, Request
-from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.training_loop import TrainingPlan
-from numerics_suite.subjects.resolve import resolve_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_benchmark.fixture import BenchmarkFixture
 
+    from numerics_suite.engine.cell_context import CellContext
+
 RUNS_ON_CPU = [name for name, recipe in PRECISIONS.items() if not recipe.tf32]
 TRAINS = [name for name in RUNS_ON_CPU if PRECISIONS[name].trains]
-
-
-def context_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> CellContext:
-    """The context of one CPU cell with the default batch: 4 rows of at most 64 tokens.
-
-    Args:
-        precision: name of the recipe.
-        subject: SUBJECT as a user types it.
-        attn: attention implementation.
-    """
-    (resolved,) = resolve_all((subject,), ())
-    cell = Cell(subject=resolved.id, precision=precision, attn=attn, device="cpu", task=resolved.task)
-    return CellContext(resolved, cell, Request())
 
 
 @pytest.mark.parametrize("precision", RUNS_ON_CPU)
@@ -47,25 +31,6 @@ def test_forward_pass(benchmark: BenchmarkFixture, precision: str) -> None:
     tensors = context.training_batch.tensors
     logits = benchmark(lambda: context.run(tensors)).logits
     assert logits.shape[:2] == tensors["input_ids"].shape
-
-
-def bare_step(context: CellContext) -> Callable[[], object]:
-    """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
-    model = context.copy_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    scaler = torch.amp.GradScaler("cpu", enabled=context.recipe.loss_scaling)
-    tensors = context.training_batch.tensors
-
-    def step() -> object:
-        optimizer.zero_grad(set_to_none=True)
-        with forward_pass(context.condition):
-            loss = call_model(model, tensors).loss
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        return loss
-
-    return step
 
 
 def _watched_step(context: CellContext) -> Callable[[], object]:

@@ -1,9 +1,4 @@
-"""What does the verdict on one cell cost, in training steps of the same model?
-
-`pytest -p no:numerics_suite -s numerics_suite/suite/bench_cells.py`, with the extra `test` installed. The unit is a bare bfloat16 step
-(forward, backward, AdamW; 4 rows of 64 tokens) of the same model in the same process, timed after the checks: CPU seconds
-on one thread, so that other work on the machine weighs on both. Peaks are those of processes of their own.
-"""
+"""What benchmarks measure with: a bare training step, all checks of a cell, and processes of their own for both."""
 
 from __future__ import annotations
 
@@ -12,25 +7,23 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pytest
 import torch
 
-from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.records import Cell
 from numerics_suite.devices import random_state
+from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.runner import forward_pass
 from numerics_suite.settings.options import from_command_line
-from numerics_suite.subjects.fixtures import REAL_NAME, fixture_path
 from numerics_suite.subjects.quiet import quiet_transformers
-from numerics_suite.suite.bench_steps import bare_step, context_of
+from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite.session import SuiteSession
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 STEPS = 3
 """Timed, of which the median counts; one more before them warms up."""
@@ -49,22 +42,50 @@ MEDIUM = {
 """A GLM-4 of 35 million parameters."""
 
 
-@pytest.fixture(params=["tiny", "35M", "135M"])
-def subject(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A shipped fixture, a model with weights of one seed, and the trained one."""
-    if request.param == "tiny":
-        return "fixture:glm4-tiny"
-    if request.param == "135M":
-        try:
-            fixture_path(REAL_NAME)
-        except BadInputError as error:
-            pytest.skip(str(error))
-        return f"fixture:{REAL_NAME}"
+def write_model(folder: Path, changes: Mapping[str, Any]) -> str:
+    """Save a GLM-4 in bfloat16 with weights of one seed, and give its SUBJECT.
+
+    Args:
+        folder: of the checkpoint.
+        changes: to :data:`MEDIUM`.
+    """
     from transformers import Glm4Config, Glm4ForCausalLM
 
     with random_state.torch_seeded(0), quiet_transformers():
-        Glm4ForCausalLM(Glm4Config(**MEDIUM)).to(torch.bfloat16).save_pretrained(tmp_path / "medium")
-    return str(tmp_path / "medium")
+        Glm4ForCausalLM(Glm4Config(**{**MEDIUM, **changes})).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def context_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> CellContext:
+    """The context of one CPU cell with the default batch: 4 rows of at most 64 tokens.
+
+    Args:
+        precision: name of the recipe.
+        subject: SUBJECT as a user types it.
+        attn: attention implementation.
+    """
+    (resolved,) = resolve_all((subject,), ())
+    cell = Cell(subject=resolved.id, precision=precision, attn=attn, device="cpu", task=resolved.task)
+    return CellContext(resolved, cell, Request())
+
+
+def bare_step(context: CellContext) -> Callable[[], object]:
+    """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
+    model = context.copy_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=context.recipe.loss_scaling)
+    tensors = context.training_batch.tensors
+
+    def step() -> object:
+        optimizer.zero_grad(set_to_none=True)
+        with forward_pass(context.condition):
+            loss = call_model(model, tensors).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    return step
 
 
 def alone(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
@@ -138,11 +159,3 @@ def measure(subject: str) -> dict[str, float]:
     step, whole = alone(steps, subject), alone(cell, subject)
     memory = {"peak in steps": whole["peak_gb"] / step["peak_gb"], "step's peak_gb": step["peak_gb"]}
     return {**whole, **memory, "detect_anomaly": step["detect_anomaly"]}
-
-
-def test_cell(benchmark: BenchmarkFixture, subject: str) -> None:
-    """The figures are in the benchmark's extra info."""
-    found = benchmark.pedantic(measure, args=(subject,), rounds=1)  # type: ignore[no-untyped-call]
-    benchmark.extra_info.update(found)
-    print(f"\n{subject}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))  # noqa: T201
-    assert found["cell"] > 0
