@@ -9,6 +9,7 @@ import torch
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.memory import free_bytes
+from numerics_suite.engine.blocks import decoder_blocks
 from numerics_suite.subjects.memory import USABLE, shallower_hint
 
 if TYPE_CHECKING:
@@ -73,3 +74,20 @@ def require_gradient_sets(context: CellContext, sets: float, *, held: bool = Fal
         hint = shallower_hint(context.subject, 8 * sets, USABLE * free_bytes(context.cell.device))
         what = f"float64 gradients of {count:,} parameters, held {sets:.3g} times,"
         require_room(context.cell.device, needed, what, hint)
+
+
+def require_block(model: nn.Module, copies: int) -> None:
+    """Refuse what makes one block of the model float64, where even that does not fit.
+
+    Args:
+        model: whose blocks are made float64 one at a time.
+        copies: float64 copies of a block at once.
+
+    Raises:
+        NotApplicableError: with the block's name, and the bytes needed and free.
+    """
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in decoder_blocks(model)}
+    if sizes:
+        largest = max(sizes, key=lambda name: sizes[name])
+        device = next(model.get_submodule(largest).parameters()).device
+        require_room(device, 8 * copies * sizes[largest], f"one block of the model in float64 ({largest})")

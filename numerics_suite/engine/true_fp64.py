@@ -25,7 +25,7 @@ from numerics_suite.engine import flex_rule, fused_ops, reference_ops, weight_st
 from numerics_suite.engine.calls import call_model, where_float64_is
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
-from numerics_suite.engine.room import require_gradients
+from numerics_suite.engine.room import require_block, require_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -339,13 +339,15 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
 
     Raises:
         ValueError: Gradients are asked for and the output has no scalar loss.
-        NotApplicableError: The gradients of all parameters do not fit in memory.
+        NotApplicableError: The gradients of all parameters do not fit in memory, or a streamed block does not.
     """
     model = where_float64_is(model)
     if gradients and on_gradient is None:
         require_gradients(model.parameters(), 8)
     if stream is None:
         stream = sum(8 * parameter.numel() for parameter in model.parameters()) > STREAM_ABOVE_BYTES
+    if gradients and stream:
+        require_block(model, 2)  # and its gradients
     with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
         for module in model.modules():
             module.training = False

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from numerics_suite.core.errors import CheckError
+from numerics_suite.core.errors import CheckError, NotApplicableError
 from numerics_suite.core.registry import get_check
 from numerics_suite.engine import room, true_fp64
 from numerics_suite.engine import scope as scopes
@@ -32,7 +32,7 @@ from numerics_suite.suite.session import SuiteSession
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
-FREE = 300_000
+FREE = 1_000_000
 """Bytes free where memory is said to be short: less than the float64 gradients of a tiny fixture take."""
 
 
@@ -135,9 +135,12 @@ def test_no_backward_pass_begins_whose_gradients_do_not_fit(
         "rounded": lambda: context.runner.rounded(tensors, gradients=True),
         "own": lambda: context.runner.gradients(tensors),
     }
-    with pytest.raises(Exception, match=r"out of memory on cpu: (float64 )?gradients of [\d,]+ parameters would take"):
+    with pytest.raises(
+        NotApplicableError, match=r"out of memory on cpu: (float64 )?gradients of [\d,]+ parameters would take"
+    ):
         ways[run]()
-    # Gradients that are handed on as blocks complete take no room.
+    # Gradients that are handed on as blocks complete need room for one block.
+    monkeypatch.setattr(room, "free_bytes", lambda _: 3 * FREE)
     seen: list[str] = []
     context.runner.true_fp64(tensors, gradients=True, stream=True, on_gradient=lambda name, _: seen.append(name))
     assert len(seen) == len(list(context.model.parameters()))
@@ -160,6 +163,24 @@ def test_a_precision_other_than_the_stored_one_says_what_fits(monkeypatch: pytes
         assert f"bytes asked for the weights in float32, {free} bytes free" in text
         assert "as they are stored, in bfloat16, they are read from disk: --precision bf16" in text
         assert f"--layers first:{fits} checks the first {fits} of its {memory.layer_count(subject)} layers" in text
+
+
+def test_a_single_block_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "SMALL", 0)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 1000)
+    made = session()
+    found = answers(made, "forward.finite", "reference.oracle")
+    context = made.context(made.plan.cells[0])
+    block = 8 * sum(p.numel() for p in context.model.get_submodule("model.layers.0").parameters())
+    assert found["forward.finite"].status == "passed"
+    assert (found["reference.oracle"].status, found["reference.oracle"].reason) == (
+        "skipped",
+        f"out of memory on cpu: one block of the model in float64 (model.layers.0) would take {block} bytes, 1000 bytes free",
+    )
+    with pytest.raises(NotApplicableError, match=rf"\(model\.layers\.0\) would take {2 * block} bytes"):
+        context.runner.true_fp64(
+            context.gradient_batch.tensors, gradients=True, stream=True, on_gradient=lambda _name, _gradient: None
+        )
 
 
 # --- what is trained ---------------------------------------------------------------------------------------------------

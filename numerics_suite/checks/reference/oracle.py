@@ -31,6 +31,7 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.layout import batch_first, sequence_first
+from numerics_suite.engine.room import require_block
 from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.strategies import training_batch
@@ -50,6 +51,7 @@ def oracle(context: CellContext) -> Iterable[Measurement]:
     if oracle_for(context.family.name) is None:
         reason = f"no definition of the family '{context.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
+    require_block(context.model, 1)
     weights = _weights(context)
     training = context.gradient_batch.tensors
     other = _length_beyond_boundary(context, _length(training))
