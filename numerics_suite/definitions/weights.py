@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rows = slice | torch.Tensor | None
-"""Which rows of a weight: a range, `[n]` indices, or all of them."""
+"""Rows of a weight: a range, `[n]` indices, or all of them."""
 
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -26,7 +26,7 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 
 class Weights(Protocol):
-    """A checkpoint's tensors by the names it has for them. Each call makes a new tensor that nobody else holds."""
+    """A checkpoint's tensors by name. Each call returns a new tensor."""
 
     def __call__(self, name: str, rows: Rows = None) -> Tensor:
         """That weight (or those rows of it) in float64, detached.
@@ -74,7 +74,7 @@ class _Tensors:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Weights out of safetensors files, mapped into memory, so only what is asked for is read."""
+    """Weights out of safetensors files, mapped into memory, so only requested rows are read."""
 
     index: Mapping[str, Path]
     rounded_to: torch.dtype | None
@@ -114,7 +114,7 @@ class _Files:
 
 
 def tensor_weights(tensors: Mapping[str, Tensor]) -> Weights:
-    """Weights out of tensors by name, such as `model.state_dict()`; each is upcast when asked for."""
+    """Weights out of tensors by name, such as `model.state_dict()`; each is upcast when read."""
     return _Tensors(tensors)
 
 
@@ -126,8 +126,8 @@ def file_weights(
     Args:
         directory: the checkpoint's folder.
         rounded_to: the dtype that the judged model was loaded in, where it is not the stored one.
-        held: the dtypes of those parameters that the model holds in another one, by name. That it does is load.dtype's to
-            judge; what it computes with them is the definition's.
+        held: the dtypes of those parameters that the model holds in another one, by name. `load.dtype` judges the
+            dtypes; the definition judges what is computed with them.
 
     Raises:
         OracleUnavailable: the folder has no safetensors files.

@@ -1,4 +1,4 @@
-"""True fp64 passes that several cells of a run share: their models hold the same numbers, and compute the same with them."""
+"""True fp64 passes shared by cells of a run whose models hold equal numbers and compute the same with them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 PROBE: Final = (2, 5)
 """Rows and tokens of the short pass in which two cells must agree before one reads the other's passes."""
+
+PIECE: Final = 1 << 22
+"""Elements of a tensor that are digested at a time."""
 
 MOST_KEPT: Final = 4
 """Stores that are kept, all of one subject: two attentions, of parameters as stored and of rounded ones."""
@@ -52,7 +55,7 @@ class TrueStore:
     Attributes:
         answers: of forward passes.
         runs: other results of passes, by name.
-        probe: what the first of its cells gave in the short pass; None where no other cell may follow.
+        probe: result of the first cell's short pass; None if no other cell may share the store.
         others: the stores of the same numbers, this one too, by attention.
         first: the store of another attention whose passes are read here too; None where they must not be.
         agreed: kinds of passes that gave the same under both attentions.
@@ -143,19 +146,14 @@ _GRADIENTS: Final = "gradients"
 class TruePasses:
     """The stores of a process's cells.
 
-    A pass in true float64 depends on the parameters and buffers and not on the precision that they are held in, unless the
-    class says so: Gemma's normaliser is a constant in the model's own dtype. So equal numbers are not enough, and a short
-    pass of both cells must agree to 1e-10, forward and backward. Two attentions share a pass only where one of its kind was run
-    under both and agreed, or a wrong mask would be compared with itself.
+    A pass in true float64 depends on the parameters and buffers and not on the precision that they are stored in,
+    unless the class depends on it: Gemma's normaliser is a constant in the model's own dtype. So equal numbers are not
+    enough, and a short pass of both cells must agree to 1e-10, forward and backward. Two attentions share a pass only
+    where one of its kind was run under both and agreed, or a wrong mask would be compared with itself.
     """
 
-    def __init__(self, *, several: bool = False) -> None:
-        """Nothing has run yet.
-
-        Args:
-            several: cells of a subject are to come, which read what the first of them keeps.
-        """
-        self.several, self.most_bytes = several, SHARED_BYTES if several else KEPT_BYTES
+    def __init__(self) -> None:
+        """Nothing has run yet."""
         self._stores: OrderedDict[tuple[str, ...], TrueStore] = OrderedDict()
 
     def of(self, context: CellContext) -> TrueStore:
@@ -183,10 +181,10 @@ class TruePasses:
         """A store beside that of another attention of the same numbers; alone where there is none, or the two differ."""
         for key, other in self._stores.items():
             if key[:-1] == numbers and other.first is None and other.probe is not None and _agree(other.probe, probe):
-                store = other.others.setdefault(attn, TrueStore(answers=PassStore(self.most_bytes)))
+                store = other.others.setdefault(attn, TrueStore(answers=PassStore(SHARED_BYTES)))
                 store.probe, store.others, store.first = probe, other.others, other
                 return store
-        store = TrueStore(answers=PassStore(self.most_bytes), probe=probe)
+        store = TrueStore(answers=PassStore(SHARED_BYTES), probe=probe)
         store.others[attn] = store
         return store
 
@@ -210,7 +208,7 @@ def beside(store: TrueStore, attn: str) -> TrueStore:
         store: of a cell.
         attn: the other attention.
     """
-    return store.others.setdefault(attn, TrueStore(answers=PassStore(store.answers.most_bytes)))
+    return store.others.setdefault(attn, TrueStore(answers=PassStore(SHARED_BYTES)))
 
 
 def gradient_bytes(model: nn.Module) -> int:
@@ -219,24 +217,25 @@ def gradient_bytes(model: nn.Module) -> int:
 
 
 def keeps_gradients(model: nn.Module) -> bool:
-    """Whether these take little room beside the answers that are kept."""
+    """Whether these are small beside the cached outputs."""
     return gradient_bytes(model) <= KEPT_BYTES // 8
 
 
 def digest_of_numbers(model: nn.Module) -> str:
-    """SHA-256 over the values of parameters and buffers by name, whatever dtype they are held in."""
+    """SHA-256 over the values of parameters and buffers by name, independent of their dtype."""
     found = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        values = tensor.detach().cpu()
-        if values.is_floating_point() and values.dtype != torch.float64:
-            values = values.float()  # holds every number of a narrower float
-        found.update(f"{name}{tuple(values.shape)}".encode())
-        found.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(f"{name}{tuple(tensor.shape)}".encode())
+        for piece in tensor.detach().contiguous().reshape(-1).split(PIECE):  # type: ignore[no-untyped-call]  # a float32 copy of a whole head is large
+            values = piece.cpu()
+            if values.is_floating_point() and values.dtype != torch.float64:
+                values = values.float()  # holds every number of a narrower float
+            found.update(values.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def _probe(context: CellContext) -> Fp64Run | None:
-    """The short pass of a cell; None where it cannot be made: what raises here is some check's to find."""
+    """The short pass of a cell; None if it raises, which a check reports."""
     rows, length = PROBE
     space, seed = context.space, context.request.seed
     tensors = training_batch(space, rows=min(rows, space.max_rows), length=min(length, context.longest), seed=seed)

@@ -25,7 +25,7 @@ from numerics_suite.judgement.verdicts import Breach, judge
 from numerics_suite.suite.endings import NO_BATCH
 
 PAD_INSIDE = "forward.finite"
-"""The check that is asked of a pad id among real tokens too."""
+"""The check that also gets batches with a pad id among real tokens."""
 
 SEARCHED = 10
 """Batches drawn, before a check's share is taken, in search of a smaller one where a planned batch fails."""
@@ -138,7 +138,7 @@ def _ask(spec: CheckSpec, context: CellContext, *, seed: int, max_examples: int 
         try:
             _ask_batch(spec, context, own, outcome)
         except NotApplicableError:
-            # A batch of the user's without labels says nothing of the batches that can be drawn.
+            # Drawn batches have labels even where the user's own batch has none.
             if not context.takes_ids:
                 raise
         if outcome.breaches:

@@ -109,11 +109,6 @@ class Cluster:
     def execute(self, job: Job, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
         """Run a job on some node; its files are written here.
 
-        Args:
-            job: what is asked.
-            folder: for its files; empty.
-            tell: told what is being done.
-
         Raises:
             Stopped: the user stopped.
             UnsupportedError: the node cannot make the environment.
@@ -153,9 +148,6 @@ def stage(folder: Path) -> None:
     """Put this copy of the package, its fixtures and what it needs where Ray takes them from.
 
     Not a wheel: Ray would install all that a wheel needs, a torch and a transformers for each node.
-
-    Args:
-        folder: empty.
     """
     package = Path(numerics_suite.__file__).resolve().parent
     fixtures = fixtures_root()
@@ -185,11 +177,7 @@ def _exact(job: Job) -> Wanted:
 
 
 def run_on_node(job: Job) -> Mapping[str, Any]:
-    """The task: make the environment, run the job in it, and give all its files back.
-
-    Args:
-        job: what is asked, the environment exact.
-    """
+    """The task: make the environment, run the job in it, and give all its files back."""
     from numerics_suite.versions.environments import ensure
 
     answer: dict[str, Any] = {"done": None, "files": {}, "unsupported": "", "bad_input": ""}

@@ -39,9 +39,6 @@ EXEMPT = {
     },  # a bundle carries it to where this package is not
     "numerics_suite/engine/weight_stream.py": {"get_rng_state", "set_rng_state"},  # with torch's own helper for devices
     "numerics_suite/training_watch/patches.py": {"GradScaler"},  # the user's scaler is watched
-    "numerics_suite/suite/bench_watch.py": {"manual_seed"},
-    "numerics_suite/suite/bench_overhead.py": {"get_autocast_dtype", "is_autocast_enabled", "autocast"},
-    "numerics_suite/suite/bench_steps.py": {"GradScaler"},
     "numerics_suite/versions/ray_backend.py": {"Event"},  # threading's
 }
 

@@ -131,6 +131,9 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Pat
     (tree,) = (tmp_path / "unpacked").iterdir()
     again = build(tree, tmp_path / "again", "wheel")
     assert files_of(again) == files_of(wheel)
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} <= {
+        path.name for path in (tree / "benchmarks").iterdir()
+    }
 
 
 def test_the_installed_wheel_works_outside_the_tree(

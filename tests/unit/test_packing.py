@@ -30,7 +30,7 @@ def _quick(monkeypatch):
 def told(fixture, mutant=None, *, precision="fp32", attn="eager", remedies=False):
     settings = settings_of(fixture, precision, attn, ("forward.packing",), max_examples=5)
     session = MutantSession(settings, mutant and BY_ID[mutant].apply)
-    session.tries_remedies = remedies
+    session.findings.tries_remedies = remedies
     (question,) = session.plan.questions
     return session.answer(question)[0]
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from numerics_suite.checks import _true_gradient
 from numerics_suite.checks._laws import law_measurements
-from numerics_suite.checks._true_gradient import GRADIENT
-from numerics_suite.checks.forward.attention import attention
+from numerics_suite.checks.forward.attention import _other, attention
 from numerics_suite.checks.forward.batch import batch as batch_law
 from numerics_suite.checks.forward.cache import cache
 from numerics_suite.checks.forward.causal import causal
@@ -43,7 +42,7 @@ def cells(
         subjects=("fixture:glm4-tiny",), precision=precision, attn=attn, device="cpu", effort=effort, **changes
     )
     session = SuiteSession(settings)
-    shared = TruePasses(several=len(session.plan.cells) > 1)
+    shared = TruePasses()
     return [
         CellContext(
             session.plan.subjects[cell.subject],
@@ -146,14 +145,14 @@ def test_a_gradient_is_dropped_after_the_last_check_that_reads_it(monkeypatch: p
     held = []
     for question in session.plan.questions:
         assert session.answer(question)[0].status == "passed"
-        held.append(any(key.startswith(GRADIENT) for key in session.context(question.cell).memo))
+        held.append(bool(session.context(question.cell).gradient_passes))
     assert held == [True, False, False]
 
 
 def test_the_other_attention_holds_the_same_weights() -> None:
     (context,) = cells()
     ask(attention, context, seed=0)
-    loaded, name = context.memo["other attention"]
+    loaded, name = context.cached(_other)
     other = loaded.model
     assert name == "eager"
     assert other is not context.model

@@ -31,7 +31,7 @@ def attention(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     if not batch.laws_apply:
         yield from skipped_law()
         return
-    other, name = _other(context)
+    other, name = context.cached(_other)
     given, real = without_labels(batch.tensors), batch.tensors["attention_mask"].bool()
     answer = answer_under(context, other.model, name, given)
 
@@ -57,24 +57,21 @@ def attention(context: CellContext, batch: Batch) -> Iterable[Measurement]:
 
 
 def _other(context: CellContext) -> tuple[Loaded, str | None]:
-    """The same weights under the other implementation, loaded once a cell; its name where they are the same bit for bit."""
-    if "other attention" not in context.memo:
-        name = "sdpa" if context.loaded.attn == "eager" else "eager"
-        if context.subject.new_head:
-            reason = "a new head is drawn at random, so two loads differ in it"
-            raise NotApplicableError(reason)
-        try:
-            loaded = context.load(seed=context.request.seed, attn=name)
-        except UnsupportedError as error:
-            raise NotApplicableError(str(error)) from None
-        same = _share_weights(loaded.model, context.model) and loaded.attn == name
-        context.memo["other attention"] = loaded, name if same else None
-    found: tuple[Loaded, str | None] = context.memo["other attention"]
-    return found
+    """The same weights under the other implementation; its name where they are bitwise equal."""
+    name = "sdpa" if context.loaded.attn == "eager" else "eager"
+    if context.subject.new_head:
+        reason = "a new head is drawn at random, so two loads differ in it"
+        raise NotApplicableError(reason)
+    try:
+        loaded = context.load(seed=context.request.seed, attn=name)
+    except UnsupportedError as error:
+        raise NotApplicableError(str(error)) from None
+    same = _share_weights(loaded.model, context.model) and loaded.attn == name
+    return loaded, name if same else None
 
 
 def _share_weights(other: nn.Module, own: nn.Module) -> bool:
-    """Let `other` hold the very weights of `own` where they are equal bit for bit: no second copy stays in memory.
+    """Let `other` share the weights of `own` that are bitwise equal, so that no second copy stays in memory.
 
     Returns:
         whether all parameters and buffers are.

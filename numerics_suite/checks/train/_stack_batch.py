@@ -1,4 +1,4 @@
-"""What the installed training stack is judged on: a model of the subject's class, and a batch whose rows count unequally many labels."""
+"""The subject of `train.trainer`: a small model of the subject's class, and rows with unequal numbers of labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from numerics_suite.subjects.built_model import without_adapter
 from numerics_suite.subjects.quiet import quiet_transformers
 
 MOST_ROWS = 4
-"""Micro-batches of one row each: enough to tell a mean of means, and a sum of means, from the mean."""
+"""Micro-batches of one row each: enough to distinguish a mean of means, and a sum of means, from the mean."""
 
 LONGEST_ROW = 10
 """Tokens of the longest row; each further row has two fewer."""
@@ -35,17 +35,17 @@ MOST_WORDS = 1024
 """Of a vocabulary, what is kept: most parameters of two blocks stand in it, and each way to train takes a gradient of all of them."""
 
 MOST_BYTES = 1 << 30
-"""A model whose float64 parameters take more is not run here; with gradients and what they are compared with it is four times that."""
+"""A model whose float64 parameters take more bytes is not run here; gradients and references take four times that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackSubject:
-    """What is trained, and on what.
+    """A model and its batch.
 
     Attributes:
         model: a copy of the subject's model on the CPU, of its first two blocks and words.
         task: of the subject.
-        tensors: the whole batch, of whose rows no first token counts, as of rows that begin with a prompt.
+        tensors: the whole batch; no row's first token counts, as with rows that begin with a prompt.
         from_the_first: labels with which the first token of a row that has no padding before it counts too.
     """
 
@@ -66,22 +66,22 @@ class StackSubject:
 
     @property
     def counted(self) -> int:
-        """Labels that enter the mean."""
+        """Number of labels in the mean."""
         return labels_in_mean(self.tensors["labels"], self.task)
 
     def rows(self, tensors: Mapping[str, Tensor] | None = None) -> list[dict[str, Tensor]]:
-        """The batch as a data set has it: a dict for each row."""
+        """The batch as the items of a dataset: a dict for each row."""
         given = self.tensors if tensors is None else tensors
         return [{name: value[row] for name, value in given.items()} for row in range(len(given["input_ids"]))]
 
     def unpadded(self) -> list[dict[str, list[int]]]:
-        """The rows without their padding and their mask, as padding-free collators want them."""
+        """The rows without padding and mask, as padding-free collators expect them."""
         mask = self.tensors["attention_mask"].bool()
         names = ("input_ids", "labels")
         return [{name: self.tensors[name][row][mask[row]].tolist() for name in names} for row in range(len(mask))]
 
     def packed(self) -> dict[str, Tensor]:
-        """All rows in one, without padding; positions begin anew with each row, and no row's first token is a label of the row before."""
+        """All rows in one, without padding; positions restart with each row, whose first token is no label."""
         rows = self.unpadded()
         ids = [token for row in rows for token in row["input_ids"]]
         labels = [label for row in rows for label in (IGNORED, *row["labels"][1:])]
@@ -217,7 +217,7 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def _labels(tensors: Mapping[str, Any], task: str) -> tuple[Tensor, Tensor]:
-    """Labels of the answers alone, and those that count from the first token on; both the same where nothing is shifted."""
+    """Labels that skip the prompt, and labels that count from the first token on; equal where nothing is shifted."""
     labels, ids = tensors["labels"], tensors["input_ids"]
     if task == "sequence-classification":
         return labels, labels

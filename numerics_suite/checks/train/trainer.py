@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from numerics_suite.checks.train import _stack_faults as faults
 from numerics_suite.checks.train._stack_batch import StackSubject, smoothed, stack_of
 from numerics_suite.checks.train.labels import defined_loss
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
@@ -30,19 +31,20 @@ from numerics_suite.inputs.targets import targets_of
 from numerics_suite.observations.roundoff import filled, gradient_errors, projection, relative_error
 
 TIMES = "times the whole batch's gradient"
-"""Name of the projection of the gradient that was handed over on the one that is wanted."""
+"""Fact: projection of the optimizer's gradient on the right one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One way to train, the gradient it must give, and the gradient it gave.
+    """One way to train, with expected and actual gradient.
 
     Attributes:
         name: of the measurement.
         words: the way, as in "with NAME".
-        wanted: the whole batch's gradient.
+        wanted: the expected gradient, that of the whole batch.
         step: the Trainer's.
-        fault: finds whose fault a difference is, given how many times the whole batch's gradient was handed over; None where it is the model's own, which other checks report.
+        fault: finds the code at fault, given the projection of the actual gradient on the expected one; None if it is
+            the model's own, which other checks report.
     """
 
     name: str
@@ -54,10 +56,11 @@ class Trial:
 
 @check(scope="subject", trains=True, needs=("token-ids",))
 def trainer(context: CellContext) -> Iterable[Measurement]:
-    """Do the installed Trainer, accelerate and peft hand the optimizer the gradient of the whole batch's loss?
+    """Do the installed Trainer, accelerate and peft give the optimizer the gradient of the whole batch's loss?
 
-    In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, an adapter, a loop
-    over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
+    In true fp64, on the CPU, over a few short rows with unequal numbers of labels: with accumulation, an adapter, a
+    loop over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed
+    packages on the subject's class, so once for each subject.
     """
     stack = stack_of(context)
     try:
@@ -74,7 +77,7 @@ def trainer(context: CellContext) -> Iterable[Measurement]:
 def _measured(trial: Trial) -> tuple[Measurement, faults.Fault | None] | None:
     """The worst difference of a parameter's gradient, and whose fault it is; None where it is the model's own.
 
-    A gradient that is not handed over at all differs by all that it is.
+    A missing gradient counts as zero.
     """
     trusted((*trial.wanted.left_out, *trial.step.left_out))
     wanted = {name: value for name, value in trial.wanted.gradients.items() if bool(value.any())}
@@ -128,7 +131,7 @@ def _trials(stack: StackSubject) -> Iterator[Trial]:
         yield from _packing(stack, whole)
     if getattr(stack.plain, "supports_gradient_checkpointing", False):
         for reentrant in (True, False):
-            with suppress(CheckpointError):  # it does not recompute what it computed: `train.checkpointing` tells
+            with suppress(CheckpointError):  # it recomputes something else: `train.checkpointing` reports it
                 yield _checkpointing(stack, whole, reentrant=reentrant)
     yield _clipping(stack, whole)
 
@@ -192,7 +195,7 @@ def _adapter(stack: StackSubject, rows: int) -> Iterator[Trial]:
 
 
 def _loop(stack: StackSubject, whole: Step) -> Trial:
-    """A loop over accelerate itself, which weighs each row by the labels that it counts, as accelerate's pages say."""
+    """A loop over accelerate that weights each row by its labels, as accelerate documents."""
     rows = stack.rows()
     counts = [labels_in_mean(stack.tensors["labels"][row : row + 1], stack.task) for row in range(len(rows))]
     return Trial(
@@ -242,12 +245,8 @@ def _packing(stack: StackSubject, whole: Step) -> Iterator[Trial]:
     step = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
 
     def fault(_times: float) -> faults.Fault:
-        config: Any = stack.plain.config
-        before, config.use_cache = config.use_cache, False
-        try:
+        with with_attribute(stack.plain.config, "use_cache", False):
             again = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
-        finally:
-            config.use_cache = before
         return faults.fault_of_packing(with_cache=not _differs(again, whole))
 
     yield Trial(name="padding-free", words="a padding-free collator", wanted=whole, step=step, fault=fault)
@@ -273,7 +272,7 @@ def _checkpointing(stack: StackSubject, whole: Step, *, reentrant: bool) -> Tria
 
 
 def _checkpoints_wrongly(stack: StackSubject, whole: Step, arguments: Mapping[str, Any]) -> bool:
-    """Whether the model does so without the Trainer too: `train.checkpointing` says so."""
+    """Whether checkpointing is wrong without the Trainer too, which `train.checkpointing` reports."""
     model: Any = stack.model
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments["gradient_checkpointing_kwargs"])
     try:

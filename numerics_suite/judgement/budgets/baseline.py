@@ -44,7 +44,7 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="local-excess",
         limit=1,
         cause="rounding-change",
-        title="{module} errs {value:.3g} times as much as the baseline's error and chance explain",
+        title="the error of {module} is {value:.3g} times what the baseline's error and chance explain",
         reason="Fed what it really gets, the module alone is compared with its own float64 result, in both versions. The ratio of the two "
         "root mean squares strays by one over the square root of the free numbers. More is a rounding too many in this module: "
         "a section that left float32, or a kernel that accumulates in fewer bits.",
@@ -55,7 +55,7 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="gradient-excess",
         limit=1,
         cause="rounding-change",
-        title="gradients err {value:.3g} times as much as the baseline's errors and chance explain, first in {module}",
+        title="the error of gradients is {value:.3g} times what the baseline's errors and chance explain, first in {module}",
         reason="The median over all parameters of the error against the true fp64 gradient, with each parameter counted as one free "
         "number, since parameters share most of what rounding does to the loss. More is a rounding of the backward pass that "
         "was not there before.",
@@ -66,7 +66,7 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="became-non-finite",
         limit=0,
         cause="rounding-change",
-        title="training is no longer finite from step {step} on, and was in the baseline",
+        title="training is not finite from step {step} on; in the baseline it was",
         reason="The same batch, weights, optimizer and steps trained to the end with finite losses and gradients when the "
         "baseline was recorded.",
         remedies=CURE,
@@ -87,7 +87,7 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="curve-growth",
         limit=STRAYS,
         cause="rounding-change",
-        title="losses stray {value:.3g} times as far from true fp64 as rounding explains",
+        title="losses are {value:.3g} times as far from true fp64 as rounding explains",
         reason="What the error of the logits makes of the loss, or the distance of the baseline's own curve if that is larger, is the "
         "size of one draw of rounding; the losses of all steps share it. Five times as far happens by chance once in a million "
         "and a half.",
@@ -98,9 +98,9 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="changed-entries",
         limit=0,
         cause="contract-change",
-        title="{value} entries that callers rely on changed or went",
+        title="{value} entries that callers rely on changed or are gone",
         reason="Arguments of forward, output fields and their dtypes, input dtypes that are taken, the dtype that loading gives, the "
-        "initialisation of a new head, the cache's class: code that worked with the baseline may fail or silently do another thing.",
+        "initialisation of a new head, the cache's class: code that worked with the baseline may fail or silently behave differently.",
         remedies=CURE,
     ),
     Budget(

@@ -99,7 +99,7 @@ BUDGETS = (
         measurement="loss-error",
         limit=16,
         cause="wrong-loss",
-        title="the loss is not the cross entropy over the labels that count (off by {value:.3g} roundoffs)",
+        title="the loss is not the cross entropy over the counted labels (off by {value:.3g} roundoffs)",
         reason="Subtraction of the maximum, exponential, sum, logarithm, difference and mean round six times, each by at "
         "most one unit roundoff of the largest logit plus the loss when the sums are made in float32 or wider; torch's "
         "exp and log are good to 1 to 4 roundoffs, which makes 16. A label shifted by one, or a mean over ignored "
@@ -182,7 +182,7 @@ BUDGETS = (
         measurement="true-training-mode",
         limit=1e-10,
         cause="semantic-error",
-        title="training mode without dropout computes another gradient of {parameters} than eval mode ({value:.2g} in true fp64)",
+        title="training mode without dropout gives another gradient of {parameters} than eval mode ({value:.2g} in true fp64)",
         reason="But for dropout, training and eval mode are one function; in true fp64 their gradients agree to 1e-10. What "
         "is trained is then not what is served.",
         remedies=("newer-version",),
@@ -202,7 +202,7 @@ BUDGETS = (
             measurement=way,
             limit=AGREED,
             cause="wrong-gradient",
-            title="with {facts[with]}, the installed Trainer hands the optimizer {facts[times the whole batch's gradient]:.3g} times the whole "
+            title="with {facts[with]}, the installed Trainer gives the optimizer {facts[times the whole batch's gradient]:.3g} times the whole "
             "batch's gradient (off by {value:.2g}): {facts[fault]}",
             reason="However a batch is cut, packed, recomputed or clipped, its loss is the mean over all of its labels that count, and the gradient that "
             "the optimizer gets is that loss's. In true fp64 both agree to 1e-10, or the installed packages train on another loss. The checkpoint "

@@ -1,0 +1,161 @@
+"""What benchmarks measure with: a bare training step, all checks of a cell, and processes of their own for both."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from numerics_suite.core.records import Cell
+from numerics_suite.devices import random_state
+from numerics_suite.engine.calls import call_model
+from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.runner import forward_pass
+from numerics_suite.settings.options import from_command_line
+from numerics_suite.subjects.quiet import quiet_transformers
+from numerics_suite.subjects.resolve import resolve_all
+from numerics_suite.suite.session import SuiteSession
+
+STEPS = 3
+"""Timed, of which the median counts; one more before them warms up."""
+
+MEDIUM = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 16384,
+    "pad_token_id": 0,
+    "eos_token_id": [1],
+}
+"""A GLM-4 of 35 million parameters."""
+
+
+def write_model(folder: Path, changes: Mapping[str, Any]) -> str:
+    """Save a GLM-4 in bfloat16 with weights of one seed, and give its SUBJECT.
+
+    Args:
+        folder: of the checkpoint.
+        changes: to :data:`MEDIUM`.
+    """
+    from transformers import Glm4Config, Glm4ForCausalLM
+
+    with random_state.torch_seeded(0), quiet_transformers():
+        Glm4ForCausalLM(Glm4Config(**{**MEDIUM, **changes})).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def context_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> CellContext:
+    """The context of one CPU cell with the default batch: 4 rows of at most 64 tokens.
+
+    Args:
+        precision: name of the recipe.
+        subject: SUBJECT as a user types it.
+        attn: attention implementation.
+    """
+    (resolved,) = resolve_all((subject,), ())
+    cell = Cell(subject=resolved.id, precision=precision, attn=attn, device="cpu", task=resolved.task)
+    return CellContext(resolved, cell, Request())
+
+
+def bare_step(context: CellContext) -> Callable[[], object]:
+    """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
+    model = context.copy_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=context.recipe.loss_scaling)
+    tensors = context.training_batch.tensors
+
+    def step() -> object:
+        optimizer.zero_grad(set_to_none=True)
+        with forward_pass(context.condition):
+            loss = call_model(model, tensors).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    return step
+
+
+def alone(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    """What the function gives in a process of its own, which ends with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@contextmanager
+def cpu_seconds(into: list[float]) -> Iterator[None]:
+    """Adds the CPU time of what runs within it to a list."""
+    begun = time.process_time()
+    yield
+    into.append(time.process_time() - begun)
+
+
+def timed(step: Callable[[], object]) -> list[float]:
+    """CPU seconds of some steps."""
+    taken: list[float] = []
+    for _ in range(STEPS):
+        with cpu_seconds(taken):
+            step()
+    return taken
+
+
+def steps(subject: str) -> dict[str, float]:
+    """A bare step, and one under torch's own search for NaN; memory of the first."""
+    torch.set_num_threads(1)
+    step = bare_step(context_of("bf16", subject))
+    step()
+    bare, peak = timed(step), peak_gb()
+    with torch.autograd.detect_anomaly():
+        searched = timed(step)
+    return {"peak_gb": peak, "detect_anomaly": statistics.median(searched) / statistics.median(bare)}
+
+
+def cell(subject: str) -> dict[str, float]:
+    """All checks of a bfloat16 cell under sdpa, and each group of them, in bare steps; memory.
+
+    What it takes to import torch and transformers is no part of it: a step needs them too.
+    """
+    torch.set_num_threads(1)
+    session = SuiteSession(from_command_line({"subjects": [subject], "precision": "bf16", "attn": "sdpa"}))
+    groups: defaultdict[str, float] = defaultdict(float)
+    questions = session.plan.questions
+    for question in questions:
+        taken: list[float] = []
+        with cpu_seconds(taken):
+            result, trace = session.answer(question)
+        assert result.status in {"passed", "skipped", "accepted"}, f"{question.id}: {result.reason} {trace}"
+        groups[question.check.partition(".")[0]] += sum(taken)
+    peak = peak_gb()
+    step = bare_step(context_of("bf16", subject))
+    step()
+    unit = statistics.median(timed(step))
+    found = {group: seconds / unit for group, seconds in groups.items()}
+    return {"cell": sum(found.values()), **found, "peak_gb": peak, "step_s": unit}
+
+
+def measure(subject: str) -> dict[str, float]:
+    """Figures of one model.
+
+    Args:
+        subject: SUBJECT as a user types it.
+    """
+    step, whole = alone(steps, subject), alone(cell, subject)
+    memory = {"peak in steps": whole["peak_gb"] / step["peak_gb"], "step's peak_gb": step["peak_gb"]}
+    return {**whole, **memory, "detect_anomaly": step["detect_anomaly"]}
