@@ -14,6 +14,7 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.references import trusted
+from numerics_suite.engine.room import require_gradient_sets
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.engine.true_passes import keeps_gradients
@@ -72,6 +73,16 @@ def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> 
         store[key] = compute()
     found: Result = store[key]
     return found
+
+
+def require_sets(context: CellContext, sets: float) -> None:
+    """Refuse a check that holds float64 gradients of all parameters so many times at once, where these do not fit.
+
+    Raises:
+        NotApplicableError: with the bytes needed and free.
+    """
+    held = any(key.startswith(f"{GRADIENT}: whole batch") for key in context.gradient_passes)
+    require_gradient_sets(context, sets, held=held)
 
 
 def after_reading(context: CellContext, *, last: bool) -> None:

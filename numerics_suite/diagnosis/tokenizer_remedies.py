@@ -90,10 +90,6 @@ def pad_token(context: CellContext) -> Iterator[tuple[CellContext, str]]:
 def mended(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its tokenizer mended, and the change: what the exception itself names is changed, as long as it names more.
 
-    Args:
-        context: a cell whose tokenizer raises.
-        finding: with the exception.
-
     Raises:
         NotApplicableError: the exception names nothing that could be changed here, or what is changed needs a package.
     """
@@ -145,7 +141,7 @@ def _change(context: CellContext, opener: Opener, exception: str) -> tuple[Opene
 
 
 def _take_unknown(tokenizer: Any, *, method: str) -> None:
-    """Let a method written for an older release bear the keywords of a newer one.
+    """Let a method written for an older release accept the keywords of a newer one.
 
     `padding_side` is the tokenizer's own for the call. Any other is left out where it is None or False and so asks for nothing;
     what asks for something that the method cannot do stays an error.

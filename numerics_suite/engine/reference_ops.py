@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
 
@@ -316,15 +317,5 @@ def plain_kernels(model: nn.Module) -> Iterator[None]:
         }.values():
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 # Grouped products of experts (`_grouped_mm`) have no float64 kernel; the eager loop computes the same sums.
-                stack.enter_context(_attribute(config, "_experts_implementation_internal", "eager"))
+                stack.enter_context(with_attribute(config, "_experts_implementation_internal", "eager"))
         yield
-
-
-@contextmanager
-def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name, None)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -24,7 +24,8 @@ from numerics_suite.engine import flash_registry, flex_rule, fused_ops, referenc
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
-from numerics_suite.engine.true_fp64 import LiftToFp64
+from numerics_suite.engine.room import require_gradients
+from numerics_suite.engine.true_fp64 import CHUNKED, LiftToFp64, multiply_in_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,6 +91,8 @@ class RoundOnce(reference_ops.LeanMode):
                 return as_is
         if not any(dtype in WIDER for dtype in dtypes):
             return func(*args, **kwargs)
+        if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
+            return _rounded(product, iter(dtypes))
         wide = [widen(argument) for argument in args]
         if 0 <= plan.narrow_flag < len(wide):
             wide[plan.narrow_flag] = False
@@ -144,8 +147,11 @@ def run_rounded(
 
     Raises:
         ValueError: Gradients are asked for and the output has no scalar loss.
+        NotApplicableError: The gradients of all parameters do not fit in memory.
     """
     model = where_float64_is(model)
+    if gradients:
+        require_gradients(model.parameters(), 0)
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(reference_ops.preserved(model))

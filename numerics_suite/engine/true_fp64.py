@@ -25,6 +25,7 @@ from numerics_suite.engine import flex_rule, fused_ops, reference_ops, weight_st
 from numerics_suite.engine.calls import call_model, where_float64_is
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
+from numerics_suite.engine.room import require_block, require_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +106,7 @@ class LiftToFp64(reference_ops.LeanMode):
         # Picking rounds nothing, so both orders give the same numbers.
         if plan.gathers:
             return widen(func(*args, **kwargs))
-        if func in _CHUNKED and (product := _multiply_in_chunks(func, args, kwargs)) is not None:
+        if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
         # `half_to_float=True` requests a float32 result of a float16 input; with a float64 input PyTorch refuses it.
@@ -171,10 +172,11 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
     return [_narrow(item, dtype) for item in value] if isinstance(value, list | tuple) else value
 
 
-_CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+"""Products that :func:`multiply_in_chunks` computes."""
 
 
-def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """Multiply by a large weight of a lower float piece by piece; None where that is not the case.
 
     Each piece is upcast into the same memory: fresh pages for a whole head cost more than a product with a few tokens.
@@ -337,10 +339,15 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
 
     Raises:
         ValueError: Gradients are asked for and the output has no scalar loss.
+        NotApplicableError: The gradients of all parameters do not fit in memory, or a streamed block does not.
     """
     model = where_float64_is(model)
+    if gradients and on_gradient is None:
+        require_gradients(model.parameters(), 8)
     if stream is None:
         stream = sum(8 * parameter.numel() for parameter in model.parameters()) > STREAM_ABOVE_BYTES
+    if gradients and stream:
+        require_block(model, 2)  # and its gradients
     with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
         for module in model.modules():
             module.training = False

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 PROBE: Final = (2, 5)
 """Rows and tokens of the short pass in which two cells must agree before one reads the other's passes."""
 
+PIECE: Final = 1 << 22
+"""Elements of a tensor that are digested at a time."""
+
 MOST_KEPT: Final = 3
 """Stores that are kept, all of one subject: one for each of a few attentions."""
 
@@ -86,11 +89,12 @@ def digest_of_numbers(model: nn.Module) -> str:
     """SHA-256 over the values of parameters and buffers by name, independent of their dtype."""
     found = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        values = tensor.detach().cpu()
-        if values.is_floating_point() and values.dtype != torch.float64:
-            values = values.float()  # holds every number of a narrower float
-        found.update(f"{name}{tuple(values.shape)}".encode())
-        found.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(f"{name}{tuple(tensor.shape)}".encode())
+        for piece in tensor.detach().contiguous().reshape(-1).split(PIECE):  # type: ignore[no-untyped-call]  # a float32 copy of a whole head is large
+            values = piece.cpu()
+            if values.is_floating_point() and values.dtype != torch.float64:
+                values = values.float()  # holds every number of a narrower float
+            found.update(values.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

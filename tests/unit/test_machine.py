@@ -130,6 +130,7 @@ def test_a_worker_continues_the_session_with_its_plan(
     )
     session = SuiteSession(settings, reproducers=checkpoint)
     session.prepare()
+    assert session.deadline is not None
     session.answered = {"id": {"status": "passed"}}
     read = list(reads)
     monkeypatch.setattr(suite_session, "make_plan", None)
@@ -187,7 +188,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_bytes(monkeypatch: pytest.
     monkeypatch.setattr(loading, "swap_bytes", lambda: 500)
     other = "float32" if subject.stored_dtype != "float32" else "bfloat16"
     with pytest.raises(
-        CheckError, match=r"out of memory on cpu: \d+ bytes requested for the weights in \w+, 1500 bytes free"
+        CheckError, match=r"out of memory on cpu: \d+ bytes asked for the weights in \w+, 1500 bytes free"
     ):
         load(subject, dtype=other, attn="sdpa")
     assert subject.stored_dtype is not None

@@ -123,7 +123,7 @@ def test_a_tokenizer_of_an_older_release_is_named_and_mended(tmp_path):
     assert "_pad() got an unexpected keyword argument 'padding_side'" in answer["finding"]["evidence"]["exception"]
     (effect,) = [each["effect"] for each in answer["finding"]["remedies"] if each["name"] == "fix-tokenizer"]
     assert effect.startswith(
-        "parameter padding_side added to _pad: it pads on that side: exceptions of the tokenizer 1 → 0"
+        "parameter padding_side added to _pad: it pads on that side: exceptions of the tokenizer: 1 before, now 0"
     )
 
 

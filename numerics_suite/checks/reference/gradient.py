@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, require_sets, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -45,6 +45,8 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
     refuse_without_ids(context)
     if routes(context.model):
         raise NotApplicableError(routed_reason())
+    # The true ones, and two more sets in the parameters' own dtype.
+    require_sets(context, 1 + 2 * dtype_of(context.recipe.parameters).itemsize / 8)
     tensors = context.gradient_batch.tensors
     call = differentiated(context)
     if not context.takes_ids and "loss" not in context.forward(context.gradient_batch):
