@@ -85,7 +85,9 @@ def plan_lines(rows: Sequence[PlanRow], seconds: float | None = None) -> list[Te
     largest = f"; the largest cell may need {readable_bytes(max(known))}" if known else ""
     whole = "" if seconds is None else f"; {about_seconds(seconds)} on an idle machine"
     lines.append(
-        TerminalLine(f"{many(len(rows), 'cell')}, {many(sum(row.checks for row in rows), 'check')}{largest}{whole}; nothing was run")
+        TerminalLine(
+            f"{many(len(rows), 'cell')}, {many(sum(row.checks for row in rows), 'check')}{largest}{whole}; nothing was run"
+        )
     )
     return lines
 
