@@ -46,7 +46,7 @@ DEVIATIONS = 3.0
 
 
 NO_GRADIENT = "parameters without any gradient"
-"""What the watch counts where `train.updates` measures `untrained`."""
+"""Fact of the watch that corresponds to the measurement `untrained` of `train.updates`."""
 
 SHARE = "share of the steps that is held"
 """Name of the fact."""
