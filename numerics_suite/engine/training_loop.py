@@ -120,7 +120,7 @@ class Trajectory:
 
 
 TRAJECTORY = "training run"
-"""What checks that look at the cell's training run name among what they read."""
+"""Name under which checks declare that they read the cell's training run."""
 
 PIECE = 1 << 22
 """Elements of a gradient that are made float64 at a time."""
