@@ -17,8 +17,6 @@ class Node:
     """A value of a JSON file that knows its place.
 
     Attributes:
-        value: as read.
-        file: for messages.
         place: such as `cells[0].curve`.
     """
 

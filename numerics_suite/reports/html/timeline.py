@@ -41,9 +41,7 @@ class Version:
     Attributes:
         name: its version of the package that changes.
         anchor: unique in the page.
-        status: of the whole cell.
         kind: the worst change against the version before, empty where that is not known.
-        title: all of it in one sentence.
     """
 
     name: str
@@ -90,11 +88,8 @@ class Track:
     """Versions of one package, oldest first, with everything else the same.
 
     Attributes:
-        package: that package.
         within: what the others are, empty where they are the same in the whole matrix.
         held: the other packages of the first cell, for the caption.
-        versions: the columns.
-        lines: the rows.
         changes: what changed, version by version.
         reasons: cells that could not be asked, and why.
     """
