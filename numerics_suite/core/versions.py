@@ -121,6 +121,14 @@ class MatrixCell:
     changes: tuple[Change, ...] = ()
     bad_input: bool = False
 
+    def of(self, subject: str, task: str, precision: str) -> tuple[CellStatus, list[Failure], list[Change]]:
+        """The status of one row that ran, its failures and its changes."""
+        row = (subject, task, precision)
+        failures = [one for one in self.failures if (one.subject, one.task, one.precision) == row]
+        changes = [one for one in self.changes if (one.subject, one.task, one.precision) == row]
+        failed = any(one.status == "failed" for one in failures)
+        return "failed" if failed else "error" if failures else "passed", failures, changes
+
     def with_changes(self, changes: tuple[Change, ...]) -> MatrixCell:
         """The cell with what changed."""
         return replace(self, changes=changes)

@@ -172,13 +172,8 @@ def _moments(cells: Sequence[MatrixCell], names: Sequence[str], key: tuple[str, 
                 status=status, kind="", title=f"{name}: {status or 'not asked'}{f', {reason}' if reason else ''}"
             )
             continue
-        failures = [item for item in cell.failures if (item.subject, item.task, item.precision) == key]
-        changes = [
-            item
-            for item in cell.changes
-            if (item.subject, item.task, item.precision) == key and item.against != BASELINE
-        ]
-        status = "failed" if any(item.status == "failed" for item in failures) else "error" if failures else "passed"
+        status, failures, every = cell.of(*key)
+        changes = [change for change in every if change.against != BASELINE]
         kind = _kind(changes) or ("identical" if before and cell.baseline is not None else "")
         parts = [f"{name}: {status}"]
         parts += [listed(list(dict.fromkeys(item.check for item in failures)), 4)] if failures else []
