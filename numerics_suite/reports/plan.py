@@ -19,8 +19,6 @@ class PlanRow:
     """One planned cell.
 
     Attributes:
-        cell: which.
-        checks: how many checks will run on it.
         bytes: memory that it may need at its largest, None where that is unknown.
         seconds: that its checks are expected to take, None where that is unknown.
         note: why nothing of it will run, or another word about it.

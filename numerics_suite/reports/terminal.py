@@ -52,11 +52,7 @@ class _Console(Console):
 
 
 class Terminal:
-    """Prints one run to one stream; a reader that is gone never stops the run.
-
-    Attributes:
-        width: columns that are used.
-    """
+    """Prints one run to one stream; a reader that is gone never stops the run."""
 
     def __init__(self, *, stream: IO[str], quiet: bool = False, verbose: bool = False) -> None:
         """Print to `stream`; colour and live progress only where it is a terminal.
