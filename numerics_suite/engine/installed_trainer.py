@@ -72,9 +72,11 @@ class _Keeps(torch.optim.SGD):
     handed: dict[int, Tensor]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Keep each parameter's gradient as it stands."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.handed = {id(each): each.grad.detach().clone() for each in parameters if each.grad is not None}
+        """Take each parameter's gradient away, which would be zeroed next."""
+        self.handed = {}
+        for each in (parameter for group in self.param_groups for parameter in group["params"]):
+            if each.grad is not None:
+                self.handed[id(each)], each.grad = each.grad.detach(), None
 
 
 class _LossLines(TorchFunctionMode):
@@ -254,7 +256,7 @@ def _process_kept() -> Iterator[None]:
         stack.enter_context(random_state.seeded(0))
         try:
             for name in [name for name in environment if name.startswith("ACCELERATE_")]:
-                del os.environ[name]  # how a launcher was asked to train is no question about the packages
+                del os.environ[name]  # a launcher's settings are no property of the packages
             for state in shared:
                 state.clear()
             with living_set_aside():
