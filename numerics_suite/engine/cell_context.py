@@ -22,7 +22,7 @@ from numerics_suite.core.activity import doing
 from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
-from numerics_suite.devices import random_state
+from numerics_suite.devices import memory, random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine import cell_batches, own_batch
@@ -36,7 +36,7 @@ from numerics_suite.engine.room import require_room
 from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
-from numerics_suite.engine.true_passes import TruePasses, TrueStore
+from numerics_suite.engine.true_passes import TruePasses, TrueStore, keeps_gradients
 from numerics_suite.inputs.effort import BatchPlan, Effort
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
@@ -262,6 +262,16 @@ class CellContext:
         self.__dict__.pop("true_passes", None)  # which other cells may still read
         self.gradient_passes.clear()
         self.cache.clear()
+
+    def discard(self) -> None:
+        """Drop a copy for good, its model too: reference cycles would keep a large one beside every later copy."""
+        self.release()
+        self.__dict__.pop("runner", None)
+        loaded = self.__dict__.pop("loaded", None)
+        large = loaded is not None and not keeps_gradients(loaded.model)
+        del loaded
+        if large:
+            memory.release(self.cell.device)
 
     # --- inputs ----------------------------------------------------------------------------------------------------
 

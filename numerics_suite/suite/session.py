@@ -23,7 +23,7 @@ from numerics_suite.devices.kinds import CPU
 from numerics_suite.engine.cell_context import CellContext, Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import TRAJECTORY, TrainingPlan
-from numerics_suite.engine.true_passes import TruePasses
+from numerics_suite.engine.true_passes import TruePasses, keeps_gradients
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judgement.verdicts import with_limits
@@ -233,7 +233,10 @@ class SuiteSession:
             if unsupported is not None:
                 return result("skipped", reason=unsupported)
             return result("passed", reason=_half_judged(outcome) or self._part_trained(spec, context), **told)
-        return self._failed(self.findings.of_breaches(question.check, outcome, context), result, **told)
+        failed = self._failed(self.findings.of_breaches(question.check, outcome, context), result, **told)
+        if not keeps_gradients(context.model):
+            memory.release(question.cell.device)  # what remedies and experiments leave in cycles
+        return failed
 
     def _part_trained(self, spec: CheckSpec, context: CellContext) -> str | None:
         """Which parameters were trained, where a check reads a training run for which memory was too small to train all."""
