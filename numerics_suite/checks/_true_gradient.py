@@ -116,7 +116,7 @@ def require_sets(context: CellContext, sets: float) -> None:
 def after_reading(context: CellContext, *, last: bool, last_of_all: bool) -> None:
     """Hand memory back to the system after a check that read the true gradient of a large model.
 
-    What passes over a large model leave is more than the allocator gives back by itself.
+    What passes over a large model leave is more than the allocator returns on its own.
 
     Args:
         context: the cell; nothing is dropped for a small model.

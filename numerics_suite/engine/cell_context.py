@@ -12,13 +12,14 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
@@ -32,12 +33,13 @@ from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
 from numerics_suite.engine.pass_store import PassStore
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.room import require_room
 from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
 from numerics_suite.engine.true_passes import TruePasses, TrueStore, keeps_gradients
-from numerics_suite.inputs.effort import BatchPlan, Effort
+from numerics_suite.inputs.effort import BatchPlan
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
@@ -45,42 +47,9 @@ from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
 from numerics_suite.subjects.memory import KEPT_BYTES, STEP_COPIES, TRAINING_COPIES
 from numerics_suite.subjects.tasks import is_head
-from numerics_suite.subjects.tokenizers import load_tokenizer
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
-if TYPE_CHECKING:
-    from numerics_suite.baselines.records import CellBaseline
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The settings that apply to every cell.
-
-    Attributes:
-        seed: `--seed`.
-        rows: `--batch-size`.
-        length: `--seq-len`.
-        effort: how many batches are examined, and how large they are.
-        plan: how cells are trained.
-        data: the user's own batch as a tokenizer makes it, None without `--data`.
-        tokenizer: opens the subject's tokenizer; None where it has none.
-        baseline: what was recorded of the cell, None without a baseline.
-        applicable: ids of the checks that apply to the cell.
-        packing: the ways in which rows are packed; each that the installed release supports where empty.
-    """
-
-    seed: int = 0
-    rows: int = 4
-    length: int = 64
-    effort: Effort = field(default_factory=Effort)
-    plan: TrainingPlan = field(default_factory=TrainingPlan)
-    data: Callable[[Subject, InputSpace, Any], Batch] | None = None
-    tokenizer: Callable[[Subject], Any | None] = load_tokenizer
-    baseline: CellBaseline | None = None
-    applicable: tuple[str, ...] = ()
-    packing: tuple[str, ...] = ()
 
 
 @renamed(tampered="modified_model", let_go="release", memo="cache")
@@ -249,11 +218,8 @@ class CellContext:
     @contextmanager
     def modified_model(self) -> Iterator[nn.Module]:
         """The shared model, for a check that changes a switch and restores it; ignores cached forward passes."""
-        kept, self._forwards = self._forwards, OrderedDict()
-        try:
+        with with_attribute(self, "_forwards", OrderedDict()):
             yield self.model
-        finally:
-            self._forwards = kept
 
     def release(self) -> None:
         """Drop every cached result now: reference cycles would keep them until the garbage collector runs."""

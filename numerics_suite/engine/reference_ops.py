@@ -70,7 +70,7 @@ class Kind(Enum):
     VIEW = auto()
     """Returns an alias of its argument: running it on an upcast copy would cut that tie."""
     COMPOSITE = auto()
-    """Made of other ops; seen whole only in inference mode, and taken apart there."""
+    """Composed of other ops; appears as one op only in inference mode, where it is decomposed."""
     MUTABLE = auto()
     """Writes to an argument."""
     EXACT = auto()

@@ -41,7 +41,7 @@ class RoundedRun:
 
     Attributes:
         outputs: Floating tensors of the model's output, exactly upcast to float64, by name.
-        gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if they were not asked for.
+        gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if not requested.
         left_out: "module: op" for what ran unchanged: a foreign kernel, or an op without a float64 one.
     """
 
@@ -151,7 +151,7 @@ def run_rounded(
         call: Calls the model. It may switch to `model.train()`.
 
     Raises:
-        ValueError: Gradients are asked for and the output has no scalar loss.
+        ValueError: Gradients are requested and the output has no scalar loss.
         NotApplicableError: The gradients of all parameters do not fit in memory.
     """
     model = where_float64_is(model)

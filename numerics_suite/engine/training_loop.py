@@ -120,7 +120,7 @@ class Trajectory:
 
 
 TRAJECTORY = "training run"
-"""What checks that look at the cell's training run name among what they read."""
+"""Name under which checks declare that they read the cell's training run."""
 
 PIECE = 1 << 22
 """Elements of a gradient that are made float64 at a time."""
@@ -154,12 +154,7 @@ class HaltedError(Exception):
 
 
 def make_optimizer(plan: TrainingPlan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The plan's optimizer, with torch's defaults but for what the plan says.
-
-    Args:
-        plan: optimizer, learning rate and eps.
-        parameters: to be trained, at least one.
-    """
+    """The plan's optimizer, with torch's defaults but for what the plan says."""
     options: dict[str, Any] = {} if plan.eps is None else {"eps": plan.eps}
     optimizer: torch.optim.Optimizer = OPTIMIZERS[plan.optimizer](list(parameters), lr=plan.lr, **options)
     return optimizer
@@ -257,9 +252,6 @@ class Trainer:
 
     def step(self, step: int) -> None:
         """One optimizer step, checked after each of its parts.
-
-        Args:
-            step: its number.
 
         Raises:
             HaltedError: a tensor is not finite.
@@ -382,12 +374,6 @@ def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condi
 
     The model is left as the last step left it; hand in a copy. Dropout is on only if the model was in training mode;
     for a reproducible curve, pass it in eval mode.
-
-    Args:
-        model: with `requires_grad` set on what is trained.
-        tensors: the batch with its labels.
-        condition: precision and device.
-        plan: steps, optimizer, learning rate, clipping.
     """
 
     def forward() -> Mapping[str, Tensor]:

@@ -342,7 +342,7 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
         on_gradient: See `true_fp64`; gradients given to it are not in the result.
 
     Raises:
-        ValueError: Gradients are asked for and the output has no scalar loss.
+        ValueError: Gradients are requested and the output has no scalar loss.
         NotApplicableError: The gradients of all parameters do not fit in memory, or a streamed block does not.
     """
     model = where_float64_is(model)

@@ -24,7 +24,7 @@ PROCESS_BYTES = 300_000_000
 SMALL_COPY = 1 << 30
 """A model whose float64 copy takes less is never streamed."""
 STEP_COPIES = 2
-"""Copies of the largest parameter that AdamW makes within a step."""
+"""Copies of the largest parameter that AdamW makes in a step."""
 KEPT_PER_BLOCK = 16
 """Hidden-sized tensors that one block keeps for its backward pass: norms, q, k, v, output, gate, up, product, residuals."""
 

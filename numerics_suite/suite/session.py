@@ -20,7 +20,8 @@ from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subje
 from numerics_suite.core.registry import CheckSpec, get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import TRAJECTORY, TrainingPlan
 from numerics_suite.engine.true_passes import TruePasses, keeps_gradients

@@ -140,8 +140,8 @@ def _whole(stack: StackSubject) -> Step:
     """The gradient of the class's own loss over the whole batch.
 
     Raises:
-        NotApplicableError: that loss is not the one by definition: the class is at fault, and `train.labels` says so; or an
-            encoder-decoder's, whose labels another rule shifts.
+        NotApplicableError: that loss is not the one by definition: the class is at fault, which `train.labels` reports;
+            or an encoder-decoder's, whose labels another rule shifts.
     """
     if stack.task == "causal-lm" and takes_decoder_ids(stack.plain):
         reason = "transformers' Trainer is checked with decoders and classifiers, not with encoder-decoders"
