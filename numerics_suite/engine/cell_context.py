@@ -1,9 +1,7 @@
 """The context of a check: one cell's model and every result that checks share, each computed once.
 
-A check receives a :class:`CellContext` and asks it for forward passes, fresh copies and the training run. The suite
-builds one per cell and keeps it while the cell's checks run. :meth:`CellContext.variant` is the same under another
-condition or with a change, so experiments and remedies are written once: for a cell, a factory and a step that the
-watch caught.
+The suite builds one :class:`CellContext` per cell. Experiments and remedies run on a :meth:`CellContext.variant`, so they
+are written once: for a cell, a factory and a step that the watch caught.
 """
 
 from __future__ import annotations
@@ -171,8 +169,7 @@ class CellContext:
     def unwritten(self) -> tuple[str, ...]:
         """Names of the uninitialised parameters: NaN under poison, and NaN neither in the file nor by the code.
 
-        A NaN that a factory's code itself writes is NaN over memory of zeros too; only for a new head does this count
-        as uninitialised, as in a training loop, where only the values can be seen.
+        A NaN that a factory's code writes is NaN over zeroed memory too; only for a head does it count.
         """
         bad = {name for name, p in self.model.named_parameters() if nan_count(p.detach())}
         if self.subject.path is not None:
@@ -197,8 +194,7 @@ class CellContext:
         """A copy of the cell's model that a check may train or change.
 
         Args:
-            own: picks the copy's parameters that are to be changed; the others share the memory of the cell's model, which may be a
-                file larger than memory. None for all.
+            own: picks the copy's parameters that change; the others share the cell's model's memory. None for all.
 
         Raises:
             NotApplicableError: those do not fit in memory.
