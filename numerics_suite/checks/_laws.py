@@ -13,6 +13,9 @@ from numerics_suite.engine.cell_context import CellContext
 TRUE_ONLY = "judged in true fp64 only"
 """Fact: why a law was not judged in the cell's own precision."""
 
+NO_GRADIENTS = "gradients not compared"
+"""Fact: why a check compared only outputs."""
+
 UNSUPPORTED = "not supported"
 """Fact: the part of a law that the installed release or the model does not support. A check that does not fail is then
 skipped with this reason."""

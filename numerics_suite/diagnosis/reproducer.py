@@ -26,9 +26,8 @@ from numerics_suite.devices.random_state import seeded
 from numerics_suite.diagnosis.scripts import BODIES, SYMPTOM, Body, ScriptContext
 from numerics_suite.diagnosis.scripts.parts import LONGEST, script
 from numerics_suite.engine.cell_context import CellContext
-from numerics_suite.engine.scope import USABLE
 from numerics_suite.inputs.labels import IGNORED
-from numerics_suite.subjects.memory import estimate_bytes
+from numerics_suite.subjects.memory import USABLE, estimate_bytes
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.remote_code import private_modules
 from numerics_suite.subjects.validate import needs_remote_code

@@ -128,7 +128,7 @@ def _change(context: CellContext, opener: Opener, exception: str) -> tuple[Opene
     if (found := KEYWORD.search(exception)) is not None:
         method, keyword = found.groups()
         does = "pads on that side" if keyword == "padding_side" else "is ignored where it is None or False"
-        told = f"{method} takes {keyword}: it {does}"
+        told = f"parameter {keyword} added to {method}: it {does}"
         return _changed(opener, functools.partial(_take_unknown, method=method)), told
     if (found := NO_SETTER.search(exception)) is not None and ("setter" in exception or "can't set" in exception):
         key = found.group(1)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
@@ -32,54 +33,23 @@ from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
 from numerics_suite.engine.pass_store import PassStore
+from numerics_suite.engine.request import Request
+from numerics_suite.engine.room import require_room
 from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
 from numerics_suite.engine.true_passes import TruePasses, TrueStore
-from numerics_suite.inputs.effort import BatchPlan, Effort
+from numerics_suite.inputs.effort import BatchPlan
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
-from numerics_suite.subjects.memory import KEPT_BYTES
+from numerics_suite.subjects.memory import KEPT_BYTES, STEP_COPIES, TRAINING_COPIES
 from numerics_suite.subjects.tasks import is_head
-from numerics_suite.subjects.tokenizers import load_tokenizer
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
-if TYPE_CHECKING:
-    from numerics_suite.baselines.records import CellBaseline
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The settings that apply to every cell.
-
-    Attributes:
-        seed: `--seed`.
-        rows: `--batch-size`.
-        length: `--seq-len`.
-        effort: how many batches are examined, and how large they are.
-        plan: how cells are trained.
-        data: the user's own batch as a tokenizer makes it, None without `--data`.
-        tokenizer: opens the subject's tokenizer; None where it has none.
-        baseline: what was recorded of the cell, None without a baseline.
-        applicable: ids of the checks that apply to the cell.
-        packing: the ways in which rows are packed; each that the installed release supports where empty.
-    """
-
-    seed: int = 0
-    rows: int = 4
-    length: int = 64
-    effort: Effort = field(default_factory=Effort)
-    plan: TrainingPlan = field(default_factory=TrainingPlan)
-    data: Callable[[Subject, InputSpace, Any], Batch] | None = None
-    tokenizer: Callable[[Subject], Any | None] = load_tokenizer
-    baseline: CellBaseline | None = None
-    applicable: tuple[str, ...] = ()
-    packing: tuple[str, ...] = ()
 
 
 @renamed(tampered="modified_model", let_go="release", memo="cache")
@@ -92,6 +62,7 @@ class CellContext:
         recipe: the precision recipe.
         request: batch shape, seed, training plan.
         family: the description of the architecture.
+        shared: the true fp64 passes of the run's cells, None for a cell of its own.
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
         unheld: parameters that are meant to train and that no optimizer of these holds.
@@ -126,7 +97,7 @@ class CellContext:
         self.family: Family = family_of(subject.config)
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
-        self.passes, self._shared = PassStore(), shared
+        self.passes, self.shared = PassStore(), shared
         self.gradient_passes: dict[str, Any] = {}
         self.cache: dict[Any, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
@@ -222,18 +193,33 @@ class CellContext:
         """The cell's model, in eval mode; checks leave it as they found it."""
         return self.loaded.model
 
-    def copy_model(self) -> nn.Module:
-        """A copy of the cell's model that a check may train or change."""
-        return copy.deepcopy(self.model)
+    def copy_model(self, own: Callable[[nn.Module], Collection[nn.Parameter]] | None = None) -> nn.Module:
+        """A copy of the cell's model that a check may train or change.
+
+        Args:
+            own: picks the copy's parameters that are to be changed; the others share the memory of the cell's model, which may be a
+                file larger than memory. None for all.
+
+        Raises:
+            NotApplicableError: those do not fit in memory.
+        """
+        # A class of its own, as of quantised weights, knows best how it is copied.
+        plain = (parameter for parameter in self.model.parameters() if type(parameter) is nn.Parameter)
+        copied = copy.deepcopy(self.model, {id(parameter): _alias(parameter) for parameter in plain})
+        changed = list(copied.parameters() if own is None else own(copied))
+        count = sum(parameter.numel() for parameter in changed)
+        require_room(
+            self.cell.device, sum(parameter.nbytes for parameter in changed), f"a copy of {count:,} parameters"
+        )
+        for parameter in changed:
+            parameter.data = parameter.data.clone()
+        return copied
 
     @contextmanager
     def modified_model(self) -> Iterator[nn.Module]:
         """The shared model, for a check that changes a switch and restores it; ignores cached forward passes."""
-        kept, self._forwards = self._forwards, OrderedDict()
-        try:
+        with with_attribute(self, "_forwards", OrderedDict()):
             yield self.model
-        finally:
-            self._forwards = kept
 
     def release(self) -> None:
         """Drop every cached result now: reference cycles would keep them until the garbage collector runs."""
@@ -339,7 +325,12 @@ class CellContext:
     @cached_property
     def true_passes(self) -> TrueStore:
         """The true fp64 passes of the cell: an earlier cell's too, where both are the same in true fp64."""
-        return TrueStore() if self._shared is None else self._shared.of(self)
+        return TrueStore() if self.shared is None else self.shared.of(self)
+
+    def leave_other_attention(self) -> bool:
+        """Whether a true fp64 pass of another attention stood in for one of this cell; from now on none does."""
+        store = self.__dict__.get("true_passes")
+        return isinstance(store, TrueStore) and store.apart()
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
@@ -382,8 +373,17 @@ class CellContext:
 
     def trainer(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trainer:
         """A training run that has not started; otherwise as :meth:`train`."""
-        model = self.copy_model()
-        freeze_to_scope(model, plan.scope, self.family)
+
+        def trained(model: nn.Module) -> list[nn.Parameter]:
+            freeze_to_scope(model, plan.scope, self.family)
+            found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            sizes = [parameter.nbytes for parameter in found]
+            needed = TRAINING_COPIES * sum(sizes) + STEP_COPIES * max(sizes, default=0)
+            count = sum(parameter.numel() for parameter in found)
+            require_room(self.cell.device, needed, f"training {count:,} parameters (--train-scope {plan.scope})")
+            return found
+
+        model = self.copy_model(own=trained)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             reason = "no parameter of this model requires a gradient"
             raise NotApplicableError(reason)
@@ -395,3 +395,8 @@ class CellContext:
     def with_plan(self, **changes: Any) -> TrainingPlan:
         """The request's plan with some fields changed."""
         return replace(self.request.plan, **changes)
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter in the same memory."""
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

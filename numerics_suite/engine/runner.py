@@ -14,6 +14,7 @@ from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.devices.condition import Condition
 from numerics_suite.engine.calls import call_model, call_with
 from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.room import require_gradients
 from numerics_suite.engine.rounded_reference import RoundedRun, run_rounded
 from numerics_suite.engine.true_fp64 import Fp64Run, LiftToFp64, run_true_fp64
 
@@ -89,6 +90,7 @@ class Runner:
 
     def gradients(self, tensors: Mapping[str, Any], call: Caller = call_model) -> dict[str, Tensor]:
         """The gradients of one backward pass in the parameters' own dtypes, by name; the loss is the call's output `loss`."""
+        require_gradients(self.model.parameters(), 0)
         with torch.enable_grad(), forward_pass(self.condition):
             loss = floating_outputs(call(self.model, tensors))["loss"]
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -119,6 +119,12 @@ class Trajectory:
     clipped_copy: ClippedCopy | None = None
 
 
+TRAJECTORY = "training run"
+"""Name under which checks declare that they read the cell's training run."""
+
+PIECE = 1 << 22
+"""Elements of a gradient that are made float64 at a time."""
+
 RECIPE_NORM = 1.0
 """The norm that GLM-4's fine-tuning recipes clip to."""
 
@@ -148,12 +154,7 @@ class HaltedError(Exception):
 
 
 def make_optimizer(plan: TrainingPlan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The plan's optimizer, with torch's defaults but for what the plan says.
-
-    Args:
-        plan: optimizer, learning rate and eps.
-        parameters: to be trained, at least one.
-    """
+    """The plan's optimizer, with torch's defaults but for what the plan says."""
     options: dict[str, Any] = {} if plan.eps is None else {"eps": plan.eps}
     optimizer: torch.optim.Optimizer = OPTIMIZERS[plan.optimizer](list(parameters), lr=plan.lr, **options)
     return optimizer
@@ -247,14 +248,10 @@ class Trainer:
         }
         # Adam's first step is lr in the direction of each gradient's sign; SGD's is lr times the gradient.
         descends = self.plan.optimizer == "sgd"
-        norms = [float(torch.linalg.vector_norm(wide(g), 2 if descends else 1)) for g in gradients.values()]
-        self.predicted = self.plan.lr * sum(norm * norm if descends else norm for norm in norms)
+        self.predicted = self.plan.lr * sum(_power_sum(g, 2 if descends else 1) for g in gradients.values())
 
     def step(self, step: int) -> None:
         """One optimizer step, checked after each of its parts.
-
-        Args:
-            step: its number.
 
         Raises:
             HaltedError: a tensor is not finite.
@@ -355,6 +352,12 @@ class Trainer:
         )
 
 
+def _power_sum(gradient: Tensor, power: int) -> float:
+    """The sum of its elements' sizes, or of their squares, in float64, of which no more than a piece is made at a time."""
+    pieces = gradient.reshape(-1).split(PIECE)  # type: ignore[no-untyped-call]
+    return math.fsum(float(torch.linalg.vector_norm(wide(piece), power)) ** power for piece in pieces)
+
+
 def _clipped_copy(step: int, norm: float, gradients: Mapping[str, Tensor]) -> ClippedCopy:
     """A copy of these gradients, clipped by torch."""
     holders = [gradient.detach() for gradient in gradients.values()]
@@ -371,12 +374,6 @@ def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condi
 
     The model is left as the last step left it; hand in a copy. Dropout is on only if the model was in training mode;
     for a reproducible curve, pass it in eval mode.
-
-    Args:
-        model: with `requires_grad` set on what is trained.
-        tensors: the batch with its labels.
-        condition: precision and device.
-        plan: steps, optimizer, learning rate, clipping.
     """
 
     def forward() -> Mapping[str, Tensor]:

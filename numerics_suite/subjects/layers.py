@@ -1,4 +1,4 @@
-"""`--layers`: a shallower checkpoint, made of some blocks of a larger one and of everything that is not in a block.
+"""`--layers`: a shallower checkpoint, with some blocks of a larger one and everything outside the blocks.
 
 It is an ordinary checkpoint folder, so every check, definition, remedy and script works on it.
 """
@@ -40,7 +40,7 @@ def chosen(wanted: str, count: int) -> tuple[int, ...]:
     how, _, text = wanted.partition(":")
     number = int(text)
     if number > count:
-        message = f"--layers {wanted}: the model has {count} layers"
+        message = f"--layers {wanted}: the model has {count} layers; choose fewer"
         raise BadInputError(message)
     return tuple(range(number)) if how == "first" else tuple(range(0, count, number))
 

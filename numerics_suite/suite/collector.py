@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from numerics_suite.checks._laws import TRUE_ONLY
 from numerics_suite.core.answer_file import AnswerFile
 from numerics_suite.core.deaths import death_text, peak_of_children
 from numerics_suite.core.errors import NumericsSuiteError
@@ -254,7 +255,7 @@ class Gate:
             none = limited == sum(result.id not in self.suite.answered for result in results)
             notes.append(f"--max-time: {limited} checks were not begun{self._smallest_cell() if none else ''}")
         halves = Counter(result.reason for result in results if result.status == "passed" and result.reason)
-        notes += [f"{count} {'law' if count == 1 else 'laws'} {reason}" for reason, count in halves.items()]
+        notes += [_half_told(reason, count) for reason, count in halves.items()]
         today = datetime.now(tz=timezone.utc).date()
         informing, missing = self._left_out()
         broken = [*stale(self.settings.accept, results, today, transformers.__version__), *missing]
@@ -299,3 +300,10 @@ def _worker_death(node: Any) -> str:
     except (AttributeError, subprocess.TimeoutExpired):
         return "gone"
     return death_text(status, peak_of_children())
+
+
+def _half_told(reason: str, count: int) -> str:
+    """A note about checks that passed and were judged in part."""
+    if reason.startswith(TRUE_ONLY):
+        return f"{count} {'law' if count == 1 else 'laws'} {reason}"
+    return f"{count} {'check' if count == 1 else 'checks'}: {reason}"

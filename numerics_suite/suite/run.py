@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from numerics_suite.checks._true_gradient import GRADIENT
 from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
+from numerics_suite.core.garbage import living_set_aside
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
+from numerics_suite.core.registry import get_check
 from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 from numerics_suite.devices.speed import measure_speed
+from numerics_suite.engine.scope import choose_scope
 from numerics_suite.reports.streams import notices_past_capture
 from numerics_suite.reports.terminal import PlanRow, Terminal
 from numerics_suite.settings.tree import Settings, to_json
@@ -126,7 +130,8 @@ def run_check(session: SuiteSession, terminal: Terminal, *, asks_index: bool = F
             session.board = Path(scratch, "at-work")
             session.board.mkdir()
             run = RunContext(session, terminal, asks_index=asks_index, workers=workers)
-            status = int(pytest.main(arguments, plugins=[run]))
+            with living_set_aside():
+                status = int(pytest.main(arguments, plugins=[run]))
     terminal.stop()
     if run.result is not None:
         return run.result
@@ -163,16 +168,10 @@ def _clean_pytest_environment(workers: int, scratch: str) -> Iterator[None]:
 @contextlib.contextmanager
 def variables(changed: Mapping[str, str]) -> Iterator[None]:
     """This process's variables, which its workers inherit, with these values while it lasts."""
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setenv(name, value)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def threads_of_each(workers: int) -> str:
@@ -196,17 +195,31 @@ def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
         recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
+        training = recipe.trains and any(question.group == "train" and not question.skip for question in asked)
+        batches, scope = effort_of(settings).plan(subject.parameters or 0), settings.train_scope
+        if scope == "auto":
+            rows_, length = settings.batch_size, settings.seq_len
+            scope = choose_scope(subject, cell.precision, cell.device, rows=rows_, length=length)
         size = cell_bytes(
             subject,
             recipe.parameters,
             recipe.computes_in,
-            training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
+            training=training,
             batch=settings.batch_size,
             seq=settings.seq_len,
-            examples=effort_of(settings).plan(subject.parameters or 0).batches,
+            examples=batches.batches,
+            device=cell.device,
+            scope=scope,
+            tokens=None if batches.planned is None else math.prod(batches.planned),
+            gradients=any(GRADIENT in get_check(question.check).reads for question in asked if not question.skip),
         )
         skipped = {question.skip for question in asked if question.skip}
-        note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)
+        part = (f"trains {scope}",) if training and settings.train_scope == "auto" and scope != "full" else ()
+        note = (
+            next(iter(skipped))
+            if asked and all(question.skip for question in asked)
+            else "; ".join((*subject.notes, *part))
+        )
         time_ = None if seconds is None else sum(seconds[question.id] for question in asked)
         rows.append(PlanRow(cell=cell, checks=sum(not q.skip for q in asked), bytes=size, seconds=time_, note=note))
     return rows, None if seconds is None else run_seconds(seconds, worker_count(settings, plan))

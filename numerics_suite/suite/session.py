@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from numerics_suite.baselines.records import CellBaseline
-from numerics_suite.checks._laws import TRUE_ONLY, UNSUPPORTED
+from numerics_suite.checks._laws import NO_GRADIENTS, TRUE_ONLY, UNSUPPORTED
 from numerics_suite.checks._true_gradient import GRADIENT, after_reading
 from numerics_suite.core import interrupts, progress
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
-from numerics_suite.core.registry import get_check
+from numerics_suite.core.registry import CheckSpec, get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.scope import choose_scope
-from numerics_suite.engine.training_loop import TrainingPlan
+from numerics_suite.engine.training_loop import TRAJECTORY, TrainingPlan
 from numerics_suite.engine.true_passes import TruePasses
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
@@ -98,7 +99,10 @@ class SuiteSession:
                 self._context = None
                 memory.release(previous)
             subject = self.plan.subjects[cell.subject]
-            self._context = CellContext(subject, cell, self._request(subject, cell), shared=self._true_passes)
+            # To learn whether two cells share passes costs a digest of all weights and a short pass: not where there is one.
+            shares = sum(other.subject == cell.subject for other in self.plan.cells) > 1
+            shared = self._true_passes if shares else None
+            self._context = CellContext(subject, cell, self._request(subject, cell), shared=shared)
         return self._context
 
     def _request(self, subject: Subject, cell: Cell) -> Request:
@@ -207,9 +211,11 @@ class SuiteSession:
         """Drop what no later check of the cell reads."""
         if self._context is None or GRADIENT not in get_check(question.check).reads:
             return
-        checks = [other.check for other in self.plan.questions if other.cell == question.cell]
-        later = checks[checks.index(question.check) + 1 :]
-        after_reading(self._context, last=not any(GRADIENT in get_check(check).reads for check in later))
+        cell, questions = question.cell, self.plan.questions
+        later = [other for other in questions[questions.index(question) + 1 :] if not other.skip and not other.error]
+        reading = [other.cell for other in later if GRADIENT in get_check(other.check).reads]
+        of_subject = any((other.subject, other.task) == (cell.subject, cell.task) for other in reading)
+        after_reading(self._context, last=cell not in reading, last_of_all=not of_subject)
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._context is not None and self._context.cell == cell
@@ -227,8 +233,15 @@ class SuiteSession:
             unsupported = _fact(outcome, UNSUPPORTED)
             if unsupported is not None:
                 return result("skipped", reason=unsupported)
-            return result("passed", reason=_half_judged(outcome), **told)
+            return result("passed", reason=_half_judged(outcome) or self._part_trained(spec, context), **told)
         return self._failed(self.findings.of_breaches(question.check, outcome, context), result, **told)
+
+    def _part_trained(self, spec: CheckSpec, context: CellContext) -> str | None:
+        """Which parameters were trained, where a check reads a training run for which memory was too small to train all."""
+        scope = context.request.plan.scope
+        if TRAJECTORY not in spec.reads or self.settings.train_scope != "auto" or scope == "full":
+            return None
+        return f"--train-scope auto: {scope} was trained, since all parameters do not fit in memory"
 
     def _failed(self, found: Finding, result: Callable[..., CheckResult], **told: object) -> CheckResult:
         failed = result("failed", finding=found, **told)
@@ -244,9 +257,9 @@ def _numbers(outcome: Outcome) -> dict[str, float]:
 
 
 def _half_judged(outcome: Outcome) -> str | None:
-    """Why a law was judged in true fp64 only, naming the op; None where it was judged in the precision too."""
-    reason = _fact(outcome, TRUE_ONLY)
-    return None if reason is None else f"{TRUE_ONLY}: {reason}"
+    """What was not judged and why: a law in the precision, naming the op, or gradients; None where all was."""
+    found = ((name, _fact(outcome, name)) for name in (TRUE_ONLY, NO_GRADIENTS))
+    return next((f"{name}: {reason}" for name, reason in found if reason is not None), None)
 
 
 def _fact(outcome: Outcome, name: str) -> str | None:

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
+from preloaded import python
 from safetensors.torch import load_file
 from unit.watched_models import Decoder, ids, train
 
@@ -180,13 +180,13 @@ def test_the_script_runs_alone_and_fails_with_the_same_symptom(tmp_path):
         optimizer.step()
     assert error.value.finding.cause == "corrupt-weights"
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "b" / "reproduce.py")],
+        [python(), str(tmp_path / "b" / "reproduce.py")],
         text=True, capture_output=True, check=False, timeout=120, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "not finite: loss of forward pass 1, logits of forward pass 1" in done.stdout
     healthy = subprocess.run(
-        [sys.executable, str(tmp_path / "b" / "reproduce.py"), str(fixture_path("glm-tiny"))],
+        [python(), str(tmp_path / "b" / "reproduce.py"), str(fixture_path("glm-tiny"))],
         text=True, capture_output=True, check=False, timeout=120, cwd=tmp_path,
     )  # fmt: skip
     assert (healthy.returncode, healthy.stdout.splitlines()[-1]) == (0, "every value is finite")
@@ -194,7 +194,7 @@ def test_the_script_runs_alone_and_fails_with_the_same_symptom(tmp_path):
 
 def script_of(folder, *words):
     return subprocess.run(
-        [sys.executable, str(folder / "reproduce.py"), *words],
+        [python(), str(folder / "reproduce.py"), *words],
         text=True, capture_output=True, check=False, timeout=120, cwd=folder.parent,
     )  # fmt: skip
 

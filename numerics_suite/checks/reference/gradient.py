@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, kept_run, require_sets, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -45,6 +45,8 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
     refuse_without_ids(context)
     if routes(context.model):
         raise NotApplicableError(routed_reason())
+    # The true ones, and two more sets in the parameters' own dtype.
+    require_sets(context, 1 + 2 * dtype_of(context.recipe.parameters).itemsize / 8)
     tensors = context.gradient_batch.tensors
     call = differentiated(context)
     if not context.takes_ids and "loss" not in context.forward(context.gradient_batch):
@@ -91,9 +93,13 @@ def _true(context: CellContext, call: Caller) -> Mapping[str, Tensor]:
     """The true fp64 gradients of the differentiated scalar: the loss, or a classifier's states."""
     if context.subject.task != "sequence-classification":
         return true_gradient(context).gradients
-    run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
-    trusted(run.left_out)
-    return run.gradients or {}
+
+    def make() -> Mapping[str, Tensor]:
+        run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
+        trusted(run.left_out)
+        return run.gradients or {}
+
+    return kept_run(context, "states", make)
 
 
 def _coarser(context: CellContext, run: Callable[[], object]) -> Measurement:

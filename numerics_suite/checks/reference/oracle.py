@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, true_gradient, true_run
+from numerics_suite.checks._laws import NO_GRADIENTS
+from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, require_sets, true_gradient, true_run
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Fact, Measurement
@@ -29,7 +30,9 @@ from numerics_suite.definitions.weights import Weights
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.layout import batch_first, sequence_first
+from numerics_suite.engine.room import require_block
 from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.strategies import training_batch
@@ -49,16 +52,33 @@ def oracle(context: CellContext) -> Iterable[Measurement]:
     if oracle_for(context.family.name) is None:
         reason = f"no definition of the family '{context.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
+    require_block(context.model, 1)
     weights = _weights(context)
+    # Definition and true fp64 run are the same in every cell that holds the same numbers, if the files are read alike too.
+    name = f"definition, weights rounded to {weights.rounding()}, over {batch_key(context.gradient_batch.tensors)}"
+    yield from context.true_passes.run(name, lambda: tuple(_measured(context, weights)))
+
+
+def _measured(context: CellContext, weights: Weights) -> Iterable[Measurement]:
     training = context.gradient_batch.tensors
     other = _length_beyond_boundary(context, _length(training))
     wrong_table = yield from _tables(context, [_length(training), *([] if other is None else [other])])
-    yield from _against_definition(context, weights, true_gradient(context), wrong_table=wrong_table)
+    run, without = _true_run(context)
+    yield from _against_definition(context, weights, run, wrong_table=wrong_table, without=without)
     if other is not None and min(3, context.longest) <= other <= LONGEST_BATCH:
         batch = training_batch(context.space, rows=1, length=other, seed=context.request.seed).tensors
         yield from _against_definition(
             context, weights, true_run(context, batch, gradients=False), wrong_table=wrong_table
         )
+
+
+def _true_run(context: CellContext) -> tuple[TrueRun, str]:
+    """The true fp64 run of the gradient batch; without gradients, and why, where the model's and the definition's do not fit together."""
+    try:
+        require_sets(context, 2)
+    except NotApplicableError as error:
+        return true_run(context, context.gradient_batch.tensors, gradients=False), str(error)
+    return true_gradient(context), ""
 
 
 def _length(batch: Mapping[str, Tensor]) -> int:
@@ -113,7 +133,7 @@ def _made_in_the_call(context: CellContext, run: TrueRun) -> Generator[Measureme
 
 
 def _against_definition(
-    context: CellContext, weights: Weights, run: TrueRun, *, wrong_table: bool
+    context: CellContext, weights: Weights, run: TrueRun, *, wrong_table: bool, without: str = ""
 ) -> Iterable[Measurement]:
     wrong_table = (yield from _made_in_the_call(context, run)) or wrong_table
     wanted = _definition(context, run, weights, gradients=run.found.gradients is not None)
@@ -127,14 +147,15 @@ def _against_definition(
         wrong = wrong_table or (scale is not None and not scale.value <= AGREED)
         where = run.rotary if wrong else _first_apart(context, run, weights, wanted)
     yield from () if scale is None else (scale,)
-    yield Measurement(
-        name="true-logits", value=logits, unit="ratio", module=where, facts={"gradient differs by": gradient}
-    )
+    compares = run.found.gradients is not None
+    facts: dict[str, Fact] = {"gradient differs by": gradient} if compares else {}
+    facts |= {NO_GRADIENTS: without} if without else {}
+    yield Measurement(name="true-logits", value=logits, unit="ratio", module=where, facts=facts)
     # A loss that is wrong although its logits are right is the loss's own mistake.
     alone = "wrong-loss" if logits <= AGREED else None
     yield Measurement(name="true-loss", value=loss, unit="ratio", module=where, cause=alone)
     # A wrong forward pass has a wrong gradient too; the gradient is judged where it alone can be wrong.
-    if max(logits, loss) <= AGREED:
+    if compares and max(logits, loss) <= AGREED:
         yield Measurement(
             name="true-gradient",
             value=gradient,

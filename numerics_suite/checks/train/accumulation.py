@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from numerics_suite.checks._true_gradient import GRADIENT, kept_run, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, kept_run, require_sets, true_gradient
 from numerics_suite.checks.train._other_ways import Difference, agreement, difference, in_parts
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
@@ -28,6 +28,7 @@ def accumulation(context: CellContext) -> Iterable[Measurement]:
     if rows < 2:
         reason = "one row cannot be cut into micro-batches (--batch-size 1)"
         raise NotApplicableError(reason)
+    require_sets(context, 2)
     found = agreement(context) or _of_parts_alone(context, rows)
     yield Measurement(name="true-loss", value=found.loss, unit="ratio")
     yield Measurement(

@@ -10,6 +10,7 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.training_loop import TRAJECTORY
 
 INITIAL_SCALE = 65536.0
 """Initial scale of torch's GradScaler."""
@@ -18,7 +19,7 @@ LOST_SCALE = 1.0
 """Below a scale of 1 the gradients overflow even unscaled, or are not finite at all."""
 
 
-@check(trains=True, runs_on_nonfinite=True)
+@check(trains=True, runs_on_nonfinite=True, reads=(TRAJECTORY,))
 def amp(context: CellContext) -> Iterable[Measurement | Series]:
     """Under autocast, do parameters and gradients keep their dtype and does the loss scale settle?
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, require_sets, true_gradient
 from numerics_suite.checks.train._other_ways import agreement, in_training_mode
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
@@ -28,11 +28,13 @@ def checkpointing(context: CellContext) -> Iterable[Measurement]:
     if not getattr(context.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
+    require_sets(context, 2)
     if (found := agreement(context)) is not None:
         yield _measurement("true-training-mode", found.gradient, found.parameter)
         yield _measurement("true-gradient", found.gradient, found.parameter)
         yield Measurement(name="lost", value=0, unit="parameters")
         return
+    require_sets(context, 3)  # parameters and gradients of one run, gradients of the other
     evaluated = _in_eval_mode(context)
     plain = _trained(context, checkpointed=False)
     by_mode = _worst("true-training-mode", plain, evaluated)

@@ -10,13 +10,13 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
-from numerics_suite.engine.training_loop import RECIPE_NORM, Trajectory
+from numerics_suite.engine.training_loop import RECIPE_NORM, TRAJECTORY, Trajectory
 
 LIMIT = RECIPE_NORM
 """The norm to clip to without `--max-grad-norm`."""
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def clip(context: CellContext) -> Iterable[Measurement | Series]:
     """Does clipping the total gradient norm hold it at the limit and keep training finite?
 

@@ -12,9 +12,10 @@ from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.training_loop import TRAJECTORY
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def descends(context: CellContext) -> Iterable[Measurement | Series]:
     """Is the loss on the training batch lower after N steps on it?
 

@@ -15,6 +15,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.devices import random_state
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.runner import Runner
+from numerics_suite.engine.training_loop import TRAJECTORY
 from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.observations.roundoff import rms
 
@@ -34,7 +35,7 @@ OPTIONAL = frozenset({"mask_emb", "seg_embed", "r_s_bias"})
 """XLNet's parameters that only segment ids and the target mapping of its pretraining reach."""
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def grad_flow(context: CellContext) -> Iterable[Measurement]:
     """Does every trained parameter receive a gradient that is not exactly zero?"""
     run = context.trajectory
@@ -154,7 +155,10 @@ def loss_is_flat(context: CellContext, names: Sequence[str]) -> bool:
     """
     if not names:
         return True
-    model = context.copy_model().double()
+    model = context.copy_model(own=lambda copied: [copied.get_parameter(name) for name in names])
+    for name in names:
+        moved = model.get_parameter(name)
+        moved.data = moved.data.double()  # what it is moved by is less than its dtype's spacing
     runner = Runner(model, context.condition)
     tensors, seed = context.training_batch.tensors, context.request.seed
     with random_state.torch_seeded(seed):  # a caught step may be in training mode: both runs drop the same

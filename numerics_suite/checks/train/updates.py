@@ -9,9 +9,10 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.training_loop import TRAJECTORY
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def updates(context: CellContext) -> Iterable[Measurement]:
     """Does every trained parameter move, and as far as in float64?
 

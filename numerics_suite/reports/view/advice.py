@@ -48,6 +48,12 @@ class Advised:
         return " -- ".join(part for part in (self.action, self.told) if part)
 
 
+LOOK = {
+    "wrong-gradient": "look at the place above for detach(), torch.no_grad, a custom autograd.Function or a hook",
+    "semantic-error": "compare the code at the place above, and the keys of config.json that it reads, with the family's published definition",
+}
+"""Where to look, by cause, where no remedy is known to work."""
+
 TRIED = {True: "tried, works", False: "tried, no help"}
 NOT_HERE = "does not apply"
 """How the effect begins of a remedy that is for another model than this."""
@@ -76,12 +82,15 @@ def _useful(advised: Sequence[Advised]) -> tuple[Advised, ...]:
 
 
 def _cures(findings: Sequence[Finding], leave_out: Sequence[str]) -> Iterator[Advised]:
+    """Where to look, where nothing works; then what was tried."""
     remedies: dict[str, Remedy] = {}
     for finding in findings:
         for remedy in finding.remedies:
             known = remedies.get(remedy.name)
             if known is None or (known.verified is not True and remedy.verified is not None):
                 remedies[remedy.name] = remedy
+    if (look := LOOK.get(findings[0].cause) if findings else None) and not any(r.verified for r in remedies.values()):
+        yield Advised(action=look, advice=True)
     for wanted in (True, None, False):
         for remedy in remedies.values():
             if remedy.verified is wanted and remedy.name not in leave_out:

@@ -99,7 +99,7 @@ class Card:
     @property
     def fixes(self) -> tuple[str, ...]:
         """What to do, a line each; where nothing is known, where to begin."""
-        steps = ["begin at the place above"] if any(label == "where" for label, _ in self.lines) else []
+        steps = ["read the code at the place above"] if any(label == "where" for label, _ in self.lines) else []
         steps += ["run the script"] if self.script_path else []
         none = ": ".join(part for part in ("no automatic remedy applies", "; ".join(steps)) if part)
         return tuple(cure.text for cure in self.cures) or (none,)

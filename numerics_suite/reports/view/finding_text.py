@@ -59,6 +59,9 @@ OUTCOMES = {
 }
 """Facts that are experiments of their own, in words."""
 
+IN_FLOAT64 = "in fp64"
+"""The experiment that repeats a check without rounding."""
+
 RAISES = "model-raises"
 """The cause of a finding that keeps other checks from being asked."""
 
@@ -157,7 +160,10 @@ def where_text(finding: Finding) -> str:
     more = len(finding.parameters) - len(names) + (int(others) if isinstance(others, (int, float)) else 0)
     named = ", ".join(names) + (f" and {many(more, 'more parameter')}" if more and names else "")
     trained = facts.get("trained parameters")
-    named += f" of {trained} trained" if more and names and isinstance(trained, int) else ""
+    if trained == len(names) + more and names[1:]:
+        named = f"all {trained} trained parameters, first {names[0]}"
+    elif more and isinstance(trained, int):
+        named += f" of {trained} trained"
     module = finding.module
     if module and any(name.startswith(f"{module}.") for name in names):
         module = None
@@ -176,6 +182,7 @@ def shown_text(finding: Finding) -> str:
     for outcome, words in (("passes", "the check passes {}"), ("fails", "the check fails {} too")):
         conditions = [name for name, value in facts.items() if value == outcome]
         parts += [words.format(" and ".join(conditions))] if conditions else []
+        parts += ["so rounding is not the cause"] if outcome == "fails" and IN_FLOAT64 in conditions else []
     if not parts:
         seen = [
             (name, value) for name, value in facts.items() if name not in NO_SHOWING and not name.startswith("also ")
@@ -209,7 +216,7 @@ def value_text(name: str, value: float, limit: float, unit: str, fall: float | N
         return f"{shown(value)} {plural(unit, value)}; none is allowed"
     words = UNITS.get(name, unit)
     if name not in UNITS and unit == "ratio":
-        words = f"{DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64"
+        return f"{shown(value)} {DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64, whose rounding explains at most {shown(limit)}"
     return f"{shown(value)} {words}".rstrip() + f"; at most {shown(limit)}"
 
 
