@@ -83,12 +83,8 @@ class CellContext:
     ) -> None:
         """Nothing is loaded until a check asks.
 
-        Args:
-            subject: the resolved subject.
-            cell: where it runs.
-            request: batch shape, seed, training plan.
-            loader: replaces :func:`numerics_suite.subjects.load.load`, for models that are changed in a test.
-            shared: the true fp64 passes of the run's earlier cells; None shares with none.
+        `loader` replaces :func:`numerics_suite.subjects.load.load`, for models that a test changes; `shared` are the true
+        fp64 passes of the run's earlier cells.
         """
         self.subject, self.cell, self.request = subject, cell, request
         self.recipe: Precision = precision(cell.precision)

@@ -93,17 +93,21 @@ class SuiteSession:
     def context(self, cell: Cell) -> CellContext:
         """The context of the cell; the previous cell's is released first."""
         if self._context is None or self._context.cell != cell:
-            if self._context is not None:
-                previous = self._context.cell.device
-                self._context.release()
-                self._context = None
-                memory.release(previous)
+            self.release()
             subject = self.plan.subjects[cell.subject]
             # To learn whether two cells share passes costs a digest of all weights and a short pass: not where there is one.
             shares = sum(other.subject == cell.subject for other in self.plan.cells) > 1
             shared = self._true_passes if shares else None
             self._context = CellContext(subject, cell, self._request(subject, cell), shared=shared)
         return self._context
+
+    def release(self) -> None:
+        """Drop the cell at hand, so that its model takes no memory while something else runs."""
+        if self._context is not None:
+            device = self._context.cell.device
+            self._context.release()
+            self._context = None
+            memory.release(device)
 
     def _request(self, subject: Subject, cell: Cell) -> Request:
         settings = self.settings
