@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from numerics_suite.core.records import Batch, Fact
-    from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.diagnosis.copies import discard
+from numerics_suite.engine.cell_context import CellContext
 
 LOCATED = {
     ("forward.finite", "non-finite"),
@@ -245,7 +246,7 @@ def _finite_in_fp32(context: CellContext, batch: Batch) -> bool:
     except (RuntimeError, NumericsSuiteError):
         return False
     finally:
-        wider.discard()
+        discard(wider)
     return not any(nonfinite_count(value) for value in outputs.values())
 
 
