@@ -16,6 +16,7 @@ import torch
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.random_state import seeded
+from numerics_suite.diagnosis.copies import discard
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Trainer, TrainingPlan
 from numerics_suite.inputs.labels import no_label_counts, predicts_next_token
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from numerics_suite.core.records import Batch, Fact
-from numerics_suite.diagnosis.copies import discard
-from numerics_suite.engine.cell_context import CellContext
+    from numerics_suite.engine.cell_context import CellContext
 
 LOCATED = {
     ("forward.finite", "non-finite"),
