@@ -109,15 +109,9 @@ class CellContext:
     ) -> CellContext:
         """A fresh context of the same subject under other conditions, on which a remedy or an experiment is tried.
 
-        It shares training runs with this one, so that an experiment and the remedy of the same name train once.
-
-        Args:
-            subject: the same one in other files.
-            precision_name: another precision.
-            attn: another attention implementation.
-            change: applied to every model as soon as it is loaded.
-            plan: another training plan.
-            request: more fields of the request to replace.
+        `subject` is the same one in other files, `change` applies to every model as soon as it is loaded, and `request` are
+        more fields of the request to replace. It shares training runs with this one, so that an experiment and the remedy
+        of the same name train once.
         """
         cell = replace(self.cell, precision=precision_name or self.cell.precision, attn=attn or self.cell.attn)
         asked = replace(self.request, plan=plan or self.request.plan, **request)
