@@ -19,7 +19,7 @@ from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
-from numerics_suite.core.records import CheckResult, RunResult
+from numerics_suite.core.records import Cell, CheckResult, RunResult
 from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 from numerics_suite.devices.speed import measure_speed
@@ -248,6 +248,27 @@ def seconds_of(settings: Settings, plan: SuitePlan) -> dict[str, float] | None:
         return None  # an estimate is no reason to end a run
 
 
+def expected_bytes(settings: Settings, plan: SuitePlan, cell: Cell) -> int | None:
+    """The memory on its device that a planned cell is expected to need, None where nothing is known of its size.
+
+    Args:
+        settings: of the run.
+        plan: made of them.
+        cell: of the plan.
+    """
+    asked = [question for question in plan.questions if question.cell == cell]
+    recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
+    return cell_bytes(
+        subject,
+        recipe.parameters,
+        recipe.computes_in,
+        training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
+        batch=settings.batch_size,
+        seq=settings.seq_len,
+        examples=effort_of(settings).plan(subject.parameters or 0).batches,
+    )
+
+
 def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
     """The planned cells with the memory and the time that each is expected to need, for `--list`, and the time of all."""
     plan = make_plan(settings)
@@ -255,16 +276,7 @@ def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
     rows = []
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
-        recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
-        size = cell_bytes(
-            subject,
-            recipe.parameters,
-            recipe.computes_in,
-            training=recipe.trains and any(question.group == "train" and not question.skip for question in asked),
-            batch=settings.batch_size,
-            seq=settings.seq_len,
-            examples=effort_of(settings).plan(subject.parameters or 0).batches,
-        )
+        subject, size = plan.subjects[cell.subject], expected_bytes(settings, plan, cell)
         skipped = {question.skip for question in asked if question.skip}
         note = next(iter(skipped)) if asked and all(question.skip for question in asked) else "; ".join(subject.notes)
         time_ = None if seconds is None else sum(seconds[question.id] for question in asked)

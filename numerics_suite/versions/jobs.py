@@ -195,7 +195,15 @@ def default_jobs(weight_bytes: int) -> int:
     Args:
         weight_bytes: of the largest subject's files.
     """
-    need = 1_500_000_000 + 8 * weight_bytes  # torch and a run in fp64 beside the model and its gradients
     available = available_bytes()
     room = 4 * 1_500_000_000 if available is None else available
-    return max(1, min(core_count(), 4, room // need))
+    return max(1, min(core_count(), 4, room // rough_bytes(weight_bytes)))
+
+
+def rough_bytes(weight_bytes: int) -> int:
+    """About what a job needs, from files alone: torch and a run in fp64 beside the model and its gradients.
+
+    Args:
+        weight_bytes: of the largest subject's files.
+    """
+    return 1_500_000_000 + 8 * weight_bytes
