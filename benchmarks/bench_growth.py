@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from measurements import alone, cell, write_model
 
-from numerics_suite.engine.cell_context import Request
+from numerics_suite.engine.request import Request
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from numerics_suite.core.records import Cell
 from numerics_suite.devices import random_state
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.rounded_reference import RoundOnce
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.true_fp64 import LiftToFp64

@@ -1,7 +1,7 @@
-"""What a package needs that adds checks, families, remedies or reporters of its own.
+"""The API for packages that add checks, families, remedies or reporters.
 
-These names are stable, and nothing else that lies inside the package is. Each name is imported on first use. Old names
-still work and give a DeprecationWarning. docs/extending.md shows how they go together.
+These names are stable; no other name inside the package is. Each name is imported on first use. Old names
+still work and give a DeprecationWarning. docs/extending.md shows how to use them.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _HOMES = {
     "numerics_suite.subjects.families.family": ("AddedFamily", "Family"),
     "numerics_suite.subjects.load": ("Loaded",),
 }
-"""Where the names are."""
+"""Module of each name."""
 
 _RENAMED = {"Evidence": "CellContext", "Place": "ModuleScope", "Run": "CheckRun"}
-"""New name by old one. Arguments and attributes with old names are marked where they are defined, with `renamed`."""
+"""Old name → new name. Arguments and attributes with old names are marked where they are defined, with `renamed`."""
 
 __all__ = [
     "AddedCheck",
@@ -106,7 +106,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The names, on first use."""
+    """Import the name on first use."""
     import importlib
 
     if name in _RENAMED:

@@ -6,10 +6,9 @@ the suite is named on the command line or `collect = true` asks for it.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +18,19 @@ from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import interruptible
-from numerics_suite.core.lifeline import known
-from numerics_suite.core.registry import GROUPS
 from numerics_suite.core.switch import switch_kept
-from numerics_suite.core.text import harmless
 from numerics_suite.settings.options import add_pytest_options, from_pytest
+from numerics_suite.suite.items import numerics_question, parametrize_questions, question_of  # noqa: F401 - pytest finds the fixture
+from numerics_suite.suite.stash import WORKER_SESSION, gate_key, result_key, run_key, session_key
+from numerics_suite.suite.subject_fixture import numerics_subject, parametrize_subjects  # noqa: F401 - pytest finds the fixture
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from numerics_suite.core.records import Cell, CheckResult
-    from numerics_suite.suite.collector import Gate
-    from numerics_suite.suite.planning import Question
     from numerics_suite.suite.session import SuiteSession
-    from numerics_suite.suite.subject_fixture import NumericsSubject
 
 SUITE = Path(__file__).resolve().parent / "suite"
 PACKAGE = "numerics_suite.suite"
-OTHERS = "extensions"
-"""Of `test_extensions.py`, where the checks of other packages are asked, whatever their groups are."""
-
 NO_GPU = "-m gpu: no accelerator is visible to torch, so no gpu cell can run (--numerics-allow-no-gpu lets that pass)"
 
 ASKS_NOTHING = ("collectonly", "showfixtures", "show_fixtures_per_test", "setuponly", "setupplan")
@@ -46,11 +38,6 @@ ASKS_NOTHING = ("collectonly", "showfixtures", "show_fixtures_per_test", "setupo
 
 GAVE_UP = 70
 """Status of a worker that ends on purpose. The controller reads none: it sees the connection end."""
-
-session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
-user_session_key: pytest.StashKey[SuiteSession] = pytest.StashKey()
-gate_key: pytest.StashKey[Gate] = pytest.StashKey()
-result_key: pytest.StashKey[CheckResult] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,28 +87,45 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if not _names_suite(config):
         return
-    settings = _settings(config)
     _share_cores(config)
-    from numerics_suite.core.atomic import ensure_writable
-    from numerics_suite.subjects.files import digests_from_json
-    from numerics_suite.suite.collector import Gate
-    from numerics_suite.suite.resume import earlier_answers
-    from numerics_suite.suite.session import REPRODUCERS, SuiteSession
+    run = config.stash.get(run_key, None)
+    handed_on = getattr(config, "workerinput", {}).get(WORKER_SESSION)
+    if run is not None:
+        suite = run.session
+    elif handed_on is not None:
+        suite = _taken_over(config, handed_on)
+    else:
+        suite = _of_options(config)
+    config.stash[session_key] = suite
+    if not hasattr(config, "workerinput") and not any(config.getoption(name, default=False) for name in ASKS_NOTHING):
+        from numerics_suite.suite.collector import Gate
 
-    told: dict[str, Any] = getattr(config, "workerinput", {})
-    known().lost.update(told.get("numerics_lost", {}))
-    if told.get("numerics_quiet") is False:
+        gate = Gate(suite, run=run)
+        config.stash[gate_key] = gate
+        config.pluginmanager.register(gate)
+
+
+def _taken_over(config: pytest.Config, handed_on: bytes) -> SuiteSession:
+    """In a worker, the session of the process that began it, which hears what goes on here."""
+    suite: SuiteSession = pickle.loads(handed_on)  # noqa: S301 - our own process's
+    progress.tell_in(suite.board)
+    if not suite.settings.quiet:
         from numerics_suite.reports.streams import notice
 
         heard = ExitStack()
         heard.enter_context(listening(notice))
         config.add_cleanup(heard.close)
+    return suite
+
+
+def _of_options(config: pytest.Config) -> SuiteSession:
+    """Under plain pytest, a session of its options, with its plan made."""
+    from numerics_suite.core.atomic import ensure_writable
+    from numerics_suite.suite.session import SuiteSession
+
+    settings = _settings(config)
     _refuse_gpu_run_without_gpu(config, allowed=settings.allow_no_gpu)
-    suite = SuiteSession(
-        settings,
-        deadline=config.getoption("numerics_deadline", None),
-        reproducers=Path(config.getoption("numerics_reproducers", None) or REPRODUCERS),
-    )
+    suite = SuiteSession(settings)
     try:
         if settings.json and settings.json != "-":
             ensure_writable(Path(settings.json), "--numerics-json")
@@ -129,23 +133,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             from numerics_suite.reports.report import ensure_wanted
 
             ensure_wanted(settings.report, settings.junitxml, "--numerics-")
-        run = config.pluginmanager.get_plugin("numerics-suite-run")
-        if run is not None:
-            suite.plan, suite.answered = run.plan, run.answered
-        elif told:
-            suite.answered = json.loads(told.get("numerics_answers", "{}"))
-            digests_from_json(json.loads(told.get("numerics_digests", "[]")))
-            progress.tell_in(Path(told["numerics_board"]) if told.get("numerics_board") else None)
-        elif settings.resume is not None:
-            suite.answered = earlier_answers(settings.resume, settings, suite.plan)
-        suite.plan  # noqa: B018 - made here for its errors
+        suite.prepare()
     except NumericsSuiteError as error:
         raise pytest.UsageError(str(error)) from None
-    config.stash[session_key] = suite
-    if not hasattr(config, "workerinput") and not any(config.getoption(name, default=False) for name in ASKS_NOTHING):
-        gate = Gate(suite, run=run)
-        config.stash[gate_key] = gate
-        config.pluginmanager.register(gate, "numerics-suite-gate")
+    return suite
 
 
 def _share_cores(config: pytest.Config) -> None:
@@ -194,91 +185,13 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     return pytest.Module.from_parent(parent, path=file_path)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The fixture of every item of the suite: one question, and the session that answers it."""
-
-    question: Question
-    session: SuiteSession
-    item: pytest.Item
-
-    def ask(self) -> None:
-        """Answer the question and turn the answer into pytest's outcome."""
-        result, trace = self.session.answer(self.question)
-        self.item.stash[result_key] = result
-        if result.status == "skipped":
-            pytest.skip(_shown(result.reason or ""))
-        if result.status == "failed":
-            from numerics_suite.reports.text import finding_text
-
-            pytest.fail(finding_text(result, diagnosed=self.session.settings.diagnose), pytrace=False)
-        if result.status == "error":
-            pytest.fail(_shown(f"{result.id}: error: {result.reason}\n{trace}"), pytrace=False)
-
-
-def _shown(text: str) -> str:
-    """The text for pytest's terminal: a model's exceptions are shown, and steer neither a terminal nor GitHub's runner."""
-    return "\n".join(harmless(line) for line in text.splitlines())
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One parameter per question of the file's group, and per cell for `numerics_subject` in a user's own tests.
-
-    The checks of other packages share one file.
-    """
+    """One parameter per question of the file's group, and per cell for `numerics_subject` in a user's own tests."""
     if "numerics_subject" in metafunc.fixturenames:
-        _parametrize_subjects(metafunc)
-    if "numerics_question" not in metafunc.fixturenames:
-        return
+        parametrize_subjects(metafunc)
     suite = metafunc.config.stash.get(session_key, None)
-    if suite is None:
-        return
-    group = metafunc.function.__name__.removeprefix("test_")
-    parameters = []
-    for question in suite.plan.questions:
-        if group != (question.group if question.group in GROUPS else OTHERS):
-            continue
-        marks = _marks_of(question.cell, metafunc.config)
-        if metafunc.config.pluginmanager.hasplugin("rerunfailures"):
-            marks.append(pytest.mark.flaky(reruns=0))  # an answer that changes when it is asked again is no pass
-        parameters.append(pytest.param(question, id=question.param_id, marks=marks))
-    metafunc.parametrize("numerics_question", parameters, indirect=True)
-
-
-def _marks_of(cell: Cell, config: pytest.Config) -> list[pytest.MarkDecorator]:
-    """Of every item of a cell: with xdist all go to one worker, and those that need an accelerator are `gpu`."""
-    marks = [pytest.mark.xdist_group(cell.param_id)] if _has_xdist(config) else []
-    return marks if cell.device.startswith("cpu") else [*marks, pytest.mark.gpu]
-
-
-def _parametrize_subjects(metafunc: pytest.Metafunc) -> None:
-    from numerics_suite.suite.subject_fixture import parameters
-
-    config = metafunc.config
-    try:
-        # Scope session: pytest runs the tests of one cell together, so that each model is loaded once.
-        found = list(parameters(_subject_session(config), lambda cell: _marks_of(cell, config)))
-    except NumericsSuiteError as error:
-        raise pytest.Collector.CollectError(str(error)) from None
-    metafunc.parametrize("numerics_subject", found, indirect=True, scope="session")
-
-
-def _subject_session(config: pytest.Config) -> SuiteSession | None:
-    """The suite's own session where it runs too, else one for the user's tests; None where no subject is configured."""
-    if session_key in config.stash and config.stash[session_key].settings.subjects:
-        return config.stash[session_key]
-    settings = from_pytest(config)
-    if not settings.subjects:
-        return None
-    if user_session_key not in config.stash:
-        from numerics_suite.suite.session import SuiteSession
-
-        config.stash[user_session_key] = SuiteSession(settings)
-    return config.stash[user_session_key]
-
-
-def _has_xdist(config: pytest.Config) -> bool:
-    return config.pluginmanager.hasplugin("xdist")
+    if "numerics_question" in metafunc.fixturenames and suite is not None:
+        parametrize_questions(metafunc, suite.plan.questions)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -292,22 +205,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return CellScheduling(config, log, suite.plan)
 
 
-@pytest.fixture
-def numerics_question(request: pytest.FixtureRequest) -> Asked:
-    """The question of this item."""
-    return Asked(request.param, request.config.stash[session_key], request.node)
-
-
-@pytest.fixture(scope="session")
-def numerics_subject(request: pytest.FixtureRequest) -> NumericsSubject:
-    """A configured subject in one precision: `.model`, `.batch`, `.name`, for numerics_suite.assert_… in your own tests."""
-    from numerics_suite.suite.subject_fixture import subject_of
-
-    session = _subject_session(request.config)
-    assert session is not None, "without a subject the parameter is a skip"
-    return subject_of(session, request.param)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run cell by cell, so that each model is loaded once; other tests keep their place before the suite's."""
@@ -316,19 +213,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     order = {question: index for index, question in enumerate(suite.plan.questions)}
     # A file of the suite without a question (`--checks load.*`) is left with an item that asks nothing.
-    empty = [item for item in items if item.path.parent == SUITE and _question(item) is None]
+    empty = [item for item in items if item.path.parent == SUITE and question_of(item) is None]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in empty]
-    items.sort(key=lambda item: order[question] if (question := _question(item)) is not None else -1)
-
-
-def _question(item: pytest.Item) -> Question | None:
-    from numerics_suite.suite.planning import Question
-
-    callspec = getattr(item, "callspec", None)
-    value = callspec.params.get("numerics_question") if callspec is not None else None
-    return value if isinstance(value, Question) else None
+    items.sort(key=lambda item: order[question] if (question := question_of(item)) is not None else -1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -337,7 +226,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
     suite = item.config.stash.get(session_key, None)
     if suite is None or suite.lost is None or not hasattr(item.config, "workerinput"):
         return
-    question = _question(item)
+    question = question_of(item)
     if question is not None and question.cell != suite.lost[0]:
         os._exit(GAVE_UP)
 
@@ -346,7 +235,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Send the result along with pytest's own report, in a form that travels between processes."""
     report = yield
-    report.numerics_item = _question(item) is not None  # type: ignore[attr-defined]
+    report.numerics_item = question_of(item) is not None  # type: ignore[attr-defined]
     result = item.stash.get(result_key, None)
     if result is not None and report.when == "call":
         from numerics_suite.reports.results import check_to_json
@@ -361,7 +250,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Tell the gate what was selected."""
     gate = session.config.stash.get(gate_key, None)
     if gate is not None:
-        gate.select([question for item in session.items if (question := _question(item)) is not None])
+        gate.select([question for item in session.items if (question := question_of(item)) is not None])
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -36,7 +36,7 @@ from numerics_suite.devices.device import (
     lacks,
     lacks_attention,
 )
-from numerics_suite.devices.kinds import CPU, kind_of
+from numerics_suite.devices.kinds import CPU, device_module, kind_of
 from numerics_suite.devices.memory import release
 from numerics_suite.devices.precisions import PRECISIONS
 from numerics_suite.engine.environment import package_versions
@@ -693,6 +693,69 @@ def watch(setup: Setup) -> Outcome:
     return Outcome(verdict=verdict, reason=f"amortised {amortised:.4f}, {most} allowed", columns=columns, rows=rows)
 
 
+# --- 9b ----------------------------------------------------------------------------------------------------------------
+
+
+MOST_MINUTES = 3.0
+"""That a cell of nine billion parameters may take once the model is loaded."""
+
+SMALL_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 4000,
+}
+"""A few million parameters: enough to see that the part runs."""
+
+
+def nine_billion(setup: Setup) -> Outcome:
+    """Minutes and peak memory of one cell of a checkpoint in the shape of GLM-4 9B, whose weights are written by a formula."""
+    whole = setup.sizes.whole and setup.is_accelerator
+    writer = _from_file(ROOT / "fixtures" / "nine_billion.py")
+    folder = setup.folder / "nine-billion"
+    parameters = writer.write_checkpoint(folder, shape=writer.SHAPE if whole else SMALL_SHAPE)
+    module = device_module(kind_of(setup.device))
+    if hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats()
+    results = checked(setup, (), str(folder), "--precision", "bf16", "--attn", "sdpa", workers="0")
+    peak = int(module.max_memory_allocated()) if hasattr(module, "max_memory_allocated") else None
+    seconds: dict[str, float] = defaultdict(float)
+    for check in results["checks"]:
+        # The first check loads the model, so its time is no part of the three minutes.
+        seconds["loading" if check["check"] == "load.complete" else check["check"].partition(".")[0]] += check[
+            "duration_s"
+        ]
+    minutes = sum(value for name, value in seconds.items() if name != "loading") / 60
+    rows: list[tuple[Value, ...]] = [(f"{name}, seconds", round(value, 1)) for name, value in seconds.items()]
+    rows += [("parameters", parameters), ("peak device memory, GB", None if peak is None else round(peak / 1e9, 1))]
+    rows += [
+        ("skipped", f"{check['check']}: {check['reason']}")
+        for check in results["checks"]
+        if check["status"] == "skipped"
+    ]
+    wrong, columns = problems(results), ("what", "value")
+    if not whole and not wrong:
+        reason = "a small shape is no measure; the aim is for nine billion parameters on an accelerator"
+        return Outcome(verdict="not applicable", reason=reason, columns=columns, rows=tuple(rows))
+    if minutes > MOST_MINUTES and whole:
+        wrong.append(f"{minutes:.1f} minutes after loading, {MOST_MINUTES:g} allowed")
+    verdict, reason = judged(wrong, f"{minutes:.1f} minutes after loading, {MOST_MINUTES:g} allowed")
+    return Outcome(verdict=verdict, reason=reason, columns=columns, rows=tuple(rows))
+
+
+def _from_file(path: Path) -> Any:
+    """A module that is no package's, from its file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # --- all of them -------------------------------------------------------------------------------------------------------
 
 
@@ -721,6 +784,9 @@ PARTS = {
     "baseline": Description(aim="Against a baseline of the CPU no cell is `changed`.", measure=baseline),
     "watch": Description(
         aim="The watch adds at most 1 % to a training step of a billion parameters, amortised.", measure=watch
+    ),
+    "9b": Description(
+        aim="A bf16 cell in the shape of GLM-4 9B takes at most 3 minutes once it is loaded.", measure=nine_billion
     ),
 }
 """In the order in which they run."""

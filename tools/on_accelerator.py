@@ -21,7 +21,7 @@ from typing import NoReturn
 from numerics_suite.core.atomic import ensure_writable
 from numerics_suite.core.errors import BadInputError, nearest
 
-PARTS = ("clean", "ratios", "tf32", "mutants", "baseline", "watch")
+PARTS = ("clean", "ratios", "tf32", "mutants", "baseline", "watch", "9b")
 """Names alone, so that a mistake is told before torch is imported."""
 
 
@@ -38,7 +38,11 @@ def parser() -> Parser:
     made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--device", help="auto, cpu, cuda, … (default: auto, which needs an accelerator)")
     made.add_argument("--part", action="append", default=[], metavar="NAME", help=f"of {', '.join(PARTS)}; repeatable")
-    made.add_argument("--small", action="store_true", help="one fixture, 3 mutants, a tiny watched model")
+    made.add_argument(
+        "--small",
+        action="store_true",
+        help="one fixture, 3 mutants, a tiny watched model, a small shape in place of 9B",
+    )
     made.add_argument("--minutes", type=float, default=6, metavar="N", help="for all parts together (default: 6)")
     made.add_argument("--json", type=Path, metavar="FILE", help="put the parts into this file; its other parts stay")
     made.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: the page from this file")

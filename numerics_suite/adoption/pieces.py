@@ -42,11 +42,6 @@ class Piece:
 def pieces_of(folder: Path, settings: Settings, host: workflows.Host | None) -> tuple[Piece, ...]:
     """Everything that adopting would write into a repository; nothing is written yet.
 
-    Args:
-        folder: the repository.
-        settings: of the gate; what differs from the defaults goes into the section.
-        host: whose workflow, None for none.
-
     Raises:
         BadInputError: a file of the repository cannot be read.
     """
@@ -62,10 +57,6 @@ def pieces_of(folder: Path, settings: Settings, host: workflows.Host | None) -> 
 
 def write(folder: Path, pieces: tuple[Piece, ...]) -> None:
     """Write what is not there, each file whole or not at all.
-
-    Args:
-        folder: the repository.
-        pieces: of :func:`pieces_of`.
 
     Raises:
         BadInputError: one cannot be written; the message names it.

@@ -33,7 +33,7 @@ def text_in(file: Path) -> str | None:
 
 
 def is_in(file: Path) -> bool:
-    """Whether the file speaks of this tool already.
+    """Whether the file has settings of this tool already.
 
     Raises:
         BadInputError: it is not valid TOML; the message has the line.
@@ -42,12 +42,7 @@ def is_in(file: Path) -> bool:
 
 
 def text_of(settings: Settings, folder: Path) -> str:
-    """The section.
-
-    Args:
-        settings: those that were stated, and no default, become keys.
-        folder: the repository, to which paths are made relative.
-    """
+    """The section: a key for each setting that was stated and is no default; paths relative to the repository."""
     lines = []
     for option in OPTIONS:
         if option.key is None or not settings.explicit(option.name) or option.name in {"report", "quiet"}:
@@ -57,13 +52,7 @@ def text_of(settings: Settings, folder: Path) -> str:
 
 
 def appended(held: str, settings: Settings, folder: Path) -> str:
-    """A pyproject.toml with the section at its end, every byte before it as it was.
-
-    Args:
-        held: the file's text.
-        settings: as in :func:`text_of`.
-        folder: the repository.
-    """
+    """A pyproject.toml with the section at its end, every byte before it as it was."""
     gap = "" if not held else ("\n" if held.endswith("\n") else "\n\n")
     return f"{held}{gap}{text_of(settings, folder)}"
 

@@ -18,11 +18,7 @@ GITLAB_INCLUDED = Path(".gitlab/numerics.yml")
 
 
 def host_of(folder: Path) -> Host:
-    """The host that a repository seems to live at; GitHub where nothing tells.
-
-    Args:
-        folder: the repository.
-    """
+    """The host that a repository seems to live at; GitHub where nothing tells."""
     if (folder / ".github").is_dir():
         return "github"
     if (folder / GITLAB).exists() or (folder / ".gitlab").is_dir():
@@ -35,35 +31,21 @@ def host_of(folder: Path) -> Host:
 
 
 def place_of(folder: Path, host: Host) -> Path:
-    """Where the workflow goes.
-
-    Args:
-        folder: the repository.
-        host: whose.
-    """
+    """Where the workflow goes."""
     if host == "github":
         return GITHUB
     return GITLAB_INCLUDED if (folder / GITLAB).exists() else GITLAB
 
 
 def meaning_of(path: Path) -> str:
-    """What the file is for, and what the user must do for it to be used.
-
-    Args:
-        path: of :func:`place_of`.
-    """
+    """What the file is for, and what the user must do for it to be used."""
     if path == GITLAB_INCLUDED:
         return f"the gate; add to {GITLAB}: include: {{local: /{path.as_posix()}}}"
     return "the gate in CI"
 
 
 def text_of(folder: Path, host: Host) -> str:
-    """The workflow, with the lines that install this repository's own packages.
-
-    Args:
-        folder: the repository, whose files say how it is installed.
-        host: whose.
-    """
+    """The workflow, with the lines that install this repository's own packages."""
     template = (Path(__file__).resolve().parent / "templates" / f"{host}.yml").read_text(encoding="utf-8")
     # The user's own pins of transformers and torch are what an upgrade changes, so they are installed first.
     return template.replace("@INSTALL@", f"{_own(folder)}numerics-suite=={__version__}")

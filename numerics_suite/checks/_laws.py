@@ -1,4 +1,4 @@
-"""What the metamorphic laws share: the two measurements that each of them gives."""
+"""The two measurements that all metamorphic laws yield."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.engine.cell_context import CellContext
 
 TRUE_ONLY = "judged in true fp64 only"
-"""The fact that holds why a law was not judged in the cell's own precision."""
+"""Fact: why a law was not judged in the cell's own precision."""
+
+NO_GRADIENTS = "gradients not compared"
+"""Fact: why a check compared only outputs."""
 
 UNSUPPORTED = "not supported"
-"""The fact that holds which part of a law the installed release or the model has no code for: where nothing fails, the check is a skip with it."""
+"""Fact: the part of a law that the installed release or the model does not support. A check that does not fail is then
+skipped with this reason."""
 
 
 def law_measurements(  # noqa: PLR0913 - the words of one measurement
@@ -31,10 +35,9 @@ def law_measurements(  # noqa: PLR0913 - the words of one measurement
     Args:
         exact: the first.
         rounded: the second.
-        unrounded: why the second says only whether a value was lost: there is no rounded run, since this op has no
-            float64 form.
-        place: finds the module in which the two true fp64 runs part; asked only where they do.
-        cause: of the first, where it is another than the law's own.
+        unrounded: why the second only detects lost values: an op has no float64 form, so there is no rounded run.
+        place: finds the module in which the two true fp64 runs diverge; called only if they do.
+        cause: of the first, if it is not the law's usual one.
         facts: of both.
     """
     told = dict(facts or {})
@@ -50,5 +53,5 @@ def is_rotary(context: CellContext) -> Callable[[nn.Module], bool]:
 
 
 def skipped_law() -> Iterable[Measurement]:
-    """A batch that the law is not asked of, by definition (a pad id among its real tokens)."""
+    """Skip a batch that the law does not cover (a pad id among its real tokens)."""
     return law_measurements(0.0, 0.0)

@@ -6,24 +6,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.matrix import (
-    SHARED,
-    add_version_options,
-    baseline_of,
-    jobs_of,
-    telling_what_is_kept,
-)
-from numerics_suite.cli.output import (
-    deliver,
-    for_people,
-    refuse_undeliverable,
-    refuse_unwritable,
-    unfinished_answer,
-    write_json,
-)
+from numerics_suite.cli.matrix import SHARED, add_version_options, baseline_of, jobs_of, telling_what_is_kept
+from numerics_suite.cli.output import deliver, for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError, nearest
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 from numerics_suite.settings.table import OPTIONS
 from numerics_suite.settings.tree import COMMAND_LINE, DESTINATIONS
 
@@ -60,7 +47,6 @@ exit status:
 
 PACKAGES = ("transformers", "torch", "accelerate", "peft", "trl", "tokenizers", "checkpoint")
 OUT = Path(".numerics/bisect")
-OWN = ("good", "bad", "package", "check", "git", "transformers", "torch", "python", "pre", "jobs", "out")
 LEFT_OUT = {"list_only", "checks", "skip"}
 """Options of `matrix` that a search has no use for."""
 
@@ -77,7 +63,9 @@ def make_parser() -> CommandParser:
     group.add_argument("--good", metavar="V", help="a version, ref or revision that passes")
     group.add_argument("--bad", metavar="V", help="a later one that fails")
     group.add_argument("--package", metavar="NAME", help="one of: " + ", ".join(PACKAGES) + " (default: transformers)")
-    group.add_argument("--check", metavar="ID", help="the check that decides (default: what fails at the bad end)")
+    group.add_argument(
+        "--check", dest="checks", metavar="ID", help="the check that decides (default: what fails at the bad end)"
+    )
     group.add_argument("--git", metavar="PATH", help="V is a ref of this clone of transformers")
     group.add_argument("--transformers", metavar="V", help="in every environment (default: the installed one)")
     group.add_argument("--torch", metavar="V", help="in every environment (default: the installed one)")
@@ -90,18 +78,12 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `bisect` and return its exit status.
 
-    Args:
-        arguments: what follows `bisect`.
-
     Raises:
         BadInputError: the input cannot be used, or an end does not hold.
     """
-    given = vars(make_parser().parse(arguments))
-    own = {name: given.pop(name) for name in OWN}
-    _refuse_contradictions(own, given["subjects"])
-    settings = from_command_line({**given, "checks": own["check"]})
-    refuse_unwritable(settings.json)
-    refuse_undeliverable(settings.report, settings.junitxml)
+    settings, own = make_parser().parse_settings(arguments)
+    typed = settings.subjects if settings.origin("subjects") == COMMAND_LINE else ()
+    _refuse_contradictions(own, typed)
     return _bisect(settings, own)
 
 

@@ -54,13 +54,10 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `cache` and return its exit status.
 
-    Args:
-        arguments: what follows `cache`.
-
     Raises:
         BadInputError: no such action or entry, or it cannot be removed.
     """
-    given = make_parser().parse(arguments)
+    given = make_parser().parse_action(arguments, ACTIONS)
     _refuse_nonsense(given)
     refuse_unwritable(given.json)
     answer = {"list": _list, "clean": _clean}[given.action](given)
@@ -70,12 +67,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _refuse_nonsense(given: argparse.Namespace) -> None:
-    if given.action is None:
-        message = f"cache: no action given (known: {', '.join(ACTIONS)})"
-        raise BadInputError(message)
-    if given.action not in ACTIONS:
-        message = f"unknown action '{given.action}'{nearest(given.action, ACTIONS)} (known: {', '.join(ACTIONS)})"
-        raise BadInputError(message)
     chosen = [name for name in ("all", "unused", "limit") if getattr(given, name)]
     if given.action == "list" and (given.names or chosen):
         message = f"list takes no {'names' if given.names else f'--{chosen[0]}'}; it lists everything"

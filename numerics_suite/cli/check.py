@@ -7,17 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import (
-    deliver,
-    for_people,
-    refuse_undeliverable,
-    refuse_unwritable,
-    unfinished_answer,
-    write_json,
-)
+from numerics_suite.cli.output import deliver, for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +18,7 @@ if TYPE_CHECKING:
     from numerics_suite.core.records import RunResult
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.settings.tree import Settings
+    from numerics_suite.suite.session import SuiteSession
 
 BAD_INPUT = 4
 TRIED = ".numerics/tried"
@@ -76,22 +70,15 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `check` and return its exit status.
 
-    Args:
-        arguments: what follows `check`.
-
     Raises:
         BadInputError: the input cannot be used.
     """
-    given = vars(make_parser().parse(arguments))
-    bundle, other_versions, verbose = (given.pop(name) for name in ("bundle", "try_versions", "verbose"))
-    settings = from_command_line(given)
-    refuse_unwritable(settings.json)
-    refuse_undeliverable(settings.report, settings.junitxml)
-    if bundle is not None:
-        return _reopen(settings, Path(bundle), verbose=verbose)
+    settings, own = make_parser().parse_settings(arguments)
+    if own["bundle"] is not None:
+        return _reopen(settings, Path(own["bundle"]), verbose=own["verbose"])
     if settings.list_only:
         return _list(settings)
-    return _check(settings, other_versions=other_versions, verbose=verbose)
+    return _check(settings, other_versions=own["try_versions"], verbose=own["verbose"])
 
 
 def _list(settings: Settings) -> int:
@@ -112,19 +99,21 @@ def _check(settings: Settings, *, other_versions: bool, verbose: bool) -> int:
     from numerics_suite.reports.results import to_json
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.suite.run import run_check
+    from numerics_suite.suite.session import SuiteSession
 
+    session = SuiteSession(settings)
     with for_people(settings) as stream:
         terminal = Terminal(stream=stream, quiet=settings.quiet, verbose=verbose)
         try:
             with unfinished_answer(settings.json, "check", **_so_far(settings)):
-                result = run_check(settings, terminal, asks_index=other_versions)
+                result = run_check(session, terminal, asks_index=other_versions)
         finally:
             terminal.stop()
         try:
             if other_versions and result.complete:
                 result = _with_other_versions(result, settings, terminal)
             if settings.data is not None and result.complete:
-                result = _rehearsed(result, settings, terminal)
+                result = _rehearsed(result, session, terminal)
         except KeyboardInterrupt:
             note = "interrupted after the checks, while remedies or rehearsals were tried"
             result = replace(result, complete=False, verdict="error", exit_status=2, notes=(*result.notes, note))
@@ -177,14 +166,13 @@ def _with_other_versions(result: RunResult, settings: Settings, terminal: Termin
             processes.stop()
 
 
-def _rehearsed(result: RunResult, settings: Settings, terminal: Terminal) -> RunResult:
+def _rehearsed(result: RunResult, session: SuiteSession, terminal: Terminal) -> RunResult:
     """The result with training on the user's own texts, where checks of training were asked for."""
-    from numerics_suite.suite.check_selection import selected_checks
     from numerics_suite.suite.rehearsal import rehearse
 
-    if not any(check.startswith("train.") for check in selected_checks(settings)):
+    if not any(question.group == "train" for question in session.plan.questions):
         return result
-    return replace(result, rehearsals=rehearse(settings, terminal.say))
+    return replace(result, rehearsals=rehearse(session, terminal.say))
 
 
 def _reopen(settings: Settings, bundle: Path, *, verbose: bool) -> int:

@@ -56,9 +56,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `compare` and return its exit status.
 
-    Args:
-        arguments: what follows `compare`.
-
     Raises:
         BadInputError: a folder or a pair cannot be used.
     """
@@ -90,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _print(found: Sequence[Comparison], *, old: str, new: str, quiet: bool) -> None:
-    """In colour where somebody watches; plain lines elsewhere, and no library for colours is loaded."""
+    """In colour on a terminal; plain lines elsewhere, without loading a library for colours."""
     from numerics_suite.reports.comparison import comparison_lines
     from numerics_suite.reports.lines import sayable
 

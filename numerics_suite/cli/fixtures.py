@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.cli.output import refuse_unwritable, say, write_json
 from numerics_suite.cli.parser import CommandParser, add_output_options
-from numerics_suite.core.errors import BadInputError, UnsupportedError, nearest
+from numerics_suite.core.errors import BadInputError, UnsupportedError
 
 if TYPE_CHECKING:
     import argparse
@@ -41,19 +41,10 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `fixtures` and return its exit status.
 
-    Args:
-        arguments: what follows `fixtures`.
-
     Raises:
         BadInputError: no such action or fixture, or it cannot be built.
     """
-    given = make_parser().parse(arguments)
-    if given.action is None:
-        message = f"fixtures: no action given (known: {', '.join(ACTIONS)})"
-        raise BadInputError(message)
-    if given.action not in ACTIONS:
-        message = f"unknown action '{given.action}'{nearest(given.action, ACTIONS)} (known: {', '.join(ACTIONS)})"
-        raise BadInputError(message)
+    given = make_parser().parse_action(arguments, ACTIONS)
     refuse_unwritable(given.json)
     rows = {"list": _list, "build": _build, "path": _path}[given.action](given)
     if given.json:

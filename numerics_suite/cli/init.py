@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, refuse_unwritable, write_json
+from numerics_suite.cli.output import for_people, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.cli.record import DEFAULT_FOLDER, OPTIONS, write_baselines
-from numerics_suite.settings.options import add_cli_options, from_command_line
-from numerics_suite.settings.tree import COMMAND_LINE
+from numerics_suite.settings.options import add_cli_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from numerics_suite.adoption.pieces import Piece
     from numerics_suite.adoption.workflows import Host
+    from numerics_suite.core.records import Cell
     from numerics_suite.settings.tree import Settings
 
 SHIPPED = ("fixture:glm4-tiny", "fixture:glm4-tiny-classifier")
@@ -64,16 +64,10 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `init` and return its exit status.
 
-    Args:
-        arguments: what follows `init`.
-
     Raises:
         BadInputError: the input cannot be used, or something cannot be written.
     """
-    given = vars(make_parser().parse(arguments))
-    own = {name: given.pop(name) for name in ("ci", "no_baseline", "dry_run")}
-    settings = from_command_line(given)
-    refuse_unwritable(settings.json)
+    settings, own = make_parser().parse_settings(arguments)
     with for_people(settings) as stream:
         answer, status = _init(settings, own, stream)
     if settings.json:
@@ -85,11 +79,13 @@ def _init(settings: Settings, own: dict[str, Any], stream: IO[str]) -> tuple[dic
     """See that everything can be used, then write, then record: nothing is left of a mistyped command."""
     from numerics_suite.adoption.pieces import pieces_of, write
     from numerics_suite.reports.adoption import AdoptionPrinter
+    from numerics_suite.suite.recording import recording_session
 
     folder = Path.cwd()
     if not settings.subjects:
-        settings = _stated(settings, subjects=SHIPPED)
-    settings = _with_precisions(settings)
+        settings = settings.stating(subjects=SHIPPED)
+    session = recording_session(settings)
+    settings = _with_precisions(settings, session.plan.cells)  # a subject that cannot be used is refused here
     pieces = pieces_of(folder, _asked(settings), _host(folder, own["ci"]))
     printer = AdoptionPrinter(stream=stream, quiet=settings.quiet)
     baselines = settings.baseline or Path(DEFAULT_FOLDER)
@@ -108,17 +104,11 @@ def _init(settings: Settings, own: dict[str, Any], stream: IO[str]) -> tuple[dic
     status = 0
     printer.baseline(baselines, held=held, wanted=wanted, dry_run=own["dry_run"])
     if wanted and not own["dry_run"]:
-        written = write_baselines(settings, baselines, force=False, stream=stream)
+        written = write_baselines(session, baselines, force=False, stream=stream)
         answer |= {key: value for key, value in written.to_json().items() if key in {"baselines", "errors"}}
         status = written.exit_status
     printer.next_steps(pieces, baselines, dry_run=own["dry_run"])
     return answer, status
-
-
-def _stated(settings: Settings, **values: Any) -> Settings:
-    """Settings with values that count as stated, so that the section holds them."""
-    origins = {**settings.origins, **dict.fromkeys(values, COMMAND_LINE)}
-    return replace(settings, **values, origins=origins)
 
 
 def _asked(settings: Settings) -> Settings:
@@ -127,17 +117,11 @@ def _asked(settings: Settings) -> Settings:
     return replace(settings, origins=origins)
 
 
-def _with_precisions(settings: Settings) -> Settings:
-    """The precisions of this device written down, so that the gate asks for the same ones on every machine.
-
-    The plan is made for it, so a subject that cannot be used is refused here, before anything is written.
-    """
-    from numerics_suite.suite.recording import recording_session
-
-    cells = recording_session(settings).plan.cells
+def _with_precisions(settings: Settings, cells: Sequence[Cell]) -> Settings:
+    """The precisions of this device written down, so that the gate asks for the same ones on every machine."""
     if settings.precision is not None:
         return settings
-    return _stated(settings, precision=tuple(dict.fromkeys(cell.precision for cell in cells)))
+    return settings.stating(precision=tuple(dict.fromkeys(cell.precision for cell in cells)))
 
 
 def _host(folder: Path, asked: str) -> Host | None:

@@ -58,11 +58,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one for each way to end
-    """Run one command and return its exit status.
-
-    Args:
-        arguments: what follows the program's name; None for the process's own.
-    """
+    """Run one command and return its exit status."""
     _tolerate()
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
@@ -174,7 +170,7 @@ def _end(status: int, text: str) -> int:
         sys.stderr.write(f"numerics-suite: {line}\n")
         sys.stderr.flush()
     except OSError:
-        pass  # nobody reads it
+        pass  # no reader is left
     return status
 
 

@@ -7,17 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import (
-    deliver,
-    for_people,
-    refuse_undeliverable,
-    refuse_unwritable,
-    unfinished_answer,
-    write_json,
-)
+from numerics_suite.cli.output import deliver, for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 from numerics_suite.settings.table import OPTIONS
 
 if TYPE_CHECKING:
@@ -47,7 +40,7 @@ What is done is kept under --out: a run that was stopped goes on where it was,
 and numerics-suite report makes a report of that folder at any time.
 
 exit status:
-  0 passed, 1 a cell fails, 2 interrupted, 3 a cell errs, 4 bad input,
+  0 passed, 1 a cell fails, 2 interrupted, 3 a cell has an error, 4 bad input,
   5 nothing ran
 """
 
@@ -58,12 +51,7 @@ OUT = Path(".numerics/matrix")
 
 
 def add_version_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
-    """Options of every command that makes environments.
-
-    Args:
-        parser: of the command.
-        out: default of `--out`.
-    """
+    """Options of every command that makes environments."""
     group = parser.add_argument_group("environments")
     group.add_argument("--pre", action="store_true", help="pre-releases count too")
     group.add_argument("--jobs", metavar="N", help="environments at once (default: what cores and memory allow)")
@@ -102,17 +90,10 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `matrix` and return its exit status.
 
-    Args:
-        arguments: what follows `matrix`.
-
     Raises:
         BadInputError: the input cannot be used.
     """
-    given = vars(make_parser().parse(arguments))
-    own = {name: given.pop(name) for name in ("transformers", "torch", "python", "others", "pre", "jobs", "out", "ray")}
-    settings = from_command_line(given)
-    refuse_unwritable(settings.json)
-    refuse_undeliverable(settings.report, settings.junitxml)
+    settings, own = make_parser().parse_settings(arguments)
     if not any(own[name] for name in ("transformers", "torch", "python", "others")):
         message = "matrix needs versions: give --transformers SPEC (or --torch, --python, --with), as in --transformers latest:3"
         raise BadInputError(message)
@@ -125,7 +106,8 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.versions.combinations import resolve_all
     from numerics_suite.versions.extensions import without_extensions
     from numerics_suite.versions.fingerprints import know_all
-    from numerics_suite.versions.matrix import make_plan
+    from numerics_suite.versions.job import for_a_cell
+    from numerics_suite.versions.matrix import MatrixPlan
     from numerics_suite.versions.result_store import ResultStore
 
     if own["ray"]:
@@ -139,7 +121,14 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
     versions = resolve_all(own["transformers"], own["torch"], own["python"], own["others"], pre=own["pre"])
     threads = max(1, core_count() // jobs)
-    plan = make_plan(settings, known, versions, cwd=Path.cwd(), threads=threads, baseline=baseline)
+    plan = MatrixPlan(
+        settings=for_a_cell(settings),
+        known=known,
+        cells=tuple(dict.fromkeys(versions)),
+        cwd=Path.cwd(),
+        threads=threads,
+        baseline=baseline,
+    )
     kept = ResultStore(Path(own["out"] or OUT))
     with for_people(settings) as stream:
         if settings.list_only:
@@ -206,12 +195,7 @@ def _run(  # noqa: PLR0913 - keywords
 
 @contextmanager
 def telling_what_is_kept(terminal: Terminal, kept: ResultStore) -> Iterator[None]:
-    """When the user stops the run, say what a second run will find.
-
-    Args:
-        terminal: whose progress bar goes.
-        kept: the folder of what is done.
-    """
+    """When the user stops the run, say what a second run will find."""
     try:
         yield
     except KeyboardInterrupt:
@@ -226,11 +210,7 @@ def telling_what_is_kept(terminal: Terminal, kept: ResultStore) -> Iterator[None
 
 
 def jobs_of(text: str | None, weight_bytes: int) -> int:
-    """`--jobs`.
-
-    Args:
-        text: as typed, None for what cores and memory allow.
-        weight_bytes: of the largest subject.
+    """The number of `--jobs`; what cores and memory allow where it is not given.
 
     Raises:
         BadInputError: no number.
@@ -249,10 +229,6 @@ def jobs_of(text: str | None, weight_bytes: int) -> int:
 
 def baseline_of(settings: Settings, subjects: Sequence[str]) -> Path | None:
     """The folder of baselines that `check` would compare with here, checked to hold a subject.
-
-    Args:
-        settings: of the command.
-        subjects: names.
 
     Raises:
         BadInputError: it holds none, or was named and holds those of other subjects alone: each environment would refuse it.

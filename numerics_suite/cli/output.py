@@ -30,9 +30,6 @@ def say(line: str) -> None:
 def refuse_unwritable(target: str | None) -> None:
     """Before hours of work, see that the answer will have a place.
 
-    Args:
-        target: of `--json`: a path, `-` or None.
-
     Raises:
         BadInputError: it has none.
     """
@@ -47,12 +44,7 @@ VERDICTS = {0: "pass", 1: "fail"}
 
 
 def write_json(target: str, content: Mapping[str, Any], status: int | None = None) -> None:
-    """The answer as JSON, with `complete` and `verdict` where the command's own document has none.
-
-    Args:
-        target: a path, or `-` for standard output.
-        content: no number in it that is not finite.
-        status: the exit status of the command, None for a document that says it already.
+    """The answer as JSON, with `complete` and `verdict` of the exit status where the command's own document has none.
 
     Raises:
         BadInputError: it cannot be written.
@@ -82,11 +74,6 @@ def write_json(target: str, content: Mapping[str, Any], status: int | None = Non
 @contextmanager
 def unfinished_answer(target: str | None, command: str, **content: Any) -> Iterator[Callable[..., None]]:
     """A document that says that the command has not come to its end, for as long as it runs, and after an interrupt.
-
-    Args:
-        target: of `--json`.
-        command: of the contract.
-        content: what its documents hold, empty.
 
     Yields:
         Called with newer content, which is in the file within a second.
@@ -133,11 +120,7 @@ def only_json_on_stdout() -> Iterator[None]:
 
 @contextmanager
 def for_people(settings: Settings) -> Iterator[IO[str]]:
-    """The stream for everything but the answer: standard error where the answer has standard output to itself.
-
-    Args:
-        settings: of the command.
-    """
+    """The stream for everything but the answer: standard error where the answer has standard output to itself."""
     if settings.json == "-":
         with only_json_on_stdout():
             yield sys.stderr
@@ -147,10 +130,6 @@ def for_people(settings: Settings) -> Iterator[IO[str]]:
 
 def refuse_undeliverable(report: Path | None, junitxml: Path | None = None) -> None:
     """Before hours of work, see that the report will have a place.
-
-    Args:
-        report: `--report`.
-        junitxml: `--junitxml`.
 
     Raises:
         BadInputError: it has none.

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from numerics_suite.cli.output import refuse_undeliverable, refuse_unwritable
 from numerics_suite.core.errors import BadInputError, nearest
+from numerics_suite.settings.options import from_command_line
+from numerics_suite.settings.table import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numerics_suite.settings.tree import Settings
 
 
 class HelpShown(Exception):  # noqa: N818 - no error
@@ -21,14 +26,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser of one command's arguments that raises BadInputError instead of leaving the process."""
 
     def __init__(self, command: str, *, usage: str, description: str, examples: str) -> None:
-        """Prepare the parser.
-
-        Args:
-            command: such as `check`.
-            usage: what follows the command.
-            description: one line.
-            examples: commands to copy, which end the help.
-        """
+        """Prepare the parser."""
         super().__init__(
             prog=f"numerics-suite {command}",
             usage=f"numerics-suite {command} {usage}",
@@ -60,6 +58,36 @@ class CommandParser(argparse.ArgumentParser):
             kind = "option" if flag.startswith("-") else "argument"
             hint = nearest(flag, known) if kind == "option" else ""
             self.error(f"unknown {kind} '{flag}'{hint or f' (see {self.prog} --help)'}")
+        return given
+
+    def parse_settings(self, arguments: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
+        """The settings of a command that has options of `check`, and what it alone takes.
+
+        Raises:
+            BadInputError: something cannot be used, or an answer could not be written where it is to go.
+        """
+        given = vars(self.parse(arguments))
+        own = {name: given.pop(name) for name in list(given) if name not in BY_NAME}
+        settings = from_command_line(given)
+        refuse_unwritable(settings.json)
+        if "report" in given:
+            refuse_undeliverable(settings.report, settings.junitxml)
+        return settings, own
+
+    def parse_action(self, arguments: Sequence[str], actions: Sequence[str]) -> argparse.Namespace:
+        """The arguments of a command whose first one is what to do.
+
+        Raises:
+            BadInputError: it is missing, or none of these.
+        """
+        given = self.parse(arguments)
+        known = f"(known: {', '.join(actions)})"
+        if given.action is None:
+            message = f"{self.prog.split()[-1]}: no action given {known}"
+            raise BadInputError(message)
+        if given.action not in actions:
+            message = f"unknown action '{given.action}'{nearest(given.action, actions)} {known}"
+            raise BadInputError(message)
         return given
 
     def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]

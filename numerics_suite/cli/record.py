@@ -6,16 +6,16 @@ import glob
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from numerics_suite.cli.output import for_people, refuse_unwritable, unfinished_answer, write_json
+from numerics_suite.cli.output import for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.settings.options import add_cli_options, from_command_line
+from numerics_suite.settings.options import add_cli_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numerics_suite.baselines.records import Recorded
-    from numerics_suite.settings.tree import Settings
+    from numerics_suite.suite.session import SuiteSession
 
 DEFAULT_FOLDER = ".numerics/baselines"
 
@@ -65,20 +65,16 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `record` and return its exit status.
 
-    Args:
-        arguments: what follows `record`.
-
     Raises:
         BadInputError: the input cannot be used, or the folder cannot be written.
     """
-    given = vars(make_parser().parse(arguments))
-    force = given.pop("force")
-    settings = from_command_line(given)
+    settings, own = make_parser().parse_settings(arguments)
+    from numerics_suite.suite.recording import recording_session
+
     folder = settings.baseline or Path(DEFAULT_FOLDER)
-    refuse_unwritable(settings.json)
     unanswered = unfinished_answer(settings.json, "record", baselines=[], errors=[])
     with for_people(settings) as stream, unanswered as offer:
-        written = write_baselines(settings, folder, force=force, stream=stream, offer=offer)
+        written = write_baselines(recording_session(settings), folder, force=own["force"], stream=stream, offer=offer)
     if settings.json:
         write_json(settings.json, written.to_json(), written.exit_status)
     if written.exit_status == 4:
@@ -87,21 +83,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def write_baselines(
-    settings: Settings,
+    session: SuiteSession,
     folder: Path,
     *,
     force: bool,
     stream: IO[str],
     offer: Callable[..., None] = lambda **_: None,
 ) -> Written:
-    """Measure and save, cell by cell: what is done is kept, whatever comes after.
-
-    Args:
-        settings: of the command.
-        folder: of the baselines.
-        force: overwrite cells that are there already.
-        stream: for people.
-        offer: takes the answer so far, each time that there is more of it.
+    """Measure and save, cell by cell: what is done is kept, whatever comes after; `offer` takes the answer so far.
 
     Raises:
         BadInputError: the input cannot be used, or the folder cannot be written.
@@ -109,10 +98,9 @@ def write_baselines(
     from numerics_suite.baselines.store import check_writable
     from numerics_suite.core.activity import listening
     from numerics_suite.reports.recording import RecordTerminal
-    from numerics_suite.suite.recording import record_cells, recording_session, skipped_cells
+    from numerics_suite.suite.recording import record_cells, skipped_cells
 
-    printer = RecordTerminal(stream=stream, quiet=settings.quiet)
-    session = recording_session(settings)
+    printer = RecordTerminal(stream=stream, quiet=session.settings.quiet)
     with listening(printer.notice):
         skipped = skipped_cells(session.plan)
     cells = [cell for cell in session.plan.cells if cell not in skipped]
@@ -129,7 +117,7 @@ def write_baselines(
 
     try:
         with listening(printer.notice):
-            record_cells(settings, take, session)
+            record_cells(session, take)
     finally:
         printer.stop()
     return written

@@ -60,9 +60,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `report` and return its exit status.
 
-    Args:
-        arguments: what follows `report`.
-
     Raises:
         BadInputError: there are no results, or the folder cannot be written.
     """
@@ -140,7 +137,7 @@ def _is_results(path: Path) -> bool:
 
 
 def _labelled(documents: Documents) -> Documents:
-    """Runs whose files have the same name are told apart by their folder."""
+    """Runs whose files have the same name get their folder in their label."""
     from dataclasses import replace
 
     labels = [run.label for run in documents.runs]

@@ -1,4 +1,4 @@
-"""A small process that watches over the run: however the run ends, somebody is left to tell.
+"""A small process that watches the run, and reports however it ends.
 
 It forks before anything heavy is imported, so it costs a millisecond and a few megabytes. Where the run dies inside a
 cell, it begins again in a new process, with the answers that were there, and leaves that cell out.
@@ -29,7 +29,7 @@ SUPERVISED = {"check", "record", "matrix", "bisect"}
 
 INTERRUPTED, INTERNAL = 2, 3
 GRACE = 20.0
-"""Seconds that a run has to end after it was asked to stop, or after it told its exit status."""
+"""Seconds that a run has to end after a request to stop, or after its exit status came."""
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class _Run:
     unread: bytes = b""
 
     def read(self, content: bytes) -> None:
-        """Take in what it told."""
+        """Take in its messages."""
         *lines, self.unread = (self.unread + content).split(b"\n")
         for line in lines:
             message: dict[str, Any] = json.loads(line)
@@ -58,12 +58,7 @@ class _Run:
 
 
 def supervised(arguments: list[str], main: Callable[[list[str]], int]) -> int:
-    """Run a command in a process of its own and return its exit status.
-
-    Args:
-        arguments: of the command line.
-        main: does the work.
-    """
+    """Run a command in a process of its own and return its exit status."""
     if not hasattr(os, "fork") or threading.active_count() > 1:
         return main(arguments)
     known = EarlierAnswers()
@@ -89,7 +84,7 @@ def _tell(status: int, text: str) -> int:
         sys.stderr.write(f"numerics-suite: {harmless(text)}\n")
         sys.stderr.flush()
     except OSError:
-        pass  # nobody reads it
+        pass  # no reader is left
     return status
 
 
@@ -113,7 +108,7 @@ class _Signals:
 def _one(
     arguments: list[str], main: Callable[[list[str]], int], known: EarlierAnswers, signals: _Signals
 ) -> tuple[_Run | None, int, int | None]:
-    """Fork and follow one process: what it told, how it ended and its peak memory; in that process None and its status."""
+    """Fork and follow one process: its messages, how it ended and its peak memory; in that process None and its status."""
     told, telling = os.pipe()
     alive, living = os.pipe()
     sys.stdout.flush()

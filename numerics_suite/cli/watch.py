@@ -61,9 +61,6 @@ def make_parser() -> CommandParser:
 def run(arguments: Sequence[str]) -> int:
     """Run `watch` and return its exit status.
 
-    Args:
-        arguments: what follows `watch`.
-
     Raises:
         BadInputError: no script, or an option means nothing.
     """

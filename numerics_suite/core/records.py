@@ -1,4 +1,7 @@
-"""The nouns of the tool as frozen records; every stage takes some and returns others."""
+"""The nouns of the tool as frozen records; every stage takes some and returns others.
+
+A field that a results file has under another name says so in its metadata, for `core/typed_records.py`.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,13 @@ class Subject:
     Attributes:
         id: the name that keys everything (`--name`, fixture name, hub id without revision, directory name).
         source: SUBJECT as the user typed it.
-        kind: where it comes from.
-        task: the task that is run.
         family: `glm`, `glm4`, `chatglm`, … or `generic`.
         path: the folder of its files, None for a factory.
         revision: the hub revision, None elsewhere.
         model_class: name of the class that will be built, None until known.
-        architectures: as the checkpoint's config says.
         stored_dtype: the dtype of most stored elements (`bfloat16`, …), None where unknown.
         parameters: number of stored elements, None where unknown.
         digest: `sha256:…` over the files, None for a factory.
-        num_labels: labels of a classification head.
         new_head: the checkpoint lacks the head of `task`, so a new one is made as fine-tuning would.
         trust_remote_code: its own code may run (by flag, or a fixture checked against its digest).
         adapter_base: folder or hub id of the base where `path` is a peft adapter.
@@ -90,6 +89,11 @@ class Cell:
         """The cell as a pytest parameter id: `glm4-tiny-bf16-sdpa-cpu`."""
         return f"{self.subject}-{self.precision}-{self.attn}-{self.device}"
 
+    @property
+    def named(self) -> dict[str, str]:
+        """Its parts by the names of CONTRACT.md, in the order of an entry there."""
+        return {name: getattr(self, name) for name in ("subject", "task", "precision", "attn", "device")}
+
 
 @renamed(law_abiding="laws_apply")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,6 @@ class Batch:
         drawn: how it came about, as text for a finding (`padding=left lengths=[3, 7]`).
         laws_apply: False where the laws do not apply to it by definition (a pad id among the real tokens).
         label_counts: labels that count in each row of a larger sample of the user's file; empty for any other batch.
-        rows_in_file: of that file.
     """
 
     tensors: Mapping[str, Any]
@@ -126,7 +129,7 @@ class Measurement:
         op: the aten op concerned, such as `aten.softmax.int`.
         source: `file.py:123` of that op.
         cause: the cause that an experiment inside the check established, over the budget's own.
-        facts: numbers and texts a person needs beside the value.
+        facts: numbers and texts that explain the value.
     """
 
     name: str
@@ -145,7 +148,7 @@ class Measurement:
 class Series:
     """Numbers in an order: a curve over training steps, or one number for each module.
 
-    It is shown and decides nothing; the measurement beside it does.
+    It is shown and decides nothing; the measurements do.
 
     Attributes:
         name: `loss`, `gradient-norm`, `clipped-norm`, `loss-scale`, `bits`, `error`, `composed`.
@@ -186,7 +189,6 @@ class Budget:
     """The most that a measurement may be, with the reason.
 
     Attributes:
-        check: id of the check.
         measurement: name of the measurement it judges.
         limit: the largest value that passes; 0 is a limit.
         cause: what it means to be over it, unless the measurement knows better.
@@ -221,7 +223,7 @@ class Remedy:
     description: str
     verified: bool | None = None
     effect: str = ""
-    together: tuple[str, ...] = ()
+    together: tuple[str, ...] = field(default=(), metadata={"json": "with"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +256,7 @@ class CheckResult:
     """
 
     check: str
-    cell: Cell
+    cell: Cell = field(metadata={"json": ""})
     status: Status
     duration_s: float = 0.0
     reason: str | None = None
@@ -292,10 +294,8 @@ class RunResult:
     Attributes:
         command: the command of the contract, `check`.
         started_at: RFC 3339 with the offset.
-        settings: every option as used.
         environment: python, platform, device, packages.
         notes: lines a person should see above the verdict (an accept entry that matched nothing, a time limit).
-        exit_status: as CONTRACT.md defines it.
         rehearsals: with `--data`, training tried on the user's own texts.
         complete: the run came to its end, so that every planned question has its entry; without it the verdict is `error`.
     """
@@ -310,5 +310,5 @@ class RunResult:
     checks: tuple[CheckResult, ...]
     notes: tuple[str, ...] = ()
     exit_status: int = 0
-    rehearsals: tuple[Rehearsal, ...] = ()
+    rehearsals: tuple[Rehearsal, ...] = field(default=(), metadata={"json": "rehearsal"})
     complete: bool = True

@@ -1,7 +1,7 @@
 """Each GLM-4 family's definition in plain float64, computed from its files without transformers.
 
-A wrong model is consistent with itself, so no law and no twin sees a swapped gate or a wrong eps. The oracle does: it
-is written from the config's meaning and the published description, not from the code that it judges.
+A wrong model is consistent with itself, so neither a law nor a reference run detects a swapped gate or a wrong eps. The
+oracle does: it is written from the config's meaning and the published description, not from the code that it judges.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _read(family: str, config: Mapping[str, Any]) -> Oracle:
 
 
 def exact_rotary(family: str, config: Mapping[str, Any], length: int | None = None) -> RotaryTable:
-    """The rotary frequencies and the scale of cosines and sines that the config means, unrounded.
+    """The rotary frequencies and the scale of cosines and sines that the config defines, unrounded.
 
     Args:
         family: `glm`, `glm4` or `chatglm`.
@@ -94,7 +94,7 @@ def rotary_boundary(family: str, config: Mapping[str, Any]) -> int | None:
 
 
 def rotary_budget(family: str, config: Mapping[str, Any], length: int | None = None) -> float:
-    """The most that :func:`rotary_roundoffs` of a right table may be: 2 for a plain one of a power of two pairs."""
+    """Upper limit of :func:`rotary_roundoffs` for a right table: 2 for a plain one of a power of two pairs."""
     return exact_rotary(family, config, length).allowed
 
 
@@ -127,7 +127,7 @@ def run_oracle(  # noqa: PLR0913 - one question with its options
     on_gradient: Callable[[str, Tensor], None] | None = None,
     trace: bool = False,
 ) -> OracleRun:
-    """What the definition gives for this batch: logits, loss, gradients, states.
+    """The definition's logits, loss, gradients and states for this batch.
 
     Args:
         family: `glm`, `glm4` or `chatglm`.

@@ -33,7 +33,7 @@ _REQUIRED = {
     "prefix_projection": False,
     "pre_seq_len": None,
 }
-"""The switches of the layout that every GLM-4 checkpoint sets so; other settings are ChatGLM2 and 3 variants."""
+"""Switches with the value of every GLM-4 checkpoint; other values are variants of ChatGLM2 and 3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Does a definition cover this `config.json`, and what does its rotary section mean in either layout?"""
+"""Reads a `config.json` for a definition: whether it is covered, and its rotary section in either layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_interme
 
 
 def refuse_what_is_not_defined(config: Mapping[str, Any]) -> None:
-    """Refuse a config that asks for more than the published GLM-4 text models have.
+    """Refuse a config with features that the published GLM-4 text models lack.
 
     Raises:
         OracleUnavailable: quantised weights, experts, or a sliding window.
@@ -36,7 +36,7 @@ def refuse_what_is_not_defined(config: Mapping[str, Any]) -> None:
 
 
 def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `config.json` says of the rotary embedding in a section of its own; empty where it has none.
+    """The rotary section of `config.json`; empty if it has none.
 
     transformers 5 has `rope_parameters`, which a `rope_scaling` of the 4.x layout replaces where a file has both.
     """

@@ -1,4 +1,4 @@
-"""What a family's definition has to say, so that one runner can carry out any of them."""
+"""The interface of a family's definition, by which one runner computes all of them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Head:
         path: of the module, as transformers names it.
         weight: name of the matrix, the embedding's where they are tied.
         bias: name of the bias, None where the head has none.
-        sees_pooled_row: a sequence classifier's head is given the pooled row only; else every column, of which one is
-            then taken.
+        sees_pooled_row: a sequence classifier's head gets the pooled row only; else all columns, of which one is then
+            picked.
     """
 
     path: str
@@ -60,7 +60,7 @@ class Oracle(Protocol):
         """The definition with this `config.json`'s values.
 
         Raises:
-            OracleUnavailable: the config asks for what the definition does not cover.
+            OracleUnavailable: the definition does not cover this config.
         """
         ...
 

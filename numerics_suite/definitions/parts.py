@@ -1,4 +1,4 @@
-"""The formulas that the definitions are made of, each as published, in float64."""
+"""The formulas of the definitions, each as published, in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The elementwise function of that name.
 
     Raises:
-        OracleUnavailable: a name that is not written down here.
+        OracleUnavailable: an unknown name.
     """
     if name not in _ACTIVATIONS:
         message = f"the oracle does not cover the activation '{name}'"
@@ -133,7 +133,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor
 def visible_keys(mask: Tensor | None, batch: int, length: int) -> Tensor:
     """`[B, T, T]` bool: a query sees the keys that are not padding, up to and with its own position.
 
-    A padded query that sees nothing is given itself, so that its row is finite; no real row ever reads it.
+    A padded query that sees nothing sees itself, so that its row is finite; no real row reads it.
     """
     causal = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, -1, -1)
     if mask is None:
@@ -144,7 +144,7 @@ def visible_keys(mask: Tensor | None, batch: int, length: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleScope:
-    """Where in the model we are: reads the weights below a path and notes what comes out there."""
+    """A place in the model: reads the weights below a path and records its outputs."""
 
     path: str
     weights: Weights
@@ -155,7 +155,7 @@ class ModuleScope:
         return ModuleScope(path=f"{self.path}.{name}", weights=self.weights, note=self.note)
 
     def output(self, value: Tensor) -> Tensor:
-        """Note `value` as what the module here gives."""
+        """Record `value` as the output of this module."""
         return self.note(self.path, value)
 
     def linear(self, name: str, x: Tensor, *, bias: bool = False) -> Tensor:

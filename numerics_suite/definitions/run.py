@@ -1,4 +1,4 @@
-"""Carries out a definition block by block: forward, and backward by recomputing one block at a time."""
+"""Runs a definition block by block: forward, and backward by recomputing one block at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numerics_suite.definitions.trace import TURN
 from numerics_suite.definitions.weights import tensor_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
     from torch import Tensor
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Stage = Callable[[Tensor, Weights], Tensor]
 
 ANSWER = "logits"
-"""Key of the state that is no module's: what the model answers with, after any pooling."""
+"""Key of a state that belongs to no module: the model's output after any pooling."""
 
 CHUNK_ROWS = 8192
 """Rows of a head that are upcast at a time: 256 MiB in float64 at hidden size 4,096; the whole one is 4.6 GiB."""
@@ -35,14 +35,14 @@ CHUNK_ROWS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OracleRun:
-    """What the definition gave, all in float64.
+    """The results of a definition, all in float64.
 
     Attributes:
         logits: `[B, T, V]`, or `[B, K]` of the pooled column for sequence classification. Rows at padding are finite
             and mean nothing.
         loss: scalar, None without labels.
         states: by module path, in the order of computation; empty unless traced.
-        gradients: of the loss, by weight name; empty unless asked for. A tied weight has one, the embedding's.
+        gradients: of the loss, by weight name; empty unless requested. A tied weight has one, the embedding's.
     """
 
     logits: Tensor
@@ -66,13 +66,17 @@ class Overlay:
         """The whole weight's shape."""
         return self._of(name).shape(name)
 
+    def rounding(self) -> Hashable:
+        """Of those below; a new head is taken as it stands."""
+        return self.below.rounding()
+
     def _of(self, name: str) -> Weights:
         return tensor_weights(self.head) if name in self.head else self.below
 
 
 @dataclass(frozen=True, slots=True)
 class _Leaves:
-    """Weights that remember what was read of them, as leaves of an autograd graph."""
+    """Weights that record every read, as leaves of an autograd graph."""
 
     below: Weights
     read: list[tuple[str, Rows, Tensor]] = field(default_factory=list)
@@ -84,6 +88,9 @@ class _Leaves:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.below.shape(name)
+
+    def rounding(self) -> Hashable:
+        return self.below.rounding()
 
 
 def run_definition(  # noqa: PLR0913 - the arguments of `run_oracle`
@@ -151,13 +158,13 @@ class _Passes:
         self.context = Context(turn=turn, visible=visible_keys(mask, *ids.shape))
 
     def _rates(self, exact: RotaryTable) -> Tensor:
-        """The model's own rotary table where it is the exact one rounded; else the exact one, so that it shows."""
+        """The model's own rotary table if it is the exact one rounded; else the exact one."""
         if self.inv_freq is None or not roundoffs_apart(self.inv_freq, exact.inv_freq) <= exact.allowed:
             return exact.inv_freq
         return self.inv_freq.detach().to(exact.inv_freq)
 
     def note(self, name: str, value: Tensor) -> Tensor:
-        """Keep a copy of `value` under that name where a trace was asked for, and hand it on."""
+        """Keep a copy of `value` under that name if traced, and return it."""
         if self.states is not None:
             self.states[name] = value.detach().clone()
         return value
@@ -195,7 +202,7 @@ class _Passes:
             self.note(self.top.path, torch.cat([part(hidden, weights) for part in self.head_parts(weights)], dim=-1))
 
     def note_head(self, logits: Tensor) -> None:
-        """Keep what the head gave, and what the model answers with, as states."""
+        """Keep the head's output and the model's output as states."""
         if self.task != "sequence-classification" or self.top.sees_pooled_row:
             self.note(self.top.path, logits)
         self.note(ANSWER, logits)
@@ -217,7 +224,7 @@ class _Passes:
         """Run every stage below the head.
 
         Returns:
-            What each stage and the head got, where `keep`; else only what the head gets.
+            The inputs of each stage and of the head if `keep`; else only the head's.
         """
         inputs = [self.batch["input_ids"]]
         for stage in self.stages():

@@ -1,4 +1,4 @@
-"""How a config stretches the rotary embedding to contexts longer than those of its training.
+"""Scalings of the rotary embedding for contexts longer than those of training.
 
 Each class is one `rope_type`, written from its publication and from what transformers documents for the config's keys
 (`modeling_rope_utils.py` of 5.24, the newest release when this was written). Where releases differ, the newest one's
@@ -79,7 +79,7 @@ class DynamicNtk:
     def table(self, theta: float, rotary_dim: int, length: int | None) -> RotaryTable:
         """`theta' = theta · (s · l / L - (s - 1)) ** (d / (d - 2))`, with l the length and at least L.
 
-        The definition knows the sequence at hand only. transformers remembers the longest one and keeps its base until
+        The definition knows only this sequence. transformers remembers the longest one and keeps its base until
         a sequence is shorter than L, so a model that has seen a longer one differs from a fresh one there.
         """
         if rotary_dim <= 2:
@@ -133,9 +133,9 @@ class Yarn:
     def _ends(self, theta: float, rotary_dim: int) -> tuple[float, float]:
         """Between which pairs the ramp rises.
 
-        The paper has it rise with the number of turns. The code published with it, which transformers follows and whose
-        frequencies YaRN checkpoints were trained with, has it rise with the index of the pair. The upper end is capped at
-        the rotary dimension less 1 there, not at the number of pairs.
+        In the paper it rises with the number of turns. In the code published with it, which transformers follows and
+        whose frequencies YaRN checkpoints were trained with, it rises with the index of the pair. The upper end is
+        capped at the rotary dimension less 1 there, not at the number of pairs.
         """
 
         def pair_of(turns: float) -> float:
@@ -241,7 +241,7 @@ def read_scaling(config: Mapping[str, Any], max_positions: int) -> Scaling | Non
         max_positions: its `max_position_embeddings`, or the family's default.
 
     Raises:
-        OracleUnavailable: a type that is not written down here, or one that lacks a key it needs.
+        OracleUnavailable: an unknown type, or one that lacks a key it needs.
     """
     section, kind = rope_section(config), rope_kind(config)
     if kind == "default":
@@ -325,4 +325,4 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], int, int], Scaling]] = {
     "llama3": _llama3,
     "longrope": _longrope,
 }
-"""`rope_type` to what reads its section, given that, the original length and `max_position_embeddings`."""
+"""`rope_type` → reader of its section, given that section, the original length and `max_position_embeddings`."""

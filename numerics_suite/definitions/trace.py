@@ -1,4 +1,4 @@
-"""Where do a model and its definition part? The states of both by module path, in the order of computation."""
+"""Where do a model and its definition diverge? Compares the states of both by module path, in order of computation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _each_pair_once(turn: Tensor, pairs: int) -> Tensor | None:
 
 @contextmanager
 def capture_states(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Hold what those modules of `model` give while the context lasts.
+    """Record the outputs of those modules of `model` while the context lasts.
 
     Args:
         model: the model as transformers builds it.
@@ -111,10 +111,10 @@ def first_difference(
     *,
     mask: Tensor | None = None,
 ) -> str | None:
-    """The module in which model and definition part first, None where they do not.
+    """The first module in which model and definition diverge, None if they agree.
 
-    A module whose output differs is named itself; one whose *input* differs, though all before it agreed, was fed
-    wrongly, so the module around it is named: the block for a misplaced residual, the attention for a wrong score.
+    A module whose output differs is named itself; one whose *input* differs, though all before it agreed, got wrong
+    inputs, so the module around it is named: the block for a misplaced residual, the attention for a wrong score.
 
     Args:
         model_states: of the model's true float64 run, as :func:`capture_states` gives them.

@@ -12,17 +12,21 @@ from safetensors import safe_open
 from numerics_suite.definitions.config import OracleUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
 Rows = slice | torch.Tensor | None
-"""Which rows of a weight: a range, `[n]` indices, or all of them."""
+"""Rows of a weight: a range, `[n]` indices, or all of them."""
+
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Floats by their names in safetensors files."""
 
 
 class Weights(Protocol):
-    """A checkpoint's tensors by the names it has for them. Each call makes a new tensor that nobody else holds."""
+    """A checkpoint's tensors by name. Each call returns a new tensor."""
 
     def __call__(self, name: str, rows: Rows = None) -> Tensor:
         """That weight (or those rows of it) in float64, detached.
@@ -40,6 +44,10 @@ class Weights(Protocol):
         """
         ...
 
+    def rounding(self) -> Hashable:
+        """What the stored numbers are rounded to; None where each is taken as it stands."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Tensors:
@@ -54,6 +62,9 @@ class _Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._find(name).shape)
 
+    def rounding(self) -> Hashable:
+        return None
+
     def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
             message = f"the definition needs the weight '{name}', which is not there"
@@ -63,7 +74,7 @@ class _Tensors:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Weights out of safetensors files, mapped into memory, so only what is asked for is read."""
+    """Weights out of safetensors files, mapped into memory, so only requested rows are read."""
 
     index: Mapping[str, Path]
     rounded_to: torch.dtype | None
@@ -81,6 +92,15 @@ class _Files:
         file, stored = self._locate(name)
         return tuple(file.get_slice(stored).get_shape())
 
+    def rounding(self) -> Hashable:
+        files = {name: self._locate(name)[0] for name in self.index}
+        stored = {STORED.get(file.get_slice(name).get_dtype()) for name, file in files.items()}
+        held = {dtype for dtype in (self.rounded_to, *self.held.values()) if dtype is not None}
+        # A float holds every number of one to which both promote.
+        if all(dtype is not None and torch.promote_types(dtype, wide) == wide for dtype in stored for wide in held):
+            return None
+        return self.rounded_to, tuple(self.held.items())
+
     def _locate(self, name: str) -> tuple[Any, str]:
         # A checkpoint of the bare base model has its names without the leading `model.` or `transformer.`.
         for stored in (name, name.partition(".")[2]):
@@ -94,7 +114,7 @@ class _Files:
 
 
 def tensor_weights(tensors: Mapping[str, Tensor]) -> Weights:
-    """Weights out of tensors by name, such as `model.state_dict()`; each is upcast when asked for."""
+    """Weights out of tensors by name, such as `model.state_dict()`; each is upcast when read."""
     return _Tensors(tensors)
 
 
@@ -106,8 +126,8 @@ def file_weights(
     Args:
         directory: the checkpoint's folder.
         rounded_to: the dtype that the judged model was loaded in, where it is not the stored one.
-        held: the dtypes of those parameters that the model holds in another one, by name. That it does is load.dtype's to
-            judge; what it computes with them is the definition's.
+        held: the dtypes of those parameters that the model holds in another one, by name. `load.dtype` judges the
+            dtypes; the definition judges what is computed with them.
 
     Raises:
         OracleUnavailable: the folder has no safetensors files.

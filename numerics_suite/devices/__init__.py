@@ -1,1 +1,1 @@
-"""What devices offer: precision recipes, arithmetic switches, random states, memory, events; the only folder that names them."""
+"""The only folder that names devices: precisions, arithmetic switches, random states, memory, events."""

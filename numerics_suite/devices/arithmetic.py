@@ -1,6 +1,6 @@
 """Switches that change how a device rounds: TF32, reduced-precision reductions, deterministic algorithms, autocast.
 
-Every one is set by a context manager that restores what the user had, after an error too. They cover the forward and
+Each is set by a context manager that restores the user's setting, after an error too. They cover the forward and
 the backward pass: a backward pass of a float32 cell whose products round to TF32 is no float32.
 """
 
@@ -50,7 +50,7 @@ def switches(*, tf32: bool, device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_default_dtype(dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Torch's default dtype within, None for the present one; whatever is set within, it is restored."""
+    """Set torch's default dtype within, None for the present one; restored on exit."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype or before)
@@ -61,7 +61,7 @@ def torch_default_dtype(dtype: torch.dtype | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Whatever is switched within, a script's switches for example, is afterwards as it was; the default dtype too."""
+    """Restore all switches on exit, such as those that a script sets, and the default dtype."""
     with torch_default_dtype(), _fp32_precision(tf32=False), _full_reductions(), deterministic_algorithms():
         yield
 
@@ -153,8 +153,8 @@ def deterministic_algorithms(*, fill: bool = False) -> Iterator[None]:
 def _set_deterministic(mode: int) -> None:
     """Set a deterministic debug mode of torch, 0 to 2 (https://docs.pytorch.org/docs/stable/generated/torch.set_deterministic_debug_mode.html).
 
-    `torch.use_deterministic_algorithms` imports the compiler, three seconds of CPU time, to tell it; so it is called only where
-    the compiler is loaded.
+    `torch.use_deterministic_algorithms` imports the compiler, three seconds of CPU time, to inform it; so it is called
+    only if the compiler is loaded.
     """
     if "torch._inductor" in sys.modules:
         torch.use_deterministic_algorithms(mode != OFF, warn_only=mode == WARN)
@@ -188,8 +188,8 @@ def autocast_off(*devices: str | torch.device, keeps_casts: bool = True) -> Iter
     """No autocast on these kinds of devices and on the CPU.
 
     Args:
-        devices: of any of which the kind counts.
-        keeps_casts: sections within keep the weights that they have cast until this one ends.
+        devices: their kinds.
+        keeps_casts: inner sections keep their cast weights until this one ends.
     """
     with contextlib.ExitStack() as stack:
         for kind in sorted({CPU, *(kind_of(device) for device in devices)}):
@@ -210,7 +210,7 @@ def autocast_dtypes(*devices: str | torch.device) -> dict[str, torch.dtype]:
 
 @contextlib.contextmanager
 def autocast_as(dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
-    """The sections of :func:`autocast_dtypes`, opened again."""
+    """Reopen the sections of :func:`autocast_dtypes`."""
     with contextlib.ExitStack() as stack:
         for kind, dtype in dtypes.items():
             stack.enter_context(torch.autocast(kind, dtype=dtype))

@@ -1,4 +1,4 @@
-"""Under which condition a model runs: precision, device, seed. Entering sets everything; leaving restores everything."""
+"""The condition of a run: precision, device, seed. Entering sets everything; leaving restores everything."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Condition:
 
     @property
     def main_device(self) -> str:
-        """Where inputs go."""
+        """The device for inputs."""
         return main_device(self.device)
 
     @contextlib.contextmanager

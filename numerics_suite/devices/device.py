@@ -1,7 +1,7 @@
-"""Which devices are there, which one runs the cells, and what does it offer?
+"""The available devices, the one that runs the cells, and its capabilities.
 
 Nothing here lists kinds of devices: torch says what it knows (`torch.accelerator`, and the backend that is registered as
-PrivateUse1, such as Ascend's `npu`), and what a device offers is tried on it.
+PrivateUse1, such as Ascend's `npu`), and a device's capabilities are tried on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numerics_suite.devices.precisions import Precision
 
 
 def is_for_tests(kind: str) -> bool:
-    """Whether the backend says of itself that it stands in for an accelerator in tests.
+    """Whether the backend declares itself a stand-in for an accelerator in tests.
 
     It runs where `--device` names it, and never counts as the accelerator of this machine.
     """
@@ -61,7 +61,7 @@ def resolve_device(name: str, required: str | None = None) -> str:
 
     Args:
         name: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, …; several of one kind, with commas, spread a model.
-        required: `--require-device`: the kind that must be what runs; a stand-in for tests never is.
+        required: `--require-device`: the kind that must run; a stand-in for tests never counts.
 
     Raises:
         BadInputError: the device is unknown or absent.
@@ -98,7 +98,7 @@ def _require_present(part: str) -> None:
 
 @functools.cache
 def _kinds() -> tuple[str, ...]:
-    """Kinds of devices that this torch can be asked for, by its own word: each has a module that says whether it is there."""
+    """Kinds of devices that this torch knows: each has a module that reports whether it is available."""
     names = {torch._C._get_privateuse1_backend_name()}  # noqa: SLF001 - torch has no public way to ask
     try:
         torch.device("nosuchkind")
@@ -178,7 +178,7 @@ def _computes_in(device: str, dtype: torch.dtype) -> bool:
 
 
 def lacks_attention(attn: str, device: str) -> str | None:
-    """Why the attention implementation cannot be had on the device whatever the model, None where it may."""
+    """Why no model can have this attention implementation on the device, None if it may."""
     if attn != "flash_attention_2":
         return None
     if kind_of(device) == CPU:
@@ -189,7 +189,7 @@ def lacks_attention(attn: str, device: str) -> str | None:
 
 
 def describe_device(device: str) -> str:
-    """The device, with the model of an accelerator where its backend tells it."""
+    """The device, with the accelerator's model if its backend reports it."""
     named = getattr(device_module(kind_of(device)), "get_device_name", None)
     return device if named is None else f"{device} ({named(main_device(device))})"
 

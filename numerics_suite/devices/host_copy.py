@@ -1,4 +1,4 @@
-"""Copies from a device to the host that nothing waits for, and when they are whole."""
+"""Asynchronous copies from a device to the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def copy_to_host(tensor: Tensor) -> tuple[Tensor, Any]:
 
     Returns:
         The tensor on the host, and the event after which it may be read; None where it may be read at once. Reading it
-        earlier gives what lay in that memory before.
+        earlier gives the memory's old contents.
     """
     if tensor.device.type == CPU:
         return tensor, None
@@ -31,7 +31,7 @@ def copy_to_host(tensor: Tensor) -> tuple[Tensor, Any]:
 
 
 def synchronize(device: str | torch.device) -> None:
-    """Wait until everything that was begun on the device is done; the CPU is never behind."""
+    """Wait until the device has finished all its work; does nothing on the CPU."""
     kind = torch.device(device).type
     module = device_module(kind)
     if hasattr(module, "synchronize"):

@@ -1,4 +1,4 @@
-"""Names of devices, and the module in which torch keeps what a kind of device can do."""
+"""Names of devices, and torch's module for each kind of device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory is there, how much is in use, and was an error about running out of it?"""
+"""Free and used memory, and errors about running out of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ASKED = re.compile(r"(?:tried to )?allocate\s+(?:memory:\s+)?(\d+(?:\.\d+)?)\s*
 
 
 def free_bytes(device: str) -> int:
-    """Bytes free on the device, the least of several; for the CPU what the system says can be had without swapping."""
+    """Bytes free on the device, the least of several; for the CPU, those available without swapping."""
     parts = parts_of(device)
     if len(parts) > 1:
         return min(free_bytes(part) for part in parts)
@@ -49,10 +49,10 @@ def free_bytes(device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Free what only cycles hold, then hand cached memory back to the device and the system.
+    """Collect reference cycles, then return cached memory to the device and the system.
 
-    A model is full of cycles, and a finding's traceback may end in one; until the collector comes by, the next model
-    would be loaded beside it. glibc keeps what a cell's answers lay between, 35 MB a cell.
+    A model is full of cycles, and a finding's traceback may end in one; until the collector runs, the next model would
+    be loaded beside it. glibc keeps what a cell's answers lay between, 35 MB a cell.
     """
     gc.collect()
     module = device_module(kind_of(device))
@@ -76,13 +76,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def reraise_if_fatal(error: BaseException) -> None:
-    """Raise `error` again if memory ran out or the device is lost: no answer of a model or a kernel, whatever is asked."""
+    """Raise `error` again if memory ran out or the device is lost, which says nothing about the model."""
     if is_out_of_memory(error) or is_device_lost(error):
         raise error
 
 
 def requested_bytes(error: BaseException) -> int | None:
-    """Bytes that were asked for when memory ran out, None where the message does not say."""
+    """Bytes requested when memory ran out, None if the message does not say."""
     found = _ASKED.search(str(error)) or re.search(r"(\d+)\s*(bytes)", str(error))
     if found is None:
         return None
@@ -90,7 +90,7 @@ def requested_bytes(error: BaseException) -> int | None:
 
 
 def out_of_memory_text(error: BaseException, device: str) -> str:
-    """One line: bytes asked for and bytes free on the device, or of the CPU where its allocator was the one.
+    """One line: bytes asked and bytes free on the device, or on the CPU if its allocator failed.
 
     Args:
         error: what was raised.

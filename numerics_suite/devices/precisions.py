@@ -19,7 +19,7 @@ class Precision:
         parameters: the dtype in which the parameters are loaded and held.
         autocast: the dtype of autocast regions, None without autocast.
         loss_scaling: training goes through a GradScaler.
-        trains: training is a use of it; `fp16` is for serving.
+        trains: it is meant for training; `fp16` is for serving.
         tf32: float32 matrix products may round their inputs to 10 bits.
     """
 

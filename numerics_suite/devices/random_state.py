@@ -1,4 +1,4 @@
-"""Random states of the CPU and of every accelerator: seeded, kept, put back."""
+"""Random states of the CPU and of every accelerator: seed, save, restore."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numerics_suite.devices.kinds import CPU, device_module, kind_of
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Whatever is drawn within, torch's generators are afterwards where they were, on every device."""
+    """Restore torch's generators on every device on exit."""
     with contextlib.ExitStack() as stack:
         kinds = list(visible_accelerators())
         for kind, count in kinds:
@@ -56,7 +56,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def states_of(devices: Iterator[torch.device] | list[torch.device]) -> dict[str, Tensor]:
-    """The states that a pass on these devices may draw from, by device, the CPU's always; reading them waits for nothing."""
+    """The random states of these devices and of the CPU, by device; read without synchronising."""
     states = {CPU: torch.get_rng_state()}
     for device in devices:
         module = device_module(device.type)
@@ -67,11 +67,11 @@ def states_of(devices: Iterator[torch.device] | list[torch.device]) -> dict[str,
 
 @contextlib.contextmanager
 def at(states: Mapping[str, Tensor], moved: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Within it the generators are at these states, afterwards where they were.
+    """Set the generators to these states, and restore them on exit.
 
     Args:
         states: of :func:`states_of`.
-        moved: where a device's state goes in this process; a device that is neither here nor moved is passed over.
+        moved: maps a saved device to one of this process; a device that is absent and not mapped is skipped.
     """
     with kept():
         for name, state in states.items():

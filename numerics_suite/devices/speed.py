@@ -1,4 +1,4 @@
-"""How fast is a device at what a suite does: products of matrices, widening of weights, and calls of small ops?"""
+"""Speed of a device in the suite's work: matrix products, widening of weights, calls of small ops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Of one device, at its best of a few tries.
+    """The best of a few measurements of a device.
 
     Attributes:
         products: floating operations in a second, by dtype as torch names it.
@@ -79,6 +79,6 @@ def _best(device: str, run: Callable[[], object]) -> float:
         run()
         synchronize(device)
         elapsed = time.perf_counter() - begun
-        # Where other programs run too, the clock tells of them; the time that the threads had tells of the CPU.
+        # Other programs affect wall time; the threads' CPU time measures the CPU.
         times.append(min(elapsed, (time.process_time() - used) / torch.get_num_threads()) if on_cpu else elapsed)
     return max(min(times), 1e-9)

@@ -46,8 +46,6 @@ class Raised:
     """An exception of the model's own code.
 
     Attributes:
-        kind: name of its type.
-        text: its message, in one line.
         line: `modeling_x.py:123`, the innermost of the model's own code.
         module: dotted name of the module whose code that is, None where it is not a module's.
     """
@@ -59,12 +57,7 @@ class Raised:
 
 
 def model_raises(error: Exception, context: CellContext) -> Finding | None:
-    """The finding of an exception that a check met; None where it is no matter of the model's own code.
-
-    Args:
-        error: as raised, with its traceback.
-        context: the cell.
-    """
+    """The finding of an exception that a check met; None where it is no matter of the model's own code."""
     if isinstance(error, NumericsSuiteError):
         return _while_loading(error, context)
     if not _may_be_the_models(error):

@@ -1,7 +1,8 @@
-"""Defects that a cell has beside the one at hand: each has a finding of its own, so none counts against a remedy of another one."""
+"""Other defects of the cell: each has a finding of its own, so none counts against a remedy of another one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from numerics_suite.core.errors import NumericsSuiteError
@@ -14,6 +15,7 @@ from numerics_suite.engine.cell_context import CellContext
 
 if TYPE_CHECKING:
     from numerics_suite.diagnosis.remedy_trials import Ask
+    from numerics_suite.judgement.verdicts import Breach
 
 LOCAL = {"load.dtype": "cast-after-loading", "load.head-init": "init-head"}
 """Checks of what a model holds before it runs, and the remedy that changes the named parameters alone; in this order."""
@@ -27,12 +29,6 @@ def without_others(check: str, finding: Finding, context: CellContext, ask: Ask)
 
     A defect is another one where the check fails as before once it is cured: the same measurement, told in the same words.
     Where the check then passes or fails otherwise, the defect is its cause or a part of it, and stays.
-
-    Args:
-        check: id of the check that failed.
-        finding: of that check.
-        context: the cell; nothing of it is changed.
-        ask: runs a check again.
     """
     if finding.cause == RAISES:
         return context, ()
@@ -48,17 +44,18 @@ def without_others(check: str, finding: Finding, context: CellContext, ask: Ask)
 
 def _cured(check: str, remedy: str, context: CellContext, ask: Ask) -> CellContext | None:
     """The cell with what the check names cured; None where it names nothing, or nothing that can be cured."""
-    memo = f"breaches of {check}"
     try:
-        if memo not in context.memo:
-            context.memo[memo] = ask(check, context).breaches
-        named = context.memo[memo]
+        named = context.cached(_breaches, check, ask)
         if not named:
             return None
         attempt = next(cures()[remedy](context, finding_of(named, context, None, diagnose=False)), None)
     except (NumericsSuiteError, *NO_RUN):
         return None
     return None if attempt is None else attempt.context
+
+
+def _breaches(context: CellContext, check: str, ask: Ask) -> Sequence[Breach]:
+    return ask(check, context).breaches
 
 
 def _fails_as_before(check: str, finding: Finding, cured: CellContext, ask: Ask) -> bool:

@@ -40,8 +40,8 @@ TRAINS = ("train.finite", "train.descends")
 NOT_HERE = {
     "reload-weights": "cannot be tried: there is no other copy of the files here and nothing is fetched; "
     "run the same check on the files once they are fetched again",
-    "newer-version": "not tried: --try-versions does, in environments of their own",
-    "pin-version": "not tried: --try-versions does; numerics-suite bisect names the release that began it",
+    "newer-version": "not tried yet: add --try-versions, which tries other releases in environments of their own",
+    "pin-version": "not tried yet: add --try-versions; numerics-suite bisect finds the release that began it",
 }
 NOT_APPLIED = "not tried: it changes what is outside of the model; apply it, then run the same check again"
 """Of every other remedy that nothing here can apply to a copy."""
@@ -78,10 +78,6 @@ Ask = Callable[[str, CellContext], CheckAnswer]
 def ask_once(check: str, context: CellContext) -> CheckAnswer:
     """Run a check that draws no batches.
 
-    Args:
-        check: id.
-        context: as it is.
-
     Raises:
         NotApplicableError: the check does not apply.
     """
@@ -94,24 +90,14 @@ def ask_once(check: str, context: CellContext) -> CheckAnswer:
 
 
 def answer_of(breaches: Sequence[Breach], measured: Mapping[str, Measurement]) -> CheckAnswer:
-    """The answer of a check.
-
-    Args:
-        breaches: worst first.
-        measured: the worst of each name.
-    """
+    """The answer of a check."""
     numbers = {name: each.value for name, each in measured.items()}
     facts = {name: each.facts for name, each in measured.items() if each.facts}
     return CheckAnswer(breaches=breaches, measurements=numbers, facts=facts)
 
 
 def breaks(check: str, context: CellContext) -> bool:
-    """Whether the check fails there; False where it does not apply, or where the model cannot take the batch at all.
-
-    Args:
-        check: id.
-        context: as it is.
-    """
+    """Whether the check fails there; False where it does not apply, or where the model cannot take the batch at all."""
     try:
         return bool(ask_once(check, context).breaches)
     except (NumericsSuiteError, *NO_RUN):
@@ -128,8 +114,6 @@ class _Outcome:
 
     Attributes:
         works: None where what would show it could not be asked.
-        effect: in words.
-        left: what still fails, worst first.
         found: the finding of that, where it was wanted.
     """
 
@@ -204,12 +188,7 @@ class _Trial:
         return replace(untried, verified=seen.works, effect=seen.effect)
 
     def together(self, names: Sequence[str], meant: Mapping[str, Finding]) -> Shown | None:
-        """What the first way to apply each shows, one on top of the other; None where one cannot be applied.
-
-        Args:
-            names: of remedies.
-            meant: the finding that each is to cure.
-        """
+        """What the first way to apply each shows, one on top of the other; None where one cannot be applied."""
         with ExitStack() as stack:
             try:
                 usual = self._begin("")
@@ -247,14 +226,10 @@ class _Trial:
         if found is None:
             return _Outcome(works=False, effect=f"no learning rate from {lr:.2g} down to {lr / 1e4:.1g} helps")
         held = seen(context.with_plan(lr=found))
-        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that holds: {held.effect}")
+        return replace(held, effect=f"lr {found:.2g} (was {lr:.2g}) is the largest that works: {held.effect}")
 
     def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Outcome:
         """What the attempt shows.
-
-        Args:
-            attempt: to judge.
-            diagnose: write down what is left as a finding.
 
         Raises:
             UnsupportedError: the model refuses the remedy's condition, so no check can pass under it.
@@ -334,9 +309,7 @@ class _Trial:
         """
         if check != DEFINITION or attempt.meant is not None:
             return False
-        if DEFINITION not in self.context.memo:
-            self.context.memo[DEFINITION] = self._asked(DEFINITION, Attempt(context=self.context))
-        before = self.context.memo[DEFINITION]
+        before = self.context.cached(_answer, DEFINITION, self.ask)
         worst = answer.breaches[0].measurement
         if before is None:
             return bool(self.context.broken)
@@ -344,13 +317,10 @@ class _Trial:
 
     def _asked(self, check: str, attempt: Attempt) -> CheckAnswer | None:
         meant = attempt.meant if check == DEFINITION else None
-        try:
-            return self.ask(check, meant or attempt.context)
-        except (NotApplicableError, UnsupportedError):
-            return None  # in these conditions there is nothing to ask
+        return _answer(meant or attempt.context, check, self.ask)
 
     def _effect(self, own: CheckAnswer | None, attempt: Attempt) -> str:
-        """What the failing check measures now beside what it measured before; where training is the question, or begins there, how it goes."""
+        """What the failing check measures now and before; where training is the question, or begins there, how it goes."""
         name = str(self.finding.evidence.get("measurement", ""))
         called_otherwise = self.on_users_side and name not in BY_THE_MODEL
         parts = []
@@ -365,7 +335,7 @@ class _Trial:
         return f"{', '.join(self._companions(attempt.context))} pass" if own is None or self.on_users_side else "passes"
 
     def _curve(self, attempt: Attempt) -> str:
-        """How the cured copy trains, empty where nobody asks."""
+        """How the cured copy trains, empty where training is not the question."""
         cured = attempt.context
         if attempt.meant is not None or TRAINS[0] not in self._companions(cured):
             return ""
@@ -373,6 +343,13 @@ class _Trial:
             return curve(cured.trajectory) + (f", with {cured.origin}" if cured.origin else "")
         except NumericsSuiteError:
             return ""
+
+
+def _answer(context: CellContext, check: str, ask: Ask) -> CheckAnswer | None:
+    try:
+        return ask(check, context)
+    except (NotApplicableError, UnsupportedError):
+        return None  # in these conditions there is nothing to ask
 
 
 def _still(answer: CheckAnswer, cured: CellContext, check: str) -> str:

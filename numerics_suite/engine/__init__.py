@@ -1,1 +1,1 @@
-"""Runs of a model: forward, decoding, training steps, and the twins that they are judged against."""
+"""Runs of a model: forward, decoding, training steps, and the reference runs that results are compared with."""

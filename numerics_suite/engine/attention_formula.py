@@ -7,7 +7,7 @@
 The backward formula is that of FlashAttention-2 (Dao 2023, algorithm 2). It takes O and L as the program saved them: in
 the rounded run they are rounded, which is a part of what the precision costs.
 
-A query that sees no key: P and O are 0, as every op has it since torch 2.5 (the row of a plain softmax would be NaN);
+A query that sees no key: P and O are 0, as in every op since torch 2.5 (the row of a plain softmax would be NaN);
 L is the logarithm of an empty sum, -inf. The kernels store what suits them (0 on the CPU, +inf in flash); nothing but
 their own backward ops reads it, and P is 0 there by the mask, whatever L is.
 """
@@ -30,7 +30,7 @@ SCORES: Final = 1 << 25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
-    """Gradients of an attention, each in the shape of what it belongs to; `bias` is None without one."""
+    """Gradients of an attention, each in the shape of its tensor; `bias` is None without one."""
 
     query: Tensor
     key: Tensor
@@ -42,13 +42,13 @@ class Gradients:
 class Attention:
     """One attention; all tensors are float64.
 
-    Query head h reads the key head h // (heads / key heads), as every op and transformers' `repeat_kv` have it.
+    Query head h reads the key head h // (heads / key heads), as in every op and in transformers' `repeat_kv`.
 
     Attributes:
         query: `[batch, heads, M, size]`.
         key: `[batch, key heads, N, size]`.
         value: `[batch, key heads, N, size of a value]`.
-        scale: What products are multiplied by.
+        scale: Factor of the products.
         bias: Added to the scores, shape broadcastable to `[batch, heads, M, N]`; or boolean, False for an unseen key.
         lowest: Query i sees no key before i + lowest; None: no such bound.
         highest: Query i sees no key after i + highest (0: causal, aligned top left); None: no such bound.
@@ -63,7 +63,7 @@ class Attention:
     highest: int | None = None
 
     def within(self, *, lowest: int | None, highest: int | None) -> Attention:
-        """Return it with other bounds."""
+        """Return the same attention with other bounds."""
         return replace(self, lowest=lowest, highest=highest)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class Attention:
         return torch.cat(outs, dim=-2), torch.cat(sums, dim=-1)
 
     def backward(self, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """Return the gradients from dO, and O and L as the forward pass gave them."""
+        """Return the gradients, given dO and the forward pass's O and L."""
         query, bias = [], self._no_bias_gradient()
         key, value = torch.zeros_like(self.key), torch.zeros_like(self.value)
         for rows in self.rows():

@@ -1,7 +1,7 @@
 """What each fused attention op computes from its arguments, in float64: the formulas are in `attention_formula`.
 
-Where the causal triangle is aligned, how the results are laid out and what a log-sum-exp's shape is differs between the
-ops, and stands with each of them. Shapes are those of torch's meta kernels (`_meta_registrations.py`).
+Where the causal triangle is aligned, how the results are laid out and the shape of a log-sum-exp differ between the
+ops; each function says which it uses. Shapes are those of torch's meta kernels (`_meta_registrations.py`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _attention(given: Given, *, bias: str = "", bottom_right: bool = False, head
 
 
 def _philox(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Seed and offset of the random numbers that nothing drew: int64 scalars."""
+    """Seed and offset of the random state, int64 scalars of 0: no random number was drawn."""
     return (torch.zeros((), dtype=torch.int64, device=query.device),) * 2
 
 
@@ -132,7 +132,7 @@ def sdp_efficient(given: Given) -> tuple[Any, ...]:
 
 
 def sdp_efficient_backward(given: Given) -> tuple[Any, ...]:
-    """Return dQ, dK, dV and dbias, None where `grad_input_mask` does not ask for it; L comes padded."""
+    """Return dQ, dK, dV and dbias, None unless `grad_input_mask` requests it; L comes padded."""
     attention = _attention(given, bias="attn_bias")
     lse = widen(given["logsumexp"])[..., : attention.query.shape[-2]]
     found = attention.backward(widen(given["grad_out_"]), widen(given["out"]), lse)
@@ -156,7 +156,7 @@ def sdp_cudnn_backward(given: Given) -> tuple[Any, ...]:
 
 
 def sdp_overrideable(given: Given) -> tuple[Any, ...]:
-    """What other accelerators fill in: means what `scaled_dot_product_attention` says, causal aligned top left."""
+    """The op for other accelerators: the formula of `scaled_dot_product_attention`, causal aligned top left."""
     query = given["query"]
     out, lse = _attention(given, bias="attn_bias").forward()
     counts = query.shape[2], given["key"].shape[2]
@@ -164,7 +164,7 @@ def sdp_overrideable(given: Given) -> tuple[Any, ...]:
 
 
 def sdp_overrideable_backward(given: Given) -> tuple[Any, ...]:
-    """Return dQ, dK, dV and dbias, None where `grad_input_mask` does not ask for it."""
+    """Return dQ, dK, dV and dbias, None unless `grad_input_mask` requests it."""
     found = _backward(_attention(given, bias="attn_bias"), given, given["grad_out"])
     return found.query, found.key, found.value, found.bias if given["grad_input_mask"][3] else None
 
@@ -181,10 +181,10 @@ def _offsets(cumulative: Tensor | None, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Packed:
-    """Sequences one after another; a batch of equal ones is a single piece.
+    """Packed sequences; a batch of equally long ones is a single piece.
 
     Attributes:
-        pieces: Of each sequence the queries' and the keys' start and stop, and its attention.
+        pieces: For each sequence: start and stop of its queries and of its keys, and its attention.
     """
 
     pieces: tuple[tuple[tuple[int, int], tuple[int, int], Attention], ...]
@@ -299,7 +299,7 @@ def efficient_forward(given: Given) -> tuple[Any, ...]:
 
 
 def efficient_backward(given: Given) -> tuple[Any, ...]:
-    """Return dQ, dK, dV and dbias, None where it is not asked for."""
+    """Return dQ, dK, dV and dbias, which is None if not requested."""
     sequences = _Packed.of(given, (given["cu_seqlens_q"], given["cu_seqlens_k"]), _efficient_attention)
     lse = widen(given["logsumexp"])
     packed = given["cu_seqlens_q"] is not None

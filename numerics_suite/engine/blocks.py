@@ -9,7 +9,7 @@ from numerics_suite.subjects.families.family import Family
 
 
 def freeze_to_scope(model: nn.Module, scope: str, family: Family) -> None:
-    """Leave `requires_grad` on what the scope trains.
+    """Set `requires_grad` only on the parameters that the scope trains.
 
     Args:
         model: changed in place.
@@ -38,7 +38,7 @@ def freeze_to_scope(model: nn.Module, scope: str, family: Family) -> None:
 
 
 def _add_lora(model: nn.Module) -> set[str]:
-    """Inject peft's LoRA in place; the names of its parameters.
+    """Inject peft's LoRA in place and return the names of its parameters.
 
     Raises:
         UnsupportedError: peft is not installed.

@@ -1,4 +1,4 @@
-"""How a model is called: what it is handed goes to its own device, whoever calls."""
+"""Calls of a model: every input is moved to the model's own device first."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from numerics_suite.devices.kinds import CPU
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model wants its inputs: the device of its input embedding, else of its first parameter or buffer.
+    """The device for inputs: that of the input embedding, else of the first parameter or buffer.
 
-    A model that is spread over several devices begins on the embedding's.
+    A model that is spread over several devices starts on the embedding's device.
     """
     embeddings: Any = getattr(model, "get_input_embeddings", None)
     for owner in (embeddings() if embeddings is not None else None, model):
@@ -42,7 +42,7 @@ def takes_token_ids(model: nn.Module) -> bool:
 
 @functools.cache
 def _takes(function: Callable[..., Any], keyword: str) -> bool:
-    """Whether the function has that keyword by name, or hands on those that it does not know."""
+    """Whether the function accepts that keyword, by name or through `**kwargs`."""
     parameters = inspect.signature(function).parameters
     return keyword in parameters or any(value.kind is value.VAR_KEYWORD for value in parameters.values())
 
@@ -54,9 +54,9 @@ def takes_decoder_ids(model: nn.Module) -> bool:
 
 
 def _with_decoder_ids(model: nn.Module, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What an encoder-decoder is called with: without labels, from which it makes them, its decoder reads the encoder's tokens.
+    """Add decoder ids to a call of an encoder-decoder that has no labels to make them from: the encoder's own tokens.
 
-    So its answers have a row for each token of the batch, as those of every other model.
+    Its outputs then have a row for each token of the batch, like those of every other model.
     """
     own = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
     if "input_ids" not in tensors or any(tensors.get(name) is not None for name in own) or not takes_decoder_ids(model):
@@ -81,7 +81,7 @@ def call_model(model: nn.Module, tensors: Mapping[str, Any], **keywords: Any) ->
 
 
 def call_with(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call the model with exactly these arguments, which a training loop handed to it, on its own device."""
+    """Call the model with exactly the arguments of a training loop's own call, moved to its device."""
     device = input_device(model)
     return model(*to_device(args, device), **to_device(dict(kwargs), device))
 

@@ -1,23 +1,25 @@
-"""The context of a check: one cell's model and everything that checks ask of it, each computed once.
+"""The context of a check: one cell's model and every result that checks share, each computed once.
 
-A check receives a :class:`CellContext` and asks it for forward passes, fresh copies and the training run. The suite builds
-one per cell and keeps it while that cell's checks run. :meth:`CellContext.variant` is the same under another condition or with
-a change, so experiments and remedies are written once: for a cell, a factory and a step that the watch caught.
+A check receives a :class:`CellContext` and asks it for forward passes, fresh copies and the training run. The suite
+builds one per cell and keeps it while the cell's checks run. :meth:`CellContext.variant` is the same under another
+condition or with a change, so experiments and remedies are written once: for a cell, a factory and a step that the
+watch caught.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
@@ -31,55 +33,26 @@ from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
 from numerics_suite.engine.pass_store import PassStore
+from numerics_suite.engine.request import Request
+from numerics_suite.engine.room import require_room
 from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
 from numerics_suite.engine.true_passes import TruePasses, TrueStore
-from numerics_suite.inputs.effort import BatchPlan, Effort
+from numerics_suite.inputs.effort import BatchPlan
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
-from numerics_suite.subjects.memory import KEPT_BYTES
+from numerics_suite.subjects.memory import KEPT_BYTES, STEP_COPIES, TRAINING_COPIES
 from numerics_suite.subjects.tasks import is_head
-from numerics_suite.subjects.tokenizers import load_tokenizer
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
-if TYPE_CHECKING:
-    from numerics_suite.baselines.records import CellBaseline
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the settings ask of every cell.
-
-    Attributes:
-        seed: `--seed`.
-        rows: `--batch-size`.
-        length: `--seq-len`.
-        effort: how many batches are examined, and how large they are.
-        plan: how cells are trained.
-        data: the user's own batch as a tokenizer makes it, None without `--data`.
-        tokenizer: opens the subject's tokenizer; None where it has none.
-        baseline: what was recorded of the cell, None without a baseline.
-        applicable: ids of the checks that have something to ask of the cell.
-        packing: the ways in which rows are packed; each that the installed release supports where empty.
-    """
-
-    seed: int = 0
-    rows: int = 4
-    length: int = 64
-    effort: Effort = field(default_factory=Effort)
-    plan: TrainingPlan = field(default_factory=TrainingPlan)
-    data: Callable[[Subject, InputSpace, Any], Batch] | None = None
-    tokenizer: Callable[[Subject], Any | None] = load_tokenizer
-    baseline: CellBaseline | None = None
-    applicable: tuple[str, ...] = ()
-    packing: tuple[str, ...] = ()
-
-
-@renamed(tampered="modified_model", let_go="release")
+@renamed(tampered="modified_model", let_go="release", memo="cache")
 class CellContext:
     """One cell under test.
 
@@ -88,10 +61,13 @@ class CellContext:
         cell: where it runs.
         recipe: the precision recipe.
         request: batch shape, seed, training plan.
-        family: what is known of the architecture.
+        family: the description of the architecture.
+        shared: the true fp64 passes of the run's cells, None for a cell of its own.
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
         unheld: parameters that are meant to train and that no optimizer of these holds.
+        gradient_passes: true fp64 passes over the gradient batch of a large model, by name; dropped once no check reads them.
+        cache: the answers of :meth:`cached`.
     """
 
     first_step, origin = 1, ""
@@ -121,8 +97,9 @@ class CellContext:
         self.family: Family = family_of(subject.config)
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
-        self.passes, self._shared = PassStore(), shared
-        self.memo: dict[str, Any] = {}
+        self.passes, self.shared = PassStore(), shared
+        self.gradient_passes: dict[str, Any] = {}
+        self.cache: dict[Any, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
         self.runs: dict[tuple[Any, ...], Trajectory] = {}
 
@@ -136,9 +113,9 @@ class CellContext:
         plan: TrainingPlan | None = None,
         **request: Any,
     ) -> CellContext:
-        """A context of the same subject under other conditions, loaded afresh: what a cure or an experiment is tried on.
+        """A fresh context of the same subject under other conditions, on which a remedy or an experiment is tried.
 
-        Training runs are shared with it, so that an experiment and the remedy of its name train once.
+        It shares training runs with this one, so that an experiment and the remedy of the same name train once.
 
         Args:
             subject: the same one in other files.
@@ -158,6 +135,14 @@ class CellContext:
     def _like(self, subject: Subject, cell: Cell, request: Request) -> CellContext:
         return CellContext(subject, cell, request, loader=self._loader)
 
+    def cached(self, compute: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function computes of this context and these arguments; once, until :meth:`release`."""
+        key = (compute, *arguments)
+        if key not in self.cache:
+            self.cache[key] = compute(self, *arguments)
+        found: Result = self.cache[key]
+        return found
+
     # --- the model -------------------------------------------------------------------------------------------------
 
     def load(self, *, seed: int = 0, poison: bool = False, dtype: str | None = None, attn: str | None = None) -> Loaded:
@@ -173,7 +158,7 @@ class CellContext:
     def loaded(self) -> Loaded:
         """The cell's model as loaded, shared by every check that does not change it.
 
-        Loaded under poison, so that memory which is never written is NaN here as on any machine, and not zero today.
+        Loaded under poison, so that unwritten memory is NaN on every machine, instead of whatever it held before.
         """
         if self.unusable is None:
             try:
@@ -184,10 +169,10 @@ class CellContext:
 
     @cached_property
     def unwritten(self) -> tuple[str, ...]:
-        """Names of the parameters that are uninitialised: NaN under poison, and neither stored nor meant so.
+        """Names of the uninitialised parameters: NaN under poison, and NaN neither in the file nor by the code.
 
-        A NaN that a factory's code itself writes is NaN over memory of zeros too; such a head alone counts as uninitialised, as in
-        a training loop, where no more than its values can be seen.
+        A NaN that a factory's code itself writes is NaN over memory of zeros too; only for a new head does this count
+        as uninitialised, as in a training loop, where only the values can be seen.
         """
         bad = {name for name, p in self.model.named_parameters() if nan_count(p.detach())}
         if self.subject.path is not None:
@@ -200,7 +185,7 @@ class CellContext:
 
     @cached_property
     def broken(self) -> tuple[str, ...]:
-        """Names of the parameters that hold NaN or infinities as loaded, and of the buffers that hold NaN; -inf there is a mask."""
+        """Names of the parameters that are not finite as loaded, and of the buffers with NaN (-inf is a mask)."""
         return not_finite(self.model)
 
     @property
@@ -208,25 +193,41 @@ class CellContext:
         """The cell's model, in eval mode; checks leave it as they found it."""
         return self.loaded.model
 
-    def copy_model(self) -> nn.Module:
-        """A copy that a check may train or change."""
-        return copy.deepcopy(self.model)
+    def copy_model(self, own: Callable[[nn.Module], Collection[nn.Parameter]] | None = None) -> nn.Module:
+        """A copy of the cell's model that a check may train or change.
+
+        Args:
+            own: picks the copy's parameters that are to be changed; the others share the memory of the cell's model, which may be a
+                file larger than memory. None for all.
+
+        Raises:
+            NotApplicableError: those do not fit in memory.
+        """
+        # A class of its own, as of quantised weights, knows best how it is copied.
+        plain = (parameter for parameter in self.model.parameters() if type(parameter) is nn.Parameter)
+        copied = copy.deepcopy(self.model, {id(parameter): _alias(parameter) for parameter in plain})
+        changed = list(copied.parameters() if own is None else own(copied))
+        count = sum(parameter.numel() for parameter in changed)
+        require_room(
+            self.cell.device, sum(parameter.nbytes for parameter in changed), f"a copy of {count:,} parameters"
+        )
+        for parameter in changed:
+            parameter.data = parameter.data.clone()
+        return copied
 
     @contextmanager
     def modified_model(self) -> Iterator[nn.Module]:
-        """The shared model for a check that changes a switch and puts it back; cached forwards are set aside."""
-        kept, self._forwards = self._forwards, OrderedDict()
-        try:
+        """The shared model, for a check that changes a switch and restores it; ignores cached forward passes."""
+        with with_attribute(self, "_forwards", OrderedDict()):
             yield self.model
-        finally:
-            self._forwards = kept
 
     def release(self) -> None:
-        """Drop every answer kept; cycles inside a model would hold them until the collector comes by."""
+        """Drop every cached result now: reference cycles would keep them until the garbage collector runs."""
         self._forwards.clear()
         self.passes.clear()
         self.__dict__.pop("true_passes", None)  # which other cells may still read
-        self.memo.clear()
+        self.gradient_passes.clear()
+        self.cache.clear()
 
     # --- inputs ----------------------------------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ class CellContext:
 
     @cached_property
     def lacks_pad_token(self) -> bool:
-        """Whether it is a classifier that takes one row at a time, for want of a pad token."""
+        """Whether it is a classifier that takes only one row at a time, since it has no pad token."""
         return lacks_pad_token(self)
 
     @property
@@ -297,7 +298,7 @@ class CellContext:
 
     @cached_property
     def batch_plan(self) -> BatchPlan:
-        """How many batches its checks are asked of, and how large these are."""
+        """How many batches each check runs on, and their size."""
         return self.request.effort.plan(self.subject.parameters or sum(p.numel() for p in self.model.parameters()))
 
     @cached_property
@@ -309,7 +310,7 @@ class CellContext:
 
     @property
     def condition(self) -> Condition:
-        """Under which the cell runs."""
+        """Precision and device under which the cell runs."""
         return Condition(precision=self.recipe, device=self.cell.device)
 
     @cached_property
@@ -318,39 +319,34 @@ class CellContext:
         return Runner(self.model, self.condition)
 
     def run(self, tensors: Mapping[str, Any], **keywords: Any) -> Any:
-        """One forward pass without gradients under the cell's recipe; the raw output.
-
-        Args:
-            tensors: what the model is called with.
-            keywords: more keywords of the call.
-        """
+        """One forward pass without gradients under the cell's recipe; the raw output."""
         return self.runner.forward(tensors, **keywords)
 
     @cached_property
     def true_passes(self) -> TrueStore:
         """The true fp64 passes of the cell: an earlier cell's too, where both are the same in true fp64."""
-        return TrueStore() if self._shared is None else self._shared.of(self)
+        return TrueStore() if self.shared is None else self.shared.of(self)
+
+    def leave_other_attention(self) -> bool:
+        """Whether a true fp64 pass of another attention stood in for one of this cell; from now on none does."""
+        store = self.__dict__.get("true_passes")
+        return isinstance(store, TrueStore) and store.apart()
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
-        """Name and values of the rotary frequencies that the model reads, when they are first asked for; None without any."""
+        """Name and values of the rotary frequencies that the model reads, at the first call; None without any."""
         return rotary_table(self.model) if reads_table(self.model) else None
 
     def inputs_of(self, batch: Batch) -> dict[str, Any]:
-        """What a forward pass is given of a batch."""
+        """The tensors of a batch that a forward pass receives."""
         return self.inputs_in(batch.tensors)
 
     def inputs_in(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """What a forward pass is given: without labels, but for a plain module, whose batch is its own affair."""
+        """The tensors that a forward pass receives: all but labels; a plain module gets its whole batch."""
         return {name: value for name, value in tensors.items() if name != "labels" or not self.takes_ids}
 
     def forward(self, batch: Batch, *, labels: bool = False) -> dict[str, Tensor]:
-        """The floating outputs of the cell's model on the batch, by name; computed once per batch.
-
-        Args:
-            batch: what to run.
-            labels: hand the labels over too, so that the model computes its loss.
-        """
+        """The floating outputs of the cell's model on the batch, by name; with its loss if it gets the `labels` too."""
         tensors = dict(batch.tensors) if labels else self.inputs_of(batch)
         key = batch_key(tensors)
         if key not in self._forwards:
@@ -363,7 +359,7 @@ class CellContext:
 
     @cached_property
     def trajectory(self) -> Trajectory:
-        """The watched training run of the cell on a copy of its model, on the fixed batch; once under the same conditions."""
+        """The cell's watched training run, on a copy of its model and the fixed batch; once per set of conditions."""
         asked, sides = self.request, self.family.padding_sides
         conditions = (self.subject, self.cell, asked.plan, asked.seed, asked.rows, asked.length, sides, self.changes)
         if conditions not in self.runs:
@@ -371,19 +367,23 @@ class CellContext:
         return self.runs[conditions]
 
     def train(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trajectory:
-        """Train a copy of the cell's model on the fixed batch.
-
-        Args:
-            plan: steps, optimizer, learning rate, clipping.
-            recipe: another precision recipe than the cell's.
-        """
+        """Train a copy of the cell's model on the fixed batch, under another precision recipe than the cell's where one is given."""
         with random_state.seeded(self.request.seed):
             return self.trainer(plan, recipe).run()
 
     def trainer(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trainer:
-        """A run over the fixed batch that is still to be made, on a copy of the cell's model; as :meth:`train`."""
-        model = self.copy_model()
-        freeze_to_scope(model, plan.scope, self.family)
+        """A training run that has not started; otherwise as :meth:`train`."""
+
+        def trained(model: nn.Module) -> list[nn.Parameter]:
+            freeze_to_scope(model, plan.scope, self.family)
+            found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            sizes = [parameter.nbytes for parameter in found]
+            needed = TRAINING_COPIES * sum(sizes) + STEP_COPIES * max(sizes, default=0)
+            count = sum(parameter.numel() for parameter in found)
+            require_room(self.cell.device, needed, f"training {count:,} parameters (--train-scope {plan.scope})")
+            return found
+
+        model = self.copy_model(own=trained)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             reason = "no parameter of this model requires a gradient"
             raise NotApplicableError(reason)
@@ -395,3 +395,8 @@ class CellContext:
     def with_plan(self, **changes: Any) -> TrainingPlan:
         """The request's plan with some fields changed."""
         return replace(self.request.plan, **changes)
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter in the same memory."""
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

@@ -18,7 +18,7 @@ Call = Callable[[nn.Module, Mapping[str, Any]], dict[str, Tensor]]
 """Calls a model and gives its logits `[batch, width, vocabulary]` as `answer`."""
 
 Positions = Literal["generate", "none", "counted"]
-"""Whose positions a step has: those that `generate` computes from the mask, the model's own, or those of real tokens
+"""Source of a step's positions: those that `generate` computes from the mask, the model's own, or those of real tokens
 counted here."""
 
 
@@ -26,15 +26,15 @@ NO_CACHE = "the model keeps no cache"
 
 
 def with_cache(cuts: Sequence[int], *, positions: Positions = "generate", run: Callable[..., Any] = call_model) -> Call:
-    """Calls the model on the sequence cut at these columns, handing its cache from piece to piece.
+    """Calls the model on the sequence cut at these columns, passing its cache from piece to piece.
 
     Args:
         cuts: columns at which a new step begins, rising.
-        positions: whose.
+        positions: their source.
         run: calls the model with the keywords of a step.
 
     Returns:
-        A call that raises NotApplicableError where the model keeps no cache.
+        A call that raises NotApplicableError if the model returns no cache.
     """
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def with_cache(cuts: Sequence[int], *, positions: Positions = "generate", run: C
 
 
 def keeps_tuples(model: nn.Module, tensors: Mapping[str, Any]) -> bool:
-    """Whether the model gives keys and values back as plain tuples, as code from before transformers' `Cache` does."""
+    """Whether the model returns keys and values as plain tuples, as code from before transformers' `Cache` does."""
     given = to_device(dict(tensors), input_device(model))
     name = generation.cache_name(model)
     if name is None:
@@ -84,7 +84,7 @@ def without_cache(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Ten
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the model can be told the place of each token."""
+    """Whether the model takes `position_ids`."""
     return generation.names_keyword(model, "position_ids")
 
 
@@ -116,7 +116,7 @@ def _one_row_a_token(logits: Tensor, *, rows: int, tokens: int) -> Tensor:
 
 
 def counted_positions(mask: Tensor) -> Tensor:
-    """The place of each real token among the real ones of its row; 0 for padding."""
+    """Positions that count only real tokens, `[batch, sequence]`; 0 for padding."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

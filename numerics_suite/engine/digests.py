@@ -1,4 +1,4 @@
-"""One digest of tensors: baselines, bundles, batches and repeated runs are compared by it."""
+"""The digest by which tensors of baselines, bundles, batches and repeated runs are compared."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ TENSORS = frozenset({"input_ids", "attention_mask", "labels", "position_ids", "t
 KEYWORDS = frozenset({"use_cache", "output_hidden_states", "output_attentions", "return_dict"})
 
 NEW_TOKENS = 2
-"""The second is the first that is decoded with the cache."""
+"""Tokens that `generate` makes: only the second is decoded with the cache."""
 
 
 def is_documented(context: CellContext, tensors: Mapping[str, Any], keywords: Mapping[str, Any]) -> bool:
@@ -47,10 +47,10 @@ def _alike(value: object, other: object) -> bool:
 def documented_calls(
     context: CellContext, tensors: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each call in words, and a function that makes it under the cell's condition without any hook or mode of ours.
+    """Each call's name, and a function that makes it under the cell's condition without any of our hooks or modes.
 
     Args:
-        context: the cell, not in float64, where the suite lifts sections that a program keeps in float32.
+        context: the cell, not in float64, where the suite itself changes sections that a program keeps in float32.
         tensors: what the model is called with.
         keywords: of the call.
     """

@@ -1,4 +1,4 @@
-"""Every dropout off, however a model asks for it."""
+"""Switches off every dropout, whether a module, a function or an argument of attention."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ IDENTITIES: frozenset[Any] = frozenset(
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Training mode without its randomness: a dropout gives back what it got, attention drops nothing.
+    """Training mode without its randomness: dropout returns its input, and attention drops nothing.
 
-    Setting `nn.Dropout` aside is not enough: GPT-2's attention hands the probability of a module on, OPT's layers call
+    Disabling `nn.Dropout` is not enough: GPT-2's attention passes on a module's probability, and OPT's layers call
     `functional.dropout` with a number of their own.
     """
 

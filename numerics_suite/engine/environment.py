@@ -1,4 +1,4 @@
-"""What a run ran on: python, platform, device and package versions."""
+"""The environment of a run: Python, platform, device and package versions."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_run(device: str) -> dict[str, Any]:
-    """The `environment` of a results file, with the packages that add something to the run.
+    """The `environment` of a results file, including the packages that extend the run.
 
-    A baseline does without these: whatever differs between two of its environments may explain other roundings.
+    A baseline leaves these out: there, any difference between environments may explain different rounding.
 
     Args:
         device: where the cells run.
@@ -48,7 +48,7 @@ def describe_run(device: str) -> dict[str, Any]:
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """What the numbers of a cell may depend on; a baseline holds it, and a difference in it is told.
+    """What the numbers of a cell may depend on; recorded in a baseline, so that a comparison can report differences.
 
     Args:
         device: where the cells run.
@@ -62,7 +62,7 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What decides how sums are ordered and rounded: processor, its vector instructions, threads, accelerator.
+    """What determines the order and rounding of sums: processor, its vector instructions, threads, accelerator.
 
     Args:
         device: where a cell runs.
@@ -78,7 +78,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's model where the system tells it, else its architecture."""
+    """The processor's model where the system reports it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

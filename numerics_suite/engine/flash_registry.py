@@ -1,9 +1,9 @@
 """FlashAttention as transformers calls it, replaced by a formula while a reference runs.
 
-The kernels of the flash-attn package and of the Hub take 16-bit floats on an accelerator and nothing else, and what they
-do is hidden from a dispatch mode. Where transformers registers them stands, for the while, a function that does what its
+The kernels of the flash-attn package and of the Hub take 16-bit floats on an accelerator only, and a dispatch mode
+cannot see what they do. While a reference runs, transformers' registry holds a function instead that does what its
 `_flash_attention_forward` does around the kernel (the cast to 16 bits, the removal of padding, packed sequences) and
-calls `aten._flash_attention_forward` instead, whose definition is the same and whose formula both references know. The
+calls `aten._flash_attention_forward` instead, which computes the same and whose formula both references know. The
 model's configuration stays as it is, so it still builds the masks of FlashAttention.
 """
 
@@ -29,7 +29,7 @@ _UNKNOWN: Final = ("softcap", "s_aux", "block_table", "k_cache", "v_cache")
 
 @contextmanager
 def visible_attention(model: nn.Module) -> Iterator[None]:
-    """Show a dispatch mode whatever attention `model` is configured for: no compiled code, no hidden kernel."""
+    """Make the attention of `model` visible to a dispatch mode: no compiled code, no hidden kernel."""
     with ExitStack() as stack:
         stack.enter_context(uncompiled_flex_attention(model))
         if "torch._dynamo" in sys.modules:
@@ -52,7 +52,7 @@ def uncompiled_flex_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def flash_attention_by_formula(model: nn.Module) -> Iterator[None]:
-    """Let `model` find the formula wherever transformers gives it a FlashAttention kernel; restored on exit."""
+    """Replace every FlashAttention kernel that `model` finds in transformers by the formula; restored on exit."""
     with ExitStack() as stack:
         for registry in _registries():
             for name in [name for name, function in registry.items() if _is_flash(name, function)]:
@@ -63,7 +63,7 @@ def flash_attention_by_formula(model: nn.Module) -> Iterator[None]:
 
 
 def _registries() -> Iterator[MutableMapping[str, Any]]:
-    """Yield where attention functions are registered, from transformers 4.48 on; nothing is imported for it."""
+    """Yield the registries of attention functions, from transformers 4.48 on, without importing anything."""
     functions = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
     if isinstance(functions, dict):  # 4.48 and 4.49
         yield functions
@@ -72,14 +72,14 @@ def _registries() -> Iterator[MutableMapping[str, Any]]:
 
 
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the files of modelling code that call the kernel from a class of their own, as all do before 4.48."""
+    """Return the modelling modules that call the kernel from a class of their own, as all do before 4.48."""
     names = dict.fromkeys(type(module).__module__ for module in model.modules())
     found = [vars(sys.modules[name]) for name in names if name in sys.modules]
     return [namespace for namespace in found if "_flash_attention_forward" in namespace]
 
 
 def _is_flash(name: str, function: Any) -> bool:
-    """Whether an entry is transformers' own way to a FlashAttention kernel; one of the Hub's has the name of its repository."""
+    """Whether an entry is transformers' FlashAttention; a kernel of the Hub has its repository's name."""
     while isinstance(function, partial):
         function = function.func
     return name.startswith("flash_attention_") or getattr(function, "__name__", "") == "flash_attention_forward"
@@ -158,7 +158,7 @@ def called_attention(  # noqa: PLR0913, PLR0917 - transformers' signature
     All tensors are `[batch, tokens, heads, size]`; the other arguments are those of `registered_attention`.
 
     Raises:
-        NotApplicableError: Something is asked for that the formula does not know, such as dropout; the reason names it.
+        NotApplicableError: An argument needs what the formula does not support, such as dropout; the reason names it.
     """
     asked = [name for name in _UNKNOWN if others.get(name) is not None]
     if dropout > 0 or asked:

@@ -1,11 +1,11 @@
-"""What does flex attention compute? A rule for each reference, since it is a higher-order operator and no op.
+"""Flex attention for both references: a rule of its own, since it is a higher-order operator and not an op.
 
     S' = scale · Q Kᵀ    S = score_mod(S', batch, head, query, key), -inf where mask_mod is False    L, P, O as ever
     dS = P ∘ (dO Vᵀ - D + dL)    dS' = dS · ∂score_mod/∂S', 0 where mask_mod is False
 
 `score_mod` and `mask_mod` are the program's own, mapped over the four indices; the derivative is the graph that torch
-traced of `score_mod` and hands to the backward operator. What they compute inside is lifted to float64 too. The sparse
-blocks of the mask are passed over: they say again which keys `mask_mod` leaves out.
+traced from `score_mod` and passes to the backward operator. What they compute inside is lifted to float64 too. The
+sparse blocks of the mask are ignored: they repeat which keys `mask_mod` excludes.
 
 The operator's log-sum-exp and greatest score are to the base 2, as its kernels compute: L / log 2.
 """
@@ -234,7 +234,7 @@ def _saved(out: Tensor, logsumexp: Tensor, grad_out: Tensor | None, grad_logsume
 
 
 def _run(mode: LeanMode, lifted: LeanMode, compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Run the formula under `lifted`; what that could not lift, `mode` notes."""
+    """Run the formula under `lifted`; `mode` records what could not be lifted."""
     # Lets a function index a tensor by the positions that it is mapped over: `bias[batch, query]`.
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
@@ -246,11 +246,11 @@ def _run(mode: LeanMode, lifted: LeanMode, compute: Callable[[], tuple[Any, ...]
 
 
 def watched_by(mode: type[Any], note: Callable[[Any], None] = lambda _: None) -> None:
-    """Register for a mode that only watches what flex attention is without a compiler: ops that the mode then sees.
+    """Register a rule that runs flex attention uncompiled, as ops that a watching mode can see.
 
     Args:
         mode: The dispatch mode.
-        note: Is given the mode when the operator runs.
+        note: Called with the mode when the operator runs.
     """
     for operator in (flex_attention, flex_attention_backward):
         plain = operator.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]  # noqa: SLF001 - torch's own

@@ -14,7 +14,7 @@ from numerics_suite.engine.calls import input_device
 
 
 def hold_in_float32(module: nn.Module) -> None:
-    """Hold the module in float32 from now on, autocast off within it; its outputs go back to the dtype that came in."""
+    """Hold the module in float32, autocast off within it; outputs are cast to the dtype of its inputs."""
     held = next((parameter.dtype for parameter in module.parameters()), None)
     module.float()
     # A class of its own, not a function set on the instance: that one would run the original's weights in a copy.

@@ -44,7 +44,7 @@ class Formula:
     unsupported: tuple[str, ...] = ()
 
     def refusal(self, given: Given) -> str:
-        """Return why the formula does not hold for these arguments, "" where it does."""
+        """Return why the formula does not cover these arguments, "" if it does."""
         if given["dropout_p"] > 0:
             return f"dropout {given['dropout_p']:g}"  # which numbers a kernel draws is its own affair
         if given["query"].is_nested:
@@ -58,8 +58,8 @@ class Formula:
     def dtypes(self, given: Given) -> tuple[torch.dtype | None, ...]:
         """Return the dtype that the op gives each result; None for one that is no float.
 
-        No kernel is asked: on the device of the tensors there may be none. Log-sum-exps are float32 of every lower
-        float, as torch's meta kernels have them.
+        No kernel runs for it: the tensors' device may have none. Log-sum-exps are float32 of every lower
+        float, as in torch's meta kernels.
         """
         lse = torch.float64 if given["query"].dtype is torch.float64 else torch.float32
         floats = [
@@ -86,9 +86,9 @@ def formula_for(
 ) -> tuple[Formula, dict[str, Any]] | None:
     """Return the formula of `func` and its arguments by name; None for any other op.
 
-    None too for a call that the formula does not hold for, such as one with dropout; `mode` then notes op and reason.
+    Also None for a call that the formula does not cover, such as one with dropout; `mode` then records op and reason.
     """
-    formula = FORMULAS.get(func)
+    formula = _BY_ID.get(id(func))
     if formula is None:
         return None
     given = bind(func, args, kwargs)
@@ -153,11 +153,14 @@ FORMULAS: Final[dict[Any, Formula]] = {
 }
 """Op overload → what it computes. An older torch without an op has no entry for it."""
 
+_BY_ID: Final = {id(func): formula for func, formula in FORMULAS.items()}
+"""The same by id: an op is hashed in Python, and every op of a run is looked up."""
+
 
 def excess_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Any]) -> float:
     """Return how far a kernel's first result is from its formula, in units of one rounding of it.
 
-    NaN for a call that the formula does not hold for.
+    NaN for a call that the formula does not cover.
     """
     got: Tensor = results[0]
     if not has_float64(got.device):

@@ -1,13 +1,12 @@
-"""One optimizer step of the installed `transformers.Trainer`, over accelerate, in true float64: what reaches the optimizer.
+"""The gradients that reach the optimizer in one step of the installed `transformers.Trainer`, in true float64.
 
-The model, the rows and the arguments are ours, everything between them is what is installed: the sampler, the collator, the
-count of labels, the loss that is chosen, its scaling, accelerate's backward pass, clipping. The optimizer takes no step; it keeps
-the gradients that it is handed.
+Model, rows and arguments are ours; everything in between is the installed code: the sampler, the collator, the count
+of labels, the loss that is chosen, its scaling, accelerate's backward pass, clipping. The optimizer takes no step; it
+records the gradients it receives.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from numerics_suite.core.garbage import living_set_aside
 from numerics_suite.devices import random_state
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.dropout import WithoutDropout
@@ -38,10 +38,10 @@ class Step:
 
     Attributes:
         gradients: by parameter, as the optimizer gets them.
-        handed: the `num_items_in_batch` of each call of the model, None where it was not handed over.
-        left_out: what was not computed in float64; the step says something only where this is empty.
+        handed: the `num_items_in_batch` of each call of the model, None where the Trainer did not pass it.
+        left_out: what was not computed in float64; the step is meaningful only if this is empty.
         lines: `file.py:123` of each line outside of torch that made a scalar that can be differentiated, in order.
-        divided: what accelerate divides each loss by on top of what the Trainer does.
+        divided: the number by which accelerate divides each loss, in addition to the Trainer.
     """
 
     gradients: Gradients
@@ -53,10 +53,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How the Trainer is asked to take its step.
+    """How the Trainer takes its step.
 
     Attributes:
-        micro_batches: into how many of equal numbers of rows the rows are cut.
+        micro_batches: number of micro-batches of equal size.
         arguments: of `TrainingArguments`.
         collator: None for transformers' default one.
     """
@@ -67,21 +67,23 @@ class Way:
 
 
 class _Keeps(torch.optim.SGD):
-    """An optimizer that keeps the gradients that it is handed and takes no step."""
+    """An optimizer that records the gradients it receives and takes no step."""
 
     handed: dict[int, Tensor]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Keep each parameter's gradient as it stands."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.handed = {id(each): each.grad.detach().clone() for each in parameters if each.grad is not None}
+        """Take each parameter's gradient away, which would be zeroed next."""
+        self.handed = {}
+        for each in (parameter for group in self.param_groups for parameter in group["params"]):
+            if each.grad is not None:
+                self.handed[id(each)], each.grad = each.grad.detach(), None
 
 
 class _LossLines(TorchFunctionMode):
-    """Notes where scalars that can be differentiated are made: the last of them is the loss.
+    """Records the lines that make differentiable scalars: the last of them is the loss.
 
     Args:
-        owner: whose method's line is noted; without one the innermost line that is neither torch's nor ours.
+        owner: object whose method's line is recorded; without one, the innermost line that is neither torch's nor ours.
     """
 
     def __init__(self, owner: object = None) -> None:
@@ -90,7 +92,7 @@ class _LossLines(TorchFunctionMode):
         self.owner, self.lines = owner, dict[str, None]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` and look at what it gives."""
+        """Run `func` and look at its result."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.dim() == 0 and result.requires_grad and result.is_floating_point():
             self._note()
@@ -195,7 +197,7 @@ _QUIET: Mapping[str, Any] = {
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
 }
-"""No clipping unless a way asks for it, and no word."""
+"""No clipping unless a `Way` sets it, and no output."""
 
 
 def whole_gradient(
@@ -230,7 +232,7 @@ def loss_with(model: nn.Module, tensors: Mapping[str, Tensor], **words: Any) -> 
 
 
 def _computed(left_out: Sequence[str]) -> tuple[str, ...]:
-    """What computes, of what was left out: torch's optimizers mark their steps for its profiler."""
+    """Those left-out ops that compute; torch's optimizers also call ops that mark steps for the profiler."""
     return tuple(each for each in left_out if "profiler." not in each)
 
 
@@ -243,7 +245,7 @@ def _float64(model: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def _process_kept() -> Iterator[None]:
-    """Put back what the Trainer and accelerate change of the process: environment, random states, accelerate's shared states."""
+    """Restore what Trainer and accelerate change in the process: environment, random states, shared states."""
     from accelerate.state import AcceleratorState, GradientState, PartialState  # heavy
 
     environment = dict(os.environ)
@@ -254,13 +256,12 @@ def _process_kept() -> Iterator[None]:
         stack.enter_context(random_state.seeded(0))
         try:
             for name in [name for name in environment if name.startswith("ACCELERATE_")]:
-                del os.environ[name]  # how a launcher was asked to train is no question about the packages
+                del os.environ[name]  # a launcher's settings are no property of the packages
             for state in shared:
                 state.clear()
-            gc.freeze()  # the Trainer collects garbage of the whole process as it begins, at most of its cost here
-            yield
+            with living_set_aside():
+                yield
         finally:
-            gc.unfreeze()
             os.environ.clear()
             os.environ.update(environment)
             for state, before in zip(shared, held, strict=True):

@@ -1,4 +1,7 @@
-"""A caught training step as a bundle holds it: the model, its batches and random states, how its loop stepped. Needs torch, safetensors and transformers."""
+"""A caught training step as stored in a bundle: model, batches, random states, and how its loop stepped.
+
+Needs torch, safetensors and transformers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 
 class NoModelError(Exception):
-    """What makes the model is not at hand."""
+    """The code or checkpoint that makes the model is missing."""
 
 
 class Kept:
@@ -46,7 +49,7 @@ class Kept:
 
 
 def build(kept: Kept, source: str | None = None) -> nn.Module:
-    """The watched model; a model of your own can be made here.
+    """Return the watched model; edit this function to make a model of your own.
 
     Args:
         kept: what the folder holds.
@@ -125,7 +128,7 @@ def _with_inputs(kept: Kept, model: Any) -> Any:
 
 
 def filled(kept: Kept, model: nn.Module) -> nn.Module:
-    """The model, changed: it holds what the folder does, is trained where the loop trained it, and in its mode.
+    """The model with the folder's parameters, `requires_grad` and training mode set as in the loop.
 
     Args:
         kept: what the folder holds.
@@ -170,7 +173,7 @@ def _at(model: nn.Module, name: str) -> Any:
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """The value as that parameter; one that the model ties to another, which the folder holds too, becomes a tensor of its own."""
+    """Set the parameter; one that the model ties and the folder holds separately becomes its own tensor."""
     if name in dict(model.named_parameters()):
         model.get_parameter(name).data = value.clone()
     else:
@@ -179,7 +182,7 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def numbers(value: Any) -> Any:
-    """What JSON has no word for: tuples stay lists, and a text that names a number that is not finite is one."""
+    """Undo JSON's limits: a text that names a non-finite number becomes that number; tuples stay lists."""
     if isinstance(value, dict):
         return {key: numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -194,7 +197,7 @@ def groups_of(written: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Steps:
-    """The kept steps, taken one by one on a model, which they change."""
+    """Takes the kept steps one by one; they change the model."""
 
     def __init__(self, kept: Kept, model: nn.Module) -> None:
         """Make the optimizers as they were."""
@@ -225,7 +228,7 @@ class Steps:
         """An input of a call, on the model's device.
 
         Args:
-            written: as the bundle has it.
+            written: its entry in the bundle.
         """
         kind, inner = next(iter(written.items()))
         if kind == "tensor":
@@ -251,7 +254,7 @@ class Steps:
         return {f"output{place}": item for place, item in enumerate(output)} if several else {"output": output}
 
     def passes(self, step: int) -> list[str]:
-        """Forward and backward passes of a step; what is not finite in them."""
+        """Run the forward and backward passes of a step and return what is not finite in them."""
         self.model.zero_grad()
         bad, calls = [], self.calls[step]
         for number, call in enumerate(calls, 1):
@@ -303,7 +306,7 @@ class Steps:
 
 
 def finite(value: Any) -> bool:
-    """Whether it holds nothing that is not finite."""
+    """Whether every element is finite."""
     return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
 
 

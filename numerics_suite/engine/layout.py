@@ -1,6 +1,6 @@
 """Which way round a model holds its states: `[batch, sequence, …]`, or `[sequence, batch, …]` as ChatGLM's first code does.
 
-Shapes alone do not tell where a batch has as many rows as tokens, so the model is asked with one row of three.
+Shapes alone are ambiguous if a batch has as many rows as tokens, so one row of three tokens is run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.true_fp64 import run_true_fp64
 
 STATES = "hidden_states"
-"""Name of the states that the model itself returns, where modules have theirs."""
+"""Key of the states that the model itself returns; other keys are module paths."""
 
 INPUT = ":input"
-"""Behind a module's path: what it is given. Without it: what it returns."""
+"""Suffix of a module's path for its input; the bare path is its output."""
 
 _TOKENS = 3
 
@@ -70,7 +70,7 @@ def batch_first(states: Tensor, name: str, turned: frozenset[str]) -> Tensor:
 
     Args:
         states: of that place, with both dimensions.
-        name: as :func:`sequence_first` has it.
+        name: a key of :func:`sequence_first`.
         turned: what :func:`sequence_first` returned.
     """
     return states.transpose(0, 1) if name in turned else states

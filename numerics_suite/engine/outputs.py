@@ -10,7 +10,7 @@ from torch import Tensor
 from numerics_suite.core.errors import NotApplicableError
 
 CACHE = "past_key_values"
-"""Keys and values kept for decoding: a state, not an output."""
+"""Names of caches, which are state and not outputs."""
 
 
 def floating_outputs(output: object) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def own_batch(context: CellContext) -> Batch | None:
-    """The batch as it came; None without one, or where the tokenizer makes none: inputs.pipeline says why."""
+    """The batch unchanged; None without one, or if the tokenizer fails, which `inputs.pipeline` reports."""
     if context.loaded.batch is not None:
         return Batch(tensors=dict(context.loaded.batch), drawn="the factory's own batch")
     data = context.request.data
@@ -31,7 +31,7 @@ def own_batch(context: CellContext) -> Batch | None:
 
 
 def usable(context: CellContext, batch: Batch | None) -> Batch | None:
-    """The batch where the model can take it; inputs.pipeline says what is wrong with another."""
+    """The batch if the model accepts it; otherwise None, and `inputs.pipeline` reports what is wrong."""
     if batch is None or not context.takes_ids:
         return batch
     ids = batch.tensors.get("input_ids")
@@ -44,19 +44,19 @@ def usable(context: CellContext, batch: Batch | None) -> Batch | None:
     # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
     plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
     pad_inside = bool(((ids == context.space.pad_id) & (tensors["attention_mask"] != 0)).any())
-    # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
+    # Dynamic RoPE depends on the longest row of the batch, and remembers it: rows are not independent.
     one_table = int(ids.shape[-1]) <= context.longest
     return replace(batch, tensors=tensors, laws_apply=plain and one_table and not pad_inside)
 
 
 def counted(context: CellContext, batch: Batch) -> tuple[int, ...]:
-    """How many labels of each row count: of the rows that were counted of the user's file, else of the batch's."""
+    """How many labels of each row count, for the rows of the user's file if they were counted, else for the batch."""
     labels = counted_labels(batch.tensors["labels"], shifted=context.subject.task == "causal-lm")
     return batch.label_counts or tuple(labels.tolist())
 
 
 def is_the_factorys(context: CellContext, batch: Batch) -> bool:
-    """Whether it is trained on as it stands: nobody cuts a factory's batch, or draws its rows."""
+    """Whether the batch comes from a factory and is trained on unchanged: its rows are neither cut nor sampled."""
     return context.loaded.batch is not None and batch is context.usable_own_batch
 
 

@@ -1,11 +1,11 @@
-"""Rows packed into one row: the ways to tell a model where each of them ends, and which of these its code supports.
+"""Rows packed into one row: the ways to mark where each of them ends, and which of these the model's code supports.
 
-A padding-free collator lays the rows of a batch end to end and tells the model in one of these ways that they are rows by themselves:
+A padding-free collator lays the rows of a batch end to end and separates them in one of these ways:
 
 - `position_ids` that start again at every row, no mask and no cache. transformers builds the masks from them from 4.53.1 on.
 - their offsets as FlashAttention takes them, `cu_seq_lens_q` and `cu_seq_lens_k`, beside the `position_ids`.
 - a block-diagonal mask `[1, 1, tokens, tokens]`, added to the scores: 0 where a token sees another, the dtype's minimum elsewhere. Only an
-  added one holds in every attention: eager attention takes a boolean mask for numbers to add.
+  added one holds in every attention: eager attention adds a boolean mask as numbers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ WORDS: dict[str, str] = {
     "block-mask": "a block-diagonal 4-D attention_mask",
     "rows": "rows of their own, padded",
 }
-"""Each way in a reader's words; the last one is what packing is compared with, and the way out where none holds."""
+"""Each way in words; the last one is what packing is compared with, and the advice where no way works."""
 
 REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-"""What code raises that was not written for a way."""
+"""Exceptions of code that does not support a way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Ways:
 
     Attributes:
         asked: those that its code supports.
-        left_out: why `position_ids`, which collators use, are none of them, and what to use instead; "" where they are.
+        left_out: why `position_ids`, which collators use, are not among them, and what to use instead; "" if they are.
     """
 
     asked: tuple[Way, ...]
@@ -57,8 +57,8 @@ def packed(rows: Sequence[Tensor], way: Way, model: nn.Module) -> dict[str, Any]
 
     Args:
         rows: ids of each, without padding.
-        way: how the model is told where they end, not `rows`.
-        model: in whose dtype a mask is.
+        way: how row ends are marked; not `rows`.
+        model: a mask has its dtype.
     """
     lengths = torch.tensor([len(row) for row in rows])
     tensors: dict[str, Any] = {"input_ids": torch.cat(list(rows))[None]}
@@ -85,7 +85,7 @@ def padded_rows(rows: Sequence[Tensor], context: CellContext) -> dict[str, Tenso
 
 
 def row_alone(row: Tensor, context: CellContext) -> dict[str, Tensor]:
-    """One of them alone, told the same positions: a model's own may begin elsewhere (RoBERTa's do)."""
+    """One row alone, with the same explicit positions: a model's own may start elsewhere (RoBERTa's do)."""
     ids = row[None]
     return _told({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, context.model)
 
@@ -97,16 +97,12 @@ def _told(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def ways_of(context: CellContext) -> Ways:
     """How rows may be packed for the cell's model.
 
-    Of families whose code is known the release alone decides. Any other class is tried on two rows: it supports `position_ids` where they
-    make it separate anything at all, and the other ways where they separate the two.
+    For known families the installed release alone decides. Any other class is tried on two rows: it supports
+    `position_ids` if they have any effect on its masks, and the other ways if they separate the two rows.
     """
     if context.request.packing:
         return Ways(asked=context.request.packing)  # type: ignore[arg-type]
-    if "packing" not in context.memo:
-        context.memo["packing"] = _ways(context)
-    found = context.memo["packing"]
-    assert isinstance(found, Ways)
-    return found
+    return context.cached(_ways)
 
 
 def _ways(context: CellContext) -> Ways:
@@ -140,9 +136,9 @@ def _two_rows(context: CellContext) -> list[Tensor]:
 
 
 def _separates(context: CellContext) -> bool:
-    """Whether the model's masks depend on `position_ids` where it is given none.
+    """Whether `position_ids` change the masks that the model makes when it gets none.
 
-    A state that is rolled on from token to token ends at no row, whatever the masks say.
+    A recurrent state crosses row ends whatever the masks are.
     """
     if not takes_positions(context.model) or generation.is_stateful(context.model):
         return False

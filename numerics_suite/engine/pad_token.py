@@ -17,7 +17,7 @@ REFUSALS = (ValueError, TypeError, AssertionError, RuntimeError)
 def lacks_pad_token(context: CellContext) -> bool:
     """Whether the classifier refuses batches because its config names no pad token, by which it finds a row's last one.
 
-    The model itself is asked: it takes one row of one token and refuses two.
+    This is tried on the model: it takes one row of one token and refuses two.
 
     Args:
         context: a cell.

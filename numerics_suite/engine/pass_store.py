@@ -1,4 +1,4 @@
-"""The answers of a cell's passes: each is computed once and read by every check that asks for it."""
+"""The cached results of a cell's passes: each is computed once and shared by the checks that read it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numerics_suite.subjects.memory import KEPT_BYTES
 
 
 class PassStore:
-    """Answers by pass, the ones read last, within a bound on bytes.
+    """The most recently read results by pass, within a limit on bytes.
 
     A pass is a condition (true float64, rounded, the cell's own precision) over one batch. An answer is read as float64, and
-    held in a narrower dtype where that holds the same numbers: the answer of a bfloat16 run takes a quarter of the room.
-    Answers over the batches that every check examines stay while others can make room for new ones.
+    held in a narrower dtype where that holds the same numbers: the answer of a bfloat16 run takes a quarter of the
+    memory. Results over the batches that every check examines are evicted last.
     """
 
     def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
         """Nothing is held yet.
 
         Args:
-            most_bytes: of all answers together; a single one is held whatever its size.
+            most_bytes: of all results together; a single one is held whatever its size.
         """
         self.most_bytes = most_bytes
         self._held: OrderedDict[Hashable, Tensor] = OrderedDict()
@@ -32,6 +32,10 @@ class PassStore:
     def __len__(self) -> int:
         """How many answers are held."""
         return len(self._held)
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the answer of that pass is held."""
+        return key in self._held
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +56,7 @@ class PassStore:
             key: of the pass: its condition and :func:`~numerics_suite.engine.digests.batch_key` of its batch.
             compute: runs it, if it is not held.
             held_in: dtype in which it is held if every number of it survives that.
-            lasting: many checks ask for it.
+            lasting: many checks read it.
         """
         if key in self._held:
             self._held.move_to_end(key)
@@ -62,7 +66,7 @@ class PassStore:
         if lasting:
             self._lasting.add(key)
         while len(self._held) > 1 and self.nbytes > self.most_bytes:
-            # The new one goes itself where all others are asked for more often.
+            # The new one is itself evicted if all others are read more often.
             oldest = next(each for each in self._held if each not in self._lasting or self._lasting >= set(self._held))
             del self._held[oldest]
         return answer.double()

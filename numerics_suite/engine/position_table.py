@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = re.compile(r"(^|\.)(position_embeddings?|embed_positions|positions_embed|pos_emb\w*|wpe)$")
-"""How modules are called that hold a vector for each position; a rotary embedding is called otherwise."""
+"""Names of modules that hold a vector for each position; rotary embeddings have other names."""
 
 
 def absolute_positions(model: nn.Module) -> bool:
@@ -20,7 +20,7 @@ def absolute_positions(model: nn.Module) -> bool:
 
 
 def rows_of_position_table(model: nn.Module) -> int | None:
-    """Most tokens of a row that the tables with a padding row have places for; None without such a table.
+    """Most tokens of a row that fit a position table with a padding row; None without such a table.
 
     RoBERTa counts from the row behind the one of padding, so that 514 places are 512 tokens (`create_position_ids_from_input_ids`).
     """

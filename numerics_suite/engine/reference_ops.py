@@ -1,4 +1,4 @@
-"""What both twins share: which ops compute, which only move data, and how a model is left as it was found."""
+"""Code shared by both references: which ops compute, which only move data, and how the model is restored."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 WIDER: Final[dict[torch.dtype, torch.dtype]] = {
     torch.float32: torch.float64,
@@ -30,14 +31,14 @@ WIDER: Final[dict[torch.dtype, torch.dtype]] = {
     for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
     if hasattr(torch, name)
 }
-"""Lower floating dtype → the double one it is lifted to; a dtype that is not a key is left alone."""
+"""Lower floating dtype → the double one it is lifted to; other dtypes stay as they are."""
 
 
 class LeanMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that knows the modules and notes what it could not do.
+    """A dispatch mode that knows module names and records what it could not lift.
 
     It does not pass each op through, and so does not import, `torch._dynamo`: compiled code runs eagerly under the
-    twins.
+    references.
 
     Args:
         names: Module id → name, to say where an op was.
@@ -50,11 +51,11 @@ class LeanMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.left_out: dict[str, None] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Pass on; here to be typed."""
+        """Forward to `TorchDispatchMode`; declared only for its type."""
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
 
     def leave_out(self, what: object) -> None:
-        """Note that `what`, in the module that runs now, was not done as it should."""
+        """Record that `what`, in the module that runs now, could not be computed as required."""
         self.left_out[f"{module_running(self.names)}: {what}"] = None
 
     @classmethod
@@ -68,7 +69,7 @@ class Kind(Enum):
     VIEW = auto()
     """Returns an alias of its argument: running it on an upcast copy would cut that tie."""
     COMPOSITE = auto()
-    """Made of other ops; seen whole only in inference mode, and taken apart there."""
+    """Composed of other ops; appears as one op only in inference mode, where it is decomposed."""
     MUTABLE = auto()
     """Writes to an argument."""
     EXACT = auto()
@@ -76,14 +77,14 @@ class Kind(Enum):
     RANDOM = auto()
     """Draws numbers."""
     FOREIGN = auto()
-    """Not PyTorch's own; what it does inside cannot be seen."""
+    """Not PyTorch's own; its inner ops cannot be seen."""
     COMPUTE = auto()
     """Everything else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpPlan:
-    """What was learned once about an op overload.
+    """Properties of an op overload, worked out once.
 
     Attributes:
         kind: What it does to numbers.
@@ -123,15 +124,16 @@ _EXACT: Final = _GATHERS | frozenset(
 _TRUSTED_NAMESPACES: Final = frozenset(
     {"aten", "prim", "prims", "c10d", "_c10d_functional", "_c10d_functional_autograd", "flex_lib"}
 )
-_PLANS: Final[dict[Any, OpPlan]] = {}
+_PLANS: Final[dict[int, tuple[Any, OpPlan]]] = {}
+"""By id: an op is hashed in Python, which costs more than all else that is looked up here. Ops that are held keep theirs."""
 
 
 def plan_of(func: Any) -> OpPlan:
-    """Return what is known of `func`, an `OpOverload`; worked out at its first use."""
-    plan = _PLANS.get(func)
-    if plan is None:
-        plan = _PLANS[func] = _work_out(func)
-    return plan
+    """Return the plan of `func`, an `OpOverload`; worked out at its first use."""
+    held = _PLANS.get(id(func))
+    if held is None:
+        held = _PLANS[id(func)] = func, _work_out(func)
+    return held[1]
 
 
 def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
@@ -139,7 +141,7 @@ def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
     packet = schema.name.split("::")[1]
     name = packet.removesuffix("_") if schema.is_mutable else packet
     if schema.name == "prim::device" or torch.Tag.inplace_view in func.tags:
-        # A tensor subclass is asked for its device by an op that has no registered kernel; no number is in it.
+        # A tensor subclass's device is read by an op without a registered kernel; it computes nothing.
         return OpPlan(kind=Kind.VIEW)
     # Attention carries the tag for its dropout; without dropout it draws nothing, and it must be computed.
     seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name
@@ -205,7 +207,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def write_through(func: Any, plan: OpPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an in-place op in double and store the result, rounded, where the program meant it to go."""
+    """Run an in-place op in double and store the rounded result in the program's own tensor."""
     wide_args = [widen(argument) for argument in args]
     wide_kwargs = {name: widen(argument) for name, argument in kwargs.items()}
     result = func(*wide_args, **wide_kwargs)
@@ -246,15 +248,15 @@ def module_running(names: Mapping[int, str]) -> str:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes, parameters, buffers, hooks and training flag back on exit, error or not; the configs too.
+    """Restore modules (attributes, parameters, buffers, hooks, training flags) and configs on exit, error or not.
 
-    Buffers are replaced by copies for the while, so that an in-place update does not reach the real ones. Dicts, lists and
-    sets that a module or a config holds get their entries back; parameters keep what is written into them.
+    Buffers are replaced by copies meanwhile, so that an in-place update does not reach the real ones. Dicts,
+    lists and sets that a module or a config holds get their entries back; parameters keep what is written into them.
     """
-    modules = list(model.modules())
-    configs = [getattr(module, "config", None) for module in modules]
-    owners = {id(owner): owner for owner in (*modules, *configs) if isinstance(getattr(owner, "__dict__", 0), dict)}
-    held = _entries(owner.__dict__ for owner in owners.values())
+    modules = modules_of(model)
+    configs = {id(config): config for module in modules if (config := _config_of(module)) is not None}
+    owners = (*modules, *configs.values())
+    held = _entries([owner.__dict__ for owner in owners if isinstance(getattr(owner, "__dict__", 0), dict)])
     copies: dict[int, Tensor] = {}
     for module in modules:
         for name, buffer in module._buffers.items():  # noqa: SLF001
@@ -270,17 +272,40 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 (holder.extend if isinstance(holder, list) else holder.update)(entries)
 
 
-def _entries(holders: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Dicts, lists and sets, those within them too, each with a copy of what it holds now."""
-    found: dict[int, tuple[Any, Any]] = {}
-    waiting = list(holders)
+def _config_of(module: nn.Module) -> Any:
+    """Its config, None without one; a module that lacks an attribute takes long to say so."""
+    held = module.__dict__.get("config")
+    return getattr(module, "config", None) if held is None and hasattr(type(module), "config") else held
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """The modules as `model.modules()` yields them, without a generator for each level."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]  # noqa: SLF001
+    return list(found.values())
+
+
+def _entries(waiting: list[Any]) -> list[tuple[Any, Any]]:
+    """Dicts, lists and sets, nested ones included, each with a copy of its entries."""
+    seen: set[int] = set()
+    found: list[tuple[Any, Any]] = []
     while waiting:
         holder = waiting.pop()
-        if id(holder) not in found:
-            found[id(holder)] = holder, holder.copy()
-            values = holder.values() if isinstance(holder, dict) else holder
-            waiting += [value for value in values if type(value) in _CONTAINERS]
-    return list(found.values())
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if not holder:  # most of them: the hooks of a module that has none
+            found.append((holder, ()))
+            continue
+        found.append((holder, holder.copy()))
+        values = holder.values() if isinstance(holder, dict) else holder
+        waiting += [value for value in values if type(value) in _CONTAINERS]
+    return found
 
 
 _CONTAINERS: Final = frozenset({dict, OrderedDict, list, set})
@@ -290,12 +315,12 @@ _CONTAINERS: Final = frozenset({dict, OrderedDict, list, set})
 def replaced_parameters(
     model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Stand `make(parameter)` in for each parameter (tied ones stay tied); yields them by name, each once.
+    """Replace each parameter by `make(parameter)` (tied ones stay tied) and yield them by name, each once.
 
     Restoring is `preserved`'s work, within which this must run.
     """
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         for name, parameter in module._parameters.items():  # noqa: SLF001
             if parameter is not None:
                 if id(parameter) not in made:
@@ -306,25 +331,13 @@ def replaced_parameters(
 
 @contextmanager
 def plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Ask for attention that a mode can see and experts that have float64 kernels, autocast off, for the while."""
+    """Switch to attention that a mode can see and experts that have float64 kernels, autocast off, until exit."""
     with ExitStack() as stack:
         stack.enter_context(autocast_off(*{parameter.device.type for parameter in model.parameters()}))
         # A kernel that a package calls through its own binding is no ATen op: the mode would never see it, nor its rounding.
         stack.enter_context(flash_registry.visible_attention(model))
-        for config in {
-            id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
-        }.values():
+        for config in {id(c): c for c in (_config_of(m) for m in modules_of(model)) if c is not None}.values():
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 # Grouped products of experts (`_grouped_mm`) have no float64 kernel; the eager loop computes the same sums.
-                stack.enter_context(_attribute(config, "_experts_implementation_internal", "eager"))
+                stack.enter_context(with_attribute(config, "_experts_implementation_internal", "eager"))
         yield
-
-
-@contextmanager
-def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name, None)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

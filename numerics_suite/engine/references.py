@@ -1,8 +1,9 @@
-"""A cell's run beside its twins: the true fp64 run, the rounded run, and the answer that laws are checked on."""
+"""A cell's references: the true fp64 run, the rounded run, and the output on which laws are checked."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.layout import STATES, batch_first, sequence_first
-from numerics_suite.engine.runner import Caller
+from numerics_suite.engine.runner import Caller, Runner
+from numerics_suite.engine.true_passes import Form, beside
 from numerics_suite.observations.roundoff import relative_error, rms
 
 Answer = Callable[..., Tensor]
@@ -26,15 +28,40 @@ Answer = Callable[..., Tensor]
 TRUE = "fp64"
 """The condition of the true fp64 run."""
 
+NUMBER = re.compile(r"\d+")
 
-def _read(context: CellContext, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
-    """The answer of a pass from the cell's store; every condition but true fp64 computes in the cell's own dtype."""
+
+def _read(
+    context: CellContext,
+    condition: str,
+    tensors: Mapping[str, Any],
+    compute: Callable[[], Tensor],
+    *,
+    own: bool = False,
+) -> Tensor:
+    """The answer of a pass from the cell's store; all but the true fp64 run compute in the cell's own dtype."""
     batch = batch_key(tensors)
     lasting = _is_planned(context, batch)
     if condition.startswith(TRUE):
-        return context.true_passes.answers.read((condition, batch), compute, lasting=lasting)
+        form = _form(condition, tensors)
+        return context.true_passes.read((condition, batch), form, compute, lasting=lasting, own=own)
     narrow = dtype_of(context.recipe.computes_in)
     return context.passes.read((condition, batch), compute, narrow, lasting=lasting)
+
+
+def _form(condition: str, tensors: Mapping[str, Any]) -> Form:
+    """What decides which way a call takes through the masks of an attention.
+
+    The kind of the call without its numbers, what is handed over, one row or several, on which sides rows have padding, and the order
+    of magnitude of the width: kernels drop a mask that hides nothing, and take others for one row, one query or a window.
+    """
+    ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return Form((condition, batch_key(tensors)))
+    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    sides = None if real is None else frozenset(tuple(row.unique_consecutive().tolist()) for row in real)
+    rows, width = ids.shape
+    return Form((NUMBER.sub("n", condition), tuple(sorted(tensors)), rows > 1, sides, width.bit_length()), real)
 
 
 def _is_planned(context: CellContext, key: tuple[Any, ...]) -> bool:
@@ -42,14 +69,17 @@ def _is_planned(context: CellContext, key: tuple[Any, ...]) -> bool:
     return any(key == batch_key(context.inputs_of(batch)) for batch in context.planned_batches)
 
 
-def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
-    """The answer of a true fp64 pass in which a call of its own runs the model, float64 on the CPU.
+def true_pass(
+    context: CellContext, tensors: Mapping[str, Any], call: Caller, name: str, *, own: bool = False
+) -> Tensor:
+    """The output of a true fp64 pass made by a custom call of the model, float64 on the CPU.
 
     Args:
         context: the cell.
-        tensors: what the call is given.
+        tensors: inputs of the call.
         call: gives an output `answer`.
-        name: of the call: two that do the same have the same name.
+        name: of the call; equal calls share a name.
+        own: under the cell's own attention, whatever another one gave.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
@@ -60,7 +90,7 @@ def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, na
         trusted(run.left_out)
         return run.outputs["answer"].cpu()
 
-    return _read(context, f"{TRUE} {name}", tensors, make)
+    return _read(context, f"{TRUE} {name}", tensors, make, own=own)
 
 
 def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,10 +111,11 @@ def refuse_without_ids(context: CellContext) -> None:
 
 def turned_states(context: CellContext) -> frozenset[str]:
     """Where the cell's model holds states as `[sequence, batch, …]`; see :func:`numerics_suite.engine.layout.sequence_first`."""
-    if "turned states" not in context.memo:
-        context.memo["turned states"] = sequence_first(context.model, output_hidden_states=True)
-    found: frozenset[str] = context.memo["turned states"]
-    return found
+    return context.cached(_turned_states)
+
+
+def _turned_states(context: CellContext) -> frozenset[str]:
+    return sequence_first(context.model, output_hidden_states=True)
 
 
 def answer_of(output: Any, *, by_token: bool, turned: frozenset[str] = frozenset()) -> Tensor:
@@ -122,18 +153,53 @@ def caller(context: CellContext, *, by_token: bool, **keywords: Any) -> Caller:
     return call
 
 
-def true_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def true_answer(
+    context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True, own: bool = False
+) -> Tensor:
     """The answer of the true fp64 run, float64 on the CPU.
+
+    Args:
+        context: the cell.
+        tensors: of the batch.
+        by_token: see :func:`answer_of`.
+        own: see :func:`true_pass`.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
     call = caller(context, by_token=by_token)
-    return true_pass(context, without_labels(tensors), call, f"states: {reads_states(context, by_token=by_token)}")
+    states = reads_states(context, by_token=by_token)
+    return true_pass(context, without_labels(tensors), call, f"states: {states}", own=own)
+
+
+def answer_under(context: CellContext, other: nn.Module, attn: str | None, tensors: Mapping[str, Any]) -> Tensor:
+    """The true fp64 answer of the cell's subject under another attention; a cell of that attention reads it too.
+
+    Args:
+        context: the cell.
+        other: its model under the other attention.
+        attn: that attention; None where the two models hold other numbers, so that nothing may be read by another cell.
+        tensors: of the batch.
+
+    Raises:
+        NotApplicableError: something could not be lifted to float64; such a run is no reference.
+    """
+    given = without_labels(tensors)
+    states = reads_states(context, by_token=True)
+
+    def make() -> Tensor:
+        run = Runner(other, context.condition).true_fp64(given, call=caller(context, by_token=True))
+        trusted(run.left_out)
+        return run.outputs["answer"].cpu()
+
+    if attn is None or context.shared is None:
+        return make()
+    batch, store = batch_key(given), beside(context.true_passes, attn)
+    return store.answers.read((f"{TRUE} states: {states}", batch), make, lasting=_is_planned(context, batch))
 
 
 def trusted(left_out: tuple[str, ...]) -> None:
-    """Refuse a twin that was not wholly lifted.
+    """Refuse a reference run that was not wholly lifted.
 
     Raises:
         NotApplicableError: naming what was left out.
@@ -153,7 +219,7 @@ def no_reference(left_out: Sequence[str], *, kind: str = "float64") -> str:
 
 
 def rounded_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
-    """The answer of the rounded run, float64 on the CPU: every op perfect and rounded once.
+    """The output of the rounded run, float64 on the CPU: every op exact and rounded once.
 
     Raises:
         NotApplicableError: an op could not be computed in float64; the reason names it.
@@ -170,14 +236,14 @@ def rounded_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token
 
 
 def agreeing(moved: Tensor, *sources: Callable[[Answer], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
-    """What a law compares with: the true answer, and what gives the rounded one, of the first source that agrees in true fp64.
+    """The true output, and a function for the rounded one, of the first source that agrees in true fp64.
 
-    The passes over a whole batch are there for every law. Only where a law's own answer is another than theirs must it be told
-    whose fault that is: a neighbour in the batch, or what the law is about. So the rows alone come last.
+    The passes over a whole batch exist anyway. Only where a law's own output differs from theirs must the suite find
+    out why: a neighbour in the batch, or the change that the law is about. So single rows come last.
 
     Args:
         moved: true fp64 answer of the transformed batch.
-        sources: answers at the same positions, given what answers; the cheapest first.
+        sources: each maps a way to answer to outputs at the same positions; the cheapest first.
     """
     for source in sources:
         true, chosen = source(true_answer), source
@@ -219,12 +285,12 @@ def longest_reduction(model: nn.Module) -> int:
 
 
 def routes(model: nn.Module) -> bool:
-    """Whether it picks experts by rank: rounding can swap two near ones, and the answer jumps instead of drifting."""
+    """Whether the model picks experts by rank: rounding may swap two, and the output jumps."""
     return any("experts" in name.split(".") for name, _ in model.named_modules())
 
 
 def routed_reason() -> str:
-    """Why a mixture of experts has no inherent error to be held to."""
+    """Why a mixture of experts has no inherent error to compare with."""
     return "a mixture of experts: rounding may swap two experts of near rank, and the answer jumps"
 
 
@@ -248,8 +314,8 @@ def compare_law(
 ) -> tuple[float, float, str]:
     """Judge a law twice: in true fp64, and in the cell's precision.
 
-    The first half is judged even where there is no rounded run, or no inherent error to compare with: then the second
-    half asks only that no value is lost in the precision.
+    The first half applies even where there is no rounded run, or no inherent error to compare with: then the second
+    half requires only that no value becomes non-finite in the precision.
 
     Args:
         context: the cell.

@@ -23,12 +23,12 @@ from numerics_suite.engine.kept_step import Kept, NoModelError, Steps, build, fi
 RISE, RISE_SHARE = math.log(2), 0.5
 """A loss counts as risen by a factor of 2 of the likelihood and half of where it began, whichever is more.
 
-One is what a rise means where the loss is in nats, the other where it is not. A batch that is harder, or a rate that is high at first, moves a
+The first suits a loss in nats, the second any other. A batch that is harder, or a rate that is high at first, moves a
 loss by tenths of a nat; what a loss of 2 that stays at 3 has lost is more than the first epochs of a usual fine-tuning gain."""
 
 
 def least_rise(began: float) -> float:
-    """By how much a loss that began there has to rise to count as risen.
+    """Smallest rise that counts, given the initial loss.
 
     Args:
         began: mean loss before.
@@ -143,7 +143,7 @@ def _in_float64(optimizer: torch.optim.Optimizer) -> tuple[dict[Tensor, Tensor],
 
 
 def moved(steps: Steps, *, every: bool = True) -> tuple[bool, str]:
-    """Which of the named parameters the kept steps move."""
+    """Names of the given parameters that the kept steps move."""
     named = [name for name in steps.kept.finding["parameters"] if name in steps.named]
     before = {name: steps.named[name].detach().clone() for name in named}
     for number in steps.calls:
@@ -200,7 +200,7 @@ SHOWN: Mapping[str, Callable[[Steps], tuple[bool, str]]] = {
     "loss-rose": risen,
     "inputs": bad_inputs,
 }
-"""What shows a finding again, by its kind; a value that is not finite shows all others."""
+"""Test that reproduces a finding, by its kind; all other kinds are reproduced by a non-finite value."""
 
 
 def shown(kept: Kept, model: nn.Module) -> tuple[bool, str]:
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
-    except Exception as error:  # noqa: BLE001 - Python would end with 1, which stands for the finding
+    except Exception as error:  # noqa: BLE001 - Python would exit with 1, which means that the finding is reproduced
         traceback.print_exception(error)
         status = 3
     sys.exit(status)

@@ -31,8 +31,8 @@ def rotary_table(model: nn.Module) -> tuple[str, Tensor] | None:
 def reads_table(model: nn.Module) -> bool:
     """Whether the forward pass computes with the frequencies that the model holds.
 
-    ChatGLM's published code keeps such a buffer and never reads it: it makes the table anew in each call. The classes of
-    transformers read theirs; any other is watched through one true fp64 run of one row of three tokens.
+    ChatGLM's published code keeps such a buffer and never reads it: it computes the table again in each call. The
+    classes of transformers read theirs; any other is watched through one true fp64 run of one row of three tokens.
     """
     held = rotary_table(model)
     if held is None or type(owner := model.get_submodule(held[0].rpartition(".")[0])).__module__.startswith(
@@ -53,7 +53,7 @@ def reads_table(model: nn.Module) -> bool:
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether an op takes a module's frequencies, under any of the names that it holds them by."""
+    """Records whether an op reads a module's frequencies, under any attribute that holds them."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,8 +77,8 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def longest_of_one_table(config: Mapping[str, Any]) -> int | None:
     """The longest sequence that LongRoPE turns with its short factors; None for a config without it.
 
-    One token more changes the frequencies of every position before it, in the cache too: what holds of rows, padding and
-    decoding holds on one side of this length. (NTK-aware `dynamic` scaling changes at `max_position_embeddings`.)
+    One token more changes the frequencies of every position before it, in the cache too: laws of rows, padding and
+    decoding hold only on one side of this length. (NTK-aware `dynamic` scaling changes at `max_position_embeddings`.)
     """
     section = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if section.get("rope_type", section.get("type")) != "longrope":

@@ -1,4 +1,4 @@
-"""What does the precision cost this program if every kernel is perfect? The rounded twin.
+"""The rounded run: what does the precision cost this program if every kernel is exact?
 
 Each op is computed in float64 and rounded once to the dtype that the program gives it, which is learned from the op
 itself at the first use of each combination of dtypes. Its distance from the true fp64 run is the inherent error.
@@ -6,7 +6,7 @@ itself at the first use of each combination of dtypes. Its distance from the tru
 An op is what PyTorch dispatches below autograd: a fused kernel (`_scaled_dot_product_flash_attention_for_cpu`, a
 fused norm) is one op, rounded once. Views, copies, comparisons and integer ops are exact and run as they are; so do
 random ops, to draw the same numbers. Rounding from float64 to a 16-bit float passes through float32, as PyTorch's
-conversion does: once in 65,000 values that is off by a hair of a unit, which no measurement sees.
+conversion does: once in 65,000 values that differs by a tiny part of a unit, far below what is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from numerics_suite.engine import flash_registry, flex_rule, fused_ops, referenc
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
-from numerics_suite.engine.true_fp64 import LiftToFp64
+from numerics_suite.engine.room import require_gradients
+from numerics_suite.engine.true_fp64 import CHUNKED, LiftToFp64, multiply_in_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,8 +40,8 @@ class RoundedRun:
 
     Attributes:
         outputs: Floating tensors of the model's output, exactly upcast to float64, by name.
-        gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if they were not asked for.
-        left_out: "module: op" for what ran as it is: a foreign kernel, or an op without a float64 one.
+        gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if not requested.
+        left_out: "module: op" for what ran unchanged: a foreign kernel, or an op without a float64 one.
     """
 
     outputs: dict[str, Tensor]
@@ -78,7 +79,11 @@ class RoundOnce(reference_ops.LeanMode):
         return self._compute(func, plan, args, kwargs)
 
     def _compute(self, func: Any, plan: reference_ops.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
-        key = (func, tuple(map(_signature, args)), tuple((name, _signature(value)) for name, value in kwargs.items()))
+        key = (
+            id(func),
+            tuple(map(_signature, args)),
+            tuple((name, _signature(value)) for name, value in kwargs.items()),
+        )
         # The dtype of a result follows type promotion (0-dim tensors and Python scalars count less), which PyTorch alone knows.
         # So the op runs once as it is, and its answer's dtypes are kept for all later calls with the same dtypes.
         dtypes = self._dtypes.get(key)
@@ -90,6 +95,8 @@ class RoundOnce(reference_ops.LeanMode):
                 return as_is
         if not any(dtype in WIDER for dtype in dtypes):
             return func(*args, **kwargs)
+        if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
+            return _rounded(product, iter(dtypes))
         wide = [widen(argument) for argument in args]
         if 0 <= plan.narrow_flag < len(wide):
             wide[plan.narrow_flag] = False
@@ -104,7 +111,7 @@ class RoundOnce(reference_ops.LeanMode):
 
 
 def _signature(value: Any) -> Any:
-    """Return what the dtype of a result may depend on."""
+    """Return the arguments' properties that the dtype of a result may depend on."""
     if isinstance(value, Tensor):
         # A tensor without dimensions promotes as a scalar does: 0-dim float32 times bfloat16 is bfloat16.
         return value.dtype, value.dim() == 0
@@ -143,15 +150,18 @@ def run_rounded(
         call: Calls the model. It may switch to `model.train()`.
 
     Raises:
-        ValueError: Gradients are asked for and the output has no scalar loss.
+        ValueError: Gradients are requested and the output has no scalar loss.
+        NotApplicableError: The gradients of all parameters do not fit in memory.
     """
     model = where_float64_is(model)
+    if gradients:
+        require_gradients(model.parameters(), 0)
     names = {id(module): name for name, module in model.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(reference_ops.preserved(model))
         stack.enter_context(flash_registry.visible_attention(model))
         leaves = stack.enter_context(reference_ops.replaced_parameters(model, _leaf))
-        for module in model.modules():
+        for module in reference_ops.modules_of(model):
             module.training = False
         mode = stack.enter_context(RoundOnce(names))
         with torch.set_grad_enabled(gradients):

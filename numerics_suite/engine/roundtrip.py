@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def saved_and_loaded(context: CellContext, model: nn.Module, parent: Path) -> nn.Module:
-    """The model after one way through files, at the precision and on the device of the cell.
+    """The model after saving and loading once, at the precision and on the device of the cell.
 
     Args:
         context: of the cell; its subject has a path.
-        model: with `save_pretrained`; the cell's own, or one that came back from here.
+        model: has `save_pretrained`; the cell's own, or a result of this function.
         parent: the copy is saved into a new folder in it.
     """
     assert context.subject.path is not None

@@ -1,4 +1,4 @@
-"""A mixture of experts asked for its cross entropy alone: the router's loss is switched off for the while."""
+"""Switches a mixture of experts' router loss off or on for a while."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from numerics_suite.core.errors import NotApplicableError
 
 SWITCH = "output_router_logits"
-"""The key of a config with which a model adds the router's loss to its own; every release and family of transformers has this name."""
+"""The key of a config with which a model adds the router's loss to its own; the name is the same in every release and
+family of transformers."""
 
 
 def adds_router_loss(model: nn.Module) -> bool:

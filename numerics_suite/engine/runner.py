@@ -1,4 +1,4 @@
-"""Runs one model under one condition: a forward pass, a backward pass, a part of it, and the two references beside it."""
+"""Runs one model, or a part of it, under one condition: forward pass, backward pass and the two references."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.devices.condition import Condition
 from numerics_suite.engine.calls import call_model, call_with
 from numerics_suite.engine.outputs import floating_outputs
+from numerics_suite.engine.room import require_gradients
 from numerics_suite.engine.rounded_reference import RoundedRun, run_rounded
 from numerics_suite.engine.true_fp64 import Fp64Run, LiftToFp64, run_true_fp64
 
 Caller = Callable[[nn.Module, Mapping[str, Any]], Any]
-"""Calls a model on a batch, once or in pieces, and gives its outputs."""
+"""Calls a model on a batch, once or in pieces, and returns its outputs."""
 
 Result = TypeVar("Result")
 
@@ -36,7 +37,7 @@ def forward_pass(condition: Condition) -> Iterator[None]:
 
 @contextlib.contextmanager
 def backward_pass(condition: Condition) -> Iterator[None]:
-    """Around a backward pass under the condition: autocast has no part in it, the switches of arithmetic do."""
+    """Around a backward pass under the condition: without autocast, with the switches of arithmetic."""
     with condition.arithmetic(), _lifted(condition):
         yield
 
@@ -46,7 +47,7 @@ def _lifted(condition: Condition) -> contextlib.AbstractContextManager[object]:
 
 
 def dropped_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], scale: float) -> None:
-    """A forward and a backward pass whose gradients go nowhere: those that a loop has accumulated stay.
+    """Run a forward and a backward pass and drop the gradients; those that a loop has accumulated stay.
 
     Args:
         model: whose output has a `loss`; without one only the forward pass runs.
@@ -64,7 +65,7 @@ def dropped_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """One model under one condition; whatever it is handed goes to the model's device."""
+    """One model under one condition; inputs are moved to the model's device."""
 
     model: nn.Module
     condition: Condition
@@ -84,11 +85,12 @@ class Runner:
             return function()
 
     def submodule(self, module: nn.Module, *args: Any) -> Any:
-        """What a part of the model gives for these arguments, without gradients."""
+        """The output of a part of the model for these arguments, without gradients."""
         return self.apply(lambda: call_with(module, args, {}))
 
     def gradients(self, tensors: Mapping[str, Any], call: Caller = call_model) -> dict[str, Tensor]:
         """The gradients of one backward pass in the parameters' own dtypes, by name; the loss is the call's output `loss`."""
+        require_gradients(self.model.parameters(), 0)
         with torch.enable_grad(), forward_pass(self.condition):
             loss = floating_outputs(call(self.model, tensors))["loss"]
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.memory import free_bytes
 from numerics_suite.devices.precisions import precision
-from numerics_suite.subjects.memory import estimate_bytes
+from numerics_suite.subjects.memory import USABLE, held_bytes, training_bytes
 
-USABLE = 0.8
-"""Share of the free memory that training may plan with; the rest is for workspaces and other programs."""
+SCOPES: Final = ("full", "last:1", "head")
+"""The largest first."""
 
 
 def choose_scope(subject: Subject, precision_name: str, device: str, *, rows: int, length: int) -> str:
@@ -21,13 +23,9 @@ def choose_scope(subject: Subject, precision_name: str, device: str, *, rows: in
         rows: batch size.
         length: sequence length.
     """
+    if subject.parameters is None:
+        return "full"
     dtype = precision(precision_name).parameters
-    full = estimate_bytes(subject, dtype, training=True, batch=rows, seq=length)
-    held = estimate_bytes(subject, dtype, training=False, batch=rows, seq=length)
-    if full is None or held is None:
-        return "full"
-    room = free_bytes(device) * USABLE
-    # Training happens on a copy, so the model that the other checks use is in memory too.
-    if held + full <= room:
-        return "full"
-    return "last:1" if 2 * held + (full - held) / 8 <= room else "head"
+    room = free_bytes(device) * USABLE - held_bytes(subject, dtype, device)
+    fitting = (s for s in SCOPES if training_bytes(subject, dtype, s, batch=rows, seq=length) <= room)
+    return next(fitting, SCOPES[-1])

@@ -45,7 +45,7 @@ def shallow_copy(model: nn.Module, kept: int) -> nn.Module:
 
 
 def _count_anew(model: nn.Module, whole: int, kept: int) -> None:
-    """Write the new number of blocks wherever the old one was read from: in configs, and in modules that copied it from there."""
+    """Write the new number of blocks into configs and into modules that copied the old one."""
     configs: dict[int, Any] = {}
     for module in model.modules():
         held = vars(module)

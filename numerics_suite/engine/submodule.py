@@ -1,4 +1,4 @@
-"""One module of a model run alone, in true fp64 and rounded once, on copies of what it really got."""
+"""Runs one module alone, in true fp64 and rounded once, on copies of its real inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_module_in_fp64(
 
     Args:
         module: left as it was.
-        args: positional arguments that it really got; they are copied.
+        args: its positional arguments in the real run; they are copied.
         kwargs: those by name.
         names: module id to name.
     """
@@ -52,7 +52,7 @@ def run_module_rounded(module: nn.Module, args: Any, kwargs: Any, names: Mapping
 
 
 def _moved_to(value: Any) -> torch.device | None:
-    """The CPU where an input lies on a device without float64, whatever the module holds; None where they stay."""
+    """The CPU if an input is on a device without float64; None if inputs stay where they are."""
     tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     return torch.device(CPU) if any(not has_float64(tensor.device) for tensor in tensors) else None
 

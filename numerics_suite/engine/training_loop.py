@@ -1,4 +1,4 @@
-"""The one training loop: optimizer steps whose every loss, logit, gradient, parameter and optimizer state is looked at.
+"""The one training loop, which checks every loss, logit, gradient, parameter and optimizer state.
 
 The suite, the rehearsal and the remedies step on one fixed batch; a step that the watch caught is taken again with the loop's own
 batches and optimizers. Both are a :class:`Trainer`, which takes its forward passes and its optimizers as arguments.
@@ -40,8 +40,9 @@ class TrainingPlan:
         max_grad_norm: clip the total gradient norm to it, None for no clipping.
         scope: `full`, `head`, `last:K` or `lora`: what is trained.
         eps: of an Adam, None for torch's default.
-        init_scale: what the GradScaler begins with, None for torch's default.
-        rounding: how narrow parameters hold a step, `nearest`, `master` or `stochastic`: see :func:`~numerics_suite.engine.updates.metered`.
+        init_scale: initial scale of the GradScaler, None for torch's default.
+        rounding: how parameters of a narrow dtype take a step, `nearest`, `master` or `stochastic`: see
+            :func:`~numerics_suite.engine.updates.metered`.
         rebuilt: optimizers are made anew over every parameter that is meant to train.
     """
 
@@ -79,7 +80,7 @@ class BadTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """What N steps did.
+    """The record of a training run.
 
     Attributes:
         losses: the loss before each step, and once more after the last, as Python floats.
@@ -93,11 +94,11 @@ class Trajectory:
         gradient_dtypes: parameter name to gradient dtype where it is not the parameter's own.
         parameter_drift: parameters whose dtype changed during training.
         bad: the first non-finite tensor, None in a clean run.
-        predicted_decrease: what first-order theory says the first step takes off the loss, NaN where unknown.
+        predicted_decrease: decrease of the loss in the first step by first-order theory, NaN where unknown.
         trained: names of the trained parameters.
-        unmoved: those that steps should have moved and that are what they were before the first; those of no optimizer among them.
-        held: how much of the steps the parameters narrower than float32 hold, by dtype.
-        clipped_copy: what clipping would make of its gradients, None where it clips them itself or no step is above the norm.
+        unmoved: parameters that should have moved and still have their first values, including those in no optimizer.
+        held: share of the steps that parameters narrower than float32 keep, by dtype.
+        clipped_copy: the gradients as clipping would leave them; None if the run clips, or no step exceeds the norm.
     """
 
     losses: tuple[float, ...]
@@ -118,13 +119,19 @@ class Trajectory:
     clipped_copy: ClippedCopy | None = None
 
 
+TRAJECTORY = "training run"
+"""Name under which checks declare that they read the cell's training run."""
+
+PIECE = 1 << 22
+"""Elements of a gradient that are made float64 at a time."""
+
 RECIPE_NORM = 1.0
 """The norm that GLM-4's fine-tuning recipes clip to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClippedCopy:
-    """What clipping to :data:`RECIPE_NORM` makes of the gradients of a run that is not clipped.
+    """The gradients of an unclipped run as clipping to :data:`RECIPE_NORM` would leave them.
 
     Attributes:
         step: the first whose gradients are above that norm.
@@ -147,12 +154,7 @@ class HaltedError(Exception):
 
 
 def make_optimizer(plan: TrainingPlan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The plan's optimizer, with torch's defaults but for what the plan says.
-
-    Args:
-        plan: optimizer, learning rate and eps.
-        parameters: to be trained, at least one.
-    """
+    """The plan's optimizer, with torch's defaults but for what the plan says."""
     options: dict[str, Any] = {} if plan.eps is None else {"eps": plan.eps}
     optimizer: torch.optim.Optimizer = OPTIMIZERS[plan.optimizer](list(parameters), lr=plan.lr, **options)
     return optimizer
@@ -205,7 +207,7 @@ class Trainer:
         return range(1, self.plan.steps + 1)
 
     def loss_of(self, outputs: Mapping[str, Tensor]) -> Tensor | None:
-        """What is differentiated of a forward pass, None for nothing."""
+        """The scalar of a forward pass to differentiate, None for nothing."""
         return loss_in(outputs)
 
     def forward(self, run: Forward, step: int) -> Tensor | None:
@@ -232,7 +234,7 @@ class Trainer:
             )
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients that are there, by parameter."""
+        """The existing gradients, by parameter."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def _note_first_gradients(self, gradients: Mapping[str, Tensor]) -> None:
@@ -246,14 +248,10 @@ class Trainer:
         }
         # Adam's first step is lr in the direction of each gradient's sign; SGD's is lr times the gradient.
         descends = self.plan.optimizer == "sgd"
-        norms = [float(torch.linalg.vector_norm(wide(g), 2 if descends else 1)) for g in gradients.values()]
-        self.predicted = self.plan.lr * sum(norm * norm if descends else norm for norm in norms)
+        self.predicted = self.plan.lr * sum(_power_sum(g, 2 if descends else 1) for g in gradients.values())
 
     def step(self, step: int) -> None:
         """One optimizer step, checked after each of its parts.
-
-        Args:
-            step: its number.
 
         Raises:
             HaltedError: a tensor is not finite.
@@ -296,7 +294,7 @@ class Trainer:
         return float(loss.detach())
 
     def share_of(self, step: int) -> float:  # noqa: ARG002 - for loops that accumulate
-        """What each loss of the step is multiplied by before it goes backward."""
+        """Factor of each loss of the step before its backward pass."""
         return 1.0
 
     def update(self, step: int) -> None:  # noqa: ARG002 - for loops whose rates change from step to step
@@ -321,7 +319,7 @@ class Trainer:
         self.losses += [float(loss) for loss in losses]
 
     def run(self) -> Trajectory:
-        """Every step, up to the first tensor that is not finite, and what happened."""
+        """Run every step, up to the first tensor that is not finite, and return the record."""
         before = {name: p.dtype for name, p in self.parameters.items()}
         bad: BadTensor | None = None
         meter = UpdateMeter.of(len(self.parameters))
@@ -354,8 +352,14 @@ class Trainer:
         )
 
 
+def _power_sum(gradient: Tensor, power: int) -> float:
+    """The sum of its elements' sizes, or of their squares, in float64, of which no more than a piece is made at a time."""
+    pieces = gradient.reshape(-1).split(PIECE)  # type: ignore[no-untyped-call]
+    return math.fsum(float(torch.linalg.vector_norm(wide(piece), power)) ** power for piece in pieces)
+
+
 def _clipped_copy(step: int, norm: float, gradients: Mapping[str, Tensor]) -> ClippedCopy:
-    """What torch's clipping makes of these gradients, which stay as they are."""
+    """A copy of these gradients, clipped by torch."""
     holders = [gradient.detach() for gradient in gradients.values()]
     copies = [holder.clone() for holder in holders]
     for holder, own in zip(holders, copies, strict=True):
@@ -368,14 +372,8 @@ def _clipped_copy(step: int, norm: float, gradients: Mapping[str, Tensor]) -> Cl
 def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: TrainingPlan) -> Trainer:
     """A run over one fixed batch.
 
-    The model is left as the last step left it; hand in a copy. Dropout is on only where the model was in training
-    mode, so a caller who wants a reproducible curve hands it in eval mode.
-
-    Args:
-        model: with `requires_grad` set on what is trained.
-        tensors: the batch with its labels.
-        condition: precision and device.
-        plan: steps, optimizer, learning rate, clipping.
+    The model is left as the last step left it; hand in a copy. Dropout is on only if the model was in training mode;
+    for a reproducible curve, pass it in eval mode.
     """
 
     def forward() -> Mapping[str, Tensor]:
@@ -386,5 +384,5 @@ def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condi
 
 
 def train(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condition, plan: TrainingPlan) -> Trajectory:
-    """Train the model in place for `plan.steps` steps on one batch and say what happened: see :func:`trainer_of`."""
+    """Train the model in place for `plan.steps` steps on one batch and return the record; see :func:`trainer_of`."""
     return trainer_of(model, tensors, condition=condition, plan=plan).run()

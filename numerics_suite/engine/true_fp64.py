@@ -1,11 +1,11 @@
-"""What would the model, as stored, compute without rounding? The true fp64 twin.
+"""The true fp64 run: what would the model, as stored, compute without rounding?
 
 A dispatch mode sees every op of the forward and backward passes below autograd. It turns each dtype argument that names
 a lower float into float64 and upcasts each floating tensor argument, so the sections that a program hard-codes
 in float32 (norms, rotary tables, softmax, a half-precision head) run in float64 too. `model.double()` does not
 do that: the float64 minimum of its mask overflows in a float32 softmax.
 
-What is kept from the program as stored: the parameters, the buffers, and constants that Python makes in a lower float
+Kept as the program stores them: the parameters, the buffers, and constants that Python makes in a lower float
 (`torch.tensor(0.1, dtype=torch.float32)`), each with the value it has in its own dtype.
 """
 
@@ -25,12 +25,13 @@ from numerics_suite.engine import flex_rule, fused_ops, reference_ops, weight_st
 from numerics_suite.engine.calls import call_model, where_float64_is
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
+from numerics_suite.engine.room import require_block, require_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 STREAM_ABOVE_BYTES: Final = 1 << 30
-"""A model whose parameters in float64 take more than this is streamed unless the caller says otherwise."""
+"""A model whose parameters in float64 take more bytes than this is streamed unless the caller decides."""
 
 CHUNK_ELEMENTS: Final = 1 << 20
 """A weight with more elements is upcast in pieces of this size (8 MiB in float64, which caches hold) when it is multiplied."""
@@ -45,7 +46,7 @@ class Fp64Run:
     Attributes:
         outputs: Floating tensors of the model's output, float64, by name ("logits", "loss", "hidden_states.0").
         gradients: Parameter name → gradient of the loss, float64; a tied parameter once, one that the loss does not
-            reach not at all; None if they were not asked for.
+            reach is absent; None without `gradients`.
         left_out: "module: op" for what could not be lifted. The run is a reference only where this is empty.
     """
 
@@ -105,10 +106,10 @@ class LiftToFp64(reference_ops.LeanMode):
         # Picking rounds nothing, so both orders give the same numbers.
         if plan.gathers:
             return widen(func(*args, **kwargs))
-        if func in _CHUNKED and (product := _multiply_in_chunks(func, args, kwargs)) is not None:
+        if id(func) in _CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
-        # `half_to_float=True` asks for a float32 result of a float16 input; with a float64 input PyTorch refuses it.
+        # `half_to_float=True` requests a float32 result of a float16 input; with a float64 input PyTorch refuses it.
         if 0 <= plan.narrow_flag < len(wide):
             wide[plan.narrow_flag] = False
         try:
@@ -149,7 +150,7 @@ class LiftToFp64(reference_ops.LeanMode):
         return reference_ops.write_through(func, plan, args, kwargs)
 
     def _in_lower_float(self, func: Any, args: list[Any], kwargs: dict[str, Any], error: Exception) -> Any:
-        """Run an op that has no float64 kernel in the widest float it has, and say so; `error` if it has none."""
+        """Run an op without a float64 kernel in the widest float it has; raise `error` if it has none."""
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             try:
                 result = func(
@@ -171,10 +172,14 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
     return [_narrow(item, dtype) for item in value] if isinstance(value, list | tuple) else value
 
 
-_CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
+"""Products that :func:`multiply_in_chunks` computes."""
+
+_CHUNKED: Final = frozenset(map(id, CHUNKED))
+"""The same by id, which is hashed at once."""
 
 
-def _multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """Multiply by a large weight of a lower float piece by piece; None where that is not the case.
 
     Each piece is upcast into the same memory: fresh pages for a whole head cost more than a product with a few tokens.
@@ -208,12 +213,12 @@ def _like(scratch: Tensor, part: Tensor) -> Tensor:
 
 
 class Fp64Session:
-    """A model that computes in float64 for the while; what `true_fp64` yields."""
+    """A model that computes in float64 until the context ends; yielded by `true_fp64`."""
 
     def __init__(
         self, mode: LiftToFp64, leaves: Mapping[str, nn.Parameter], sink: weight_stream.GradientSink | None
     ) -> None:
-        """Hold what `true_fp64` set up."""
+        """Built by `true_fp64`."""
         self._mode = mode
         self._leaves = leaves
         self._sink = sink
@@ -262,9 +267,9 @@ def true_fp64(
 
 @contextmanager
 def float64_surroundings(module: nn.Module) -> Iterator[None]:
-    """Give `module` what surrounds a float64 run but the dispatch mode and the parameters; it is restored on exit.
+    """Prepare `module` for a float64 run, apart from dispatch mode and parameters; restored on exit.
 
-    That is float64 buffers and default dtype, autocast off, attention and experts that have float64 kernels.
+    It gets float64 buffers and default dtype, autocast off, and attention and experts that have float64 kernels.
     """
     with reference_ops.preserved(module), reference_ops.plain_kernels(module), _convolutions(module):
         _widen_buffers(module)
@@ -274,7 +279,7 @@ def float64_surroundings(module: nn.Module) -> Iterator[None]:
 
 
 class _WideConvolutions(TorchFunctionMode):
-    """Upcasts what a convolution is given, above the dispatch mode.
+    """Upcasts the arguments of a convolution above the dispatch mode.
 
     PyTorch compares the dtypes of a convolution's input, weight and bias before it dispatches: parameters that stay as
     stored until an op takes them would be refused there.
@@ -289,7 +294,7 @@ class _WideConvolutions(TorchFunctionMode):
 
 
 def _convolutions(module: nn.Module) -> AbstractContextManager[object]:
-    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())  # noqa: SLF001 - the base of all
+    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in reference_ops.modules_of(module))  # noqa: SLF001 - the base of all
     return _WideConvolutions() if convolves else nullcontext()
 
 
@@ -310,7 +315,7 @@ def _wide_leaf(parameter: nn.Parameter) -> nn.Parameter:
 def _widen_buffers(model: nn.Module) -> None:
     # One wide copy for each buffer object: modules that share a buffer still share it.
     wide: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in reference_ops.modules_of(model):
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None and buffer.dtype in WIDER:
                 module._buffers[name] = wide.setdefault(id(buffer), widen(buffer))  # noqa: SLF001
@@ -336,13 +341,18 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
         on_gradient: See `true_fp64`; gradients given to it are not in the result.
 
     Raises:
-        ValueError: Gradients are asked for and the output has no scalar loss.
+        ValueError: Gradients are requested and the output has no scalar loss.
+        NotApplicableError: The gradients of all parameters do not fit in memory, or a streamed block does not.
     """
     model = where_float64_is(model)
+    if gradients and on_gradient is None:
+        require_gradients(model.parameters(), 8)
     if stream is None:
         stream = sum(8 * parameter.numel() for parameter in model.parameters()) > STREAM_ABOVE_BYTES
+    if gradients and stream:
+        require_block(model, 2)  # and its gradients
     with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
-        for module in model.modules():
+        for module in reference_ops.modules_of(model):
             module.training = False
         with torch.set_grad_enabled(gradients):
             output = call(model, {name: widen(value) for name, value in batch.items()})

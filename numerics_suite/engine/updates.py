@@ -1,13 +1,14 @@
-"""What optimizer steps leave in the parameters, beside what the same steps are in float64.
+"""How much of the optimizer's steps the parameters keep, compared with the same steps in float64.
 
-A parameter held in p bits takes the part of a step that reaches its spacing. How much of all steps was held is the projection of what the
-parameters gained, h, on the sum of the float64 steps, s: ⟨h, s⟩/⟨s, s⟩, over all elements. It is 1 where nothing rounds, does not depend on the number
-of steps, and a share of elements that moved, which does, is no such measure.
+A parameter of p bits keeps only the part of a step that reaches its spacing. How much of all steps was held is the
+projection of what the parameters gained, h, on the sum of the float64 steps, s: ⟨h, s⟩/⟨s, s⟩, over all elements. It is
+1 where nothing rounds, does not depend on the number of steps, unlike the share of elements that moved.
 
 **The limit** is the unit roundoff u of the parameters' dtype (2⁻⁸ in bfloat16, 2⁻¹¹ in float16). Rounding the whole sum once errs by up to u of it.
-Where h is less than u of s, s + h and s are one number to that dtype: in its own terms the run cannot be told from one that did not train.
-An element moves where a step reaches half its spacing, that is where it is smaller than about lr/u. Of weights spread with σ around 0 these are a share
-of about 0.8 · lr/(u σ), so the limit is met at lr ≈ 1.25 u² σ: 2e-6 in bfloat16 where σ is 0.1.
+Where h is less than u of s, s + h and s are one number to that dtype: in its own terms the run equals one that did not
+train. An element moves where a step reaches half its spacing, that is where it is smaller than about lr/u. Of weights
+spread with σ around 0 these are a share of about 0.8 · lr/(u σ), so the limit is met at lr ≈ 1.25 u² σ: 2e-6 in
+bfloat16 where σ is 0.1.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ ELEMENTWISE = (
     torch.optim.Adamax,
     torch.optim.Adadelta,
 )
-"""Optimizers whose step of an element needs nothing of the others, so that a sample of a parameter steps as the whole does."""
+"""Optimizers that step each element independently, so that a sample of a parameter steps like the whole."""
 
 SAMPLE, ALL_SAMPLES = (1 << 10, 1 << 14), 1 << 20
-"""Elements of each parameter that a training run of the suite looks at, at least and at most; and of all parameters together."""
+"""Elements of each parameter in the sample of a training run, least and most; and of all parameters together."""
 
 DEVIATIONS = 3.0
-"""Standard errors that are added to the share: a share that only its sample makes small stays within the limit."""
+"""Standard errors that are added to the share: a share that is small only by chance stays within the limit."""
 
+
+NO_GRADIENT = "parameters without any gradient"
+"""Fact of the watch that corresponds to the measurement `untrained` of `train.updates`."""
 
 SHARE = "share of the steps that is held"
 """Name of the fact."""
@@ -51,13 +55,14 @@ SHARE = "share of the steps that is held"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldShare:
-    """How much of the steps the parameters of one dtype hold.
+    """Share of the steps that the parameters of one dtype keep.
 
     Attributes:
         dtype: such as `bfloat16`.
         share: ⟨h, s⟩/⟨s, s⟩.
-        error: its standard error over the sample. Each element is held or not, with the weight w s², so the variance of the share is
-            share · Σw²s⁴/(Σws²)²; the share in it is at least u, or a sample in which nothing moved would be certain.
+        error: its standard error over the sample. Each element keeps its step or not, with the weight w s², so the
+            variance of the share is share · Σw²s⁴/(Σws²)²; the share in it is at least u, or a sample in which nothing
+            moved would be certain.
     """
 
     dtype: str
@@ -66,7 +71,7 @@ class HeldShare:
 
     @property
     def facts(self) -> dict[str, Fact]:
-        """What a finding says of it."""
+        """Its facts in a finding."""
         return {SHARE: self.share, "its standard error": self.error, "dtype": self.dtype}
 
     @property
@@ -77,11 +82,11 @@ class HeldShare:
 
 
 def held_share(dtype: str, held: float, meant: float, fourth: float) -> HeldShare | None:
-    """The share from three sums over elements; None where no step was meant to move anything.
+    """The share from three sums over elements; None if all steps are zero.
 
     Args:
         dtype: of the parameters.
-        held: Σ w h s, with w the elements that a sampled one stands for.
+        held: Σ w h s, with w the number of elements per sampled one.
         meant: Σ w s².
         fourth: Σ w² s⁴.
     """
@@ -98,13 +103,13 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 class UpdateMeter:
-    """Follows optimizers step by step; nothing here waits for a device, but where the optimizer counts its steps on one.
+    """Follows optimizers step by step; synchronises only if an optimizer counts its steps on the device.
 
     Attributes:
         first: by parameter, the sample before its first step.
         sums: by parameter, the float64 steps added up.
         largest: by parameter, the largest single step of each element.
-        held: by parameter, what it gained in these steps.
+        held: by parameter, its change over these steps.
     """
 
     def __init__(self, most: int = SAMPLE[1], *, narrow: bool = False) -> None:
@@ -125,7 +130,7 @@ class UpdateMeter:
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """The optimizer is about to step: take the same step on a sample in float64."""
+        """Take the optimizer's next step on a sample in float64."""
         self._under_way = []
         if type(optimizer) not in ELEMENTWISE or getattr(optimizer, "grad_scale", None) is not None:
             return
@@ -152,7 +157,7 @@ class UpdateMeter:
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """The optimizer has stepped."""
+        """Record what the optimizer's step changed."""
         del optimizer
         for parameter, old, step in self._under_way:
             key, gained = id(parameter), self.sample(parameter) - old
@@ -172,7 +177,7 @@ class UpdateMeter:
 
     @classmethod
     def of(cls, parameters: int) -> UpdateMeter:
-        """One for a training run of the suite.
+        """A meter for a training run of the suite.
 
         Args:
             parameters: how many tensors are trained.
@@ -193,7 +198,7 @@ class UpdateMeter:
     def totals(self) -> dict[str, Tensor]:
         """By dtype narrower than float32, Σ w h s, Σ w s² and Σ w² s⁴ in float64, on the parameters' device.
 
-        A sampled element stands for w of its parameter, so that small ones, which are looked at whole, count as what they are.
+        Each sampled element counts w times, so that small parameters, which are sampled whole, keep their weight.
         """
         found: dict[str, Tensor] = {}
         for key, total in self.sums.items():
@@ -211,14 +216,14 @@ class UpdateMeter:
         return found
 
     def shares(self) -> tuple[HeldShare, ...]:
-        """One for each dtype narrower than float32; of wider ones the limit could not be seen in any model's elements."""
+        """One share for each dtype narrower than float32; in wider ones the limit is too small to measure."""
         found = (held_share(dtype, *sums.tolist()) for dtype, sums in self.totals().items())
         return tuple(share for share in found if share is not None)
 
     def unmoved(self, parameters: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Names of those that are what they were before their first step, though float64 moves an element by its whole spacing.
+        """Names of the parameters that never changed although float64 moves an element by a whole spacing.
 
-        So it does in one step, and in all of them together. Half the spacing would do if optimizers did not round as well.
+        This holds in one step and in total. Half a spacing would do if optimizers did not round as well.
 
         Args:
             parameters: by name, as they are now.
@@ -246,13 +251,13 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def metered(optimizers: Sequence[torch.optim.Optimizer], meter: UpdateMeter, rounding: str) -> Iterator[None]:
-    """Within it the meter follows the optimizers, whose results are held as the word says.
+    """Let the meter follow the optimizers, and store their results by the given rounding.
 
     Args:
         optimizers: of a training run.
         meter: of that run.
-        rounding: `nearest` as optimizers do; `master` keeps a float32 copy that steps, of which the parameter is the rounding, and which is
-            what the meter sees; `stochastic` steps in float32 and rounds up or down by chance, so that the mean is the step.
+        rounding: `nearest` as optimizers do; `master` steps a float32 copy, which the meter sees, and rounds it into
+            the parameter; `stochastic` steps in float32 and rounds up or down at random, so that the mean is the step.
     """
     wide = None if rounding == "nearest" else _WideSteps(stochastic=rounding == "stochastic")
     handles = []
@@ -310,7 +315,7 @@ def _stepped(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
 
 
 def stochastically_rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each value as one of its two neighbours in the dtype, the nearer one the likelier, so that the mean is the value.
+    """Round each value to one of its two neighbours in the dtype at random, so that the mean is the value.
 
     Source: Gupta et al. 2015, "Deep Learning with Limited Numerical Precision".
 

@@ -2,7 +2,7 @@
 
 Under plain autograd the graph would keep every upcast block alive until the backward pass. Here a unit (a member of an
 outermost `ModuleList`, else a module that owns parameters itself) runs without a graph; its backward pass runs it again
-with float64 leaves, hands their gradients on and drops both. A linear layer or an embedding outside the blocks needs
+with float64 leaves, passes their gradients on and drops both. A linear layer or an embedding outside the blocks needs
 no float64 leaf: its backward pass is written out, so a large head is upcast in pieces only.
 """
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class GradientSink:
-    """Adds up the units' parts of each gradient; hands it on, or keeps it, when every part is there.
+    """Sums the units' parts of each gradient; passes it on, or keeps it, once complete.
 
     Args:
-        on_gradient: Is given name and gradient once whole. Without it they are kept.
+        on_gradient: Called with name and gradient once complete. Without it gradients are kept.
     """
 
     def __init__(self, on_gradient: Callable[[str, Tensor], None] | None) -> None:
@@ -39,7 +39,7 @@ class GradientSink:
         self._awaited: Counter[str] = Counter()
 
     def expect(self, names: Iterator[str] | list[str]) -> None:
-        """Announce one part of each of `names`."""
+        """Expect one part of each of `names`."""
         self._awaited.update(names)
 
     def add(self, name: str, part: Tensor | None) -> None:
@@ -53,7 +53,7 @@ class GradientSink:
             self._on_gradient(name, self.gradients.pop(name))
 
     def finish(self) -> None:
-        """Hand on what still waits for parts that the loss never asked for."""
+        """Pass on gradients that lack only parts that the loss does not reach."""
         if self._on_gradient is not None:
             for name in list(self.gradients):
                 self._on_gradient(name, self.gradients.pop(name))
@@ -64,7 +64,7 @@ def recomputed_blocks(model: nn.Module, on_gradient: Callable[[str, Tensor], Non
     """Run each unit of `model` without a graph and again in the backward pass; parameters stay as stored.
 
     Restoring the model is `reference_ops.preserved`'s work, within which this must run. A cache of keys and values would be
-    written twice, so `use_cache` is off in the configuration for the while.
+    written twice, so `use_cache` is off in the configuration meanwhile.
     """
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sink = GradientSink(on_gradient)
@@ -110,9 +110,9 @@ class Unit:
     Attributes:
         module: The module; its parameters are as stored and frozen.
         inner: Its own forward.
-        names: Id of a stored parameter that wants a gradient → its name.
+        names: Id of a stored parameter that requires a gradient → its name.
         sink: Takes the gradients.
-        trigger: A scalar that requires a gradient, so that the backward pass comes by.
+        trigger: A scalar that requires a gradient, so that autograd calls the backward pass.
     """
 
     module: nn.Module
@@ -135,7 +135,7 @@ class Unit:
         return pytree.tree_unflatten(result, shape[0])
 
     def stored(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-        """Yield owner, key and parameter for those that want a gradient, each place of a tied one."""
+        """Yield owner, key and parameter for each that requires a gradient, every place of a tied one."""
         for owner in self.module.modules():
             for key, parameter in owner._parameters.items():  # noqa: SLF001
                 if id(parameter) in self.names:
@@ -143,7 +143,7 @@ class Unit:
 
     @contextmanager
     def wide_leaves(self) -> Iterator[dict[str, nn.Parameter]]:
-        """Stand float64 leaves in for the stored parameters; yields them by name."""
+        """Replace the stored parameters by float64 leaves and yield these by name."""
         places = list(self.stored())
         leaves: dict[str, nn.Parameter] = {}
         for owner, key, parameter in places:

@@ -1,1 +1,1 @@
-"""What models are fed: Hypothesis strategies for batches, masks, labels and dtypes, and the user's own data."""
+"""Inputs of models: Hypothesis strategies for batches, masks, labels and dtypes, and the user's own data."""

@@ -1,4 +1,4 @@
-"""Parts of a batch in which what a law is about shows as in the whole."""
+"""Parts of a batch on which a law can be checked as well as on the whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from numerics_suite.core.records import Batch
 
 
 def telling_rows(batch: Batch) -> list[int]:
-    """Numbers of the longest row and of the one that has most of both, tokens and padding: there masks and positions show.
+    """Indices of the longest row and of the one with most of both tokens and padding, where masks and positions matter.
 
     A row of one token would show little: whatever its position, it sees itself. Two rows wherever there are two.
     """
@@ -17,7 +17,7 @@ def telling_rows(batch: Batch) -> list[int]:
 
 
 def edge_of_padding(batch: Batch, width: int) -> slice:
-    """So many columns around the one where the padding of such a row ends or begins; the first ones without padding.
+    """Columns around the edge of such a row's padding; the first ones without padding.
 
     Args:
         batch: with an attention mask.

@@ -10,7 +10,7 @@ from numerics_suite.core.records import Batch
 from numerics_suite.inputs.data_file import Example, Sample
 
 ASSISTANT = "assistant"
-"""The role whose messages are learnt."""
+"""The role whose messages are trained on."""
 
 
 def data_batch(  # noqa: PLR0913 - each is a fact of the cell
@@ -28,9 +28,9 @@ def data_batch(  # noqa: PLR0913 - each is a fact of the cell
         pad_id: the id that padding writes.
 
     Returns:
-        `input_ids`, `attention_mask` `[batch, sequence]` and labels, all int64; a regression's labels float32. A language model
-        learns every token of a text, of a prompt with completion the completion, of a conversation what the assistant says.
-        A token classifier has the text's label at each of its tokens, and none at all where a text has none.
+        `input_ids`, `attention_mask` `[batch, sequence]` and labels, all int64; a regression's labels float32. A
+        language model learns every token of a text, the completion of a prompt, the assistant's messages of a
+        conversation. A token classifier gets the text's label at each token, and no label if the text has none.
 
     Raises:
         BadInputError: the chat template refuses a conversation, or there is none.
@@ -64,9 +64,9 @@ def data_batch(  # noqa: PLR0913 - each is a fact of the cell
 
 
 def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """The ids of a row, and which of them are learnt.
+    """The ids of a row, and which of them are trained on.
 
-    Where a prompt ends among the ids of the whole is as far as its own ids agree with them: the first token of a completion
+    The prompt ends where its own ids stop agreeing with those of the whole: the first token of a completion
     may merge with the prompt's last.
 
     Args:
@@ -89,7 +89,7 @@ def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
 
 
 def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """What the chat template makes of the messages; learnt is what each of the assistant's adds behind its heading."""
+    """The templated messages; the assistant's are trained on, without their headings."""
     messages = [dict(message) for message in example.messages]
 
     def rendered(count: int, *, heading: bool = False) -> list[int]:
@@ -108,7 +108,7 @@ def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[boo
 def _templated(example: Example, tokenizer: Any, messages: list[dict[str, str]], *, heading: bool) -> list[int]:
     apply: Callable[..., Any] | None = getattr(tokenizer, "apply_chat_template", None)
     if apply is None or getattr(tokenizer, "chat_template", None) is None:
-        message = f"{example.where}: 'messages' needs a chat template, and the tokenizer has none"
+        message = f"{example.where}: 'messages' needs a chat template, which the tokenizer lacks; use 'text' or 'prompt' with 'completion'"
         raise BadInputError(message)
     try:
         # Releases differ in whether they give a list or a dict of lists unless told.
@@ -120,7 +120,7 @@ def _templated(example: Example, tokenizer: Any, messages: list[dict[str, str]],
 
 
 def _agreeing(some: list[int], whole: list[int]) -> int:
-    """How many ids from the front are the same."""
+    """Length of the common prefix."""
     return next(
         (n for n, (one, other) in enumerate(zip(some, whole, strict=False)) if one != other), min(len(some), len(whole))
     )

@@ -14,7 +14,7 @@ from numerics_suite.core.errors import BadInputError
 from numerics_suite.inputs.targets import Targets, is_row_of_numbers
 
 LONGEST_LINE = 1 << 24
-"""Bytes of a line: a row is held in memory whole, a file never."""
+"""Most bytes of a line: a row is held in memory as a whole, a file is not."""
 
 FORMS = '{"text": "…", "label": 0}, {"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}'
 
@@ -26,9 +26,10 @@ PAIRS = (
         for answer in ("response", "answer", "output")
     ),
 )
-"""Keys of a prompt and of what is learnt after it: TRL's pair first, then those that other recipes use. An `instruction` may have an `input`."""
+"""Keys of a prompt and of its completion: TRL's pair first, then those that other recipes use. An `instruction` may
+have an `input`."""
 COUNTED = 256
-"""Rows of which the labels are counted: as many as are read by a tokenizer in about a second."""
+"""Most rows whose labels are counted: a tokenizer reads these in about a second."""
 NAMES = {"text": "texts", "prompt": "prompts", "messages": "conversations"}
 
 
@@ -38,7 +39,7 @@ class Example:
 
     Attributes:
         where: `--data FILE, line 3`.
-        form: the key that says what it is: `text`, `prompt` or `messages`.
+        form: `text`, `prompt` or `messages`, by the key of the row.
         text: the text, or the prompt.
         completion: what follows the prompt.
         messages: `role` and `content` of each.
@@ -58,10 +59,10 @@ class Sample:
     """Some rows of a file.
 
     Attributes:
-        examples: those that a model is given, in the order of the file.
+        examples: those that a model gets, in the order of the file.
         counted: those and more, of which labels are counted.
         rows: how many the file has.
-        seed: that drew them.
+        seed: of the sample.
     """
 
     examples: tuple[Example, ...]
@@ -83,7 +84,7 @@ def read_sample(path: Path, *, size: int, seed: int, check: Callable[[Example], 
 
     Args:
         path: of the file, UTF-8 with or without a byte-order mark. Only a line feed ends a line: a string may hold U+2028.
-        size: most rows that a model is given; of :data:`COUNTED` at least the labels are counted.
+        size: most rows that a model gets; of :data:`COUNTED` at least the labels are counted.
         seed: same seed, same rows. Every row is as likely as any other (algorithm R, Vitter 1985).
         check: called on every row of the file, sampled or not.
 
@@ -102,7 +103,7 @@ def read_sample(path: Path, *, size: int, seed: int, check: Callable[[Example], 
             held.append((rows, example))
         rows += 1
     if not rows:
-        message = f"--data {path}: holds no example"
+        message = f"--data {path}: holds no example; write one JSON object per line, such as {FORMS}"
         raise BadInputError(message)
     held.sort(key=lambda pair: pair[0])
     counted = tuple(example for _, example in held)
@@ -132,12 +133,12 @@ def check_label(example: Example, task: str, num_labels: int, targets: Targets) 
         _check_row(example, num_labels, targets)
         return
     if isinstance(label, tuple):
-        message = f"{example.where}: 'label' is a list of {len(label)} numbers, and this model learns one for each text"
+        message = f"{example.where}: 'label' is a list of {len(label)} numbers, but this model learns one number for each text"
         raise BadInputError(message)
     if sequence and targets == "numbers":
         return
     if label < 0 or not isinstance(label, int):
-        message = f"{example.where}: label {label} is no class; classes are whole numbers from 0"
+        message = f"{example.where}: label {label} is not a class; classes are whole numbers from 0"
         raise BadInputError(message)
     if label >= num_labels:
         message = f"{example.where}: label {label} needs --num-labels {label + 1} or more, not {num_labels}"
@@ -159,7 +160,7 @@ def _check_row(example: Example, num_labels: int, targets: Targets) -> None:
 
 def _examples(path: Path) -> Iterator[Example]:
     if path.exists() and not path.is_file():
-        message = f"--data {path}: is no regular file, and it is read more than once; write the rows to a file"
+        message = f"--data {path}: is not a regular file, and it is read more than once; write the rows to a file"
         raise BadInputError(message)
     try:
         with path.open("rb") as file:
@@ -168,7 +169,7 @@ def _examples(path: Path) -> Iterator[Example]:
                 number += 1
                 where = f"--data {path}, line {number}"
                 if len(line) > LONGEST_LINE:
-                    message = f"{where}: is longer than {LONGEST_LINE >> 20} MiB"
+                    message = f"{where}: is longer than {LONGEST_LINE >> 20} MiB; split or shorten it"
                     raise BadInputError(message)
                 if line.strip():
                     yield _example(line, where)
@@ -195,7 +196,7 @@ def _example(line: bytes, where: str) -> Example:
 
 
 def _prompt_and_answer(record: Mapping[str, Any], pair: tuple[str, str], where: str) -> Example:
-    """The two texts; but for TRL's pair, which is joined as it stands, they are set apart by a space where nothing else does."""
+    """The two texts, separated by a space unless one of them has white space there; TRL's pair is joined unchanged."""
     prompt, answer = (_string(record, key, where) for key in pair)
     if record.get("input") and pair[0] == "instruction":
         prompt = f"{prompt}\n{_string(record, 'input', where)}"
@@ -233,7 +234,7 @@ def _text(value: str, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        message = f"{where}: {key} holds half of a surrogate pair, which is no text"
+        message = f"{where}: {key} holds half of a surrogate pair, which is not valid text"
         raise BadInputError(message) from None
     return value
 

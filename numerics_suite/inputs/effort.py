@@ -1,6 +1,6 @@
 """How many batches a cell is examined on, and how large they are: from the model's size, `--effort` and the options given.
 
-The same on every machine and in every worker: no timing and no free memory enters.
+The same on every machine and in every worker: neither timing nor free memory matters.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 SMALL_MODEL: Final = 4_000_000
-"""Up to so many parameters a pass costs less than what surrounds it, and Hypothesis draws every batch."""
+"""Up to this number of parameters a pass costs less than its overhead, and Hypothesis draws every batch."""
 
 Shape = tuple[int, int]
 """Rows, and tokens of the longest row."""
@@ -17,7 +17,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """What the checks of one cell are asked of.
+    """The batches on which the checks of one cell run.
 
     Attributes:
         drawn: batches that Hypothesis draws for a check, before its share is taken; 0 for none.
@@ -33,7 +33,7 @@ class BatchPlan:
 
     @property
     def batches(self) -> int:
-        """How many a check runs on at most."""
+        """Most batches that a check runs on."""
         return self.drawn + (0 if self.planned is None else 2) + self.long_row
 
 

@@ -1,4 +1,4 @@
-"""Which labels count in a loss."""
+"""Counts the labels that contribute to a loss."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from numerics_suite.subjects.built_model import without_adapter
 
 IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
+"""The label that torch's cross entropy ignores."""
 
 
 def counted_labels(labels: Tensor, *, shifted: bool) -> Tensor:
     """How many labels of each row count: the mean over none is 0/0.
 
     Args:
-        labels: `[batch, sequence]` or `[batch]`, integers; whatever floating is a regression's target, and counts.
+        labels: `[batch, sequence]` or `[batch]`, integers; floating ones are targets of a regression, and all count.
         shifted: the loss is that of the next token, so the first column is no target.
 
     Returns:
@@ -49,8 +49,8 @@ def predicts_next_token(model: Any) -> bool:
 def empty_batches(counted: Sequence[int], *, batch: int, rows: int) -> float:
     """How many batches of one epoch are expected to have no label that counts.
 
-    A batch of B rows is drawn without replacement, so of a sample of n rows, e of them without such a label, a share of
-    C(e, B) / C(n, B) of the batches is without one: the unbiased estimate for the file (hypergeometric distribution).
+    A batch of B rows is drawn without replacement, so if e of n sampled rows have no such label, a share of C(e, B) /
+    C(n, B) of the batches has none: the unbiased estimate for the file (hypergeometric distribution).
 
     Args:
         counted: labels that count in each row of a random sample of the file.

@@ -92,7 +92,7 @@ def draw_labels(ids: torch.Tensor, mask: torch.Tensor, space: InputSpace, source
 def build_batch(  # noqa: PLR0913 - each argument is one Hypothesis choice
     space: InputSpace, *, lengths: list[int], contents: list[str], side: str, content_seed: int, pad_inside: bool
 ) -> Batch:
-    """The batch of these choices: a pure function of them."""
+    """The batch of these choices, as a pure function."""
     source = random.Random(content_seed)  # noqa: S311 - test data, not a secret
     rows = [row_ids(content, length, space, source) for content, length in zip(contents, lengths, strict=True)]
     inside = pad_inside and len(rows[0]) > 2
@@ -148,17 +148,16 @@ def training_batch(space: InputSpace, *, rows: int, length: int, seed: int) -> B
 
 
 LONG_ROW_BYTES = 2**30
-"""Of the largest tensors of a pass over one long row in float64: the scores of one block, and the answer. A constant and not
-what is free, so that a row is as long on every machine."""
+"""Most bytes of the largest float64 tensors of a pass over one long row: one block's scores, and the output. A constant
+and not the free memory, so that rows are equally long on every machine."""
 
 
 def planned_batches(space: InputSpace, *, rows: int, length: int, seed: int) -> tuple[Batch, ...]:
-    """Three batches without chance in their shape: rows of one length, of several lengths, and these with a pad id inside.
+    """Three batches of fixed shape: rows of one length, of several lengths, and these with a pad id inside.
 
-    Every kind of contents stands in a row of each where there are four rows; the longest is never one token repeated, in which no
-    position shows. The first has no padding: the law of padding adds
-    columns to it on every side. The second is padded on the left where the family allows it, which moves positions. Of the
-    third no law is asked.
+    With four rows each batch has every kind of contents; the longest is never one token repeated, which would hide
+    wrong positions. The first has no padding: the law of padding adds columns to it on every side. The second is padded
+    on the left where the family allows it, which moves positions. No law applies to the third.
 
     Args:
         space: what may be drawn.

@@ -1,4 +1,4 @@
-"""What a sequence classifier learns: one class, numbers, or several classes at once."""
+"""The targets of a sequence classifier: one class, numbers, or several classes at once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Targets = Literal["classes", "numbers", "many"]
-"""What a row's label is: one class, a number for each output (a regression), or any of several classes at once."""
+"""Kinds of a row's label: one class, a number for each output (a regression), or any of several classes at once."""
 
 
 def targets_of(config: Mapping[str, Any], num_labels: int) -> Targets:
-    """What a sequence classifier is trained on, as its config says or as transformers takes it where it says nothing.
+    """The kind of targets, from the config or else transformers' default.
 
     Args:
         config: `config.json`, or the values of a config.

@@ -12,7 +12,7 @@ Side = Literal["left", "right"]
 
 
 LEAST_ROWS = 8
-"""Rows that a drawn batch may have, and the sample of a user's file has, where `--batch-size` asks for fewer, but not for one."""
+"""Fewest rows of drawn batches, and of the sample of a user's file, unless `--batch-size` is 1."""
 
 
 def most_rows(rows: int) -> int:

@@ -40,7 +40,6 @@ class Judged:
     """A judged difference.
 
     Attributes:
-        kind: of :data:`KINDS`.
         module: where it starts, by its new name; None where no module is at fault.
         error_ratio: error against true fp64, new over old; NaN where it was not measured.
         details: `why` (a line for each breach), numbers, and everything else that a person may ask.
@@ -62,7 +61,6 @@ class Comparison:
 
     Attributes:
         cell: by the new subject's name; by the old one's where the cell is missing.
-        judged: what became of it.
         against: the old subject's name where it is another.
     """
 
@@ -77,11 +75,7 @@ class Comparison:
 
 
 def judge_difference(found: Difference) -> Judged:
-    """The kind of a difference, and where it starts.
-
-    Args:
-        found: of one cell.
-    """
+    """The kind of a difference, and where it starts."""
     breaches = _breaches(found)
     kinds = _kinds(found, breaches)
     module = _module(found, kinds[0], breaches)
@@ -258,12 +252,7 @@ def _judged(old: CellBaseline, new: CellBaseline) -> Judged:
 
 
 def only_in(kind: str, why: str) -> Judged:
-    """The judgement of a cell that only one side has.
-
-    Args:
-        kind: `missing` or `new`.
-        why: one line.
-    """
+    """The judgement of a cell that only one side has."""
     return Judged(
         kind=kind, module=None, error_ratio=math.nan, details={"all_kinds": [kind], "why": [why]}, all_kinds=(kind,)
     )

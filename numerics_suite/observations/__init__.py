@@ -1,1 +1,1 @@
-"""What is seen of a run: finiteness, error in unit roundoffs, headroom, and where in the model."""
+"""Measurements of a run: finiteness, error in unit roundoffs, headroom, and where in the model."""

@@ -1,8 +1,8 @@
 """Where a value stops being finite: the first op with finite inputs and a non-finite output that the result descends from.
 
 Works on the forward pass and on the backward pass, whose ops run under the same dispatch mode, through autocast,
-checkpointing, fused kernels, hand-written backward passes and the optimizer's own step. A NaN that is thrown away (the
-unused side of a `where`) is not the origin of one that is not: each spoiled tensor remembers the op that it goes back to.
+checkpointing, fused kernels, hand-written backward passes and the optimizer's own step. A NaN that is discarded (the
+unused side of a `where`) is not reported: each non-finite tensor records the op that it descends from.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from numerics_suite.observations.finiteness import nonfinite_count
 from numerics_suite.observations.module_trace import ModuleStack, current_node, module_stack
 
 QUIET = {"aten.detach.default", "aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default"}
-"""Ops that compute nothing: what they return was made elsewhere or is still to be written."""
+"""Ops that compute nothing: their result was computed elsewhere or is not written yet."""
 
 MOST = 16
-"""Origins that are kept; a model that throws away more NaNs than this is told by the first of them."""
+"""Most origins that are kept; beyond this number the first one is reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Origin:
         nonfinite: non-finite elements of the output.
         elements: elements of the output.
         has_infinity: infinities among them, as an overflow leaves.
-        outside_domain: it divided by zero, or took a root or logarithm of what has none.
+        outside_domain: it divided by zero, or took a root or logarithm outside its domain.
         masked_row: the input holds a row without any finite value, as a fully masked row is.
         backward: it happened in the backward pass.
         parameters: parameters and buffers among its inputs that are themselves not finite (then they are the origin).
@@ -91,7 +91,7 @@ class _Call:
 
 
 class OriginFinder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches every op and keeps those whose inputs are finite and whose output is not."""
+    """Watches every op and keeps those that turn finite inputs into a non-finite output."""
 
     def __init__(self, stack: ModuleStack, bad: Mapping[int, str], parameters: Mapping[int, str]) -> None:
         """Watch with the stack of running modules.
@@ -111,7 +111,7 @@ class OriginFinder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the op, then look at what came out."""
+        """Run the op, then check its output."""
         kwargs = kwargs or {}
         self.stack.note()
         if str(func) in QUIET:
@@ -219,7 +219,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def _finite_in_fp64(call: _Call, output: Tensor, *, meant: bool) -> bool | None:
-    """The op once more on the same inputs, in float64: what is finite there left the range of the dtype here."""
+    """Run the op again on the same inputs in float64: if that is finite, the value left the range of its dtype."""
     args, kwargs = tree_map(_cloned, call.before)
     try:
         with torch.no_grad(), LiftToFp64({}):
@@ -239,8 +239,8 @@ def find_origin(model: nn.Module, run: Callable[[], object]) -> Origin | None:
 
     Args:
         model: whose modules name the place.
-        run: a callable without arguments: the forward pass, or forward and backward. What it returns says which of
-            several NaNs matters: the tensors that must be finite.
+        run: a callable without arguments: the forward pass, or forward and backward. Its result holds the tensors that
+            must be finite, which decides which of several NaNs matters.
     """
     bad = {_address(p): name for name, p in model.named_parameters() if nonfinite_count(p.detach())}
     bad |= {_address(b): name for name, b in model.named_buffers() if _is_floating(b) and _is_nan_or_positive(b)}

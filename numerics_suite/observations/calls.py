@@ -1,4 +1,4 @@
-"""Watching every call of every module: what went in, taken before the call, and what came out."""
+"""Watches every call of every module: inputs, taken before the call, and outputs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Taken = TypeVar("Taken")
 def watched_calls(
     model: nn.Module, before: Callable[[Any], Taken], after: Callable[[str, Taken, Any], None]
 ) -> Iterator[None]:
-    """Hooks on all modules for the while.
+    """Set hooks on all modules until exit.
 
     Args:
         model: whose modules are watched, itself included.
-        before: takes what is wanted of `(args, kwargs)`; an op in place may change them later.
-        after: gets the module's dotted name, what `before` took, and the output; in the order in which modules return.
+        before: copies what it needs from `(args, kwargs)`; an in-place op may change them later.
+        after: gets the module's dotted name, the result of `before`, and the output; in the order in which modules
+            return.
     """
     taken: list[Taken] = []
     handles = []

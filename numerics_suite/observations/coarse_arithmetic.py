@@ -1,4 +1,4 @@
-"""Where does a run leave the precision that was asked for? The ops that put out a coarser float, by module."""
+"""Where does a run leave the requested precision? Counts ops with a coarser output, by module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which module do two runs part that should agree? Their true fp64 states, module by module, at the tokens compared."""
+"""The module in which two runs that should agree diverge: compares true fp64 states at the compared tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Side:
     Attributes:
         model: what is run.
         tensors: the batch, with `input_ids` `[batch, sequence]`.
-        call: calls the model; in pieces along the sequence if it likes.
+        call: calls the model, once or in pieces along the sequence.
         pick: takes the compared tokens out of `[batch, sequence, …]`.
     """
 
@@ -36,7 +36,7 @@ class Side:
 
 @dataclass(slots=True)
 class _States:
-    """What one module was given and gave, one entry a call."""
+    """Inputs and outputs of one module, one entry per call."""
 
     given: list[Tensor] = field(default_factory=list)
     gave: list[Tensor] = field(default_factory=list)
@@ -110,7 +110,7 @@ def _picked(calls: list[Tensor], side: Side, place: str, turned: frozenset[str])
 
 
 def _agree(left: Tensor | None, right: Tensor | None) -> bool | None:
-    """None where there is nothing to compare."""
+    """Whether the states agree; None if there is nothing to compare."""
     if left is None or right is None or left.shape != right.shape:
         return None
     return relative_error(right.double(), left.double()) <= AGREED

@@ -1,4 +1,4 @@
-"""What an op's inputs say of its output: is an infinity meant, is the op outside its domain, is a row masked wholly?"""
+"""Explains an op's output by its inputs: an intended infinity, an argument outside the domain, a fully masked row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from numerics_suite.observations.finiteness import nonfinite_count
 
 FILLS = frozenset({"_to_copy", "copy_", "full", "full_like", "fill", "fill_", "masked_fill", "masked_fill_", "where"})
-"""Ops that put a value in its place; an -inf of theirs is a mask's."""
+"""Ops that fill in a value; an -inf of theirs belongs to a mask."""
 
 DIVISORS = {"div": 1, "div_": 1, "reciprocal": 0, "rsqrt": 0, "rsqrt_": 0, "addcdiv": 2, "addcdiv_": 2}
 """By op: which argument must not be zero."""
@@ -32,7 +32,7 @@ def name_of(func: Any) -> str:
 
 
 def means_infinity(func: Any, before: Any, inputs: list[Tensor]) -> bool:
-    """Whether an -inf in the output is a mask's making: filled in, handed on, or beyond the dtype's least number.
+    """Whether an -inf in the output comes from a mask: filled in, passed on, or below the dtype's lowest number.
 
     Args:
         func: the op.

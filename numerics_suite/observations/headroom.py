@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headroom:
-    """The room that one module's outputs leave.
+    """The headroom of one module's outputs.
 
     Attributes:
         module: Its name, "" for the model itself.

@@ -1,4 +1,4 @@
-"""How far is each module's output from what it should be, given the inputs that it really got?
+"""How large is each module's own error, given its real inputs?
 
 Before a module runs in its precision it is run in true fp64 on the same inputs; the two outputs are compared when
 it returns. Only the outputs of the modules that are open at the time are held, never all activations. Modules that
@@ -42,12 +42,12 @@ class LocalError:
         dtype: Coarsest float that the module computed in, such as "bfloat16": its output's, or under autocast that
             of the ops within. "float64" if there was no lower one.
         left_out: What of the true fp64 run could not be lifted; the error is not to be trusted unless this is empty.
-        relative_roundoffs: Root mean square of each element's error in unit roundoffs of that element. Where a few large
-            elements make up rms(output), their luck is not everybody's.
+        relative_roundoffs: Root mean square of each element's error in unit roundoffs of that element. A few large
+            elements can dominate rms(output); this gives every element the same weight.
         kernel_ratio: The error over that of the module's rounded run, the smaller of the ratio of root mean squares and
-            that of medians; for a module with submodules or a linear layer under autocast, NaN for another. How a softmax
-            or a cancelling sum spreads rounding depends on the weights; this does not.
-        count: Numbers that the errors are taken over.
+            that of medians; for a module with submodules or a linear layer under autocast, NaN for another. How a
+            softmax or a cancelling sum amplifies rounding depends on the weights; this ratio does not.
+        count: Number of elements that the errors average over.
         fused_op: The fused op, or one that is not PyTorch's own, that ran in it; "" without one.
         fused_excess: The error of that op on its own against its formula, in units of one rounding; NaN without one.
     """
@@ -74,9 +74,9 @@ def local_errors(
 ) -> list[LocalError]:
     """Measure every module's own error in one run of `model` in evaluation mode, without gradients.
 
-    A module with submodules is judged by its first floating output, a module without by the worst of all; one that runs
-    more than once by its worst run. Padding, as a 2-D "attention_mask" of the batch gives it, is left out: what a
-    row that attends to nothing holds is up to the kernel. The model is left as it was.
+    For a module with submodules its first floating output counts, else the worst of all outputs; of several runs the
+    worst. Padding, as a 2-D "attention_mask" of the batch gives it, is left out: what a row that attends to nothing
+    holds is up to the kernel. The model is left as it was.
 
     Args:
         model: Any module, in the precision under test.
@@ -159,7 +159,7 @@ class _Open:
 
 
 class _Observer(reference_ops.LeanMode):
-    """Runs each module in fp64 before it runs in its precision; as a dispatch mode it sees the dtypes in between."""
+    """Runs each module in fp64 before it runs in its precision; also records the dtypes of its ops."""
 
     def __init__(self, names: Mapping[int, str], real: Tensor | None) -> None:
         super().__init__(names)
@@ -196,9 +196,9 @@ class _Observer(reference_ops.LeanMode):
             self.busy = False
 
     def _rounded(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """What the module gives with every op rounded once; nothing for a module of one op or so.
+        """The module's output with every op rounded once; nothing for a module of a single op.
 
-        A linear layer under autocast is three: both its factors are rounded, and a sum that cancels magnifies that.
+        A linear layer under autocast has three ops: both factors are rounded too, and a cancelling sum amplifies that.
         """
         cast = isinstance(module, nn.Linear) and casts_on(module.weight.device)
         if next(module.children(), None) is None and not cast:

@@ -1,4 +1,4 @@
-"""In which float does a program take the logarithm of its probabilities?
+"""The dtype in which a program computes log-probabilities.
 
 Under CUDA's autocast a cross entropy of 16-bit logits is float32 and not as precise: `aten::cross_entropy_loss` asks
 `log_softmax` for its input's own dtype, so the log-probabilities are rounded to 16 bits before `nll_loss` is cast to float32
@@ -18,7 +18,7 @@ from numerics_suite.observations.roundoff import unit_roundoff
 
 
 class _LogSoftmax(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the coarsest float in which log-probabilities are computed."""
+    """Records the coarsest float in which log-probabilities are computed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

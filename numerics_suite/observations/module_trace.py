@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 OWN = f"{Path(__file__).parent.parent}/"
-"""Not resolved: code names its file by the path that it was imported by, which in an environment of a matrix is a link."""
+"""Not resolved: frames name the path of import, which is a link in an environment of a matrix."""
 
 TORCH = f"{Path(torch.__file__).parent}/"
 OPTIMIZERS = f"{TORCH}optim/"
 ENGINE = "_engine_run_backward"
-"""The function of torch that runs the backward pass: what lies beyond it on the stack called for it, and is not it."""
+"""Torch's function that runs the backward pass; frames outside it on the stack only called it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class ModuleStack:
         self.starts.append(_sequence())
 
     def leave(self) -> None:
-        """The innermost module ends; what autograd recorded within it is its own."""
+        """The innermost module ends; autograd's nodes recorded within it belong to it."""
         if self.names:
             self.spans.append((self.starts.pop(), _sequence(), self.names.pop()))
 
@@ -63,13 +63,13 @@ class ModuleStack:
         return min(around)[1] if around else None
 
     def note(self) -> None:
-        """Keep the place of the node that autograd made last; its own op comes first, so the first one stands."""
+        """Record the place of autograd's last node, unless it has one: its own op comes first."""
         number = _sequence() - 1
         if number >= 0 and number not in self.made:
             self.made[number] = ModulePlace(module=self.names[-1] if self.names else None, source=model_line())
 
     def place(self, outermost: CodeType | None) -> ModulePlace:
-        """Where the op that runs now belongs.
+        """Module and line of the op that runs now.
 
         Args:
             outermost: of the function that began to watch; frames beyond it are no part of the run.
@@ -98,7 +98,7 @@ def _sequence() -> int:
 
 @contextmanager
 def module_stack(model: nn.Module) -> Iterator[ModuleStack]:
-    """Within it the stack knows which module runs; hooks are gone after."""
+    """Track the running module by hooks, which are removed on exit."""
     stack = ModuleStack()
     handles = []
 
@@ -117,7 +117,7 @@ def module_stack(model: nn.Module) -> Iterator[ModuleStack]:
 
 
 def model_line(outermost: CodeType | None = None) -> str | None:
-    """`file.py:123` of the innermost frame that belongs to neither torch nor this package; an optimizer's own, else.
+    """`file.py:123` of the innermost frame that belongs to neither torch nor this package; else the optimizer's own.
 
     In a backward pass only what runs inside it counts, such as a hand-written backward or a recomputed forward.
 

@@ -19,11 +19,11 @@ JUMPING: Final = frozenset(
         _ATEN.hardsigmoid_backward.default,
     }
 )
-"""The backward passes of ReLU and its kin, whichever way they are spelt."""
+"""The backward passes of ReLU and its relatives, in every spelling."""
 
 
 class Kinks(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether such an op ran.
+    """Records whether such an op ran.
 
     Attributes:
         found: one did.

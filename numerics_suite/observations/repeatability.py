@@ -1,4 +1,4 @@
-"""Which module gives another output for the same input? Digests of what goes in and out, run by run."""
+"""The module whose output changes for the same input: compares digests of inputs and outputs across runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Digests = list[tuple[str, str, str]]
 
 
 def unsteady_module(model: nn.Module, run: Callable[[], object], *, runs: int = 16) -> str | None:
-    """The innermost module that was given the same bits in two runs and gave others; None where none was seen.
+    """The innermost module that got the same bits in two runs and returned different ones; None if none was seen.
 
     Args:
         model: whose modules name the place.

@@ -1,4 +1,4 @@
-"""How large is an error in units of the precision's own rounding?"""
+"""Errors in units of the precision's own rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 CANCELLED: Final = 1e-12
-"""A gradient this small beside the model's largest (root mean squares) is what is left of terms that cancel.
+"""A gradient this small beside the model's largest (root mean squares) is the remainder of terms that cancel.
 
 Attention does not change when every key moves alike, so without rotary positions the gradient of a key's bias is zero;
 in float64 the sum of its terms leaves 1e-16 of them, and no two orders of summation leave the same.
@@ -20,10 +20,10 @@ in float64 the sum of its terms leaves 1e-16 of them, and no two orders of summa
 
 
 _SAFE_SQUARES: Final = (1e-280, 1e280)
-"""Sums of squares of which float64 holds all digits, with 20 orders of magnitude to spare for the elements."""
+"""Range of sums of squares that float64 represents in full, with 20 orders of magnitude to spare for the elements."""
 
 _PART: Final = 1 << 18
-"""Elements that are compared at a time: fresh memory for a whole embedding costs ten times what comparing it does."""
+"""Elements that are compared at a time: allocating memory for a whole embedding costs ten times the comparison."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -33,7 +33,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def wide(values: Tensor) -> Tensor:
-    """The values in float64, complex128 of complex ones: on their own device where it holds such numbers, else on the CPU.
+    """The values in float64, complex128 of complex ones: on their own device if it supports these, else on the CPU.
 
     MPS has no float64 and raises TypeError.
     """
@@ -124,8 +124,13 @@ def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     return errors
 
 
+def filled(gradients: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the wanted names; one that is not there is zero."""
+    return {name: gradients[name] if name in gradients else torch.zeros_like(value) for name, value in wanted.items()}
+
+
 def projection(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
-    """How often the wanted tensors are in those that were got: ⟨got, want⟩/⟨want, want⟩ over all of them; NaN where these are zero.
+    """The projection ⟨got, want⟩/⟨want, want⟩ over all tensors; NaN if `want` is zero.
 
     Args:
         got: has every name of `want`.

@@ -1,4 +1,4 @@
-"""Which rows of a state belong to real tokens? Layouts differ: `[batch, sequence]`, `[sequence, batch]`, both in one."""
+"""Selects a state's rows at real tokens, in layout `[batch, sequence]`, `[sequence, batch]` or both in one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def at_real(real: Tensor | None, values: Tensor) -> Tensor:
-    """The rows at real tokens, `[tokens, …]`; the values as they are where no layout fits.
+    """The rows at real tokens, `[tokens, …]`; the values unchanged if no layout fits.
 
     Args:
         real: `[batch, sequence]` bool, None where every token is real.

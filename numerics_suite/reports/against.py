@@ -1,6 +1,6 @@
 """What changed against earlier results: which findings are new, which are gone, and what is not asked any more.
 
-A run is held against the earlier run of the same versions; where there is none, against the earlier runs of `check`, else
+A run is compared with the earlier run of the same versions; where there is none, against the earlier runs of `check`, else
 against the newest version of the earlier matrix. A finding is gone only where its check was asked again and passed.
 """
 
@@ -29,7 +29,6 @@ class Turn:
     """One answer whose verdict is to be told.
 
     Attributes:
-        kind: what became of it.
         label: of the run that says so, empty where there is one.
         now: as it is, None where the run does not have it.
         before: as it was, None where it was not asked.
@@ -55,7 +54,6 @@ class Against:
     """Everything that changed.
 
     Attributes:
-        places: of the new results.
         turns: answers, in the order of the new results.
         packages: name, version before and version now, of packages that are not the same; for runs of `check`.
     """
@@ -65,11 +63,7 @@ class Against:
     packages: tuple[tuple[str, str, str], ...]
 
     def of(self, kind: Turned) -> tuple[Turn, ...]:
-        """The turns of one kind.
-
-        Args:
-            kind: which.
-        """
+        """The turns of one kind."""
         return tuple(turn for turn in self.turns if turn.kind == kind)
 
 

@@ -49,14 +49,7 @@ class AcceptEntry:
 
 
 def matches(entry: AcceptEntry, result: CheckResult, transformers_version: str, today: dt.date) -> bool:
-    """Whether the entry accepts the finding of this result.
-
-    Args:
-        entry: the entry.
-        result: one with a finding; without one there is nothing to accept.
-        transformers_version: the installed release.
-        today: the day on which the run began.
-    """
+    """Whether the entry accepts the finding of this result."""
     if result.finding is None or _is_past(entry, today) or not _applies(entry, transformers_version):
         return False
     named = fnmatch.fnmatchcase(result.check, entry.check) and entry.cause in {None, result.finding.cause}
@@ -64,12 +57,7 @@ def matches(entry: AcceptEntry, result: CheckResult, transformers_version: str, 
 
 
 def reaches(entry: AcceptEntry, result: CheckResult) -> bool:
-    """Whether the entry is for the cell of this result, whatever check and cause it names: so far a root's acceptance goes.
-
-    Args:
-        entry: the entry.
-        result: of any check.
-    """
+    """Whether the entry is for the cell of this result, whatever check and cause it names: so far a root's acceptance goes."""
     cell = result.cell
     wanted = ((entry.subject, cell.subject), (entry.precision, cell.precision), (entry.attn, cell.attn))
     return all(want in {None, have} for want, have in wanted)
@@ -81,12 +69,6 @@ def stale(
     """One line for each entry that is past its date or matched no finding of what ran; each fails the run.
 
     An entry for other transformers releases is not asked to match, or no run over several versions could pass.
-
-    Args:
-        entries: all of them.
-        results: of the whole run.
-        today: the day on which the run began.
-        transformers_version: the installed release.
     """
     lines = []
     for entry in entries:
@@ -120,10 +102,6 @@ def entry_to_json(entry: AcceptEntry) -> dict[str, str]:
 
 def parse_accept(value: Any, where: str) -> tuple[AcceptEntry, ...]:
     """The entries of an array of tables.
-
-    Args:
-        value: what TOML or JSON gave.
-        where: names the file and the key, for messages.
 
     Raises:
         BadInputError: an entry cannot be used.

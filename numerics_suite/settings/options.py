@@ -1,18 +1,16 @@
-"""The table of options put to use: as argparse's, as pytest's, and back into arguments for a worker."""
+"""The table of options put to use: as argparse's, as pytest's, and the settings made of either."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.switch import switch_off
-from numerics_suite.settings.accept import AcceptEntry, entry_to_json, parse_accept
+from numerics_suite.settings.accept import AcceptEntry
 from numerics_suite.settings.sources import find_pyproject, has_table, merge, parse_option, read_pyproject
 from numerics_suite.settings.strangers import without_strangers_wishes
-from numerics_suite.settings.table import BY_NAME, OPTIONS, Option
+from numerics_suite.settings.table import OPTIONS, Option
 from numerics_suite.settings.tree import COMMAND_LINE, PYPROJECT, PYTEST, Settings
 
 if TYPE_CHECKING:
@@ -20,16 +18,9 @@ if TYPE_CHECKING:
 
     import pytest
 
-ACCEPT, ORIGINS = "--numerics-accept", "--numerics-origins"
-
 
 def add_cli_options(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> None:
-    """Add the options to a parser of the command line; values stay text, so that one place judges them.
-
-    Args:
-        parser: of one command.
-        names: fields of `Settings`, None for all that the command line has.
-    """
+    """Add all options, or those of these fields, to a parser; values stay text, so that one place judges them."""
     groups: dict[str, Any] = {}
     for option in OPTIONS:
         if not option.flags or (names is not None and option.name not in names):
@@ -108,83 +99,29 @@ def _dest(option: Option) -> str:
 
 
 def add_pytest_options(parser: pytest.Parser) -> None:
-    """Add the `--numerics-…` twins to pytest, all of them text until :func:`from_pytest` reads them.
-
-    Args:
-        parser: pytest's.
-    """
+    """Add the `--numerics-…` twins to pytest, all of them text until :func:`from_pytest` reads them."""
     group = parser.getgroup("numerics-suite", "numerical regression harness")
     for option in OPTIONS:
         help_text = option.help.replace("%", "%%")
         shown = help_text if option.shown else argparse.SUPPRESS
         _add(group.addoption, option, (option.twin,), shown, dest=_dest(option))
-    group.addoption(ACCEPT, action="append", default=None, metavar="JSON", help=argparse.SUPPRESS)
-    group.addoption(ORIGINS, action="store", default=None, metavar="JSON", help=argparse.SUPPRESS)
-    group.addoption("--numerics-deadline", action="store", type=float, default=None, help=argparse.SUPPRESS)
-    group.addoption("--numerics-reproducers", action="store", default=None, help=argparse.SUPPRESS)
 
 
 def from_pytest(config: pytest.Config) -> Settings:
     """The settings of a pytest run: its `--numerics-…` options over `[tool.numerics-suite]` of pyproject.toml.
 
-    With the arguments of :func:`to_args` it gives back the very settings that these were made from. Extensions that they
-    leave out are off from here on.
-
-    Args:
-        config: pytest's.
+    Extensions that they leave out are off from here on.
 
     Raises:
         BadInputError: a value cannot be used.
     """
     given = {option.name: config.getoption(_dest(option), None) for option in OPTIONS}
     parsed = _parsed(given, lambda option, _: option.twin)
-    accept = parse_accept([_loaded(entry, ACCEPT) for entry in config.getoption("numerics_accept", None) or ()], ACCEPT)
-    carried = config.getoption("numerics_origins", None)
-    if carried is not None:
-        origins = _loaded(carried, ORIGINS)
-        turned_off = {name: False for name in origins if name in BY_NAME and name not in parsed}
-        layers = [(origins.get(name, PYTEST), {name: value}) for name, value in {**turned_off, **parsed}.items()]
-        return _heeded(merge(layers, accept, origins.get("accept", PYPROJECT)))
-    stated, from_file = _of_file(_pyproject_of(config), parsed)
-    return _heeded(merge([(PYPROJECT, stated), (PYTEST, parsed)], accept or from_file, PYTEST if accept else PYPROJECT))
+    stated, accept = _of_file(_pyproject_of(config), parsed)
+    return _heeded(merge([(PYPROJECT, stated), (PYTEST, parsed)], accept))
 
 
 def _pyproject_of(config: pytest.Config) -> Path | None:
-    """The one of pytest's root if it speaks of this suite, else the nearest to where pytest was typed."""
+    """The one of pytest's root if it has a table for this suite, else the nearest to pytest's working directory."""
     own = config.rootpath / "pyproject.toml"
     return own if has_table(own) else find_pyproject(Path(config.invocation_params.dir))
-
-
-def _loaded(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        message = f"{where}: not JSON: {text}"
-        raise BadInputError(message) from None
-
-
-def to_args(settings: Settings) -> list[str]:
-    """The `--numerics-…` arguments from which :func:`from_pytest` makes the same settings, in any folder.
-
-    Args:
-        settings: of this run.
-    """
-    arguments = []
-    for name, option in BY_NAME.items():
-        if not settings.explicit(name):
-            continue
-        value = getattr(settings, name)
-        if option.form in {"flag", "switch"}:
-            arguments += _switch_args(option, on=value)
-        elif option.form == "repeat":
-            arguments += [f"{option.twin}={item}" for item in value]
-        else:
-            arguments.append(f"{option.twin}={','.join(value) if option.many else value}")
-    arguments += [f"{ACCEPT}={json.dumps(entry_to_json(entry))}" for entry in settings.accept]
-    return [*arguments, f"{ORIGINS}={json.dumps(dict(settings.origins))}"]
-
-
-def _switch_args(option: Option, *, on: bool) -> list[str]:
-    if on:
-        return [option.twin]
-    return [option.twin.replace("--numerics-", "--numerics-no-", 1)] if option.form == "switch" else []

@@ -28,12 +28,7 @@ def text(value: str) -> str:
 
 
 def one_of(kind: str, known: tuple[str, ...]) -> Callable[[str], str]:
-    """A parser that takes one of the known names.
-
-    Args:
-        kind: what the names are names of, for the message.
-        known: every name that is accepted.
-    """
+    """A parser that takes one of the known names."""
 
     def parse(value: str) -> str:
         if value not in known:

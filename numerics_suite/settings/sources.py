@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.settings.accept import AcceptEntry, parse_accept
-from numerics_suite.settings.table import BY_KEY, BY_NAME, OPTIONS, Option
+from numerics_suite.settings.table import BY_KEY, Option
 from numerics_suite.settings.tree import PYPROJECT, Settings
 
 if TYPE_CHECKING:
@@ -20,11 +20,6 @@ KNOWN_KEYS = (*BY_KEY, "accept")
 
 def parse_option(option: Option, given: Any, where: str) -> Any:
     """The value of an option from its text, or texts where it is given several times.
-
-    Args:
-        option: which.
-        given: a text, or a list of texts.
-        where: how the user calls it, for the message.
 
     Raises:
         BadInputError: it cannot be used.
@@ -47,17 +42,12 @@ def parse_option(option: Option, given: Any, where: str) -> Any:
         raise BadInputError(message) from None
 
 
-def merge(
-    layers: Sequence[tuple[str, Mapping[str, Any]]],
-    accept: tuple[AcceptEntry, ...] = (),
-    accept_origin: str = PYPROJECT,
-) -> Settings:
+def merge(layers: Sequence[tuple[str, Mapping[str, Any]]], accept: tuple[AcceptEntry, ...] = ()) -> Settings:
     """One `Settings` from layers of parsed values, weakest first.
 
     Args:
         layers: origin, and field name to value.
-        accept: the accepted findings.
-        accept_origin: where these come from.
+        accept: the accepted findings, of pyproject.toml.
 
     Raises:
         BadInputError: values that do not go together.
@@ -68,7 +58,7 @@ def merge(
         values.update(layer)
         origins.update(dict.fromkeys(layer, origin))
     if accept:
-        values["accept"], origins["accept"] = accept, accept_origin
+        values["accept"], origins["accept"] = accept, PYPROJECT
     settings = Settings(**values, origins={name: origins[name] for name in sorted(origins)})
     if len(settings.names) > len(settings.subjects):
         message = f"--name: {len(settings.names)} names for {len(settings.subjects)} subjects; give one per SUBJECT"
@@ -86,21 +76,18 @@ def find_pyproject(start: Path) -> Path | None:
 
 def has_table(file: Path) -> bool:
     """Whether the file exists and has a `[tool.numerics-suite]`."""
-    return file.is_file() and TABLE in _read(file).get("tool", {})
+    return file.is_file() and TABLE in read_toml(file).get("tool", {})
 
 
 def read_pyproject(file: Path | None) -> tuple[dict[str, Any], tuple[AcceptEntry, ...]]:
     """Field name to value, and the accepted findings, of `[tool.numerics-suite]`.
-
-    Args:
-        file: the pyproject.toml, None for none.
 
     Raises:
         BadInputError: the file cannot be read, or holds what cannot be used.
     """
     if file is None:
         return {}, ()
-    table = _read(file).get("tool", {}).get(TABLE, {})
+    table = read_toml(file).get("tool", {}).get(TABLE, {})
     if not isinstance(table, dict):
         message = f"{file}: tool.{TABLE} must be a table"
         raise BadInputError(message)
@@ -120,17 +107,18 @@ def read_pyproject(file: Path | None) -> tuple[dict[str, Any], tuple[AcceptEntry
 
 
 def option_of_key(key: str) -> Option | None:
-    """The option that a key of pyproject.toml names: by its key, or as its flag or pytest twin is spelt.
-
-    Args:
-        key: with hyphens or underscores.
-    """
+    """The option that a key of pyproject.toml names: by its key, or as its flag or pytest twin is spelt."""
     spelt = key.replace("_", "-")
     twins = {option.twin.removeprefix("--numerics-"): option for option in BY_KEY.values()}
     return BY_KEY.get(spelt) or twins.get(spelt)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        BadInputError: it cannot be read.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -179,12 +167,3 @@ def _relative(option: Option, value: Any, folder: Path) -> Any:
     if option.name == "subjects":
         return tuple(str(folder / item) if (folder / item).is_dir() else item for item in value)
     return value
-
-
-def check_names() -> None:
-    """Raise where the table of options and the record of settings do not name the same fields."""
-    named = {*BY_NAME, "accept", "origins"}
-    held = set(Settings.__dataclass_fields__)
-    if named != held or len(BY_NAME) != len(OPTIONS):
-        message = f"options and settings differ: {sorted(named ^ held)}"
-        raise AssertionError(message)

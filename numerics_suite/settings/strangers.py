@@ -25,14 +25,7 @@ _said: set[Path] = set()
 def without_strangers_wishes(
     file: Path, stated: Mapping[str, Any], accept: tuple[AcceptEntry, ...], subjects: Iterable[str]
 ) -> tuple[dict[str, Any], tuple[AcceptEntry, ...]]:
-    """The settings of a file, without those that it may not set where it lies with a checkpoint; one line says so.
-
-    Args:
-        file: the pyproject.toml.
-        stated: field name to value.
-        accept: its accepted findings.
-        subjects: SUBJECTs from elsewhere, such as the command line.
-    """
+    """The settings of a file, without those that it may not set where it lies with a checkpoint; one line says so."""
     left = dict(stated)
     if not lies_with_checkpoint(file, [*subjects, *left.get("subjects", ())]):
         return left, accept
@@ -58,12 +51,7 @@ def without_strangers_wishes(
 
 
 def lies_with_checkpoint(file: Path, subjects: Iterable[str]) -> bool:
-    """Whether a file lies in or below the folder of a subject, or in a folder that itself holds a checkpoint.
-
-    Args:
-        file: any.
-        subjects: SUBJECTs as typed; those that are no folder are passed over.
-    """
+    """Whether a file lies in or below the folder of a subject, or in a folder that itself holds a checkpoint."""
     folder = file.parent.resolve()
     if any((folder / name).exists() for name in CHECKPOINT):
         return True

@@ -1,1 +1,1 @@
-"""What is under test: parsing a SUBJECT, loading it at a precision, and what each family of models knows."""
+"""What is under test: parsing a SUBJECT, loading it at a precision, and the families of models."""

@@ -23,7 +23,7 @@ _TASKS: Mapping[str, Task] = {
 
 
 DECOMPOSED = ("corda", "eva", "loftq", "lora_ga", "olora", "orthogonal", "pissa")
-"""Ways to begin that decompose the base's weights, which the meta device does not hold."""
+"""Initialisations that decompose the base's weights, which the meta device does not hold."""
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
@@ -40,16 +40,16 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def refuse_unusable(folder: Path, base: Path, model_class: str, tensors: Mapping[str, StoredTensor]) -> None:
-    """See that peft takes the adapter and puts it on its base, on torch's meta device, which holds shapes and no numbers.
+    """Check that peft can load the adapter onto its base, on torch's meta device, which holds shapes and no numbers.
 
     Args:
         folder: of the adapter.
         base: folder of its base.
-        model_class: of transformers, that the base is loaded as; another one is not looked at.
+        model_class: of transformers, for the base; other classes are not checked.
         tensors: what the adapter's files hold.
 
     Raises:
-        BadInputError: it does not; each check that loads it would fail.
+        BadInputError: it cannot; every check would fail.
     """
     import peft  # heavy
     import torch
@@ -67,18 +67,18 @@ def refuse_unusable(folder: Path, base: Path, model_class: str, tensors: Mapping
             model: Any = peft.get_peft_model(built(transformers.AutoConfig.from_pretrained(base)), config)
             shapes = {name: tuple(value.shape) for name, value in peft.get_peft_model_state_dict(model).items()}
     except Exception as error:  # noqa: BLE001 - peft raises what it likes
-        message = f"{folder / 'adapter_config.json'}: peft {peft.__version__} refuses it: {compat.last_line(error)}"
+        message = f"{folder / 'adapter_config.json'}: peft {peft.__version__} refuses it: {compat.last_line(error)}; install the peft that wrote it"
         raise BadInputError(message) from None
     for name, tensor in tensors.items():
         if "lora_" in name and name in shapes and tuple(tensor.shape) != shapes[name]:
-            message = f"{folder}: {name} has shape {list(tensor.shape)}, and adapter_config.json makes it {list(shapes[name])}"
+            message = f"{folder}: {name} has shape {list(tensor.shape)}, and adapter_config.json makes it {list(shapes[name])}; save both again together"
             raise BadInputError(message)
 
 
 def adapter_task(adapter: Mapping[str, Any]) -> Task | None:
     """The task that the adapter was trained for, None where it does not say.
 
-    An adapter that was made without a `task_type` names the class of its base instead.
+    An adapter without a `task_type` names the class of its base instead.
     """
     told = _TASKS.get(str(adapter.get("task_type")))
     mapping = adapter.get("auto_mapping")
@@ -95,7 +95,7 @@ def base_folder(folder: Path, adapter: Mapping[str, Any], *, allow_pickle: bool)
     """
     where, base = folder / "adapter_config.json", adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        message = f"{where}: key base_model_name_or_path is missing, so the base is unknown"
+        message = f"{where}: key base_model_name_or_path is missing; set it to the base's folder or hub id"
         raise BadInputError(message)
     if base.startswith("fixture:"):
         return fixtures.fixture_path(base.removeprefix("fixture:"))
@@ -104,7 +104,7 @@ def base_folder(folder: Path, adapter: Mapping[str, Any], *, allow_pickle: bool)
             return path.resolve()
     hub_id = parse_hub_id(base)
     if hub_id is None:
-        message = f"{where}: base_model_name_or_path '{base}' is no directory"
+        message = f"{where}: base_model_name_or_path '{base}' is not a directory; set it to the base's folder or hub id"
         raise BadInputError(message)
     revision = adapter.get("revision")
     if isinstance(revision, str) and revision and hub_id.revision is None:

@@ -1,4 +1,4 @@
-"""Can a model be built from a `config.json`? Where none can, which key is at fault: on the meta device, which holds no numbers."""
+"""Can a model be built from a `config.json`, and if not, which key prevents it? Tried on the meta device."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from numerics_suite.subjects.quiet import quiet_transformers
 _SIZE = re.compile(r"(_size|_dim|_rank|^num_\w+_(layers|heads))$")
 
 MOST_LAYERS = 1000
-"""Layers that a config may ask for beyond those that its weights can hold; the deepest published models have some hundred, and
+"""Most layers of a config beyond those that its weights can hold; the deepest published models have some hundred, and
 every layer that is built takes milliseconds even without numbers."""
 
 _NO_VALUES = frozenset({"model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"})
 
 
 def refuse_impossible_sizes(folder: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> None:
-    """Where a size is not positive, or is larger than any that the weights have, see whether a model comes of it.
+    """If a size is not positive, or is larger than any in the weights, try to build the model.
 
-    Some sizes mean "none", and weights that are lacking are a finding. What no memory holds, and what no model can be built
-    of, would fail in every check.
+    Some sizes mean "none", and missing weights are a finding. Sizes beyond any memory, or of which no model can be
+    built, would fail in every check.
 
     Args:
         folder: of the checkpoint.
@@ -43,7 +43,7 @@ def refuse_impossible_sizes(folder: Path, config: Mapping[str, Any], stored: Map
         stored: its tensors.
 
     Raises:
-        BadInputError: no model can be built of it, or none that fits into this machine.
+        BadInputError: no model can be built from it, or none that fits into memory.
     """
     path = folder / "config.json"
     for name in COUNTS:
@@ -68,23 +68,23 @@ def refuse_impossible_sizes(folder: Path, config: Mapping[str, Any], stored: Map
         with quiet_transformers(), torch.device("meta"):
             model: nn.Module = built(_config_of(folder, config, trust_remote_code=False))
     except Exception as error:  # noqa: BLE001 - model classes raise what they like
-        message = f"{path}: {values}, and no model can be built of it: {compat.last_line(error)}"
+        message = f"{path}: {values}, and no model can be built from it: {compat.last_line(error)}"
         raise BadInputError(message) from None
     asked, held = sum(p.numel() for p in model.parameters()), sum(tensor.elements for tensor in stored.values())
     if asked > 2 * held and 4 * asked > free_bytes(CPU) + swap_bytes():
-        message = f"{path}: {values}, which makes a model of {asked:,} numbers that this memory cannot hold; the weights have {held:,}"
+        message = f"{path}: {values}, which makes a model of {asked:,} numbers, too many for this memory; the weights have {held:,}; correct it"
         raise BadInputError(message)
 
 
 def why_not_loaded(
     folder: Path, task: str, model_class: str | None, error: Exception, *, trust_remote_code: bool
 ) -> str:
-    """One line on a load that failed: the file, the key where one is at fault, the exception, and what to do.
+    """One line on a failed load: the file, the key at fault if there is one, the exception, and what to do.
 
     Args:
         folder: of the checkpoint.
         task: of the subject.
-        model_class: that a load builds.
+        model_class: the class that is loaded.
         error: what the load raised.
         trust_remote_code: the checkpoint's own code may run.
     """
@@ -96,23 +96,19 @@ def why_not_loaded(
         return str(unread)
     fault = _fault(folder, text, task, trust_remote_code)
     if fault is None:
-        return f"{folder}: {release} can build a {what} of its config.json and cannot load this one: {said}; fetch or save it again"
+        return f"{folder}: {release} can build a {what} from its config.json but cannot load these weights: {said}; fetch or save them again"
     key, reason = fault
     path = folder / "config.json"
     if key:
         value = repr(json.loads(text)[key])
         shown = value if len(value) <= 60 else f"{value[:60]}…"
-        return (
-            f"{path}: {key} is {shown}, with which {release} can build no {what} ({reason}); correct it or leave it out"
-        )
-    return (
-        f"{path}: {release} can build no {what} of it ({reason}); compare it with one of the same model_type that loads"
-    )
+        return f"{path}: {key} is {shown}, with which {release} cannot build a {what} ({reason}); correct it or leave it out"
+    return f"{path}: {release} cannot build a {what} from it ({reason}); compare it with one of the same model_type that loads"
 
 
 @lru_cache(maxsize=32)
 def _fault(folder: Path, text: str, task: str, trust_remote_code: bool) -> tuple[str, str] | None:  # noqa: FBT001 - of a cache's key
-    """The key without which a model can be built (empty where there is no such single one) and what is raised; None where one can."""
+    """The key that prevents building (empty if not a single one) and the exception; None if it can be built."""
     config = json.loads(text)
     auto = compat.auto_class(task, config.get("model_type"))
 
@@ -131,7 +127,7 @@ def _fault(folder: Path, text: str, task: str, trust_remote_code: bool) -> tuple
 
 
 def _raised(build: Callable[[], nn.Module]) -> str | None:
-    """What building raises, in one line; None where a model comes of it."""
+    """What building raises, in one line; None if it succeeds."""
     try:
         with without_values():
             build()
@@ -141,7 +137,7 @@ def _raised(build: Callable[[], nn.Module]) -> str | None:
 
 
 def _config_of(folder: Path, content: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
-    """The config object that the release makes of these values; the folder's own code has the class where there is such code."""
+    """The config object for these values, of the folder's own class if its code defines one."""
     import transformers  # heavy
 
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING

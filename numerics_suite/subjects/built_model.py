@@ -1,4 +1,4 @@
-"""What a class builds from its config: the buffers and dtypes that a load may hold, before a cast or a file had a part in it."""
+"""What a class builds from its config: buffers and dtypes before a file or a cast changes them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.arithmetic import torch_default_dtype
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
@@ -27,7 +28,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 
 def is_outside_body(model: nn.Module, name: str) -> bool:
-    """Whether a parameter lies outside the body of its class: a classifier of remote code calls its head what it likes.
+    """Whether a parameter lies outside the body of its class: remote code may give its head any name.
 
     Args:
         model: of transformers or of peft.
@@ -69,21 +70,21 @@ def built_dtypes(
         model: of transformers, without an adapter.
         dtype: torch's default dtype while the class builds; a parameter in another one has a dtype that the class itself names.
         kind: another class to build from the config, None for the model's own.
-        changed: values of the config that are others, by attribute.
+        changed: changed values of the config, by attribute.
     """
     other = _built(model, dtype, changed, kind)
     return {} if other is None else {name: parameter.dtype for name, parameter in other.named_parameters()}
 
 
 def built_with(model: nn.Module, changed: Mapping[str, Any]) -> nn.Module | None:
-    """Another model of the same class, its parameters on the meta device, from a config in which some values are others.
+    """A model of the same class with its parameters on the meta device, from a config with some changed values.
 
     Args:
         model: of transformers, without an adapter.
         changed: values by attribute.
 
     Returns:
-        None where the class cannot be built so.
+        None if the class cannot be built this way.
     """
     return _built(model, torch.get_default_dtype(), changed)
 
@@ -108,7 +109,7 @@ def _built(
 
 @contextmanager
 def without_values(dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Models are built within as a load builds them, but for the numbers of their parameters: that costs no memory to speak of.
+    """Build models within as a load does, but without values of parameters, which takes almost no memory.
 
     Buffers stay on the CPU: some classes read values of theirs while they are built.
 
@@ -121,15 +122,12 @@ def without_values(dtype: torch.dtype | None = None) -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Each parameter goes to the meta device as soon as its module has it, so its initialisation writes nothing."""
+    """Move each parameter to the meta device as soon as it is registered, so its initialisation writes nothing."""
     own = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         moved = None if param is None else nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
         own(self, name, moved)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
+    with with_attribute(nn.Module, "register_parameter", register):
         yield
-    finally:
-        nn.Module.register_parameter = own  # type: ignore[method-assign]

@@ -28,7 +28,7 @@ _MAPPING_NAMES = {
     "token-classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
 SEEING = frozenset({"glm4v", "glm4v_moe", "glm46v", "glm_ocr"})
-"""Models of the GLM line that see images: they are judged on batches of text, which reach all but their vision part."""
+"""Multimodal models of the GLM line: they are judged on batches of text, which reach all but their vision part."""
 
 IMAGE_TEXT = "AutoModelForImageTextToText"
 DTYPE_RENAMED: Release = (4, 56)
@@ -50,7 +50,7 @@ def release() -> Release:
 
 
 def packs_by_positions() -> bool:
-    """Whether this release builds the masks of packed rows from `position_ids` that start again: from 4.53.1 on."""
+    """Whether this release builds the masks of packed rows from `position_ids` that restart: from 4.53.1 on."""
     try:
         from transformers import masking_utils  # heavy
     except ImportError:
@@ -68,7 +68,7 @@ def auto_class_name(task: str, model_type: object = None) -> str:
 
     Args:
         task: of the subject.
-        model_type: of its config: a model that sees images has a class of its own for language too.
+        model_type: of its config: a multimodal model has a separate class for language.
     """
     return IMAGE_TEXT if task == "causal-lm" and model_type in SEEING else _AUTO_CLASSES[task]
 
@@ -132,10 +132,10 @@ def is_language_model(module: Any) -> bool:
 
 
 def config_values(model: Any) -> dict[str, Any]:
-    """The keys of a model's config, those of its language part in place of its own.
+    """The keys of a model's config, with those of its language part, if any, instead.
 
     Args:
-        model: of transformers; one that sees images has its vocabulary and its lengths in `text_config`.
+        model: of transformers; a multimodal one keeps vocabulary and lengths in `text_config`.
     """
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -174,10 +174,10 @@ def attention_of(model: nn.Module) -> str:
 
 
 def use_plain_experts(model: nn.Module) -> None:
-    """Let a mixture of experts compute one expert after the other: grouped products have no float64 kernel.
+    """Make a mixture of experts compute one expert at a time: grouped products have no float64 kernel.
 
     Args:
-        model: changed in place; releases before 5.0 know no other way, and have no such switch.
+        model: changed in place; releases before 5.0 always do, and have no switch.
     """
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -222,13 +222,13 @@ def set_attention(model: Any, attn: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, for messages that are one line."""
+    """The first non-empty line of an error's text, for one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's text: where a wrapped error says what was wrong."""
+    """The last line of an error's text, which in a wrapped error names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -248,7 +248,7 @@ _ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
 def known_config_keys(config_class: type) -> set[str]:
     """Keys of `config.json` that this release reads for this config class.
 
-    Any other key is set as an attribute that nothing looks at: the key is silently ignored.
+    Any other key becomes an attribute that nothing reads: it is silently ignored.
 
     Args:
         config_class: a `PretrainedConfig` class of transformers or of remote code.
@@ -301,7 +301,7 @@ def _source(thing: Any) -> str:
 
 
 def _asked_by_model(config_class: type) -> set[str]:
-    """Keys that the modelling file beside the config's file asks of it, and the shared rotary code where it is used."""
+    """Config keys read by the modelling file beside the config's file, and by the shared rotary code if used."""
     try:
         path = Path(inspect.getfile(config_class))
     except (OSError, TypeError):

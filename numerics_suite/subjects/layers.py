@@ -1,6 +1,6 @@
-"""`--layers`: a shallower checkpoint, made of some blocks of a larger one and of everything that is not in a block.
+"""`--layers`: a shallower checkpoint, with some blocks of a larger one and everything outside the blocks.
 
-It is a folder like any other, so every check, definition, remedy and script works on it as it is.
+It is an ordinary checkpoint folder, so every check, definition, remedy and script works on it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def chosen(wanted: str, count: int) -> tuple[int, ...]:
     how, _, text = wanted.partition(":")
     number = int(text)
     if number > count:
-        message = f"--layers {wanted}: the model has {count} layers"
+        message = f"--layers {wanted}: the model has {count} layers; choose fewer"
         raise BadInputError(message)
     return tuple(range(number)) if how == "first" else tuple(range(0, count, number))
 
 
 def shallower(folder: Path, config: Mapping[str, Any], wanted: str) -> tuple[Path, str]:
-    """The folder of the shallower checkpoint, made once and then kept beside built fixtures; and a line that says what it is.
+    """The folder of the shallower checkpoint, made once and cached beside built fixtures, and a line that describes it.
 
     Args:
         folder: of the checkpoint.
@@ -76,13 +76,13 @@ def shallower(folder: Path, config: Mapping[str, Any], wanted: str) -> tuple[Pat
 
 
 def _same_code(folder: Path, target: Path) -> bool:
-    """Whether the code that would run is the checkpoint's own, byte by byte: that one is trusted, not what lies in a cache."""
+    """Whether the cached code equals the checkpoint's own, byte by byte: only that is trusted."""
     own, copied = ({file.name: file.read_bytes() for file in each.glob("*.py")} for each in (folder, target))
     return own == copied
 
 
 def shallower_config(config: Mapping[str, Any], key: str, kept: tuple[int, ...]) -> dict[str, Any]:
-    """The config with fewer blocks; what it says of each block is kept for those that are.
+    """The config with fewer blocks; lists with an entry per block keep the remaining blocks' entries.
 
     Args:
         config: of the checkpoint.

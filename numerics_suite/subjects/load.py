@@ -1,4 +1,4 @@
-"""Loading a subject at a precision: what is under test becomes a model in eval mode, with the story of its names.
+"""Loads a subject at a precision: a model in eval mode, and how its names matched the checkpoint.
 
 A checkpoint is loaded at a dtype and never cast: `model.to(dtype)` would round buffers that a load keeps.
 """
@@ -43,14 +43,14 @@ class Loaded:
 
     Attributes:
         model: in eval mode.
-        batch: a factory's own batch, floating tensors in the dtype asked for; None elsewhere.
+        batch: a factory's own batch, floating tensors in the requested dtype; None for other subjects.
         missing: names that the model has and the checkpoint lacks, a new head's included.
         unexpected: names that the checkpoint has and the model has no place for; not the head of another task.
-        mismatched: names whose stored shape is another one; they were made anew.
+        mismatched: names whose stored shape differs; they were initialised anew.
         new_head: parameters of the head that was made for the task.
         tied: groups of parameter names that share one tensor.
         attn: the attention implementation that the model computes with; `default` where it has no switch.
-        dtype: as asked, such as `bfloat16`.
+        dtype: as requested, such as `bfloat16`.
         remote_modules_dir: the private folder that its own code was loaded from, None without such code.
     """
 
@@ -80,7 +80,7 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
     Args:
         subject: resolved.
         dtype: of its floating parameters, as torch names it (`bfloat16`).
-        attn: `default` takes what the release chooses; else `eager`, `sdpa`, …
+        attn: `default` is the release's choice; else `eager`, `sdpa`, …
         device: where the model ends up.
         seed: draws the weights that the checkpoint lacks.
         poison: uninitialised memory is NaN while the model is built.
@@ -88,8 +88,8 @@ def load(  # noqa: PLR0913  # keywords, each an axis of a cell
     Raises:
         UnsupportedError: this release or this class cannot (architecture, attention); the text is the reason.
         BadInputError: a factory fails.
-        UnusableError: no model comes of the checkpoint's files.
-        CheckError: none comes of a fixture, whose files are right, or memory ran out.
+        UnusableError: no model can be loaded from the checkpoint's files.
+        CheckError: a fixture, whose files are right, cannot be loaded, or memory ran out.
     """
     with ExitStack() as switches:
         if subject.kind != "factory":
@@ -137,11 +137,11 @@ def _build(subject: Subject, *, dtype: str, attn: str, device: str) -> Loaded:
 
 
 def default_dtype(subject: Subject, dtype: str | None = None) -> str:
-    """The dtype of most parameters where a checkpoint is loaded without naming one, or by its folder alone with one.
+    """The dtype of most parameters after a load without a dtype, or with one but without a config object.
 
     Args:
         subject: a checkpoint; of an adapter, the base.
-        dtype: asked for, and then no config object is handed over; None asks for none: the stored one from 5.0.0 on.
+        dtype: requested without a config object; None requests none, which gives the stored one from 5.0.0 on.
 
     Raises:
         UnusableError: the load fails; CheckError of a fixture.
@@ -188,7 +188,7 @@ def _from_folder(  # noqa: PLR0913 - keywords, as of `load`
 
 
 def _config(subject: Subject, folder: Path) -> Any:
-    """The config as the release reads it, with another number of labels where one was asked for."""
+    """The config as the release reads it, with the requested number of labels, if any."""
     from transformers import AutoConfig  # heavy
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=subject.trust_remote_code, local_files_only=True)
@@ -209,7 +209,7 @@ def _new_head(subject: Subject, model: nn.Module, info: LoadingInfo) -> tuple[st
 
 
 def _unexpected(subject: Subject, info: LoadingInfo) -> tuple[str, ...]:
-    """Stored names without a place, but for the head of another task, which is left out on purpose."""
+    """Stored names with no place in the model, except another task's head, which is left out on purpose."""
     if subject.task in {task_of_class(name) for name in subject.architectures}:
         return info.unexpected
     family = family_of(subject.config)
@@ -229,7 +229,7 @@ def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple
         # peft looks for the head of a classifier's adapter, and for the methods of a language model in a classifier.
         config.task_type, kept = None, getattr(config, "modules_to_save", None)
         config.modules_to_save = [name for name in kept or () if any(name in each.split(".") for each in held)] or None
-    # Without this peft would hold the adapter in float32 whatever was asked for.
+    # Without this peft would keep the adapter in float32 whatever was requested.
     options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False, "local_files_only": True}
     model = PeftModel.from_pretrained(base, subject.path, config=config, **options)
     wanted = set(get_peft_model_state_dict(model))
@@ -276,8 +276,8 @@ def _from_factory(subject: Subject, *, dtype: str, attn: str, device: str) -> Lo
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Give floating parameters and saved buffers a dtype in place, as a load at that dtype would.
 
-    Buffers that are not saved, rotary frequencies and those whose dtype the class itself names stay as they are, and so does
-    what the model declares to keep in float32.
+    Unsaved buffers, rotary frequencies, buffers whose dtype the class itself names, and what the model declares to keep
+    in float32 stay unchanged.
 
     Args:
         model: changed in place; tied parameters stay tied.
@@ -299,13 +299,13 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _named_by_class(model: nn.Module, dtype: torch.dtype) -> set[int]:
-    """The buffers (by identity) that the class builds in a dtype of its own, whatever is asked for."""
+    """The buffers (by identity) that the class builds in a dtype of its own, whatever was requested."""
     built = built_buffers(model, dtype) or {}
     return {id(b) for name, b in model.named_buffers() if name in built and built[name].dtype != dtype}
 
 
 def place(model: nn.Module, device: str) -> nn.Module:
-    """The model moved to its device, in place, which converts nothing; over several devices block by block.
+    """Move the model to its device in place, without conversion; to several devices block by block.
 
     Args:
         model: on the CPU.

@@ -1,4 +1,4 @@
-"""What a load that failed says: which file, what was raised, and whether the files or the release are to blame."""
+"""Turns a failed load into one line: which file, what was raised, and whether files or release are the reason."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from numerics_suite.subjects import compat
 from numerics_suite.subjects.buildable import why_not_loaded
 
 NO_CUDA = ("Torch not compiled with CUDA enabled", "Found no NVIDIA driver", "No CUDA GPUs are available")
-"""What torch says, in an AssertionError or a RuntimeError, where code asks for CUDA by name (ChatGLM's own `quantization_bit` does)."""
+"""Torch's words, in an AssertionError or a RuntimeError, when code needs CUDA (as ChatGLM's own `quantization_bit`
+does)."""
 
 
 @contextmanager
 def _in_one_line(word: Callable[[Exception], NumericsSuiteError]) -> Iterator[None]:
-    """Raise what `word` makes of an exception; ours, and one that no later cell can outlive, stay as they are."""
+    """Raise the result of `word` for an exception; our own, and fatal ones, stay as they are."""
     try:
         yield
     except NumericsSuiteError:
@@ -29,17 +30,17 @@ def _in_one_line(word: Callable[[Exception], NumericsSuiteError]) -> Iterator[No
 
 
 def load_failures(subject: Subject, attn: str) -> AbstractContextManager[None]:
-    """Give every failure of a load one line: an implementation that is lacking is a skip, files that cannot be used are bad input.
+    """Turn a failed load into a skip (missing implementation) or bad input (unusable files), in one line.
 
     Args:
-        subject: that is loaded.
-        attn: that was asked for.
+        subject: the one being loaded.
+        attn: the requested one.
 
     Raises:
         UnsupportedError: this class has no such attention, nothing here can read its quantised weights, or its code
             needs CUDA where there is none.
-        UnusableError: no model comes of the files.
-        CheckError: none comes of a fixture's, which are right.
+        UnusableError: the files cannot be used.
+        CheckError: a fixture's files, which are right, cannot be loaded.
     """
     return _in_one_line(lambda error: _of_load(error, subject, attn))
 
@@ -52,7 +53,7 @@ def _of_load(error: Exception, subject: Subject, attn: str) -> NumericsSuiteErro
     if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
         return UnsupportedError(f"this quantised checkpoint cannot be loaded here: {line}")
     if any(said in text for said in NO_CUDA):
-        return UnsupportedError(f"the code of {subject.model_class} needs CUDA, which this machine has not: {line}")
+        return UnsupportedError(f"the code of {subject.model_class} needs CUDA, which this machine lacks: {line}")
     if subject.kind == "fixture":  # its files are right, so it is the release that cannot
         return CheckError(f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}")
     folder, trusted = Path(subject.adapter_base or str(subject.path)), subject.trust_remote_code
@@ -60,7 +61,7 @@ def _of_load(error: Exception, subject: Subject, attn: str) -> NumericsSuiteErro
 
 
 def adapter_failures(subject: Subject) -> AbstractContextManager[None]:
-    """Name the adapter's folder where its base could be loaded and it cannot be put on that.
+    """Name the adapter's folder if its base loads and the adapter does not.
 
     Args:
         subject: the adapter.

@@ -1,4 +1,4 @@
-"""How much memory will a cell need? From headers and config alone."""
+"""Estimates the memory of a cell from headers and config alone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from numerics_suite.core.machine import swap_bytes
 from numerics_suite.core.records import Subject
 from numerics_suite.devices.kinds import CPU, kind_of, parts_of
 from numerics_suite.devices.memory import free_bytes
+from numerics_suite.subjects.layers import COUNTS
 
 _WIDTHS: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+PRECISION_OF: Mapping[str, str] = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "float16": "fp16"}
+"""The precision whose parameters are held in a dtype, as `--precision` names it."""
+USABLE = 0.8
+"""Share of the free memory that may be planned with; the rest is for workspaces and other programs."""
 TRAINING_COPIES = 4
 """Parameters, gradients and AdamW's two moments, all in the parameters' dtype."""
+PROCESS_BYTES = 300_000_000
+"""Of a process that has imported torch and transformers."""
+SMALL_COPY = 1 << 30
+"""A model whose float64 copy takes less is never streamed."""
+STEP_COPIES = 2
+"""Copies of the largest parameter that AdamW makes in a step."""
 KEPT_PER_BLOCK = 16
 """Hidden-sized tensors that one block keeps for its backward pass: norms, q, k, v, output, gate, up, product, residuals."""
 
@@ -26,13 +37,27 @@ is within 6 % of the peak on all of them."""
 KEPT_BATCHES = 2.85
 """Batches as large as the training batch whose logits stay in memory for each drawn one, up to :data:`KEPT_BYTES`."""
 KEPT_BYTES = 2**28
-"""Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group ask the same batches."""
+"""Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group share
+batches."""
+KEPT_GRADIENT_BYTES = 2**31
+"""Bytes of one set of float64 gradients that the cells of a subject keep for each other; a larger one is dropped with its cell."""
 GRADIENT_COPIES = 3
 """Float64 copies of all parameters at once where two backward passes are compared: one's gradients, the other's leaves and gradients."""
 
 
 def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
-    subject: Subject, dtype: str, computes_in: str, *, training: bool, batch: int, seq: int, examples: int
+    subject: Subject,
+    dtype: str,
+    computes_in: str,
+    *,
+    training: bool,
+    batch: int,
+    seq: int,
+    examples: int,
+    device: str = CPU,
+    scope: str = "full",
+    tokens: int | None = None,
+    gradients: bool = True,
 ) -> int | None:
     """Expected bytes on the device at the peak of one cell with all its checks, None where the number of parameters is unknown.
 
@@ -43,14 +68,27 @@ def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
     Args:
         subject: resolved.
         dtype: of the parameters, as torch names it.
-        computes_in: dtype of the answers that are kept: under autocast the narrower one.
+        computes_in: dtype of the outputs that are kept: under autocast the narrower one.
         training: whether checks train.
         batch: rows of the training batch.
         seq: tokens of a row.
         examples: batches drawn for a check.
+        device: where the cell runs.
+        scope: what is trained.
+        tokens: of the largest batch that checks of a forward pass share, None for the training batch.
+        gradients: whether checks compare gradients in float64.
     """
     if subject.parameters is None:
         return None
+    sets = gradient_sets_that_fit(subject, dtype, device) if gradients else 0
+    if 8 * subject.parameters > SMALL_COPY and sets < GRADIENT_COPIES:
+        trains = training_bytes(subject, dtype, scope, batch=batch, seq=seq) if training else 0
+        working = _forward_bytes(subject, computes_in, tokens or batch * seq, examples)
+        return (
+            PROCESS_BYTES
+            + held_bytes(subject, dtype, device)
+            + max(trains, int(8 * subject.parameters * sets), working)
+        )
     width, config, tokens = _WIDTHS.get(dtype, 4), subject.config, batch * seq
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
     inner = _number(config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden
@@ -63,6 +101,34 @@ def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
     states = 8 * (block * layers + tokens * words * (LOGITS if training else SERVED_LOGITS))
     kept = min(KEPT_BYTES, int(KEPT_BATCHES * examples * tokens * words * _WIDTHS.get(computes_in, 4)))
     return models + twins + states + kept
+
+
+def gradient_sets_that_fit(subject: Subject, dtype: str, device: str) -> float:
+    """How many times checks may hold the float64 gradients of all parameters at once: as many as the largest that fits holds, 0 where none does.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        dtype: of its parameters.
+        device: of the cell.
+    """
+    room = USABLE * (free_bytes(device) - held_bytes(subject, dtype, device))
+    wanted = (
+        GRADIENT_COPIES,
+        2,
+        1 + 2 * _WIDTHS.get(dtype, 4) / 8,
+    )  # of `train.checkpointing`, the definition, `reference.gradient`
+    return next((sets for sets in wanted if 8 * (subject.parameters or 0) * sets <= room), 0)
+
+
+def _forward_bytes(subject: Subject, computes_in: str, tokens: int, examples: int) -> int:
+    """Of forward passes whose weights are widened piece by piece: answers in float64, those that are kept, one weight of the definition."""
+    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
+    inner = _number(subject.config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden
+    words = _words(subject)
+    kept = min(KEPT_BYTES, examples * tokens * words * _WIDTHS.get(computes_in, 4)) + 2 * min(
+        KEPT_BYTES, 8 * examples * tokens * words
+    )
+    return 8 * (SERVED_LOGITS * tokens * words + 2 * inner * hidden) + kept
 
 
 def estimate_bytes(subject: Subject, dtype: str, *, training: bool, batch: int, seq: int) -> int | None:
@@ -93,8 +159,109 @@ def _activations(subject: Subject, width: int, *, training: bool, batch: int, se
     return block * (layers if training else 1) + logits * (2 if training else 1)
 
 
+def is_mapped(subject: Subject, dtype: str, device: str) -> bool:
+    """Whether the weights stay in the files, of which the system holds what is in use: on the CPU, in the dtype they are stored in.
+
+    Args:
+        subject: resolved.
+        dtype: of its parameters.
+        device: of the cell.
+    """
+    return kind_of(parts_of(device)[0]) == CPU and subject.path is not None and dtype == subject.stored_dtype
+
+
+def held_bytes(subject: Subject, dtype: str, device: str) -> int:
+    """Bytes of memory that the weights of a loaded model take on a device, 0 where they are mapped.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        dtype: of its parameters.
+        device: of the cell.
+    """
+    if is_mapped(subject, dtype, device):
+        return 0
+    return (subject.parameters or 0) * _WIDTHS.get(dtype, 4) // len(parts_of(device))
+
+
+def trained_parameters(subject: Subject, scope: str) -> int:
+    """How many parameters a scope trains: all, the head, or the head and the last blocks.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        scope: `full`, `head` or `last:K`; of `lora`, whose adapters are small, the most that they can be is not known, and 0 is given.
+    """
+    every = subject.parameters or 0
+    if scope in {"full", "lora"}:
+        return every if scope == "full" else 0
+    head = _head(subject)
+    blocks = int(scope.partition(":")[2] or 0)
+    return min(every, head + blocks * block_parameters(subject))
+
+
+def _head(subject: Subject) -> int:
+    """Weights of the output layer, the largest of all."""
+    return _number(subject.config, "hidden_size", "n_embd", "d_model") * _words(subject)
+
+
+def block_parameters(subject: Subject) -> int:
+    """Parameters of one of the repeated blocks, on average."""
+    return max((subject.parameters or 0) - _outside_blocks(subject), 0) // layer_count(subject)
+
+
+def _outside_blocks(subject: Subject) -> int:
+    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
+    embedding = hidden * _number(subject.config, "vocab_size", "padded_vocab_size")
+    tied = bool(subject.config.get("tie_word_embeddings")) or subject.task != "causal-lm"
+    return embedding if tied else 2 * embedding
+
+
+def training_bytes(subject: Subject, dtype: str, scope: str, *, batch: int, seq: int) -> int:
+    """Bytes that a training run takes beside the model: a copy of what is trained, its gradients, AdamW's moments, activations.
+
+    Args:
+        subject: resolved, with a known number of parameters.
+        dtype: of the parameters.
+        scope: what is trained.
+        batch: rows.
+        seq: tokens of a row.
+    """
+    width = _WIDTHS.get(dtype, 4)
+    # A graph reaches from the loss down to the lowest trained block.
+    activations = _activations(subject, width, training=scope in {"full", "lora"}, batch=batch, seq=seq)
+    return width * (trained_parameters(subject, scope) * TRAINING_COPIES + STEP_COPIES * _head(subject)) + activations
+
+
+def layers_that_fit(subject: Subject, bytes_per_parameter: float, room: float) -> int | None:
+    """The most blocks of the model that leave it within so many bytes, None where one does not.
+
+    Args:
+        subject: resolved.
+        bytes_per_parameter: that are needed.
+        room: bytes.
+    """
+    each = block_parameters(subject)
+    if not each or not any(isinstance(subject.config.get(key), int) for key in COUNTS):
+        return None
+    fitting = int((room / bytes_per_parameter - _outside_blocks(subject)) // each)
+    return fitting if 0 < fitting < layer_count(subject) else None
+
+
+def shallower_hint(subject: Subject, bytes_per_parameter: float, room: float) -> str:
+    """`; --layers first:N checks its first N of M layers`, empty where no number fits, or it is no checkpoint.
+
+    Args:
+        subject: resolved.
+        bytes_per_parameter: that are needed.
+        room: bytes.
+    """
+    fitting = None if subject.path is None else layers_that_fit(subject, bytes_per_parameter, room)
+    if fitting is None:
+        return ""
+    return f"; --layers first:{fitting} checks the first {fitting} of its {layer_count(subject)} layers"
+
+
 def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
-    """See that the weights fit, before the system ends the process for them.
+    """Check that the weights fit, before the system kills the process.
 
     Args:
         subject: about to be loaded.
@@ -108,17 +275,21 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
     if subject.parameters is None or subject.quantized:
         return
     on_cpu = kind_of(parts[0]) == CPU
-    if on_cpu and dtype == subject.stored_dtype:
-        return  # mapped: the system takes pages back and reads them again
-    asked = subject.parameters * _WIDTHS.get(dtype, 4) // len(parts)
+    width = _WIDTHS.get(dtype, 4)
+    if is_mapped(subject, dtype, device):
+        return  # the system takes pages back and reads them again
+    asked = subject.parameters * width // len(parts)
     free = free_bytes(device) + (swap_bytes() if on_cpu else 0)
     if asked > free:
         message = f"out of memory on {parts[0]}: {asked} bytes asked for the weights in {dtype}, {free} bytes free"
-        raise CheckError(message)
+        stored = subject.stored_dtype or ""
+        if on_cpu and stored in PRECISION_OF:
+            message += f"; as they are stored, in {stored}, they are read from disk: --precision {PRECISION_OF[stored]}"
+        raise CheckError(message + shallower_hint(subject, width, USABLE * free * len(parts)))
 
 
 def layer_count(subject: Subject) -> int:
-    """Blocks of the model, 1 where the config does not say."""
+    """Number of blocks, 1 if the config does not say."""
     return _number(subject.config, "num_hidden_layers", "num_layers", "n_layer") or 1
 
 
@@ -134,7 +305,7 @@ def product_weights(subject: Subject) -> int:
 
 
 def _words(subject: Subject) -> int:
-    """Numbers of an answer at one token: the vocabulary, or the labels of a classifier."""
+    """Size of the output at one token: the vocabulary, or a classifier's number of labels."""
     if subject.task != "causal-lm":
         return subject.num_labels
     return _number(subject.config, "vocab_size", "padded_vocab_size")

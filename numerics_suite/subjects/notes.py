@@ -1,4 +1,4 @@
-"""What a user should know of a subject before it runs, and that is no defect of it."""
+"""Notes on a subject for the user before it runs, which are not defects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numerics_suite.subjects.files import StoredTensor, read_tensor
 
 _LAYER = re.compile(r"^(?P<prefix>.*?layers\.(?P<index>\d+)\.)")
 _COMPUTED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias)$")
-"""Buffers of older checkpoints that each release computes: whoever saves loses nothing."""
+"""Buffers of older checkpoints that each release computes, so that saving loses nothing."""
 
 
 def checkpoint_notes(
@@ -22,7 +22,7 @@ def checkpoint_notes(
     """Stored tensors that the release leaves out by design, which a save then loses.
 
     Args:
-        stored: what the files hold.
+        stored: names in the files.
         config: raw `config.json`.
         model_class: the class of transformers that a load builds.
     """
@@ -38,7 +38,7 @@ def checkpoint_notes(
 
 
 def adapter_notes(folder: Path, held: Iterable[str]) -> Iterator[str]:
-    """Whether a LoRA is the one that peft begins with, which adds nothing to its base.
+    """Whether a LoRA still has peft's initial values, which add nothing to the base.
 
     Args:
         folder: of the adapter.
@@ -50,7 +50,7 @@ def adapter_notes(folder: Path, held: Iterable[str]) -> Iterator[str]:
 
 
 def ignored_by_design(names: Iterable[str], built: type | None) -> tuple[str, ...]:
-    """Those names that the class, or the body that it is made of, says it may find and not load.
+    """The names that the class, or its body's class, declares to ignore on load.
 
     Up to 4.57 the pattern of GLM-4.5 stands in the class of the body, and a load of the whole model warns all the same.
 

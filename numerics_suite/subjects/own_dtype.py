@@ -1,4 +1,4 @@
-"""The line of a checkpoint's own code that names a dtype for a parameter, and the words that heed the dtype asked for instead."""
+"""Finds the line of a checkpoint's own code that fixes a parameter's dtype, and code that follows the requested one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numerics_suite.subjects.built_model import built_dtypes
 from numerics_suite.subjects.remote_code import is_a_checkpoints
 
 OF_CONFIG, OF_TORCH = "config.torch_dtype", "torch.get_default_dtype()"
-"""What the rest of such code builds in, and what a load sets to the dtype asked for."""
+"""Expressions that give the requested dtype in such code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class NamedDtype:
         line: in it, from 1.
         column: of the constant in that line, in UTF-8 bytes as `ast` counts.
         constant: as it is written, such as `torch.half`.
-        instead: what heeds the dtype asked for.
+        instead: code that follows the requested dtype.
     """
 
     file: str
@@ -39,7 +39,7 @@ class NamedDtype:
     instead: str
 
     def __str__(self) -> str:
-        """What a user does: `write dtype=config.torch_dtype for dtype=torch.half at modeling_chatglm.py:1219`."""
+        """The edit, such as `write dtype=config.torch_dtype for dtype=torch.half at modeling_chatglm.py:1219`."""
         return f"write dtype={self.instead} for dtype={self.constant} at {self.file}:{self.line}"
 
     def applied(self, source: str) -> str:
@@ -56,14 +56,14 @@ class NamedDtype:
 
 
 def named_dtypes(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> tuple[NamedDtype, ...]:
-    """Where the checkpoint's own code names the dtype of these parameters; empty where not all would follow `dtype` with other words.
+    """Where the checkpoint's own code fixes the dtype of these parameters; empty unless the change helps all.
 
-    The model's class is built once more from the changed source, its parameters on the meta device, to see that.
+    The model's class is built once more from the changed source, its parameters on the meta device, to verify this.
 
     Args:
         model: of transformers, without an adapter.
         names: of parameters that its class builds in another dtype.
-        dtype: asked for.
+        dtype: the requested one.
     """
     kind = type(model)
     if not is_a_checkpoints(kind):

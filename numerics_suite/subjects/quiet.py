@@ -1,4 +1,4 @@
-"""Loading without a word on the terminal."""
+"""Silences transformers while loading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the warnings, log lines and progress bars of transformers; everything is restored on exit.
 
-    What they would say is what the `load.*` checks measure.
+    The `load.*` checks measure what they would report.
     """
     from transformers.utils import logging  # heavy
 

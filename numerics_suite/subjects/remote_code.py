@@ -33,9 +33,9 @@ def _remove(pid: int, folder: Path) -> None:
 
 @contextmanager
 def private_modules() -> Iterator[Path]:
-    """What `HF_MODULES_CACHE` says, for this process and the time of a load; gives the folder.
+    """Set transformers' modules folder (`HF_MODULES_CACHE`) for this process during a load, and yield it.
 
-    The variable itself is read once, when transformers is imported, so its constant is what is changed.
+    The variable itself is read once, when transformers is imported, so the constant is changed instead.
     """
     from transformers import dynamic_module_utils  # heavy
 
@@ -53,7 +53,7 @@ def private_modules() -> Iterator[Path]:
 def _forget_registered_classes() -> None:
     """Take a checkpoint's classes out of the auto classes, which register them for its config's class and prefer them from then on.
 
-    A second checkpoint whose configuration file is the same has that same config class, and would be built from the first
+    A second checkpoint with an equal configuration file has the same config class, and would be built from the first
     one's modeling code.
     """
     for name in [name for name in sys.modules if name.startswith("transformers.models.auto.")]:

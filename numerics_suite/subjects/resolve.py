@@ -1,7 +1,8 @@
-"""What does the user mean by SUBJECT? Text in, a resolved :class:`Subject` out; nothing is loaded."""
+"""Resolves SUBJECT: from text to a :class:`Subject`; nothing is loaded."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
-    """What the options ask of a subject; as :func:`resolve`."""
+    """The options for a subject; see :func:`resolve`."""
 
     task: str = "auto"
     num_labels: int | None = None
@@ -80,7 +81,7 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         UnsupportedError: another release of transformers is needed, or this one has no class for the task.
     """
     if num_labels is not None and num_labels < 1:
-        message = f"--num-labels {num_labels}: a head has at least 1 label"
+        message = f"--num-labels {num_labels}: must be at least 1"
         raise BadInputError(message)
     wanted = _Wanted(
         task=task,
@@ -150,7 +151,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
 
 
 def unsupported_subject(source: str, *, name: str | None = None, task: str = "auto") -> Subject:
-    """What can be said of a subject that :func:`resolve` gave up with `UnsupportedError`: its cells are skipped.
+    """A subject for which :func:`resolve` raised `UnsupportedError`: its cells are skipped.
 
     Raises:
         BadInputError: it cannot be used at all.
@@ -171,7 +172,7 @@ def unsupported_subject(source: str, *, name: str | None = None, task: str = "au
 
 
 def factory_subject(source: str, *, name: str | None = None) -> Subject:
-    """What can be said of a factory that gave no module.
+    """The subject of a factory that failed to return a module.
 
     Args:
         source: `factory:module:function`.
@@ -186,7 +187,7 @@ def factory_subject(source: str, *, name: str | None = None) -> Subject:
 
 
 def _place(source: str, *, allow_pickle: bool) -> _Place:
-    """The folder that SUBJECT names; a hub id is brought into the cache."""
+    """The folder that SUBJECT names; a hub id is downloaded into the cache."""
     if source.startswith(FIXTURE):
         name = source.removeprefix(FIXTURE)
         return _Place(id=name, kind="fixture", path=fixtures.fixture_path(name))
@@ -293,10 +294,10 @@ def _model_class(config: Mapping[str, Any], task: Task, folder: Path) -> str:
     if validate.needs_remote_code(config):
         target = config["auto_map"].get(auto)
         if not isinstance(target, str):
-            message = f"{folder / 'config.json'}: the checkpoint's code has no class for {task} (auto_map.{auto})"
+            message = f"{folder / 'config.json'}: the checkpoint's code has no class for {task}; add auto_map.{auto} or choose another --task"
             raise UnsupportedError(message)
         if not validate.is_defined(folder, target):
-            message = f"{folder / 'config.json'}: auto_map.{auto} names {target}, which that file does not define"
+            message = f"{folder / 'config.json'}: auto_map.{auto} names {target}, which that file does not define; correct the name"
             raise UnsupportedError(message)
         return target.rpartition(".")[2]
     found = compat.model_class_name(str(config["model_type"]), task)
@@ -327,7 +328,7 @@ def _digest(place: _Place, folder: Path) -> str:
 def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
     """Call the factory once to see what it makes; the module is dropped."""
     if (how := known().lost.get(source)) is not None:
-        message = f"{source} made no module: {how}"
+        message = f"{source} returned no module: {how}"
         raise CheckError(message)
     watched = lifeline()
     if watched is not None:
@@ -339,10 +340,11 @@ def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
     task: Task = "module"
     language_model = compat.is_language_model(module)
     if language_model:
-        config = module.config.to_dict()  # type: ignore[union-attr, operator]
+        # As in `config.json`: JSON's own types, which travel to workers whatever the user put into the config.
+        config = json.loads(json.dumps(module.config.to_dict(), default=str, skipkeys=True))  # type: ignore[union-attr, operator]
         task = task_of_class(type(module).__name__) or "module"
     if wanted.task not in ("auto", task):
-        message = f"{source} makes a {type(module).__name__}, which is no model for --task {wanted.task}"
+        message = f"{source} makes a {type(module).__name__}, which is not a model for --task {wanted.task}; leave --task out or choose its own"
         raise BadInputError(message)
     elements = sum(parameter.numel() for parameter in module.parameters())
     return Subject(

@@ -1,4 +1,4 @@
-"""Do quantised weights have the scales that give their codes a size? Told from names and dtypes of the stored tensors."""
+"""Do quantised weights have their scales? Decided from names and dtypes of the stored tensors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SCALE = ("scale", "absmax", "scb")
 """Parts of the names that scales have: `weight_scale_inv` (fp8), `scales` (gptq, awq, mxfp4), `SCB` and `weight.absmax` (bitsandbytes)."""
 
 _WHOLE_MODULE = frozenset({"weight", "qweight", "weight_packed"})
-"""Codes that are the one weight of their module, so any scale of the module is theirs."""
+"""Names of codes that are their module's only weight, so any scale of the module belongs to them."""
 
 _BLOCKS = "_blocks"
 
 
 def without_scales(stored: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the stored weights that are codes and have no scale beside them.
+    """Names of the stored weights that are codes without a scale.
 
     Only where a scale must be: the config names a method that has one for each weight, or other weights of the checkpoint have
     theirs, or whole numbers are stored for what the model holds as floats.

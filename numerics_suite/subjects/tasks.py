@@ -1,4 +1,4 @@
-"""Which task is a checkpoint for, and does it hold that task's head?"""
+"""The task of a checkpoint, and whether it holds that task's head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numerics_suite.subjects.files import StoredTensor
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal-lm"),
     ("LMHeadModel", "causal-lm"),
-    # ChatGLM's language model is called so; a real encoder-decoder is told apart by its config.
+    # ChatGLM's language model has such a name; a real encoder-decoder is recognised by its config.
     ("ForConditionalGeneration", "causal-lm"),
     ("ForSequenceClassification", "sequence-classification"),
     ("ForTokenClassification", "token-classification"),
@@ -34,12 +34,12 @@ def is_head(parameters: Iterable[str]) -> bool:
 
 
 def task_of_class(name: str) -> Task | None:
-    """The task of a class by its name, None where the name tells none."""
+    """The task of a class by its name, None if the name does not say."""
     return next((task for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
 
 
 def choose_task(asked: str, config: Mapping[str, Any], *, where: str) -> Task:
-    """The task to run: the one asked for, or what `architectures` says.
+    """The task to run: the requested one, or that of `architectures`.
 
     Args:
         asked: `auto` or a task.
@@ -58,7 +58,7 @@ def choose_task(asked: str, config: Mapping[str, Any], *, where: str) -> Task:
     # GLM-4-9B's own config names its body, and so do checkpoints without a head.
     if not names or (names[0].endswith("Model") and not config.get("is_encoder_decoder")):
         return "causal-lm"
-    message = f"{where}: no task follows from architectures {list(names)}; give --task causal-lm or another"
+    message = f"{where}: architectures {list(names)} does not imply a task; pass --task, such as --task causal-lm"
     raise BadInputError(message)
 
 
@@ -88,7 +88,7 @@ def stored_labels(tensors: Mapping[str, StoredTensor], family: Family, task: str
 
 
 def config_labels(config: Mapping[str, Any]) -> int:
-    """How many labels the config has: of `id2label`, `num_labels`, else 2 as everywhere in transformers."""
+    """Number of labels by `id2label` or `num_labels`, else 2 as everywhere in transformers."""
     labels, number = config.get("id2label"), config.get("num_labels")
     if isinstance(labels, Mapping) and labels:
         return len(labels)
@@ -100,7 +100,7 @@ def needs_new_head(
 ) -> bool:
     """Whether fine-tuning for the task would make a new head.
 
-    A head that `architectures` promises and the files lack is not new but missing, which `load.complete` tells.
+    A head that `architectures` promises and the files lack is not new but missing, which `load.complete` reports.
 
     Args:
         tensors: what is stored.

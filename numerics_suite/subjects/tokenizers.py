@@ -23,11 +23,11 @@ class TokenizerRaisesError(NumericsSuiteError):
 
     Attributes:
         line: `file.py:123`, where it was raised.
-        doing: what was asked of the tokenizer.
+        doing: the operation, in words.
     """
 
     def __init__(self, error: Exception, doing: str) -> None:
-        """Keep what the exception says.
+        """Take the exception's message.
 
         Args:
             error: as the tokenizer raised it.
@@ -44,12 +44,12 @@ def tokenizer_failures(doing: str) -> Iterator[None]:
     """Around code that opens or calls a tokenizer.
 
     Args:
-        doing: what is asked of it, in words.
+        doing: the operation, in words.
 
     Raises:
         TokenizerRaisesError: it raised.
-        NotApplicableError: a package that it needs is not installed, or its own code may not run: this says nothing of the
-            checkpoint.
+        NotApplicableError: a package that it needs is not installed, or its own code may not run: neither is a defect
+            of the checkpoint.
     """
     try:
         yield
@@ -88,7 +88,7 @@ def load_tokenizer(subject: Subject) -> Any | None:
         except Exception as error:
             if subject.trust_remote_code or not _has_own_code(folder):
                 raise
-            reason = "the tokenizer is the checkpoint's own code, which runs with --trust-remote-code only"
+            reason = "the tokenizer is the checkpoint's own code, which needs --trust-remote-code"
             raise NotApplicableError(reason) from error
 
 

@@ -1,4 +1,4 @@
-"""Can a checkpoint's folder be used? Every mistake that can be told from its files, before anything is built."""
+"""Can a checkpoint's folder be used? Finds every mistake visible in its files, before anything is built."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        message = f"{folder} has no config.json, so it is no checkpoint"
+        message = f"{folder} has no config.json; name the folder that holds it"
         raise BadInputError(message)
     return read_json(path)
 
 
 def check_supported(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """Does the installed transformers, or the checkpoint's own code, have the architecture, and take the config?
+    """Check that the installed transformers, or the checkpoint's own code, supports architecture and config.
 
     Raises:
-        BadInputError: nobody has it, or its code may not run without `--trust-remote-code`.
+        BadInputError: no known code has it, or its code may not run without `--trust-remote-code`.
         UnsupportedError: another release of transformers has it.
     """
     check_model_type(folder, config, trust_remote_code=trust_remote_code)
@@ -63,7 +63,7 @@ def check_supported(folder: Path, config: Mapping[str, Any], *, trust_remote_cod
 
 
 def check_model_type(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """The part of :func:`check_supported` that costs nothing: is there a config class that may be used?
+    """The part of :func:`check_supported` that costs nothing: is there a usable config class?
 
     Raises:
         BadInputError: as there.
@@ -82,7 +82,7 @@ def check_model_type(folder: Path, config: Mapping[str, Any], *, trust_remote_co
             raise BadInputError(message)
         return
     if not isinstance(model_type, str) or not model_type:
-        message = f"{path}: key model_type is missing, so the architecture is unknown"
+        message = f"{path}: key model_type is missing; add the architecture's, such as glm4"
         raise BadInputError(message)
     if not compat.knows_model_type(model_type):
         _refuse_model_type(path, model_type)
@@ -107,12 +107,12 @@ def _check_code_is_there(folder: Path, config: Mapping[str, Any]) -> None:
             continue
         file = folder / f"{target.rpartition('.')[0]}.py"
         if not file.is_file():
-            message = f"{folder / 'config.json'}: auto_map.{name} names {target}, and {file.name} is not in the folder"
+            message = f"{folder / 'config.json'}: auto_map.{name} names {target}, and {file.name} is not in the folder; copy it there"
             raise BadInputError(message)
 
 
 def is_defined(folder: Path, target: str) -> bool:
-    """Whether a class that auto_map names stands in its file; so does one whose file is elsewhere, or cannot be read by this Python.
+    """Whether a class that auto_map names is in its file; assumed if the file is elsewhere or cannot be parsed.
 
     Args:
         folder: of the checkpoint.
@@ -156,7 +156,7 @@ def _registered(config: Mapping[str, Any]) -> bool:
 
 
 def _check_config_is_taken(folder: Path) -> None:
-    """Let this release read the config: a value it refuses is told here and not as a failed load."""
+    """Let this release parse the config, so that a refused value is reported here and not as a failed load."""
     from transformers import AutoConfig  # heavy
 
     from numerics_suite.subjects.quiet import quiet_transformers
@@ -165,7 +165,7 @@ def _check_config_is_taken(folder: Path) -> None:
         with quiet_transformers():
             AutoConfig.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001  # config classes raise what they like
-        message = f"{folder / 'config.json'}: transformers {compat.version()} refuses it: {compat.last_line(error)}"
+        message = f"{folder / 'config.json'}: transformers {compat.version()} refuses it: {compat.last_line(error)}; correct that key"
         raise BadInputError(message) from None
 
 
@@ -179,7 +179,7 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
         return
     pickles = pickle_files(folder)
     if not pickles:
-        message = f"{folder} has no weights (model.safetensors or model.safetensors.index.json)"
+        message = f"{folder} has no weights; it needs model.safetensors or model.safetensors.index.json"
         raise BadInputError(message)
     if not allow_pickle:
         message = (
@@ -215,7 +215,7 @@ def check_vocabulary(
 def _embedding_rows(
     config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], family: Family
 ) -> tuple[int | None, str]:
-    """Rows that a model has: it is built with as many as the config says, and filled with what is stored."""
+    """Rows of the embedding: those of the config, of which the stored ones are filled."""
     size = config.get("padded_vocab_size", config.get("vocab_size"))
     built = size if isinstance(size, int) else None
     for name, tensor in tensors.items():
@@ -240,7 +240,7 @@ def _tokenizer_size(path: Path) -> int:
 
 
 def check_pad_token(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], task: str) -> None:
-    """Is the pad id a token? A classifier without one is inputs.pipeline's affair.
+    """Is the pad id a token? `inputs.pipeline` reports a classifier without one.
 
     Raises:
         BadInputError: it is outside the embedding.

@@ -25,9 +25,6 @@ GROUP = "baseline"
 def baselines_of(settings: Settings) -> Baselines | None:
     """The baselines of the folder that was named, or of the one that lies in its usual place; None without any.
 
-    Args:
-        settings: as used.
-
     Raises:
         BadInputError: the folder cannot be read, or holds what cannot be used.
     """
@@ -40,7 +37,7 @@ def baselines_of(settings: Settings) -> Baselines | None:
 def _usual_place() -> Path | None:
     project = find_pyproject(Path.cwd())
     places = [Path.cwd(), *([project.parent] if project is not None else [])]
-    # A file of that name, or a link that leads nowhere, is a gate that somebody believes in: loading it says what it is.
+    # A file of that name, or a broken link, looks like a gate to its user: loading it reports what is wrong.
     return next((place / FOLDER for place in places if os.path.lexists(place / FOLDER)), None)
 
 
@@ -51,11 +48,6 @@ def asks_by_name(settings: Settings) -> bool:
 
 def refuse_strangers(settings: Settings, baselines: Baselines, cells: Sequence[Cell]) -> None:
     """See that a folder that was named has to do with this run.
-
-    Args:
-        settings: as used.
-        baselines: loaded.
-        cells: of the plan.
 
     Raises:
         BadInputError: no cell is in both.
@@ -72,13 +64,7 @@ def refuse_strangers(settings: Settings, baselines: Baselines, cells: Sequence[C
 
 
 def lacking(baselines: Baselines | None, cell: Cell, subject: Subject) -> str | None:
-    """Why the cell cannot be compared with a baseline, None where it can.
-
-    Args:
-        baselines: loaded, None without a folder.
-        cell: of the plan.
-        subject: whose cell it is.
-    """
+    """Why the cell cannot be compared with a baseline, None where it can."""
     if baselines is None:
         return NOWHERE
     if cell in baselines:
@@ -89,12 +75,7 @@ def lacking(baselines: Baselines | None, cell: Cell, subject: Subject) -> str | 
 def left_out(settings: Settings, baselines: Baselines, cells: Iterable[Cell]) -> tuple[list[str], list[str]]:
     """Lines for subjects of the baselines that the run does not cover: those that only inform, and those that fail it.
 
-    Where somebody named the subjects of this run, the others were left out on purpose.
-
-    Args:
-        settings: as used.
-        baselines: loaded.
-        cells: of the plan.
+    Where the command names the subjects of this run, it leaves out the others on purpose.
     """
     covered = {(cell.subject, cell.task) for cell in cells}
     missing = sorted({(cell.subject, cell.task) for cell in baselines} - covered)

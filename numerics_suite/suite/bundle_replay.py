@@ -145,7 +145,7 @@ def _tried_again(bundle: Bundle, device: str) -> Finding:
             found = borne_out_of(_found_again(found, *trained), model)
         return with_remedies_tried(found, scene)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # A bundle that somebody edited may hold calls that its model does not take.
+        # An edited bundle may hold calls that its model does not take.
         return left_untried(bundle.finding, f"not tried: its steps cannot be taken again ({error_line(error)})")
 
 
@@ -246,7 +246,9 @@ def _placed(found: Finding, origin: Origin | None) -> Finding:
 
 
 def _failed(cell: Cell, finding: Finding) -> CheckResult:
-    return CheckResult(check=CHECK, cell=cell, status="failed", measurements={"non-finite": 1.0}, finding=finding)
+    check = check_of(finding)
+    measurements = {"non-finite": 1.0} if check == CHECK else {}
+    return CheckResult(check=check, cell=cell, status="failed", measurements=measurements, finding=finding)
 
 
 def refuse_other_options(settings: Settings) -> None:

@@ -13,9 +13,6 @@ from numerics_suite.settings.tree import Settings
 def selected_checks(settings: Settings) -> tuple[str, ...]:
     """Ids of the checks that `--checks` names and `--skip` leaves.
 
-    Args:
-        settings: as used.
-
     Raises:
         BadInputError: none is left.
     """

@@ -1,8 +1,8 @@
-"""The gathering end of a run: it receives every answer, sees that none is missing, and gives the verdict."""
+"""Collects the answers of a run, sees that none is missing, and gives the verdict."""
 
 from __future__ import annotations
 
-import json
+import pickle
 import subprocess
 import time
 from collections import Counter
@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from numerics_suite.checks._laws import TRUE_ONLY
 from numerics_suite.core.answer_file import AnswerFile
 from numerics_suite.core.deaths import death_text, peak_of_children
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.interrupts import requested
-from numerics_suite.core.lifeline import known, lifeline
+from numerics_suite.core.lifeline import lifeline
 from numerics_suite.core.records import CheckResult, RunResult, Subject, SubjectFacts
 from numerics_suite.core.tree import is_root
 from numerics_suite.diagnosis.consequences import as_tree
@@ -28,33 +29,17 @@ from numerics_suite.reports.plan import about_seconds
 from numerics_suite.reports.results import STATUSES, check_from_json, indented, to_json, with_checks, write_results
 from numerics_suite.settings.accept import matches, reaches, stale
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.files import digests_to_json
 from numerics_suite.suite.baseline_selection import GROUP, left_out
 from numerics_suite.suite.endings import MISSING, TIME_LIMIT, ending
 from numerics_suite.suite.planning import Question
 from numerics_suite.suite.provenance import input_digests, settings_as_used
 from numerics_suite.suite.session import SuiteSession
+from numerics_suite.suite.stash import WORKER_SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numerics_suite.suite.planning import SuitePlan
-
-
-class RunListener(Protocol):
-    """Who follows the run while it goes on.
-
-    Attributes:
-        asks_index: it asks an index of releases afterwards, and tries newer ones.
-    """
-
-    asks_index: bool
-
-    def begin(self, plan: SuitePlan, environment: Mapping[str, Any]) -> None:
-        """The plan is made."""
-
-    def progress(self, done: int, total: int, result: CheckResult) -> None:
-        """One more answer is there."""
+    from numerics_suite.suite.run import RunContext
 
 
 class Gate:
@@ -66,7 +51,7 @@ class Gate:
         failed_items: items of the suite that pytest counts as failed.
     """
 
-    def __init__(self, suite: SuiteSession, run: RunListener | None) -> None:
+    def __init__(self, suite: SuiteSession, run: RunContext | None) -> None:
         """Begin with the whole plan as what is expected."""
         self.suite, self.run = suite, run
         self.settings: Settings = suite.settings
@@ -85,10 +70,10 @@ class Gate:
         self._settings_as_used = settings_as_used(self.settings, plan)
         self._environment = {**describe_run(plan.device), "digests": input_digests(self.settings, plan)}
         if run is not None:
-            run.begin(plan, self._environment)
+            run.begin(self._environment)
         self._written: dict[str, str] = {}
         self._statuses: dict[str, tuple[str, ...]] = {}
-        for entry in {**suite.answered, **known().answers}.values():
+        for entry in {**suite.answered, **suite.earlier.answers}.values():
             self._write_down(entry)  # whatever ends this run, what an earlier one answered is in its file
         self._head = to_json(self._unfinished())
         self._offer()
@@ -105,9 +90,8 @@ class Gate:
         written = getattr(report, "numerics_result", None)
         if written is None:
             return
-        result = check_from_json(written)
+        result = self._write_down(written)
         self.answers[result.id] = result
-        self._write_down(written)
         self._offer()
         watched = lifeline()
         if watched is not None:
@@ -117,30 +101,26 @@ class Gate:
         if self.run is not None:
             self.run.progress(len(self.answers), len(self.expected), result)
 
-    def _write_down(self, entry: Mapping[str, Any]) -> None:
+    def _write_down(self, entry: Mapping[str, Any]) -> CheckResult:
         """Let an answer be in the file."""
         result = check_from_json(entry)
         self._written[result.id] = indented(entry)
         self._statuses[result.id] = (result.status, *(["findings"] if is_root(result) else []))
+        return result
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker what is answered, and what has ended an earlier process, so that it does not end this one too."""
-        node.workerinput["numerics_lost"] = dict(known().lost)
-        board = getattr(self.run, "board", None)
-        node.workerinput["numerics_board"] = None if board is None else str(board)
-        node.workerinput["numerics_digests"] = json.dumps(digests_to_json())
-        node.workerinput["numerics_answers"] = json.dumps({**self.suite.answered, **known().answers})
-        node.workerinput["numerics_quiet"] = self.settings.quiet
+        """Hand the session to a worker: with its plan, and with what is answered and what ended an earlier process."""
+        node.workerinput[WORKER_SESSION] = pickle.dumps(self.suite)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:
-        """A worker has made its plan."""
+        """A worker has begun."""
         self._ready.add(node)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """A worker is gone. Where it had not even made its plan, no other one will: begin none."""
+        """A worker is gone. Where it could not even begin, no other one will: begin none."""
         if error and node not in self._ready:
             self._missing = f"no worker could begin: it was {_worker_death(node)}"
             self._stop_workers(node)
@@ -168,12 +148,7 @@ class Gate:
         report.outcome = "skipped"
 
     def finish(self, pytest_status: int, *, others_failed: bool) -> int:
-        """Put the run together and give the exit status.
-
-        Args:
-            pytest_status: what pytest would have ended with.
-            others_failed: tests that are not the suite's failed too.
-        """
+        """Put the run together and give the exit status; tests that are not the suite's may have failed too."""
         interrupted = requested()
         results = self._in_order(interrupted=interrupted)
         notes, broken = ([self._stopped(results)], []) if interrupted else self._notes(results)
@@ -183,25 +158,23 @@ class Gate:
             status = pytest_status  # `-k` and `-m` left none of the suite: then the other tests decide
         elif others_failed and status in {0, 3, 5}:
             status = 1
-        self.result = RunResult(
-            command="check",
-            started_at=self.started.isoformat(timespec="seconds"),
+        self.result = replace(
+            self._unfinished(),
             duration_s=round(time.perf_counter() - self._clock, 3),
             verdict=end.verdict,
             complete=end.complete,
-            environment=self._environment,
-            settings=self._settings_as_used,
-            subjects=tuple(subject_facts(subject) for subject in self.suite.plan.subjects.values()),
             checks=tuple(results),
             notes=(*notes, *broken),
             exit_status=status,
         )
         self._file.close()
-        if self.run is None:
-            try:
-                self._write(self.result)
-            except (NumericsSuiteError, OSError) as error:
-                raise pytest.UsageError(str(error)) from None
+        if self.run is not None:
+            self.run.result = self.result
+            return status
+        try:
+            self._write(self.result)
+        except (NumericsSuiteError, OSError) as error:
+            raise pytest.UsageError(str(error)) from None
         return status
 
     def _write(self, result: RunResult) -> None:
@@ -226,7 +199,7 @@ class Gate:
             elif not interrupted:
                 reason = self._died.get(question.cell.id, self._missing)
                 results.append(CheckResult(check=question.check, cell=question.cell, status="error", reason=reason))
-        if not getattr(self.run, "asks_index", False):
+        if self.run is None or not self.run.asks_index:
             results = [
                 result if result.finding is None else replace(result, finding=without_newer(result.finding))
                 for result in results
@@ -282,7 +255,7 @@ class Gate:
             none = limited == sum(result.id not in self.suite.answered for result in results)
             notes.append(f"--max-time: {limited} checks were not begun{self._smallest_cell() if none else ''}")
         halves = Counter(result.reason for result in results if result.status == "passed" and result.reason)
-        notes += [f"{count} {'law' if count == 1 else 'laws'} {reason}" for reason, count in halves.items()]
+        notes += [_half_told(reason, count) for reason, count in halves.items()]
         today = datetime.now(tz=timezone.utc).date()
         informing, missing = self._left_out()
         broken = [*stale(self.settings.accept, results, today, transformers.__version__), *missing]
@@ -290,14 +263,15 @@ class Gate:
 
     def _smallest_cell(self) -> str:
         """For a time limit within which no cell could be begun: what would be enough for one."""
-        seconds = Counter[str]()
-        for question, expected in getattr(self.run, "expected", {}).items():
-            seconds[question.partition("/")[2]] += expected
+        seconds: dict[str, float] = {}
+        for question, expected in (self.run.expected if self.run else {}).items():
+            cell = question.partition("/")[2]
+            seconds[cell] = seconds.get(cell, 0.0) + expected
         some = [one for one in seconds.values() if one]
         return f"; the smallest cell is expected to take {about_seconds(min(some))}" if some else ""
 
     def _left_out(self) -> tuple[list[str], list[str]]:
-        """What the baselines hold that this run did not cover, where it was to be held to them at all."""
+        """What the baselines hold that this run did not cover, where it compares with them at all."""
         plan = self.suite.plan
         if plan.baselines is None or not any(question.group == GROUP for question in self.expected.values()):
             return [], []
@@ -314,23 +288,22 @@ class Gate:
 
 
 def subject_facts(subject: Subject) -> SubjectFacts:
-    """What a results file carries of a subject.
-
-    Args:
-        subject: resolved.
-    """
+    """What a results file carries of a subject."""
     return SubjectFacts(**{item.name: getattr(subject, item.name) for item in fields(SubjectFacts)})
 
 
 def _worker_death(node: Any) -> str:
-    """How xdist's worker ended; execnet holds its process.
-
-    Args:
-        node: the worker's controller.
-    """
+    """How xdist's worker ended; execnet holds its process."""
     try:
         process = node.gateway._io.popen  # noqa: SLF001 - neither xdist nor execnet tells how a process ended
         status = int(process.wait(timeout=5))
     except (AttributeError, subprocess.TimeoutExpired):
         return "gone"
     return death_text(status, peak_of_children())
+
+
+def _half_told(reason: str, count: int) -> str:
+    """A note about checks that passed and were judged in part."""
+    if reason.startswith(TRUE_ONLY):
+        return f"{count} {'law' if count == 1 else 'laws'} {reason}"
+    return f"{count} {'check' if count == 1 else 'checks'}: {reason}"

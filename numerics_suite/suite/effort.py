@@ -13,7 +13,7 @@ def effort_of(settings: Settings) -> Effort:
     """What the settings ask of every cell, whatever its model's size."""
 
     def asked(name: str) -> Any:
-        """The value if somebody set it: by an option, or as a field that is not the default."""
+        """The value if it was set: by an option, or as a field that is not the default."""
         value = getattr(settings, name)
         return value if settings.explicit(name) or value != BY_NAME[name].default else None
 

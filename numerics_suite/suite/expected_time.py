@@ -67,14 +67,7 @@ class Pass:
 
 
 def pass_seconds(subject: Subject, cell: Cell, settings: Settings, speed: Speed) -> Pass:
-    """What one forward pass of a cell costs.
-
-    Args:
-        subject: resolved.
-        cell: of the plan.
-        settings: rows and length of the training batch.
-        speed: of the cell's device, with the dtypes of :func:`dtypes_of`.
-    """
+    """What one forward pass of a cell costs."""
     weights = product_weights(subject)
     work = BESIDES_PRODUCTS * 2.0 * weights * settings.batch_size * settings.seq_len
     recipe = precision(cell.precision)
@@ -91,13 +84,7 @@ def dtypes_of(plan: SuitePlan) -> tuple[str, ...]:
 
 
 def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[str, float]:
-    """Seconds that each question is expected to take in a process of its own, by id; 0 for one that is skipped.
-
-    Args:
-        plan: of the run.
-        settings: of the run.
-        speed: of the device.
-    """
+    """Seconds that each question is expected to take in a process of its own, by id; 0 for one that is skipped."""
     passes = {cell: pass_seconds(plan.subjects[cell.subject], cell, settings, speed) for cell in plan.cells}
     begun: set[Cell] = set()
     found = {}
@@ -115,14 +102,7 @@ def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[
 
 
 def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:
-    """Seconds of one question.
-
-    Args:
-        question: that is not skipped.
-        one: pass of its cell.
-        settings: of the run.
-        parameters: of the model, by which `--effort` plans its batches.
-    """
+    """Seconds of one question that is not skipped; `--effort` plans its batches by the model's parameters."""
     costs = _costs().get(question.check, UNKNOWN)
     # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
     batches = effort_of(settings).plan(parameters).batches
@@ -135,10 +115,5 @@ def check_seconds(question: Question, one: Pass, settings: Settings, parameters:
 
 
 def run_seconds(expected: Mapping[str, float], workers: int) -> float:
-    """Seconds of the whole run.
-
-    Args:
-        expected: of :func:`expected_seconds`.
-        workers: processes, 0 for one; they share the cores, so what one core does takes as many cores as there are.
-    """
+    """Seconds of the whole run. Workers share the cores, so what one core does takes as many cores as there are."""
     return sum(expected.values()) / max(1, min(workers, core_count()))

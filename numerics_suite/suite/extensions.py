@@ -1,4 +1,4 @@
-"""What other packages add, loaded and looked at before anything runs: a broken one is told at once, in one line."""
+"""What other packages add, loaded and validated before anything runs: one line reports a broken one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ TITLE_FIELDS = frozenset({"value", "limit", "module", "parameters", "step", "fac
 def load_extensions(checks: Sequence[str], needs: Collection[str]) -> None:
     """Load whatever of other packages a run may come to need.
 
-    Args:
-        checks: ids of the selected checks.
-        needs: what a check may need of a subject.
-
     Raises:
         BadInputError: something of it cannot be used; the message says whose it is.
     """
@@ -38,7 +34,7 @@ def load_extensions(checks: Sequence[str], needs: Collection[str]) -> None:
 
 
 def _mistakes(added: AddedCheck, needs: Collection[str]) -> Iterator[str]:
-    """What is wrong with a check, first of all what the suite would else pass over in silence."""
+    """What is wrong with a check, first of all what the suite would silently ignore."""
     spec = added.spec
     if spec.scope not in get_args(Scope):
         yield f"scope '{spec.scope}' is none of {', '.join(get_args(Scope))}"

@@ -13,12 +13,7 @@ class Pace:
     """Compares what answers took with what was expected of them."""
 
     def __init__(self, expected: Mapping[str, float], workers: int = 0) -> None:
-        """Nothing is answered yet.
-
-        Args:
-            expected: seconds of each question that is still to be asked, by id.
-            workers: processes that answer, 0 for this one.
-        """
+        """Nothing is answered yet of what is expected, in seconds by question; 0 workers are this process."""
         self._open = dict(expected)
         self._prior = TRUST * sum(expected.values())
         self._expected = self._took = 0.0
@@ -26,12 +21,7 @@ class Pace:
         self._workers, self._begun = max(workers, 1), time.monotonic()
 
     def answered(self, question: str, seconds: float) -> None:
-        """An answer is there.
-
-        Args:
-            question: its id; one that was not open, as an answer of an earlier run, changes nothing.
-            seconds: that it took.
-        """
+        """An answer is there; one that was not open, as an answer of an earlier run, changes nothing."""
         expected = self._open.pop(question, None)
         if expected is None:
             return

@@ -1,4 +1,4 @@
-"""From settings to the plan: which check is asked of which cell, and what is known to be skipped before it runs."""
+"""From settings to the plan: which checks run on which cell, and which are known to be skipped."""
 
 from __future__ import annotations
 
@@ -228,10 +228,6 @@ def applicable_checks(subject: Subject, precision_name: str) -> tuple[str, ...]:
     """Ids of all our checks that have something to ask of the subject at that precision, whichever are selected.
 
     A baseline holds them as a fact about the subject, so those of other packages, which come and go, are not among them.
-
-    Args:
-        subject: resolved.
-        precision_name: of a cell.
     """
     recipe = precision(precision_name)
     return tuple(

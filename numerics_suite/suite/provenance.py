@@ -24,12 +24,7 @@ INSTALLED = {"site-packages", "dist-packages"}
 
 
 def settings_as_used(settings: Settings, plan: SuitePlan) -> dict[str, Any]:
-    """Every option, with what `auto` and the device's default became.
-
-    Args:
-        settings: of the run.
-        plan: made of them.
-    """
+    """Every option, with what `auto` and the device's default became."""
     used = {"device": plan.device, "precision": list(dict.fromkeys(cell.precision for cell in plan.cells))}
     return {**to_json(settings), **used}
 
@@ -37,9 +32,7 @@ def settings_as_used(settings: Settings, plan: SuitePlan) -> dict[str, Any]:
 def input_digests(settings: Settings, plan: SuitePlan) -> dict[str, str]:
     """`sha256:…` of what a version does not tell: code that may have been edited where it lies, data and baselines.
 
-    Args:
-        settings: of the run.
-        plan: made of them; factories have been called, so the modules that they import are loaded.
+    The plan has called the factories, so the modules that they import are loaded.
     """
     found = {"numerics-suite": tree_digest(PACKAGE, PACKAGE.rglob("*.py"))}
     types = {
@@ -101,18 +94,12 @@ def _spec(name: str) -> ModuleSpec | None:
     """Where a module comes from; None for one that comes from no file, such as `__main__` or one made by hand."""
     try:
         return importlib.util.find_spec(name)
-    except ValueError:  # it is loaded and says nothing of itself
+    except ValueError:  # a loaded module without a spec
         return None
 
 
 def named_differences(there: Mapping[str, Any], here: Mapping[str, Any], what: str = "") -> list[str]:
-    """`seed is 1 there and 0 here` for each name whose value differs.
-
-    Args:
-        there: of a results file.
-        here: of this run.
-        what: a word before each name.
-    """
+    """`seed is 1 there and 0 here` for each name whose value differs."""
     lines = []
     for name in sorted({*there, *here}):
         before, now = there.get(name), here.get(name)

@@ -21,7 +21,6 @@ from numerics_suite.core.deaths import death_text, peak_of_children
 from numerics_suite.core.errors import NumericsSuiteError, UnusableError
 from numerics_suite.core.records import Cell
 from numerics_suite.settings.tree import Settings
-from numerics_suite.subjects.files import digests_to_json
 from numerics_suite.suite.planning import SuitePlan, applicable_checks
 from numerics_suite.suite.run import threads_of_each, variables, worker_count
 from numerics_suite.suite.session import SuiteSession, error_line
@@ -37,20 +36,12 @@ class CellAnswer:
 
 
 def recording_session(settings: Settings) -> SuiteSession:
-    """The session whose plan has every check: what a baseline says that applies does not depend on `--checks`.
-
-    Args:
-        settings: as used.
-    """
+    """The session whose plan has every check: what a baseline says that applies does not depend on `--checks`."""
     return SuiteSession(replace(settings, checks=(), skip=("baseline.*",), data=None))
 
 
 def skipped_cells(plan: SuitePlan) -> dict[Cell, str]:
-    """Cells of which nothing can be asked here, with the reason.
-
-    Args:
-        plan: with every check.
-    """
+    """Cells of which nothing can be asked here, with the reason."""
     open_to = {question.cell for question in plan.questions if question.skip is None}
     reasons: dict[Cell, str] = {}
     for question in plan.questions:
@@ -59,15 +50,8 @@ def skipped_cells(plan: SuitePlan) -> dict[Cell, str]:
     return reasons
 
 
-def record_cells(
-    settings: Settings, on_progress: Callable[[Recorded], object], session: SuiteSession | None = None
-) -> tuple[CellBaseline, ...]:
-    """Measure every planned cell.
-
-    Args:
-        settings: as used.
-        on_progress: told of each cell as soon as it is done; what it raises ends the work.
-        session: of :func:`recording_session`, where its plan is made already.
+def record_cells(session: SuiteSession, on_progress: Callable[[Recorded], object]) -> tuple[CellBaseline, ...]:
+    """Measure every planned cell; what `on_progress` raises ends the work.
 
     Returns:
         The cells that could be measured, in the order of the plan.
@@ -75,7 +59,6 @@ def record_cells(
     Raises:
         BadInputError: something that the user named cannot be used.
     """
-    session = session or recording_session(settings)
     plan, skipped = session.plan, skipped_cells(session.plan)
     wanted = [cell for cell in plan.cells if cell not in skipped]
     total, done = len(plan.cells), 0
@@ -83,7 +66,9 @@ def record_cells(
         done += 1
         on_progress(Recorded(done=done, total=total, cell=cell, skipped=reason))
     measured: dict[Cell, CellBaseline] = {}
-    with contextlib.closing(_answers(session, wanted, min(worker_count(settings, plan), len(wanted)))) as answers:
+    with contextlib.closing(
+        _answers(session, wanted, min(worker_count(session.settings, plan), len(wanted)))
+    ) as answers:
         for cell, answer in answers:
             done += 1
             if answer.baseline is not None:
@@ -107,7 +92,7 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generato
             yield cell, cell_answer(session, cell)
         return
     own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads_of_each(workers)}
-    crew = _Workers(session.settings)
+    crew = _Workers(session)
     threads = ThreadPoolExecutor(workers)
     with variables(own):
         try:
@@ -121,14 +106,14 @@ def _answers(session: SuiteSession, cells: list[Cell], workers: int) -> Generato
 
 
 GRACE = 5.0
-"""Seconds in which a worker that gives no answer any more has to end: how it ends is told."""
+"""Seconds that a worker without an answer has to end by itself; the report says how it ended."""
 
 
 class _Workers:
     """Processes that measure cells, each begun when there is a cell for it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._begin_with = pickle.dumps((settings, digests_to_json()))
+    def __init__(self, session: SuiteSession) -> None:
+        self._begin_with = pickle.dumps(session)
         self._lock, self._ended = threading.Lock(), False
         self._all, self._idle = list[subprocess.Popen[bytes]](), list[subprocess.Popen[bytes]]()
 
@@ -187,12 +172,7 @@ class _Workers:
 
 
 def cell_answer(session: SuiteSession, cell: Cell) -> CellAnswer:
-    """The baseline of a cell, or why there is none.
-
-    Args:
-        session: whose plan has the cell.
-        cell: of it.
-    """
+    """The baseline of a cell, or why there is none."""
     try:
         with doing(f"measuring {cell.id}"):
             return _measured(session, cell)
@@ -204,7 +184,7 @@ def cell_answer(session: SuiteSession, cell: Cell) -> CellAnswer:
 
 def _measured(session: SuiteSession, cell: Cell) -> CellAnswer:
     context = session.context(cell)
-    if context.request.baseline is not None:  # a session that is held to a baseline: on the very same batches
+    if context.request.baseline is not None:  # compared with a baseline: on the very same batches
         return CellAnswer(baseline=measured_as(context.request.baseline, context))
     checks = applicable_checks(session.plan.subjects[cell.subject], cell.precision)
     return CellAnswer(baseline=measure_cell(context, checks=checks))

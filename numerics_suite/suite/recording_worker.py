@@ -15,11 +15,11 @@ import time
 from typing import IO, Any
 
 GRACE = 1.0
-"""Seconds that a worker which is at work has left once nobody waits for it; the pipe to its standard input closes then."""
+"""Seconds that a busy worker has left once its parent is gone; the pipe to its standard input closes then."""
 
 
 def main() -> int:
-    """Take settings and digests, then cells; give an answer for each."""
+    """Take a session, then cells of its plan; give an answer for each."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
@@ -27,16 +27,11 @@ def main() -> int:
     os.dup2(2, 1)  # what a library or a factory prints is no answer
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, received), daemon=True).start()
-    if (begin_with := received.get()) is None:
+    if (session := received.get()) is None:
         return 1
     # Not before: two threads that import the same modules wait for each other.
-    from numerics_suite.subjects.files import digests_from_json
     from numerics_suite.suite.recording import cell_answer
-    from numerics_suite.suite.session import SuiteSession
 
-    settings, digests = begin_with
-    digests_from_json(digests)
-    session = SuiteSession(settings)
     while (cell := received.get()) is not None:
         pickle.dump(cell_answer(session, cell), answers)
         answers.flush()

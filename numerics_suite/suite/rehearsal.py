@@ -14,21 +14,14 @@ from numerics_suite.diagnosis.learning_rates import largest_stable_rate
 from numerics_suite.diagnosis.recipe import CLIP, recommend
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.training_loop import TrainingPlan, Trajectory
-from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.session import SuiteSession
 
 EXPLODED = 2.0
 """A run whose loss ever exceeds this many times its first is not stable, whatever it ends at."""
 
 
-def rehearse(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> tuple[Rehearsal, ...]:
-    """Train each subject of the settings on the user's batch.
-
-    Args:
-        settings: with `data`.
-        tell: called with one line before each subject and precision.
-    """
-    session = SuiteSession(settings)
+def rehearse(session: SuiteSession, tell: Callable[[str], None] = lambda _: None) -> tuple[Rehearsal, ...]:
+    """Train each subject of the session on the user's batch; `tell` takes a line before each precision."""
     cells: dict[str, list[Cell]] = {}
     for cell in session.plan.cells:
         chosen = cells.setdefault(cell.subject, [])

@@ -30,11 +30,6 @@ def earlier_answers(path: Path, settings: Settings, plan: SuitePlan) -> dict[str
 
     What has no answer is asked again: checks that a time limit left out, and errors, which say that no answer came.
 
-    Args:
-        path: of a results file.
-        settings: of this run.
-        plan: of this run.
-
     Raises:
         BadInputError: it is no results file of `check`, or something that can change an answer differs; the message names it.
     """
@@ -62,7 +57,7 @@ def _differences(content: Mapping[str, Any], settings: Settings, plan: SuitePlan
     tool = content.get("tool", {})
     found = named_differences({"tool version": tool.get("version")}, {"tool version": __version__})
     found += _subjects(content["subjects"], plan)
-    # SUBJECT and --name are told by what they stand for: `./model` and its absolute path are one thing.
+    # Subjects are compared by what SUBJECT and --name stand for: `./model` and its absolute path are the same.
     left_out = CHANGE_NO_ANSWER | {"subjects", "names"}
     used = jsonable(settings_as_used(settings, plan))
     found += named_differences(

@@ -48,9 +48,6 @@ class CellScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist has no
     def give_up(self, nodeid: str) -> Question | None:
         """Run nothing more of the cell that a worker died in, which another worker might not survive either.
 
-        Args:
-            nodeid: of the test that it died in.
-
         Returns:
             What it was asked, None for a test that is not the suite's.
         """

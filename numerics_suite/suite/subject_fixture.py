@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-import torch
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
-from numerics_suite.devices.device import lacks
-from numerics_suite.devices.precisions import precision
+from numerics_suite.settings.options import from_pytest
+from numerics_suite.suite.items import marks_of
+from numerics_suite.suite.stash import session_key, user_session_key
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from numerics_suite.core.records import Cell
     from numerics_suite.engine.cell_context import CellContext
     from numerics_suite.suite.session import SuiteSession
 
@@ -64,30 +64,15 @@ class NumericsSubject:
         return _quietly(lambda: self.context.vocab_size)
 
 
-def parameters(session: SuiteSession | None, marks_of: Callable[[Cell], list[pytest.MarkDecorator]]) -> Iterator[Any]:
-    """A pytest parameter for each cell that the settings name; one that is skipped where they name no subject.
+@pytest.fixture(scope="session")
+def numerics_subject(request: pytest.FixtureRequest) -> NumericsSubject:
+    """A configured subject in one precision: `.model`, `.batch`, `.name`, for numerics_suite.assert_… in your own tests."""
+    import torch
 
-    Args:
-        session: None where no subject is configured.
-        marks_of: of every item of a cell.
-    """
-    if session is None:
-        yield pytest.param(None, id="no-subject", marks=pytest.mark.skip(reason=NO_SUBJECT))
-        return
-    for cell in session.plan.cells:
-        marks = marks_of(cell)
-        if (reason := lacks(precision(cell.precision), cell.device)) is not None:
-            marks = [*marks, pytest.mark.skip(reason=reason)]
-        yield pytest.param(cell, id=cell.param_id, marks=marks)
+    from numerics_suite.devices.precisions import precision
 
-
-def subject_of(session: SuiteSession, cell: Cell) -> NumericsSubject:
-    """What a test receives.
-
-    Args:
-        session: holds one cell's model at a time; pytest groups the tests by cell.
-        cell: of its plan.
-    """
+    session, cell = _session(request.config), request.param
+    assert session is not None, "without a subject the parameter is a skip"
     recipe = precision(cell.precision)
     return NumericsSubject(
         name=cell.subject,
@@ -95,8 +80,47 @@ def subject_of(session: SuiteSession, cell: Cell) -> NumericsSubject:
         attn=cell.attn,
         device=cell.device,
         autocast=None if recipe.autocast is None else getattr(torch, recipe.autocast),
-        context=session.context(cell),
+        context=session.context(cell),  # holds one cell's model at a time
     )
+
+
+def parametrize_subjects(metafunc: pytest.Metafunc) -> None:
+    """One parameter for each cell of the project's settings, in the scope of the session: each model is loaded once."""
+    try:
+        found = list(_parameters(metafunc.config))
+    except NumericsSuiteError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
+    metafunc.parametrize("numerics_subject", found, indirect=True, scope="session")
+
+
+def _parameters(config: pytest.Config) -> Iterator[Any]:
+    """A pytest parameter for each cell; one that is skipped where the settings name no subject."""
+    session = _session(config)
+    if session is None:
+        yield pytest.param(None, id="no-subject", marks=pytest.mark.skip(reason=NO_SUBJECT))
+        return
+    from numerics_suite.devices.device import lacks
+    from numerics_suite.devices.precisions import precision
+
+    for cell in session.plan.cells:
+        marks = marks_of(cell, config)
+        if (reason := lacks(precision(cell.precision), cell.device)) is not None:
+            marks = [*marks, pytest.mark.skip(reason=reason)]
+        yield pytest.param(cell, id=cell.param_id, marks=marks)
+
+
+def _session(config: pytest.Config) -> SuiteSession | None:
+    """The suite's own session where it runs too, else one for the user's tests; None where no subject is configured."""
+    if session_key in config.stash and config.stash[session_key].settings.subjects:
+        return config.stash[session_key]
+    settings = from_pytest(config)
+    if not settings.subjects:
+        return None
+    if user_session_key not in config.stash:
+        from numerics_suite.suite.session import SuiteSession
+
+        config.stash[user_session_key] = SuiteSession(settings)
+    return config.stash[user_session_key]
 
 
 def _quietly(ask: Callable[[], T]) -> T:

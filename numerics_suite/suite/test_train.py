@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from numerics_suite.plugin import Asked
+    from numerics_suite.suite.items import Asked
 
 
 def test_train(numerics_question: Asked) -> None:

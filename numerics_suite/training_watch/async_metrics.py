@@ -51,14 +51,7 @@ class Mailbox:
     def post(
         self, step: int, figures: Sequence[tuple[str, Tensor]], *, scaled: bool = False, limit: float = float("inf")
     ) -> None:
-        """Send scalars to the host; nothing waits for the device.
-
-        Args:
-            step: optimizer step.
-            figures: names, and tensors of one element on any device.
-            scaled: see :class:`Reading`.
-            limit: see :class:`Reading`.
-        """
+        """Send scalars to the host; nothing waits for the device."""
         if not figures:
             return
         sent = []

@@ -66,13 +66,7 @@ class Caught:
 
 
 def write_bundle(target: Path, finding: Finding, scene: CaughtContext, caught: Caught) -> Path:
-    """Write the folder and say which it became.
-
-    Args:
-        target: where; with `-2`, `-3`, … added where something is already.
-        finding: of the bad value.
-        scene: the model and the optimizer as they are.
-        caught: the rest.
+    """Write the folder and say which it became: with `-2`, `-3`, … added where something is already.
 
     Raises:
         OSError: it cannot be written; then nothing of it is left.

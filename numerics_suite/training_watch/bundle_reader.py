@@ -19,7 +19,7 @@ from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
-from numerics_suite.core.typed_records import refuse_other_shape, refuse_wrong_types
+from numerics_suite.core.typed_records import refuse_other_shape
 from numerics_suite.engine.kept_step import Kept, NoModelError, build
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.subjects.quiet import quiet_transformers
@@ -114,9 +114,6 @@ class Bundle:
 def read_bundle(path: Path) -> Bundle:
     """Read a folder that the watch wrote.
 
-    Args:
-        path: of the folder.
-
     Raises:
         BadInputError: it is none, of another version, or a file of it is missing or was changed.
     """
@@ -171,8 +168,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _finding(written: Mapping[str, Any], path: Path) -> Finding:
-    finding = finding_from_json(written)
-    refuse_wrong_types(finding, "finding.")
+    finding = finding_from_json(written, "finding.")
     return finding if finding.reproducer is None else replace(finding, reproducer=str(path / finding.reproducer))
 
 
@@ -247,9 +243,6 @@ def _calls_of_bad_step(bundle: Bundle) -> list[ForwardCall]:
 def bad_calls(bundle: Bundle) -> list[ForwardCall]:
     """The bad step's calls.
 
-    Args:
-        bundle: as read.
-
     Raises:
         BadInputError: none was kept whole.
     """
@@ -262,9 +255,6 @@ def bad_calls(bundle: Bundle) -> list[ForwardCall]:
 
 def built_model(bundle: Bundle) -> nn.Module:
     """The watched model, of a class of transformers, with its adapters and the parameters that the folder holds.
-
-    Args:
-        bundle: as read.
 
     Raises:
         NotApplicableError: it is another class, or the folder does not hold every parameter.

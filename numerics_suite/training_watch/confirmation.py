@@ -28,7 +28,7 @@ ONGOING = SILENT | {"loss-scale", HALVED}
 """Kinds of alarms of what goes on: the kept steps, taken further from the parameters as they are, show it again."""
 
 ASKED = {UNREACHED: "train.updates", ZERO: "train.grad-flow"}
-"""By kind of alarm, the check that is asked of the steps when they are taken again."""
+"""By kind of alarm, the check that runs on the replayed steps."""
 
 FEW = 16
 """The most parameters, or modules of them, that are moved one by one in a loop that waits: two forward passes in float64 each."""
@@ -43,10 +43,6 @@ def confirmed(alarm: Alarm, scene: CaughtContext) -> Alarm | None:
     Reentrant checkpoints, which lose the gradient of their parameters, are the script's; whatever else cuts it off is the model's own.
     A pooler that nothing reads, an expert that no token went to, the part for pictures in a batch of text get no gradient by design. Where
     the steps cannot be taken again the alarm is a warning, which says what was seen.
-
-    Args:
-        alarm: of kind `unreached` or `zero-gradient`.
-        scene: what a replay needs.
     """
     why = "the batches are no longer at hand" if scene.replay else "processes share the model"
     with undisturbed():
@@ -91,10 +87,6 @@ def never_fits(alarm: Alarm, scene: CaughtContext) -> Alarm:
 
     A scale that began too high is only on its way down; one whose gradients are not finite at 1 either skips every step. Where the
     steps cannot be taken again the scale itself says so once it is below 1.
-
-    Args:
-        alarm: of kind `loss-scale-halving`.
-        scene: what a replay needs.
     """
     with undisturbed():
         for start in scene.starts:
@@ -111,12 +103,7 @@ def never_fits(alarm: Alarm, scene: CaughtContext) -> Alarm:
 
 @torch.no_grad()
 def _depends_on(caught: CaughtStep, names: Sequence[str]) -> bool:
-    """Whether the first kept step computes otherwise once the parameters are moved, with its own random states: a layer that was dropped does not.
-
-    Args:
-        caught: whose first step runs twice.
-        names: of the parameters.
-    """
+    """Whether the first kept step computes otherwise once the parameters are moved, with its own random states: a layer that was dropped does not."""
     trainer = caught.trainer(caught.once)
 
     def answers() -> list[Tensor]:

@@ -53,7 +53,7 @@ def diverged(alarm: Alarm, scene: CaughtContext) -> Alarm | None:
     """The alarm of a loss that rose, made bad where the loop's own steps are what raised it; None where they are not.
 
     The state before them has a lower loss on each of the kept batches, and trained from there in the same way it loses it again. Where the older
-    state is as bad on them the batches are harder, and where training from there descends the rise may pass. Where nobody can tell it is an early warning.
+    state is as bad on them the batches are harder, and where training from there descends the rise may pass. Where neither can be shown it is an early warning.
 
     Args:
         alarm: of kind `loss-rose`.
@@ -93,11 +93,7 @@ def _told(alarm: Alarm, why: str) -> Alarm:
 
 
 def runs_away(caught: CaughtStep) -> bool:
-    """Whether the kept steps, taken from an older state, raise the loss on their batches or end in what is not finite.
-
-    Args:
-        caught: from that state.
-    """
+    """Whether the kept steps, taken from an older state, raise the loss on their batches or end in what is not finite."""
     return caught.trajectory.bad is not None or breaks(DESCENDS, caught)
 
 
@@ -110,11 +106,7 @@ def _losses(caught: CaughtStep) -> list[float]:
 
 
 def first_to_grow(caught: CaughtStep) -> Growth | None:
-    """The update that first moves a parameter by more than a tenth of its length; where none does, the largest.
-
-    Args:
-        caught: whose steps are taken again from an older state.
-    """
+    """The update that first moves a parameter by more than a tenth of its length; where none does, the largest."""
     trainer = caught.trainer(caught.once)
     largest: Growth | None = None
     for step in trainer.numbers():
@@ -139,11 +131,7 @@ THE_STATE, THE_BATCH = "the state", "the batch:"
 
 
 def growth_facts(scene: CaughtContext) -> Mapping[str, Fact]:
-    """Whose update grew first when the kept steps are taken again from an older state; nothing where they cannot be.
-
-    Args:
-        scene: of training that ran away.
-    """
+    """Whose update grew first when the kept steps are taken again from an older state; nothing where they cannot be."""
     older = next((start for start in scene.starts if start.parameters and start.loop is not None), None)
     if older is None:
         return {}
@@ -156,12 +144,7 @@ def growth_facts(scene: CaughtContext) -> Mapping[str, Fact]:
 
 
 def blame(scene: CaughtContext, step: int) -> Mapping[str, Fact]:
-    """Whether the batch or the state made the step bad: its batch with an older state, and another batch with its state.
-
-    Args:
-        scene: of a value that is not finite.
-        step: the bad one.
-    """
+    """Whether the batch or the state made the step bad: its batch with an older state, and another batch with its state."""
     older = next((start for start in scene.starts if start.parameters and start.loop is not None), None)
     if older is None or older.first == step or step not in {call.step for call in older.calls}:
         return {}

@@ -39,9 +39,6 @@ class Frozen:
         """An optimizer is about to step.
 
         A gradient that is what it was one step before was left over. One that a script writes itself, as evolution strategies do, is another each time.
-
-        Args:
-            optimizer: the plain one.
         """
         self._suspected = []
         kept = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
@@ -54,11 +51,7 @@ class Frozen:
                 self._suspected.append((names[id(parameter)], parameter, _sample(parameter)))
 
     def moved(self, step: int) -> Alarm | None:
-        """The alarm of those that its step moved, None where it moved none.
-
-        Args:
-            step: of the watch.
-        """
+        """The alarm of those that its step moved, None where it moved none."""
         names = tuple(name for name, p, old in self._suspected if not torch.equal(_sample(p), old))
         self._suspected = []
         if not names:
@@ -78,11 +71,6 @@ def untied(step: int, model: Any, trained: Collection[int]) -> Alarm | None:
     """The alarm of input and output embeddings that the config ties, that are two tensors, and of which one is trained; None elsewhere.
 
     An adapter that saves one of them keeps it, and loses it only when it is merged: that is a warning.
-
-    Args:
-        step: of the watch.
-        model: the plain one.
-        trained: ids of the parameters that an optimizer steps.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):

@@ -17,11 +17,7 @@ from numerics_suite.training_watch.caught_step import CaughtStep
 def end_of_gradient(caught: CaughtStep, names: Sequence[str]) -> str | None:
     """The smallest module around one of the parameters whose output is cut off, or that gets a gradient which it does not pass on.
 
-    Going outwards from a parameter, the modules' outputs get no gradient up to the one in which it ends. Of several the innermost is told.
-
-    Args:
-        caught: whose first step runs again on a copy.
-        names: of the parameters.
+    Going outwards from a parameter, the modules' outputs get no gradient up to the one in which it ends. Of several the innermost counts.
     """
     trainer = caught.trainer(caught.once)
     outputs: dict[str, bool | None] = {}

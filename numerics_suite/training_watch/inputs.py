@@ -53,7 +53,7 @@ def refused(
         args: of the call.
         kwargs: of the call.
         step: of the optimizer.
-        first: nothing has been found yet; what the model has no row for is told once.
+        first: nothing has been found yet; what the model has no row for is reported once.
     """
     for name, ids in token_ids(model, args, kwargs):
         if ids.is_floating_point():
@@ -69,11 +69,6 @@ def out_of_range(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """What the batch names that the model has not: an id without a row of the embedding, a label without a class; None without any.
 
     Of tensors on the host alone: to look at another device's would wait for it. There an op that finds no row ends the whole process.
-
-    Args:
-        model: that is about to be called, without wrappers.
-        args: of the call.
-        kwargs: of the call.
     """
     ids = next((ids for name, ids in token_ids(model, args, kwargs) if name == "input_ids"), None)
     labels = kwargs.get("labels")
@@ -128,13 +123,7 @@ def unrepresentable(ids: Tensor) -> Tensor | None:
 
 
 def unrepresentable_ids(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """The figure of a call's `input_ids`, to be read once the device has it; none where the call has none.
-
-    Args:
-        model: that is about to be called, without wrappers.
-        args: of the call.
-        kwargs: of the call.
-    """
+    """The figure of a call's `input_ids`, to be read once the device has it; none where the call has none."""
     counts = [
         unrepresentable(ids)
         for name, ids in token_ids(model, args, kwargs)
@@ -153,12 +142,7 @@ def rounding_bits(ids: Tensor) -> float:
 
 
 def rounded_ids(model: nn.Module, calls: Sequence[ForwardCall]) -> Alarm | None:
-    """The early warning of ids that equal their own rounding too well for chance; None where chance explains it.
-
-    Args:
-        model: that takes them.
-        calls: of one step.
-    """
+    """The early warning of ids that equal their own rounding too well for chance; None where chance explains it."""
     given = [ids for call in calls for name, ids in token_ids(model, call.args, call.kwargs) if name == "input_ids"]
     bits = max(map(rounding_bits, given), default=0.0)
     if bits < CHANCE_BITS:

@@ -151,11 +151,7 @@ class Loop:
         return max((float(group["lr"]) for groups in steps for group in groups if "lr" in group), default=0.0)
 
     def to_json(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """In JSON's types.
-
-        Args:
-            tensors: takes the states' tensors, under keys that the JSON names.
-        """
+        """In JSON's types."""
         optimizers = []
         for index, each in enumerate(self.optimizers):
             state: dict[str, dict[str, Any]] = {}
@@ -171,12 +167,7 @@ class Loop:
 
 
 def loop_from_json(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Loop:
-    """The inverse of :meth:`Loop.to_json`.
-
-    Args:
-        written: what it returned.
-        tensors: what it was given, filled.
-    """
+    """The inverse of :meth:`Loop.to_json`."""
     return Loop(
         **{name: revived(written[name]) for name in PLAIN if name in written},
         optimizers=tuple(_state_from_json(each, tensors) for each in written["optimizers"]),

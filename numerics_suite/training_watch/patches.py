@@ -106,7 +106,7 @@ def is_unheard() -> bool:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Within it nobody is told of anything."""
+    """Within it no listener is called."""
     mark = object()
     _UNHEARD.append(mark)
     try:
@@ -117,7 +117,7 @@ def unheard() -> Iterator[None]:
 
 @contextmanager
 def listening(place: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Within it the bound method is told of each call.
+    """Within it each call is reported to the bound method.
 
     Args:
         place: `norm` (gradients, order, norm), `clip` (parameters, the largest norm), `backward` (its roots) or `scaler` (scaler, optimizer, before=…).

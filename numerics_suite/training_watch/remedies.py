@@ -38,11 +38,7 @@ CHECKS = {
 
 
 def check_of(finding: Finding) -> str:
-    """The check that asks what the watch asked of that finding.
-
-    Args:
-        finding: of the watch.
-    """
+    """The check that asks what the watch asked of that finding."""
     return DESCENDS if LOSS_NOW in finding.evidence else CHECKS.get(finding.cause, ITS_OWN_CHECK)
 
 
@@ -55,10 +51,6 @@ def with_remedies_tried(finding: Finding, scene: CaughtContext) -> Finding:
 
     Nothing is verified without a replay: first the steps are taken as they were, and only where they go bad again does a remedy
     under which they do not say anything.
-
-    Args:
-        finding: of the watch; remedies that have been tried stay as they are.
-        scene: what a replay needs; its model is left as it is.
     """
     check = check_of(finding)
     known = tuple(remedy for remedy in finding.remedies if remedy.verified is not None)
@@ -139,12 +131,7 @@ class _Replays:
 
 
 def left_untried(finding: Finding, reason: str) -> Finding:
-    """The finding whose untried remedies say why.
-
-    Args:
-        finding: of the watch.
-        reason: one clause.
-    """
+    """The finding whose untried remedies say why."""
     told = [
         replace(remedy, effect=NOT_HERE.get(remedy.name, reason)) if _is_untried(remedy) else remedy
         for remedy in finding.remedies

@@ -97,11 +97,6 @@ class Response:
     def answer(self, alarm: Alarm, scene: CaughtContext, caught: Caught) -> str | None:
         """Find out, write down, tell.
 
-        Args:
-            alarm: a bad one.
-            scene: what a replay needs.
-            caught: what a bundle holds beside the finding.
-
         Returns:
             The line to stop with, None to go on.
         """

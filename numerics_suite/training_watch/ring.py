@@ -84,11 +84,7 @@ class Ring:
         self.calls.append(call)
 
     def listen(self, output: Any) -> None:
-        """Keep what comes back into the output of the last call, where the model has no loss of its own; nothing waits for a device.
-
-        Args:
-            output: of the model.
-        """
+        """Keep what comes back into the output of the last call, where the model has no loss of its own; nothing waits for a device."""
         tensors = floating_outputs(output)
         if not self.calls or "loss" in tensors:
             return
@@ -98,13 +94,7 @@ class Ring:
                 tensor.register_hook(functools.partial(_add, kept, name))  # type: ignore[no-untyped-call]
 
     def note(self, step: int, optimizer: int, rates: Rates) -> None:
-        """Keep what an optimizer is about to step by.
-
-        Args:
-            step: optimizer step.
-            optimizer: its place among the watched ones.
-            rates: of each of its groups.
-        """
+        """Keep what an optimizer is about to step by."""
         self.rates.setdefault(step, {})[optimizer] = rates
 
     def of_step(self, step: int) -> list[ForwardCall]:
@@ -155,12 +145,7 @@ def _moved_sections(sections: Mapping[str, torch.dtype], kind: str) -> dict[str,
 
 @contextlib.contextmanager
 def with_values(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it the parameters hold other values.
-
-    Args:
-        named: parameters by name.
-        values: what they hold meanwhile, moved to their devices; names without a value are left alone.
-    """
+    """Within it the parameters hold other values."""
     before = {name: parameter.data for name, parameter in named.items() if name in values}
     try:
         for name, data in before.items():

@@ -180,7 +180,7 @@ class Watch:
         found = getattr(optimizer, "found_inf", None)
         self._found_inf = found.detach().clone() if isinstance(found, Tensor) else None
         skipping = self._response.on_bad == "skip"
-        # A device two steps behind has a whole step queued: a wait for it then leaves it busy, and bounds how late a bad value is told.
+        # A device two steps behind has a whole step queued: a wait for it then leaves it busy, and bounds how late a bad value is reported.
         self._read(wait=skipping, through=self.step - 2)
         if skipping and self.step in self.bad_steps:
             # Without gradients an optimizer changes neither a parameter nor a state of its own.
@@ -284,7 +284,7 @@ class Watch:
                     self._raise(cast)
 
     def _question(self, alarm: Alarm) -> Callable[[Alarm, CaughtContext], Alarm | None] | None:
-        """What a replay is asked of an early sign before it is told."""
+        """What a replay has to show of an early sign before it is reported."""
         if self.finding is not None:
             return None
         if alarm.kind == HALVED and self._judge.halvings > HALVINGS_AT_START:

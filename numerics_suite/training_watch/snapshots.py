@@ -18,7 +18,7 @@ from numerics_suite.training_watch.optimizer_states import Loop, OptimizerState,
 from numerics_suite.training_watch.ring import ForwardCall, Ring
 
 SMALL_BYTES = 64 << 20
-"""Parameters up to this size are copied where nobody asked for it: before the first step, within a loop that stops, and into a bundle."""
+"""Parameters up to this size are copied without a request: before the first step, within a loop that stops, and into a bundle."""
 
 GROWTH_INTERVAL, BACKOFF = 2000, 0.5
 """Of torch's GradScaler."""
@@ -74,34 +74,19 @@ class Snapshots:
             self.max_norm = float(max_norm)
 
     def take(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Copy everything; parameters that are spoiled already do not replace good ones.
-
-        Args:
-            step: the step that is about to begin.
-            optimizers: of the loop.
-        """
+        """Copy everything; parameters that are spoiled already do not replace good ones."""
         copies = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         if self.parameters and any(nonfinite_count(local(value)) for value in copies.values()):
             return
         self.parameters, self.step, self._optimizers = copies, step, _states(self.model, optimizers)
 
     def also(self, step: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Add optimizers that became known only after the snapshot was taken; none of them has stepped since.
-
-        Args:
-            step: the step that runs.
-            optimizers: of the loop, all of them.
-        """
+        """Add optimizers that became known only after the snapshot was taken; none of them has stepped since."""
         if self.parameters and self.step == step:
             self._optimizers = _states(self.model, optimizers)
 
     def starts(self, seen: CaughtValue, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Start, ...]:
-        """Where the bad step can be replayed from, the one that shows most first.
-
-        Args:
-            seen: what is known of the bad value.
-            optimizers: of the loop, as they are now.
-        """
+        """Where the bad step can be replayed from, the one that shows most first."""
         starts = []
         calls = [call for call in seen.ring.calls if self.step <= call.step <= seen.step]
         if self.parameters and calls:
@@ -120,18 +105,13 @@ class Snapshots:
 
     @property
     def is_small(self) -> bool:
-        """Whether a copy is made though nobody asked for one."""
+        """Whether a copy is made without a request."""
         parameters = list(self.model.parameters())
         size = sum(p.numel() * p.element_size() for p in parameters)
         return size <= SMALL_BYTES and not any(is_shard(p) or p.is_meta for p in parameters)
 
     def both(self, seen: CaughtValue, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Start, ...]:
-        """The state that was kept, and the state as it is, each over the kept steps.
-
-        Args:
-            seen: what is known.
-            optimizers: of the loop, as they are now.
-        """
+        """The state that was kept, and the state as it is, each over the kept steps."""
         kept = [start for start in self.starts(seen, optimizers) if start.parameters]
         return (*kept, *self.now(seen, optimizers, ()))
 

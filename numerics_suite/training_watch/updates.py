@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine.updates import HeldShare, UpdateMeter, held_share
+from numerics_suite.engine.updates import NO_GRADIENT, HeldShare, UpdateMeter, held_share
 from numerics_suite.training_watch.alarms import Alarm, Reading
 from numerics_suite.training_watch.frozen_parameters import FROZEN, UNTIED, Frozen, untied
 from numerics_suite.training_watch.norms import each_norm, floating, is_shard
@@ -64,12 +64,7 @@ class Updates:
         self._frozen = Frozen(model)
 
     def before(self, optimizer: torch.optim.Optimizer, *, due: bool) -> None:
-        """An optimizer is about to step.
-
-        Args:
-            optimizer: the plain one.
-            due: the parameters are looked at in this step.
-        """
+        """An optimizer is about to step; `due`: the parameters are looked at in this step."""
         seen = self._seen.setdefault(id(optimizer), _OptimizerHistory(steps=0, reached=set()))
         seen.steps += 1
         rate = max((float(g["lr"]) for g in optimizer.param_groups if isinstance(g.get("lr"), float)), default=0.0)
@@ -85,11 +80,7 @@ class Updates:
             self._metering.add(id(optimizer))
 
     def after(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-        """An optimizer has stepped: what to send for. Nothing while its rate still rises: a warm-up begins with steps that may be lost.
-
-        Args:
-            optimizer: the plain one.
-        """
+        """An optimizer has stepped: what to send for. Nothing while its rate still rises: a warm-up begins with steps that may be lost."""
         if id(optimizer) not in self._metering:
             return []
         self._metering.discard(id(optimizer))
@@ -106,13 +97,7 @@ class Updates:
     def left_out(
         self, step: int, optimizer: torch.optim.Optimizer, every: Sequence[torch.optim.Optimizer]
     ) -> Iterator[Alarm]:
-        """The parameters that this step moved though they are frozen; after the optimizer's first steps, those that none of them trained.
-
-        Args:
-            step: of the watch.
-            optimizer: that has just stepped.
-            every: all of the loop, as far as they are known.
-        """
+        """The parameters that this step moved though they are frozen; after the optimizer's first steps, those that none of them trained."""
         seen = self._seen.get(id(optimizer))
         moved = self._frozen.moved(step)
         if moved is not None:
@@ -148,12 +133,7 @@ class Updates:
             yield loose
 
     def rounded(self, reading: Reading, rate: float) -> Alarm | None:
-        """The alarm of a reading whose steps are lost, None where they are held.
-
-        Args:
-            reading: with what :meth:`after` sent for.
-            rate: the learning rate.
-        """
+        """The alarm of a reading whose steps are lost, None where they are held."""
         shares = list(_shares(reading))
         worst = max(shares, key=lambda share: share.roundoffs_lost, default=None)
         if worst is None or worst.roundoffs_lost <= 1:
@@ -196,13 +176,7 @@ def _unheld(step: int, names: Sequence[str], facts: dict[str, int], *, idle: boo
 
 
 def zero_gradient(step: int, names: Sequence[str], count: int) -> Alarm:
-    """The alarm of parameters whose every gradient was exactly zero.
-
-    Args:
-        step: of the watch.
-        names: of them.
-        count: how many the optimizer holds.
-    """
+    """The alarm of parameters whose every gradient was exactly zero."""
     return Alarm(
         step=step,
         kind=ZERO,
@@ -215,13 +189,7 @@ def zero_gradient(step: int, names: Sequence[str], count: int) -> Alarm:
 
 
 def dead(alarm: Alarm, names: Sequence[str], module: str | None) -> Alarm:
-    """The alarm of parameters that the loss depends on and that get no gradient, or one of exactly zero.
-
-    Args:
-        alarm: as it was raised.
-        names: those that the loss depends on.
-        module: in which the gradient ends, None where that could not be told.
-    """
+    """The alarm of parameters that the loss depends on and that get no gradient, or one of exactly zero."""
     what = "no gradient" if alarm.kind == UNREACHED else "a gradient of exactly zero"
     where = f", which ends in {module}" if module else ""
     counted = "without any gradient" if alarm.kind == UNREACHED else "exactly zero"
@@ -240,20 +208,14 @@ def dead(alarm: Alarm, names: Sequence[str], module: str | None) -> Alarm:
 
 
 def unreached(step: int, names: Sequence[str], count: int) -> Alarm:
-    """The alarm of parameters that got no gradient.
-
-    Args:
-        step: of the watch.
-        names: of them.
-        count: how many the optimizer holds.
-    """
+    """The alarm of parameters that got no gradient."""
     return Alarm(
         step=step,
         kind=UNREACHED,
         bad=True,
         text=f"{len(names)} of {count} parameters of the optimizer got no gradient in {FIRST} steps",
         cause="untrained-parameters",
-        facts={"parameters without any gradient": len(names), "parameters of the optimizer": count},
+        facts={NO_GRADIENT: len(names), "parameters of the optimizer": count},
         parameters=tuple(names),
     )
 
@@ -291,12 +253,7 @@ def _same_kind(one: Tensor, other: Tensor) -> bool:
 
 
 def holds_copies(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    """Whether every parameter of the optimizer looks like one of the model's, is none of them, and has no gradient.
-
-    Args:
-        optimizer: about to step.
-        model: with gradients.
-    """
+    """Whether every parameter of the optimizer looks like one of the model's, is none of them, and has no gradient."""
     own, held = list(model.parameters()), _held_by(optimizer)
     kinds = [p for p in own if p.requires_grad and p.grad is not None]
     known = {id(p) for p in own}

@@ -49,13 +49,6 @@ class Candidate:
 def of_package(package: str, good: str, bad: str, fixed: Wanted, *, pre: bool = False) -> list[Candidate]:
     """Every release from good to bad, the good one first.
 
-    Args:
-        package: such as `transformers` or `accelerate`.
-        good: a version.
-        bad: a newer one.
-        fixed: the rest of each environment.
-        pre: with pre-releases.
-
     Raises:
         BadInputError: an end does not exist, or they are equal or swapped.
     """
@@ -93,12 +86,6 @@ def _with(fixed: Wanted, package: str, version: str) -> Wanted:
 
 def of_clone(repository: Path, good: str, bad: str, fixed: Wanted) -> list[Candidate]:
     """Every commit of a clone of transformers on the first-parent line from good to bad; the clone is only read.
-
-    Args:
-        repository: its root, or a folder in it.
-        good: a ref.
-        bad: a descendant of it.
-        fixed: the rest of each environment.
 
     Raises:
         BadInputError: no such repository or ref, or the ends are equal, swapped or not on one line.

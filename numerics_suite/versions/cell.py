@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """Do the job and write `done.json`, last of all.
-
-    Args:
-        arguments: the path of the job's file.
-    """
+    """Do the job and write `done.json`, last of all."""
     end_with_parent()
     switch_off()  # the same checks in every environment, also in the running one
     path = Path(arguments[0])
@@ -83,14 +79,15 @@ def _check(job: Job, done: dict[str, Any], clock: _Clock) -> RunResult | None:
     from numerics_suite.reports.terminal import Terminal
     from numerics_suite.subjects import compat
     from numerics_suite.suite.run import run_check
-    from numerics_suite.suite.session import REPRODUCERS
+    from numerics_suite.suite.run_findings import REPRODUCERS
+    from numerics_suite.suite.session import SuiteSession
 
     clock.lap("imports")
     # Cells run side by side in the user's folder: a script of one release never takes the place of another's.
     scripts = REPRODUCERS / f"transformers-{compat.version()}"
     terminal = Terminal(stream=sys.stdout)
     try:
-        result = run_check(job.settings, terminal, reproducers=scripts)
+        result = run_check(SuiteSession(job.settings, reproducers=scripts), terminal)
     except BadInputError:
         done["unsupported"] = _unsupported(job)
         if len(done["unsupported"]) == len(sources_of(job.settings)):
@@ -153,7 +150,7 @@ def _record(job: Job, folder: Path) -> tuple[bool, str]:
 
     # With the checks of baselines in its plan, so that a cell with a baseline is measured on that one's batches.
     session = SuiteSession(replace(job.settings, checks=(), skip=(), data=None))
-    cells = record_cells(job.settings, follow, session)
+    cells = record_cells(session, follow)
     if cells:
         save(folder / BASELINE, cells, force=True)
     return bool(cells), errors[0] if errors else ""

@@ -29,9 +29,6 @@ VERDICTS: dict[str, Literal["pass", "fail", "error"] | None] = {
 def read_run(folder: Path) -> RunResult:
     """The results file of a finished job.
 
-    Args:
-        folder: of the job.
-
     Raises:
         BadInputError: it is torn or of another schema.
     """
@@ -46,15 +43,7 @@ def read_run(folder: Path) -> RunResult:
 def cell_of(
     wanted: Versions, filled: Versions, done: Mapping[str, Any], folder: Path, *, reused: bool = False
 ) -> MatrixCell:
-    """The cell of a finished job.
-
-    Args:
-        wanted: as planned.
-        filled: with what the environment chose for itself.
-        done: content of `done.json`.
-        folder: of the job.
-        reused: an earlier run's.
-    """
+    """The cell of a finished job."""
     run = read_run(folder) if done["results"] else None
     reason = done["reason"]
     if reason and done["status"] == "error" and not done.get("bad_input") and (folder / LOG).is_file():
@@ -94,21 +83,13 @@ def _held(filled: Versions, held: Mapping[str, str]) -> Versions:
 
 
 def minor_of(python: str) -> str:
-    """`3.11` of `3.11.7`; another name of an interpreter as it is.
-
-    Args:
-        python: a version, or a name.
-    """
+    """`3.11` of `3.11.7`; another name of an interpreter as it is."""
     found = re.match(r"\d+\.\d+", python)
     return found[0] if found else python
 
 
 def rows_of(checks: Sequence[CheckResult]) -> tuple[Ran, ...]:
-    """How many checks of each subject and precision had each status.
-
-    Args:
-        checks: of a results file.
-    """
+    """How many checks of each subject and precision had each status."""
     counted: dict[tuple[str, str, str], Counter[str]] = {}
     for check in checks:
         key = (check.cell.subject, check.cell.task, check.cell.precision)
@@ -128,11 +109,7 @@ def rows_of(checks: Sequence[CheckResult]) -> tuple[Ran, ...]:
 
 
 def failure_of(check: CheckResult) -> Failure:
-    """A check that did not pass, in short.
-
-    Args:
-        check: of a results file.
-    """
+    """A check that did not pass, in short."""
     finding = check.finding
     return Failure(
         check=check.check,

@@ -21,10 +21,6 @@ def with_changes(cells: Sequence[MatrixCell], baseline: Path | None) -> tuple[tu
 
     A cell is compared, subject by subject, with the newest older one that has the subject, along each of the three axes:
     the same torch and Python, the same transformers and Python, the same transformers and torch.
-
-    Args:
-        cells: oldest first.
-        baseline: the user's own, None without.
     """
     notes: list[str] = []
     own = load(baseline) if baseline is not None else None
@@ -93,13 +89,7 @@ def _once(changes: Sequence[Change]) -> tuple[Change, ...]:
 
 
 def compared(against: str, old: Baselines, new: Baselines) -> Iterator[Change]:
-    """Everything that is not identical.
-
-    Args:
-        against: what the old ones are called.
-        old: baselines.
-        new: baselines.
-    """
+    """Everything that is not identical."""
     from numerics_suite.judgement.classify import compare_baselines
 
     for comparison in compare_baselines(old, new):

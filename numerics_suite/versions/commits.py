@@ -25,10 +25,6 @@ def refuse_equal(good: str, bad: str) -> None:
 def refuse_swapped(good: str, bad: str) -> NoReturn:
     """Say that the ends stand the wrong way round.
 
-    Args:
-        good: as typed; the newer one.
-        bad: as typed.
-
     Raises:
         BadInputError: always.
     """
@@ -37,13 +33,7 @@ def refuse_swapped(good: str, bad: str) -> NoReturn:
 
 
 def commits_between(repository: Path, good: str, bad: str, path: Path | None = None) -> list[str]:
-    """Hashes on the first-parent line from good to bad, the good one first.
-
-    Args:
-        repository: of git.
-        good: a ref.
-        bad: a ref.
-        path: only commits that touch this, besides the ends.
+    """Hashes on the first-parent line from good to bad, the good one first; besides the ends those that touch the path alone.
 
     Raises:
         BadInputError: no such repository or ref, or the ends are equal, swapped or not on one line.
@@ -76,10 +66,6 @@ def _is_ancestor(repository: Path, one: str, other: str) -> bool:
 
 def git(repository: Path, *arguments: str) -> str:
     """What a command of git says.
-
-    Args:
-        repository: that it runs in.
-        arguments: of git.
 
     Raises:
         BadInputError: it says no, or there is no git.

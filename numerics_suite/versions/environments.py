@@ -2,7 +2,7 @@
 
 An environment is a folder `environments/NAME` of the cache. It counts only with its `environment.json`, written last and in
 one step, after torch and transformers were imported there; whatever lacks it is unfinished and made anew. Each attempt
-installs into a folder of its own, so that an installer which outlives its killed parent disturbs nobody.
+installs into a folder of its own, so that an installer which outlives its killed parent disturbs no other.
 """
 
 from __future__ import annotations
@@ -90,10 +90,6 @@ def _holds_packages(folder: Path) -> bool:
 
 def ensure(wanted: Wanted, *, on_progress: Callable[[str], None] | None = None) -> Environment:
     """The environment with the wanted versions, made if it is not there.
-
-    Args:
-        wanted: the versions.
-        on_progress: told in one line what takes time.
 
     Raises:
         UnsupportedError: the versions cannot be installed together, or not imported; the message is the reason.

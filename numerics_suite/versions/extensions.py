@@ -15,10 +15,7 @@ WHY = "environments of other versions hold none of the packages that add somethi
 
 
 def without_extensions(settings: Settings) -> Settings:
-    """The settings without the globs that only other packages' checks match, which nobody would know there.
-
-    Args:
-        settings: of the command.
+    """The settings without the globs that only other packages' checks match, which are unknown there.
 
     Raises:
         BadInputError: no check is left.

@@ -40,11 +40,6 @@ class KnownSubject:
 def know(source: str, name: str | None = None, *, allow_pickle: bool = False) -> KnownSubject:
     """See that a subject is there.
 
-    Args:
-        source: SUBJECT.
-        name: `--name`.
-        allow_pickle: as in :class:`Settings`.
-
     Raises:
         BadInputError: it is not.
     """
@@ -67,7 +62,7 @@ def _refuse(source: str, path: Path) -> None:
     if path.is_dir() and ((path / "config.json").is_file() or (path / ADAPTER).is_file()):
         return
     if path.is_dir():
-        message = f"{path} has no config.json, so it is no checkpoint"
+        message = f"{path} has no config.json; name the folder that holds it"
     else:
         what = "a file, not a directory" if path.exists() else "no such directory"
         message = (
@@ -78,9 +73,6 @@ def _refuse(source: str, path: Path) -> None:
 
 def know_all(settings: Settings) -> tuple[KnownSubject, ...]:
     """Every subject of the settings.
-
-    Args:
-        settings: of the command.
 
     Raises:
         BadInputError: one is not there, or two have one name.
@@ -105,13 +97,7 @@ def know_all(settings: Settings) -> tuple[KnownSubject, ...]:
 
 
 def digests(settings: Settings, known: Sequence[KnownSubject], baseline: Path | None) -> Mapping[str, str]:
-    """Digests of everything that an answer depends on besides settings and versions.
-
-    Args:
-        settings: as a cell uses them.
-        known: its subjects.
-        baseline: the folder of baselines that the cells are compared with.
-    """
+    """Digests of everything that an answer depends on besides settings and versions."""
     found = {"numerics-suite": source_digest(), **{one.name: one.digest for one in known}}
     for name, path in (("--data", settings.data), ("--baseline", baseline)):
         if path is not None and path.exists():

@@ -36,11 +36,6 @@ def released(package: str, *, pre: bool = False, python: str | None = None) -> l
 
     A version that is there in several builds (`2.13.0`, `2.13.0+cpu`) is given once, without its build.
 
-    Args:
-        package: its name.
-        pre: with pre-releases.
-        python: such as `3.12`; None for the running one.
-
     Raises:
         BadInputError: no index knows the package, or none can be reached.
     """
@@ -75,12 +70,6 @@ def allowed(package: str, version: Version) -> bool:
 
 def resolve(package: str, spec: str, *, pre: bool = False, python: str | None = None) -> list[str]:
     """The versions that a SPEC means; see `numerics_suite.versions.specs`.
-
-    Args:
-        package: its name.
-        spec: as the user typed it.
-        pre: with pre-releases.
-        python: such as `3.12`; None for the running one.
 
     Raises:
         BadInputError: SPEC is malformed, names a version that does not exist, or means none.

@@ -45,11 +45,6 @@ print(json.dumps(versions))
 def build(recipe: Recipe, wanted: Wanted, folder: Path) -> Path:
     """Make a virtual environment in the folder and install everything.
 
-    Args:
-        recipe: what is installed.
-        wanted: where transformers' source is, if it is built.
-        folder: empty.
-
     Returns:
         The environment's interpreter.
 

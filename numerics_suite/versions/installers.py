@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numerics_suite.versions.pip_settings import PackageSources
 
 _DISTURBING = ("UV_PYTHON", "UV_SYSTEM_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_BREAK_SYSTEM_PACKAGES", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "CONDA_PREFIX")  # fmt: skip
-"""Variables that would send uv, or a build that it runs, to another environment than the one it is told."""
+"""Variables that would send uv, or a build that it runs, to another environment than its argument."""
 
 
 def find_uv() -> str:
@@ -45,10 +45,6 @@ def find_uv() -> str:
 def make_venv(folder: Path, python: str) -> None:
     """A new, empty virtual environment.
 
-    Args:
-        folder: of the environment; not there yet.
-        python: an interpreter's path, or a version as uv understands it.
-
     Raises:
         UnsupportedError: no such Python.
         BadInputError: uv is missing, or the disk is full.
@@ -58,12 +54,6 @@ def make_venv(folder: Path, python: str) -> None:
 
 def install(python: Path, requirements: Sequence[str], sources: PackageSources, what: str) -> None:
     """Install requirements into the environment of an interpreter.
-
-    Args:
-        python: the environment's interpreter.
-        requirements: as pip understands them.
-        sources: where packages come from.
-        what: is being installed, for the message.
 
     Raises:
         UnsupportedError: they cannot be installed; the message is the reason.

@@ -27,7 +27,7 @@ LAYOUT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is asked of one environment.
+    """The task of one environment.
 
     Attributes:
         settings: of `check`, run in the environment's own process.
@@ -71,11 +71,7 @@ class Job:
 
 
 def read_job(path: Path) -> Job:
-    """The job of a file.
-
-    Args:
-        path: of a file that :meth:`Job.to_json` was written to.
-    """
+    """The job of a file."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return Job(
         settings=settings_from_json(content["settings"]),
@@ -89,11 +85,7 @@ def read_job(path: Path) -> Job:
 
 
 def settings_from_json(written: Mapping[str, Any]) -> Settings:
-    """The inverse of :func:`numerics_suite.settings.tree.to_json`.
-
-    Args:
-        written: `settings` of a results file or a job.
-    """
+    """The inverse of :func:`numerics_suite.settings.tree.to_json`."""
     found: dict[str, Any] = {}
     for name in (item.name for item in fields(Settings)):
         if name not in written:
@@ -113,11 +105,7 @@ _DROPPED = ("workers", "json", "junitxml", "report", "quiet", "list_only")
 
 
 def for_a_cell(settings: Settings) -> Settings:
-    """The settings as a cell's own process uses them: absolute paths, no workers, no files but the cell's.
-
-    Args:
-        settings: of the command.
-    """
+    """The settings as a cell's own process uses them: absolute paths, no workers, no files but the cell's."""
     origins = {name: origin for name, origin in settings.origins.items() if name not in _DROPPED}
     return replace(
         settings,

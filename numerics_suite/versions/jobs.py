@@ -87,11 +87,6 @@ class Jobs:
     def run(self, environment: RunsModules, job: Job, folder: Path) -> dict[str, Any]:
         """Run a job to its end.
 
-        Args:
-            environment: that it runs in.
-            job: what is asked.
-            folder: for its files; empty.
-
         Returns:
             What `done.json` holds; where the process wrote none, an error with one line of reason, which is written too.
 
@@ -138,11 +133,7 @@ class Jobs:
 
 
 def failed(reason: str) -> dict[str, Any]:
-    """The `done.json` of a job that gave no answer.
-
-    Args:
-        reason: one line.
-    """
+    """The `done.json` of a job that gave no answer."""
     return {
         "status": "error",
         "results": False,
@@ -153,11 +144,7 @@ def failed(reason: str) -> dict[str, Any]:
 
 
 def tail(log: Path) -> list[str]:
-    """The last lines of a process's output, without blanks at their ends.
-
-    Args:
-        log: its output; need not be there yet.
-    """
+    """The last lines of a process's output, without blanks at their ends."""
     try:
         with log.open("rb") as file:
             file.seek(max(log.stat().st_size - 20_000, 0))
@@ -168,12 +155,7 @@ def tail(log: Path) -> list[str]:
 
 
 def reason_of(status: int, log: Path) -> str:
-    """One line for a process that ended without an answer.
-
-    Args:
-        status: as `Popen.returncode`.
-        log: its output.
-    """
+    """One line for a process that ended without an answer."""
     lines = tail(log)
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
@@ -190,20 +172,12 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def default_jobs(weight_bytes: int) -> int:
-    """How many jobs run at once where nobody says: as many as cores and memory allow, four at most.
-
-    Args:
-        weight_bytes: of the largest subject's files.
-    """
+    """How many jobs run at once by default: as many as cores and memory allow, four at most."""
     available = available_bytes()
     room = 4 * 1_500_000_000 if available is None else available
     return max(1, min(core_count(), 4, room // rough_bytes(weight_bytes)))
 
 
 def rough_bytes(weight_bytes: int) -> int:
-    """About what a job needs, from files alone: torch and a run in fp64 beside the model and its gradients.
-
-    Args:
-        weight_bytes: of the largest subject's files.
-    """
-    return 1_500_000_000 + 8 * weight_bytes
+    """About what a job needs, from the size of its largest subject's files alone."""
+    return 1_500_000_000 + 8 * weight_bytes  # torch and a run in fp64 beside the model and its gradients

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def file_lock(path: Path) -> BaseFileLock:
-    """A lock in a file, not taken yet.
-
-    Args:
-        path: of the file; its folder is made.
-    """
+    """A lock in a file, not taken yet."""
     try:
         from filelock import FileLock
     except ImportError:
@@ -37,13 +33,7 @@ def file_lock(path: Path) -> BaseFileLock:
 
 @contextlib.contextmanager
 def alone(folder: Path, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock for making and removing an environment; wait for it if need be.
-
-    Args:
-        folder: of the locks.
-        name: of the environment.
-        on_wait: called once if another process has it.
-    """
+    """Hold the lock for making and removing an environment; wait for it if need be."""
     from filelock import Timeout
 
     lock = file_lock(folder / f"{name}.lock")
@@ -83,12 +73,7 @@ class Use:
     _guard: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Begin to use it; the caller holds the lock of `alone`.
-
-        Args:
-            folder: of the locks.
-            name: of the environment.
-        """
+        """Begin to use it; the caller holds the lock of `alone`."""
         self._path = folder / f"{name}.use-{os.getpid()}"
         self._ended = False
         with self._guard:

@@ -19,7 +19,7 @@ from numerics_suite.versions.changes import with_changes
 from numerics_suite.versions.environments import ensure
 from numerics_suite.versions.extensions import left_out_notes
 from numerics_suite.versions.fingerprints import KnownSubject, digests
-from numerics_suite.versions.job import LOG, Job, for_a_cell
+from numerics_suite.versions.job import LOG, Job
 from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, failed, tail
 from numerics_suite.versions.recipes import Wanted, make_recipe
 from numerics_suite.versions.result_store import ResultStore
@@ -69,9 +69,6 @@ class MatrixPlan:
     def job(self, wanted: Wanted | None) -> Job:
         """The job of one environment.
 
-        Args:
-            wanted: None for the running one.
-
         Raises:
             NumericsSuiteError: there can be none of these versions.
         """
@@ -101,45 +98,12 @@ def wanted_of(versions: Versions) -> Wanted:
     )
 
 
-def make_plan(  # noqa: PLR0913 - keywords
-    settings: Settings,
-    known: tuple[KnownSubject, ...],
-    cells: Sequence[Versions],
-    *,
-    cwd: Path,
-    threads: int,
-    baseline: Path | None,
-) -> MatrixPlan:
-    """The plan of a matrix.
-
-    Args:
-        settings: of the command.
-        known: its subjects.
-        cells: may hold one twice.
-        cwd: the folder of the command.
-        threads: of each cell's process.
-        baseline: the folder of baselines that the cells are compared with, None without.
-    """
-    return MatrixPlan(
-        settings=for_a_cell(settings),
-        known=known,
-        cells=tuple(dict.fromkeys(cells)),
-        cwd=cwd,
-        threads=threads,
-        baseline=baseline,
-    )
-
-
 Execute = Callable[[Job, Path, Callable[[str], None]], dict[str, Any]]
 """Run a job in a folder, telling what is being done; the content of its `done.json`."""
 
 
 def in_environments(jobs: Jobs) -> Execute:
-    """Jobs as processes of this machine, each in an environment that is made when it is needed.
-
-    Args:
-        jobs: runs the processes.
-    """
+    """Jobs as processes of this machine, each in an environment that is made when it is needed."""
 
     def execute(job: Job, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
         if jobs.stopped:
@@ -171,12 +135,7 @@ def _said_last(folder: Path) -> str:
 
 
 def planned(plan: MatrixPlan, kept: ResultStore) -> list[tuple[Versions, bool]]:
-    """The cells, and whether each is done already.
-
-    Args:
-        plan: of the matrix.
-        kept: the folder.
-    """
+    """The cells, and whether each is done already."""
     rows = []
     for versions in plan.cells:
         try:
@@ -202,7 +161,7 @@ def run_matrix(  # noqa: PLR0913 - keywords
         plan: of the matrix.
         kept: entered; what is done is found and kept there.
         execute: how a job is run.
-        audience: told of every step, from any thread.
+        audience: follows every step, from any thread.
         jobs: how many run at once.
         stop: ends what runs, when the user stops.
 
@@ -258,12 +217,6 @@ def answer(
 ) -> tuple[dict[str, Any], Path, bool]:
     """What a job says: kept from an earlier run, or run now and then kept.
 
-    Args:
-        job: what is asked.
-        kept: where answers are.
-        execute: how it is run.
-        tell: told what is being done.
-
     Returns:
         The content of `done.json`, the folder, and whether it is an earlier run's.
 
@@ -299,12 +252,7 @@ def _refuse_if_all(cells: Sequence[MatrixCell], known: Sequence[KnownSubject]) -
 
 @contextlib.contextmanager
 def side_by_side(jobs: int, stop: Callable[[], None]) -> Iterator[Callable[..., Future[Any]]]:
-    """Threads that wait for processes; on the way out by an exception the processes are ended first.
-
-    Args:
-        jobs: threads.
-        stop: ends the processes.
-    """
+    """Threads that wait for processes; on the way out by an exception the processes are ended first."""
     pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="cell")
     try:
         yield pool.submit
@@ -317,11 +265,7 @@ def side_by_side(jobs: int, stop: Callable[[], None]) -> Iterator[Callable[..., 
 
 
 def as_they_end(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
-    """Futures as they end; Ctrl-C is heard while waiting.
-
-    Args:
-        futures: all of them.
-    """
+    """Futures as they end; Ctrl-C is heard while waiting."""
     left = set(futures)
     while left:
         ended, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)

@@ -54,19 +54,13 @@ def memory_demand(settings: Settings, weight_bytes: int, cwd: Path) -> int:
 
 
 def planned_bytes(settings: Settings) -> int | None:
-    """The most that a cell of the plan needs with its process; None where that is not known for each of them.
-
-    Args:
-        settings: of `check`.
-    """
+    """The most that a cell of the plan needs with its process; None where that is not known for each of them."""
     from numerics_suite.devices.kinds import CPU, kind_of
-    from numerics_suite.suite.planning import make_plan
-    from numerics_suite.suite.run import expected_bytes
+    from numerics_suite.suite.run import planned
 
-    plan = make_plan(settings)
-    if kind_of(plan.device) != CPU:
-        return None  # the estimate is of the accelerator's own memory
-    sizes = [expected_bytes(settings, plan, cell) for cell in plan.cells]
+    rows, _ = planned(settings)
+    # Of another device the estimate is of that device's own memory, and says nothing of the node's.
+    sizes = [row.bytes if kind_of(row.cell.device) == CPU else None for row in rows]
     known = [size for size in sizes if size is not None]
     return PROCESS_BYTES + max(known) if known and len(known) == len(sizes) else None
 

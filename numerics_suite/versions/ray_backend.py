@@ -96,8 +96,7 @@ class Cluster:
             )
         except Exception as error:  # noqa: BLE001 - Ray raises many kinds
             self.__exit__(None, None, None)
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            message = f"--ray {self.address}: no cluster answers: {lines[0]}"
+            message = f"--ray {self.address}: no cluster answers: {_lines(error)[0]}"
             raise BadInputError(message) from None
         self._task = ray.remote(run_on_node)
         return self
@@ -116,58 +115,25 @@ class Cluster:
         """Cancel what runs."""
         self._stopped.set()
 
-    def _needs(self, job: Job) -> dict[str, float]:
-        """What a job takes of its node. Its threads are those of this machine's cores, which the nodes may have fewer of."""
-        import ray
-
-        device = job.settings.device
-        cores = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-        return {
-            "CPU": min(job.threads, cores) or 1,
-            "GPU": 0 if device.startswith(("cpu", "auto")) else 1 + device.count(","),
-            "memory": self.memory,
-        }
-
     def execute(self, job: Job, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
         """Run a job on some node; its files are written here.
 
-        Args:
-            job: what is asked.
-            folder: for its files; empty.
-            tell: told what is being done.
-
         Raises:
             Stopped: the user stopped.
-            UnsupportedError: the node cannot make the environment.
+            UnsupportedError: the node cannot make the environment, or no node can hold the job.
             BadInputError: the node can make none.
         """
-        import ray
+        from ray import exceptions
 
-        needs = self._needs(job)
-        task = self._task.options(
-            num_cpus=needs["CPU"],
-            num_gpus=needs["GPU"],
-            memory=needs["memory"],
-            max_retries=RETRIES,
-            retry_exceptions=False,
-        )
-        reference = task.remote(replace(job, wanted=_exact(job)))
-        tell("running")
-        nodes = Nodes(needs)
-        while not ray.wait([reference], timeout=0.5)[0]:
-            if self._stopped.is_set():
-                ray.cancel(reference, force=True)
-                raise Stopped
-            if nodes.none_holds():
-                ray.cancel(reference, force=True)
-                return failed(nodes.reason())
+        lost = (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.OutOfMemoryError)
         try:
-            answer = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            return failed(f"its node could not run it: {str(error).strip().splitlines()[-1]}")
-        except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            return failed(f"its node or worker was lost {RETRIES + 1} times: {lines[0]}")
+            answer = self._answer(job, tell)
+        except exceptions.RayTaskError as error:
+            return failed(f"its node could not run it: {_lines(error)[-1]}")
+        except lost as error:
+            return failed(f"its node or worker was lost {RETRIES + 1} times: {_lines(error)[0]}")
+        except exceptions.RayError as error:
+            return failed(f"the cluster gave no answer: {_lines(error)[0]}")
         for name, content in answer["files"].items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +144,37 @@ class Cluster:
             raise BadInputError(answer["bad_input"])
         done: dict[str, Any] = answer["done"]
         return done
+
+    def _answer(self, job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+        """What the task of a job returns."""
+        import ray
+
+        needs = self._needs(job)
+        amounts = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"]}
+        task = self._task.options(**amounts, max_retries=RETRIES, retry_exceptions=False)
+        reference = task.remote(replace(job, wanted=_exact(job)))
+        tell("running")
+        nodes = Nodes(needs)
+        while not ray.wait([reference], timeout=0.5)[0]:
+            if self._stopped.is_set() or nodes.none_holds():
+                ray.cancel(reference, force=True)
+                if self._stopped.is_set():
+                    raise Stopped
+                raise UnsupportedError(nodes.reason())
+        answer: dict[str, Any] = ray.get(reference)
+        return answer
+
+    def _needs(self, job: Job) -> dict[str, float]:
+        """What a job takes of its node, by Ray's names. Its threads are those of this machine's cores; the nodes may have fewer."""
+        import ray
+
+        device = job.settings.device
+        cores = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        return {
+            "CPU": min(job.threads, cores) or 1,
+            "GPU": 0 if device.startswith(("cpu", "auto")) else 1 + device.count(","),
+            "memory": self.memory,
+        }
 
 
 class Nodes:
@@ -212,6 +209,10 @@ class Nodes:
         return f"no node can hold it: it needs {_amounts(self.needs)}; nodes offer: {' | '.join(offers) or 'nothing'}"
 
 
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def _amounts(resources: Mapping[str, float]) -> str:
     cpus, gpus, memory = (resources.get(name, 0) for name in ("CPU", "GPU", "memory"))
     parts = [f"{cpus:g} CPU{'s' if cpus != 1 else ''}", *([f"{gpus:g} GPU{'s' if gpus != 1 else ''}"] if gpus else [])]
@@ -222,9 +223,6 @@ def stage(folder: Path) -> None:
     """Put this copy of the package, its fixtures and what it needs where Ray takes them from.
 
     Not a wheel: Ray would install all that a wheel needs, a torch and a transformers for each node.
-
-    Args:
-        folder: empty.
     """
     package = Path(numerics_suite.__file__).resolve().parent
     fixtures = fixtures_root()
@@ -254,11 +252,7 @@ def _exact(job: Job) -> Wanted:
 
 
 def run_on_node(job: Job) -> Mapping[str, Any]:
-    """The task: make the environment, run the job in it, and give all its files back.
-
-    Args:
-        job: what is asked, the environment exact.
-    """
+    """The task: make the environment, run the job in it, and give all its files back."""
     from numerics_suite.versions.environments import ensure
 
     answer: dict[str, Any] = {"done": None, "files": {}, "unsupported": "", "bad_input": ""}

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.settings.sources import read_toml
 from numerics_suite.versions.pip_settings import PackageSources, package_sources
 
 if TYPE_CHECKING:
@@ -59,13 +60,13 @@ class Recipe:
     """What an environment is made of, and therefore what it is known by.
 
     Attributes:
-        python: version or path, as uv is told.
+        python: version or path, for uv.
         torch: a release.
         transformers: a release, or `git-COMMIT`.
         requirements: of numerics-suite, without these two.
         sources: where packages come from.
         platform: system, machine and C library.
-        others: name and release of the packages of `requirements` that somebody chose.
+        others: name and release of the packages of `requirements` that the user chose.
     """
 
     python: str
@@ -219,8 +220,6 @@ def _own_lines() -> Iterator[str]:
 
 def _lines_of_checkout() -> list[str]:
     """A checkout on PYTHONPATH has no metadata."""
-    from numerics_suite.versions.pip_settings import read_toml
-
     path = Path(__file__).resolve().parents[2] / "pyproject.toml"
     project = read_toml(path).get("project", {}) if path.is_file() else {}
     if project.get("name") != DISTRIBUTION:

@@ -34,12 +34,7 @@ class ResultStore:
     """
 
     def __init__(self, folder: Path, option: str = "--out") -> None:
-        """Nothing is made before it is entered.
-
-        Args:
-            folder: absolute or relative.
-            option: the option that named it, for messages.
-        """
+        """Nothing is made before it is entered."""
         self.folder, self._option = folder.resolve(), option
         self._lock: BaseFileLock | None = None
 
@@ -83,11 +78,7 @@ class ResultStore:
             self._lock = None
 
     def find(self, name: str) -> dict[str, Any] | None:
-        """The `done.json` of a finished answer that was no error, None where there is none.
-
-        Args:
-            name: of a job.
-        """
+        """The `done.json` of a finished answer that was no error, None where there is none."""
         folder = self.folder / name
         done = read_done(folder)
         if done is None or done["status"] == "error":
@@ -100,30 +91,17 @@ class ResultStore:
         return sum(read_done(folder) is not None for folder in self.folder.iterdir() if folder.is_dir())
 
     def begin(self, name: str) -> Path:
-        """A new folder to work in.
-
-        Args:
-            name: of a job.
-        """
+        """A new folder to work in."""
         (self.folder / UNFINISHED).mkdir(exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder / UNFINISHED))
 
     @staticmethod
     def drop(unfinished: Path) -> None:
-        """Remove a folder that came to nothing.
-
-        Args:
-            unfinished: of :meth:`begin`.
-        """
+        """Remove a folder that came to nothing."""
         shutil.rmtree(unfinished, ignore_errors=True)
 
     def publish(self, name: str, unfinished: Path) -> Path:
-        """Give a finished folder its name; what an earlier error left there goes.
-
-        Args:
-            name: of the job.
-            unfinished: of :meth:`begin`.
-        """
+        """Give a finished folder its name; what an earlier error left there goes."""
         target = self.folder / name
         unfinished.chmod(0o755)
         if target.exists():
@@ -135,11 +113,7 @@ class ResultStore:
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """The `done.json` of a folder, None where there is none that can be read.
-
-    Args:
-        folder: of an answer.
-    """
+    """The `done.json` of a folder, None where there is none that can be read."""
     try:
         done = json.loads((folder / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -200,11 +200,7 @@ def _remove_tree(folder: Path) -> None:
 
 
 def make_room(say: Callable[[str], None]) -> None:
-    """Remove the environments used longest ago until the limit is kept; those in use stay.
-
-    Args:
-        say: told of each that goes.
-    """
+    """Remove the environments used longest ago until the limit is kept; those in use stay."""
     global _look_again_at  # noqa: PLW0603 - one pace for the process
     limit, started = size_limit(), time.monotonic()
     if started < _look_again_at:

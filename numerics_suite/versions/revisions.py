@@ -68,9 +68,6 @@ def _place(root: Path, commit: str, folder: Path) -> Path:
 def brought(candidate: Candidate) -> Iterator[None]:
     """The candidate's files are there while this lasts, also where another process ends its use; the repository is only read.
 
-    Args:
-        candidate: any.
-
     Raises:
         BadInputError: they cannot be had.
     """

@@ -31,10 +31,6 @@ FORMS = "a list (4.51.3,5.23.0), a specifier (>=4.51,<6) or latest:N (also minor
 def named(package: str, spec: str) -> list[Version] | None:
     """The versions of a SPEC that is a plain list, oldest first; None for every other form.
 
-    Args:
-        package: their package, for messages.
-        spec: as the user typed it.
-
     Raises:
         BadInputError: it is of no form.
     """
@@ -116,13 +112,7 @@ def _last_patches(versions: Sequence[Version]) -> list[Version]:
 
 
 def missing(package: str, version: Version, known: Sequence[Version]) -> str:
-    """One line: the version does not exist, and which one is nearest.
-
-    Args:
-        package: its package.
-        version: that was asked for.
-        known: the releases there are.
-    """
+    """One line: the version does not exist, and which one is nearest."""
 
     def shared(other: Version) -> int:
         alike = [a == b for a, b in zip_longest(other.release, version.release, fillvalue=0)]

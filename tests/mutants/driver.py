@@ -70,7 +70,7 @@ class MutantSession(SuiteSession):
     def __init__(self, settings: Settings, patch: Patch | None = None) -> None:
         """Without a patch it is the suite itself."""
         super().__init__(settings)
-        self.tries_remedies = False  # whether a defect is seen is asked here, not what cures it
+        self.findings.tries_remedies = False  # whether a defect is seen is asked here, not what cures it
         self.patch = patch
 
     def context(self, cell: Cell) -> CellContext:

@@ -227,7 +227,7 @@ def _session(name: str, folder: Path) -> Any:
         mutant = next(mutant for mutant in MUTANTS if mutant.id == name)
         settings, patch = settings_of(mutant.fixture, mutant.precision, mutant.attn), mutant.apply
     session = Trying(replace(settings, max_examples=BATCHES), patch)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     return session
 
 

@@ -58,7 +58,7 @@ def found(fixture: str, check: str, texts: Path, *, precision: str, patch: Any =
         origins={"precision": "command line"},
     )
     session = MutantSession(settings, patch)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = session.plan.questions
     result, trace = session.answer(question)
     assert result.finding is not None, f"{result.status} {result.reason} {trace}"
@@ -112,6 +112,7 @@ def test_ids_in_bfloat16(fixture: str, texts: Path, monkeypatch: pytest.MonkeyPa
 def found_curve(fixture: str, texts: Path) -> tuple[float, ...]:
     """Twenty steps with ids in int64."""
     from numerics_suite.suite.rehearsal import rehearse
+    from numerics_suite.suite.session import SuiteSession
 
     settings = Settings(
         subjects=(f"fixture:{fixture}",),
@@ -125,5 +126,5 @@ def found_curve(fixture: str, texts: Path) -> tuple[float, ...]:
         lr=5e-5,
         origins={"precision": "command line"},
     )
-    (rehearsed,) = rehearse(settings)
+    (rehearsed,) = rehearse(SuiteSession(settings))
     return rehearsed.runs[0].losses

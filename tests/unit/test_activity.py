@@ -17,6 +17,7 @@ from numerics_suite.reports.terminal import Terminal
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects import resolve
 from numerics_suite.suite.run import run_check
+from numerics_suite.suite.session import SuiteSession
 from numerics_suite.versions.job import LOG
 from numerics_suite.versions.matrix import _said_last
 
@@ -78,7 +79,7 @@ def test_a_run_tells_of_loading_and_batches_on_standard_error_alone(tmp_path, mo
     stream = io.StringIO()
     given = {"subjects": ["fixture:glm-tiny-classifier"], "precision": "fp16", "attn": "eager", "checks": "forward.headroom",
              "workers": "0", "max_examples": "3"}  # fmt: skip
-    run_check(from_command_line(given), Terminal(stream=stream))
+    run_check(SuiteSession(from_command_line(given)), Terminal(stream=stream))
     assert "s so far" not in stream.getvalue()
     said = capfd.readouterr().err
     assert "1 of 1 checks, " in said

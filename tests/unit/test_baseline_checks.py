@@ -19,8 +19,9 @@ from numerics_suite.reports.terminal import Terminal
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.settings.tree import PYPROJECT
 from numerics_suite.suite.planning import applicable_checks, make_plan
-from numerics_suite.suite.recording import record_cells
+from numerics_suite.suite.recording import record_cells, recording_session
 from numerics_suite.suite.run import run_check
+from numerics_suite.suite.session import SuiteSession
 
 FEW = {"precision": "fp32", "attn": "eager", "workers": "0"}
 CHECKS = ["baseline.semantics", "baseline.precision", "baseline.training", "baseline.contract"]
@@ -30,7 +31,7 @@ CHECKS = ["baseline.semantics", "baseline.precision", "baseline.training", "base
 def recorded() -> CellBaseline:
     """One cell of a shipped checkpoint."""
     settings = from_command_line({"subjects": ["fixture:glm-tiny"], **FEW}, Path("/"))
-    (found,) = record_cells(settings, lambda _: None)
+    (found,) = record_cells(recording_session(settings), lambda _: None)
     return found
 
 
@@ -44,7 +45,9 @@ def settings(**given):
 
 
 def ran(**given) -> RunResult:
-    return run_check(settings(**{"checks": "baseline.*", **given}), Terminal(stream=io.StringIO(), quiet=True))
+    return run_check(
+        SuiteSession(settings(**{"checks": "baseline.*", **given})), Terminal(stream=io.StringIO(), quiet=True)
+    )
 
 
 def statuses(run: RunResult) -> dict[str, str]:
@@ -217,11 +220,11 @@ def test_a_subject_that_the_project_no_longer_has_fails_the_run(recorded):
     save(Path("b"), [recorded, baseline()], force=False)
     chosen = settings(checks="baseline.*")
     from_file = replace(chosen, origins={**chosen.origins, "subjects": PYPROJECT})
-    run = run_check(from_file, Terminal(stream=io.StringIO(), quiet=True))
+    run = run_check(SuiteSession(from_file), Terminal(stream=io.StringIO(), quiet=True))
     assert (run.verdict, run.exit_status) == ("fail", 1)
     assert run.notes == ("missing: glm4-tiny (causal-lm) is in b and not in this run",)
     other = replace(from_file, checks=("load.complete",))
-    assert run_check(other, Terminal(stream=io.StringIO(), quiet=True)).exit_status == 0
+    assert run_check(SuiteSession(other), Terminal(stream=io.StringIO(), quiet=True)).exit_status == 0
 
 
 # --- the whole way -----------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def settings_of(factory, **changes):
 def run_of(factory, **changes) -> RunResult:
     """The whole run as the gate puts it together."""
     session = SuiteSession(settings_of(factory, **changes))
-    session.tries_remedies = False
+    session.findings.tries_remedies = False
     return answered(session)
 
 
@@ -308,7 +308,7 @@ def test_a_loud_head_explains_the_overflow_behind_it(tmp_path, monkeypatch):
     session = MutantSession(
         mutant_settings("glm4-tiny", "fp16", "eager", asked, task="sequence-classification", max_examples=2), loud_head
     )
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     first, second = answered(session).checks
     assert first.finding.cause == "bad-initialisation"
     assert (second.finding.cause, second.finding.consequence_of) == ("overflow", first.id)

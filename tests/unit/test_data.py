@@ -154,7 +154,7 @@ def answered(data, length, checks=("train.labels",), subject="fixture:glm-tiny",
         seq_len=length, data=data, origins={"precision": "command line"}, **changes,
     )  # fmt: skip
     session = SuiteSession(settings)
-    session.tries_remedies = bool(changes.get("diagnose", True))
+    session.findings.tries_remedies = bool(changes.get("diagnose", True))
     (question,) = session.plan.questions
     return session, session.answer(question)[0]
 
@@ -207,4 +207,4 @@ def test_no_rehearsal_of_another_batch_than_the_users(tmp_path):
 
     data = written(tmp_path / "rows.jsonl", {"prompt": LONG, "completion": "paris"})
     session, _ = answered(data, 12, checks=("train.finite",), diagnose=False)
-    assert rehearse(session.settings) == ()
+    assert rehearse(session) == ()

@@ -32,7 +32,7 @@ def answered(subject: str) -> tuple[str, str]:
         origins={"precision": "command line"},
     )
     session = SuiteSession(settings)
-    session.tries_remedies = False
+    session.findings.tries_remedies = False
     result = session.answer(session.plan.questions[0])[0]
     return result.status, result.finding.cause if result.finding else result.reason or ""
 

@@ -22,9 +22,9 @@ from numerics_suite.core.deaths import death_text
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.reports.results import check_to_json, dump, indented, to_json, unfinished, with_checks
 from numerics_suite.settings.tree import Settings
-from numerics_suite.suite import session as suite_session
+from numerics_suite.suite import run_findings
 from numerics_suite.suite.run import worker_count
-from numerics_suite.suite.session import SuiteSession
+from numerics_suite.suite.run_findings import RunFindings
 
 
 def test_how_a_process_ended_is_said_in_words() -> None:
@@ -108,11 +108,11 @@ def test_no_more_workers_than_cells() -> None:
 
 
 def test_each_cause_has_a_reproducer_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_session, "reproducer", lambda _check, found, *_: found.cause)
-    suite = SuiteSession(Settings(), reproducers=tmp_path)
+    monkeypatch.setattr(run_findings, "reproducer", lambda _check, found, *_: found.cause)
+    findings = RunFindings(Settings(), tmp_path)
     for attn, cause in (("eager", "overflow"), ("sdpa", "invalid-operation"), ("flex_attention", "underflow")):
-        question: Any = SimpleNamespace(check="forward.finite", cell=result("forward.finite", "bf16", attn).cell)
-        path = suite._reproducer(question, finding(cause, "title"), None, None)  # type: ignore[arg-type]
+        context: Any = SimpleNamespace(cell=result("forward.finite", "bf16", attn).cell)
+        path = findings._reproducer("forward.finite", finding(cause, "title"), context, None)
         assert path is not None
         assert Path(path).read_text() == cause
     assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["invalid-operation", "overflow", "underflow"]

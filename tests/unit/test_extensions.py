@@ -30,7 +30,7 @@ from numerics_suite.definitions import oracle_for
 from numerics_suite.diagnosis import remedy_register as added_remedies
 from numerics_suite.diagnosis.remedy_register import cost_of, cures, remedies_of
 from numerics_suite.diagnosis.remedy_words import COST
-from numerics_suite.engine.cell_context import Request
+from numerics_suite.engine.request import Request
 from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.judgement.verdicts import judge
 from numerics_suite.reports.documents import CheckRun, Documents
@@ -462,6 +462,7 @@ IN_OLD_NAMES = """
         with evidence.tampered() as model:
             yield Measurement(name="m", value=float(not batch.law_abiding), unit="")
         assert model is evidence.model
+        evidence.memo["acme"] = 1
         evidence.let_go()
 
     def cure(evidence, finding):
@@ -498,6 +499,7 @@ def test_an_extension_in_old_names_works_and_each_of_them_warns(site):
         "the argument evidence is deprecated: use context": "broken.py",
         "Batch.law_abiding is deprecated: use laws_apply": "broken.py",
         "CellContext.tampered is deprecated: use modified_model": "broken.py",
+        "CellContext.memo is deprecated: use cache": "broken.py",
         "CellContext.let_go is deprecated: use release": "broken.py",
         "Attempt.evidence is deprecated: use context": "test_extensions.py",
     }

@@ -35,7 +35,7 @@ def read(line: str) -> tuple[str, dict[str, str], str]:
     return found[1], {name: plain(value) for name, value in facts.items()}, plain(found[3])
 
 
-WHY = "nothing wrote to the memory of score.weight, so it holds what lay there before, NaN in one process and zeros in another (uninitialised-parameters)."
+WHY = "no code writes to the memory of score.weight, so it holds whatever was there before: NaN in one process, zeros in another (uninitialised-parameters)."
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_the_worst_ten_are_shown_and_the_rest_is_counted(step):
     told = [read(line) for line in annotation_lines(of_run(run))]
     assert [kind for kind, _, _ in told] == ["error"] * 10 + ["notice"]
     assert [facts["title"] for _, facts, _ in told[:2]] == [
-        f"Finding {at}: no experiment could decide on a cause (unknown)." for at in range(2)
+        f"Finding {at}: no experiment identified the cause (unknown)." for at in range(2)
     ]
     assert told[-1][2] == "3 more problems; all of them are in the summary of this step"
 

@@ -29,7 +29,6 @@ from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.diagnosis.scripts import parts
 from numerics_suite.diagnosis.scripts.scene import ScriptContext
-from numerics_suite.plugin import _shown
 from numerics_suite.reports.documents import Documents, read_documents
 from numerics_suite.reports.github import annotation_lines
 from numerics_suite.reports.matrix import matrix_to_json, table_lines
@@ -37,6 +36,7 @@ from numerics_suite.reports.recording import RecordTerminal
 from numerics_suite.reports.results import to_json
 from numerics_suite.reports.terminal import Terminal
 from numerics_suite.reports.text import finding_text, summary_lines
+from numerics_suite.suite.items import _shown
 
 BENIGN = "word"
 WORDS = {

@@ -69,7 +69,7 @@ def answer(source, check="load.dtype", precision="bf16", **changes):
         }
     )
     session = MutantSession(settings)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = session.plan.questions
     result, trace = session.answer(question)
     assert not trace
@@ -98,7 +98,7 @@ def test_a_narrow_head_is_cured_by_a_cast(tmp_path):
 def test_a_dtype_that_the_code_does_not_heed(coded):
     result, remedies = answer(coded(HALF))
     assert result.finding.cause == "ignored-dtype"
-    assert result.finding.title == "bfloat16 was asked for, and the model is in float16"
+    assert result.finding.title == "bfloat16 was requested, and the model is in float16"
     assert remedies["cast-after-loading"].verified is True, remedies["cast-after-loading"].effect
     assert "load_state_dict with the stored values" in remedies["cast-after-loading"].effect
     assert remedies["fix-config"].verified is not True

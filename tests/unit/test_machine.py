@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from numerics_suite.core import machine
+from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects import files
 from numerics_suite.subjects.fixtures import fixture_path, trusted_fixture
 from numerics_suite.subjects.load import load
 from numerics_suite.subjects.resolve import resolve
+from numerics_suite.suite import session as suite_session
+from numerics_suite.suite.session import SuiteSession
 
 Grants = dict[str, str]
 
@@ -117,13 +121,24 @@ def test_weights_in_another_state_are_read_again(
     assert (again == first) == (change is touched)
 
 
-def test_a_worker_takes_over_what_was_read(checkpoint: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = files.digest(checkpoint)
-    told = files.digests_to_json()
-    monkeypatch.setattr(files, "_digests", {})
-    files.digests_from_json(told)
-    assert files.digest(checkpoint) == first
-    assert reads.count("model.safetensors") == 1
+def test_a_worker_continues_the_session_with_its_plan(
+    checkpoint: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker resolves nothing again and reads no weights to know them: what it needs of the plan is data."""
+    settings = Settings(
+        subjects=(str(checkpoint), "factory:unit.script_models:sound"), trust_remote_code=True, max_time=1e6
+    )
+    session = SuiteSession(settings, reproducers=checkpoint)
+    session.prepare()
+    assert session.deadline is not None
+    session.answered = {"id": {"status": "passed"}}
+    read = list(reads)
+    monkeypatch.setattr(suite_session, "make_plan", None)
+    worker = pickle.loads(pickle.dumps(session))
+    assert worker.plan == session.plan
+    for name in ("settings", "answered", "earlier", "deadline", "reproducers", "board"):
+        assert getattr(worker, name) == getattr(session, name)
+    assert reads == read
 
 
 def test_the_code_of_a_fixture_is_trusted_for_what_it_says_now(

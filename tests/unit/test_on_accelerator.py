@@ -19,7 +19,7 @@ from numerics_suite.core.errors import CheckError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--device", "cpu", "--small")
-NAMES = ("clean", "ratios", "tf32", "mutants", "baseline", "watch")
+NAMES = ("clean", "ratios", "tf32", "mutants", "baseline", "watch", "9b")
 
 
 @pytest.fixture(scope="module")

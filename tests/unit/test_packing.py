@@ -12,8 +12,9 @@ from mutants.driver import MutantSession, settings_of
 from torch import nn
 
 from numerics_suite.core.records import Cell
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.packed_rows import packed, ways_of
+from numerics_suite.engine.request import Request
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite import driver
@@ -30,7 +31,7 @@ def _quick(monkeypatch):
 def told(fixture, mutant=None, *, precision="fp32", attn="eager", remedies=False):
     settings = settings_of(fixture, precision, attn, ("forward.packing",), max_examples=5)
     session = MutantSession(settings, mutant and BY_ID[mutant].apply)
-    session.tries_remedies = remedies
+    session.findings.tries_remedies = remedies
     (question,) = session.plan.questions
     return session.answer(question)[0]
 

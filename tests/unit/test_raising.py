@@ -97,7 +97,7 @@ def test_code_of_a_released_class_raises_too():
         model.model.layers[0].self_attn.forward = raises
 
     session = MutantSession(settings_of("glm4-tiny", "bf16", "eager", ["forward.finite", "train.finite"]), patch)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     run = answered(session)
     first, second = run.checks
     assert first.finding.cause == "model-raises"
@@ -123,7 +123,7 @@ def test_what_cures_an_exception_is_named():
             model.model.layers[0].self_attn.forward = raises
 
     session = MutantSession(settings_of("glm4-tiny", "bf16", "eager", ["forward.finite"]), patch)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (result,) = answered(session).checks
     assert [remedy.name for remedy in result.finding.remedies if remedy.verified] == ["sdpa-attention"]
 

@@ -16,6 +16,7 @@ from numerics_suite.reports.rehearsal import rehearsal_lines
 from numerics_suite.reports.results import from_json, to_json
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.rehearsal import is_stable, rehearse
+from numerics_suite.suite.session import SuiteSession
 
 TEXTS = Path(__file__).resolve().parents[2] / "fixtures" / "texts.jsonl"
 
@@ -98,7 +99,7 @@ def rehearsed(tmp_path_factory) -> Rehearsal:
         origins={"precision": "command line"},
     )
     said = []
-    (found,) = rehearse(settings, said.append)
+    (found,) = rehearse(SuiteSession(settings), said.append)
     assert said == ["rehearsal: glm4-tiny in fp32", "rehearsal: glm4-tiny in bf16"]
     return found
 

@@ -23,7 +23,7 @@ from numerics_suite.suite.planning import Question
 def told(patch, check, *, fixture="glm4-tiny", precision="bf16", attn="sdpa", **changes):
     """The finding of a check of the patched checkpoint, with its remedies by name."""
     session = MutantSession(settings_of(fixture, precision, attn, max_examples=3, **changes), patch)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = [question for question in session.plan.questions if question.check == check]
     result, trace = session.answer(question)
     assert result.finding is not None, f"{result.status} {result.reason} {trace}"
@@ -34,7 +34,7 @@ def tried(session, question: Question, finding: Finding, *names: str) -> dict[st
     """The same finding's remedies, had the budget named these."""
     asked = replace(finding, remedies=tuple(Remedy(name=name, description=DESCRIPTIONS[name]) for name in names))
     context = session.context(question.cell)
-    found = try_remedies(question.check, asked, context, session._ask_again)
+    found = try_remedies(question.check, asked, context, session.findings.ask_again)
     return {remedy.name: remedy for remedy in found}
 
 
@@ -191,7 +191,7 @@ def test_an_experiment_and_the_remedy_of_its_name_train_once(monkeypatch):
 
 def test_without_diagnosis_nothing_is_tried():
     session = MutantSession(settings_of("glm4-tiny", "bf16", "sdpa", diagnose=False, **CLASSIFY), uninitialised)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = [question for question in session.plan.questions if question.check == "load.head-init"]
     result, _ = session.answer(question)
     assert [remedy.verified for remedy in result.finding.remedies] == [None, None]
@@ -257,7 +257,7 @@ def test_a_definition_that_could_not_be_asked_does_not_count_against_the_cure():
     finding, remedies, session, question = told(head_and_body, "load.head-init", **CLASSIFY)
     assert finding.cause == "uninitialised-parameters"
     cured = initialised_head(session.context(question.cell))
-    assert session._ask_again("reference.oracle", cured).breaches, "the defect of the body is there"
+    assert session.findings.ask_again("reference.oracle", cured).breaches, "the defect of the body is there"
     assert remedies["init-head"].verified is True
 
 
@@ -284,7 +284,7 @@ def test_a_remedy_that_the_class_refuses_is_not_verified():
 def factory_told(name, check):
     settings = settings_of("glm-tiny", "fp32", "eager", max_examples=2)
     session = MutantSession(replace(settings, subjects=(f"factory:mutants.{name}",)), None)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = [question for question in session.plan.questions if question.check == check]
     return session.answer(question)[0]
 
@@ -295,7 +295,7 @@ def test_untied_embeddings_of_code_are_tied_and_the_check_passes():
     (remedy,) = [remedy for remedy in found.remedies if remedy.name == "fix-config"]
     assert remedy.verified is True
     assert "with model.tie_weights()" in remedy.effect
-    assert "1 → 0, 0 allowed" in remedy.effect
+    assert "1 before, now 0" in remedy.effect
     assert "tie_word_embeddings" in remedy.description
     assert factory_told("article_models:norm_without_fp32", "load.tied").status == "passed"
 

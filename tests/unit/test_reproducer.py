@@ -22,7 +22,7 @@ from numerics_suite.diagnosis import reproducer as module
 from numerics_suite.diagnosis.reproducer import SYMPTOM, cut_down, fails, reproducer
 from numerics_suite.diagnosis.scripts import BODIES
 from numerics_suite.diagnosis.scripts.parts import LONGEST
-from numerics_suite.suite import session as suite_session
+from numerics_suite.suite import run_findings
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def found(check, *, fixture="glm4-tiny", precision="bf16", attn="sdpa", patch=None, **changes):
     session = MutantSession(settings_of(fixture, precision, attn, max_examples=2, **changes), patch)
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     (question,) = [question for question in session.plan.questions if question.check == check]
     result, trace = session.answer(question)
     assert result.finding is not None, f"{result.status} {result.reason} {trace}"
@@ -130,9 +130,9 @@ def test_a_clean_run_writes_and_runs_no_script(monkeypatch):
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr(suite_session, "reproducer", never)
+    monkeypatch.setattr(run_findings, "reproducer", never)
     session = MutantSession(settings_of("glm-tiny", "fp32", "eager", ("load.*",)))
-    session.tries_remedies = True
+    session.findings.tries_remedies = True
     statuses = {session.answer(question)[0].status for question in session.plan.questions if question.skip is None}
     assert statuses == {"passed"}
 
@@ -180,7 +180,7 @@ def test_a_script_that_cannot_be_written_hides_no_finding(monkeypatch):
     def broken(_):
         raise KeyError
 
-    body = replace(BODIES["train.finite", "non-finite"], lines=broken)
+    body = replace(BODIES["train.finite", "non-finite"], facts=broken)
     monkeypatch.setattr(module, "BODIES", {("train.finite", "non-finite"): body})
     seen = shown("fixture:glm-tiny", "train.finite", precision="pure-fp16", seq_len=8, batch_size=2)
     assert seen.script is None
@@ -218,9 +218,8 @@ def test_a_comparison_that_came_out_as_nan_is_shown_by_what_is_nan(monkeypatch):
     assert not fails(seen.script.replace(".attention_softmax_in_fp16()", ".clean_glm_tiny()"))
 
 
-def test_a_folder_that_cannot_be_written_hides_no_finding(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_hides_no_finding(tmp_path):
     (tmp_path / ".numerics").write_text("a file", encoding="utf-8")
-    monkeypatch.setattr(suite_session, "REPRODUCERS", suite_session.REPRODUCERS)
     assert found("train.finite", precision="pure-fp16").reproducer is None
 
 

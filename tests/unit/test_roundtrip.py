@@ -80,7 +80,7 @@ def test_a_head_that_comes_back_in_another_dtype(folder, monkeypatch):
 
     monkeypatch.setattr(transformers.MistralForCausalLM, "from_pretrained", classmethod(halving))
     found = statuses(folder, CHECK, diagnose=False)
-    assert found == {"load.roundtrip": "failed: saved and loaded again, in another dtype: lm_head.weight"}
+    assert found == {"load.roundtrip": "failed: in another dtype after saving and loading: lm_head.weight"}
 
 
 def test_code_comes_along(monkeypatch):

@@ -51,7 +51,7 @@ def test_the_routers_loss_is_no_finding(tmp_path, name, precision):
 @pytest.mark.usefixtures("doubled_loss")
 def test_a_wrong_cross_entropy_beside_it_is_one(tmp_path):
     found = statuses(mixture(tmp_path), ("train.labels",), "fp32")
-    assert found["train.labels"].startswith("failed: the loss is not the cross entropy over the labels that count")
+    assert found["train.labels"].startswith("failed: the loss is not the cross entropy over the counted labels")
 
 
 def test_what_is_trained_keeps_the_routers_loss(tmp_path):

@@ -16,8 +16,7 @@ from numerics_suite.core.records import Cell, CheckResult, Finding
 from numerics_suite.devices.precisions import PRECISIONS as RECIPES
 from numerics_suite.settings import choices
 from numerics_suite.settings.accept import AcceptEntry, matches, stale
-from numerics_suite.settings.options import add_pytest_options, from_command_line, from_pytest, to_args
-from numerics_suite.settings.sources import check_names
+from numerics_suite.settings.options import add_pytest_options, from_command_line, from_pytest
 from numerics_suite.settings.table import OPTIONS
 from numerics_suite.settings.tree import Settings, to_json
 
@@ -48,7 +47,8 @@ def pytest_config(*arguments: str, root: Path | None = None):
 
 
 def test_the_table_and_the_record_name_the_same_fields():
-    check_names()
+    named = [option.name for option in OPTIONS]
+    assert sorted([*named, "accept", "origins"]) == sorted(Settings.__dataclass_fields__)
 
 
 def test_the_tables_defaults_are_the_records():
@@ -138,24 +138,11 @@ EVERYTHING = {
 }
 
 
-def test_arguments_for_a_worker_give_the_same_settings_back(tmp_path):
-    write(
-        "seed = 5\nallow-partial = false\n"
-        '[[tool.numerics-suite.accept]]\ncheck = "train.*"\nreason = "knöwn, \\"quoted\\""\nuntil = 2027-01-01'
-    )
-    settings = from_command_line(EVERYTHING)
-    assert settings.precision == ("bf16", "amp-fp16")
-    assert settings.accept[0].reason == 'knöwn, "quoted"'
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "pyproject.toml").write_text("[tool.numerics-suite]\nsteps = 99\n", encoding="utf-8")
-    assert from_pytest(pytest_config(*to_args(settings), root=elsewhere)) == settings
-
-
-def test_default_settings_survive_the_way_to_a_worker_and_pickling():
-    settings = Settings()
-    assert from_pytest(pytest_config(*to_args(settings))) == settings
+def test_settings_survive_pickling():
+    write('[[tool.numerics-suite.accept]]\ncheck = "train.*"\nreason = "knöwn, \\"quoted\\""\nuntil = 2027-01-01')
     full = from_command_line(EVERYTHING)
+    assert full.precision == ("bf16", "amp-fp16")
+    assert full.accept[0].reason == 'knöwn, "quoted"'
     assert pickle.loads(pickle.dumps(full)) == full
 
 

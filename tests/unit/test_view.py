@@ -99,12 +99,13 @@ def test_a_sentence_takes_the_findings_facts_and_names_no_cause_that_nobody_look
 @pytest.mark.parametrize(
     ("title", "facts", "begin"),
     [
-        ("never initialised: a.weight, b.bias", {}, "Never initialised: nothing wrote"),
+        ("never initialised: a.weight, b.bias", {}, "Never initialised: no code writes"),
         ("it differs (0.3 in true fp64)", {"allowed": 1e-10}, "It differs: "),
         ("the loss of the true fp64 run differs (0.3), first in x", {"allowed": 1e-10}, "The loss in float64 differs, first in x: "),
         ("outputs hold NaN (6)", {"allowed": 0}, "Outputs hold NaN (6): "),
-        ("the code raises TypeError: no", {}, "The code raises TypeError: no. Nothing wrote"),
+        ("the code raises TypeError: no", {}, "The code raises TypeError: no. No code writes"),
         ("input_ids are rounded", {}, "input_ids are rounded: "),
+        ("it is NaN in x: uninitialised-parameters", {}, "It is NaN in x: no code writes"),
     ],
 )  # fmt: skip
 def test_a_title_says_nothing_that_another_line_says(title, facts, begin):
@@ -120,13 +121,13 @@ def test_a_title_says_nothing_that_another_line_says(title, facts, begin):
 def test_the_lines_of_a_finding():
     assert dict(card().lines) == {
         "where": "optimizer step 1, model.embed_tokens.weight and 32 more parameters; aten.addcdiv_ at adam.py:546",
-        "shown by": "float64, given the values as float16 holds them (eps is 0 already), is not finite either: so no overflow; the check passes with eps 0.0001 and in fp32",
+        "shown by": "the same operation in float64 on float16's values (eps is already 0) is not finite either, so it is no overflow; the check passes with eps 0.0001 and in fp32",
     }
     assert card().fixes == ("AdamW(eps=1e-4) -- tried, works: finite", "a newer release -- not tried")
     helpless = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[1:2])
     assert card(helpless).fixes == ("keep it wide -- tried, no help: still fails",)
     none = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[3:])
-    assert card(none).fixes == ("no remedy of the suite applies: begin at the place above; run the script",)
+    assert card(none).fixes == ("no automatic remedy applies: read the code at the place above; run the script",)
 
 
 def test_what_shows_a_cause_says_how_sure_it_is():
@@ -146,8 +147,14 @@ def test_a_place_names_a_module_where_no_parameter_is_of_it():
     ("arguments", "text"),
     [
         (("norm", 0.79, 0.75, "roundoffs"), "0.79 roundoffs; at most 0.75"),
-        (("true", 4.73, 1e-10, "ratio"), "4.73 times the root mean square of the logits, in float64; at most 1e-10"),
-        (("true-gradient", 1.03, 1e-10, "ratio"), "1.03 times the gradient's largest value, in float64; at most 1e-10"),
+        (
+            ("true", 4.73, 1e-10, "ratio"),
+            "4.73 times the root mean square of the logits, in float64, whose rounding explains at most 1e-10",
+        ),
+        (
+            ("true-gradient", 1.03, 1e-10, "ratio"),
+            "1.03 times the gradient's largest value, in float64, whose rounding explains at most 1e-10",
+        ),
         (("excess", 3, 1.5, "ratio"), "3 times the rounding error that the precision makes unavoidable; at most 1.5"),
         (("wrongly-tied", 1, 0, "pairs"), "1 pair; none is allowed"),
         (("empty", 3, 0, "batches"), "3 batches; none is allowed"),

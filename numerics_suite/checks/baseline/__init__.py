@@ -1,1 +1,1 @@
-"""Checks that hold a cell to what was recorded of it."""
+"""Checks that compare a cell with its recorded baseline."""

@@ -1,4 +1,4 @@
-"""The cell measured as its baseline was, once for all four checks, and compared with it."""
+"""Measures the cell like its baseline, once for all four checks, and compares the two."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from numerics_suite.baselines.compare import Difference, difference
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.engine.cell_context import CellContext, Request
-
-MEMO = "baseline.difference"
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 
 
 def difference_of(context: CellContext) -> Difference:
     """Recorded against measured, on the recorded batches with the recorded recipe.
 
     Args:
-        context: of a cell; its request holds the baseline.
+        context: the cell; its request holds the baseline.
 
     Raises:
         NotApplicableError: there is no baseline of the cell.
     """
+    return context.cached(_difference)
+
+
+def _difference(context: CellContext) -> Difference:
     recorded = context.request.baseline
     if recorded is None:
         reason = "no baseline of this cell was given"
         raise NotApplicableError(reason)
-    if MEMO not in context.memo:
-        context.memo[MEMO] = difference(recorded, measured_as(recorded, context))
-    found = context.memo[MEMO]
-    assert isinstance(found, Difference)
-    return found
+    return difference(recorded, measured_as(recorded, context))
 
 
 def measured_as(recorded: CellBaseline, context: CellContext) -> CellBaseline:
@@ -58,7 +57,7 @@ def _as_recorded(context: CellContext, recipe: Mapping[str, Any]) -> CellContext
 
 
 def _request(request: Request, recipe: Mapping[str, Any]) -> Request:
-    """What the settings ask, with what the recipe says instead."""
+    """The settings, with the recipe's values in their place."""
     names = ("steps", "optimizer", "lr", "max_grad_norm")
     plan = replace(request.plan, **{name: recipe[name] for name in names if name in recipe})
     return replace(request, plan=plan, seed=recipe.get("seed", request.seed))

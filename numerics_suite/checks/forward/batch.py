@@ -25,7 +25,7 @@ from numerics_suite.observations.divergence import Side, first_parting
 def batch(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is a row's answer the same alone as among its neighbours?
 
-    The first and the last row are asked alone, at the width that they have in the batch.
+    The first and the last row are run alone, at their width in the batch.
     """
     rows = int(batch.tensors["input_ids"].shape[0])
     if rows < 2 or not batch.laws_apply:

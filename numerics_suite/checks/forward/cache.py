@@ -37,18 +37,18 @@ BEYOND = 3
 """Tokens decoded past a sliding window: one at its edge, one just past it, and a step of several."""
 
 WINDOWS = ("sliding_window", "attention_window_size")
-"""Keys of a config that say how many tokens back a token sees."""
+"""Config keys for the number of tokens that a token can look back."""
 
 LARGEST_ROW = 4
-"""A row that reaches past a sliding window is asked where it has no more tokens than this many batches."""
+"""A row past a sliding window is tried only if it has at most as many tokens as this many batches."""
 
 
 @check(batches=True, share=0.4, needs=("causal", "token-ids"), adds=HOLE)
 def cache(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """Is decoding with the cache the full forward pass without one?
 
-    Token by token as `generate` does, through what the class prepares for it; several tokens in one step and without
-    `position_ids`, as a loop of the user's own may call it; after a prompt that was padded on the right; and past a
+    Token by token as `generate` does, with the inputs that the class prepares; several tokens in one step and without
+    `position_ids`, as a user's own loop may call it; after a prompt that was padded on the right; and past a
     sliding window. The mask grows with the sequence.
     """
     if not context.family.causal:
@@ -61,7 +61,7 @@ def cache(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     # The router's loss takes a mask as long as the ids, which no step of decoding has.
     with without_router_loss(context.model):
         yield from _in_steps(context, batch, sorted({max(width - 2, 1), width - 1}), "generate")
-        # A state that is rolled on token by token is never given several: the class itself says so.
+        # A class with a recurrent state declares that it takes one token at a time.
         single = is_stateful(context.model)
         yield from _in_steps(context, batch, [width - 1 if single else width // 2], "none")
         yield from _after_right_padding(context, batch)
@@ -102,7 +102,7 @@ def _in_steps(
 
 
 def _is_told_positions(context: CellContext, tensors: Mapping[str, Any]) -> bool:
-    """Whether positions are an argument that this code asks for: its class hands them to every step of `generate`.
+    """Whether this code requires positions as an argument: its class passes them to every step of `generate`.
 
     Code from before transformers' `Cache`, such as ChatGLM's, keeps plain tuples and counts each step from 0 without them.
     """
@@ -141,8 +141,8 @@ def _cause(context: CellContext, tensors: Mapping[str, Any], cuts: Sequence[int]
 def _after_right_padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     """The last token of a row decoded after a prompt that was padded on the right, in true fp64.
 
-    The other side is the same layout in one call without a cache: what a convolution or a window makes of the padding in
-    between is the model's own affair, and the same on both sides.
+    It is compared with the same layout in one call without a cache: a convolution or a window treats the padding in
+    between alike on both sides.
     """
     tensors = _with_hole(batch, context.space.pad_id)
     if tensors is None or int(tensors["input_ids"].shape[1]) > context.longest:
@@ -178,7 +178,7 @@ def _with_hole(batch: Batch, pad: int) -> dict[str, Tensor] | None:
 
 
 def _past_window(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """The first row, repeated until it reaches past the sliding window, in true fp64; nothing where the batch does so itself."""
+    """The first row, repeated until it reaches past the sliding window, in true fp64; nothing if it already does."""
     window, width = window_of(context), int(batch.tensors["input_ids"].shape[1])
     most = LARGEST_ROW * context.request.rows * context.request.length
     if window is None or not width < window + BEYOND <= min(context.longest, most):
@@ -199,7 +199,7 @@ def _past_window(context: CellContext, batch: Batch) -> Iterable[Measurement]:
 
 
 def window_of(context: CellContext) -> int | None:
-    """How many tokens back a token sees in the layers with a sliding window, None without such layers."""
+    """Number of tokens that a token can look back in layers with a sliding window, None without such layers."""
     config = context.model.config
     for owner in (config, getattr(config, "text_config", None)):
         sizes = [getattr(owner, key, None) for key in WINDOWS]

@@ -13,7 +13,7 @@ from numerics_suite.observations.repeatability import unsteady_module
 from numerics_suite.observations.roundoff import relative_error
 
 MOVED = "moved"
-"""The fact that holds by how much the second answer differs, relative to the root mean square of the first."""
+"""Fact: by how much the second output differs, relative to the root mean square of the first."""
 
 
 @check(batches=True)

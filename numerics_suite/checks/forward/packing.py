@@ -20,15 +20,16 @@ from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 
 MOST_ROWS, MOST_TOKENS = 3, 24
-"""Of a batch, what is packed: a leak needs two rows, and shows in the first tokens of the second."""
+"""Rows and tokens that are packed: a leak needs two rows, and shows in the first tokens of the second."""
 
 
 @check(batches=True, share=0.2, needs=("token-ids",))
 def packing(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """Are rows that are packed into one row by themselves, in each way that the installed release supports?
+    """Do packed rows give the outputs of separate rows, in each way that the installed release supports?
 
-    The rows alone are compared with the same rows end to end, told apart by `position_ids` that start again (without a mask and without a
-    cache), by FlashAttention's `cu_seqlens`, or by a block-diagonal mask; see :mod:`numerics_suite.engine.packed_rows`.
+    The rows alone are compared with the same rows end to end, separated by `position_ids` that start again (without a
+    mask and without a cache), by FlashAttention's `cu_seqlens`, or by a block-diagonal mask; see
+    :mod:`numerics_suite.engine.packed_rows`.
     """
     if not context.family.causal:
         reason = "an encoder: its tokens see both sides"
@@ -65,7 +66,7 @@ def _alone(context: CellContext, rows: list[Tensor], answer_of: Answer) -> Tenso
 
 
 def _in_batch(context: CellContext, batch: Batch, rows: list[Tensor], answer_of: Answer) -> Tensor:
-    """The same out of the batch, whose passes every law reads: its rows begin with these."""
+    """The same, taken from the passes over the batch that every law reads: its rows begin with these tokens."""
     answers, mask = answer_of(context, batch.tensors), batch.tensors["attention_mask"].bool()
     found = [answer[real] for answer, real in zip(answers, mask, strict=True) if bool(real.any())]
     if len(found) < len(rows):  # the first of them is not the batch's
@@ -74,7 +75,7 @@ def _in_batch(context: CellContext, batch: Batch, rows: list[Tensor], answer_of:
 
 
 def _within_window(context: CellContext, rows: list[Tensor], way: Way) -> list[Tensor]:
-    """A mask of one's own takes the place of a sliding window's too, so what it says is the model's within the window only."""
+    """A custom mask also replaces a sliding window's mask, so the two agree only within the window."""
     window = window_of(context) if way == "block-mask" else None
     return [row[:window] for row in rows]
 
@@ -97,7 +98,7 @@ def _tokens(answer: Tensor, tensors: dict[str, Tensor], way: Way) -> Tensor:
 
 
 def _place(context: CellContext, rows: list[Tensor], true: Tensor, together: dict[str, Tensor], way: Way) -> str | None:
-    """The module in which the packed run parts from that of the padded rows; None where padding moves their answers too."""
+    """The module in which the packed run diverges from the padded rows; None if padding changes their outputs too."""
     plain = padded_rows(rows, context)
     if way == "rows" or not relative_error(_tokens(true_answer(context, plain), plain, "rows"), true) <= AGREED:
         return None

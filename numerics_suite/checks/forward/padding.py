@@ -29,10 +29,10 @@ from numerics_suite.observations.divergence import Side, first_parting
 from numerics_suite.observations.roundoff import relative_error
 
 POOLED = 2
-"""Dimensions of logits that are one row for each row."""
+"""Number of dimensions of pooled logits."""
 
 EXTRA = 3
-"""Columns of padding that are added; one would do for most mistakes, three also move a wrong position by more."""
+"""Columns of padding that are added; one reveals most mistakes, three also make a wrong position more visible."""
 
 
 @check(batches=True, share=0.5, needs=("token-ids",), adds=EXTRA)
@@ -62,13 +62,13 @@ def padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     yield from law_measurements(
         *worst, place=lambda: None if worst_pair is None else _place(context, *worst_pair), facts=facts
     )
-    # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
+    # Without a pad token the classifier cannot distinguish padding from text: inputs.pipeline reports it.
     if context.subject.task == "sequence-classification" and not context.lacks_pad_token:
         yield from _pooled(context, part)
 
 
 def _pairs(context: CellContext, batch: Batch) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The batch and the same with more padding, for each side: with `position_ids` where the model counts columns."""
+    """The batch, and the batch with more padding, for each side; with `position_ids` if the model counts columns."""
     plain = without_labels(batch.tensors)
     pairs = []
     for side in _sides(context, batch):
@@ -81,7 +81,7 @@ def _pairs(context: CellContext, batch: Batch) -> list[tuple[dict[str, Tensor], 
 def _counts_columns(context: CellContext, plain: dict[str, Tensor], more: dict[str, Tensor]) -> bool:
     """Whether the model gives each column its own position vector, and padding on the left moves every token by that.
 
-    Then there is nothing to ask without `position_ids`, which `generate` gives. With rotary positions a shift of all
+    Then the law holds only with `position_ids`, which `generate` passes. With rotary positions a shift of all
     tokens changes nothing, so there a difference is a finding, whatever `position_ids` would do.
     """
     if not absolute_positions(context.model) or not takes_positions(context.model):
@@ -95,7 +95,7 @@ def _with_positions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _place(context: CellContext, plain: dict[str, Tensor], more: dict[str, Tensor]) -> str | None:
-    """The module in which the padded run parts from the plain one."""
+    """The module in which the padded run diverges from the plain one."""
 
     def run(tensors: dict[str, Tensor]) -> Side:
         real = tensors["attention_mask"].bool()
@@ -106,9 +106,9 @@ def _place(context: CellContext, plain: dict[str, Tensor], more: dict[str, Tenso
 
 
 def _mask_read(context: CellContext, more: dict[str, Tensor]) -> dict[str, Fact]:
-    """Whether attention reads the mask at all: the padded batch once more, with a mask that hides nothing.
+    """Whether attention reads the mask at all: the padded batch is run again with a mask that hides nothing.
 
-    With the positions given where the model takes them: counting those is another use of the mask.
+    `position_ids` are passed if the model takes them, since computing them is another use of the mask.
     """
     where = more["attention_mask"].bool()
     more = _with_positions(more) if takes_positions(context.model) else more
@@ -141,7 +141,7 @@ def padded(batch: Batch, side: str, pad: int) -> dict[str, Tensor]:
 
 
 def _pooled(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """The pooled logits under more padding, in true fp64; nothing of logits of each token, which forward.pooling tells."""
+    """The pooled logits under more padding, in true fp64; nothing for logits of each token."""
     pairs = [
         tuple(true_answer(context, tensors, by_token=False) for tensors in pair) for pair in _pairs(context, batch)
     ]

@@ -72,7 +72,7 @@ def _head(context: CellContext) -> tuple[str, nn.Module]:
 
 @contextlib.contextmanager
 def _given_to(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what the head is given while it runs."""
+    """Collects the head's inputs while it runs."""
     given: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[object, ...]) -> None:
@@ -87,7 +87,7 @@ def _given_to(head: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def _given_by(body: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collects what the body gives first: the states that the classifier pools."""
+    """Collects the body's first output: the states that the classifier pools."""
     gave: list[Tensor] = []
 
     def note(_module: nn.Module, _args: object, output: Any) -> None:

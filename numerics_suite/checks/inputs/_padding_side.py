@@ -1,4 +1,4 @@
-"""Does a row that is padded as its own tokenizer pads get the answer that it gets alone?"""
+"""Does a row that its own tokenizer pads get the same output as alone?"""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from numerics_suite.subjects.generation import names_keyword
 
 MASK = "attention_mask"
 GIVEN = ("input_ids", MASK, "position_ids", "token_type_ids")
-"""What a collator hands over, of which a model is given what its call has a name for."""
+"""Tensors of a collator, of which a model gets those that its `forward` names."""
 
 COPIES = 2
-"""Rows of each call. Both calls have as many, all alike, so that nothing but the padding differs: neither the neighbours,
-nor a path for single rows."""
+"""Rows of each call. Both calls have this many equal rows, so that only the padding differs, not the neighbours or a
+code path for single rows."""
 
 
 def padding_moves(context: CellContext, collated: Mapping[str, Any]) -> Measurement | None:
-    """How far the tokenizer's padding moves an answer, in true fp64; None where nothing is padded or there is no such run.
+    """How far the tokenizer's padding moves an output, in true fp64; None without padding or such a run.
 
-    The pooled logits of a sequence classifier, the logits of every real token elsewhere. A causal language model is given the
-    `position_ids` that `generate` gives; a classifier what the collator gives, as in training.
+    The pooled logits of a sequence classifier, the logits of every real token elsewhere. A causal language model gets
+    the `position_ids` of `generate`; a classifier gets the collator's tensors, as in training.
 
     Args:
         context: a cell with finite weights.
@@ -51,7 +51,7 @@ def padding_moves(context: CellContext, collated: Mapping[str, Any]) -> Measurem
         answer = true_answer(context, padded, by_token=by_token)
     except NotApplicableError:
         return None
-    if not by_token and answer.dim() > 2:  # logits of each token where one row was meant: forward.pooling tells it
+    if not by_token and answer.dim() > 2:  # logits of each token instead of one row: forward.pooling reports it
         return None
     together = answer[:, real] if by_token else answer
     side = "left" if not bool(real[0]) else "right"
@@ -64,7 +64,7 @@ def padding_moves(context: CellContext, collated: Mapping[str, Any]) -> Measurem
 
 
 def _given(context: CellContext, collated: Mapping[str, Any], row: int) -> dict[str, Tensor]:
-    """Copies of the row as the model is given it."""
+    """Copies of the row as the model receives it."""
     mask = collated[MASK]
     always = ("input_ids", MASK)
     given = {

@@ -71,7 +71,7 @@ def _embedding(context: CellContext) -> str | None:
 
 
 def _merged(context: CellContext) -> Measurement:
-    """Ids that a 16-bit float would round to another id, and that the model does not tell apart.
+    """Ids that a 16-bit float would round to another id, and that the model does not distinguish.
 
     bfloat16 keeps 8 bits of an integer and float16 11, so above 256 (2,048) some ids round to their neighbour. Where
     the embedding rows of both differ, so must the embedded states.
@@ -91,7 +91,7 @@ def _merged(context: CellContext) -> Measurement:
 
 
 def _edges(context: CellContext) -> Measurement:
-    """The first and the last id of the vocabulary against their neighbours, as a range check off by one merges them."""
+    """The first and last id of the vocabulary with their neighbours, which an off-by-one range check would merge."""
     weight = context.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     last = context.vocab_size - 1
     pairs = [pair for pair in ((0, 1), (last, last - 1)) if last > 0 and not torch.equal(*weight[list(pair)])]
@@ -106,7 +106,7 @@ def _edges(context: CellContext) -> Measurement:
 
 
 def _same(context: CellContext, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those of the pairs of ids whose states after the embedding are the same; all ids in a few rows, each run alone."""
+    """The pairs of ids that have equal states after the embedding; all ids in a few rows, each run alone."""
     tokens = sorted({token for pair in pairs for token in pair})
     states: dict[int, torch.Tensor] = {}
     room = max(1, context.space.max_length)

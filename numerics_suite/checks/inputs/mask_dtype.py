@@ -15,15 +15,15 @@ from numerics_suite.inputs.strategies import MASK_DTYPES
 from numerics_suite.observations.comparison import differing_elements
 
 COLUMNS = 8
-"""Tokens of a row that are asked."""
+"""Tokens of a row that are run."""
 
 
 @check(batches=True, share=0.4, needs=("token-ids",))
 def mask_dtype(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """Does a mask of ones and zeros give the same answer in every dtype that a loader may hand over?
+    """Does a mask of ones and zeros give the same output in every dtype that a loader may produce?
 
     The bits are compared where tokens are real; a dtype that the model refuses is no disagreement. Two rows around the edge of the
-    padding are enough: what is read out of a mask is read out of its every entry.
+    padding are enough: a mask is read in the same way everywhere.
     """
     part = context.inputs_of(batch)
     if batch.laws_apply:

@@ -32,7 +32,7 @@ COLLATED = "the collator"
 
 @check(scope="precision", runs_on_nonfinite=True)
 def pipeline(context: CellContext) -> Iterable[Measurement]:
-    """Is what tokenizer, collator and accelerate hand to the model integral, in range and padded as it can take it?"""
+    """Are the batches of tokenizer, collator and accelerate integral, in range and padded as the model needs?"""
     batches: dict[str, Mapping[str, Any]] = {}
     raised = None
     try:
@@ -106,7 +106,7 @@ def _raised(error: TokenizerRaisesError | None) -> Measurement:
 
 
 def _lacks_pad_token(context: CellContext) -> str:
-    """Who has no pad token, in words; empty where padding can be written, and found again."""
+    """Whether tokenizer or config lacks a pad token, in words; empty if padding can be written and found again."""
     if context.lacks_pad_token:
         return "config.json has no pad_token_id, by which this classifier finds the last token of each row"
     tokenizer = context.tokenizer

@@ -14,13 +14,14 @@ from numerics_suite.subjects.files import read_tensor, tensor_headers
 
 NARROW = (torch.bfloat16, torch.float16)
 NARROWEST = torch.bfloat16
-"""Of what a class builds while this is torch's default dtype, a wider buffer is one whose dtype the class itself names."""
+"""A buffer that is wider than this default dtype while the class is built has a dtype that the class itself names."""
 
 
 def rounded_buffers(context: CellContext) -> dict[str, str]:
-    """Buffers that the class keeps in float32 and that hold, or were stored with, fewer bits: by name what was lost.
+    """What was lost, by name, of the buffers that the class keeps in float32 but holds or stores with fewer bits.
 
-    A buffer that the class builds in the dtype of the load is as it should be, however narrow: its rounding is part of the model.
+    A buffer that the class builds in the dtype of the load is correct, however narrow: its rounding is part of the
+    model.
 
     Args:
         context: the cell; a subject without a config to build from has none.
@@ -55,7 +56,7 @@ def _stored(context: CellContext) -> Mapping[str, Tensor]:
 
 
 def _suspects(model: nn.Module, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
-    """Buffers that may be rounded, with what is stored of them: only for these is the class built once more."""
+    """Buffers that may be rounded, with their stored values: only for these is the class built again."""
     for name, buffer in model.named_buffers():
         if not buffer.is_floating_point() or buffer.numel() == 0:
             continue
@@ -68,7 +69,7 @@ def _suspects(model: nn.Module, stored: Mapping[str, Tensor]) -> Iterator[tuple[
 
 
 def _by_value(held: Tensor, wide: Tensor) -> str | None:
-    """What is lost of a value that is known: the held one is exactly its rounding."""
+    """What was lost if the right value is known: the held one is exactly its rounding."""
     if _same(held, wide):
         return None
     narrow = next((dtype for dtype in NARROW if _same(held, wide.to(dtype))), None)
@@ -79,9 +80,9 @@ def _by_value(held: Tensor, wide: Tensor) -> str | None:
 
 
 def _by_ties(kept: Tensor, stored: Tensor | None) -> str | None:
-    """What is lost where only the narrow values are left: such that the dtype cannot tell apart any more.
+    """What was lost if only the narrow values remain: entries that became equal.
 
-    Zeros are what nothing has trained yet, and one value for all is exact.
+    All zeros are untrained, and a single value for all is exact.
     """
     if kept.dtype not in NARROW:
         return None

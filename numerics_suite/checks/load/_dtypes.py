@@ -1,4 +1,4 @@
-"""Why a parameter is not in the dtype that was asked for: the class names another one, or the load was handed a config."""
+"""Why a parameter is not in the requested dtype: the class names another one, or the load got a config object."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SHOWN = 5
 
 
 def named_by_class(context: CellContext, names: Iterable[str]) -> dict[str, Fact]:
-    """A fact that says which of the parameters the class builds in a dtype of its own; empty where none is.
+    """A fact naming the parameters that the class builds in a dtype of its own; empty if there is none.
 
     Args:
         context: the cell.
-        names: of parameters that are not held in the dtype asked for, or would not be once they are saved and loaded.
+        names: of parameters that are not in the requested dtype, or would not be after saving and loading.
     """
     model, asked = without_adapter(context.model), dtype_of(context.recipe.parameters)
     built = built_dtypes(model, asked)
@@ -36,9 +36,9 @@ def named_by_class(context: CellContext, names: Iterable[str]) -> dict[str, Fact
 
 
 def only_with_config(context: CellContext) -> bool:
-    """Whether a load by the folder alone heeds the dtype asked for: what ignores it is a load that is handed a config object too.
+    """Whether a load without a config object respects the requested dtype: only the load with one ignores it.
 
-    Up to 4.49 the dtype asked for is not written into that object, and some code builds in the dtype that it names.
+    Up to 4.49 the requested dtype is not written into that object, and some code builds in the dtype that it names.
 
     Args:
         context: a cell whose model ignores the dtype.

@@ -1,4 +1,4 @@
-"""What a key of config.json does: whether this release reads it, and whether the model built has what it says anyhow."""
+"""The effect of a key of config.json: whether this release reads it, or the built model has its value anyway."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAME_MEANING = (
     frozenset({"vocab_size", "padded_vocab_size"}),
     frozenset({"layer_norm_eps", "layernorm_epsilon", "rms_norm_eps", "layer_norm_epsilon"}),
 )
-"""Keys that families and releases have for one thing."""
+"""Different names of one key in families and releases."""
 
 ROWS = frozenset({"vocab_size", "padded_vocab_size"})
 
@@ -25,8 +25,8 @@ ROWS = frozenset({"vocab_size", "padded_vocab_size"})
 def is_read(config_class: type, raw: Mapping[str, Any], key: str) -> bool:
     """Whether another value of the key makes another config, beyond the key itself.
 
-    A key may be taken up under another name (`first_k_dense_replace` becomes a list of layers), and no list of names that
-    a class declares would have it.
+    A key may be taken up under another name (`first_k_dense_replace` becomes a list of layers), so a class's declared
+    names are not enough.
 
     Args:
         config_class: of the built model.
@@ -46,7 +46,7 @@ def is_read(config_class: type, raw: Mapping[str, Any], key: str) -> bool:
 
 
 def is_derived(config_class: type, raw: Mapping[str, Any], key: str) -> bool:
-    """Whether the class comes to the file's value by itself, from the other keys.
+    """Whether the class derives the file's value from the other keys.
 
     Args:
         config_class: of the built model.
@@ -58,16 +58,16 @@ def is_derived(config_class: type, raw: Mapping[str, Any], key: str) -> bool:
 
 
 def is_converted(config_class: type, raw: Mapping[str, Any], key: str, built: Any) -> bool:
-    """Whether the value that the model was built with is what this release makes of the file's value.
+    """Whether the built model's value is this release's conversion of the file's value.
 
-    Gemma 3 halves the window of bidirectional attention on load. That the file's value arrived is seen by another one
-    arriving otherwise.
+    Gemma 3 halves the window of bidirectional attention on load. The file's value was read if another one leads to
+    another result.
 
     Args:
         config_class: of the built model.
         raw: config.json.
         key: of it.
-        built: what the model has.
+        built: the model's value.
     """
     given = _made(config_class, raw)
     if given is None or given.get(key) != built:
@@ -77,7 +77,7 @@ def is_converted(config_class: type, raw: Mapping[str, Any], key: str, built: An
 
 
 def has_effect(model: nn.Module, key: str, value: Any) -> bool:
-    """Whether the model built has what the key says, though this release did not read it there.
+    """Whether the built model has the key's value although this release does not read the key.
 
     Args:
         model: as built.
@@ -96,9 +96,10 @@ def has_effect(model: nn.Module, key: str, value: Any) -> bool:
 
 
 def is_built_from(model: nn.Module, key: str, value: Any) -> bool:
-    """Whether another value of the key builds another model: a config class may take any key, and the model look at it.
+    """Whether another value of the key builds another model, which may read keys that its config class ignores.
 
-    Another model has other shapes, other buffers, or other numbers in its modules; so has one that refuses the other value.
+    Another model has other shapes, other buffers, or other numbers in its modules; a class that refuses the other value
+    counts too.
 
     Args:
         model: as built.
@@ -140,9 +141,9 @@ def embedding_rows(model: nn.Module) -> int:
 
 
 def other_word_counts(model: nn.Module, raw: Mapping[str, Any], key: str) -> bool:
-    """Whether the file gives the number of rows under two words, and the model was built by the other one.
+    """Whether the file gives the number of rows under two keys, and the model was built from the other one.
 
-    ChatGLM's code counts `padded_vocab_size` and keeps `vocab_size` as a note.
+    ChatGLM's code uses `padded_vocab_size` and ignores `vocab_size`.
 
     Args:
         model: as built.
@@ -153,7 +154,7 @@ def other_word_counts(model: nn.Module, raw: Mapping[str, Any], key: str) -> boo
 
 
 def rope_is_built(model: nn.Module, rope: Mapping[str, Any], known: set[str]) -> bool:
-    """Whether rotary parameters that a release before 5.0 does not read are what it built with, read or by default.
+    """Whether rotary parameters that a release before 5.0 does not read equal those that it built the model with.
 
     Args:
         model: as built.
@@ -170,9 +171,9 @@ def rope_is_built(model: nn.Module, rope: Mapping[str, Any], known: set[str]) ->
 
 
 def _made(config_class: Any, raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config that the class makes of a file's content, by attribute; None where it refuses.
+    """The config object's attributes for a file's content; None if the class refuses it.
 
-    `to_dict` is what it would write, which may undo what it did on loading.
+    `to_dict` is not used: it may undo what loading did.
     """
     try:
         config = config_class.from_dict(copy.deepcopy(dict(raw)))

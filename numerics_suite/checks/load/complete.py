@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from numerics_suite.core.records import Fact, Measurement
@@ -41,7 +42,7 @@ def complete(context: CellContext) -> Iterable[Measurement]:
 
 
 def _shapes(context: CellContext, loaded: Loaded) -> dict[str, Fact]:
-    """The shape of the first that differs; stored tensors without elements are what sharded training leaves that gathered nothing."""
+    """The first shape that differs; empty stored tensors come from sharded training that did not gather its weights."""
     stored = {} if context.subject.path is None else tensor_headers(context.subject.path)
     shapes = {name: tuple(stored[name][1]) for name in loaded.mismatched if name in stored}
     if not shapes:
@@ -66,7 +67,7 @@ def _count(name: str, found: tuple[str, ...], facts: dict[str, Fact] | None = No
 
 
 def _without_scales(context: CellContext) -> tuple[str, ...]:
-    """Quantised weights whose scales are not in the files: their codes are taken for values."""
+    """Quantised weights whose scales are not in the files, so that their codes are read as values."""
     subject = context.subject
     folder = subject.adapter_base or subject.path
     return () if folder is None else without_scales(tensor_headers(Path(folder)), subject.config)
@@ -89,7 +90,7 @@ def _lost_head(context: CellContext) -> tuple[str, ...]:
 
 
 def _renamed(context: CellContext, loaded: Loaded) -> Measurement:
-    """Weights that are in the files, whole, under a name that the model does not know."""
+    """Weights that are complete in the files, under a name that the model does not know."""
     assert context.subject.path is not None
     stored = tensor_headers(context.subject.path)
     wanted = dict(loaded.model.named_parameters())
@@ -132,7 +133,7 @@ def _added_parts(name: str, other: str) -> tuple[str, ...]:
 
 
 def _prefixes(one: str, other: str) -> tuple[str, str]:
-    """What stands before the longest ending, in whole parts, that both names share."""
+    """The prefixes of both names before their longest common suffix of whole parts."""
     left, right = one.split("."), other.split(".")
     while left and right and left[-1] == right[-1]:
         left.pop()
@@ -141,7 +142,7 @@ def _prefixes(one: str, other: str) -> tuple[str, str]:
 
 
 def _unexpected(loaded: Loaded) -> tuple[str, ...]:
-    """Stored tensors without a place, but for those left out by design: the plan names them, or they are the other task's head."""
+    """Stored tensors with no place in the model, except those that the plan names and another task's head."""
     left_out = set(ignored_by_design(loaded.unexpected, type(without_adapter(loaded.model))))
     if loaded.new_head:
         heads = {"lm_head", "output_layer", "score", "classifier", "classifier_head"}
@@ -169,5 +170,7 @@ def _tied(model: nn.Module, name: str) -> bool:
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if torch.equal(left, right):  # makes no masks, which of a large weight would take more memory than itself
+        return True
     # NaN payloads survive a copy; comparing as NaN-equal keeps load.finite's finding out of this one.
     return bool(((left == right) | (left.isnan() & right.isnan())).all())

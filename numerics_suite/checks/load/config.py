@@ -85,23 +85,23 @@ DEFINING = frozenset(
 """Keys that define what is computed. A key outside this list that a release does not know (a tool's own note) does no harm."""
 
 NEUTRAL = {"rope_ratio": 1}
-"""Values that change nothing: code without the key computes as with it. ChatGLM's ratio multiplies the rotary base."""
+"""Values without effect: code that lacks the key computes the same. ChatGLM's ratio multiplies the rotary base."""
 
 TEXT = "text_config"
-"""The section of a model of pictures in which its language part is described."""
+"""The section of a multimodal config that describes the language model."""
 
 RENAMED = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
-"""One thing under two names: harmless where the other name says the same or is what this release reads."""
+"""Two names of one key: harmless if both agree or this release reads the other name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Section:
-    """A part of config.json and the model that it is of: the file itself, and what it says of the text part of a model of pictures.
+    """A section of config.json (the file, or a multimodal model's `text_config`) and the model built from it.
 
     Attributes:
         prefix: before each of its keys, empty for the file itself.
-        raw: what the file says.
-        model: that is built from it; its config is what was made of the section.
+        raw: the file's content.
+        model: built from the section; its config is the converted section.
         right_table: the rotary table is the one that the file defines, though a release may not read every key.
     """
 
@@ -112,13 +112,13 @@ class _Section:
 
     @property
     def built(self) -> Any:
-        """The config that was made of the section."""
+        """The config object of the section."""
         return self.model.config
 
 
 @check(scope="subject", needs=("checkpoint",))
 def config(context: CellContext) -> Iterable[Measurement]:
-    """Is what config.json says what the model was built with?
+    """Was the model built with the values in config.json?
 
     A key counts as ignored if this release does not read it and the model lacks its effect.
     """
@@ -144,7 +144,7 @@ def config(context: CellContext) -> Iterable[Measurement]:
 
 
 def _sections(context: CellContext) -> Iterator[_Section]:
-    """The file, and its `text_config` where a part of the model is built from it."""
+    """The file, and its `text_config` if a part of the model is built from it."""
     model, raw = context.model, context.subject.config
     yield _Section(prefix="", raw=raw, model=model, right_table=_rotary_table_is_right(context))
     inner, made = raw.get(TEXT), getattr(model.config, TEXT, None)
@@ -171,7 +171,7 @@ def _differing(section: _Section) -> Iterator[tuple[str, tuple[Any, Any]]]:
 
 
 def _arrived(section: _Section, key: str, known: set[str]) -> bool:
-    """Whether a key that no class declares is read all the same, or the model has what it says without reading it."""
+    """Whether a key that no class declares is read anyway, or the model has its value without reading it."""
     raw, model = section.raw, section.model
     if key == "rope_parameters" and isinstance(raw[key], Mapping) and rope_is_built(model, raw[key], known):
         return True
@@ -184,7 +184,7 @@ def _arrived(section: _Section, key: str, known: set[str]) -> bool:
 
 
 def _meant(section: _Section, key: str, value: Any) -> bool:
-    """Whether another value than the file's is what the release makes of it, or the model has the file's all the same."""
+    """Whether a value that differs is the release's conversion of the file's, or the model has the file's anyway."""
     raw, model = section.raw, section.model
     return is_converted(type(section.built), raw, key, value) or (key in ROWS and has_effect(model, key, raw[key]))
 

@@ -14,12 +14,12 @@ from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.cell_context import CellContext
 
 SHOWN = 5
-"""Names that a fact lists."""
+"""Most names that a fact lists."""
 
 
 @check(scope="precision")
 def dtype(context: CellContext) -> Iterable[Measurement]:
-    """Is the dtype asked for the dtype held, but for what the model declares to keep in float32, and is no buffer rounded?"""
+    """Is the model in the requested dtype, apart from what it declares to keep in float32, and is no buffer rounded?"""
     loaded = context.loaded
     asked = dtype_of(context.recipe.parameters)
     kept = _declared_fp32(loaded.model)
@@ -30,7 +30,7 @@ def dtype(context: CellContext) -> Iterable[Measurement]:
         if not parameter.is_floating_point():
             continue
         if parameter.dtype == asked:
-            # A new head is made in the dtype asked for, whatever became of the weights.
+            # A new head is made in the requested dtype, whatever happened to the weights.
             obeys = obeys or name not in loaded.new_head
         elif str(parameter.dtype) == "torch.float32" and any(part in name for part in kept):
             declared.append(name)
@@ -41,7 +41,7 @@ def dtype(context: CellContext) -> Iterable[Measurement]:
         facts["held"] = ", ".join(f"{name}: {held}" for name, held in list(other.items())[:SHOWN])
     if declared:
         facts["kept in fp32 as the model declares"] = ", ".join(declared[:SHOWN])
-    # What is held wider than asked for loses nothing; it costs memory, and answers differ from those of the dtype asked.
+    # A wider dtype than requested loses nothing; it costs memory, and outputs differ from those in the requested dtype.
     wider = bool(other) and all(_is_wider(held, asked) for held in other.values())
     if other:
         facts |= named_by_class(context, other) if obeys else _of_the_load(context)
@@ -76,7 +76,7 @@ def _of_parameters(
 
 
 def _of_the_load(context: CellContext) -> dict[str, Fact]:
-    """Which load it is that ignores the dtype, where another one heeds it."""
+    """The kind of load that ignores the dtype, if another kind respects it."""
     if not only_with_config(context):
         return {}
     return {
@@ -92,6 +92,6 @@ def _declared_fp32(model: object) -> tuple[str, ...]:
 
 
 def _is_wider(held: str, asked: torch.dtype) -> bool:
-    """Whether the dtype holds every number of the one asked for."""
+    """Whether the dtype represents every number of the requested one."""
     one, other = torch.finfo(dtype_of(held)), torch.finfo(asked)
     return one.eps <= other.eps and one.max >= other.max

@@ -19,7 +19,7 @@ from numerics_suite.subjects.zeroed_memory import Zeroed
 def finite(context: CellContext) -> Iterable[Measurement]:
     """Is every weight finite once it is loaded, and every buffer initialised?"""
     loaded = context.loaded
-    # What nobody wrote is load.head-init's question; a NaN there is not the checkpoint's.
+    # `load.head-init` judges uninitialised parameters; a NaN there does not come from the checkpoint.
     fresh = set(loaded.new_head) | set(loaded.missing) | set(context.unwritten)
     bad = {
         name: count
@@ -57,7 +57,7 @@ def finite(context: CellContext) -> Iterable[Measurement]:
 
 
 def _uninitialised(context: CellContext) -> tuple[str, ...]:
-    """Buffers that hold what their memory held: poison where the model was loaded over poison, something else over zeros."""
+    """Buffers that keep what their memory held: poison over poisoned memory, other values over zeros."""
     path = context.subject.path
     stored = tensor_headers(path) if path is not None and not context.subject.adapter_base else {}
     suspects = [name for name, buffer in context.model.named_buffers() if name not in stored and _is_poison(buffer)]
@@ -69,7 +69,7 @@ def _uninitialised(context: CellContext) -> tuple[str, ...]:
 
 
 def _is_poison(buffer: Tensor) -> bool:
-    """Whether it holds what uninitialised memory is filled with: NaN, or the largest integer."""
+    """Whether the tensor holds the fill value of uninitialised memory: NaN, or the largest integer."""
     if buffer.is_floating_point():
         return nan_count(buffer) > 0
     if buffer.dtype == torch.bool or buffer.is_complex() or buffer.numel() == 0:

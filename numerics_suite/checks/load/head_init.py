@@ -34,7 +34,7 @@ def head_init(context: CellContext) -> Iterable[Measurement]:
 
 
 def _stored(context: CellContext, names: tuple[str, ...]) -> dict[str, Fact]:
-    """Whether a trained value of these is in the files: of a new head there is none, and one that is there is lost to a load."""
+    """Whether the files hold trained values of these weights: never for a new head; otherwise the load lost them."""
     if not names or context.subject.path is None or context.subject.adapter_base:
         return {}
     stored = [f".{name}" for name in tensor_headers(context.subject.path)]

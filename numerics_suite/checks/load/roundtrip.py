@@ -24,10 +24,10 @@ from numerics_suite.engine.runner import Runner
 from numerics_suite.observations.roundoff import relative_error
 
 TRIPS = 2
-"""What only a second save changes (a value that each load converts once more) is seen on the second."""
+"""Saves: only a second one shows a value that each load converts again."""
 
 NOT_KEPT = frozenset({"dtype", "torch_dtype"})
-"""The dtype is the one that the cell asks for, whatever the file says."""
+"""Keys that may differ: the load sets the dtype of the cell, whatever the file says."""
 
 
 @check(scope="precision")
@@ -70,12 +70,12 @@ def roundtrip(context: CellContext) -> Iterable[Measurement]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Changes:
-    """What a model lost on its way through files.
+    """What saving and loading changed.
 
     Attributes:
         tensors: names of those whose values or shape changed.
-        dtypes: what those are held in whose dtype alone changed: as good as the other dtype can, the values are the same.
-        config: what was and what is, by key.
+        dtypes: the new dtype, by name, of tensors whose values agree as far as both dtypes allow.
+        config: old and new value, by key.
         answers: by how much the true fp64 answers moved, relative to their root mean square; 0 where they did not.
     """
 
@@ -86,13 +86,13 @@ class _Changes:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of tensors, `config.KEY`, and `answers` where nothing else says why they moved."""
+        """Names of changed tensors, `config.KEY`, and `answers` if nothing else explains why they moved."""
         found = (*self.tensors, *(f"config.{key}" for key in self.config))
         return found or (() if self.answers <= AGREED else ("answers",))
 
 
 def _changes(context: CellContext, after: nn.Module | Mapping[str, Tensor], *, answers: bool) -> _Changes:
-    """What changed; of answers, which cost a pass, only after the last trip: what moves on one of them has moved then."""
+    """What changed; outputs, which cost a pass, are compared after the last trip only."""
     before = context.model.state_dict()
     state = after if isinstance(after, Mapping) else after.state_dict()
     differing = tuple(name for name in before if name not in state or not same_bits(before[name], state[name]))
@@ -114,7 +114,7 @@ def _changes(context: CellContext, after: nn.Module | Mapping[str, Tensor], *, a
 
 
 def _defining(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The keys that define what is computed, those of configs within it too."""
+    """The keys that define what is computed, nested configs included."""
     found = {f"{prefix}{key}": config[key] for key in (DEFINING - NOT_KEPT) & config.keys()}
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config"):
@@ -157,7 +157,7 @@ def _saved_and_loaded(
 
 
 def _state_through_file(model: nn.Module, folder: Path) -> Mapping[str, Tensor]:
-    """A factory's module cannot be rebuilt from files alone, so its tensors take the way through safetensors."""
+    """Save and load the tensors only: a factory's module cannot be rebuilt from files alone."""
     from safetensors.torch import load_file, save_model
 
     save_model(model, str(folder / "model.safetensors"))

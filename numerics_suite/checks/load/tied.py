@@ -32,7 +32,7 @@ def tied(context: CellContext) -> Iterable[Measurement]:
     shared = _one_tensor(entry, output)
     # What two different stored tensors become is the release's choice, and neither is right.
     apart = declared and not shared and not unlike
-    # Sharing that nobody declared is a mistake only where the file holds two tensors.
+    # Undeclared sharing is a mistake only if the file holds two tensors.
     merged = shared and not declared and context.subject.path is not None
     facts: dict[str, Fact] = {"config ties them": str(declared), "one tensor": str(shared)}
     yield _measured("wrongly-tied", apart or merged, facts)
@@ -44,7 +44,7 @@ def _measured(name: str, failed: bool, facts: dict[str, Fact]) -> Measurement:  
 
 
 def _stored_apart(context: CellContext, entry: nn.Module, output: nn.Module) -> dict[str, Fact]:
-    """What tells the stored output embedding from the stored input embedding; nothing where they are the same, or one is not stored."""
+    """How the stored output embedding differs from the input embedding; nothing if they are equal or one is missing."""
     subject = context.subject
     if subject.path is None or subject.quantized:
         return {}

@@ -24,17 +24,17 @@ from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.observations.roundoff import rms
 
 ENOUGH = 1000
-"""Numbers that a ratio of errors is taken over, at least."""
+"""Fewest numbers for a ratio of errors."""
 
 LONGEST = 64
-"""Most tokens of a row that is drawn to have them."""
+"""Most tokens of a row drawn for that purpose."""
 
 
 @check(needs=("token-ids",))
 def end_to_end(context: CellContext) -> Iterable[Measurement]:
-    """Is the error against the true fp64 run what the precision makes unavoidable?
+    """Is the error against the true fp64 run no larger than the precision makes unavoidable?
 
-    The kernel ratio is the model's error over that of the rounded run, in which every op is perfect and rounded once.
+    The kernel ratio is the model's error over that of the rounded run, in which every op is exact and rounded once.
     """
     if is_reference_itself(context):
         reason = "fp64 is the reference itself"
@@ -64,10 +64,10 @@ def end_to_end(context: CellContext) -> Iterable[Measurement]:
 
 
 def _batch(context: CellContext) -> Mapping[str, Any]:
-    """The batch of gradients; one with more tokens where it is too small to tell a ratio of two errors from chance.
+    """The batch of gradients; one with more tokens if it is too small for a meaningful ratio of two errors.
 
-    Both errors are draws. Of n numbers a root mean square strays by 1 / sqrt(2 n), so a thousand hold the ratio to a few
-    per cent. An output holds no more numbers that are free than the hidden state it is computed from.
+    Both errors are draws. Of n numbers a root mean square strays by 1 / sqrt(2 n), so a thousand give the ratio to a
+    few per cent. An output has no more independent numbers than the hidden state it is computed from.
     """
     batch = context.gradient_batch
     width = _free_width(context)
@@ -81,7 +81,7 @@ def _batch(context: CellContext) -> Mapping[str, Any]:
 
 
 def _free_width(context: CellContext) -> int:
-    """Numbers per token that are free in what :func:`answer_of` compares."""
+    """Independent numbers per token in the output that :func:`answer_of` compares."""
     hidden = int(context.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     if context.subject.task == "token-classification":
         return min(hidden, context.num_labels)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, kept_run, require_sets, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -45,6 +45,8 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
     refuse_without_ids(context)
     if routes(context.model):
         raise NotApplicableError(routed_reason())
+    # The true ones, and two more sets in the parameters' own dtype.
+    require_sets(context, 1 + 2 * dtype_of(context.recipe.parameters).itemsize / 8)
     tensors = context.gradient_batch.tensors
     call = differentiated(context)
     if not context.takes_ids and "loss" not in context.forward(context.gradient_batch):
@@ -88,12 +90,16 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
 
 
 def _true(context: CellContext, call: Caller) -> Mapping[str, Tensor]:
-    """The true fp64 gradients of what is differentiated: the loss, whose gradients other checks read too, or a classifier's states."""
+    """The true fp64 gradients of the differentiated scalar: the loss, or a classifier's states."""
     if context.subject.task != "sequence-classification":
         return true_gradient(context).gradients
-    run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
-    trusted(run.left_out)
-    return run.gradients or {}
+
+    def make() -> Mapping[str, Tensor]:
+        run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
+        trusted(run.left_out)
+        return run.gradients or {}
+
+    return kept_run(context, "states", make)
 
 
 def _coarser(context: CellContext, run: Callable[[], object]) -> Measurement:
@@ -111,11 +117,11 @@ def _coarser(context: CellContext, run: Callable[[], object]) -> Measurement:
 def differentiated(context: CellContext) -> Caller:
     """Calls a model so that its output's `loss` is what the check differentiates.
 
-    The loss, for a model with an answer per token. A classifier's loss would hand a few numbers down (rows × labels):
-    one draw of rounding error, by luck large or small, would be in every gradient, and where its softmax is nearly
-    one-hot they are what is left of 1 - 1. So the last hidden state of every real token is summed with alternating
-    signs, which no rounding touches, and the logits likewise for the head; its loss is train.labels' and the oracle's
-    to judge.
+    The loss, for a model with an output per token. A classifier's loss would propagate only a few numbers (rows ×
+    labels): one draw of rounding error, by luck large or small, would be in every gradient, and where its softmax is
+    nearly one-hot they are the remainder of 1 - 1. So the last hidden state of every real token is summed with
+    alternating signs, which no rounding touches, and the logits likewise for the head; its loss is train.labels' and
+    the oracle's to judge.
     """
     pooled = context.subject.task == "sequence-classification"
     turned = turned_states(context) if pooled else frozenset()

@@ -20,9 +20,9 @@ COMPOSED = "composed"
 
 @check()
 def local(context: CellContext) -> Iterable[Measurement | Series]:
-    """Does every module, fed what it really got, err by no more than its right program does?
+    """Is every module's own error, on its real inputs, no larger than a correct program's?
 
-    Root mean square error against its own true fp64 output, in unit roundoffs of what it computes in; by role.
+    Root mean square error against its own true fp64 output, in unit roundoffs of the dtype it computes in; by role.
     """
     if is_reference_itself(context):
         reason = "fp64 is the reference itself"
@@ -59,7 +59,7 @@ def local(context: CellContext) -> Iterable[Measurement | Series]:
 
 
 def _fused(error: LocalError) -> dict[str, str | float]:
-    """The fused op that ran in the module, and by how much it is off on its own."""
+    """The fused op that ran in the module, and its own error."""
     if not error.fused_op:
         return {}
     own = {} if error.fused_excess != error.fused_excess else {"error of the fused op in roundings": error.fused_excess}
@@ -67,12 +67,12 @@ def _fused(error: LocalError) -> dict[str, str | float]:
 
 
 def _op_at_fault(error: LocalError) -> str | None:
-    """The fused op, where its own error explains the module's: at least half as large, each by its own measure."""
+    """The fused op, if its own error explains the module's: at least half as large, each in its own measure."""
     return error.fused_op if error.fused_excess >= error.kernel_ratio / 2 else None
 
 
 def _by_module(rows: list[tuple[LocalError, str, float]], context: CellContext, longest: int) -> Iterable[Series]:
-    """Every module's error, then the kernel ratios of those that are judged by theirs: roundoffs and ratios share no axis."""
+    """Every module's error, then the kernel ratios of modules judged by these: roundoffs and ratios share no axis."""
     roles = {error.module: context.family.role_of(error.class_name) for error, _, _ in rows}
     errors = [
         (error.module, error.rms_roundoffs / _allowance(error, longest), "")
@@ -89,14 +89,14 @@ def _by_module(rows: list[tuple[LocalError, str, float]], context: CellContext, 
 
 
 def _allowance(error: LocalError, longest: int) -> float:
-    """What an error is divided by: kernels accumulate in float32, so there a long sum may err by more."""
+    """Divisor of an error: kernels accumulate in float32, so in float32 a long sum may have a larger error."""
     return longest**0.5 if error.dtype == "float32" else 1.0
 
 
 def _coarser(errors: list[LocalError], context: CellContext) -> Measurement:
     """Modules with an op in a coarser float than the recipe computes in, the innermost first.
 
-    Their own error is in roundoffs of that coarser float, where it looks as it should; so they are counted.
+    Their error in roundoffs of that coarser float looks normal, so such ops are counted instead.
     """
     asked = unit_roundoff(dtype_of(context.recipe.computes_in))
     coarser = [error for error in errors if unit_roundoff(dtype_of(error.dtype)) > asked]
@@ -110,7 +110,7 @@ def _coarser(errors: list[LocalError], context: CellContext) -> Measurement:
 
 
 def _value(error: LocalError, context: CellContext, longest: int) -> tuple[str, float]:
-    """Name of the budget's measurement and the number that it judges.
+    """Name of the measurement and its value.
 
     A module of one op by its roundoffs, rms or element by element, whichever is smaller; one of several by its kernel
     ratio. In float32 both in units of the square root of the longest sum, since kernels accumulate in float32.

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, true_gradient, true_run
+from numerics_suite.checks._laws import NO_GRADIENTS
+from numerics_suite.checks._true_gradient import GRADIENT, TrueRun, require_sets, true_gradient, true_run
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.records import Fact, Measurement
@@ -29,7 +30,9 @@ from numerics_suite.definitions.weights import Weights
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.layout import batch_first, sequence_first
+from numerics_suite.engine.room import require_block
 from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.strategies import training_batch
@@ -42,18 +45,26 @@ square. Beyond it only the table is judged, whose length costs nothing."""
 
 @check(needs=("token-ids",), reads=(GRADIENT,))
 def oracle(context: CellContext) -> Iterable[Measurement]:
-    """Is the true fp64 run what the family's definition computes from the checkpoint's own files?
+    """Does the true fp64 run agree with the family's definition, computed from the checkpoint's own files?
 
     Logits at all real positions (pooled ones for a classifier), the loss and every parameter's gradient.
     """
     if oracle_for(context.family.name) is None:
         reason = f"no definition of the family '{context.family.name}' is written down; a baseline serves instead"
         raise NotApplicableError(reason)
+    require_block(context.model, 1)
     weights = _weights(context)
+    # Definition and true fp64 run are the same in every cell that holds the same numbers, if the files are read alike too.
+    name = f"definition, weights rounded to {weights.rounding()}, over {batch_key(context.gradient_batch.tensors)}"
+    yield from context.true_passes.run(name, lambda: tuple(_measured(context, weights)))
+
+
+def _measured(context: CellContext, weights: Weights) -> Iterable[Measurement]:
     training = context.gradient_batch.tensors
     other = _length_beyond_boundary(context, _length(training))
     wrong_table = yield from _tables(context, [_length(training), *([] if other is None else [other])])
-    yield from _against_definition(context, weights, true_gradient(context), wrong_table=wrong_table)
+    run, without = _true_run(context)
+    yield from _against_definition(context, weights, run, wrong_table=wrong_table, without=without)
     if other is not None and min(3, context.longest) <= other <= LONGEST_BATCH:
         batch = training_batch(context.space, rows=1, length=other, seed=context.request.seed).tensors
         yield from _against_definition(
@@ -61,8 +72,17 @@ def oracle(context: CellContext) -> Iterable[Measurement]:
         )
 
 
+def _true_run(context: CellContext) -> tuple[TrueRun, str]:
+    """The true fp64 run of the gradient batch; without gradients, and why, where the model's and the definition's do not fit together."""
+    try:
+        require_sets(context, 2)
+    except NotApplicableError as error:
+        return true_run(context, context.gradient_batch.tensors, gradients=False), str(error)
+    return true_gradient(context), ""
+
+
 def _length(batch: Mapping[str, Tensor]) -> int:
-    """How long the rotary embedding takes the batch to be."""
+    """The sequence length that the rotary embedding uses for the batch."""
     positions = batch.get("position_ids")
     return int(batch["input_ids"].shape[1] if positions is None else positions.max() + 1)
 
@@ -99,7 +119,7 @@ def _tables(context: CellContext, lengths: Sequence[int]) -> Generator[Measureme
 
 
 def _made_in_the_call(context: CellContext, run: TrueRun) -> Generator[Measurement, None, bool]:
-    """Measure the table of code that holds none, or one that it never reads: the turns of position 1, in true fp64."""
+    """Measure the table of code that keeps none, or never reads it: the rotation at position 1, in true fp64."""
     table = table_of(run.turn) if run.table is None else None
     if table is None:
         return False
@@ -113,7 +133,7 @@ def _made_in_the_call(context: CellContext, run: TrueRun) -> Generator[Measureme
 
 
 def _against_definition(
-    context: CellContext, weights: Weights, run: TrueRun, *, wrong_table: bool
+    context: CellContext, weights: Weights, run: TrueRun, *, wrong_table: bool, without: str = ""
 ) -> Iterable[Measurement]:
     wrong_table = (yield from _made_in_the_call(context, run)) or wrong_table
     wanted = _definition(context, run, weights, gradients=run.found.gradients is not None)
@@ -127,14 +147,15 @@ def _against_definition(
         wrong = wrong_table or (scale is not None and not scale.value <= AGREED)
         where = run.rotary if wrong else _first_apart(context, run, weights, wanted)
     yield from () if scale is None else (scale,)
-    yield Measurement(
-        name="true-logits", value=logits, unit="ratio", module=where, facts={"gradient differs by": gradient}
-    )
+    compares = run.found.gradients is not None
+    facts: dict[str, Fact] = {"gradient differs by": gradient} if compares else {}
+    facts |= {NO_GRADIENTS: without} if without else {}
+    yield Measurement(name="true-logits", value=logits, unit="ratio", module=where, facts=facts)
     # A loss that is wrong although its logits are right is the loss's own mistake.
     alone = "wrong-loss" if logits <= AGREED else None
     yield Measurement(name="true-loss", value=loss, unit="ratio", module=where, cause=alone)
     # A wrong forward pass has a wrong gradient too; the gradient is judged where it alone can be wrong.
-    if max(logits, loss) <= AGREED:
+    if compares and max(logits, loss) <= AGREED:
         yield Measurement(
             name="true-gradient",
             value=gradient,
@@ -146,7 +167,7 @@ def _against_definition(
 
 
 def _scale(context: CellContext, run: TrueRun) -> Measurement | None:
-    """How far `cos² + sin²` is from the square of what the config scales them by."""
+    """How far `cos² + sin²` is from the square of the config's scale."""
     if run.turn is None:
         return None
     exact = exact_rotary(context.family.name, _config(context), _length(run.batch)).scale
@@ -157,7 +178,7 @@ def _scale(context: CellContext, run: TrueRun) -> Measurement | None:
 
 
 def _config(context: CellContext) -> Mapping[str, Any]:
-    """The file's words where there is a file; what a factory built its model from elsewhere."""
+    """The content of config.json; for a factory, the config of its model."""
     if context.subject.config:
         return context.subject.config
     config = context.model.config.to_dict()  # type: ignore[operator, union-attr]
@@ -211,7 +232,7 @@ def _compared(found: Fp64Run, wanted: OracleRun, batch: Mapping[str, Tensor]) ->
 
 
 def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
-    """The worst gradient error and its parameter; one that only one side knows is infinitely wrong."""
+    """The worst gradient error and its parameter; one that only one side has is infinitely wrong."""
     assert found.gradients is not None
     worst, name_of_worst = 0.0, None
     on_cpu = {name: gradient.cpu() for name, gradient in found.gradients.items()}
@@ -225,9 +246,9 @@ def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
 
 
 def _along(found: Fp64Run, wanted: OracleRun, where: str | None, worst: str | None) -> dict[str, Fact]:
-    """How often the true gradient is held: ⟨held, true⟩/⟨true, true⟩ over the place where the two part first, else over the worst parameter.
+    """Projection on the true gradient, ⟨held, true⟩/⟨true, true⟩, where the two first diverge.
 
-    A factor, as of a scale that is applied twice, is seen in it at once; it is 1 where the difference is at right angles to the gradient.
+    It shows a factor at once, such as a scale applied twice; it is 1 if the difference is orthogonal to the gradient.
     """
     assert found.gradients is not None
     both = [name for name in wanted.gradients if name in found.gradients]
@@ -237,7 +258,7 @@ def _along(found: Fp64Run, wanted: OracleRun, where: str | None, worst: str | No
 
 
 def _first_apart(context: CellContext, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:
-    """The first block and sub-module where the model and its definition part, forward or else backward."""
+    """The first block and sub-module where model and definition diverge, forward or else backward."""
     wanted = _definition(context, run, weights, trace=True)
     states: dict[str, Tensor] = {}
 
@@ -263,7 +284,7 @@ def _first_apart(context: CellContext, run: TrueRun, weights: Weights, wanted_gr
 def _last_wrong(found: Fp64Run, wanted: OracleRun, order: tuple[str, ...]) -> str | None:
     """Where the forward pass is right: the last module, in the order of computation, with a wrong gradient.
 
-    The backward pass comes from the other end, so that is where it went wrong first; all before it inherit the error.
+    The backward pass starts from the other end, so it went wrong there first; all modules before it inherit the error.
     """
     assert found.gradients is not None
     wrong = [

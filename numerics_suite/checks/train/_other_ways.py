@@ -1,4 +1,4 @@
-"""The gradient of the whole batch, taken in every way at once that must not change it; each way alone only where that differs."""
+"""The whole batch's gradient, taken in all ways at once that must not change it; one by one only if it differs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from numerics_suite.engine.router_loss import adds_router_loss
 from numerics_suite.engine.runner import Caller
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.labels import labels_in_mean
-from numerics_suite.observations.roundoff import gradient_errors, relative_error
+from numerics_suite.observations.roundoff import filled, gradient_errors, relative_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,8 @@ class Difference:
 
     Attributes:
         loss: relative difference of the losses.
-        gradient: the largest relative difference of a parameter's gradient; infinite where one is not there.
-        parameter: whose that is.
+        gradient: the largest relative difference of a parameter's gradient; infinite if one is missing.
+        parameter: the one with that difference.
     """
 
     loss: float
@@ -45,18 +45,15 @@ class Difference:
 def agreement(context: CellContext) -> Difference | None:
     """By how much micro-batches, training mode and activation checkpointing, all at once, change loss and gradient in true fp64.
 
-    One run instead of three: what each of them changes would have to cancel to ten digits in every parameter, or it shows here.
-    None where it shows, and where the three cannot be had at once: then each check asks for its own way alone.
+    One run instead of three: changes would have to cancel to ten digits in every parameter to stay hidden.
+    None if there is a difference, or the three cannot be combined: then each check tries its own way alone.
     """
     rows = int(context.gradient_batch.tensors["input_ids"].shape[0])
     supported = getattr(context.model, "supports_gradient_checkpointing", False)
     if rows < 2 or not supported or adds_router_loss(context.model):
         return None
-    runs = context.true_passes.runs
     key = f"micro-batches, checkpointed, in training mode over {batch_key(context.gradient_batch.tensors)}"
-    if key not in runs:
-        runs[key] = _agreement(context, rows)
-    found: Difference | None = runs[key]
+    found: Difference | None = context.true_passes.run(key, lambda: _agreement(context, rows))
     return found
 
 
@@ -67,7 +64,7 @@ def _agreement(context: CellContext, rows: int) -> Difference | None:
         run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=parts)
     except NotApplicableError:
         return None
-    except Exception as error:  # noqa: BLE001 - what the model's code raises in one of these ways is that way's check to tell
+    except Exception as error:  # noqa: BLE001 - the check of that way reports the model's exceptions
         reraise_if_fatal(error)
         return None
     if run.left_out or (run.gradients or {}).keys() != (whole.gradients or {}).keys():
@@ -77,21 +74,17 @@ def _agreement(context: CellContext, rows: int) -> Difference | None:
 
 
 def difference(run: Fp64Run, whole: Fp64Run) -> Difference:
-    """How far a run's loss and gradients are from those of the whole batch; one that is not there is zero."""
+    """How far a run's loss and gradients are from those of the whole batch; a missing one counts as zero."""
     assert run.gradients is not None
     assert whole.gradients is not None
-    sums = {name: run.gradients.get(name, torch.zeros_like(value)) for name, value in whole.gradients.items()}
-    errors = gradient_errors(sums, whole.gradients)
+    errors = gradient_errors(filled(run.gradients, whole.gradients), whole.gradients)
     worst = max(errors, key=lambda name: nan_last(errors[name]))
     loss = relative_error(run.outputs["loss"].cpu(), whole.outputs["loss"].cpu())
     return Difference(loss=loss, gradient=errors[worst], parameter=worst)
 
 
 def in_parts(context: CellContext, rows: int) -> Caller:
-    """Calls the model on micro-batches, whose losses are added up, each weighted by the labels that it counts.
-
-    Their gradients add up in the parameters, as in a loop that accumulates.
-    """
+    """Calls the model on micro-batches and sums their losses, each weighted by its number of counted labels."""
     task = context.subject.task
 
     def call(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:

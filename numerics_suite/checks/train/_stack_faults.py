@@ -1,7 +1,7 @@
-"""Where in the installed training stack a wrong gradient comes from: one small experiment for each way that failed.
+"""Locates a wrong gradient in the installed training stack, with one small experiment for each way that failed.
 
-A fault is written as `KIND at MODULE.CLASS.FUNCTION`, by which `judgement/known_faults.py` knows those that releases have, with a
-sentence for people and the line.
+A fault is written as `KIND at MODULE.CLASS.FUNCTION`, which `judgement/known_faults.py` matches with known faults of
+releases; a sentence and the source line go with it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from numerics_suite.checks.train._stack_batch import StackSubject, smoothed
 from numerics_suite.engine.installed_trainer import Step, Way, loss_with, trainer_step, whole_gradient
 
 SMOOTHING = 0.1
-"""The share that label smoothing is asked with."""
+"""Label smoothing's epsilon in the trial."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What is wrong, in whose code.
+    """A fault and the code it is in.
 
     Attributes:
         kind: one word or two, as in `ignored-count`.
@@ -44,7 +44,7 @@ class Fault:
 
 
 def fault_of_count(stack: StackSubject, step: Step, times: float) -> Fault:
-    """Why the labels of all micro-batches are not what the loss is divided by.
+    """Why the loss is not divided by the number of labels of all micro-batches.
 
     Args:
         stack: model and batch.
@@ -76,7 +76,7 @@ def fault_of_count(stack: StackSubject, step: Step, times: float) -> Fault:
 
 
 def fault_of_adapter(stack: StackSubject, step: Step, times: float) -> Fault:
-    """Why an adapter over the model, whose own accumulation is right, gets another gradient.
+    """Why an adapter gets a wrong gradient although the model's own accumulation is right.
 
     Args:
         stack: the model with its adapter, and the batch.
@@ -97,7 +97,7 @@ def fault_of_adapter(stack: StackSubject, step: Step, times: float) -> Fault:
 
 
 def fault_of_accelerate() -> Fault:
-    """Why a loop over accelerate, which accumulates as its pages say, gets another gradient."""
+    """Why a loop that accumulates as accelerate documents gets a wrong gradient."""
     from accelerate import Accelerator  # heavy
 
     sentence = "what Accelerator.backward accumulates is not the mean over the micro-batches"
@@ -106,7 +106,7 @@ def fault_of_accelerate() -> Fault:
 
 
 def fault_of_counting(stack: StackSubject, step: Step, times: float) -> Fault:
-    """Why a single micro-batch is divided by another number than that of its labels.
+    """Why a single micro-batch's loss is not divided by its number of labels.
 
     Args:
         stack: model and batch.
@@ -123,7 +123,7 @@ def fault_of_counting(stack: StackSubject, step: Step, times: float) -> Fault:
 
 
 def fault_of_smoothing(stack: StackSubject, step: Step, times: float, differs: Callable[[Step, Step], bool]) -> Fault:
-    """Why label smoothing gives another gradient.
+    """Why label smoothing gives a wrong gradient.
 
     Args:
         stack: model and batch.
@@ -150,7 +150,7 @@ def fault_of_smoothing(stack: StackSubject, step: Step, times: float, differs: C
 
 
 def fault_of_packing(*, with_cache: bool) -> Fault:
-    """Why rows packed into one do not learn what they learn by themselves.
+    """Why packed rows do not get the gradient of separate rows.
 
     Args:
         with_cache: with `use_cache=False` in the model's config the Trainer's gradient is right.
@@ -165,7 +165,7 @@ def fault_of_packing(*, with_cache: bool) -> Fault:
 
 
 def fault_of_checkpointing(*, reentrant: bool) -> Fault:
-    """Why checkpointing by the Trainer gives another gradient than checkpointing without it.
+    """Why checkpointing by the Trainer and without it give different gradients.
 
     Args:
         reentrant: the kind of it.
@@ -175,7 +175,7 @@ def fault_of_checkpointing(*, reentrant: bool) -> Fault:
 
 
 def fault_of_clipping() -> Fault:
-    """Why a clipped gradient is not the gradient clipped."""
+    """Why the Trainer's clipped gradient is wrong."""
     from accelerate import Accelerator  # heavy
 
     sentence = "what Accelerator.clip_grad_norm_ leaves is not the whole batch's gradient, clipped"
@@ -204,7 +204,7 @@ def _path(owner: type, function: str) -> str:
 
 
 def _owner(model: nn.Module) -> type:
-    """The class that defines the model's `forward`, as of the generic classifier that many classes share."""
+    """The class that defines the model's `forward`, such as the generic classifier that many classes share."""
     return next(each for each in type(model).__mro__ if "forward" in vars(each))
 
 

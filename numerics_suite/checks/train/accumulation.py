@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from numerics_suite.checks._true_gradient import GRADIENT, kept_run, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, kept_run, require_sets, true_gradient
 from numerics_suite.checks.train._other_ways import Difference, agreement, difference, in_parts
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
@@ -19,15 +19,16 @@ from numerics_suite.engine.true_fp64 import Fp64Run
 
 @check(trains=True, needs=("token-ids",), reads=(GRADIENT,))
 def accumulation(context: CellContext) -> Iterable[Measurement]:
-    """Do micro-batches of unequal token counts, weighted by what they count, give the full batch's loss and gradient?
+    """Do micro-batches of unequal token counts, weighted by their labels, give the full batch's loss and gradient?
 
-    In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. The
-    loss that balances a mixture's experts is no mean over labels, and is left out.
+    In true fp64: a mean over labels is additive, so any difference is a loss or gradient that is not the mean's. A
+    mixture of experts' balancing loss is no mean over labels and is left out.
     """
     rows = int(context.gradient_batch.tensors["input_ids"].shape[0])
     if rows < 2:
         reason = "one row cannot be cut into micro-batches (--batch-size 1)"
         raise NotApplicableError(reason)
+    require_sets(context, 2)
     found = agreement(context) or _of_parts_alone(context, rows)
     yield Measurement(name="true-loss", value=found.loss, unit="ratio")
     yield Measurement(

@@ -10,20 +10,21 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.training_loop import TRAJECTORY
 
 INITIAL_SCALE = 65536.0
-"""What torch's GradScaler begins with."""
+"""Initial scale of torch's GradScaler."""
 
 LOST_SCALE = 1.0
-"""Below a scale of 1 the scaler makes gradients smaller than they are: they overflow unscaled, or are not finite at all."""
+"""Below a scale of 1 the gradients overflow even unscaled, or are not finite at all."""
 
 
-@check(trains=True, runs_on_nonfinite=True)
+@check(trains=True, runs_on_nonfinite=True, reads=(TRAJECTORY,))
 def amp(context: CellContext) -> Iterable[Measurement | Series]:
     """Under autocast, do parameters and gradients keep their dtype and does the loss scale settle?
 
-    A scaler that skips a few steps at first is at work. One that is still skipping when its scale has fallen below 1
-    will never stop: the gradients themselves are not finite.
+    A scaler that skips the first few steps works as designed. One that is still skipping when its scale has fallen
+    below 1 will never stop: the gradients themselves are not finite.
     """
     if context.recipe.autocast is None:
         reason = f"{context.recipe.name} has no autocast"
@@ -51,8 +52,9 @@ def amp(context: CellContext) -> Iterable[Measurement | Series]:
 
 
 def _halvings(scale: float | None) -> int:
-    """Halvings until the loss scale is below 1, where scaling no longer helps: one that begins low gets fewer.
+    """Halvings until the loss scale is below 1, where scaling no longer helps.
 
-    Given as many, a scale that begins at 16 would end at 1e-4: a run that looks finite and has lost its small gradients.
+    With a fixed number, an initial scale of 16 would end at 1e-4: a run that looks finite and has lost its small
+    gradients.
     """
     return max(1, math.floor(math.log2(scale or INITIAL_SCALE)) + 1)

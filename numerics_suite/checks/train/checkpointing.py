@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from numerics_suite.checks._true_gradient import GRADIENT, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, require_sets, true_gradient
 from numerics_suite.checks.train._other_ways import agreement, in_training_mode
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
@@ -21,18 +21,20 @@ from numerics_suite.observations.roundoff import gradient_errors
 
 @check(trains=True, needs=("token-ids",), reads=(GRADIENT,))
 def checkpointing(context: CellContext) -> Iterable[Measurement]:
-    """Are the gradients with activation checkpointing those without, and those of training mode eval mode's?
+    """Are gradients the same with and without activation checkpointing, and in training mode and eval mode?
 
     Both in true fp64, with every dropout off.
     """
     if not getattr(context.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
+    require_sets(context, 2)
     if (found := agreement(context)) is not None:
         yield _measurement("true-training-mode", found.gradient, found.parameter)
         yield _measurement("true-gradient", found.gradient, found.parameter)
         yield Measurement(name="lost", value=0, unit="parameters")
         return
+    require_sets(context, 3)  # parameters and gradients of one run, gradients of the other
     evaluated = _in_eval_mode(context)
     plain = _trained(context, checkpointed=False)
     by_mode = _worst("true-training-mode", plain, evaluated)
@@ -53,7 +55,7 @@ def checkpointing(context: CellContext) -> Iterable[Measurement]:
 
 
 def _in_eval_mode(context: CellContext) -> Mapping[str, Tensor]:
-    """The cell's true fp64 gradients; of a large model whose blocks cannot be taken one by one those of a run of its own."""
+    """The cell's true fp64 gradients; for a large model whose blocks cannot be streamed, those of a separate run."""
     try:
         return true_gradient(context).gradients
     except NotApplicableError:
@@ -73,7 +75,7 @@ def _trained(context: CellContext, *, checkpointed: bool) -> Mapping[str, Tensor
 
 
 def _worst(name: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Measurement:
-    """The error of the parameter whose gradient is worst; one that is not there is infinitely wrong."""
+    """The error of the parameter whose gradient is worst; a missing one is infinitely wrong."""
     errors = {**dict.fromkeys(wanted, float("inf")), **gradient_errors(got, wanted)}
     worst = max(errors, key=lambda name: nan_last(errors[name]))
     return _measurement(name, errors[worst], worst)

@@ -10,17 +10,17 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
-from numerics_suite.engine.training_loop import RECIPE_NORM, Trajectory
+from numerics_suite.engine.training_loop import RECIPE_NORM, TRAJECTORY, Trajectory
 
 LIMIT = RECIPE_NORM
-"""What the run is clipped to where `--max-grad-norm` names nothing."""
+"""The norm to clip to without `--max-grad-norm`."""
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def clip(context: CellContext) -> Iterable[Measurement | Series]:
     """Does clipping the total gradient norm hold it at the limit and keep training finite?
 
-    Where clipping to 1.0 keeps a run finite that is not finite without, that is said: the gradients explode.
+    If a run is finite only with clipping to 1.0, the result says so: the gradients explode.
     """
     asked = context.request.plan.max_grad_norm
     free = context.trajectory
@@ -54,8 +54,8 @@ def _tells_all(free: Trajectory, context: CellContext) -> bool:
     """Whether the run without clipping shows what clipping does, so that no second run is needed.
 
     It stays finite, and clipped gradients are the same ones times a factor below 1: an Adam's step does not depend on
-    the factor, and that of plain descent only gets smaller. Float16 is the exception, where the square of a small gradient
-    is 0 and the step is divided by it. What is left to ask is the clipping itself, and a copy of the gradients answers.
+    the factor, and plain descent's step only gets smaller. Float16 is the exception, where the square of a small
+    gradient is 0 and the step is divided by it. Only the clipping itself remains to check, on a copy of the gradients.
     """
     dtypes = {str(parameter.dtype) for parameter in context.model.parameters()}
     copy = free.clipped_copy
@@ -68,7 +68,7 @@ def _tells_all(free: Trajectory, context: CellContext) -> bool:
 
 
 def _of_copy(free: Trajectory) -> Iterable[Measurement | Series]:
-    """What is measured where nothing had to be clipped, or where a copy of one step's gradients was."""
+    """The measurements if nothing had to be clipped, or only a copy of one step's gradients was."""
     yield from (*losses(free), *gradient_norms(free))
     copy, norms = free.clipped_copy, [norm for norm in free.gradient_norms if math.isfinite(norm)]
     if copy is None:
@@ -101,7 +101,7 @@ def _excess(largest: float, limit: float, before: float) -> Measurement:
 def _exploded(run: Trajectory) -> bool:
     """Non-finite, or a loss that grew tenfold at any step.
 
-    A model that exploded may end at a small loss: with every state gone it puts the same odds on every token.
+    A model that exploded may end at a small loss: with all states lost it gives every token the same probability.
     """
     return run.bad is not None or (len(run.losses) > 1 and max(run.losses) > 10 * max(abs(run.losses[0]), 1.0))
 

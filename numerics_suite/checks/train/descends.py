@@ -12,15 +12,16 @@ from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.training_loop import TRAJECTORY
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def descends(context: CellContext) -> Iterable[Measurement | Series]:
     """Is the loss on the training batch lower after N steps on it?
 
-    First-order theory predicts what the first step takes off the loss (learning rate times the gradient's 1-norm for
-    Adam). What is asked is the rise of the loss in units of what the precision can resolve; where the predicted fall
-    is below that, a flat curve is what theory says and nothing is asked.
+    First-order theory predicts the decrease of the loss in the first step (learning rate times the gradient's 1-norm
+    for Adam). The check measures the rise of the loss in units of what the precision can resolve. Where the predicted
+    fall is below that, theory predicts a flat curve and the check does not apply.
     """
     run = context.trajectory
     if run.bad is not None:
@@ -55,7 +56,7 @@ def _resolution(context: CellContext, loss: float) -> float:
     """The smallest change of the loss that is no rounding: eight unit roundoffs of it.
 
     A forward pass carries a few roundings to the loss, and the loss itself is one; the root mean square of a decoder's
-    block is 2.4 roundoffs, so eight is beyond what rounding alone moves a mean over many tokens.
+    block is 2.4 roundoffs, so rounding alone does not move a mean over many tokens by eight.
     """
     eps = torch.finfo(dtype_of(context.recipe.computes_in)).eps / 2
     return 8 * eps * max(abs(loss), 1.0)

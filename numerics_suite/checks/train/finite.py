@@ -8,9 +8,10 @@ from numerics_suite.checks.train._curves import gradient_norms, losses
 from numerics_suite.core.records import Measurement, Series
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.training_loop import TRAJECTORY
 
 
-@check(trains=True, runs_on_nonfinite=True)
+@check(trains=True, runs_on_nonfinite=True, reads=(TRAJECTORY,))
 def finite(context: CellContext) -> Iterable[Measurement | Series]:
     """Do loss, logits, gradients, parameters and optimizer state stay finite at every step?"""
     run = context.trajectory

@@ -15,6 +15,7 @@ from numerics_suite.core.registry import check
 from numerics_suite.devices import random_state
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.runner import Runner
+from numerics_suite.engine.training_loop import TRAJECTORY
 from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.observations.roundoff import rms
 
@@ -22,19 +23,19 @@ LAYER = re.compile(r"\.\d+\.")
 """The number of a layer in a name."""
 
 STEP = 1e-6
-"""Moves a weight by this much of its size: what only ranks or picks by it picks the same, what computes with it differs."""
+"""Relative change of a weight: code that only ranks by it picks the same, code that computes with it differs."""
 
 FLAT = 1e-13
 """Change of the loss, relative to it: some hundred roundings of float64, a ten-millionth of the step."""
 
 TOKENS = 8
-"""Tokens of a row in which every parameter can matter: queries see several keys, and most positions have a label."""
+"""Tokens of a row that lets every parameter matter: queries see several keys, and most positions have a label."""
 
 OPTIONAL = frozenset({"mask_emb", "seg_embed", "r_s_bias"})
 """XLNet's parameters that only segment ids and the target mapping of its pretraining reach."""
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def grad_flow(context: CellContext) -> Iterable[Measurement]:
     """Does every trained parameter receive a gradient that is not exactly zero?"""
     run = context.trajectory
@@ -57,20 +58,20 @@ def grad_flow(context: CellContext) -> Iterable[Measurement]:
 
 
 def dead_parameters(context: CellContext) -> tuple[str, ...]:
-    """Names of the trained parameters whose gradient at the first step is absent or exactly zero, but for those that are so by design.
+    """Names of the trained parameters whose gradient at the first step is absent or exactly zero, except by design.
 
     Args:
-        context: whose training run it is.
+        context: the cell.
     """
-    key = "train.grad-flow: dead"
-    if key not in context.memo:
-        run = context.trajectory
-        dead = [name for name in run.dead if not _unused(context, name)]
-        apart = _apart(context, [name for name in dead if name in run.absent])
-        apart |= _without_part_in_the_batch(context, [name for name in dead if name not in run.absent])
-        context.memo[key] = tuple(name for name in dead if name not in apart)
-    found: tuple[str, ...] = context.memo[key]
-    return found
+    return context.cached(_dead)
+
+
+def _dead(context: CellContext) -> tuple[str, ...]:
+    run = context.trajectory
+    dead = [name for name in run.dead if not _unused(context, name)]
+    apart = _apart(context, [name for name in dead if name in run.absent])
+    apart |= _without_part_in_the_batch(context, [name for name in dead if name not in run.absent])
+    return tuple(name for name in dead if name not in apart)
 
 
 def _unused(context: CellContext, name: str) -> bool:
@@ -87,10 +88,10 @@ def _unused(context: CellContext, name: str) -> bool:
 def _apart(context: CellContext, absent: Sequence[str]) -> frozenset[str]:
     """Those of the parameters without any gradient that the loss does not depend on by design.
 
-    A pooler that a language model carries along, the indexer that only picks the keys to attend to, the part for pictures
-    in a batch of text, a sinusoid that is written down and never learned. All of these are whole parts of a model, in
-    every layer or in none, and the loss stays what it is when their weights are moved. One layer's part alone, one
-    parameter of a part that learns, and a norm, an attention or a feed-forward part are mistakes, whatever the loss says.
+    A pooler that a language model does not use, an indexer that only picks the keys to attend to, the vision part in a
+    batch of text, a fixed sinusoid. All of these are whole parts of a model, in every layer or in none, and the loss
+    stays what it is when their weights are moved. One layer's part alone, one parameter of a part that learns, and a
+    norm, an attention or a feed-forward part are mistakes, whatever the loss says.
     """
     if not absent:
         return frozenset()
@@ -108,7 +109,7 @@ def _apart(context: CellContext, absent: Sequence[str]) -> frozenset[str]:
 
 
 def _without_part_in_the_batch(context: CellContext, zero: Sequence[str]) -> frozenset[str]:
-    """Those of the parameters with a gradient of exactly zero that this batch cannot teach, and another one does.
+    """Parameters whose gradient is exactly zero on this batch but not on another one.
 
     Where the loss reads the first position alone, its attention has one key, whose softmax is 1 whatever the scores are: the
     true gradient of queries and keys is exactly zero. It is not over rows of several tokens in which every label counts.
@@ -154,7 +155,10 @@ def loss_is_flat(context: CellContext, names: Sequence[str]) -> bool:
     """
     if not names:
         return True
-    model = context.copy_model().double()
+    model = context.copy_model(own=lambda copied: [copied.get_parameter(name) for name in names])
+    for name in names:
+        moved = model.get_parameter(name)
+        moved.data = moved.data.double()  # what it is moved by is less than its dtype's spacing
     runner = Runner(model, context.condition)
     tensors, seed = context.training_batch.tensors, context.request.seed
     with random_state.torch_seeded(seed):  # a caught step may be in training mode: both runs drop the same

@@ -25,11 +25,11 @@ from numerics_suite.observations.roundoff import unit_roundoff, wide
 
 @check(batches=True, trains=True, needs=("token-ids",))
 def labels(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """Is the loss the one that the labels that count define, and are absent labels no loss?
+    """Is the loss the one that the counted labels define, and is there no loss without labels?
 
-    Held against a few lines in float64 on the model's own logits. A drawn batch without a label that counts has NaN as its
-    loss by torch's definition, and is no finding; the user's own is one. The loss that balances a mixture's experts is part of the loss by
-    design: the model is asked without it.
+    It is compared with the formula in float64 on the model's own logits. A drawn batch without a label that counts has
+    NaN as its loss by torch's definition, and is no finding; the user's own is one. A mixture of experts' balancing
+    loss is part of the loss by design; it is switched off here.
     """
     if "labels" not in batch.tensors:
         reason = "the batch has no labels"
@@ -56,7 +56,7 @@ def labels(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     if torch.isnan(wanted):
         yield Measurement(name="loss-error", value=0.0, unit="roundoffs", facts={"labels": "none counts"})
         return
-    roundoff = max(unit_roundoff(got.dtype), _log_softmax_roundoff(context, batch))
+    roundoff = max(unit_roundoff(got.dtype), context.cached(_log_softmax_roundoff))
     # Rounding moves a cross entropy by what it moves the largest logit and the loss by.
     size = float(wanted.abs()) + float(without["logits"].abs().max())
     error = abs(float(got) - float(wanted))
@@ -89,9 +89,9 @@ def _counted(context: CellContext, batch: Batch) -> Iterable[Measurement]:
 
 
 def _without_labels(context: CellContext, batch: Batch) -> tuple[Batch, str]:
-    """The batch whose logits the labels are for, and the task that says which label is for which row of them.
+    """The batch to compute logits from, and the task that assigns labels to their rows.
 
-    The decoder of an encoder-decoder reads the labels moved by one, so its rows are for the labels as they stand.
+    An encoder-decoder's decoder reads shifted labels, so its rows predict the labels unshifted.
     """
     if context.subject.task != "causal-lm" or not takes_decoder_ids(context.model):
         return batch, context.subject.task
@@ -103,11 +103,9 @@ def _without_labels(context: CellContext, batch: Batch) -> tuple[Batch, str]:
     return replace(batch, tensors={**batch.tensors, "decoder_input_ids": moved}), "token-classification"
 
 
-def _log_softmax_roundoff(context: CellContext, batch: Batch) -> float:
+def _log_softmax_roundoff(context: CellContext) -> float:
     """The unit roundoff of the log-probabilities, which may be coarser than the loss; the same for every batch of a cell."""
-    if "log-softmax" not in context.memo:
-        context.memo["log-softmax"] = log_softmax_dtype(lambda: context.run(batch.tensors))
-    return unit_roundoff(context.memo["log-softmax"])
+    return unit_roundoff(log_softmax_dtype(lambda: context.run(context.training_batch.tensors)))
 
 
 def _cross_entropy(context: CellContext, batch: Batch, with_labels: Mapping[str, Tensor]) -> Tensor:

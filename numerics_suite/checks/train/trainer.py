@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from numerics_suite.checks.train import _stack_faults as faults
 from numerics_suite.checks.train._stack_batch import StackSubject, smoothed, stack_of
 from numerics_suite.checks.train.labels import defined_loss
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
@@ -27,22 +28,23 @@ from numerics_suite.engine.installed_trainer import Step, Way, accelerate_step, 
 from numerics_suite.engine.references import trusted
 from numerics_suite.inputs.labels import labels_in_mean
 from numerics_suite.inputs.targets import targets_of
-from numerics_suite.observations.roundoff import gradient_errors, projection, relative_error
+from numerics_suite.observations.roundoff import filled, gradient_errors, projection, relative_error
 
 TIMES = "times the whole batch's gradient"
-"""Name of the projection of the gradient that was handed over on the one that is wanted."""
+"""Fact: projection of the optimizer's gradient on the right one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One way to train, the gradient it must give, and the gradient it gave.
+    """One way to train, with expected and actual gradient.
 
     Attributes:
         name: of the measurement.
         words: the way, as in "with NAME".
-        wanted: the whole batch's gradient.
+        wanted: the expected gradient, that of the whole batch.
         step: the Trainer's.
-        fault: finds whose fault a difference is, given how many times the whole batch's gradient was handed over; None where it is the model's own, which other checks report.
+        fault: finds the code at fault, given the projection of the actual gradient on the expected one; None if it is
+            the model's own, which other checks report.
     """
 
     name: str
@@ -54,46 +56,43 @@ class Trial:
 
 @check(scope="subject", trains=True, needs=("token-ids",))
 def trainer(context: CellContext) -> Iterable[Measurement]:
-    """Do the installed Trainer, accelerate and peft hand the optimizer the gradient of the whole batch's loss?
+    """Do the installed Trainer, accelerate and peft give the optimizer the gradient of the whole batch's loss?
 
-    In true fp64, on the CPU, over a batch of a few short rows that count unequally many labels: with accumulation, an adapter, a loop
-    over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed packages on the subject's class, so once for each subject.
+    In true fp64, on the CPU, over a few short rows with unequal numbers of labels: with accumulation, an adapter, a
+    loop over accelerate, label smoothing, a padding-free collator, checkpointing and clipping. It judges the installed
+    packages on the subject's class, so once for each subject.
     """
     stack = stack_of(context)
     try:
-        trials = list(_trials(stack))
+        # One by one: the gradients of a way are dropped before those of the next one are there.
+        found = [measured for measured in map(_measured, _trials(stack)) if measured is not None]
     except ImportError as error:
         reason = f"transformers' Trainer cannot be made: {str(error).strip().splitlines()[0]}"
         raise NotApplicableError(reason) from error
-    found: dict[str, tuple[Trial, Measurement]] = {}
-    facts: dict[str, Fact] = {}
-    for trial in trials:
-        trusted((*trial.wanted.left_out, *trial.step.left_out))
-        measured = _measured(trial)
-        if not measured.value <= AGREED:
-            fault = trial.fault(float(measured.facts[TIMES]))
-            if fault is None:
-                continue
-            facts[f"fault of {trial.name}"] = str(fault)
-            told: dict[str, Fact] = {"with": trial.words, "fault": fault.sentence}
-            measured = replace(measured, source=fault.source, facts={**measured.facts, **told})
-        found[trial.name] = trial, measured
-    for _, measured in found.values():
-        yield replace(measured, facts={**measured.facts, **facts}) if "fault" in measured.facts else measured
+    facts = {f"fault of {measured.name}": str(fault) for measured, fault in found if fault is not None}
+    for measured, fault in found:
+        yield measured if fault is None else replace(measured, facts={**measured.facts, **facts})
 
 
-def _measured(trial: Trial) -> Measurement:
-    """The worst difference of a parameter's gradient; one that is not handed over at all differs by all that it is."""
+def _measured(trial: Trial) -> tuple[Measurement, faults.Fault | None] | None:
+    """The worst difference of a parameter's gradient, and whose fault it is; None where it is the model's own.
+
+    A missing gradient counts as zero.
+    """
+    trusted((*trial.wanted.left_out, *trial.step.left_out))
     wanted = {name: value for name, value in trial.wanted.gradients.items() if bool(value.any())}
-    got = {name: trial.step.gradients.get(name, torch.zeros_like(value)) for name, value in wanted.items()}
+    got = filled(trial.step.gradients, wanted)
     errors = gradient_errors(got, wanted)
     worst = max(errors, key=lambda name: nan_last(errors[name]))
-    return Measurement(
-        name=trial.name,
-        value=errors[worst],
-        unit="ratio",
-        facts={TIMES: projection(got, wanted), "most in": worst},
-    )
+    measured = Measurement(name=trial.name, value=errors[worst], unit="ratio")
+    if measured.value <= AGREED:
+        return measured, None
+    times = projection(got, wanted)
+    fault = trial.fault(times)
+    if fault is None:
+        return None
+    facts: dict[str, Fact] = {TIMES: times, "most in": worst, "with": trial.words, "fault": fault.sentence}
+    return replace(measured, source=fault.source, facts=facts), fault
 
 
 def _differs(got: Step, wanted: Step) -> bool:
@@ -132,7 +131,7 @@ def _trials(stack: StackSubject) -> Iterator[Trial]:
         yield from _packing(stack, whole)
     if getattr(stack.plain, "supports_gradient_checkpointing", False):
         for reentrant in (True, False):
-            with suppress(CheckpointError):  # it does not recompute what it computed: `train.checkpointing` tells
+            with suppress(CheckpointError):  # it recomputes something else: `train.checkpointing` reports it
                 yield _checkpointing(stack, whole, reentrant=reentrant)
     yield _clipping(stack, whole)
 
@@ -141,8 +140,8 @@ def _whole(stack: StackSubject) -> Step:
     """The gradient of the class's own loss over the whole batch.
 
     Raises:
-        NotApplicableError: that loss is not the one by definition: the class is at fault, and `train.labels` says so; or an
-            encoder-decoder's, whose labels another rule shifts.
+        NotApplicableError: that loss is not the one by definition: the class is at fault, which `train.labels` reports;
+            or an encoder-decoder's, whose labels another rule shifts.
     """
     if stack.task == "causal-lm" and takes_decoder_ids(stack.plain):
         reason = "transformers' Trainer is checked with decoders and classifiers, not with encoder-decoders"
@@ -196,7 +195,7 @@ def _adapter(stack: StackSubject, rows: int) -> Iterator[Trial]:
 
 
 def _loop(stack: StackSubject, whole: Step) -> Trial:
-    """A loop over accelerate itself, which weighs each row by the labels that it counts, as accelerate's pages say."""
+    """A loop over accelerate that weights each row by its labels, as accelerate documents."""
     rows = stack.rows()
     counts = [labels_in_mean(stack.tensors["labels"][row : row + 1], stack.task) for row in range(len(rows))]
     return Trial(
@@ -246,12 +245,8 @@ def _packing(stack: StackSubject, whole: Step) -> Iterator[Trial]:
     step = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
 
     def fault(_times: float) -> faults.Fault:
-        config: Any = stack.plain.config
-        before, config.use_cache = config.use_cache, False
-        try:
+        with with_attribute(stack.plain.config, "use_cache", False):
             again = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
-        finally:
-            config.use_cache = before
         return faults.fault_of_packing(with_cache=not _differs(again, whole))
 
     yield Trial(name="padding-free", words="a padding-free collator", wanted=whole, step=step, fault=fault)
@@ -277,7 +272,7 @@ def _checkpointing(stack: StackSubject, whole: Step, *, reentrant: bool) -> Tria
 
 
 def _checkpoints_wrongly(stack: StackSubject, whole: Step, arguments: Mapping[str, Any]) -> bool:
-    """Whether the model does so without the Trainer too: `train.checkpointing` says so."""
+    """Whether checkpointing is wrong without the Trainer too, which `train.checkpointing` reports."""
     model: Any = stack.model
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments["gradient_checkpointing_kwargs"])
     try:
@@ -289,12 +284,12 @@ def _checkpoints_wrongly(stack: StackSubject, whole: Step, arguments: Mapping[st
 
 def _clipping(stack: StackSubject, whole: Step) -> Trial:
     """Half of the norm, by torch's own function: the whole batch's gradient is clipped, not each micro-batch's."""
-    leaves = [torch.nn.Parameter(torch.zeros_like(value)) for value in whole.gradients.values()]
-    for leaf, value in zip(leaves, whole.gradients.values(), strict=True):
-        leaf.grad = value.clone()
-    limit = 0.5 * float(torch.nn.utils.get_total_norm(list(whole.gradients.values())))
-    torch.nn.utils.clip_grad_norm_(leaves, limit)
-    clipped = {name: leaf.grad for name, leaf in zip(whole.gradients, leaves, strict=True) if leaf.grad is not None}
+    clipped = {name: value.clone() for name, value in whole.gradients.items()}
+    holders = [value.detach() for value in whole.gradients.values()]
+    for holder, value in zip(holders, clipped.values(), strict=True):
+        holder.grad = value
+    limit = 0.5 * float(torch.nn.utils.get_total_norm(list(clipped.values())))
+    torch.nn.utils.clip_grad_norm_(holders, limit)
     return Trial(
         name="clipping",
         words="clipping to half the norm",

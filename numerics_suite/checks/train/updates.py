@@ -9,15 +9,16 @@ from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Measurement
 from numerics_suite.core.registry import check
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.training_loop import TRAJECTORY
 
 
-@check(trains=True)
+@check(trains=True, reads=(TRAJECTORY,))
 def updates(context: CellContext) -> Iterable[Measurement]:
-    """Does every trained parameter move, and by what float64 would move it?
+    """Does every trained parameter move, and as far as in float64?
 
     A parameter stays where it is if it gets no gradient, if no optimizer holds it, or if something writes its old value back; an exactly zero
-    gradient is `train.grad-flow`'s. What the parameters gain in the steps is compared with the same steps in float64:
-    :mod:`numerics_suite.engine.updates` has the formula and the limit. It costs no training step of its own.
+    gradient is `train.grad-flow`'s. The change of the parameters is compared with the same steps in float64:
+    :mod:`numerics_suite.engine.updates` has the formula and the limit. It needs no training step of its own.
     """
     run = context.trajectory
     if run.bad is not None:

@@ -23,8 +23,8 @@ BUDGETS = (
         limit=0,
         cause="wrong-input-dtype",
         title="floating input_ids are silently used instead of refused",
-        reason="bfloat16 keeps 8 bits of an integer: under it 99 % of the ids of a 151,552-word vocabulary change. A "
-        "model that accepts floating ids computes another text's answer without a word.",
+        reason="bfloat16 keeps 8 bits of an integer: under it 99 % of the ids of a 151,552-word vocabulary change. A model "
+        "that accepts floating ids computes the output of another text, without an error.",
         remedies=CURE,
     ),
     Budget(
@@ -32,7 +32,7 @@ BUDGETS = (
         measurement="merged-ids",
         limit=0,
         cause="wrong-input-dtype",
-        title="{value} pairs of different ids are embedded alike, as after a cast to a 16-bit float",
+        title="{value} pairs of different ids get the same embedding, as after a cast to a 16-bit float",
         reason="Ids that a 16-bit float rounds to the same number reach the embedding as one id although their rows "
         "differ: somewhere on the way input_ids are cast to a floating dtype and back.",
         remedies=CURE,
@@ -42,7 +42,7 @@ BUDGETS = (
         measurement="merged-edges",
         limit=0,
         cause="out-of-range-input",
-        title="the first or last id of the vocabulary is embedded as its neighbour ({value} pairs)",
+        title="the first or last id of the vocabulary gets its neighbour's embedding ({value} pairs)",
         reason="Both ids are in range and their rows of the embedding differ, so a range check on the way to it is off by "
         "one: it clamps an id that exists.",
         remedies=("fix-config",),
@@ -52,9 +52,9 @@ BUDGETS = (
         measurement="disagreement",
         limit=0,
         cause="wrong-input-dtype",
-        title="the same attention mask in another dtype gives another answer ({value} elements)",
-        reason="Loaders hand masks over as int64, int32, bool or floating ones and zeros; all mean the same, so the "
-        "outputs at real tokens must be the same bits, or the dtype be refused.",
+        title="the same attention mask in another dtype gives another output ({value} elements)",
+        reason="Loaders produce masks as int64, int32, bool or floating ones and zeros; all mean the same, so the outputs at "
+        "real tokens must be the same bits, or the dtype be refused.",
         remedies=CURE,
     ),
     Budget(
@@ -82,7 +82,7 @@ BUDGETS = (
         measurement="looks-rounded",
         limit=0,
         cause="wrong-input-dtype",
-        title="input_ids equal their own bfloat16 rounding everywhere, as after a cast to bfloat16 and back",
+        title="all input_ids are numbers that bfloat16 holds exactly, as after a cast to bfloat16 and back",
         reason="Every id above 256 is a number that bfloat16 can hold, which for an id from 2**k on has the probability "
         "2**-(k - 7); for all ids of this batch together it is below one in a million by chance.",
         remedies=CURE,
@@ -113,9 +113,10 @@ BUDGETS = (
         measurement="padding-moves",
         limit=AGREED,
         cause="padding-leak",
-        title="padding as the tokenizer pads, on the {facts[side]}, moves the logits by {facts[logits move by]:.2g}",
-        reason="A text has one answer, alone or padded in a batch. In true fp64 both are the same program on the same tokens, so they "
-        "agree to 1e-10; a classifier that pools another column, or positions that count the padding, give another class.",
+        title="the tokenizer pads on the {facts[side]}, and this padding changes the logits (by {facts[logits move by]:.2g})",
+        reason="A text has one output, alone or padded in a batch. In true fp64 both are the same program on the same "
+        "tokens, so they agree to 1e-10; a classifier that pools another column, or positions that count the padding, "
+        "give another class.",
         remedies=("fix-padding", "set-pad-token", "newer-version"),
     ),
 )

@@ -53,8 +53,8 @@ BUDGETS = (
         limit=0,
         cause="lost-head",
         title="the adapter was trained for a classifier and saved without its head: {parameters}",
-        reason="Neither the adapter nor its base holds the head, so each load draws another one at random, and the answers are "
-        "chance. peft saves a head with the adapter only where modules_to_save names it.",
+        reason="Neither the adapter nor its base holds the head, so each load draws another one at random, and the "
+        "predictions are random. peft saves a head with the adapter only where modules_to_save names it.",
         remedies=("save-head",),
     ),
     Budget(
@@ -64,8 +64,9 @@ BUDGETS = (
         cause="missing-weights",
         title="{value} weights are stored under other names ({facts[stored as]} for {facts[looked for as]}): "
         "the model runs on initial values",
-        reason="The files hold tensors of these shapes whose names end alike or have parts added, so the checkpoint was saved with another layout or by a wrapper. "
-        "transformers warns and goes on with weights drawn at random, and the answers are noise.",
+        reason="The files hold tensors of these shapes whose names end alike or have parts added, so the checkpoint was "
+        "saved with another layout or by a wrapper. transformers warns and continues with random weights, and the "
+        "outputs are noise.",
         remedies=("newer-version", "pin-version", "reload-weights"),
     ),
     Budget(
@@ -121,7 +122,7 @@ BUDGETS = (
         measurement="uninitialised-buffers",
         limit=0,
         cause="uninitialised-buffer",
-        title="buffers that nothing has initialised: {parameters}",
+        title="uninitialised buffers: {parameters}",
         reason="They are in no file, and the load gave them memory without writing to it: filled with NaN beforehand it stays NaN, "
         "filled with zeros it stays zero. In an ordinary run they hold whatever the allocator had there. transformers 5.x builds on "
         "the meta device and leaves to _init_weights what a constructor computed (transformers#48892).",
@@ -132,7 +133,7 @@ BUDGETS = (
         measurement="ignored-dtype",
         limit=0,
         cause="ignored-dtype",
-        title="{facts[asked]} was asked for, and the model is in {facts[holds]}",
+        title="{facts[asked]} was requested, and the model is in {facts[holds]}",
         reason="No weight has the dtype that was asked for, so the load did not heed it: the model's own code casts, or builds in "
         "the dtype that config.json names. Its range and its rounding are those of another precision than the one that was meant.",
         remedies=("cast-after-loading", "fix-config"),
@@ -142,7 +143,7 @@ BUDGETS = (
         measurement="other-dtype",
         limit=0,
         cause="low-precision-section",
-        title="parameters that are not in the dtype asked for: {parameters}",
+        title="parameters that are not in the requested dtype: {parameters}",
         reason="These parameters ignore the dtype that was asked for and are not declared to be kept in float32. A "
         "head in float16 under a body in another dtype overflows at 65,504 or refuses its input.",
         remedies=("cast-after-loading", "newer-version"),
@@ -194,8 +195,8 @@ BUDGETS = (
         measurement="other-dtype",
         limit=0,
         cause="low-precision-section",
-        title="saved and loaded again, in another dtype: {parameters}",
-        reason="The class holds these in a dtype of its own, whatever is asked for. A new head is made in the dtype asked for, "
+        title="in another dtype after saving and loading: {parameters}",
+        reason="The class holds these in a dtype of its own, whatever was requested. A new head is made in the requested dtype, "
         "so this shows only when the trained model is opened: a float16 head under a body in another dtype refuses its input.",
         remedies=("cast-after-loading", "newer-version"),
     ),

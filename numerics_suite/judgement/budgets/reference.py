@@ -35,7 +35,7 @@ LOCAL = (
         "composed",
         1.5,
         "times its rounded run",
-        "its ops",
+        "the sum of its ops",
         "Against the same module with every op computed in float64 and rounded once; clean blocks, attentions, MLPs and, "
         "under autocast, linear layers give 0.85 to 1.2.",
     ),
@@ -50,7 +50,7 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="rotary-excess",
         limit=1,
         cause="semantic-error",
-        title="the rotary table is {value:.3g} times as far from the one that config.json defines as rounding puts it",
+        title="the rotary frequencies are not those that config.json defines ({value:.3g} times as far off as rounding explains)",
         reason="The frequencies are a power and an inverse, each rounded once, and an exponent that is exact only where the "
         "rotary dimension is a power of two; the oracle adds these, and what a scaling rounds, up to the roundoffs that a right table may be off. A wrong theta, a wrong share of rotated dimensions, a scaling that is left out, or a table cast to 16 bits is not.",
         remedies=("fix-config", *CURE),
@@ -71,7 +71,7 @@ BUDGETS: tuple[Budget, ...] = (
             measurement=f"true-{what}",
             limit=AGREED,
             cause="semantic-error" if what != "gradient" else "wrong-gradient",
-            title=f"the {what} of the true fp64 run differs from the family's definition ({{value:.2g}}), first in {{module}}",
+            title=f"the {what} of the true fp64 run {'differ' if what == 'logits' else 'differs'} from the family's definition ({{value:.2g}}), first in {{module}}",
             reason="With rounding out of the way the model computes something else than its family's definition gives for "
             "the same config and weights: an activation, an eps, a residual, an order of heads or a mapped weight is wrong.",
             remedies=CURE,
@@ -85,9 +85,9 @@ BUDGETS: tuple[Budget, ...] = (
         cause="kernel-accuracy",
         title="the error against float64 is {value:.3g} times what the precision makes unavoidable",
         reason="The error of perfect kernels that round once per op is the inherent error. Clean models measure 0.9 to 1.2 "
-        "times it in 16 bits (both are draws of rounding error; with thousands of elements their root mean squares differ "
-        "by a few per cent), and less than the square root of the longest sum in float32. Half as much again is a "
-        "rounding that the program does not ask for, such as reduced-precision accumulation or TF32.",
+        "times it in 16 bits (both are draws of rounding error; with thousands of elements their root mean squares "
+        "differ by a few per cent), and less than the square root of the longest sum in float32. Half as much again "
+        "means a rounding that the program does not contain, such as reduced-precision accumulation or TF32.",
         remedies=("eager-attention", "sdpa-attention", "pin-version"),
     ),
     Budget(
@@ -95,7 +95,7 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="excess",
         limit=8,
         cause="wrong-gradient",
-        title="the gradient of {parameters} errs {value:.3g} times as much as the precision makes unavoidable",
+        title="the rounding error of the gradient of {parameters} is {value:.3g} times what the precision makes unavoidable",
         reason="Forward and backward pass in float64, each op rounded once, give the inherent error of each gradient. One "
         "parameter's gradient may hold few numbers, or a sum that nearly cancels (the bias of a key projection): its error "
         "and its inherent error are then two draws that differ by up to 2.9 (measured). Eight is beyond that.",
@@ -106,7 +106,7 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="median-excess",
         limit=2,
         cause="wrong-gradient",
-        title="gradients err {value:.3g} times as much as the precision makes unavoidable, over all parameters",
+        title="the median rounding error of all gradients is {value:.3g} times what the precision makes unavoidable",
         reason="The median over the parameters evens out the draws of single ones, and every gradient is summed over the "
         "states of all real tokens, so few share one draw: 0.80 to 1.13 on clean models. Twice is one bit of every second "
         "gradient lost.",
@@ -126,9 +126,9 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="coarser",
         limit=0,
         cause="low-precision-section",
-        title="{value} ops of a training step compute in a coarser float than was asked for, first in {module}",
+        title="{value} ops of a training step compute in a coarser float than the precision, first in {module}",
         reason="An op of the forward or backward pass puts out a float with fewer bits than the precision of this run; all "
-        "gradients behind it carry that float's rounding error.",
+        "gradients after it carry that float's rounding error.",
         remedies=("keep-in-fp32", *CURE),
     ),
     Budget(
@@ -136,9 +136,9 @@ BUDGETS: tuple[Budget, ...] = (
         measurement="coarser",
         limit=0,
         cause="low-precision-section",
-        title="{module} computes in a coarser float than was asked for",
-        reason="An op inside it puts out a float with fewer bits than the precision of this run. Everything behind it "
-        "carries that float's rounding error, however wide the dtype that the result is cast back to.",
+        title="{module} computes in a coarser float than the precision",
+        reason="An op inside it puts out a float with fewer bits than the precision of this run. Everything after it carries "
+        "that float's rounding error, however wide the dtype that the result is cast back to.",
         remedies=("keep-in-fp32", *CURE),
     ),
     *(
@@ -147,9 +147,9 @@ BUDGETS: tuple[Budget, ...] = (
             measurement=role,
             limit=limit,
             cause="low-precision-section",
-            title=f"{{module}} errs {{value:.3g}} {unit.replace('roundoffs', 'unit roundoffs')}, more than {what} needs",
+            title=f"{{module}} rounds more than {what} needs ({{value:.3g}} {unit.replace('roundoffs', 'unit roundoffs')})",
             reason=reason
-            + " Fed what it really got, the module alone is at fault: it rounds once too often, or in too low a dtype.",
+            + " The module had its real inputs, so it alone is at fault: it rounds once too often, or in too low a dtype.",
             remedies=("keep-in-fp32", *CURE),
         )
         for role, limit, unit, what, reason in LOCAL

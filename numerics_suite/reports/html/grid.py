@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LETTERS = {"passed": "p", "failed": "f", "accepted": "a", "skipped": "s", "error": "e"}
 ABSENT = "."
-"""What the map's text of statuses says where a check was not asked of a cell."""
+"""What the map's text of statuses says where a check did not run on a cell."""
 
 DIMENSIONS = ("subject", "task", "precision", "attn", "device")
 
@@ -30,11 +30,8 @@ class CheckRow:
     """One check over all cells.
 
     Attributes:
-        check: its id.
-        question: what it asks.
         counts: results of each status, worst first.
         nearest: the measurement nearest its budget.
-        where: the cell where that was.
     """
 
     check: str
@@ -54,10 +51,7 @@ class Grid:
     """The map.
 
     Attributes:
-        rows: one for each check.
         data: for the program: dimensions of the cells, and for each check columns of statuses, numbers and reasons.
-        cells: how many there are.
-        results: how many there are.
         nearest: the passed result that is nearest its budget, empty where no budget judges any.
     """
 
@@ -69,12 +63,7 @@ class Grid:
 
 
 def grid_of(places: Places, problems: Sequence[Problem]) -> Grid:
-    """The map of every result.
-
-    Args:
-        places: every result.
-        problems: the cards, in their order.
-    """
+    """The map of every result."""
     cards = {id(place.result): at for at, problem in enumerate(problems, start=1) for place in problem.places}
     cells: dict[tuple[Any, ...], int] = {}
     checks: dict[str, list[tuple[int, CheckCell]]] = {}

@@ -37,7 +37,7 @@ CHAPTERS = (
     (
         "precision",
         "Rounding error by layer and module class",
-        "Each module was fed what it really got, and is compared with float64 on its own. The dashed line is the most that "
+        "Each module gets its real inputs, and its output is compared with float64 on these inputs. The dashed line is the most that "
         "a right program of that class needs.",
         Chapters.precision,
     ),
@@ -69,7 +69,7 @@ def write_html(folder: Path, documents: Documents) -> Path:
 
     Args:
         folder: made where it is missing.
-        documents: what the report tells of.
+        documents: everything that the report covers.
 
     Returns:
         The path of the file, `index.html` in the folder.
@@ -89,11 +89,7 @@ def write_html(folder: Path, documents: Documents) -> Path:
 
 
 def render(documents: Documents) -> str:
-    """The report as the text of one HTML file that needs nothing beside it; the same text for the same documents.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """The report as the text of one HTML file that needs no other; the same text for the same documents."""
     page = _environment().get_template("page.html.j2").render(_context(documents))
     shown, _, programs = page.partition("<!-- programs -->\n")
     return _BETWEEN.sub("><", shown) + programs

@@ -42,25 +42,16 @@ class Card:
 
     Attributes:
         number: from 1, in the order of reading.
-        status: `failed` or `accepted`.
         sentence: what happens and why, with the cause in brackets.
-        check: its id.
-        cause: its cause, empty where nobody looked for it.
-        subjects: all of them, for the filter.
-        precisions: all of them, for the filter.
-        scope: subjects, cells and versions.
+        cause: its cause, empty without a diagnosis.
         lines: labels and texts that every printer shows, in this order.
-        measured: the value beside its limit, empty where neither is known; `lines` has it where the sentence does not say it.
+        measured: the value beside its limit, empty where neither is known; in `lines` where the sentence does not hold it.
         why: where the limit comes from and what it means to be over it.
         reason: why it was accepted, empty for a failure.
-        evidence: names and values.
-        batch: the smallest failing batch.
         series: curves and numbers by module of the worst result.
         step: where training broke, None where that is not known.
-        cures: what to do.
         cells: rows of version, subject and cells.
         cell_count: results that have it.
-        more: how many rows were left out.
         script: text of the reproducer, empty where there is none that can be read.
         script_path: its path, empty without one.
         words: of the command that asks the check again, empty where the run is not known.
@@ -108,9 +99,9 @@ class Card:
     @property
     def fixes(self) -> tuple[str, ...]:
         """What to do, a line each; where nothing is known, where to begin."""
-        steps = ["begin at the place above"] if any(label == "where" for label, _ in self.lines) else []
+        steps = ["read the code at the place above"] if any(label == "where" for label, _ in self.lines) else []
         steps += ["run the script"] if self.script_path else []
-        none = ": ".join(part for part in ("no remedy of the suite applies", "; ".join(steps)) if part)
+        none = ": ".join(part for part in ("no automatic remedy applies", "; ".join(steps)) if part)
         return tuple(cure.text for cure in self.cures) or (none,)
 
     @property
@@ -137,12 +128,7 @@ def cards_of(problems: Sequence[Problem], scripts: Scripts | None = None) -> tup
 
 
 def card_of(place: CheckCell, *, diagnosed: bool = True) -> Card:
-    """The card of one result alone.
-
-    Args:
-        place: a result with a finding.
-        diagnosed: False where no cause was looked for.
-    """
+    """The card of one result alone."""
     return _card(1, Problem(places=(place,)), Scripts(left=0), diagnosed=diagnosed)
 
 

@@ -18,12 +18,12 @@ NAMED = 2
 """Parameters that a sentence names; the line with the place names more."""
 
 WHY: dict[str, str] = {
-    "uninitialised-parameters": "nothing wrote to the memory of {parameters|a parameter}, so it holds what lay there before, NaN in one process and zeros in another",
+    "uninitialised-parameters": "no code writes to the memory of {parameters|a parameter}, so it holds whatever was there before: NaN in one process, zeros in another",
     "bad-initialisation": "the first logits and gradients are far too large, and training starts from noise",
-    "missing-weights": "{parameters|weights that the checkpoint lacks} will run with values that no training gave them",
-    "lost-weights": "what was trained in {parameters|some weights} never reaches the model, or does not come back from saving",
-    "corrupt-weights": "{parameters|a stored weight} is NaN or infinite before anything is computed",
-    "untied-weights": "the output embedding in use is not the one that was trained",
+    "missing-weights": "no trained values exist for {parameters|weights that the checkpoint lacks}",
+    "lost-weights": "the trained values of {parameters|some weights} never reach the model, or are lost on saving",
+    "corrupt-weights": "there are NaN or infinite values in {parameters|a stored weight} before anything is computed",
+    "untied-weights": "model and config disagree, so one of the two is not what was trained",
     "ignored-config": "the model is built with other values than the checkpoint was trained with",
     "wrong-input-dtype": "ids and masks are integers, and a cast to a narrow float turns them into other tokens or another mask",
     "out-of-range-input": "an id lies outside the vocabulary, or is read as its neighbour",
@@ -31,41 +31,41 @@ WHY: dict[str, str] = {
     "underflow": "a value that float32 still holds is 0 in {dtype|its dtype}",
     "invalid-operation": "{op|an operation} gives NaN from finite inputs, as 0/0 or the root of a negative number does",
     "fully-masked-row": "a softmax over a row in which every position is masked has nothing to average",
-    "low-precision-section": "a section holds or computes numbers in another float than the rest, and everything behind it carries the error",
-    "kernel-accuracy": "the program is right, and a kernel rounds more than its precision makes unavoidable",
-    "padding-leak": "padded positions reach the answers of real tokens, so an answer depends on its batch",
-    "batch-leak": "the rows of a batch reach each other",
-    "future-leak": "a position sees tokens behind it, which do not exist yet when text is generated",
+    "low-precision-section": "a part of the model holds or computes numbers in another dtype than the rest, and everything after it carries the error",
+    "kernel-accuracy": "the model is right, but a kernel rounds more than its precision makes unavoidable",
+    "padding-leak": "padded positions influence the outputs at real tokens, so a row's output depends on its batch",
+    "batch-leak": "the rows of a batch influence each other",
+    "future-leak": "a position sees later tokens, which do not exist yet when text is generated",
     "cache-mismatch": "generation with the cache computes another function than the full forward pass",
-    "wrong-positions": "positions are counted wrongly, so tokens are rotated as if they stood elsewhere",
+    "wrong-positions": "positions are computed wrongly, so tokens are rotated as if they stood elsewhere",
     "wrong-pooling": "the class is read from another position than the last real token",
-    "wrong-loss": "training minimises another number than the mean loss over the labels that count",
-    "wrong-gradient": "the optimizer is given a gradient that is not the loss's",
-    "dead-gradient": "no gradient reaches {parameters|a trained parameter}, so it never learns",
+    "wrong-loss": "training minimises another number than the mean loss over the counted labels",
+    "wrong-gradient": "the optimizer gets a gradient that is not the loss's",
+    "dead-gradient": "no gradient reaches {parameters|a trained parameter}, which therefore never learns",
     "optimizer-underflow": "the optimizer's eps (1e-8 by default) is 0 in {dtype|the dtype of its state}, so its step divides by 0",
     "loss-scaling": "no loss scale keeps the gradients finite, so every step is skipped and nothing trains",
-    "divergence": "the steps are too large for this model and carry its weights away",
-    "nondeterminism": "the same call gives another answer each time, so no comparison can be trusted",
-    "attention-mismatch": "two implementations of attention compute two functions",
+    "divergence": "the steps are too large for this model and its weights diverge",
+    "nondeterminism": "the same call gives another output each time, so no comparison can be trusted",
+    "attention-mismatch": "two implementations of attention compute different functions",
     "semantic-error": "the model computes another function than its family's definition gives for these weights",
     "semantic-change": "this is another function than the recorded one; rounding does not explain it",
     "rounding-change": "the function is the same, and its rounding error grew by more than chance",
-    "contract-change": "code that relied on what was recorded may fail, or silently do another thing",
-    "unknown": "no experiment could decide on a cause",
+    "contract-change": "code that relies on what was recorded may fail, or silently behave differently",
+    "unknown": "no experiment identified the cause",
     "ignored-dtype": "the model's own code or its config chose the dtype, and not the caller",
-    "rounded-buffer": "a cast of the whole model, such as model.to(dtype), rounded what belongs in a wider float",
-    "uninitialised-buffer": "nothing wrote to the memory of {parameters|a buffer}, so another value is there in each process",
+    "rounded-buffer": "a cast of the whole model, such as model.to(dtype), rounded buffers that belong in a wider dtype",
+    "uninitialised-buffer": "no code writes to the memory of {parameters|a buffer}, so its value differs between processes",
     "model-raises": "the model's own code stops with an exception, and training and serving stop there too",
     "tokenizer-incompatible": "the tokenizer's code does not fit the installed transformers",
     "no-pad-token": "rows of different lengths need a token to pad them with, and there is none",
-    "no-counted-labels": "the loss is then a mean over nothing: 0/0, or a step that learns nothing",
+    "no-counted-labels": "the loss is then a mean over no token, which is NaN (0/0), or 0 where the code guards against it",
     "lost-head": "the trained head is lost, and each load draws a new one at random, so answers are random until it is trained again",
-    "wrong-output-shape": "a loss over such logits is an error, or that of another task",
+    "wrong-output-shape": "a loss over such logits raises an error, or is that of another task",
     "rounded-update": "almost every step is smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and is lost",
-    "untrained-parameters": "{parameters|a parameter} should be trained, and no optimizer step changes it as the loss asks",
-    "packing-leak": "attention or positions run on across the border between two packed rows",
+    "untrained-parameters": "the optimizer steps do not change these parameters as the loss requires",
+    "packing-leak": "attention or positions continue across the border between two packed rows",
 }
-"""By cause; `{fact|what is said without it}`."""
+"""By cause; `{fact|text used without it}`."""
 
 WITH: dict[str, tuple[str, str]] = {
     "out-of-range-input": (
@@ -74,24 +74,24 @@ WITH: dict[str, tuple[str, str]] = {
     ),
     "low-precision-section": (
         "computes in",
-        "it computes in {computes in}, and everything behind it carries that rounding error",
+        "it computes in {computes in}, and everything after it carries that rounding error",
     ),
     "divergence": (
         "largest norm after clipping",
-        "it leaves a norm of {largest norm after clipping}, where {limit|less} was asked for",
+        "the norm after clipping is {largest norm after clipping}; the limit is {limit|lower}",
     ),
     "uninitialised-parameters": (
         "the checkpoint",
-        "the checkpoint {the checkpoint}, and nothing wrote to the memory of {parameters|a parameter}: it holds what lay there before, "
+        "the checkpoint {the checkpoint}, and no code writes to the memory of {parameters|a parameter}: it holds whatever was there before, "
         "NaN in one process and zeros in another",
     ),
     "wrong-gradient": (
         "times the true gradient",
-        "along the true gradient it is {times the true gradient} times as large, and the optimizer steps by it",
+        "its component along the true gradient is {times the true gradient} times the right size, and the optimizer uses it",
     ),
     "padding-leak": (
         "flipped at the padding",
-        "with the attention mask set to 1 at the padding the answers are {flipped at the padding}, and padded positions reach real tokens",
+        "with the attention mask set to 1 at the padding the outputs are {flipped at the padding}, and padded positions reach real tokens",
     ),
     "model-raises": ("exception", "training and serving stop there too"),
 }
@@ -104,6 +104,15 @@ _FIGURE = re.compile(r" \([^()]*(?:\d|nan|inf)[^()]*\)(?=$|[,:])")
 PLAINER = (("of the true fp64 run", "in float64"), ("in true fp64", "in float64"))
 """Terms of the theory, as a title has them, in plain words."""
 
+BY_REMEDY: dict[tuple[str, str], str] = {
+    (
+        "untrained-parameters",
+        "non-reentrant-checkpointing",
+    ): "reentrant gradient checkpointing cuts the backward pass off where the input of a block needs no gradient",
+    ("untrained-parameters", "rebuild-optimizer"): "the optimizer was created before the model had these parameters",
+}
+"""By cause and remedy: why the finding happens, where that remedy was tried and works."""
+
 UNSURE = "low"
 """How the confidence begins where an experiment spoke against the cause."""
 
@@ -113,7 +122,7 @@ def why(cause: str, facts: Mapping[str, str]) -> str:
 
     Args:
         cause: its id.
-        facts: texts for the places of a template; what is missing is said in general.
+        facts: texts for the places of a template; a missing one is replaced by a general text.
     """
     fact, other = WITH.get(cause, ("", ""))
     template = other if fact in facts else WHY.get(cause, "")
@@ -134,7 +143,8 @@ def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
     title = title_of(finding)
     if not diagnosed:
         return f"{sentence(title)}."
-    reason = why(finding.cause, facts)
+    worked = (BY_REMEDY.get((finding.cause, remedy.name)) for remedy in finding.remedies if remedy.verified)
+    reason = next(filter(None, worked), "") or why(finding.cause, facts)
     if ": " in title and reason:
         title, reason = f"{title}. ", reason[:1].upper() + reason[1:] if reason.split(" ")[0].isalpha() else reason
     elif reason:
@@ -144,8 +154,8 @@ def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
 
 
 def title_of(finding: Finding) -> str:
-    """The title without the figure and the parameters that lines of their own say."""
-    title = finding.title.rstrip(" .")
+    """The title without the figure, the parameters and the cause, which stand in places of their own."""
+    title = finding.title.rstrip(" .").removesuffix(f": {finding.cause}")
     title = _FIGURE.sub("", title) if finding.evidence.get("allowed") else title
     for term, words in PLAINER:
         title = title.replace(term, words)

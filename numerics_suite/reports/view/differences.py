@@ -44,13 +44,9 @@ class EqualDifferences:
     """Equal differences of cells of one subject.
 
     Attributes:
-        kind: of CONTRACT.md's.
-        cells: which.
         module: where it starts, empty where that is not known.
         ratio: error against float64, new over old, empty where it was not measured.
-        meaning: what the kind means.
         why: what was measured beyond its budget.
-        facts: labels and texts.
         figure: errors of the modules that moved, None where none did.
     """
 
@@ -69,10 +65,8 @@ class Differences:
     """One `compare`.
 
     Attributes:
-        old: the folder of the reference.
-        new: the folder of the other.
         short_old: the reference, as short as it can be told.
-        short_new: the other, likewise.
+        short_new: the other, as short as it can be told.
         counts: cells of each kind, worst first.
         entries: what is not identical or new, worst first.
         quiet: identical and new cells, a line each.
@@ -93,9 +87,7 @@ class Moved:
 
     Attributes:
         old: the reference, as short as it can be told.
-        new: the other.
         headline: what a headline ends with: `, transformers 5.7.0 → 5.8.1`; empty where only folders are known.
-        lines: labels and texts.
     """
 
     old: str
@@ -110,11 +102,7 @@ class Moved:
 
 
 def versions_of(comparison: ComparisonFile) -> Moved:
-    """What was compared with what.
-
-    Args:
-        comparison: its file.
-    """
+    """What was compared with what."""
     content = comparison.content
     old, new = str(content.get("old", "the old baseline")), str(content.get("new", "the new baseline"))
     folders = (("old", old), ("new", new))
@@ -146,11 +134,7 @@ def _apart(old: str, new: str) -> tuple[str, str]:
 
 
 def differences_of(comparison: ComparisonFile) -> Differences:
-    """One `compare` as the page tells it.
-
-    Args:
-        comparison: its file.
-    """
+    """One `compare` as the page tells it."""
     content, moved = comparison.content, versions_of(comparison)
     items: list[Mapping[str, Any]] = list(content["subjects"])
     counted = Counter(item["kind"] for item in items)

@@ -34,11 +34,7 @@ class Rehearsed:
     """One rehearsal.
 
     Attributes:
-        title: of what.
-        about: how it was trained.
-        figures: curves of all precisions.
         rows: for each precision what it came to.
-        recipe: what is recommended.
     """
 
     title: str
@@ -62,9 +58,7 @@ class Surroundings:
     """What was run, on what, by what.
 
     Attributes:
-        subjects: rows of facts.
         runs: for each source its label, verdict, time and counts.
-        packages: versions that all share.
         differing: names, and for each source those that differ.
         settings: of the first run; the others' where they differ.
         other_settings: names of options that are not the same in all runs.
@@ -80,12 +74,7 @@ class Surroundings:
 
 
 def reasons_of(places: Places, status: str) -> tuple[Reason, ...]:
-    """Results of one status by their reason, the most frequent first.
-
-    Args:
-        places: every result.
-        status: `skipped` or `error`.
-    """
+    """Results of one status by their reason, the most frequent first."""
     groups: dict[str, list[CheckCell]] = {}
     for place in places.all:
         if place.result.status == status:
@@ -107,11 +96,7 @@ def _reason(reason: str, members: Sequence[CheckCell]) -> Reason:
 
 
 def rehearsed(documents: Documents) -> tuple[Rehearsed, ...]:
-    """Every rehearsal of the report.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """Every rehearsal of the report."""
     return tuple(_rehearsed(item) for run in documents.every_run for item in run.result.rehearsals)
 
 
@@ -157,12 +142,7 @@ def _rehearsed_row(run: RehearsedRun) -> tuple[str, ...]:
 
 
 def surroundings_of(documents: Documents, places: Places) -> Surroundings:
-    """What was run, on what, by what.
-
-    Args:
-        documents: what the report tells of.
-        places: every result.
-    """
+    """What was run, on what, by what."""
     runs = [source for source in places.sources if source.run is not None]
     held = [(source.label or "this run", _packages(source)) for source in runs]
     names = list(dict.fromkeys(name for _, packages in held for name in packages))

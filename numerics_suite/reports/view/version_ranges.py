@@ -19,10 +19,7 @@ class Span:
     """Versions that have a finding without a break, in a sequence where one package alone changes.
 
     Attributes:
-        package: that package.
         within: what the other packages are, empty where they are the same in the whole matrix.
-        first_bad: the first that has it.
-        last_bad: the last that has it.
         last_good: the version before the first bad one that was asked and lacks it; None where none was.
         repaired: the version after the last bad one that was asked and lacks it; None where none was.
         newest: the last version that was asked.
@@ -67,12 +64,7 @@ class Span:
 
 
 def spans_of(found: Sequence[CheckCell], places: Places) -> Iterator[Span]:
-    """The spans of one finding, in every sequence of versions of every matrix; the newest first in each.
-
-    Args:
-        found: where the finding is.
-        places: every result.
-    """
+    """The spans of one finding, in every sequence of versions of every matrix; the newest first in each."""
     check = found[0].result.check
     subjects = {place.result.cell.subject for place in found}
     for index in sorted({place.source.matrix for place in found if place.source.matrix is not None}):

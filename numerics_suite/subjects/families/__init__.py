@@ -1,4 +1,4 @@
-"""What each family of models is like: where its head is, which row it pools, which sides it may be padded on."""
+"""The families of models: where the head is, which row is pooled, which sides may be padded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def added_families() -> Mapping[str, AddedFamily]:
     """The families of other packages, by name.
 
     Raises:
-        BadInputError: one cannot be loaded, or claims what is another's.
+        BadInputError: one cannot be loaded, or claims a name or model type of another.
     """
     return _loaded(tuple(extensions(GROUP, taken={family.name for family in (*FAMILIES, GENERIC)}).values()))
 

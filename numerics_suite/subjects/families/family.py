@@ -1,4 +1,4 @@
-"""The record of what is known of a family of models."""
+"""The record that describes a family of models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What is known of an architecture before a model of it is built.
+    """Properties of an architecture that are known before a model is built.
 
     Class names are matched as the end of `type(module).__name__`, so the generic family can say `RMSNorm` for all.
 
@@ -24,7 +24,7 @@ class Family:
         lm_head_names: attribute names of the output layer of a language model.
         backbone_names: attribute names of the body inside the model with a head.
         pooling: how a sequence classifier finds its row: by the pad id in `input_ids`, the last column, or unknown.
-        padding_sides: the sides that it may be padded on; laws are asked on these only.
+        padding_sides: the sides that it may be padded on; laws apply to these only.
         causal: a token sees only those before it; an encoder sees both sides.
         norm_classes: class names of its norms.
         rotary_classes: class names of its rotary embedding.
@@ -84,7 +84,7 @@ class AddedFamily:
     """A family of another package: the value of an entry point of `numerics_suite.families`.
 
     Attributes:
-        family: whose name is the entry point's, and whose model types are nobody else's.
+        family: its name is the entry point's, and no other family has its model types.
         oracle: a class that fulfils :class:`numerics_suite.definitions.definition.Oracle`, None without a definition.
     """
 

@@ -15,7 +15,8 @@ ENCODERS = frozenset(
     {"distilbert", "esmc", "eurobert", "flaubert", "funnel", "modernbert", "mpnet", "neomme", "perceiver", "tapas"}
     | {"ultrabert", "xlm", "xlnet"}
 )
-"""Encoders whose config has none of the keys that tell one: every other in transformers' table of masked models has."""
+"""Encoders without any config key that identifies one; all others in transformers' table of masked models have such a
+key."""
 
 GENERIC = Family(
     name="generic",
@@ -32,7 +33,8 @@ GENERIC = Family(
 )
 
 ENCODER = replace(GENERIC, pooling="unknown", padding_sides=("right",), causal=False)
-"""An encoder sees both sides, pools its first token or a mean, and its absolute positions bear padding on the right only."""
+"""An encoder sees both sides, pools its first token or a mean, and its absolute positions allow padding on the right
+only."""
 
 
 LEFT_PADDED = frozenset({"xlnet"})
@@ -47,7 +49,7 @@ def generic_family(config: Mapping[str, Any]) -> Family:
     """
     names = tuple(str(name) for name in config.get("architectures") or ())
     encodes = config.get("is_encoder_decoder") or any(name.endswith("ForMaskedLM") for name in names)
-    # An encoder's classifier has no class of its own to tell it by; these two keys are the encoders' own.
+    # An encoder's classifier has no class name of its own; these two keys are specific to encoders.
     absolute = "type_vocab_size" in config or config.get("position_embedding_type") == "absolute"
     encodes = encodes or absolute or config.get("model_type") in ENCODERS
     if encodes and not config.get("is_decoder"):

@@ -1,4 +1,4 @@
-"""`glm`: GLM-4-9B as transformers has it."""
+"""`glm`: GLM-4-9B as implemented in transformers."""
 
 from __future__ import annotations
 
