@@ -1,9 +1,7 @@
 """The context of a check: one cell's model and every result that checks share, each computed once.
 
-A check receives a :class:`CellContext` and asks it for forward passes, fresh copies and the training run. The suite
-builds one per cell and keeps it while the cell's checks run. :meth:`CellContext.variant` is the same under another
-condition or with a change, so experiments and remedies are written once: for a cell, a factory and a step that the
-watch caught.
+The suite builds one :class:`CellContext` per cell. Experiments and remedies run on a :meth:`CellContext.variant`, so they
+are written once: for a cell, a factory and a step that the watch caught.
 """
 
 from __future__ import annotations
@@ -85,12 +83,8 @@ class CellContext:
     ) -> None:
         """Nothing is loaded until a check asks.
 
-        Args:
-            subject: the resolved subject.
-            cell: where it runs.
-            request: batch shape, seed, training plan.
-            loader: replaces :func:`numerics_suite.subjects.load.load`, for models that are changed in a test.
-            shared: the true fp64 passes of the run's earlier cells; None shares with none.
+        `loader` replaces :func:`numerics_suite.subjects.load.load`, for models that a test changes; `shared` are the true
+        fp64 passes of the run's earlier cells.
         """
         self.subject, self.cell, self.request = subject, cell, request
         self.recipe: Precision = precision(cell.precision)
@@ -115,15 +109,9 @@ class CellContext:
     ) -> CellContext:
         """A fresh context of the same subject under other conditions, on which a remedy or an experiment is tried.
 
-        It shares training runs with this one, so that an experiment and the remedy of the same name train once.
-
-        Args:
-            subject: the same one in other files.
-            precision_name: another precision.
-            attn: another attention implementation.
-            change: applied to every model as soon as it is loaded.
-            plan: another training plan.
-            request: more fields of the request to replace.
+        `subject` is the same one in other files, `change` applies to every model as soon as it is loaded, and `request` are
+        more fields of the request to replace. It shares training runs with this one, so that an experiment and the remedy
+        of the same name train once.
         """
         cell = replace(self.cell, precision=precision_name or self.cell.precision, attn=attn or self.cell.attn)
         asked = replace(self.request, plan=plan or self.request.plan, **request)
@@ -171,8 +159,7 @@ class CellContext:
     def unwritten(self) -> tuple[str, ...]:
         """Names of the uninitialised parameters: NaN under poison, and NaN neither in the file nor by the code.
 
-        A NaN that a factory's code itself writes is NaN over memory of zeros too; only for a new head does this count
-        as uninitialised, as in a training loop, where only the values can be seen.
+        A NaN that a factory's code writes is NaN over zeroed memory too; only for a head does it count.
         """
         bad = {name for name, p in self.model.named_parameters() if nan_count(p.detach())}
         if self.subject.path is not None:
@@ -197,8 +184,7 @@ class CellContext:
         """A copy of the cell's model that a check may train or change.
 
         Args:
-            own: picks the copy's parameters that are to be changed; the others share the memory of the cell's model, which may be a
-                file larger than memory. None for all.
+            own: picks the copy's parameters that change; the others share the cell's model's memory. None for all.
 
         Raises:
             NotApplicableError: those do not fit in memory.
@@ -326,11 +312,6 @@ class CellContext:
     def true_passes(self) -> TrueStore:
         """The true fp64 passes of the cell: an earlier cell's too, where both are the same in true fp64."""
         return TrueStore() if self.shared is None else self.shared.of(self)
-
-    def leave_other_attention(self) -> bool:
-        """Whether a true fp64 pass of another attention stood in for one of this cell; from now on none does."""
-        store = self.__dict__.get("true_passes")
-        return isinstance(store, TrueStore) and store.apart()
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:
