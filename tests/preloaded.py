@@ -403,6 +403,8 @@ def main(folder: Path) -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     _fill_caches()
+    # Said of a fork alone: what pytest would rewrite is imported there already.
+    importlib.import_module("_pytest.assertion.rewrite").AssertionRewritingHook._warn_already_imported = lambda *_: None
     gc.collect()
     gc.freeze()  # no fork looks through all of torch again
     server = Server(str(folder / "socket"))
