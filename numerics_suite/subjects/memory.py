@@ -78,8 +78,8 @@ def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
     """
     if subject.parameters is None:
         return None
-    sets = gradient_sets_that_fit(subject, dtype, device) if gradients else 0
-    if 8 * subject.parameters > SMALL_COPY and sets < GRADIENT_COPIES:
+    if 8 * subject.parameters > SMALL_COPY:
+        sets = gradient_sets_that_fit(subject, dtype, device) if gradients else 0
         trains = training_bytes(subject, dtype, scope, batch=batch, seq=seq) if training else 0
         working = _forward_bytes(subject, computes_in, tokens or batch * seq, examples)
         return (
@@ -110,11 +110,10 @@ def gradient_sets_that_fit(subject: Subject, dtype: str, device: str) -> float:
         device: of the cell.
     """
     room = USABLE * (free_bytes(device) - held_bytes(subject, dtype, device))
-    wanted = (
-        GRADIENT_COPIES,
-        2,
-        1 + 2 * _WIDTHS.get(dtype, 4) / 8,
-    )  # of `train.checkpointing`, the definition, `reference.gradient`
+    others = (
+        2 * _WIDTHS.get(dtype, 4) / 8
+    )  # that `reference.gradient` holds beside the true ones: the rounded run's and the cell's own
+    wanted = (1 + others, 1, others)
     return next((sets for sets in wanted if 8 * (subject.parameters or 0) * sets <= room), 0)
 
 
