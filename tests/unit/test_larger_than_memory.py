@@ -383,7 +383,7 @@ def _checked(folder: Path, work: Path, *arguments: str) -> tuple[int, dict[str, 
         "-n",
         "0",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*command, *arguments], cwd=work, env=environment, stdout=subprocess.DEVNULL)
     peak = PeakMemory(process)
     watcher = threading.Thread(target=peak.watch, daemon=True)
@@ -403,7 +403,7 @@ def test_a_forward_cell_of_the_whole_shape_runs_within_20_gb(writer: Any, tmp_pa
         before.watch()
         assert before.process.returncode == 0
         assert before.anonymous < 2 * GB
-        checks = "load.*,forward.finite,forward.causal,reference.end-to-end,reference.local,reference.gradient"
+        checks = "load.*,forward.finite,reference.end-to-end,reference.gradient"
         status, found, peak = _checked(
             folder,
             tmp_path,
@@ -419,5 +419,5 @@ def test_a_forward_cell_of_the_whole_shape_runs_within_20_gb(writer: Any, tmp_pa
     assert statuses.pop("reference.gradient") == "skipped"
     assert "bytes free" in next(c["reason"] for c in found["checks"] if c["check"] == "reference.gradient")
     assert set(statuses.values()) == {"passed"}, statuses
-    assert len(statuses) == 9
+    assert len(statuses) == 8
     assert peak.anonymous < 2 * GB, (peak.anonymous, peak.mapped)
