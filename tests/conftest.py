@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+
+import preloaded
+import pytest
 
 # Before anything imports torch: the models are tiny, and xdist's workers would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +25,20 @@ for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
 # A run that was begun in the background of a shell ignores SIGINT, and so would every command that a test interrupts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_last_file = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """With each file, what lives then is left to no later garbage collection: pytest within a test collects ten times."""
+    global _last_file  # noqa: PLW0603 - of the process
+    if item.nodeid.partition("::")[0] != _last_file:
+        _last_file = item.nodeid.partition("::")[0]
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Commands are over."""
+    preloaded.release()

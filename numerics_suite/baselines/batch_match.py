@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numerics_suite.baselines.records import GradientRecord, ModuleRecord, Sketch
 
 CANCELLED: Final = 1e-12
-"""A gradient this small beside the largest is what is left of terms that cancel: it is held to the largest one's size."""
+"""A gradient this small beside the largest is what is left of terms that cancel: it is compared on the largest one's scale."""
 
 MOST_PAIRS: Final = 4_000_000
 """Pairs that are weighed; beyond, alike ones are matched in their order."""
@@ -85,12 +85,7 @@ def gradients_matched(old: Sequence[GradientRecord], new: Sequence[GradientRecor
 
 
 def matched(old: Sequence[Item], new: Sequence[Item]) -> Matching:
-    """Match by name first, then what is left by the best common order.
-
-    Args:
-        old: in order.
-        new: in order.
-    """
+    """Match by name first, then what is left by the best common order."""
     place = {item.name: index for index, item in enumerate(new)}
     pairs = [(index, place[item.name]) for index, item in enumerate(old) if item.name in place]
     taken_old, taken_new = {i for i, _ in pairs}, {j for _, j in pairs}

@@ -70,13 +70,10 @@ def draw_batches(context: CellContext) -> tuple[StoredBatch, ...]:
 
 
 def draw_uses(context: CellContext) -> tuple[StoredBatch, ...]:
-    """The batches of what users run beside a plain call, drawn from the checkpoint's files: every release draws the same.
+    """The batches of what users run besides a plain call, drawn from the checkpoint's files: every release draws the same.
 
     One row alone, padded on each side that anybody pads on; two rows on those of them that the family does not declare;
     one row past the sliding window. Nothing for a factory's own batch.
-
-    Args:
-        context: of the cell.
     """
     if context.loaded.batch is not None or not context.takes_ids:
         return ()
@@ -181,12 +178,7 @@ def _stored(value: Tensor) -> Any:
 
 
 def tensors_of(batch: StoredBatch, context: CellContext) -> dict[str, Any]:
-    """The batch as the cell's model is called with it, on its device.
-
-    Args:
-        batch: stored.
-        context: of the cell.
-    """
+    """The batch as the cell's model is called with it, on its device."""
     given: dict[str, Any] = {n: v for n, v in (context.loaded.batch or {}).items() if not isinstance(v, Tensor)}
     dtype = dtype_of(context.loaded.dtype)
     for name, array in batch.tensors.items():
@@ -203,11 +195,7 @@ def training_of(batches: Sequence[StoredBatch]) -> StoredBatch:
 
 
 def real_tokens(tensors: Mapping[str, Any]) -> Tensor | None:
-    """`[rows, sequence]`, True at real tokens; None for a batch that has no tokens.
-
-    Args:
-        tensors: of a batch.
-    """
+    """`[rows, sequence]`, True at real tokens; None for a batch that has no tokens."""
     ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.bool().cpu()

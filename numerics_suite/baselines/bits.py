@@ -46,7 +46,7 @@ def loss_and_gradients(
         model: whose parameters get gradients; they are taken away again.
         tensors: the batch with its labels.
         gradients: False where the precision is not for training.
-        on_gradient: told of each parameter's gradient in float64, without the loss scale.
+        on_gradient: gets each parameter's gradient in float64, without the loss scale.
     """
     scale = SCALE if context.recipe.loss_scaling else 1.0
     with torch.set_grad_enabled(gradients):

@@ -109,10 +109,6 @@ class Difference:
 def difference(old: CellBaseline, new: CellBaseline) -> Difference:
     """Compare one cell of two versions.
 
-    Args:
-        old: the reference.
-        new: measured on the same batches with the same recipe.
-
     Raises:
         BadInputError: they were not; the line says what differs and how to record alike.
     """

@@ -82,7 +82,7 @@ def _outputs(context: CellContext, tensors: Mapping[str, Any]) -> tuple[dict[str
         return dict(sorted(fields.items())), None
     cache = getattr(output, "past_key_values", None)
     kind = None if cache is None else type(cache).__name__
-    # Its numbers are the cache's own affair; that it is there under this name is not.
+    # Only its presence under this name matters; its numbers belong to the cache.
     names = [name for name, value in _items(output) if value is cache and value is not None]
     fields = {name: dtype for name, dtype in fields.items() if name.partition(".")[0] not in names}
     fields |= dict.fromkeys([*names, *([] if cache is None else ["past_key_values"])], "cache")
@@ -109,9 +109,6 @@ def accepted_names(forward: Callable[..., Any]) -> set[str]:
     """Names in a signature, and those that a wrapper of it renames to one of them.
 
     `**kwargs` takes any name, and what it swallows has no effect: that is no acceptance.
-
-    Args:
-        forward: a method of a class, with its decorators.
     """
     names = set(_named(inspect.unwrap(forward)))
     wrapper: Any = forward
@@ -166,7 +163,7 @@ def _effective(context: CellContext, tensors: Mapping[str, Any], known: set[str]
 
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
-    """Plain attention for the while: other kernels have no weights to give out."""
+    """Plain attention inside the context: other kernels return no weights."""
     key = "_attn_implementation_internal"
     with ExitStack() as stack:
         for config in {

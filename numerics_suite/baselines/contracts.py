@@ -46,8 +46,8 @@ def contract_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Co
     """Every entry that is not the same in both.
 
     Args:
-        old: JSON; members of a list of texts are entries of their own, since their order binds nobody who passes names.
-        new: likewise.
+        old: JSON; members of a list of texts are entries of their own, since their order does not matter to callers that pass names.
+        new: the other.
     """
     ours, theirs = dict(_entries(old)), dict(_entries(new))
     changes = []

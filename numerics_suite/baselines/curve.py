@@ -36,12 +36,7 @@ def scope_of(model: nn.Module) -> str:
 
 
 def why_untrained(context: CellContext, found: Trace) -> str:
-    """Why the cell has no curve and no gradients in its precision; empty where it has them.
-
-    Args:
-        context: of the cell.
-        found: its true fp64 runs.
-    """
+    """Why the cell has no curve and no gradients in its precision; empty where it has them."""
     if context.subject.quantized:
         return QUANTISED
     if not context.recipe.trains:
@@ -50,13 +45,7 @@ def why_untrained(context: CellContext, found: Trace) -> str:
 
 
 def training_curve(context: CellContext, tensors: Mapping[str, Any], found: Trace) -> TrainingCurve:
-    """The curve of the cell, or why it has none.
-
-    Args:
-        context: of the cell; its model is left as it was.
-        tensors: the training batch.
-        found: the cell's true fp64 runs.
-    """
+    """The curve of the cell, or why it has none."""
     scope = scope_of(context.model)
     reason = why_untrained(context, found)
     if reason:

@@ -21,11 +21,6 @@ PIECES: Final = (2, 1, 1)
 def decoded(run: Callable[..., Any], tensors: Mapping[str, Any], model: nn.Module) -> Tensor:
     """The logits of a chunk and of single steps after a prefill, with the model's own cache, `[tokens, vocabulary]`.
 
-    Args:
-        run: calls the model on a batch with more keywords.
-        tensors: a batch of a causal language model, without labels.
-        model: what is called, whose cache has its own name.
-
     Raises:
         NotApplicableError: the model keeps no cache.
     """

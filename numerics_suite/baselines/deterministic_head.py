@@ -16,9 +16,9 @@ from numerics_suite.engine.cell_context import CellContext
 
 @contextmanager
 def head_by_formula(context: CellContext) -> Iterator[nn.Module]:
-    """The cell's model with the values of an initialised new head replaced, for the while.
+    """The cell's model with the values of an initialised new head replaced, inside the context.
 
-    What nobody initialised stays NaN, as it is loaded: everything that it reaches is NaN then, and that is the truth.
+    What is uninitialised stays NaN, as it is loaded: everything that it reaches is NaN then, as it should be.
 
     Args:
         context: of the cell; answers that it keeps are set aside.
@@ -40,12 +40,7 @@ def head_by_formula(context: CellContext) -> Iterator[nn.Module]:
 
 
 def formula_values(name: str, parameter: Tensor) -> Tensor:
-    """A weight as xavier-uniform would scale it, biases zero, scales of norms one; the parameter's shape and dtype.
-
-    Args:
-        name: of the parameter, the stream of its numbers.
-        parameter: whose shape and dtype they get.
-    """
+    """A weight as xavier-uniform would scale it, biases zero, scales of norms one; the parameter's shape and dtype."""
     if parameter.dim() < 2:
         constant = 0.0 if name.endswith("bias") else 1.0
         return torch.full_like(parameter, constant)
@@ -56,11 +51,7 @@ def formula_values(name: str, parameter: Tensor) -> Tensor:
 
 
 def head_statistics(context: CellContext) -> dict[str, dict[str, Any]]:
-    """Of each new parameter as the release draws it: whether anybody wrote it, and mean and deviation of the draw.
-
-    Args:
-        context: of the cell.
-    """
+    """Of each new parameter as the release draws it: whether anybody wrote it, and mean and deviation of the draw."""
     unwritten = set(context.unwritten)
     found = {}
     for name in context.loaded.new_head:

@@ -50,11 +50,7 @@ class Parts:
 
 
 def encode(cells: Sequence[CellBaseline]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """What is text and what are arrays of the cells of one subject and task.
-
-    Args:
-        cells: in the order in which they are to be written.
-    """
+    """What is text and what are arrays of the cells of one subject and task."""
     parts, packer = Parts(), Packer()
     written = [_cell(item, parts, packer) for item in cells]
     return {"parts": parts.held, "cells": written}, packer.arrays
@@ -173,14 +169,7 @@ class Decoder:
     """Reads the cells of one file."""
 
     def __init__(self, content: Node, arrays: Arrays, subject: str, task: str) -> None:
-        """Begin with the file's content.
-
-        Args:
-            content: the JSON object.
-            arrays: of the tensor file.
-            subject: whose cells they are.
-            task: likewise.
-        """
+        """Begin with the file's content."""
         self.content, self.arrays, self.subject, self.task = content, arrays, subject, task
 
     def cells(self) -> tuple[CellBaseline, ...]:
@@ -192,10 +181,10 @@ class Decoder:
         return tuple(self._cell(node) for node in self.content.get("cells").items())
 
     def _part(self, cell: Node, kind: str, key: str | None = None) -> Node:
-        return self.content.get("parts").get(kind).at(cell.get(key or kind).integer())
+        return self.content.get("parts").get(kind).at(cell.get(key or kind).read(int))
 
     def _array(self, node: Node, shape: tuple[int | None, ...] | None = None) -> NDArray[Any]:
-        name = node.text()
+        name = node.read(str)
         if name not in self.arrays:
             message = f"the tensor file has no '{name}'"
             raise node.wrong(message)
@@ -216,33 +205,33 @@ class Decoder:
         return found
 
     def _cell(self, node: Node) -> CellBaseline:
-        names = {name: node.get(name).text() for name in ("precision", "attn", "device")}
+        names = {name: node.get(name).read(str) for name in ("precision", "attn", "device")}
         curve = node.get("curve")
         return CellBaseline(
             cell=Cell(subject=self.subject, task=self.task, **names),
-            subject=revived(self._part(node, "subject").object()),
-            environment=revived(self._part(node, "environment").object()),
-            recipe=revived(self._part(node, "recipe").object()),
+            subject=revived(self._part(node, "subject").read(dict)),
+            environment=revived(self._part(node, "environment").read(dict)),
+            recipe=revived(self._part(node, "recipe").read(dict)),
             batches=tuple(self._batch(batch) for batch in self._part(node, "batches").items()),
             answers=tuple(self._answer(answer) for answer in self._part(node, "answers").items()),
-            true_loss=node.get("true_loss").number(),
+            true_loss=node.get("true_loss").read(float),
             gradients=self._gradients(self._part(node, "gradients"), node.get("gradient_errors")),
             modules=self._modules(self._part(node, "modules"), node.get("local_errors")),
-            error=node.get("error").number(),
-            inherent=node.get("inherent").number(),
-            error_count=node.get("error_count").integer(),
-            bits=node.get("bits").text_table(),
-            headroom_bits=node.get("headroom_bits").number(),
-            headroom_module=node.get("headroom_module").optional_text(),
+            error=node.get("error").read(float),
+            inherent=node.get("inherent").read(float),
+            error_count=node.get("error_count").read(int),
+            bits=node.get("bits").read(Mapping[str, str]),
+            headroom_bits=node.get("headroom_bits").read(float),
+            headroom_module=node.get("headroom_module").read(str | None),
             curve=TrainingCurve(
-                **{name: curve.get(name).numbers() for name in SERIES},
-                scope=curve.get("scope").text(),
-                reason=curve.get("reason").text(),
+                **{name: curve.get(name).read(tuple[float, ...]) for name in SERIES},
+                scope=curve.get("scope").read(str),
+                reason=curve.get("reason").read(str),
             ),
-            contract=revived(self._part(node, "contract").object()),
-            checks=self._part(node, "checks").texts(),
-            left_out=node.get("left_out").text_table(),
-            **(self._since_2(node) if self.content.get("schema_version").integer() > 1 else {}),
+            contract=revived(self._part(node, "contract").read(dict)),
+            checks=self._part(node, "checks").read(tuple[str, ...]),
+            left_out=node.get("left_out").read(Mapping[str, str]),
+            **(self._since_2(node) if self.content.get("schema_version").read(int) > 1 else {}),
         )
 
     def _since_2(self, node: Node) -> dict[str, Any]:
@@ -255,43 +244,47 @@ class Decoder:
 
     def _tensors(self, node: Node) -> tuple[TensorRecord, ...]:
         rows = list(self._part(node, "tensor_rows", "rows").items())
-        found = self._sketches(node, [(row.at(2).shape() or (), row.at(3).integer()) for row in rows])
+        found = self._sketches(
+            node, [(row.at(2).read(tuple[int, ...] | None) or (), row.at(3).read(int)) for row in rows]
+        )
         return tuple(
-            TensorRecord(name=row.at(0).text(), dtype=row.at(1).text(), values=values)
+            TensorRecord(name=row.at(0).read(str), dtype=row.at(1).read(str), values=values)
             for row, values in zip(rows, found, strict=True)
         )
 
     def _batch(self, node: Node) -> StoredBatch:
         tensors = {}
-        for name in node.get("tensors").object():
+        for name in node.get("tensors").read(dict):
             entry = node.get("tensors").get(name)
             dtype = entry.get("dtype")
             try:
-                wanted = np.dtype(dtype.text())
+                wanted = np.dtype(dtype.read(str))
             except TypeError:
                 message = f"'{dtype.value}' is no dtype"
                 raise dtype.wrong(message) from None
             tensors[name] = self._array(entry.get("array")).astype(wanted)
-        return StoredBatch(name=node.get("name").text(), tensors=tensors)
+        return StoredBatch(name=node.get("name").read(str), tensors=tensors)
 
     def _answer(self, node: Node) -> AnswerRecord:
         return AnswerRecord(
-            name=node.get("name").text(),
+            name=node.get("name").read(str),
             values=self._floats(node.get("values")),
-            whole=node.get("whole").boolean(),
+            whole=node.get("whole").read(bool),
             top_values=self._floats(node.get("top_values")),
             top_ids=self._array(node.get("top_ids")).astype(np.int64),
-            rms=node.get("rms").number(),
+            rms=node.get("rms").read(float),
         )
 
     def _gradients(self, node: Node, own: Node) -> tuple[GradientRecord, ...]:
         rows = list(self._part(node, "gradient_rows", "rows").items())
-        sizes = [(row.at(1).shape() or (), row.at(2).integer()) for row in rows]
+        sizes = [(row.at(1).read(tuple[int, ...] | None) or (), row.at(2).read(int)) for row in rows]
         found = self._sketches(node, sizes)
         errors = self._floats(own, len(rows))
         return tuple(
             GradientRecord(
-                name=row.at(0).text(), gradient=found[index], error=None if errors[index] < 0 else float(errors[index])
+                name=row.at(0).read(str),
+                gradient=found[index],
+                error=None if errors[index] < 0 else float(errors[index]),
             )
             for index, row in enumerate(rows)
         )
@@ -302,14 +295,14 @@ class Decoder:
         counts = np.full(len(rows), -1) if local is None else self._array(local.get("counts"), (len(rows),))
         states = {}
         for name, first in (("given", 2), ("gave", 4)):
-            sizes = [(row.at(first).shape(), row.at(first + 1).integer()) for row in rows]
+            sizes = [(row.at(first).read(tuple[int, ...] | None), row.at(first + 1).read(int)) for row in rows]
             present = [(shape, count) for shape, count in sizes if shape is not None]
             sketches = iter(self._sketches(node.get(name), present))
             states[name] = [None if shape is None else next(sketches) for shape, _ in sizes]
         return tuple(
             ModuleRecord(
-                name=row.at(0).text(),
-                kind=row.at(1).text(),
+                name=row.at(0).read(str),
+                kind=row.at(1).read(str),
                 given=states["given"][index],
                 gave=states["gave"][index],
                 local_error=float(errors[index]) if counts[index] >= 0 else None,
@@ -320,7 +313,11 @@ class Decoder:
 
     def _sketches(self, node: Node, sizes: Sequence[tuple[tuple[int, ...], int]]) -> list[Sketch]:
         widths = node.get("widths")
-        each = list(widths.shape() or ()) if isinstance(widths.value, list) else [widths.integer()] * len(sizes)
+        each = (
+            list(widths.read(tuple[int, ...] | None) or ())
+            if isinstance(widths.value, list)
+            else [widths.read(int)] * len(sizes)
+        )
         if len(each) != len(sizes):
             message = f"has {len(each)} entries for {len(sizes)} rows"
             raise widths.wrong(message)

@@ -21,7 +21,7 @@ class Errors:
     Attributes:
         name: of the module; empty for the whole model.
         old: in the unit of the record.
-        new: likewise.
+        new: the other.
         ratio: new over old; 1 where both are zero.
         excess: new over the most that the old one and chance explain.
         relief: the same the other way round: old over the most that the new one and chance explain.
@@ -61,11 +61,7 @@ def compared(name: str, old: float, new: float, draws: float, order: float, leas
 
 
 def even(item: Errors) -> Errors:
-    """The same errors where nothing can have changed.
-
-    Args:
-        item: compared.
-    """
+    """The same errors where nothing can have changed."""
     return Errors(name=item.name, old=item.old, new=item.new, ratio=item.ratio, excess=0.0, relief=0.0)
 
 
@@ -73,11 +69,6 @@ def gradient_growth(old: CellBaseline, new: CellBaseline, parameters: Matching) 
     """The errors of all gradients together, and the module where they begin to grow; None without a common one.
 
     Every parameter counts once: its projections are draws of one error, and much of that it shares with others.
-
-    Args:
-        old: the reference.
-        new: the other.
-        parameters: which is which.
     """
     pairs = [(old.gradients[i], new.gradients[j]) for i, j in parameters.pairs]
     known = [(ours, theirs) for ours, theirs in pairs if ours.error is not None and theirs.error is not None]

@@ -27,7 +27,7 @@ JOINED: Final = 4
 """Most tensors, or stacks of them, that are concatenated: query, key, value and a gate."""
 
 TOGETHER: Final = 12
-"""Tensors beside each other of which some may be parts of one; a module with more of them is no projection split in parts."""
+"""Neighbouring tensors of which some may be parts of one; a module with more of them is no projection split in parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,6 @@ def fused_parameters(old: CellBaseline, new: CellBaseline, parameters: Matching)
     """The parameters that have no partner of their own, and are parts of one or made of several.
 
     By their own values where both baselines hold them, else by their gradients.
-
-    Args:
-        old: the reference.
-        new: the other.
-        parameters: those that have a partner.
     """
     gone, came = {*parameters.vanished, *parameters.moved}, set(parameters.appeared)
     if old.tensors and new.tensors:
@@ -88,12 +83,7 @@ def together(names: Sequence[str], values: Sequence[Sketch]) -> Part:
 
 
 def fusions(old: Sequence[Part], new: Sequence[Part]) -> tuple[Fusion, ...]:
-    """Every tensor of one side whose values are those of several of the other.
-
-    Args:
-        old: tensors without a partner.
-        new: likewise.
-    """
+    """Every tensor of one side whose values are those of several of the other."""
     found = [Fusion(old=parts, new=whole) for parts, whole in _wholes(old, new)]
     used = {name for fusion in found for name in (*fusion.old, *fusion.new)}
     rest_old, rest_new = ([part for part in side if part.names[0] not in used] for side in (old, new))
@@ -115,7 +105,7 @@ def _wholes(parts: Sequence[Part], wholes: Sequence[Part]) -> Iterator[tuple[tup
 
 
 def _made_of(parts: Sequence[Part]) -> Iterator[Part]:
-    """What several tensors could have become: those beside each other joined, numbered ones stacked, stacks joined."""
+    """What several tensors could have become: neighbours joined, numbered ones stacked, stacks joined."""
     beside: dict[str, list[Part]] = {}
     stacks: dict[tuple[str, str], list[Part]] = {}
     for part in parts:

@@ -22,13 +22,6 @@ def inlined(
     The parameters that such a module had are all there, under their names or fused with others, and the nearest module
     around it that both versions call gives the same in true fp64: experts that became one tensor, a convolution or an
     activation that is now a call of a function. What has no parameters counts with the module right around it.
-
-    Args:
-        old: the reference.
-        new: the other.
-        modules: which is which.
-        parameters: likewise.
-        fused: parameters that were found by value.
     """
     partner = {old.modules[i].name: (old.modules[i].gave, new.modules[j].gave) for i, j in modules.pairs}
     names = [record.name for record in old.tensors or old.gradients]

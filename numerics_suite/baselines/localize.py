@@ -19,7 +19,7 @@ def module_place(
 
     Args:
         old: in the order of returning.
-        new: likewise.
+        new: the other.
         matching: which is which.
         root: whether the model's own code may be at fault.
     """
@@ -42,12 +42,7 @@ def _shells(modules: Sequence[ModuleRecord]) -> set[str]:
 
 
 def gradient_place(modules: Sequence[ModuleRecord], parameters: Sequence[str]) -> str | None:
-    """The module at which gradients part: backwards, the first whose own parameters differ, so the last one to return.
-
-    Args:
-        modules: of one version, in the order of returning.
-        parameters: names of those whose gradients differ.
-    """
+    """The module at which gradients part: backwards, the first whose own parameters differ, so the last one to return."""
     order = {module.name: index for index, module in enumerate(modules)}
     owners = {name.rpartition(".")[0] for name in parameters}
     return max(owners, key=lambda owner: order.get(owner, -1), default=None)

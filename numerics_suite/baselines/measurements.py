@@ -19,11 +19,7 @@ NAMED = 6
 
 
 def semantic_measurements(found: Difference) -> Iterator[Measurement]:
-    """True fp64: answers, loss, gradients.
-
-    Args:
-        found: old against new.
-    """
+    """True fp64: answers, loss, gradients."""
     facts = _place_facts(found)
     answer = _worst(found.answers)
     yield Measurement(
@@ -46,11 +42,7 @@ def semantic_measurements(found: Difference) -> Iterator[Measurement]:
 
 
 def precision_measurements(found: Difference) -> Iterator[Measurement]:
-    """The error against true fp64 in the cell's precision, of the whole and of each module.
-
-    Args:
-        found: old against new.
-    """
+    """The error against true fp64 in the cell's precision, of the whole and of each module."""
     facts = _place_facts(found)
     whole = found.errors
     if whole is not None:
@@ -82,11 +74,7 @@ def precision_measurements(found: Difference) -> Iterator[Measurement]:
 
 
 def training_measurements(found: Difference) -> Iterator[Measurement]:
-    """The training curve; nothing where neither version has one.
-
-    Args:
-        found: old against new.
-    """
+    """The training curve; nothing where neither version has one."""
     curve = found.curve
     if curve is None:
         return
@@ -99,11 +87,7 @@ def training_measurements(found: Difference) -> Iterator[Measurement]:
 
 
 def contract_measurements(found: Difference) -> Iterator[Measurement]:
-    """What callers rely on, and what the old baseline watched.
-
-    Args:
-        found: old against new.
-    """
+    """What callers rely on, and what the old baseline watched."""
     broken = [change.told() for change in found.contract if change.how != "added"]
     added = [change.told() for change in found.contract if change.how == "added"]
     facts: dict[str, Fact] = {"entries": listed(broken, NAMED)} if broken else {}

@@ -207,12 +207,7 @@ def _decoded_rounded(context: CellContext, batches: Sequence[StoredBatch]) -> di
 
 
 def gradient_errors(found: Trace, seen: CellRuns) -> tuple[GradientRecord, ...]:
-    """The true gradients with their errors in the cell's precision.
-
-    Args:
-        found: the true fp64 runs.
-        seen: the cell's own runs.
-    """
+    """The true gradients with their errors in the cell's precision."""
     sizes = [record.gradient.rms for record in found.gradients]
     largest = max((size for size in sizes if math.isfinite(size)), default=0.0)
     records = []
@@ -230,13 +225,7 @@ def gradient_errors(found: Trace, seen: CellRuns) -> tuple[GradientRecord, ...]:
 def module_errors(
     context: CellContext, batches: Sequence[StoredBatch], left_out: dict[str, str]
 ) -> dict[str, LocalError]:
-    """Each module's own error on the training batch, by name.
-
-    Args:
-        context: of the cell.
-        batches: stored.
-        left_out: gets the reason where there is none.
-    """
+    """Each module's own error on the training batch, by name."""
     if is_reference_itself(context):
         left_out["local_error"] = REFERENCE
         return {}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Ids: TypeAlias = NDArray[np.int64]
 
 SCHEMA_VERSION = 2
-"""Since 2 a baseline holds what users run beside a plain call, and the model's tensors."""
+"""Since 2 a baseline holds what users run besides a plain call, and the model's tensors."""
 
 OLDEST_SCHEMA = 1
 """The oldest that is read; what it lacks is not compared."""
@@ -172,7 +172,7 @@ class CellBaseline:
         contract: JSON: what a caller relies on.
         checks: ids of the checks that applied to the cell.
         left_out: what could not be measured, with the reason, by the name of the part.
-        uses: batches of what users run beside a plain call; none for a factory's own batch, and before schema 2.
+        uses: batches of what users run besides a plain call; none for a factory's own batch, and before schema 2.
         use_answers: the true fp64 answers of these.
         use_modules: states around the modules over all uses, without errors of their own.
         tensors: parameters, then buffers; none before schema 2.

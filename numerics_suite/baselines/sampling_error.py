@@ -14,7 +14,7 @@ SHARE: Final = 4
 heavier tails than a normal draw's, both of which leave fewer free numbers than there are elements."""
 
 MARGIN: Final = 0.05
-"""A loss of this share is none: the least that one rounding more adds, 0.43 roundoffs beside the 1.15 of an attention, is 7 %."""
+"""A loss of this share is none: the least that one more rounding adds, 0.43 roundoffs to the 1.15 of an attention, is 7 %."""
 
 ROUNDOFF: Final = {
     "fp64": 2.0**-53,

@@ -140,11 +140,7 @@ class Sketcher:
 
 
 def sketch(values: Tensor) -> Sketch:
-    """The sketch of a whole tensor; its shape is the tensor's own.
-
-    Args:
-        values: of any shape.
-    """
+    """The sketch of a whole tensor; its shape is the tensor's own."""
     sketcher = Sketcher()
     sketcher.add(values if values.dim() > 1 else values.reshape(1, -1))
     made = sketcher.sketch()
@@ -152,11 +148,7 @@ def sketch(values: Tensor) -> Sketch:
 
 
 def nothing(shape: tuple[int, ...]) -> Sketch:
-    """The sketch of a tensor of zeros.
-
-    Args:
-        shape: of the tensor.
-    """
+    """The sketch of a tensor of zeros."""
     return Sketch(shape=shape, count=math.prod(shape), rms=0.0, projections=np.zeros(PROJECTIONS))
 
 

@@ -131,7 +131,7 @@ def _load_file(file: Path) -> tuple[CellBaseline, ...]:
         text = _read(file)
         content = Node(_parsed(text, file), str(file))
         tensors = content.get("tensors")
-        name, digest = tensors.get("file").text(), tensors.get("sha256").text()
+        name, digest = tensors.get("file").read(str), tensors.get("sha256").read(str)
         path = file.parent / name
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             message = f"'{name}' is no tensor file beside it"
@@ -139,7 +139,7 @@ def _load_file(file: Path) -> tuple[CellBaseline, ...]:
         if not path.is_file() and tries_left and _read(file) != text:
             continue
         arrays = _arrays(path, digest, file)
-        decoder = Decoder(content, arrays, content.get("subject").text(), content.get("task").text())
+        decoder = Decoder(content, arrays, content.get("subject").read(str), content.get("task").read(str))
         return decoder.cells()
     message = f"{file}: replaced {TRIES} times while it was read; try again"
     raise BadInputError(message)
@@ -221,11 +221,6 @@ def _arrays(path: Path, digest: str, file: Path) -> dict[str, NDArray[Any]]:
 
 def check_writable(folder: Path, cells: Sequence[Cell], *, force: bool) -> None:
     """See, before work begins, that these cells can be saved here; nothing is written.
-
-    Args:
-        folder: need not exist yet.
-        cells: that will be saved.
-        force: cells that are there already may be overwritten.
 
     Raises:
         BadInputError: the folder cannot be written, holds what cannot be read, or has a cell already.

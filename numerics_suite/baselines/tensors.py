@@ -26,7 +26,7 @@ class TensorChange:
     Attributes:
         name: in the new version.
         old: dtype and shape, as text.
-        new: likewise.
+        new: the other.
         value: largest difference of the sketches over the root mean square of the old one; infinite for another shape.
     """
 
@@ -37,11 +37,7 @@ class TensorChange:
 
 
 def tensor_records(model: nn.Module) -> tuple[TensorRecord, ...]:
-    """Every parameter and buffer by its first name, those that are not stored too.
-
-    Args:
-        model: as loaded.
-    """
+    """Every parameter and buffer by its first name, those that are not stored too."""
     from numerics_suite.baselines.records import TensorRecord
     from numerics_suite.baselines.sketch import sketch
 

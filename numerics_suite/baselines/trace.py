@@ -36,7 +36,7 @@ DECODED: Final = "decoded.logits"
 """The answer of decoding after a prefill."""
 
 HIDDEN = "hidden"
-"""The answer that stands beside pooled logits: the last hidden state."""
+"""The answer that is kept with pooled logits: the last hidden state."""
 
 
 @dataclass(slots=True)
@@ -126,21 +126,13 @@ def trace(context: CellContext, batches: Sequence[StoredBatch], *, stream: bool 
 
 
 def decodes(context: CellContext) -> bool:
-    """Whether decoding with a cache is a use of it, and costs little enough to be asked in true fp64.
-
-    Args:
-        context: of the cell.
-    """
+    """Whether decoding with a cache is a use of it, and costs little enough to be asked in true fp64."""
     large = sum(parameter.numel() for parameter in context.model.parameters()) > DECODES_BELOW
     return context.subject.task == "causal-lm" and context.takes_ids and not large
 
 
 def decoded_batch(batches: Sequence[StoredBatch]) -> StoredBatch:
-    """As `generate` is called: padded on the left where that is allowed, and without padding where not.
-
-    Args:
-        batches: stored.
-    """
+    """As `generate` is called: padded on the left where that is allowed, and without padding where not."""
     found = next((batch for batch in batches if batch.name == "left"), None)
     if found is not None:
         return found
@@ -193,12 +185,7 @@ def _why_no_gradients(context: CellContext, tensors: Mapping[str, Any]) -> str:
 
 
 def answer_records(found: Trace, batches: Sequence[StoredBatch]) -> tuple[AnswerRecord, ...]:
-    """The answers as they are stored: not the training batch's, whose states and gradients are sketched.
-
-    Args:
-        found: the true fp64 runs.
-        batches: stored.
-    """
+    """The answers as they are stored: not the training batch's, whose states and gradients are sketched."""
     training = training_of(batches) if len(batches) > 1 else None
     records = []
     for name, answer in found.answers.items():
@@ -243,13 +230,7 @@ def trace_call(context: CellContext, *, loss: bool) -> Caller:
 
 
 def named_answers(batch: StoredBatch, tensors: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`[tokens, width]` float64 on the CPU by `BATCH.NAME`; a loss is none of them.
-
-    Args:
-        batch: stored.
-        tensors: of the batch.
-        outputs: of :func:`trace_call`.
-    """
+    """`[tokens, width]` float64 on the CPU by `BATCH.NAME`; a loss is none of them."""
     real = real_tokens(tensors)
     return {f"{batch.name}.{n}": _rows(v, real).cpu().double() for n, v in outputs.items() if n != "loss"}
 
@@ -269,18 +250,12 @@ def _rows(value: Tensor, real: Tensor | None) -> Tensor:
 
 
 def watched(call: Caller, tensors: Mapping[str, Any], modules: dict[str, ModuleTrace]) -> Caller:
-    """The call with every module's states sketched; only going forward, not where blocks run again for gradients.
-
-    Args:
-        call: calls the model.
-        tensors: of the batch, which say where its real tokens are.
-        modules: gets the states.
-    """
+    """The call with every module's states sketched; only going forward, not where blocks run again for gradients."""
     real = _token_grids(tensors)
 
     def before(value: Any) -> tuple[Tensor | None, bool]:
         args, kwargs = value
-        # A state by name first: what else stands beside it differs between releases.
+        # A state by name first: what else is returned differs between releases.
         given = (args, kwargs.get("hidden_states"), kwargs)
         state = _state(given, real, copy=True)
         # A dropout's scores have no rows of tokens; unseen, they would make the dropout look like the beginning.

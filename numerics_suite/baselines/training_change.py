@@ -24,7 +24,7 @@ class CurveChange:
         true: deviation of the true fp64 losses and gradient norms, over the largest of the old ones.
         growth: distance from the true fp64 losses in the cell's precision, over what rounding explains.
         old: losses before each step and after the last, in the cell's precision.
-        new: likewise.
+        new: the other.
         became_nonfinite: the step, from 1, at which the new curve and not the old one ends to be finite; None for none.
     """
 
@@ -36,12 +36,7 @@ class CurveChange:
 
 
 def curve_change(old: CellBaseline, new: CellBaseline) -> CurveChange | None:
-    """How training changed, None where one of the two was not trained.
-
-    Args:
-        old: the reference.
-        new: the other.
-    """
+    """How training changed, None where one of the two was not trained."""
     ours, theirs = old.curve, new.curve
     if not (ours.losses and theirs.losses):
         return None
@@ -57,12 +52,7 @@ def curve_change(old: CellBaseline, new: CellBaseline) -> CurveChange | None:
 
 
 def lost_curve(old: TrainingCurve, new: TrainingCurve) -> list[str]:
-    """The parts of the curve that are no longer measured.
-
-    Args:
-        old: the reference.
-        new: the other.
-    """
+    """The parts of the curve that are no longer measured."""
     parts = (("losses", "training curve"), ("true_losses", "training curve in true fp64"))
     reason = f" ({new.reason})" if new.reason else ""
     return [f"{told}{reason}" for name, told in parts if getattr(old, name) and not getattr(new, name)]

@@ -1,4 +1,4 @@
-"""What users run beside a plain call, in true fp64: padded alone, decoded as `generate` does, saved and loaded, routed.
+"""What users run besides a plain call, in true fp64: padded alone, decoded as `generate` does, saved and loaded, routed.
 
 The tokens are given (teacher forcing), since a greedy choice between two near logits may fall either way by rounding. A
 model above a billion parameters is neither decoded nor saved here: both would read or write all of it many times.

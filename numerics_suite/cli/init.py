@@ -10,7 +10,6 @@ from numerics_suite.cli.output import for_people, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.cli.record import DEFAULT_FOLDER, OPTIONS, write_baselines
 from numerics_suite.settings.options import add_cli_options
-from numerics_suite.settings.tree import COMMAND_LINE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +83,7 @@ def _init(settings: Settings, own: dict[str, Any], stream: IO[str]) -> tuple[dic
 
     folder = Path.cwd()
     if not settings.subjects:
-        settings = _stated(settings, subjects=SHIPPED)
+        settings = settings.stating(subjects=SHIPPED)
     session = recording_session(settings)
     settings = _with_precisions(settings, session.plan.cells)  # a subject that cannot be used is refused here
     pieces = pieces_of(folder, _asked(settings), _host(folder, own["ci"]))
@@ -112,12 +111,6 @@ def _init(settings: Settings, own: dict[str, Any], stream: IO[str]) -> tuple[dic
     return answer, status
 
 
-def _stated(settings: Settings, **values: Any) -> Settings:
-    """Settings with values that count as stated, so that the section holds them."""
-    origins = {**settings.origins, **dict.fromkeys(values, COMMAND_LINE)}
-    return replace(settings, **values, origins=origins)
-
-
 def _asked(settings: Settings) -> Settings:
     """Without where this command's own answer goes and how many work on it, which are no settings of the gate."""
     origins = {name: origin for name, origin in settings.origins.items() if name not in {"json", "quiet", "workers"}}
@@ -128,7 +121,7 @@ def _with_precisions(settings: Settings, cells: Sequence[Cell]) -> Settings:
     """The precisions of this device written down, so that the gate asks for the same ones on every machine."""
     if settings.precision is not None:
         return settings
-    return _stated(settings, precision=tuple(dict.fromkeys(cell.precision for cell in cells)))
+    return settings.stating(precision=tuple(dict.fromkeys(cell.precision for cell in cells)))
 
 
 def _host(folder: Path, asked: str) -> Host | None:

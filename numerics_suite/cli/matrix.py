@@ -106,7 +106,8 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     from numerics_suite.versions.combinations import resolve_all
     from numerics_suite.versions.extensions import without_extensions
     from numerics_suite.versions.fingerprints import know_all
-    from numerics_suite.versions.matrix import make_plan
+    from numerics_suite.versions.job import for_a_cell
+    from numerics_suite.versions.matrix import MatrixPlan
     from numerics_suite.versions.result_store import ResultStore
 
     if own["ray"]:
@@ -120,7 +121,14 @@ def _matrix(settings: Settings, own: Mapping[str, Any]) -> int:
     jobs = jobs_of(own["jobs"], max((one.weight_bytes for one in known), default=0))
     versions = resolve_all(own["transformers"], own["torch"], own["python"], own["others"], pre=own["pre"])
     threads = max(1, core_count() // jobs)
-    plan = make_plan(settings, known, versions, cwd=Path.cwd(), threads=threads, baseline=baseline)
+    plan = MatrixPlan(
+        settings=for_a_cell(settings),
+        known=known,
+        cells=tuple(dict.fromkeys(versions)),
+        cwd=Path.cwd(),
+        threads=threads,
+        baseline=baseline,
+    )
     kept = ResultStore(Path(own["out"] or OUT))
     with for_people(settings) as stream:
         if settings.list_only:

@@ -1,6 +1,6 @@
 """What long work is at, told while it lasts; standard library only.
 
-Short work is never told of: a line comes after :data:`FIRST` seconds, and then each time that as long again has passed.
+Short work is never reported: a line comes after :data:`FIRST` seconds, and then each time that as long again has passed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FIRST = threading.TIMEOUT_MAX if os.environ.get("NUMERICS_SUITE_NOTICES") == "of
 
 _listeners: list[Callable[[str], object]] = []
 _at: list[str] = []
-"""What is being done, the innermost last: that alone is told of."""
+"""What is being done, the innermost last: that alone is reported."""
 
 
 @contextlib.contextmanager
 def listening(say: Callable[[str], object]) -> Iterator[None]:
-    """While this lasts, long work is told to this listener.
+    """Inside this context the listener hears of long work.
 
     Args:
         say: takes one line, from any thread.
@@ -38,7 +38,7 @@ def listening(say: Callable[[str], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Work that may take long, told to whoever listens.
+    """Work that may take long, reported to the listener.
 
     Args:
         what: in a few words, such as `loading glm4-9b in bf16`.

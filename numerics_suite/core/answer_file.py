@@ -97,7 +97,7 @@ class AnswerFile:
             self._began = True
             with contextlib.suppress(OSError):
                 self._earlier = self._path.read_bytes()
-        # A disk that is full for a while ends no run; the last write, the command's own, tells of it.
+        # A disk that is full for a while ends no run; the last write, the command's own, reports it.
         with contextlib.suppress(NumericsSuiteError):
             write_atomic(self._path, make(), self._option)
         self._written = time.monotonic()

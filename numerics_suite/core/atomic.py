@@ -14,10 +14,6 @@ from numerics_suite.core.errors import BadInputError
 def ensure_writable(path: Path, option: str) -> None:
     """See that a file can be written here, and write nothing.
 
-    Args:
-        path: of the file.
-        option: the option that named it, for the message.
-
     Raises:
         BadInputError: it cannot be written; the message names the file.
     """
@@ -41,7 +37,7 @@ def ensure_writable(path: Path, option: str) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes, option: str = "") -> None:
-    """Write a file: beside its place first, then moved there in one step.
+    """Write a file: next to its place first, then moved there in one step.
 
     An error or an interruption leaves the earlier file, if any, as it was, and no other file.
 

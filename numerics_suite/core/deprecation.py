@@ -11,13 +11,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def warn_renamed(old: str, new: str, *, frames: int) -> None:
-    """Warn at the line that uses an old name.
-
-    Args:
-        old: the name used.
-        new: what it is called now.
-        frames: between this call and that line.
-    """
+    """Warn at the line that uses an old name."""
     warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=frames + 2)
 
 

@@ -37,11 +37,6 @@ class UnusableError(CheckError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The phrase ``; did you mean 'x'?`` for the known name closest to `name`, or an empty string.
-
-    Args:
-        name: what the user typed.
-        known: the names that would have been accepted.
-    """
+    """The phrase ``; did you mean 'x'?`` for the known name closest to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""

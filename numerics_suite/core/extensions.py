@@ -60,9 +60,6 @@ class Extension:
     def refuse(self, why: str) -> NoReturn:
         """Say that it cannot be used.
 
-        Args:
-            why: what is wrong with it.
-
         Raises:
             BadInputError: always.
         """
@@ -92,11 +89,7 @@ def _installed() -> tuple[Extension, ...]:
 
 
 def installed_names(group: str) -> tuple[str, ...]:
-    """Names of a group, whether extensions are on or off and whether each can be used: what a user may mean.
-
-    Args:
-        group: one of :data:`GROUPS`.
-    """
+    """Names of a group, whether extensions are on or off and whether each can be used: what a user may mean."""
     return tuple(dict.fromkeys(one.name for one in _installed() if one.group == group))
 
 
@@ -133,9 +126,6 @@ def extensions(group: str, *, taken: Collection[str] = ()) -> Mapping[str, Exten
 def load(extension: Extension) -> Any:
     """The value of an entry point.
 
-    Args:
-        extension: of :func:`extensions`.
-
     Raises:
         BadInputError: its module cannot be imported, or has no such name.
     """
@@ -148,10 +138,6 @@ def load(extension: Extension) -> Any:
 
 def load_as(extension: Extension, kind: type[T]) -> T:
     """The value of an entry point, seen to be of a kind.
-
-    Args:
-        extension: of :func:`extensions`.
-        kind: what it must be.
 
     Raises:
         BadInputError: as :func:`load`, or it is something else.

@@ -20,10 +20,6 @@ MOST = 4_000_000
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """A file that is not too large to be what it should be.
 
-    Args:
-        path: of the file.
-        largest: bytes.
-
     Raises:
         ValueError: it is larger.
         OSError: it cannot be read.
@@ -47,9 +43,6 @@ def _at_once(path: str, flags: int) -> int:
 
 def parse_json(text: bytes | str) -> Any:
     """The values of a JSON document.
-
-    Args:
-        text: as read; bytes are UTF-8.
 
     Raises:
         ValueError: it is not JSON, or has more or deeper values than any document of ours.

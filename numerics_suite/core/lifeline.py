@@ -1,6 +1,6 @@
 """What a run tells the process that watches over it, so that its answers outlive it; standard library only.
 
-A process that is killed, or that the code under test ends (`os._exit`, a crash in a kernel), can tell nobody. So it says
+A process that is killed, or that the code under test ends (`os._exit`, a crash in a kernel), cannot report anything. So it says
 beforehand what it is about to do, and every answer as soon as it is there.
 """
 
@@ -53,7 +53,7 @@ class Lifeline:
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         content = json.dumps(message).encode() + b"\n"
-        with contextlib.suppress(OSError):  # nobody watches any more
+        with contextlib.suppress(OSError):  # the other end is gone
             while content:
                 content = content[os.write(self._descriptor, content) :]
 
@@ -68,17 +68,12 @@ def known() -> EarlierAnswers:
 
 
 def hold(lifeline: Lifeline, earlier: EarlierAnswers) -> None:
-    """From now on this process tells what it does.
-
-    Args:
-        lifeline: by which.
-        earlier: what earlier processes left.
-    """
+    """From now on this process tells what it does."""
     _held[:] = [lifeline]
     _known.answers.update(earlier.answers)
     _known.lost.update(earlier.lost)
 
 
 def lifeline() -> Lifeline | None:
-    """The lifeline of this process, None where nobody watches over it."""
+    """The lifeline of this process, None without a supervisor."""
     return _held[0] if _held else None

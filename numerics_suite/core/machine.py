@@ -16,11 +16,7 @@ def core_count() -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that the control groups of this process grant, None where none of them limits it.
-
-    Args:
-        root: of the file system.
-    """
+    """Cores' worth of time that the control groups of this process grant, None where none of them limits it."""
     grants = [quota / period for quota, period in _quotas(root) if quota > 0 and period > 0]
     return min(grants, default=None)
 

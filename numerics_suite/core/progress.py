@@ -48,31 +48,17 @@ _state = _State()
 
 
 def tell_in(folder: Path | None) -> None:
-    """From now on, leave in a folder what this process is at.
-
-    Args:
-        folder: of the run, None for none.
-    """
+    """From now on, leave in a folder what this process is at."""
     _state.file = None if folder is None else folder / f"{os.getpid()}.json"
 
 
 def begin(check: str, cell: str) -> None:
-    """A check is asked.
-
-    Args:
-        check: id.
-        cell: id.
-    """
+    """A check is asked."""
     _set(AtWork(check=check, cell=cell))
 
 
 def batch(number: int, of: int) -> None:
-    """The check that is being asked has come to a batch.
-
-    Args:
-        number: from 1.
-        of: batches that are drawn for it.
-    """
+    """The check that is being asked has come to a batch."""
     if _state.now is not None:
         _set(replace(_state.now, batch=number, of=of))
 
@@ -90,11 +76,7 @@ def _set(now: AtWork | None) -> None:
 
 
 def at_work(folder: Path | None = None) -> tuple[AtWork, ...]:
-    """What this process and those that tell in the folder are at.
-
-    Args:
-        folder: of the run.
-    """
+    """What this process and those that tell in the folder are at."""
     found = [] if _state.now is None else [_state.now]
     for file in sorted(folder.glob("*.json")) if folder is not None else ():
         with contextlib.suppress(OSError, ValueError, TypeError):  # written to, or gone, this very moment

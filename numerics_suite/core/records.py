@@ -1,4 +1,7 @@
-"""The nouns of the tool as frozen records; every stage takes some and returns others."""
+"""The nouns of the tool as frozen records; every stage takes some and returns others.
+
+A field that a results file has under another name says so in its metadata, for `core/typed_records.py`.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +93,11 @@ class Cell:
         """The cell as a pytest parameter id: `glm4-tiny-bf16-sdpa-cpu`."""
         return f"{self.subject}-{self.precision}-{self.attn}-{self.device}"
 
+    @property
+    def named(self) -> dict[str, str]:
+        """Its parts by the names of CONTRACT.md, in the order of an entry there."""
+        return {name: getattr(self, name) for name in ("subject", "task", "precision", "attn", "device")}
+
 
 @renamed(law_abiding="laws_apply")
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +134,7 @@ class Measurement:
         op: the aten op concerned, such as `aten.softmax.int`.
         source: `file.py:123` of that op.
         cause: the cause that an experiment inside the check established, over the budget's own.
-        facts: numbers and texts a person needs beside the value.
+        facts: numbers and texts that explain the value.
     """
 
     name: str
@@ -145,7 +153,7 @@ class Measurement:
 class Series:
     """Numbers in an order: a curve over training steps, or one number for each module.
 
-    It is shown and decides nothing; the measurement beside it does.
+    It is shown and decides nothing; the measurements do.
 
     Attributes:
         name: `loss`, `gradient-norm`, `clipped-norm`, `loss-scale`, `bits`, `error`, `composed`.
@@ -221,7 +229,7 @@ class Remedy:
     description: str
     verified: bool | None = None
     effect: str = ""
-    together: tuple[str, ...] = ()
+    together: tuple[str, ...] = field(default=(), metadata={"json": "with"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +262,7 @@ class CheckResult:
     """
 
     check: str
-    cell: Cell
+    cell: Cell = field(metadata={"json": ""})
     status: Status
     duration_s: float = 0.0
     reason: str | None = None
@@ -310,5 +318,5 @@ class RunResult:
     checks: tuple[CheckResult, ...]
     notes: tuple[str, ...] = ()
     exit_status: int = 0
-    rehearsals: tuple[Rehearsal, ...] = ()
+    rehearsals: tuple[Rehearsal, ...] = field(default=(), metadata={"json": "rehearsal"})
     complete: bool = True

@@ -35,7 +35,7 @@ class CheckSpec:
 
     Attributes:
         id: such as `forward.padding`.
-        function: the cell's context (and a batch, where `batches`) to measurements, and series of numbers to be shown beside them.
+        function: the cell's context (and a batch, where `batches`) to measurements, and series of numbers to be shown with them.
         scope: how often it is asked.
         batches: Hypothesis draws the batches for it; else it is called once with the context alone.
         trains: it runs training steps, so a serving precision and a quantised checkpoint skip it.
@@ -90,20 +90,7 @@ def check(  # noqa: PLR0913 - the fields of CheckSpec
     runs_on_nonfinite: bool = False,
     check_id: str | None = None,
 ) -> Callable[[Callable[..., Any]], CheckSpec]:
-    """Turn a function into a check whose id is the path of its file, or the one that is given.
-
-    Args:
-        scope: see :class:`CheckSpec`.
-        batches: see :class:`CheckSpec`.
-        trains: see :class:`CheckSpec`.
-        needs: see :class:`CheckSpec`.
-        seeks: see :class:`CheckSpec`.
-        share: see :class:`CheckSpec`.
-        adds: see :class:`CheckSpec`.
-        reads: see :class:`CheckSpec`.
-        runs_on_nonfinite: see :class:`CheckSpec`.
-        check_id: of a check of another package, such as `acme.logit-range`.
-    """
+    """Turn a function into a check whose id is the path of its file, or the one that is given; keywords as in :class:`CheckSpec`."""
 
     def wrap(function: Callable[..., Any]) -> CheckSpec:
         named = check_id or ".".join(function.__module__.split(".")[-2:]).replace("_", "-")

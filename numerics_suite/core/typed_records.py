@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from numerics_suite.core.numbers import revived
 from numerics_suite.core.rehearsal import Rehearsal
 
+Record = TypeVar("Record")
 
-def refuse_wrong_types(record: Any, where: str = "") -> None:
-    """See that every field of a record, and of the records in it, has the type that its class declares.
+WORDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+    **dict.fromkeys((list, tuple), "a list"),
+    **dict.fromkeys((dict, Mapping), "an object"),
+}
+"""Types as a message calls them."""
+
+
+def record_of(kind: type[Record], content: Any, where: str = "") -> Record:
+    """A record from a JSON object: each field as the type that its class declares, and so the records in it.
+
+    Lists become tuples and the names of numbers that are not finite these numbers. A field whose metadata name another `json` key
+    is read from there, or where that is empty from the keys of the object itself. Keys that the class does not know are passed over.
 
     Args:
-        record: a dataclass.
+        kind: a dataclass.
+        content: as read.
         where: of the record, for the message.
 
     Raises:
-        TypeError: naming the first field that has another.
+        TypeError: naming the first field that is missing or has another type.
     """
-    kind: Any = type(record)
-    hints = _hints(kind)
-    for item in fields(record):
-        _refuse(getattr(record, item.name), hints[item.name], f"{where}{item.name}")
+    _refuse_unless(isinstance(content, Mapping), content, "an object", where.rstrip(".") or "the document")
+    made: dict[str, Any] = {}
+    hints = _hints(kind)  # type: ignore[arg-type]  # hashable
+    for item in fields(kind):  # type: ignore[arg-type]  # a dataclass
+        key = item.metadata.get("json", item.name)
+        if not key:
+            made[item.name] = record_of(hints[item.name], content, where)
+        elif key in content:
+            made[item.name] = value_of(content[key], hints[item.name], f"{where}{key}")
+        elif item.default is MISSING and item.default_factory is MISSING:
+            message = f"{where}{key} is missing"
+            raise TypeError(message)
+    return kind(**made)
 
 
 def refuse_other_shape(value: Any, shape: Any, where: str) -> None:
@@ -52,7 +80,7 @@ def refuse_other_shape(value: Any, shape: Any, where: str) -> None:
             refuse_other_shape(item, shape[0], f"{where}[{at}]")
     else:
         fits = isinstance(value, shape) and (not isinstance(value, bool) or shape is bool)
-        _refuse_unless(fits, value, str(getattr(shape, "__name__", shape)), where)
+        _refuse_unless(fits, value, " or ".join(map(_words, shape if isinstance(shape, tuple) else (shape,))), where)
 
 
 def _refuse_unless(fits: bool, value: Any, wanted: str, where: str) -> None:  # noqa: FBT001 - read as a sentence
@@ -67,35 +95,51 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, localns={"Mapping": Mapping, "Path": Path, "Rehearsal": Rehearsal})
 
 
-def _refuse(value: Any, wanted: Any, where: str) -> None:
-    words = (
-        " | ".join(map(str, get_args(wanted))) if get_origin(wanted) is Literal else getattr(wanted, "__name__", wanted)
-    )
-    _refuse_unless(_fits(value, wanted, where), value, str(words), where)
-
-
-def _fits(value: Any, wanted: Any, where: str) -> bool:
+def value_of(value: Any, wanted: Any, where: str) -> Any:
+    """A value of JSON as that type, otherwise as :func:`record_of`."""
     origin, inner = get_origin(wanted), get_args(wanted)
-    if origin is Literal:
-        return isinstance(value, str) and value in inner
+    if is_dataclass(wanted):
+        return record_of(wanted, value, f"{where}.")  # type: ignore[arg-type]
     if origin in {Union, types.UnionType}:
-        return any(_fits(value, choice, where) for choice in inner)
+        return _one_of(value, wanted, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(value_of(item, inner[0], f"{where}[{at}]") for at, item in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: value_of(item, inner[1], f"{where}.{key}") for key, item in value.items()}
+    if wanted is float or wanted is Any:
+        value = revived(value)
+    elif wanted is Path and isinstance(value, str):
+        value = Path(value)
+    _refuse_unless(_fits(value, wanted), value, _words(wanted), where)
+    return value
+
+
+def _one_of(value: Any, wanted: Any, where: str) -> Any:
+    """Of a record or None, what is wrong in the record; of several kinds of number and text, the first that fits."""
+    if value is None and type(None) in get_args(wanted):
+        return None
+    choices = [choice for choice in get_args(wanted) if choice is not type(None)]
+    if len(choices) == 1:
+        return value_of(value, choices[0], where)
+    for choice in choices:
+        with suppress(TypeError):
+            return value_of(value, choice, where)
+    _refuse_unless(False, value, _words(wanted), where)
+    return None
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    origin = get_origin(wanted)
     if origin is not None:
-        return _holds(value, origin, inner, where)
-    if wanted is float:
-        wanted = (int, float)
-    fits = wanted is Any or (isinstance(value, wanted) and not (isinstance(value, bool) and wanted is not bool))
-    if fits and is_dataclass(value):
-        refuse_wrong_types(value, f"{where}.")
-    return fits
+        return origin is Literal and isinstance(value, str) and value in get_args(wanted)
+    kinds = (int, float) if wanted is float else wanted
+    return wanted is Any or (isinstance(value, kinds) and not (isinstance(value, bool) and wanted is not bool))
 
 
-def _holds(value: Any, origin: Any, inner: tuple[Any, ...], where: str) -> bool:
-    """Whether it is a tuple or a mapping whose every item fits."""
-    if origin is tuple:
-        return isinstance(value, tuple) and all(
-            _fits(item, inner[0], f"{where}[{at}]") for at, item in enumerate(value)
-        )
-    return isinstance(value, Mapping) and all(
-        isinstance(key, str) and _fits(item, inner[1], f"{where}.{key}") for key, item in value.items()
-    )
+def _words(wanted: Any) -> str:
+    inner = get_args(wanted)
+    if get_origin(wanted) is Literal:
+        return " | ".join(map(str, inner))
+    if get_origin(wanted) in {Union, types.UnionType}:
+        return " or ".join(map(_words, inner))
+    return WORDS.get(get_origin(wanted) or wanted) or str(getattr(wanted, "__name__", wanted))

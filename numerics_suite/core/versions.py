@@ -10,7 +10,7 @@ from typing import Literal
 from numerics_suite.core.records import Finding
 
 CellStatus = Literal["passed", "failed", "error", "unsupported"]
-"""`unsupported`: nothing of it could be asked of these versions, such as a family that they lack."""
+"""`unsupported`: no check can run on these versions, such as for a family that they lack."""
 
 StepVerdict = Literal["good", "bad", "untestable"]
 
@@ -107,7 +107,7 @@ class MatrixCell:
         verdict: of the results file, `error` where there is none because something broke, None where nothing could be asked.
         reason: one line, for a cell without results.
         results: path of the results file, None without one.
-        baseline: folder of the baselines recorded beside it, None without.
+        baseline: folder of the baselines recorded with it, None without.
         duration_s: of the process, seconds.
         reused: an earlier run's.
         rows: what ran.
@@ -192,7 +192,7 @@ class BisectResult:
         first_bad: the oldest after it at which one failed.
         between: untestable versions between these two; the change is in one of them or in `first_bad`.
         tested: in the order in which they were tried.
-        check: the check that decides, and whose finding is told.
+        check: the check that decides, and whose finding is reported.
         deciding: all checks that decide.
         finding: at `first_bad`.
         results: the results file of `first_bad`.

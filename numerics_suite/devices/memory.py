@@ -90,7 +90,7 @@ def requested_bytes(error: BaseException) -> int | None:
 
 
 def out_of_memory_text(error: BaseException, device: str) -> str:
-    """One line: bytes requested and bytes free on the device, or on the CPU if its allocator failed.
+    """One line: bytes asked and bytes free on the device, or on the CPU if its allocator failed.
 
     Args:
         error: what was raised.

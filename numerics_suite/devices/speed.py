@@ -79,6 +79,6 @@ def _best(device: str, run: Callable[[], object]) -> float:
         run()
         synchronize(device)
         elapsed = time.perf_counter() - begun
-        # Where other programs run too, the clock tells of them; the time that the threads had tells of the CPU.
+        # Other programs affect wall time; the threads' CPU time measures the CPU.
         times.append(min(elapsed, (time.process_time() - used) / torch.get_num_threads()) if on_cpu else elapsed)
     return max(min(times), 1e-9)

@@ -54,7 +54,7 @@ class Fixed:
 
     Attributes:
         context: the cell on the copy.
-        meant: the same model, whose answers are held to what the user's own file means; None where that has not changed, or where the stored tensors decide.
+        meant: the same model, whose answers must match what the user's own file means; None where that has not changed, or where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """
 
@@ -188,12 +188,7 @@ def _name_of(model: nn.Module, wanted: object) -> str:
 
 @contextmanager
 def _copied(subject: Subject, config: Mapping[str, Any]) -> Iterator[Subject]:
-    """The subject in a folder of its own that links to the same weights and code; gone afterwards.
-
-    Args:
-        subject: with files.
-        config: what its config.json holds there.
-    """
+    """The subject in a folder of its own that links to the same weights and code; gone afterwards."""
     source = _folder(subject)
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as scratch:
         # transformers keeps remote code by the folder's name, and the class that an auto class found first for a config's own class.

@@ -1,7 +1,7 @@
 """What config.json would have to say for the installed release to build the model that the file means.
 
-Values are never invented: a key that the release does not read is said in a word that it reads, a size that the file lacks or has wrong is
-read off the stored tensors. Where the file contradicts itself, or the release has no word, that is said instead.
+Values are never invented: a key that the release does not read is replaced by one that it reads, a size that the file lacks or has wrong is
+read off the stored tensors. Where the file contradicts itself, or the release has no such key, the reason says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SYNONYMS = (
 
 OF_ROPE = ("rope_parameters", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_ratio")
 READ_BY_DEFINITION = frozenset(OF_ROPE) - {"rope_ratio"}
-"""The definitions read either layout of these, so they stay in the user's own words when answers are held to the file."""
+"""The definitions read either layout of these, so they stay as the user wrote them when answers are compared with the file's definition."""
 
 CHATGLM_BASE, CHATGLM_FRACTION = 10_000.0, 0.5
 """`rope_ratio` multiplies this base; GLM-4's own code always turns half of a head. Source: its `modeling_chatglm.py` (2024)."""
@@ -48,7 +48,7 @@ class Rewriting:
 
     Attributes:
         config: the whole file.
-        meaning: what answers are held to: the user's own words where the definition reads them, else the new ones.
+        meaning: what answers are compared with: the user's own keys where the definition reads them, else the new ones.
         written: the keys that are new or changed.
         dropped: the keys that are gone.
         left: reasons why more could not be said.
@@ -142,12 +142,6 @@ def in_words_that_are_read(raw: Raw, known: set[str], keys: Iterable[str]) -> Re
 def of_stored_sizes(raw: Raw, known: set[str], built: object, stored: Shapes) -> Rewriting:
     """The file with the sizes that the stored tensors have, where the model was built with others.
 
-    Args:
-        raw: config.json.
-        known: keys that the release reads for this class.
-        built: the config that the model has.
-        stored: shapes by name.
-
     Raises:
         NotApplicableError: no size of the config is at odds with the tensors, or the tensors do not say which one is.
     """
@@ -162,7 +156,7 @@ def of_stored_sizes(raw: Raw, known: set[str], built: object, stored: Shapes) ->
 
 
 def of_dtype(raw: Raw, dtype: str, key: str) -> Rewriting:
-    """The file with the dtype that was asked for: code that builds in the config's dtype heeds no other.
+    """The file with the dtype that was asked for: code that builds in the config's dtype ignores any other.
 
     Args:
         raw: config.json.
@@ -181,12 +175,6 @@ def of_dtype(raw: Raw, dtype: str, key: str) -> Rewriting:
 def tied_as_stored(raw: Raw, stored: Shapes, *, head: str, equal: bool) -> Rewriting:
     """The file with `tie_word_embeddings` as the stored tensors have it.
 
-    Args:
-        raw: config.json.
-        stored: shapes by name.
-        head: name of the output embedding's weight.
-        equal: the stored output embedding has the bits of the input embedding.
-
     Raises:
         NotApplicableError: the file says so already, so what is wrong is the class.
     """
@@ -198,12 +186,7 @@ def tied_as_stored(raw: Raw, stored: Shapes, *, head: str, equal: bool) -> Rewri
 
 
 def ignored(raw: Raw, known: set[str]) -> tuple[str, ...]:
-    """Keys of the file that define what is computed and that the release does not read.
-
-    Args:
-        raw: config.json.
-        known: keys that the release reads for this class.
-    """
+    """Keys of the file that define what is computed and that the release does not read."""
     return tuple(key for key in raw if key in DEFINING and key not in known and raw[key] is not None)
 
 

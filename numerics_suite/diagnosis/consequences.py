@@ -156,11 +156,7 @@ def _shows(root: Finding, finding: Finding) -> bool:
 
 
 def raised(finding: Finding) -> tuple[str, str]:
-    """Type and line of the exception that the finding is of.
-
-    Args:
-        finding: of cause `model-raises`.
-    """
+    """Type and line of the exception that the finding is of."""
     return str(finding.evidence.get("exception", "")).partition(":")[0], str(finding.evidence.get("line", ""))
 
 

@@ -29,7 +29,7 @@ class Experiment:
     """One condition, changed.
 
     Attributes:
-        name: as it is told.
+        name: as the finding shows it.
         expected: what the failing check then does if the cause is right.
         copy: the context under the condition, None where it cannot be made here.
     """
@@ -86,14 +86,7 @@ SEEN = frozenset({"coarser", "other-dtype"})
 
 
 def with_confidence(check: str, finding: Finding, context: CellContext, ask: Ask) -> Finding:
-    """The finding with the outcome of its cause's decisive experiments, and the confidence that follows.
-
-    Args:
-        check: id of the check that failed.
-        finding: of that check.
-        context: the cell; nothing of it is changed.
-        ask: asks a check again.
-    """
+    """The finding with the outcome of its cause's decisive experiments, and the confidence that follows."""
     facts: dict[str, Fact] = {}
     if finding.cause == "uninitialised-parameters":
         agrees = _depends_on_memory(finding, context)

@@ -67,12 +67,7 @@ class Implication:
     where: Pair
 
     def __call__(self, root: CheckResult, result: CheckResult) -> bool:
-        """Whether the result follows from the root.
-
-        Args:
-            root: of a cell, with a finding.
-            result: another of that cell, with a finding.
-        """
+        """Whether the result follows from the root."""
         assert root.finding is not None
         assert result.finding is not None
         named = self.of in {"", root.check} and (not self.follows or result.check in self.follows)
@@ -80,12 +75,7 @@ class Implication:
 
 
 def first_cause(root_candidates: Sequence[CheckResult], result: CheckResult) -> CheckResult | None:
-    """The result that implies this one, by the first implication that does; None where it is a root.
-
-    Args:
-        root_candidates: other results of the cell with findings.
-        result: with a finding.
-    """
+    """The result that implies this one, by the first implication that does; None where it is a root."""
     for implication in IMPLICATIONS:
         for root in root_candidates:
             if root.id != result.id and implication(root, result):
@@ -141,7 +131,7 @@ def _implied(of: str, *follows: str) -> tuple[Implication, ...]:
 
 
 def _is_nan(root: Finding, finding: Finding) -> bool:
-    """What is compared with NaN is NaN: there is no number that would tell of another defect."""
+    """What is compared with NaN is NaN: no number is left that could show another defect."""
     measured = _number(finding, "measured")
     nan = measured is not None and math.isnan(measured)
     return nan and root.cause in NOT_FINITE and finding.cause not in NOT_FINITE
@@ -198,7 +188,7 @@ IMPLICATIONS = (
     Implication(of="train.labels", follows=(ORACLE,), where=_same_loss),
     *_implied("forward.causal", "forward.cache", "forward.packing", "forward.padding", PIPELINE),
     *_implied("forward.batch", "forward.packing"),
-    # Parts of a batch have other neighbours and other padding. Which gradient is off most says nothing of the module at fault.
+    # Parts of a batch have other neighbours and other padding. The gradient with the largest error need not be that of the module at fault.
     Implication(of="forward.batch", follows=TRAINS_IN_PARTS, where=_both_exact),
     Implication(of="forward.padding", follows=TRAINS_IN_PARTS, where=_both_exact),
     Implication(of=POOLING, follows=("forward.padding", PIPELINE), where=_pooled),

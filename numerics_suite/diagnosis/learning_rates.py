@@ -17,12 +17,7 @@ BISECTIONS = 3
 
 
 def learning_rates(plan: TrainingPlan, holds: Callable[[TrainingPlan], bool]) -> float | None:
-    """The largest stable learning rate at or below the plan's, to within a factor of 1.4; None without one.
-
-    Args:
-        plan: as asked.
-        holds: trains with a plan and says whether that is stable.
-    """
+    """The largest stable learning rate at or below the plan's, to within a factor of 1.4; None without one."""
     good, bad = None, plan.lr
     for decade in range(1, DECADES + 1):
         lr = plan.lr / 10**decade
@@ -41,10 +36,6 @@ def largest_stable_rate(plan: TrainingPlan, holds: Callable[[TrainingPlan], bool
     The decades are searched from the highest downwards. Upwards from the plan's rate the search ends where a rate is too small to show: in bfloat16
     the loss of a run at 6e-7 falls or rises by its rounding. A decade counts where the one below it holds too, since a few wild steps may end below
     the first loss by luck; if there is none such, the highest that holds.
-
-    Args:
-        plan: of everything but the rate.
-        holds: trains with a plan and says whether that is stable.
 
     Returns:
         None and False without any.

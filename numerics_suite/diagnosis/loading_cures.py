@@ -46,10 +46,6 @@ def cast_copies(context: CellContext, finding: Finding) -> Iterator[tuple[CellCo
 
     What the other dtype could not hold is lost to a cast: the second attempt loads the stored values once more, buffers too. A
     new head has none yet; what is saved and loaded again has them in the folder that it then came from.
-
-    Args:
-        context: the cell.
-        finding: of load.dtype.
     """
     names = [name for name in finding.parameters if name in dict(context.model.named_parameters())]
     if not names:
@@ -90,10 +86,6 @@ def _cast(names: Iterable[str], dtype: torch.dtype) -> Change:
 def loaded_with_dtype(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its rounded buffers as a load at the dtype leaves them.
 
-    Args:
-        context: the cell.
-        finding: of load.dtype.
-
     Raises:
         NotApplicableError: their values are in the files only, and are rounded there.
     """
@@ -107,10 +99,6 @@ def loaded_with_dtype(context: CellContext, finding: Finding) -> Iterator[tuple[
 
 def saved_head(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The adapter as it is saved with its head, loaded again: what was lost stays lost, and the head is a new one.
-
-    Args:
-        context: the cell, of an adapter.
-        finding: of load.complete.
 
     Raises:
         NotApplicableError: its tensors are in no safetensors file.

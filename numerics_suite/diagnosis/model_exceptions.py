@@ -59,12 +59,7 @@ class Raised:
 
 
 def model_raises(error: Exception, context: CellContext) -> Finding | None:
-    """The finding of an exception that a check met; None where it is no matter of the model's own code.
-
-    Args:
-        error: as raised, with its traceback.
-        context: the cell.
-    """
+    """The finding of an exception that a check met; None where it is no matter of the model's own code."""
     if isinstance(error, NumericsSuiteError):
         return _while_loading(error, context)
     if not _may_be_the_models(error):

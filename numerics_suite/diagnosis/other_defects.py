@@ -1,4 +1,4 @@
-"""Defects that a cell has beside the one at hand: each has a finding of its own, so none counts against a remedy of another one."""
+"""Other defects of the cell: each has a finding of its own, so none counts against a remedy of another one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,6 @@ def without_others(check: str, finding: Finding, context: CellContext, ask: Ask)
 
     A defect is another one where the check fails as before once it is cured: the same measurement, told in the same words.
     Where the check then passes or fails otherwise, the defect is its cause or a part of it, and stays.
-
-    Args:
-        check: id of the check that failed.
-        finding: of that check.
-        context: the cell; nothing of it is changed.
-        ask: runs a check again.
     """
     if finding.cause == RAISES:
         return context, ()

@@ -22,12 +22,7 @@ CLIP = 1.0
 
 
 def recommend(runs: Sequence[RehearsedRun], *, lr: float) -> tuple[Advice, ...]:
-    """Precision, learning rate, clipping and loss scaling; empty where no precision trains.
-
-    Args:
-        runs: one for each precision.
-        lr: as asked.
-    """
+    """Precision, learning rate, clipping and loss scaling; empty where no precision trains."""
     sound = [run for run in runs if not run.stopped and descent(run) > 0]
     if not sound:
         return _without(runs)

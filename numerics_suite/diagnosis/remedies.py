@@ -1,6 +1,6 @@
 """Each remedy of the contract, written once: the context under cured conditions, of a cell, a factory or a step that the watch caught.
 
-A cure yields attempts, cheapest for the user first; the first that works is the one that is told. It raises NotApplicableError where
+A cure yields attempts, cheapest for the user first; the first that works is reported. It raises NotApplicableError where
 the reason why it cannot be tried is worth telling. A remedy without an entry here cannot be tried on this machine (`reload-weights`
 needs another copy of the files).
 """
@@ -38,7 +38,7 @@ class Attempt:
     Attributes:
         context: the cell, cured.
         how: what was set, for the effect's text (`lr 1.2e-05`); empty where the remedy's name says it all.
-        meant: the same model whose answers are held to another definition than its own files', None for the same. Such an
+        meant: the same model whose answers must match another definition than its own files', None for the same. Such an
             attempt says what the definition is, so it is verified only where the definition was asked and agrees.
     """
 
@@ -51,7 +51,7 @@ Change = Callable[[Loaded], Loaded]
 Cure = Callable[[CellContext, Finding], Iterator[Attempt]]
 
 SCALES = (2.0**12, 2.0**8, 2.0**4, 1.0, 2.0**20, 2.0**24)
-"""Loss scales tried beside torch's 65,536: lower ones where gradients overflow, then higher ones where they vanish."""
+"""Loss scales tried besides torch's 65,536: lower ones where gradients overflow, then higher ones where they vanish."""
 
 MASK = "attention_mask"
 EXACT_IN_HALF = 256
@@ -65,9 +65,6 @@ def initialised(names: Iterable[str]) -> Change:
     """Xavier-uniform weights and zero biases for these parameters.
 
     Source: Glorot & Bengio 2010; the cure that GLM-4's users found for uninitialised heads.
-
-    Args:
-        names: dotted.
     """
     chosen = tuple(names)
 
@@ -152,7 +149,7 @@ def _attention(name: str) -> Cure:
 def _keep_in_fp32(context: CellContext, finding: Finding) -> Iterator[Attempt]:
     """The module of the finding, its likes in the other blocks, then those that hold it.
 
-    A value that leaves the range in one block mostly does in the next, and one that a module hands on is out of range
+    A value that leaves the range in one block usually does in the next, and one that a module returns is out of range
     one level up.
     """
     if context.recipe.computes_in == "float64" or finding.module is None:
@@ -162,12 +159,7 @@ def _keep_in_fp32(context: CellContext, finding: Finding) -> Iterator[Attempt]:
 
 
 def worth_widening(model: nn.Module, module: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The module, its likes in the other blocks, then those that hold it: names, and the same in words.
-
-    Args:
-        model: that has it.
-        module: dotted.
-    """
+    """The module, its likes in the other blocks, then those that hold it: names, and the same in words."""
     known = dict(model.named_modules())
     name = module
     while name:
@@ -186,11 +178,7 @@ def worth_widening(model: nn.Module, module: str) -> Iterator[tuple[tuple[str, .
 
 
 def in_float32(*names: str) -> Change:
-    """Hold modules in float32, autocast off within them; their outputs go back to the dtype that came in.
-
-    Args:
-        names: dotted.
-    """
+    """Hold modules in float32, autocast off within them; their outputs go back to the dtype that came in."""
 
     def change(loaded: Loaded) -> Loaded:
         for name in names:
@@ -198,16 +186,6 @@ def in_float32(*names: str) -> Change:
         return loaded
 
     return change
-
-
-def _pad_token(context: CellContext, _: Finding) -> Iterator[Attempt]:
-    for cured, how in tokenizer_remedies.pad_token(context):
-        yield Attempt(context=cured, how=how)
-
-
-def _tokenizer(context: CellContext, finding: Finding) -> Iterator[Attempt]:
-    for cured, how in tokenizer_remedies.mended(context, finding):
-        yield Attempt(context=cured, how=how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +271,7 @@ def _padded(tensors: Mapping[str, Any], side: str) -> dict[str, Any]:
 
 
 def _default_dtypes(context: CellContext, _: Finding) -> Iterator[Attempt]:
-    """The suite's own batches are int64, so what is asked of them is the cure; a batch that came with the model is cast back."""
+    """The suite's own batches are int64, so a check that runs on them shows the cure; a batch that came with the model is cast back."""
     own = context.loaded.batch or {}
     floating = {n: v for n, v in own.items() if n in IDS and isinstance(v, Tensor) and v.is_floating_point()}
     half = (torch.bfloat16, torch.float16)
@@ -329,8 +307,8 @@ def _copies(copies: Callable[[CellContext, Finding], Iterable[tuple[CellContext,
 CURES: dict[str, Cure] = {
     "init-head": _init_head,
     "default-input-dtypes": _default_dtypes,
-    "fix-tokenizer": _tokenizer,
-    "set-pad-token": _pad_token,
+    "fix-tokenizer": _copies(tokenizer_remedies.mended),
+    "set-pad-token": _copies(lambda context, _: tokenizer_remedies.pad_token(context)),
     "separate-rows": _separate_rows,
     "fix-padding": _one_side,
     "count-labels": _count_labels,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.text import percent
 from numerics_suite.diagnosis.findings import title
-from numerics_suite.engine.updates import SHARE
+from numerics_suite.engine.updates import NO_GRADIENT, SHARE
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Finding
@@ -71,7 +71,7 @@ WORDS = {
 
 
 def before_and_after(finding: Finding, own: CheckAnswer | None) -> str:
-    """`buffers that are rounded 2 → 0, 0 allowed`; empty where the check has no such number under the remedy.
+    """`buffers that are rounded: 2 before, now 0`; empty where the check has no such number under the remedy.
 
     Args:
         finding: before.
@@ -84,14 +84,16 @@ def before_and_after(finding: Finding, own: CheckAnswer | None) -> str:
         # By any measurement: a finding of the watch names none.
         now = next((each[SHARE] for each in own.facts.values() if SHARE in each), None)
         if isinstance(now, (int, float)):
-            return f"{SHARE} {percent(held)} → {percent(now)}"
-        return f"{SHARE} {percent(held)} before; now every trained parameter, or the copy of it that steps, is float32"
+            return f"{SHARE}: {percent(held)} before, now {percent(now)}"
+        return f"{SHARE}: {percent(held)} before; now no optimizer step is taken in a narrow dtype"
+    if own is not None and before is None and NO_GRADIENT in facts and "untrained" in own.measurements:
+        name, before, after = "untrained", facts[NO_GRADIENT], own.measurements["untrained"]
     if not isinstance(before, (int, float)) or after is None:
         return ""
-    limit = facts.get("allowed", 0)
-    if facts.get("unit") == "roundoffs":
-        return f"error {_figure(before)} → {_figure(after)} unit roundoffs, at most {limit:.3g} allowed"
-    return f"{WORDS.get(name, name)} {_figure(before)} → {_figure(after)}, {limit:.3g} allowed"
+    words = "error in unit roundoffs" if facts.get("unit") == "roundoffs" else WORDS.get(name, name)
+    # A count that must be zero needs no limit beside it.
+    limit = f" (at most {facts['allowed']:.3g})" if facts.get("allowed") else ""
+    return f"{words}: {_figure(before)} before, now {_figure(after)}{limit}"
 
 
 def _figure(value: float) -> str:
@@ -109,9 +111,5 @@ def curve(run: Trajectory) -> str:
 
 
 def opened(answer: CheckAnswer) -> str:
-    """What a pipeline check can ask only now: `; then …` for each new breach.
-
-    Args:
-        answer: of the cured copy.
-    """
+    """What a pipeline check can ask only now: `; then …` for each new breach."""
     return "".join(f"; then {title(each)}" for each in answer.breaches)

@@ -54,11 +54,7 @@ def _loaded(found: tuple[Extension, ...]) -> Mapping[str, AddedRemedy]:
 
 
 def remedies_of(cause: str) -> tuple[str, ...]:
-    """Names of the added remedies that are tried for that cause.
-
-    Args:
-        cause: of a finding.
-    """
+    """Names of the added remedies that are tried for that cause."""
     return tuple(name for name, added in added_remedies().items() if cause in added.causes)
 
 
@@ -68,11 +64,7 @@ def cures() -> Mapping[str, Cure]:
 
 
 def cost_of(name: str) -> float:
-    """Where a remedy stands among all, cheapest for the user first; another package's is behind what can be tried here.
-
-    Args:
-        name: of ours, or of another package's.
-    """
+    """Where a remedy stands among all, cheapest for the user first; another package's is behind what can be tried here."""
     return COST.index(name) if name in COST else COST.index("reload-weights") - 0.5
 
 
@@ -82,12 +74,7 @@ def is_remedy(name: str) -> bool:
 
 
 def description_of(name: str, cause: str = "") -> str:
-    """What the user does, in a line.
-
-    Args:
-        name: of a remedy that :func:`is_remedy` knows.
-        cause: of the finding that it is for.
-    """
+    """What the user does, in a line."""
     if (name, cause) in FOR_CAUSE:
         return FOR_CAUSE[name, cause]
     return DESCRIPTIONS[name] if name in DESCRIPTIONS else added_remedies()[name].description
@@ -104,10 +91,5 @@ def useful_first(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
 
 
 def untried(names: tuple[str, ...], cause: str = "") -> tuple[Remedy, ...]:
-    """The remedies of these names, not tried yet (`verified` is None).
-
-    Args:
-        names: of remedies.
-        cause: of the finding that they are for.
-    """
+    """The remedies of these names, not tried yet (`verified` is None)."""
     return tuple(Remedy(name=name, description=description_of(name, cause)) for name in names)

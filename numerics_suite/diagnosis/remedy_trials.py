@@ -78,10 +78,6 @@ Ask = Callable[[str, CellContext], CheckAnswer]
 def ask_once(check: str, context: CellContext) -> CheckAnswer:
     """Run a check that draws no batches.
 
-    Args:
-        check: id.
-        context: as it is.
-
     Raises:
         NotApplicableError: the check does not apply.
     """
@@ -94,24 +90,14 @@ def ask_once(check: str, context: CellContext) -> CheckAnswer:
 
 
 def answer_of(breaches: Sequence[Breach], measured: Mapping[str, Measurement]) -> CheckAnswer:
-    """The answer of a check.
-
-    Args:
-        breaches: worst first.
-        measured: the worst of each name.
-    """
+    """The answer of a check."""
     numbers = {name: each.value for name, each in measured.items()}
     facts = {name: each.facts for name, each in measured.items() if each.facts}
     return CheckAnswer(breaches=breaches, measurements=numbers, facts=facts)
 
 
 def breaks(check: str, context: CellContext) -> bool:
-    """Whether the check fails there; False where it does not apply, or where the model cannot take the batch at all.
-
-    Args:
-        check: id.
-        context: as it is.
-    """
+    """Whether the check fails there; False where it does not apply, or where the model cannot take the batch at all."""
     try:
         return bool(ask_once(check, context).breaches)
     except (NumericsSuiteError, *NO_RUN):
@@ -204,12 +190,7 @@ class _Trial:
         return replace(untried, verified=seen.works, effect=seen.effect)
 
     def together(self, names: Sequence[str], meant: Mapping[str, Finding]) -> Shown | None:
-        """What the first way to apply each shows, one on top of the other; None where one cannot be applied.
-
-        Args:
-            names: of remedies.
-            meant: the finding that each is to cure.
-        """
+        """What the first way to apply each shows, one on top of the other; None where one cannot be applied."""
         with ExitStack() as stack:
             try:
                 usual = self._begin("")
@@ -251,10 +232,6 @@ class _Trial:
 
     def _seen(self, attempt: Attempt, *, diagnose: bool = False) -> _Outcome:
         """What the attempt shows.
-
-        Args:
-            attempt: to judge.
-            diagnose: write down what is left as a finding.
 
         Raises:
             UnsupportedError: the model refuses the remedy's condition, so no check can pass under it.
@@ -345,7 +322,7 @@ class _Trial:
         return _answer(meant or attempt.context, check, self.ask)
 
     def _effect(self, own: CheckAnswer | None, attempt: Attempt) -> str:
-        """What the failing check measures now beside what it measured before; where training is the question, or begins there, how it goes."""
+        """What the failing check measures now and before; where training is the question, or begins there, how it goes."""
         name = str(self.finding.evidence.get("measurement", ""))
         called_otherwise = self.on_users_side and name not in BY_THE_MODEL
         parts = []
@@ -360,7 +337,7 @@ class _Trial:
         return f"{', '.join(self._companions(attempt.context))} pass" if own is None or self.on_users_side else "passes"
 
     def _curve(self, attempt: Attempt) -> str:
-        """How the cured copy trains, empty where nobody asks."""
+        """How the cured copy trains, empty where training is not the question."""
         cured = attempt.context
         if attempt.meant is not None or TRAINS[0] not in self._companions(cured):
             return ""

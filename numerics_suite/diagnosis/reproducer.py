@@ -88,11 +88,8 @@ def _first_that_fails(scenes: Iterator[ScriptContext], body: Body) -> str | None
     for scene in scenes:
         if time.monotonic() - begun > PATIENCE:
             break
-        lines = body.lines(scene)
-        if lines is None or not _fits(scene, body):
-            continue
-        text = script(scene, model=body.model, batch=body.batch, fills=body.fills, body=lines)
-        if len(text.splitlines()) < LONGEST and fails(text):
+        text = script(scene, body) if _fits(scene, body) else None
+        if text is not None and len(text.splitlines()) < LONGEST and fails(text):
             return text
     return None
 
@@ -209,11 +206,7 @@ def _with_labels(cut: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cut_down(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A tiny config of the same kind; None for one that does not say its sizes in the usual words.
-
-    Args:
-        config: raw `config.json`.
-    """
+    """A tiny config of the same kind; None for one that does not say its sizes in the usual words."""
     if "vocab_size" not in config or "hidden_size" not in config:
         return None
     small = {key: value for key, value in config.items() if key not in DROPPED}
@@ -239,11 +232,7 @@ def _within(tensors: Mapping[str, Tensor], vocab: int) -> dict[str, Tensor]:
 
 
 def fails(text: str) -> bool:
-    """Whether the script, run in this process, ends with its own assertion; what it changes of torch is restored.
-
-    Args:
-        text: of a script.
-    """
+    """Whether the script, run in this process, ends with its own assertion; what it changes of torch is restored."""
     said = io.StringIO()
     names: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Which cause a value that is not finite has, from where it first appears: for a cell and for a step that the watch caught.
 
-The decisive fact of each cause: a parameter that is not finite itself (nobody wrote it, or the file is damaged) ·
+The decisive fact of each cause: a parameter that is not finite itself (uninitialised, or the file is damaged) ·
 a softmax over a row with no finite score (fully masked) · an infinity from finite inputs (overflow: the dtype's range
 ends) · a NaN from finite inputs (0/0 and its like: invalid operation) · an optimizer whose eps is 0 in its dtype.
 """
@@ -110,17 +110,13 @@ def _with_place(breach: Breach, context: CellContext, batch: Batch | None) -> Br
     if origin is None:
         return _named(breach, cause)
     if key[0] == "train.amp" and cause not in {"uninitialised-parameters", "corrupt-weights"}:
-        # Where the gradient breaks is told beside it; what the user sees, and can turn, is the scale that never recovers.
+        # The evidence holds where the gradient breaks; what the user sees, and can turn, is the scale that never recovers.
         return _at(breach, origin, breach.budget.cause, known={"the gradient breaks by": cause})
     return _at(breach, origin, cause)
 
 
 def bad_input(tensors: Mapping[str, object]) -> str | None:
-    """Name of the first input that holds NaN or +inf; a mask's -inf is meant.
-
-    Args:
-        tensors: what a model is called with.
-    """
+    """Name of the first input that holds NaN or +inf; a mask's -inf is meant."""
     for name, value in tensors.items():
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         if floating and bool((value.isnan() | (value == float("inf"))).any()):  # type: ignore[attr-defined]
@@ -129,7 +125,7 @@ def bad_input(tensors: Mapping[str, object]) -> str | None:
 
 
 def _with_cause_of_nan(breach: Breach, context: CellContext, batch: Batch | None) -> Breach:
-    """A comparison that came out as NaN says nothing of a law or a rounding: the NaN's own cause is told, where it is found."""
+    """A comparison that came out as NaN shows nothing about a law or a rounding: the finding gives the NaN's own cause, where it is found."""
     compares = breach.budget.check.startswith(("forward.", "reference.", "train."))
     if not compares or breach.measurement.value == breach.measurement.value:
         return breach
@@ -212,21 +208,12 @@ def _divides_by_eps(origin: Origin | None) -> bool:
 
 
 def parameter_cause(parameters: Iterable[str], context: CellContext) -> str:
-    """The cause of parameters that are not finite themselves.
-
-    Args:
-        parameters: names.
-        context: knows which of them nothing has initialised.
-    """
+    """The cause of parameters that are not finite themselves."""
     return "uninitialised-parameters" if set(parameters) & set(context.unwritten) else "corrupt-weights"
 
 
 def cause_of(origin: Origin) -> str:
-    """What the op itself shows: `corrupt-weights` stands for any parameter that is not finite.
-
-    Args:
-        origin: where the value stopped being finite.
-    """
+    """What the op itself shows: `corrupt-weights` stands for any parameter that is not finite."""
     if origin.parameters:
         return "corrupt-weights"
     if origin.masked_row:
@@ -271,11 +258,7 @@ def _slower_is_finite(context: CellContext, plan: TrainingPlan) -> bool:
 
 
 def eps_underflows(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-    """Whether an eps is 0 in the dtype of a parameter, so that the optimizer divides by the root of an average that may be 0.
-
-    Args:
-        optimizers: of a training loop.
-    """
+    """Whether an eps is 0 in the dtype of a parameter, so that the optimizer divides by the root of an average that may be 0."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         eps = group.get("eps")
         dtypes = {p.dtype for p in group["params"] if p.is_floating_point()}
@@ -285,11 +268,7 @@ def eps_underflows(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
 
 
 def origin_facts(origin: Origin) -> dict[str, Fact]:
-    """The numbers around an origin, for a finding's evidence.
-
-    Args:
-        origin: where the value stopped being finite.
-    """
+    """The numbers around an origin, for a finding's evidence."""
     facts: dict[str, Fact] = {
         "op": origin.op,
         "dtype": origin.dtype,

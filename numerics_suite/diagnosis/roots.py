@@ -30,15 +30,7 @@ whole run: two defects may both be gone under these."""
 def following(
     check: str, finding: Finding, context: CellContext, earlier: Iterable[CheckResult], ask: Ask
 ) -> Finding | None:
-    """The finding as a consequence of an earlier one, with the remedy that cured both; None where nothing shows that.
-
-    Args:
-        check: id of the check that failed.
-        finding: of that check, whose own remedies were tried.
-        context: the cell.
-        earlier: results of the same cell with findings that follow from no other.
-        ask: runs a check again.
-    """
+    """The finding as a consequence of an earlier one, with the remedy that cured both; None where nothing shows that."""
     for root in earlier:
         for remedy in root.finding.remedies if root.finding is not None else ():
             if remedy.verified and not remedy.together and remedy.name in AT_ITS_PLACE and remedy.name in cures():

@@ -90,10 +90,6 @@ def pad_token(context: CellContext) -> Iterator[tuple[CellContext, str]]:
 def mended(context: CellContext, finding: Finding) -> Iterator[tuple[CellContext, str]]:
     """The cell with its tokenizer mended, and the change: what the exception itself names is changed, as long as it names more.
 
-    Args:
-        context: a cell whose tokenizer raises.
-        finding: with the exception.
-
     Raises:
         NotApplicableError: the exception names nothing that could be changed here, or what is changed needs a package.
     """
@@ -132,7 +128,7 @@ def _change(context: CellContext, opener: Opener, exception: str) -> tuple[Opene
     if (found := KEYWORD.search(exception)) is not None:
         method, keyword = found.groups()
         does = "pads on that side" if keyword == "padding_side" else "is ignored where it is None or False"
-        told = f"{method} takes {keyword}: it {does}"
+        told = f"parameter {keyword} added to {method}: it {does}"
         return _changed(opener, functools.partial(_take_unknown, method=method)), told
     if (found := NO_SETTER.search(exception)) is not None and ("setter" in exception or "can't set" in exception):
         key = found.group(1)
@@ -145,7 +141,7 @@ def _change(context: CellContext, opener: Opener, exception: str) -> tuple[Opene
 
 
 def _take_unknown(tokenizer: Any, *, method: str) -> None:
-    """Let a method written for an older release bear the keywords of a newer one.
+    """Let a method written for an older release accept the keywords of a newer one.
 
     `padding_side` is the tokenizer's own for the call. Any other is left out where it is None or False and so asks for nothing;
     what asks for something that the method cannot do stays an error.

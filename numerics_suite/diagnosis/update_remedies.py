@@ -12,7 +12,7 @@ from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.subjects.load import Loaded
 
 FASTER = (10.0, 100.0, 1000.0)
-"""Times the learning rate that is tried; the smallest one that helps is told."""
+"""Times the learning rate that is tried; the smallest one that helps is reported."""
 
 NARROW = frozenset({torch.float16, torch.bfloat16})
 CHECKPOINT = "_gradient_checkpointing_func"
@@ -20,11 +20,7 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def higher_rates(context: CellContext) -> Iterator[tuple[CellContext, str]]:
-    """The same training at higher learning rates.
-
-    Args:
-        context: a cell, or a step that the watch caught.
-    """
+    """The same training at higher learning rates."""
     lr = context.request.plan.lr
     for times in FASTER if lr > 0 else ():
         yield context.variant(plan=context.with_plan(lr=lr * times)), f"lr {lr * times:.2g} (was {lr:.2g})"
@@ -43,40 +39,24 @@ def rounded(context: CellContext, how: str) -> Iterator[tuple[CellContext, str]]
 
 
 def rebuilt_optimizer(context: CellContext) -> Iterator[tuple[CellContext, str]]:
-    """Optimizers over the model's own parameters, where some are held by none.
-
-    Args:
-        context: as above.
-    """
+    """Optimizers over the model's own parameters, where some are held by none."""
     if context.unheld:
         yield context.variant(plan=context.with_plan(rebuilt=True)), f"with {len(context.unheld)} parameters more"
 
 
 def non_reentrant(context: CellContext) -> Iterator[tuple[CellContext, str]]:
-    """Checkpoints that are not reentrant, where the model has reentrant ones.
-
-    Args:
-        context: as above.
-    """
+    """Checkpoints that are not reentrant, where the model has reentrant ones."""
     if has_reentrant_checkpoints(context.model):
         yield context.variant(change=_not_reentrant), "use_reentrant=False"
 
 
 def has_reentrant_checkpoints(model: nn.Module) -> bool:
-    """Whether a module of it recomputes its forward pass in the reentrant way.
-
-    Args:
-        model: of any class.
-    """
+    """Whether a module of it recomputes its forward pass in the reentrant way."""
     return any(_is_reentrant(module) for module in model.modules())
 
 
 def checkpointing_of(module: nn.Module) -> functools.partial[object] | None:
-    """By what transformers recomputes the module's forward pass, None where it does not.
-
-    Args:
-        module: of any class.
-    """
+    """By what transformers recomputes the module's forward pass, None where it does not."""
     function = getattr(module, CHECKPOINT, None)
     return function if isinstance(function, functools.partial) else None
 

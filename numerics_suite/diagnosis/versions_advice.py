@@ -1,4 +1,4 @@
-"""Whether another release of transformers is advice that the evidence bears out."""
+"""Whether another release of transformers is advice that the evidence supports."""
 
 from __future__ import annotations
 
@@ -54,10 +54,6 @@ def borne_out(finding: Finding, context: CellContext) -> Finding:
     """The finding without advice on versions that the evidence speaks against.
 
     No release of transformers changes the user's own code, and none gives back the weights that a baseline was recorded of.
-
-    Args:
-        finding: with remedies that were not tried yet.
-        context: the cell, or the caught step.
     """
     out = {NEWER, PIN} if is_users_code(context) else set()
     baseline, digest = context.request.baseline, context.subject.digest
@@ -67,11 +63,7 @@ def borne_out(finding: Finding, context: CellContext) -> Finding:
 
 
 def without_newer(finding: Finding) -> Finding:
-    """The finding without `newer-version` where the newest release is installed, as far as is known without asking an index.
-
-    Args:
-        finding: of any check.
-    """
+    """The finding without `newer-version` where the newest release is installed, as far as is known without asking an index."""
     return _without(finding, {NEWER} if Version(compat.version()) >= NEWEST_READ else set())
 
 
@@ -83,12 +75,7 @@ def _without(finding: Finding, names: set[str]) -> Finding:
 def clean_on_a_fixture(check: str, context: CellContext, ask: Ask) -> bool:
     """Whether the installed release passes the check on a shipped checkpoint of the same shape: then the release is not at fault.
 
-    The shape is what config.json says beside sizes and names: architecture, rotary section, biases, tied embeddings.
-
-    Args:
-        check: id of the check that failed.
-        context: the cell.
-        ask: runs a check.
+    The shape is what config.json says apart from sizes and names: architecture, rotary section, biases, tied embeddings.
     """
     subject = context.subject
     if subject.kind not in {"directory", "hub"} or subject.adapter_base or subject.quantized:
@@ -116,30 +103,17 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_pin(finding: Finding) -> Finding:
-    """The finding without `pin-version`.
-
-    Args:
-        finding: with remedies that were not tried yet.
-    """
+    """The finding without `pin-version`."""
     return _without(finding, {PIN})
 
 
 def borne_out_of(finding: Finding, model: nn.Module) -> Finding:
-    """The same for a model that was watched, of which there is neither a folder nor a baseline.
-
-    Args:
-        finding: with remedies that were not tried yet.
-        model: the plain one.
-    """
+    """The same for a model that was watched, of which there is neither a folder nor a baseline."""
     return without_newer(_without(finding, {NEWER, PIN} if _is_users_class(model) else set()))
 
 
 def is_users_code(context: CellContext) -> bool:
-    """Whether the model's class is the user's: of a factory's module, or of the code in a checkpoint's folder.
-
-    Args:
-        context: the cell, or the caught step.
-    """
+    """Whether the model's class is the user's: of a factory's module, or of the code in a checkpoint's folder."""
     if context.subject.kind == "fixture":
         return False  # its code ships with this tool
     try:

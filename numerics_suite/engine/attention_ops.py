@@ -299,7 +299,7 @@ def efficient_forward(given: Given) -> tuple[Any, ...]:
 
 
 def efficient_backward(given: Given) -> tuple[Any, ...]:
-    """Return dQ, dK, dV and dbias, None where it is not asked for."""
+    """Return dQ, dK, dV and dbias, which is None if not requested."""
     sequences = _Packed.of(given, (given["cu_seqlens_q"], given["cu_seqlens_k"]), _efficient_attention)
     lse = widen(given["logsumexp"])
     packed = given["cu_seqlens_q"] is not None

@@ -85,7 +85,7 @@ def planned(context: CellContext) -> tuple[Batch, ...]:
     plan = context.batch_plan
     if plan.planned is None or not context.takes_ids:
         return ()
-    # Some laws add columns, and every law is asked of the same batches: they leave room for these.
+    # Some laws add columns, and all laws share batches, so the batches leave room for these.
     space, room, seed = context.space, context.longest - MOST_ADDED, context.request.seed
     rows, length = min(plan.planned[0], space.max_rows), max(1, min(plan.planned[1], room))
     batches = planned_batches(space, rows=rows, length=length, seed=seed)

@@ -7,7 +7,6 @@ records the gradients it receives.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from numerics_suite.core.garbage import living_set_aside
 from numerics_suite.devices import random_state
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.dropout import WithoutDropout
@@ -254,13 +254,12 @@ def _process_kept() -> Iterator[None]:
         stack.enter_context(random_state.seeded(0))
         try:
             for name in [name for name in environment if name.startswith("ACCELERATE_")]:
-                del os.environ[name]  # how a launcher was asked to train is no question about the packages
+                del os.environ[name]  # a launcher's settings are no property of the packages
             for state in shared:
                 state.clear()
-            gc.freeze()  # the Trainer collects garbage of the whole process as it begins, at most of its cost here
-            yield
+            with living_set_aside():
+                yield
         finally:
-            gc.unfreeze()
             os.environ.clear()
             os.environ.update(environment)
             for state, before in zip(shared, held, strict=True):

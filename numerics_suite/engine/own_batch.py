@@ -44,7 +44,7 @@ def usable(context: CellContext, batch: Batch | None) -> Batch | None:
     # Laws rebuild a batch from ids and mask: positions or segments of the user's own would be lost on the way.
     plain = tensors.keys() <= {"input_ids", "attention_mask", "labels"}
     pad_inside = bool(((ids == context.space.pad_id) & (tensors["attention_mask"] != 0)).any())
-    # Dynamic RoPE turns every token by the longest row of the batch, and remembers it: no row is by itself there.
+    # Dynamic RoPE depends on the longest row of the batch, and remembers it: rows are not independent.
     one_table = int(ids.shape[-1]) <= context.longest
     return replace(batch, tensors=tensors, laws_apply=plain and one_table and not pad_inside)
 

@@ -62,7 +62,7 @@ class PassStore:
         if lasting:
             self._lasting.add(key)
         while len(self._held) > 1 and self.nbytes > self.most_bytes:
-            # The new one goes itself where all others are asked for more often.
+            # The new one is itself evicted if all others are read more often.
             oldest = next(each for each in self._held if each not in self._lasting or self._lasting >= set(self._held))
             del self._held[oldest]
         return answer.double()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
 
@@ -139,7 +140,7 @@ def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
     packet = schema.name.split("::")[1]
     name = packet.removesuffix("_") if schema.is_mutable else packet
     if schema.name == "prim::device" or torch.Tag.inplace_view in func.tags:
-        # A tensor subclass is asked for its device by an op that has no registered kernel; no number is in it.
+        # A tensor subclass's device is read by an op without a registered kernel; it computes nothing.
         return OpPlan(kind=Kind.VIEW)
     # Attention carries the tag for its dropout; without dropout it draws nothing, and it must be computed.
     seeded = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name
@@ -316,15 +317,5 @@ def plain_kernels(model: nn.Module) -> Iterator[None]:
         }.values():
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 # Grouped products of experts (`_grouped_mm`) have no float64 kernel; the eager loop computes the same sums.
-                stack.enter_context(_attribute(config, "_experts_implementation_internal", "eager"))
+                stack.enter_context(with_attribute(config, "_experts_implementation_internal", "eager"))
         yield
-
-
-@contextmanager
-def _attribute(owner: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name, None)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -236,7 +236,7 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
-    except Exception as error:  # noqa: BLE001 - Python would end with 1, which stands for the finding
+    except Exception as error:  # noqa: BLE001 - Python would exit with 1, which means that the finding is reproduced
         traceback.print_exception(error)
         status = 3
     sys.exit(status)

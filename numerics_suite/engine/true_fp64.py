@@ -109,7 +109,7 @@ class LiftToFp64(reference_ops.LeanMode):
         if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
-        # `half_to_float=True` asks for a float32 result of a float16 input; with a float64 input PyTorch refuses it.
+        # `half_to_float=True` requests a float32 result of a float16 input; with a float64 input PyTorch refuses it.
         if 0 <= plan.narrow_flag < len(wide):
             wide[plan.narrow_flag] = False
         try:

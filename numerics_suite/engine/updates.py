@@ -45,6 +45,9 @@ DEVIATIONS = 3.0
 """Standard errors that are added to the share: a share that is small only by chance stays within the limit."""
 
 
+NO_GRADIENT = "parameters without any gradient"
+"""What the watch counts where `train.updates` measures `untrained`."""
+
 SHARE = "share of the steps that is held"
 """Name of the fact."""
 

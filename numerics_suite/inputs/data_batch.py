@@ -108,7 +108,7 @@ def _conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[boo
 def _templated(example: Example, tokenizer: Any, messages: list[dict[str, str]], *, heading: bool) -> list[int]:
     apply: Callable[..., Any] | None = getattr(tokenizer, "apply_chat_template", None)
     if apply is None or getattr(tokenizer, "chat_template", None) is None:
-        message = f"{example.where}: 'messages' needs a chat template, and the tokenizer has none"
+        message = f"{example.where}: 'messages' needs a chat template, which the tokenizer lacks; use 'text' or 'prompt' with 'completion'"
         raise BadInputError(message)
     try:
         # Releases differ in whether they give a list or a dict of lists unless told.

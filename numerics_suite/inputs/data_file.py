@@ -103,7 +103,7 @@ def read_sample(path: Path, *, size: int, seed: int, check: Callable[[Example], 
             held.append((rows, example))
         rows += 1
     if not rows:
-        message = f"--data {path}: holds no example"
+        message = f"--data {path}: holds no example; write one JSON object per line, such as {FORMS}"
         raise BadInputError(message)
     held.sort(key=lambda pair: pair[0])
     counted = tuple(example for _, example in held)
@@ -133,12 +133,12 @@ def check_label(example: Example, task: str, num_labels: int, targets: Targets) 
         _check_row(example, num_labels, targets)
         return
     if isinstance(label, tuple):
-        message = f"{example.where}: 'label' is a list of {len(label)} numbers, and this model learns one for each text"
+        message = f"{example.where}: 'label' is a list of {len(label)} numbers, but this model learns one number for each text"
         raise BadInputError(message)
     if sequence and targets == "numbers":
         return
     if label < 0 or not isinstance(label, int):
-        message = f"{example.where}: label {label} is no class; classes are whole numbers from 0"
+        message = f"{example.where}: label {label} is not a class; classes are whole numbers from 0"
         raise BadInputError(message)
     if label >= num_labels:
         message = f"{example.where}: label {label} needs --num-labels {label + 1} or more, not {num_labels}"
@@ -160,7 +160,7 @@ def _check_row(example: Example, num_labels: int, targets: Targets) -> None:
 
 def _examples(path: Path) -> Iterator[Example]:
     if path.exists() and not path.is_file():
-        message = f"--data {path}: is no regular file, and it is read more than once; write the rows to a file"
+        message = f"--data {path}: is not a regular file, and it is read more than once; write the rows to a file"
         raise BadInputError(message)
     try:
         with path.open("rb") as file:
@@ -169,7 +169,7 @@ def _examples(path: Path) -> Iterator[Example]:
                 number += 1
                 where = f"--data {path}, line {number}"
                 if len(line) > LONGEST_LINE:
-                    message = f"{where}: is longer than {LONGEST_LINE >> 20} MiB"
+                    message = f"{where}: is longer than {LONGEST_LINE >> 20} MiB; split or shorten it"
                     raise BadInputError(message)
                 if line.strip():
                     yield _example(line, where)
@@ -234,7 +234,7 @@ def _text(value: str, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        message = f"{where}: {key} holds half of a surrogate pair, which is no text"
+        message = f"{where}: {key} holds half of a surrogate pair, which is not valid text"
         raise BadInputError(message) from None
     return value
 

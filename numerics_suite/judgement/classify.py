@@ -77,11 +77,7 @@ class Comparison:
 
 
 def judge_difference(found: Difference) -> Judged:
-    """The kind of a difference, and where it starts.
-
-    Args:
-        found: of one cell.
-    """
+    """The kind of a difference, and where it starts."""
     breaches = _breaches(found)
     kinds = _kinds(found, breaches)
     module = _module(found, kinds[0], breaches)
@@ -258,12 +254,7 @@ def _judged(old: CellBaseline, new: CellBaseline) -> Judged:
 
 
 def only_in(kind: str, why: str) -> Judged:
-    """The judgement of a cell that only one side has.
-
-    Args:
-        kind: `missing` or `new`.
-        why: one line.
-    """
+    """The judgement of a cell that only one side has."""
     return Judged(
         kind=kind, module=None, error_ratio=math.nan, details={"all_kinds": [kind], "why": [why]}, all_kinds=(kind,)
     )

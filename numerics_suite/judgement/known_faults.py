@@ -1,7 +1,7 @@
 """Faults that releases of the training stack have, and that no checkpoint and no setting cures: such a finding is accepted.
 
 `train.trainer` judges the installed packages. What it finds here was measured (docs/training-stack.md has the table): it is shown with its
-reason and does not fail a gate that nobody could make pass. A fault that is not in the table, or not in that release, fails.
+reason and does not fail a gate that no change could make pass. A fault that is not in the table, or not in that release, fails.
 """
 
 from __future__ import annotations
@@ -93,13 +93,7 @@ KNOWN_FAULTS: Final = (
 
 
 def reason_to_accept(check: str, finding: Finding, transformers_version: str) -> str | None:
-    """Why the finding is accepted, None unless each of its faults is known in the installed release.
-
-    Args:
-        check: id of the check.
-        finding: of that check.
-        transformers_version: the installed release.
-    """
+    """Why the finding is accepted, None unless each of its faults is known in the installed release."""
     if check != "train.trainer":
         return None
     faults = [str(value) for name, value in finding.evidence.items() if name.startswith(FAULT_OF)]

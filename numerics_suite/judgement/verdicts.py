@@ -47,11 +47,6 @@ def is_cause(cause: str, check: str) -> bool:
 def judge(check: str, measurements: Iterable[Measurement], budgets: Mapping[str, Budget] | None = None) -> list[Breach]:
     """The breaches among the measurements, worst first.
 
-    Args:
-        check: id of the check.
-        measurements: what it measured.
-        budgets: by measurement name; the suite's own where None.
-
     Raises:
         CheckError: no measurement has a budget: nothing was judged, which is not passing. Or it gives a cause that nobody
             knows.
@@ -78,13 +73,7 @@ def judge(check: str, measurements: Iterable[Measurement], budgets: Mapping[str,
 
 
 def with_limits(check: str, series: Series, budgets: Mapping[str, Budget] | None = None) -> Series:
-    """The series with the limit of each point.
-
-    Args:
-        check: id of the check.
-        series: as the check yielded it.
-        budgets: by measurement name; the suite's own where None.
-    """
+    """The series with the limit of each point."""
     table = budgets_of(check) if budgets is None else budgets
     found = (table.get(name) for name in series.budgets)
     return replace(series, limits=tuple(None if budget is None else budget.limit for budget in found))

@@ -24,37 +24,19 @@ class AdoptionPrinter(Terminal):
         super().__init__(stream=stream, quiet=quiet)
 
     def files(self, pieces: Sequence[Piece], *, dry_run: bool) -> None:
-        """One line for each file.
-
-        Args:
-            pieces: in the order in which they were written.
-            dry_run: nothing was.
-        """
+        """One line for each file."""
         for piece in pieces:
             self._told(_state(piece.state, dry_run=dry_run), piece.path, piece.what, piece.state)
 
     def baseline(self, folder: Path, *, held: bool, wanted: bool, dry_run: bool) -> None:
-        """The folder of baselines.
-
-        Args:
-            folder: of them.
-            held: it has some already.
-            wanted: one will be recorded.
-            dry_run: nothing is written.
-        """
+        """The folder of baselines."""
         if held:
             self._told("kept", folder, "it holds baselines already", "kept")
         elif wanted:
             self._told("would write" if dry_run else "recording", folder, "the first baseline", "written")
 
     def next_steps(self, pieces: Sequence[Piece], folder: Path, *, dry_run: bool) -> None:
-        """What is left to the user.
-
-        Args:
-            pieces: as written.
-            folder: of the baselines.
-            dry_run: nothing was written.
-        """
+        """What is left to the user."""
         if self._quiet:
             return
         if dry_run:

@@ -1,6 +1,6 @@
 """What changed against earlier results: which findings are new, which are gone, and what is not asked any more.
 
-A run is held against the earlier run of the same versions; where there is none, against the earlier runs of `check`, else
+A run is compared with the earlier run of the same versions; where there is none, against the earlier runs of `check`, else
 against the newest version of the earlier matrix. A finding is gone only where its check was asked again and passed.
 """
 
@@ -65,11 +65,7 @@ class Against:
     packages: tuple[tuple[str, str, str], ...]
 
     def of(self, kind: Turned) -> tuple[Turn, ...]:
-        """The turns of one kind.
-
-        Args:
-            kind: which.
-        """
+        """The turns of one kind."""
         return tuple(turn for turn in self.turns if turn.kind == kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from numerics_suite.core.findings import finding_to_json
@@ -48,12 +49,7 @@ class BisectTerminal(Terminal):
             self._print(wrapped(note, width=self.width, first="note: "))
 
     def doing(self, label: str, what: str) -> None:
-        """A version has come to this.
-
-        Args:
-            label: of the version.
-            what: in a few words.
-        """
+        """A version has come to this."""
         if what not in {"environment", "running"}:
             self.notice(f"{label}: {what}")
 
@@ -64,12 +60,8 @@ class BisectTerminal(Terminal):
             self._print(wrapped(text, width=self.width, rest="  "))
 
     def step(self, step: BisectStep) -> None:
-        """One more version was tried.
-
-        Args:
-            step: what it said.
-        """
-        self._steps.append(_step_to_json(step))
+        """One more version was tried."""
+        self._steps.append(jsonable(asdict(step)))
         if self._on_steps is not None:
             self._on_steps(list(self._steps))
         if self._quiet:
@@ -80,23 +72,13 @@ class BisectTerminal(Terminal):
         self._print(wrapped(text, width=self.width, first=f"{step.verdict:<12}", style=STYLES[step.verdict]))
 
     def deciding(self, checks: Sequence[str], count: int) -> None:
-        """The ends hold.
-
-        Args:
-            checks: ids that decide.
-            count: candidates.
-        """
+        """The ends hold."""
         if not self._quiet:
             text = f"{listed(list(checks), 3)} decide{'s' if len(checks) == 1 else ''} between {count} candidates"
             self._print(wrapped(text, width=self.width, rest="  "))
 
     def story(self, result: BisectResult, *, diagnosed: bool = True) -> None:
-        """The end of the search.
-
-        Args:
-            result: of the search.
-            diagnosed: False where no cause was looked for.
-        """
+        """The end of the search."""
         self.stop()
         self._print(
             [*([] if self._quiet else [TerminalLine("")]), *story_lines(result, self.width, diagnosed=diagnosed)]
@@ -121,46 +103,16 @@ def story_lines(result: BisectResult, width: int, *, diagnosed: bool = True) -> 
 
 
 def kind_of(result: BisectResult) -> str:
-    """`changed`, `worse` or `contract` of a baseline's finding, `failed` of every other.
-
-    Args:
-        result: of the search.
-    """
+    """`changed`, `worse` or `contract` of a baseline's finding, `failed` of every other."""
     return KINDS.get(result.finding.cause, "failed") if result.finding is not None else "failed"
 
 
-def _step_to_json(step: BisectStep) -> dict[str, Any]:
-    return {
-        "version": step.version,
-        "verdict": step.verdict,
-        "duration_s": jsonable(step.duration_s),
-        "reason": step.reason,
-        "reused": step.reused,
-    }
-
-
 def bisect_to_json(result: BisectResult) -> dict[str, Any]:
-    """The file of `bisect`.
-
-    Args:
-        result: of the search.
-    """
+    """The file of `bisect`."""
     return {
         "schema_version": 1,
         "command": "bisect",
-        "what": result.what,
-        "subject": result.subject,
-        "last_good": result.last_good,
-        "first_bad": result.first_bad,
-        "between": list(result.between),
-        "tested": [_step_to_json(step) for step in result.tested],
-        "check": result.check,
-        "deciding": list(result.deciding),
+        **jsonable(asdict(result)),
         "kind": kind_of(result),
         "finding": None if result.finding is None else finding_to_json(result.finding),
-        "results": None if result.results is None else str(result.results),
-        "show": result.show,
-        "candidates": result.candidates,
-        "duration_s": jsonable(result.duration_s),
-        "notes": list(result.notes),
     }

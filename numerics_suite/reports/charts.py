@@ -90,12 +90,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def side_by_side(old: Sequence[float], new: Sequence[float]) -> tuple[str, str]:
-    """Two curves on one scale, a column for each step or for several.
-
-    Args:
-        old: from the first step on.
-        new: likewise.
-    """
+    """Two curves on one scale, a column for each step or for several."""
     per = max(1, math.ceil(max(len(old), len(new)) / STEPS))
     before, now = (
         [max(values[begin : begin + per], key=nan_last) for begin in range(0, len(values), per)]

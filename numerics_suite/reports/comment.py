@@ -43,7 +43,7 @@ def comment_markdown(documents: Documents, earlier: Documents | None = None, mos
     """The comment.
 
     Args:
-        documents: what it tells of.
+        documents: everything that it covers.
         earlier: what they are held against; without it everything is new.
         most: letters at most.
     """

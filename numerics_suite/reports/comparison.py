@@ -70,13 +70,7 @@ SIGNS = {"-": "red", "+": "green", " ": ""}
 
 
 def comparison_to_json(found: Sequence[Comparison], *, old: str, new: str) -> dict[str, Any]:
-    """The answer of `compare` as CONTRACT.md has it.
-
-    Args:
-        found: every cell.
-        old: the folder.
-        new: the folder.
-    """
+    """The answer of `compare` as CONTRACT.md has it."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": "compare",
@@ -91,11 +85,7 @@ def _to_json(item: Comparison) -> dict[str, Any]:
     ratio = item.judged.error_ratio
     measured = "error_before" in item.judged.details
     return {
-        "subject": item.cell.subject,
-        "task": item.cell.task,
-        "precision": item.cell.precision,
-        "attn": item.cell.attn,
-        "device": item.cell.device,
+        **item.cell.named,
         "kind": item.kind,
         "module": item.judged.module,
         "error_ratio": jsonable(ratio) if measured else None,

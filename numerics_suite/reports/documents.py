@@ -10,8 +10,8 @@ from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
-from numerics_suite.core.typed_records import refuse_other_shape, refuse_wrong_types
-from numerics_suite.core.versions import Change, Failure, MatrixCell, MatrixResult, Ran, Versions
+from numerics_suite.core.typed_records import record_of, refuse_other_shape
+from numerics_suite.core.versions import MatrixCell, MatrixResult
 from numerics_suite.judgement.classify import KINDS
 from numerics_suite.reports.results import from_json
 
@@ -108,7 +108,7 @@ class BisectFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documents:
-    """Everything that one report tells of.
+    """Everything that one report covers.
 
     Attributes:
         notes: lines that a person should see, such as a cell whose results file is gone.
@@ -136,9 +136,6 @@ class Documents:
 def read_documents(paths: Sequence[Path]) -> Documents:
     """Read result files of any command.
 
-    Args:
-        paths: of the files, in the order in which the report tells of them.
-
     Raises:
         BadInputError: one cannot be read, or is no results file; the message names it.
     """
@@ -158,9 +155,7 @@ def read_documents(paths: Sequence[Path]) -> Documents:
             elif command == "bisect":
                 refuse_other_shape(revived(content), BISECTION, "bisect")
                 finding = content["finding"]
-                found = None if finding is None else finding_from_json(finding)
-                if found is not None:
-                    refuse_wrong_types(found, "finding.")
+                found = None if finding is None else finding_from_json(finding, "finding.")
                 bisections.append(BisectFile(content=revived(content), finding=found, path=path))
             else:
                 runs.append(CheckRun(label=path.stem, result=from_json(content), path=path))
@@ -182,9 +177,6 @@ def read_documents(paths: Sequence[Path]) -> Documents:
 def read_document(path: Path) -> dict[str, Any]:
     """The content of a file that `--json` wrote, as it stands there.
 
-    Args:
-        path: of the file.
-
     Raises:
         BadInputError: it cannot be read, or holds no JSON object; the message names it.
     """
@@ -204,10 +196,6 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def read_check(path: Path, option: str) -> tuple[dict[str, Any], RunResult]:
     """A results file of `check`, as it stands there and as a record.
-
-    Args:
-        path: of the file.
-        option: that named it, for the message.
 
     Raises:
         BadInputError: it cannot be read, or is no such file; the message names it.
@@ -234,15 +222,9 @@ def _comparison(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _matrix(content: Mapping[str, Any], path: Path, notes: list[str]) -> Matrix:
-    cells = tuple(_cell(cell) for cell in content["cells"])
-    result = MatrixResult(
-        cells=cells,
-        folder=path.parent,
-        duration_s=revived(content.get("duration_s", 0.0)),
-        notes=tuple(content.get("notes", ())),
-    )
-    refuse_wrong_types(result)
-    runs = tuple(_run_of(cell, path, notes) for cell in cells)
+    cells = [{**cell, **_versions(cell)} for cell in content["cells"]]
+    result = record_of(MatrixResult, {**content, "cells": cells, "folder": str(path.parent)})
+    runs = tuple(_run_of(cell, path, notes) for cell in result.cells)
     return Matrix(result=result, runs=runs, path=path)
 
 
@@ -258,30 +240,7 @@ def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> CheckRun | None:
     return CheckRun(label=cell.held.text, result=from_json(read_document(found)), path=found)
 
 
-def _cell(content: Mapping[str, Any]) -> MatrixCell:
-    versions = Versions(
-        transformers=content["transformers"],
-        torch=content.get("torch"),
-        python=content.get("python"),
-        others=tuple(sorted(content.get("with", {}).items())),
-    )
-    results, baseline = content.get("results"), content.get("baseline")
-    failures = tuple(Failure(**failure) for failure in content.get("failures", ()))
-    changes = tuple(
-        Change(**{**change, "details": tuple(change.get("details", ()))}) for change in content.get("changes", ())
-    )
-    return MatrixCell(
-        wanted=versions,
-        held=versions,
-        status=content["status"],
-        verdict=content.get("verdict"),
-        reason=content.get("reason"),
-        results=None if results is None else Path(results),
-        baseline=None if baseline is None else Path(baseline),
-        duration_s=revived(content.get("duration_s", 0.0)),
-        reused=content.get("reused", False),
-        rows=tuple(Ran(**row) for row in content.get("rows", ())),
-        failures=failures,
-        unsupported=content.get("unsupported", {}),
-        changes=changes,
-    )
+def _versions(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says of the environment beside the other fields of a cell."""
+    versions = {**cell, "others": sorted(cell.get("with", {}).items())}
+    return {"wanted": versions, "held": versions}

@@ -23,13 +23,7 @@ CHARTED = {"loss": "losses", "gradient-norm": "gradient norms"}
 
 
 def block(card: Card, *, width: int = WIDTH, verbose: bool = False) -> list[TerminalLine]:
-    """What failed on what, what happens and why, where, what shows it, what to do and how to see it again.
-
-    Args:
-        card: of the finding.
-        width: in columns.
-        verbose: with the evidence, the batch and the charts.
-    """
+    """What failed on what, what happens and why, where, what shows it, what to do and how to see it again."""
     lines = wrapped(card.scope, width=width, first=f"FAIL  {card.check}   ", rest=" " * 6, style="bold red")
     lines += wrapped(card.sentence, width=width, first=INDENT, style="bold")
     lines += _labelled(card.lines, width)
@@ -56,7 +50,7 @@ def _labelled(parts: Iterable[tuple[str, str]], width: int) -> list[TerminalLine
 
 
 def _cure(cure: Advised, label: str, number: str, width: int) -> list[TerminalLine]:
-    """What to do, and what is known of it: beside it where there is room, below it elsewhere."""
+    """What to do, and what came of trying it: on the same line where there is room, else below."""
     first = f"{INDENT}{label:<{LABEL}}{number}"
     if len(first) + len(cure.text) <= width:
         return wrapped(cure.text, width=width, first=first, style="cyan")

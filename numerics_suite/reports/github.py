@@ -78,12 +78,7 @@ def tell_github(documents: Documents, stream: IO[str] | None) -> None:
 
 
 def append_summary(path: Path, documents: Documents) -> None:
-    """Add the summary to what the step has written already; a file that cannot be written is told of and ends nothing.
-
-    Args:
-        path: of the file that the runner reads.
-        documents: to report.
-    """
+    """Add the summary to what the step has written already; a file that cannot be written is reported and ends nothing."""
     try:
         room = LARGEST_SUMMARY - (path.stat().st_size if path.exists() else 0) - 2
         if room < LEFT:
@@ -170,7 +165,7 @@ def _of_runs(documents: Documents) -> Iterator[Annotation]:
 
 
 def _made(title: str, lines: list[str], place: SourceLine | None = None) -> Annotation:
-    """A title that is too long is said whole in the text."""
+    """A title that is too long stands whole in the text."""
     lines = [title, *lines] if len(title) > LONGEST_TITLE else lines
     text = "\n".join(printable(line) for line in lines if line)
     return Annotation(title=cut(printable(title), LONGEST_TITLE), text=text[:LONGEST], place=place)

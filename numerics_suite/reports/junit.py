@@ -44,11 +44,7 @@ _LONGEST = 1e9
 
 
 def junit_xml(documents: Documents) -> bytes:
-    """The file, in UTF-8; the same bytes for the same documents.
-
-    Args:
-        documents: what it tells of.
-    """
+    """The file, in UTF-8; the same bytes for the same documents."""
     suites = [
         *(suite for source in places_of(documents).sources for suite in _of_source(source)),
         *(suite for comparison in documents.comparisons for suite in _of_comparison(comparison)),
@@ -228,9 +224,5 @@ def _line(value: object) -> str:
 
 
 def fit(value: object) -> str:
-    """The text without what XML 1.0 forbids.
-
-    Args:
-        value: a text, or what becomes one.
-    """
+    """The text without what XML 1.0 forbids."""
     return _FORBIDDEN.sub("", str(value))

@@ -59,12 +59,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """The text in so many letters, the last of them an ellipsis where there were more.
-
-    Args:
-        text: one line.
-        most: letters.
-    """
+    """The text in at most that many letters, the last of them an ellipsis where there were more."""
     return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
 
 

@@ -41,7 +41,7 @@ def summary_markdown(documents: Documents, most: int = MOST_BYTES) -> str:
     """The summary; the same text for the same documents.
 
     Args:
-        documents: what it tells of.
+        documents: everything that it covers.
         most: bytes at most, in UTF-8.
     """
     places = places_of(documents)
@@ -124,7 +124,7 @@ def versions_table(
         matrix: its cells.
         places: every result of the report.
         index: of the matrix in the report.
-        only: the versions that are told of; all without it.
+        only: the versions to include; all without it.
         clean: of every text.
     """
     tables = []
@@ -166,12 +166,7 @@ def _said(cell: MatrixCell, clean: Clean) -> tuple[str, str, str]:
 
 
 def bisect_blocks(bisection: BisectFile, clean: Clean = str) -> Iterator[str]:
-    """The boundary, and the command that shows it.
-
-    Args:
-        bisection: its file.
-        clean: of every text.
-    """
+    """The boundary, and the command that shows it."""
     found = boundary_of(bisection)
     yield f"### {text(clean(found.title))}"
     yield "\n".join(f"- **{label}** {text(clean(value))}" for label, value in found.facts)
@@ -179,12 +174,7 @@ def bisect_blocks(bisection: BisectFile, clean: Clean = str) -> Iterator[str]:
 
 
 def comparison_blocks(found: Differences, clean: Clean = str) -> Iterator[str]:
-    """What two baselines differ in, worst first.
-
-    Args:
-        found: the differences.
-        clean: of every text.
-    """
+    """What two baselines differ in, worst first."""
     counts = ", ".join(f"{number:,} {text(kind)}" for kind, number in found.counts) or "nothing to compare"
     yield f"### Baselines {code(clean(found.old))} and {code(clean(found.new))}\n\n{counts}"
     rows = [
@@ -225,11 +215,6 @@ def _skipped(places: Places) -> str:
 
 
 def notes_block(notes: Iterable[str], clean: Clean = str) -> str:
-    """What a person should see, as a list.
-
-    Args:
-        notes: a line each.
-        clean: of every text.
-    """
+    """What a person should see, as a list."""
     told = [f"- {text(clean(note))}" for note in notes]
     return "\n".join(["### Notes", "", *told[:MOST_ROWS]]) if told else ""

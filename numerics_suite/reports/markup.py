@@ -22,11 +22,7 @@ _FOLDERS = re.compile(r"(?<![\w/:.~…-])(?:file:/{2}|[A-Za-z]:)?[/\\](?:[^\s/\\
 
 
 def text(value: object) -> str:
-    """One line of running text, also within a table's cell.
-
-    Args:
-        value: a text, or what becomes one.
-    """
+    """One line of running text, also within a table's cell."""
     line = _ACTIVE.sub(_disarmed, printable(str(value)))
     return _LEAD.sub(lambda found: f"{found[1]}\\{found[2]}" if found[1] else f"\\{found[3]}", line)
 
@@ -39,11 +35,7 @@ def _disarmed(found: re.Match[str]) -> str:
 
 
 def code(value: object) -> str:
-    """A name or a short command as code, also within a table's cell; nothing for an empty text.
-
-    Args:
-        value: a text, or what becomes one.
-    """
+    """A name or a short command as code, also within a table's cell; nothing for an empty text."""
     line = printable(str(value))
     if not line:
         return ""
@@ -71,21 +63,12 @@ def fenced(value: str, language: str = "") -> str:
 
 
 def printable_line(line: str) -> str:
-    """A line with its blanks, and control characters shown as `?`.
-
-    Args:
-        line: without a line end.
-    """
+    """A line with its blanks, and control characters shown as `?`."""
     return "".join(letter if letter.isprintable() else "?" for letter in line.expandtabs(4))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; nothing where there is no row.
-
-    Args:
-        heads: of the columns, as Markdown.
-        rows: as Markdown, each as long as the heads.
-    """
+    """A table; nothing where there is no row."""
     told = [list(row) for row in rows]
     if not told:
         return ""
@@ -94,31 +77,22 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def folded(title: str, body: str) -> str:
-    """Something that opens at a click; nothing where there is no body.
-
-    Args:
-        title: as Markdown without a line end.
-        body: as Markdown.
-    """
+    """Something that opens at a click; nothing where there is no body."""
     return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>" if body else ""
 
 
 def without_folders(value: object) -> str:
-    """The text with the last part alone of every path from a root: nobody's machine is told of, and two machines say the same.
-
-    Args:
-        value: a text, or what becomes one.
-    """
+    """The text with the last part alone of every path from a root: so a report names no user's folders, and is the same on two machines."""
     return _FOLDERS.sub("…/", str(value))
 
 
 def joined(blocks: Iterable[str], most: int, rest: Callable[[int], str], size: Callable[[str], int] = len) -> str:
-    """As many whole blocks as there is room for, with an empty line between, and what is said of those left out.
+    """As many whole blocks as there is room for, with an empty line between, and a note on those left out.
 
     Args:
         blocks: as Markdown, what matters most first; empty ones are passed over.
         most: size at most.
-        rest: from how many blocks are left out to what is said of it.
+        rest: from the number of blocks left out to the note.
         size: of a text.
     """
     told = [block for block in blocks if block]

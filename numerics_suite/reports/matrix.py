@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.text import listed
 from numerics_suite.reports.lines import TerminalLine, cut, printable, wrapped
 from numerics_suite.reports.terminal import Terminal
@@ -37,23 +38,12 @@ class MatrixTerminal(Terminal):
         self._noun = "environments"
 
     def doing(self, versions: Versions, what: str) -> None:
-        """Say what takes long: an environment that is made.
-
-        Args:
-            versions: of the cell.
-            what: in a few words.
-        """
+        """Say what takes long: an environment that is made."""
         if what not in {"environment", "running"}:
             self.notice(f"{versions.text}: {what}")
 
     def done(self, cell: MatrixCell, done: int, total: int) -> None:
-        """One more cell has ended.
-
-        Args:
-            cell: without its changes.
-            done: cells so far.
-            total: of the matrix.
-        """
+        """One more cell has ended."""
         self._cells.append(cell_to_json(cell))
         if self._on_cells is not None:
             self._on_cells(list(self._cells))
@@ -71,11 +61,7 @@ class MatrixTerminal(Terminal):
         self._print(wrapped(text, width=self.width, first=first, style=STYLES[cell.status]))
 
     def table(self, result: MatrixResult) -> None:
-        """The end of the run.
-
-        Args:
-            result: of the whole matrix.
-        """
+        """The end of the run."""
         self.stop()
         if not self._quiet:
             self._print([TerminalLine(""), *table_lines(result, self.width), TerminalLine("")])
@@ -111,12 +97,7 @@ class _Group:
 
 
 def table_lines(result: MatrixResult, width: int) -> list[TerminalLine]:
-    """The table: version × subject × precision, runs of identical versions in one line.
-
-    Args:
-        result: of the whole matrix.
-        width: in columns.
-    """
+    """The table: version × subject × precision, runs of identical versions in one line."""
     parts: dict[str, list[MatrixCell]] = {}
     for cell in result.cells:
         held = cell.held
@@ -232,12 +213,7 @@ def _detail(change: Change) -> str | None:
 
 
 def verdict_lines(result: MatrixResult, width: int) -> list[TerminalLine]:
-    """How many of each status in what time, the notes, and the verdict last.
-
-    Args:
-        result: of the whole matrix.
-        width: in columns.
-    """
+    """How many of each status in what time, the notes, and the verdict last."""
     counted = {status: sum(cell.status == status for cell in result.cells) for status in MARKS}
     told = ", ".join(f"{number} {status}" for status, number in counted.items() if number)
     reused = sum(cell.reused for cell in result.cells)
@@ -266,11 +242,7 @@ def _about(result: MatrixResult) -> str:
 
 
 def matrix_to_json(result: MatrixResult) -> dict[str, Any]:
-    """The file of `matrix`.
-
-    Args:
-        result: of the whole matrix.
-    """
+    """The file of `matrix`."""
     return {
         "schema_version": 1,
         "command": "matrix",
@@ -286,11 +258,7 @@ KEPT = "matrix.json"
 
 
 def kept_json(result: MatrixResult) -> dict[str, Any]:
-    """The file of `matrix` with paths from its own folder, so that the folder may be moved.
-
-    Args:
-        result: of the whole matrix.
-    """
+    """The file of `matrix` with paths from its own folder, so that the folder may be moved."""
     cells = tuple(
         replace(cell, results=_within(cell.results, result.folder), baseline=_within(cell.baseline, result.folder))
         for cell in result.cells
@@ -303,47 +271,22 @@ def _within(path: Path | None, folder: Path) -> Path | None:
 
 
 def cell_to_json(cell: MatrixCell) -> dict[str, Any]:
-    """One entry of `cells`.
+    """One entry of `cells`."""
+    content: dict[str, Any] = jsonable(asdict(cell))
+    left_out = ("wanted", "held", "bad_input")
+    return _versions_json(cell.held) | {name: value for name, value in content.items() if name not in left_out}
 
-    Args:
-        cell: with its changes.
-    """
+
+def _versions_json(versions: Versions) -> dict[str, Any]:
     return {
-        "transformers": cell.held.transformers,
-        "torch": cell.held.torch,
-        "python": cell.held.python,
-        "with": dict(cell.held.others),
-        "status": cell.status,
-        "verdict": cell.verdict,
-        "reason": cell.reason,
-        "results": None if cell.results is None else str(cell.results),
-        "baseline": None if cell.baseline is None else str(cell.baseline),
-        "duration_s": cell.duration_s,
-        "reused": cell.reused,
-        "unsupported": dict(cell.unsupported),
-        "rows": [asdict(row) for row in cell.rows],
-        "failures": [asdict(failure) for failure in cell.failures],
-        "changes": [asdict(change) | {"details": list(change.details)} for change in cell.changes],
+        "transformers": versions.transformers,
+        "torch": versions.torch,
+        "python": versions.python,
+        "with": dict(versions.others),
     }
 
 
 def planned_to_json(rows: Sequence[tuple[Versions, bool]]) -> dict[str, Any]:
-    """The answer of `matrix --list --json`.
-
-    Args:
-        rows: versions, and whether their cell is done already.
-    """
-    return {
-        "schema_version": 1,
-        "command": "matrix",
-        "planned": [
-            {
-                "transformers": versions.transformers,
-                "torch": versions.torch,
-                "python": versions.python,
-                "with": dict(versions.others),
-                "done": done,
-            }
-            for versions, done in rows
-        ],
-    }
+    """The answer of `matrix --list --json`: each row's versions, and whether its cell is done already."""
+    planned = [{**_versions_json(versions), "done": done} for versions, done in rows]
+    return {"schema_version": 1, "command": "matrix", "planned": planned}

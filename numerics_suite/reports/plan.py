@@ -19,7 +19,7 @@ class PlanRow:
 
     Attributes:
         cell: which.
-        checks: how many checks will be asked of it.
+        checks: how many checks will run on it.
         bytes: memory that it may need at its largest, None where that is unknown.
         seconds: that its checks are expected to take, None where that is unknown.
         note: why nothing of it will run, or another word about it.
@@ -45,11 +45,7 @@ def readable_bytes(count: int | None) -> str:
 
 
 def readable_seconds(seconds: float | None) -> str:
-    """`40 s`, `6 min`, `2.5 h`, `?` for an unknown number; an estimate has no more digits than it is worth.
-
-    Args:
-        seconds: not negative.
-    """
+    """`40 s`, `6 min`, `2.5 h`, `?` for an unknown number; an estimate has no more digits than it is worth."""
     if seconds is None:
         return "?"
     if seconds < 1:
@@ -67,12 +63,7 @@ def about_seconds(seconds: float) -> str:
 
 
 def plan_lines(rows: Sequence[PlanRow], seconds: float | None = None) -> list[TerminalLine]:
-    """The table.
-
-    Args:
-        rows: in the order in which they would run.
-        seconds: that the whole run is expected to take.
-    """
+    """The table."""
     width = max([len("subject"), *(len(row.cell.subject) for row in rows)])
     lines = [
         TerminalLine(
@@ -99,21 +90,13 @@ def plan_lines(rows: Sequence[PlanRow], seconds: float | None = None) -> list[Te
 
 
 def plan_to_json(rows: Sequence[PlanRow]) -> dict[str, Any]:
-    """The answer of `check --list --json`.
-
-    Args:
-        rows: in the order in which they would run.
-    """
+    """The answer of `check --list --json`."""
     return {
         "schema_version": 1,
         "command": "check",
         "planned": [
             {
-                "subject": row.cell.subject,
-                "task": row.cell.task,
-                "precision": row.cell.precision,
-                "attn": row.cell.attn,
-                "device": row.cell.device,
+                **row.cell.named,
                 "checks": row.checks,
                 "bytes": row.bytes,
                 "seconds": None if row.seconds is None else round(row.seconds, 1),

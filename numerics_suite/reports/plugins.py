@@ -1,4 +1,4 @@
-"""Reporters that other packages add: functions of everything that a report tells of, and of the folder that it goes to."""
+"""Reporters that other packages add: functions of everything that a report covers, and of the folder that it goes to."""
 
 from __future__ import annotations
 
@@ -34,10 +34,6 @@ def _reporter(extension: Extension) -> Reporter:
 def write_added(documents: Documents, folder: Path) -> tuple[Path, ...]:
     """Let every added reporter write; the paths of what they wrote.
 
-    Args:
-        documents: to report.
-        folder: that is there.
-
     Raises:
         BadInputError: one fails; the message says whose it is.
     """
@@ -52,6 +48,6 @@ def _written(extension: Extension, documents: Documents, folder: Path) -> list[P
         with contextlib.redirect_stdout(sys.stderr):  # what it prints is no part of the answer
             return [Path(path) for path in reporter(documents, folder)]
     except BadInputError:
-        raise  # a file that cannot be written is told as such
+        raise  # a file that cannot be written is reported as such
     except Exception as error:  # noqa: BLE001 - whatever another's code does wrong
         extension.refuse(f"it failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")

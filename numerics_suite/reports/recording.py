@@ -20,22 +20,12 @@ class RecordTerminal(Terminal):
     """Prints the cells as they are saved."""
 
     def __init__(self, *, stream: IO[str], quiet: bool) -> None:
-        """As :class:`Terminal`.
-
-        Args:
-            stream: standard output, or standard error where the answer goes to standard output.
-            quiet: errors only.
-        """
+        """As :class:`Terminal`."""
         super().__init__(stream=stream, quiet=quiet)
         self._noun = "cells"
 
     def cell(self, recorded: Recorded, file: Path | None) -> None:
-        """One more cell is done.
-
-        Args:
-            recorded: how it went.
-            file: where it was saved.
-        """
+        """One more cell is done."""
         cell = recorded.cell
         where = f"{cell.subject} {cell.task} {cell.precision} {cell.attn} {cell.device}"
         if recorded.bad_input and not self._quiet:
@@ -62,11 +52,7 @@ class RecordTerminal(Terminal):
 
 
 def measured(baseline: CellBaseline) -> str:
-    """The figures of a cell that a person wants to see: its error in roundoffs and its headroom.
-
-    Args:
-        baseline: of the cell.
-    """
+    """The figures of a cell that a person wants to see: its error in roundoffs and its headroom."""
     roundoffs = baseline.error / ROUNDOFF[baseline.cell.precision]
     module = f" ({baseline.headroom_module})" if baseline.headroom_module else ""
     return f"error {roundoffs:.3g} roundoffs, headroom {baseline.headroom_bits:.1f} bits{module}"

@@ -12,12 +12,7 @@ SHOWN = 6
 
 
 def rehearsal_lines(rehearsals: Sequence[Rehearsal], *, width: int = WIDTH) -> list[TerminalLine]:
-    """The section of the terminal.
-
-    Args:
-        rehearsals: one for each subject.
-        width: in columns.
-    """
+    """The section of the terminal."""
     lines: list[TerminalLine] = []
     for rehearsal in rehearsals:
         head = (

@@ -23,10 +23,6 @@ FILES = (HTML, JUNIT, SARIF, SUMMARY, COMMENT)
 def ensure_report(folder: Path, option: str) -> None:
     """See that a report can be written here, and write nothing.
 
-    Args:
-        folder: that need not be there.
-        option: the option that named it, for the message.
-
     Raises:
         BadInputError: it cannot be written, or a reporter of another package cannot be used.
     """
@@ -52,7 +48,7 @@ def write_report(
 
     Args:
         folder: made where it is missing.
-        documents: what the report tells of.
+        documents: everything that the report covers.
         earlier: what the comment holds them against.
         option: the option that named the folder, for messages.
 
@@ -96,12 +92,6 @@ def ensure_wanted(report: Path | None, junitxml: Path | None, prefix: str = "--"
 
 def write_wanted(documents: Documents, report: Path | None, junitxml: Path | None, prefix: str = "--") -> None:
     """Write what was asked for.
-
-    Args:
-        documents: to report.
-        report: folder of a report, None for none.
-        junitxml: a JUnit file, None for none.
-        prefix: of the options' names, for messages.
 
     Raises:
         BadInputError: one cannot be written.

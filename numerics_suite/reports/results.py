@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite import __version__
 from numerics_suite.core.atomic import write_atomic
 from numerics_suite.core.errors import BadInputError
-from numerics_suite.core.findings import finding_from_json, finding_to_json
-from numerics_suite.core.numbers import jsonable, revived
-from numerics_suite.core.records import Cell, CheckResult, RunResult, Series, SubjectFacts
-from numerics_suite.core.rehearsal import Advice, Rehearsal, RehearsedRun
+from numerics_suite.core.findings import finding_to_json
+from numerics_suite.core.numbers import jsonable
+from numerics_suite.core.records import CheckResult, RunResult, Series
 from numerics_suite.core.tree import is_root
-from numerics_suite.core.typed_records import refuse_wrong_types
+from numerics_suite.core.typed_records import record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -49,11 +48,7 @@ def _counts(checks: Sequence[CheckResult]) -> dict[str, int]:
 
 
 def to_json(result: RunResult) -> dict[str, Any]:
-    """The results file as a dict of JSON's own types; checks stay in the order that they came in.
-
-    Args:
-        result: the whole run.
-    """
+    """The results file as a dict of JSON's own types; checks stay in the order that they came in."""
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "numerics-suite", "version": __version__},
@@ -67,7 +62,7 @@ def to_json(result: RunResult) -> dict[str, Any]:
         "notes": list(result.notes),
         "environment": jsonable(result.environment),
         "settings": jsonable(result.settings),
-        "subjects": [{**asdict(subject), "notes": list(subject.notes)} for subject in result.subjects],
+        "subjects": [jsonable(asdict(subject)) for subject in result.subjects],
         "checks": [check_to_json(check) for check in result.checks],
         **({"rehearsal": jsonable([asdict(item) for item in result.rehearsals])} if result.rehearsals else {}),
     }
@@ -111,19 +106,11 @@ def unfinished(command: str, **content: Any) -> dict[str, Any]:
 
 
 def check_to_json(result: CheckResult) -> dict[str, Any]:
-    """One entry of `checks`.
-
-    Args:
-        result: what a check said of a cell.
-    """
+    """One entry of `checks`."""
     return {
         "id": result.id,
         "check": result.check,
-        "subject": result.cell.subject,
-        "task": result.cell.task,
-        "precision": result.cell.precision,
-        "attn": result.cell.attn,
-        "device": result.cell.device,
+        **result.cell.named,
         "status": result.status,
         "duration_s": jsonable(result.duration_s),
         "reason": result.reason,
@@ -136,32 +123,11 @@ def check_to_json(result: CheckResult) -> dict[str, Any]:
 
 def _series_to_json(series: Series) -> dict[str, Any]:
     """The names of its budgets stay behind: once judged, their limits are what is left to say."""
-    return {
-        "name": series.name,
-        "unit": series.unit,
-        "along": series.along,
-        "at": list(series.at),
-        "values": jsonable(series.values),
-        "groups": list(series.groups),
-        "limits": jsonable(series.limits),
-    }
-
-
-def _series_from_json(content: Mapping[str, Any]) -> Series:
-    return Series(
-        **{name: content[name] for name in ("name", "unit", "along")},
-        at=tuple(content["at"]),
-        values=tuple(revived(content["values"])),
-        groups=tuple(content.get("groups", ())),
-        limits=tuple(revived(content.get("limits", []))),
-    )
+    return {key: value for key, value in jsonable(asdict(series)).items() if key != "budgets"}
 
 
 def from_json(content: Mapping[str, Any]) -> RunResult:
     """The inverse of :func:`to_json`.
-
-    Args:
-        content: a results file, read.
 
     Raises:
         BadInputError: it is none, or of another version of the schema.
@@ -174,56 +140,15 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
         message = f"a results file of schema_version {version!r}; this release reads {SCHEMA_VERSION}"
         raise BadInputError(message)
     try:
-        result = RunResult(
-            command=content["command"],
-            started_at=content["started_at"],
-            duration_s=revived(content["duration_s"]),
-            verdict=content["verdict"],
-            environment=content["environment"],
-            settings=content["settings"],
-            subjects=tuple(
-                SubjectFacts(**{**subject, "notes": tuple(subject.get("notes", ()))}) for subject in content["subjects"]
-            ),
-            checks=tuple(check_from_json(check) for check in content["checks"]),
-            notes=tuple(content.get("notes", ())),
-            exit_status=content.get("exit_status", 0),
-            complete=content.get("complete", True),
-            rehearsals=tuple(_rehearsal(item) for item in revived(content.get("rehearsal", []))),
-        )
-        refuse_wrong_types(result)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        message = f"not a results file of this tool: {type(error).__name__}: {error}"
+        return record_of(RunResult, content)
+    except (TypeError, ValueError) as error:
+        message = f"not a results file of this tool: {error}"
         raise BadInputError(message) from None
-    return result
-
-
-def _rehearsal(content: Mapping[str, Any]) -> Rehearsal:
-    runs = []
-    for run in content["runs"]:
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in run.items()}
-        runs.append(RehearsedRun(**fields))
-    recipe = tuple(Advice(**advice) for advice in content["recipe"])
-    return Rehearsal(**{**content, "runs": tuple(runs), "recipe": recipe})
 
 
 def check_from_json(content: Mapping[str, Any]) -> CheckResult:
-    """The inverse of :func:`check_to_json`.
-
-    Args:
-        content: one entry of `checks`.
-    """
-    finding = content["finding"]
-    return CheckResult(
-        check=content["check"],
-        cell=Cell(**{name: content[name] for name in ("subject", "precision", "attn", "device", "task")}),
-        status=content["status"],
-        duration_s=revived(content["duration_s"]),
-        reason=content["reason"],
-        measurements=revived(content["measurements"]),
-        finding=None if finding is None else finding_from_json(finding),
-        series=tuple(_series_from_json(series) for series in content.get("series", ())),
-        bad_input=bool(content.get("bad_input", False)),
-    )
+    """The inverse of :func:`check_to_json`."""
+    return record_of(CheckResult, content)
 
 
 def dump(content: Mapping[str, Any]) -> str:
@@ -239,21 +164,12 @@ _NO_CHECKS = '"checks": []'
 
 
 def indented(entry: Mapping[str, Any]) -> str:
-    """One entry of `checks` as the text that :func:`dump` gives it.
-
-    Args:
-        entry: of :func:`check_to_json`.
-    """
+    """One entry of `checks` as the text that :func:`dump` gives it."""
     return dump(entry).rstrip("\n").replace("\n", "\n  ")
 
 
 def with_checks(head: Mapping[str, Any], entries: Iterable[str]) -> str:
-    """The text of a results file, from that of its checks.
-
-    Args:
-        head: of :func:`to_json`, of a run without checks.
-        entries: of :func:`indented`.
-    """
+    """The text of a results file, from that of its checks."""
     listed = ",\n  ".join(entries)
     text = dump(head)
     if not listed:
@@ -264,10 +180,6 @@ def with_checks(head: Mapping[str, Any], entries: Iterable[str]) -> str:
 
 def write_results(path: Path, result: RunResult) -> None:
     """Write the results file, whole or not at all.
-
-    Args:
-        path: of the file.
-        result: the whole run.
 
     Raises:
         BadInputError: it cannot be written.

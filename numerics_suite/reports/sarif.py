@@ -41,7 +41,7 @@ LONGEST_MESSAGE, LONGEST_RULE = 1_000, 1_024
 """Characters that code scanning shows of a result's message, and of a rule's descriptions."""
 
 ROOTS = {"repository": "%SRCROOT%", "site-packages": "SITE_PACKAGES"}
-"""Names of the two roots of paths; where they lie on this machine is nobody's business."""
+"""Names of the two roots of paths; their paths on this machine are private."""
 
 NOWHERE = SourceLine(path="pyproject.toml", line=1, root="repository")
 """Code scanning shows no result without a file: where nothing better is known, the file with the settings of the gate."""
@@ -51,7 +51,7 @@ def sarif_text(documents: Documents, root: Path | None = None) -> str:
     """The file; the same text for the same documents.
 
     Args:
-        documents: what it tells of.
+        documents: everything that it covers.
         root: of the repository, None to look for it.
     """
     return json.dumps(sarif_log(documents, root), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
@@ -61,7 +61,7 @@ def sarif_log(documents: Documents, root: Path | None = None, most: int = MOST_R
     """The file as JSON's own types.
 
     Args:
-        documents: what it tells of.
+        documents: everything that it covers.
         root: of the repository, None to look for it.
         most: results at most.
     """
@@ -231,11 +231,7 @@ def _budgets(check: str) -> dict[str, Any]:
 
 
 def question_of(check: str) -> str:
-    """The question that a check asks; the id of a check that is not known here.
-
-    Args:
-        check: its id.
-    """
+    """The question that a check asks; the id of a check that is not known here."""
     if check in own_check_ids():
         return question(check) or check
     try:
@@ -282,7 +278,7 @@ def _ended(text: str) -> str:
 
 
 def _shortened(text: str, most: int) -> str:
-    """One line of so many characters; what would be a link of SARIF's is told apart from one."""
+    """One line of so many characters; what SARIF would read as a link is written so that it is none."""
     return cut(printable(text).replace("](", "] ("), most)
 
 

@@ -101,11 +101,7 @@ def _subject_folders(documents: Documents, root: Path) -> Iterator[Path]:
 
 @cache
 def in_packages(name: str) -> tuple[str, ...]:
-    """Paths of the installed files of that name, from site-packages.
-
-    Args:
-        name: of a file.
-    """
+    """Paths of the installed files of that name, from site-packages."""
     return tuple(path for package in (*PACKAGES, "torch") for path in _files_of(package).get(name, ()))
 
 

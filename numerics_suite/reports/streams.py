@@ -12,11 +12,7 @@ from numerics_suite.core.text import harmless
 
 
 def notice(text: str) -> None:
-    """One line on how far long work is, on standard error: it depends on the machine's speed, and is no part of any answer.
-
-    Args:
-        text: of any length.
-    """
+    """One line on how far long work is, on standard error: it depends on the machine's speed, and is no part of any answer."""
     stream = _uncaptured[-1] if _uncaptured else sys.stderr
     try:
         stream.write(f"numerics-suite: {harmless(text)}\n")
@@ -33,7 +29,7 @@ def notices_past_capture() -> Iterator[None]:
     """While this lasts, notices reach today's standard error, though pytest puts a file in its place for each test."""
     try:
         stream = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="backslashreplace")
-    except (OSError, ValueError):  # a stream without a descriptor: nobody captures it by one
+    except (OSError, ValueError):  # a stream without a descriptor cannot be captured by one
         yield
         return
     _uncaptured.append(stream)

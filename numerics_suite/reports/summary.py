@@ -26,14 +26,7 @@ STYLES = {"failed": "bold red", "error": "bold magenta", "accepted": "yellow", "
 
 
 def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False, verbose: bool = False) -> list[TerminalLine]:
-    """All lines of the end of a run.
-
-    Args:
-        run: the whole run.
-        width: in columns.
-        quiet: the sentences of the findings and the verdict alone.
-        verbose: with everything that was measured of each finding.
-    """
+    """All lines of the end of a run."""
     places = places_of(Documents(runs=(CheckRun(label="", result=run),)))
     cards = cards_of(problems_of(places))
     failed = [card for card in cards if card.status == "failed"]
@@ -58,12 +51,7 @@ def summary(run: RunResult, *, width: int = WIDTH, quiet: bool = False, verbose:
 
 
 def verdict_lines(run: RunResult, failed: Sequence[Card]) -> list[TerminalLine]:
-    """How many of each status in what time, and last of all the verdict: `FAIL: 2 findings in glm4-tiny (exit 1)`.
-
-    Args:
-        run: the whole run.
-        failed: its findings.
-    """
+    """How many of each status in what time, and last of all the verdict: `FAIL: 2 findings in glm4-tiny (exit 1)`."""
     counted = counts(run.checks)
     parts = [
         many(number, status) if status == "error" else f"{number:,} {status}"
@@ -109,7 +97,7 @@ def _row(check: str, members: Sequence[CheckCell], column: int, width: int) -> T
 
 
 def _cell(place: CheckCell | None, room: int) -> str:
-    """The cell in so many columns: its subject is cut, for precision and attention tell more; the device is in the header."""
+    """The cell in that many columns: its subject is cut first, since precision and attention matter more; the device is in the header."""
     if place is None:
         return ""
     cell = place.result.cell

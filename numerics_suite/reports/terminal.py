@@ -149,13 +149,7 @@ class Terminal:
             self._advance(0, total)
 
     def progress(self, done: int, total: int, result: CheckResult) -> None:
-        """One more result is there.
-
-        Args:
-            done: results so far.
-            total: results expected.
-            result: the newest.
-        """
+        """One more result is there."""
         if result.status in {"failed", "error"}:
             self._failed += 1
         if self._quiet or self._error is not None:
@@ -171,7 +165,7 @@ class Terminal:
         if result.status not in {"failed", "error"}:
             return
         finding = result.finding
-        # What it is and not yet why: the end of the run says that, beside everything that follows from it.
+        # What fails and not yet why: the end of the run gives the cause, with everything that follows from it.
         what = finding.title if finding is not None else result.reason or ""
         cause = finding.cause if finding is not None else what
         # Where no model can be loaded, every check says the same.
@@ -224,20 +218,12 @@ class Terminal:
         return "" if not now else sayable(now[0] if len(now) == 1 else f"{now[0]} (+{len(now) - 1})", self._stream)
 
     def say(self, text: str) -> None:
-        """One line of the run.
-
-        Args:
-            text: any length.
-        """
+        """One line of the run."""
         if not self._quiet:
             self._print([TerminalLine(text)])
 
     def notice(self, text: str) -> None:
-        """One line on how far long work is: above the progress bar, or on standard error.
-
-        Args:
-            text: any length.
-        """
+        """One line on how far long work is: above the progress bar, or on standard error."""
         if self._quiet:
             return
         if self._live:
@@ -246,11 +232,7 @@ class Terminal:
             notice(text)
 
     def rehearsals(self, rehearsals: Sequence[Rehearsal]) -> None:
-        """Training tried on the user's own texts, and what it recommends.
-
-        Args:
-            rehearsals: one for each subject.
-        """
+        """Training tried on the user's own texts, and what it recommends."""
         self._print(rehearsal_lines(rehearsals, width=self.width))
 
     def stop(self) -> None:
@@ -265,9 +247,6 @@ class Terminal:
     def summary(self, run: RunResult) -> None:
         """The end of the run.
 
-        Args:
-            run: the whole run.
-
         Raises:
             OSError: the disk under the stream is full.
         """
@@ -278,20 +257,11 @@ class Terminal:
             raise self._error
 
     def show(self, lines: Sequence[TerminalLine]) -> None:
-        """Any lines, in their styles.
-
-        Args:
-            lines: in order.
-        """
+        """Any lines, in their styles."""
         self._print(lines)
 
     def plan(self, rows: Sequence[PlanRow], seconds: float | None = None) -> None:
-        """What `--list` shows.
-
-        Args:
-            rows: in the order in which they would run.
-            seconds: that the whole run is expected to take.
-        """
+        """What `--list` shows."""
         self._print(plan_lines(rows, seconds))
 
     def _print(self, lines: Sequence[TerminalLine]) -> None:

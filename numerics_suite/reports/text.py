@@ -16,21 +16,11 @@ if TYPE_CHECKING:
 
 
 def finding_text(result: CheckResult, *, diagnosed: bool = True) -> str:
-    """The block of one result's finding.
-
-    Args:
-        result: one with a finding.
-        diagnosed: False where no cause was looked for.
-    """
+    """The block of one result's finding."""
     card = card_of(CheckCell(source=Source(label="", run=None), result=result), diagnosed=diagnosed)
     return "\n".join(sayable(line.text, sys.__stdout__) for line in block(card))
 
 
 def summary_lines(run: RunResult, *, verbose: bool = False) -> list[str]:
-    """Everything that the terminal shows at the end of a run.
-
-    Args:
-        run: the whole run.
-        verbose: with everything that was measured of each finding.
-    """
+    """Everything that the terminal shows at the end of a run."""
     return [sayable(line.text, sys.__stdout__) for line in summary(run, verbose=verbose)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError, nearest
 from numerics_suite.settings.accept import AcceptEntry, parse_accept
-from numerics_suite.settings.table import BY_KEY, BY_NAME, OPTIONS, Option
+from numerics_suite.settings.table import BY_KEY, Option
 from numerics_suite.settings.tree import PYPROJECT, Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def find_pyproject(start: Path) -> Path | None:
 
 def has_table(file: Path) -> bool:
     """Whether the file exists and has a `[tool.numerics-suite]`."""
-    return file.is_file() and TABLE in _read(file).get("tool", {})
+    return file.is_file() and TABLE in read_toml(file).get("tool", {})
 
 
 def read_pyproject(file: Path | None) -> tuple[dict[str, Any], tuple[AcceptEntry, ...]]:
@@ -87,7 +87,7 @@ def read_pyproject(file: Path | None) -> tuple[dict[str, Any], tuple[AcceptEntry
     """
     if file is None:
         return {}, ()
-    table = _read(file).get("tool", {}).get(TABLE, {})
+    table = read_toml(file).get("tool", {}).get(TABLE, {})
     if not isinstance(table, dict):
         message = f"{file}: tool.{TABLE} must be a table"
         raise BadInputError(message)
@@ -113,7 +113,12 @@ def option_of_key(key: str) -> Option | None:
     return BY_KEY.get(spelt) or twins.get(spelt)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        BadInputError: it cannot be read.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -162,12 +167,3 @@ def _relative(option: Option, value: Any, folder: Path) -> Any:
     if option.name == "subjects":
         return tuple(str(folder / item) if (folder / item).is_dir() else item for item in value)
     return value
-
-
-def check_names() -> None:
-    """Raise where the table of options and the record of settings do not name the same fields."""
-    named = {*BY_NAME, "accept", "origins"}
-    held = set(Settings.__dataclass_fields__)
-    if named != held or len(BY_NAME) != len(OPTIONS):
-        message = f"options and settings differ: {sorted(named ^ held)}"
-        raise AssertionError(message)

@@ -60,7 +60,7 @@ def _option(name: str, help: str, **changes: Any) -> Option:  # noqa: A002 - arg
     return Option(name=name, help=help, **{**named, **changes})
 
 
-RUN, TRAIN, INPUT, OUTPUT = "what is run", "training", "inputs", "output and limits"
+TRAIN, INPUT, OUTPUT = "training", "inputs", "output and limits"
 
 OPTIONS: tuple[Option, ...] = (
     _option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from numerics_suite.settings.accept import AcceptEntry, entry_to_json
@@ -91,6 +91,10 @@ class Settings:
     def explicit(self, name: str) -> bool:
         """Whether the value was set, wherever."""
         return self.origin(name) != DEFAULT
+
+    def stating(self, **values: Any) -> Settings:
+        """The same with these values, as if the command line gave them."""
+        return replace(self, **values, origins={**self.origins, **dict.fromkeys(values, COMMAND_LINE)})
 
 
 def to_json(settings: Settings) -> dict[str, Any]:

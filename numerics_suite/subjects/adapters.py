@@ -67,11 +67,11 @@ def refuse_unusable(folder: Path, base: Path, model_class: str, tensors: Mapping
             model: Any = peft.get_peft_model(built(transformers.AutoConfig.from_pretrained(base)), config)
             shapes = {name: tuple(value.shape) for name, value in peft.get_peft_model_state_dict(model).items()}
     except Exception as error:  # noqa: BLE001 - peft raises what it likes
-        message = f"{folder / 'adapter_config.json'}: peft {peft.__version__} refuses it: {compat.last_line(error)}"
+        message = f"{folder / 'adapter_config.json'}: peft {peft.__version__} refuses it: {compat.last_line(error)}; install the peft that wrote it"
         raise BadInputError(message) from None
     for name, tensor in tensors.items():
         if "lora_" in name and name in shapes and tuple(tensor.shape) != shapes[name]:
-            message = f"{folder}: {name} has shape {list(tensor.shape)}, and adapter_config.json makes it {list(shapes[name])}"
+            message = f"{folder}: {name} has shape {list(tensor.shape)}, and adapter_config.json makes it {list(shapes[name])}; save both again together"
             raise BadInputError(message)
 
 
@@ -95,7 +95,7 @@ def base_folder(folder: Path, adapter: Mapping[str, Any], *, allow_pickle: bool)
     """
     where, base = folder / "adapter_config.json", adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        message = f"{where}: key base_model_name_or_path is missing, so the base is unknown"
+        message = f"{where}: key base_model_name_or_path is missing; set it to the base's folder or hub id"
         raise BadInputError(message)
     if base.startswith("fixture:"):
         return fixtures.fixture_path(base.removeprefix("fixture:"))
@@ -104,7 +104,7 @@ def base_folder(folder: Path, adapter: Mapping[str, Any], *, allow_pickle: bool)
             return path.resolve()
     hub_id = parse_hub_id(base)
     if hub_id is None:
-        message = f"{where}: base_model_name_or_path '{base}' is no directory"
+        message = f"{where}: base_model_name_or_path '{base}' is not a directory; set it to the base's folder or hub id"
         raise BadInputError(message)
     revision = adapter.get("revision")
     if isinstance(revision, str) and revision and hub_id.revision is None:

@@ -68,11 +68,11 @@ def refuse_impossible_sizes(folder: Path, config: Mapping[str, Any], stored: Map
         with quiet_transformers(), torch.device("meta"):
             model: nn.Module = built(_config_of(folder, config, trust_remote_code=False))
     except Exception as error:  # noqa: BLE001 - model classes raise what they like
-        message = f"{path}: {values}, and no model can be built of it: {compat.last_line(error)}"
+        message = f"{path}: {values}, and no model can be built from it: {compat.last_line(error)}"
         raise BadInputError(message) from None
     asked, held = sum(p.numel() for p in model.parameters()), sum(tensor.elements for tensor in stored.values())
     if asked > 2 * held and 4 * asked > free_bytes(CPU) + swap_bytes():
-        message = f"{path}: {values}, which makes a model of {asked:,} numbers that this memory cannot hold; the weights have {held:,}"
+        message = f"{path}: {values}, which makes a model of {asked:,} numbers, too many for this memory; the weights have {held:,}; correct it"
         raise BadInputError(message)
 
 
@@ -96,18 +96,14 @@ def why_not_loaded(
         return str(unread)
     fault = _fault(folder, text, task, trust_remote_code)
     if fault is None:
-        return f"{folder}: {release} can build a {what} of its config.json and cannot load this one: {said}; fetch or save it again"
+        return f"{folder}: {release} can build a {what} from its config.json but cannot load these weights: {said}; fetch or save them again"
     key, reason = fault
     path = folder / "config.json"
     if key:
         value = repr(json.loads(text)[key])
         shown = value if len(value) <= 60 else f"{value[:60]}…"
-        return (
-            f"{path}: {key} is {shown}, with which {release} can build no {what} ({reason}); correct it or leave it out"
-        )
-    return (
-        f"{path}: {release} can build no {what} of it ({reason}); compare it with one of the same model_type that loads"
-    )
+        return f"{path}: {key} is {shown}, with which {release} cannot build a {what} ({reason}); correct it or leave it out"
+    return f"{path}: {release} cannot build a {what} from it ({reason}); compare it with one of the same model_type that loads"
 
 
 @lru_cache(maxsize=32)

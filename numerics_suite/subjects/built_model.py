@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.arithmetic import torch_default_dtype
 from numerics_suite.devices.random_state import seeded
 from numerics_suite.subjects import compat
@@ -128,8 +129,5 @@ def _parameters_on_meta() -> Iterator[None]:
         moved = None if param is None else nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
         own(self, name, moved)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
+    with with_attribute(nn.Module, "register_parameter", register):
         yield
-    finally:
-        nn.Module.register_parameter = own  # type: ignore[method-assign]

@@ -50,7 +50,7 @@ def release() -> Release:
 
 
 def packs_by_positions() -> bool:
-    """Whether this release builds the masks of packed rows from `position_ids` that start again: from 4.53.1 on."""
+    """Whether this release builds the masks of packed rows from `position_ids` that restart: from 4.53.1 on."""
     try:
         from transformers import masking_utils  # heavy
     except ImportError:

@@ -28,7 +28,7 @@ def find_factory(source: str) -> Callable[[], Any]:
     """
     module_name, _, name = source.removeprefix(PREFIX).partition(":")
     if not module_name or not name:
-        message = f"'{source}' must read factory:module:function"
+        message = f"'{source}' must have the form factory:module:function"
         raise BadInputError(message)
     # The path stays: the user's module may import its neighbours later.
     if os.getcwd() not in sys.path and "" not in sys.path:  # noqa: PTH109  # sys.path holds text
@@ -76,12 +76,12 @@ def call_factory(source: str) -> tuple[nn.Module, dict[str, Any] | None]:
         raise _ended(source, error) from None
     module, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
-        message = f"{source} returned {_kind(made)}; an nn.Module or a pair (module, batch) is wanted"
+        message = f"{source} returned {_kind(made)}; return an nn.Module or a pair (module, batch)"
         raise BadInputError(message)
     if batch is None:
         return module, None
     if not isinstance(batch, Mapping) or not all(isinstance(name, str) for name in batch):
-        message = f"{source}: the batch is {_kind(batch)}; a dict of tensors by name is wanted"
+        message = f"{source}: the batch is {_kind(batch)}; return a dict of tensors by name"
         raise BadInputError(message)
     return module, dict(batch)
 
@@ -90,7 +90,7 @@ def _ended(source: str, error: BaseException) -> CheckError:
     """The error for a factory that ends the process instead of returning; a user's interrupt stays an interrupt."""
     stop_if_requested()
     what = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else type(error).__name__
-    return CheckError(f"{source} made no module: its code ended with {what}")
+    return CheckError(f"{source} returned no module: its code ended the process with {what}")
 
 
 def _text(error: BaseException) -> str:

@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
         message = f"{path} cannot be read: {error}"
         raise BadInputError(message) from None
     if not isinstance(content, dict):
-        message = f"{path} must hold a JSON object, and holds a {type(content).__name__}"
+        message = f"{path} must hold a JSON object, but holds a {type(content).__name__}"
         raise BadInputError(message)
     return content
 

@@ -56,10 +56,10 @@ def snapshot(hub_id: HubId, *, allow_pickle: bool) -> Path:
         if kept is not None:
             return kept
         way = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        message = f"{_text(hub_id)} is no directory and is not in the hub's cache {constants.HF_HUB_CACHE} ({way})"
+        message = f"{_text(hub_id)} is not a directory and not in the hub's cache {constants.HF_HUB_CACHE} ({way})"
     except (HfHubHTTPError, ValueError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = f"{_text(hub_id)} cannot be had from the hub: {lines[0] if lines else type(error).__name__}"
+        message = f"{_text(hub_id)} cannot be downloaded from the hub: {lines[0] if lines else type(error).__name__}"
     raise BadInputError(message)
 
 

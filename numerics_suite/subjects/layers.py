@@ -40,7 +40,7 @@ def chosen(wanted: str, count: int) -> tuple[int, ...]:
     how, _, text = wanted.partition(":")
     number = int(text)
     if number > count:
-        message = f"--layers {wanted}: the model has {count} layers"
+        message = f"--layers {wanted}: the model has {count} layers; choose fewer"
         raise BadInputError(message)
     return tuple(range(number)) if how == "first" else tuple(range(0, count, number))
 

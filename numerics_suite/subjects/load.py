@@ -229,7 +229,7 @@ def _with_adapter(subject: Subject, base: nn.Module, info: LoadingInfo) -> tuple
         # peft looks for the head of a classifier's adapter, and for the methods of a language model in a classifier.
         config.task_type, kept = None, getattr(config, "modules_to_save", None)
         config.modules_to_save = [name for name in kept or () if any(name in each.split(".") for each in held)] or None
-    # Without this peft would hold the adapter in float32 whatever was asked for.
+    # Without this peft would keep the adapter in float32 whatever was requested.
     options: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False, "local_files_only": True}
     model = PeftModel.from_pretrained(base, subject.path, config=config, **options)
     wanted = set(get_peft_model_state_dict(model))

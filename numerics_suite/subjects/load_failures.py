@@ -53,7 +53,7 @@ def _of_load(error: Exception, subject: Subject, attn: str) -> NumericsSuiteErro
     if subject.quantized and isinstance(error, (ImportError, ValueError, RuntimeError)):
         return UnsupportedError(f"this quantised checkpoint cannot be loaded here: {line}")
     if any(said in text for said in NO_CUDA):
-        return UnsupportedError(f"the code of {subject.model_class} needs CUDA, which this machine has not: {line}")
+        return UnsupportedError(f"the code of {subject.model_class} needs CUDA, which this machine lacks: {line}")
     if subject.kind == "fixture":  # its files are right, so it is the release that cannot
         return CheckError(f"{subject.model_class} could not be loaded by transformers {compat.version()}: {text}")
     folder, trusted = Path(subject.adapter_base or str(subject.path)), subject.trust_remote_code

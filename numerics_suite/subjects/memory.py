@@ -266,7 +266,7 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
         device: of the cell.
 
     Raises:
-        CheckError: they do not, with the bytes requested and free.
+        CheckError: they do not, with the bytes asked and free.
     """
     parts = parts_of(device)
     if subject.parameters is None or subject.quantized:

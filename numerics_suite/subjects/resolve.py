@@ -81,7 +81,7 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         UnsupportedError: another release of transformers is needed, or this one has no class for the task.
     """
     if num_labels is not None and num_labels < 1:
-        message = f"--num-labels {num_labels}: a head has at least 1 label"
+        message = f"--num-labels {num_labels}: must be at least 1"
         raise BadInputError(message)
     wanted = _Wanted(
         task=task,
@@ -294,10 +294,10 @@ def _model_class(config: Mapping[str, Any], task: Task, folder: Path) -> str:
     if validate.needs_remote_code(config):
         target = config["auto_map"].get(auto)
         if not isinstance(target, str):
-            message = f"{folder / 'config.json'}: the checkpoint's code has no class for {task} (auto_map.{auto})"
+            message = f"{folder / 'config.json'}: the checkpoint's code has no class for {task}; add auto_map.{auto} or choose another --task"
             raise UnsupportedError(message)
         if not validate.is_defined(folder, target):
-            message = f"{folder / 'config.json'}: auto_map.{auto} names {target}, which that file does not define"
+            message = f"{folder / 'config.json'}: auto_map.{auto} names {target}, which that file does not define; correct the name"
             raise UnsupportedError(message)
         return target.rpartition(".")[2]
     found = compat.model_class_name(str(config["model_type"]), task)
@@ -328,7 +328,7 @@ def _digest(place: _Place, folder: Path) -> str:
 def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
     """Call the factory once to see what it makes; the module is dropped."""
     if (how := known().lost.get(source)) is not None:
-        message = f"{source} made no module: {how}"
+        message = f"{source} returned no module: {how}"
         raise CheckError(message)
     watched = lifeline()
     if watched is not None:
@@ -344,7 +344,7 @@ def _from_factory(source: str, name: str | None, wanted: _Wanted) -> Subject:
         config = json.loads(json.dumps(module.config.to_dict(), default=str, skipkeys=True))  # type: ignore[union-attr, operator]
         task = task_of_class(type(module).__name__) or "module"
     if wanted.task not in ("auto", task):
-        message = f"{source} makes a {type(module).__name__}, which is no model for --task {wanted.task}"
+        message = f"{source} makes a {type(module).__name__}, which is not a model for --task {wanted.task}; leave --task out or choose its own"
         raise BadInputError(message)
     elements = sum(parameter.numel() for parameter in module.parameters())
     return Subject(

@@ -13,7 +13,7 @@ from numerics_suite.subjects.files import StoredTensor
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal-lm"),
     ("LMHeadModel", "causal-lm"),
-    # ChatGLM's language model is called so; a real encoder-decoder is told apart by its config.
+    # ChatGLM's language model has such a name; a real encoder-decoder is recognised by its config.
     ("ForConditionalGeneration", "causal-lm"),
     ("ForSequenceClassification", "sequence-classification"),
     ("ForTokenClassification", "token-classification"),
@@ -58,7 +58,7 @@ def choose_task(asked: str, config: Mapping[str, Any], *, where: str) -> Task:
     # GLM-4-9B's own config names its body, and so do checkpoints without a head.
     if not names or (names[0].endswith("Model") and not config.get("is_encoder_decoder")):
         return "causal-lm"
-    message = f"{where}: no task follows from architectures {list(names)}; give --task causal-lm or another"
+    message = f"{where}: architectures {list(names)} does not imply a task; pass --task, such as --task causal-lm"
     raise BadInputError(message)
 
 

@@ -88,7 +88,7 @@ def load_tokenizer(subject: Subject) -> Any | None:
         except Exception as error:
             if subject.trust_remote_code or not _has_own_code(folder):
                 raise
-            reason = "the tokenizer is the checkpoint's own code, which runs with --trust-remote-code only"
+            reason = "the tokenizer is the checkpoint's own code, which needs --trust-remote-code"
             raise NotApplicableError(reason) from error
 
 

@@ -39,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        message = f"{folder} has no config.json, so it is no checkpoint"
+        message = f"{folder} has no config.json; name the folder that holds it"
         raise BadInputError(message)
     return read_json(path)
 
@@ -82,7 +82,7 @@ def check_model_type(folder: Path, config: Mapping[str, Any], *, trust_remote_co
             raise BadInputError(message)
         return
     if not isinstance(model_type, str) or not model_type:
-        message = f"{path}: key model_type is missing, so the architecture is unknown"
+        message = f"{path}: key model_type is missing; add the architecture's, such as glm4"
         raise BadInputError(message)
     if not compat.knows_model_type(model_type):
         _refuse_model_type(path, model_type)
@@ -107,7 +107,7 @@ def _check_code_is_there(folder: Path, config: Mapping[str, Any]) -> None:
             continue
         file = folder / f"{target.rpartition('.')[0]}.py"
         if not file.is_file():
-            message = f"{folder / 'config.json'}: auto_map.{name} names {target}, and {file.name} is not in the folder"
+            message = f"{folder / 'config.json'}: auto_map.{name} names {target}, and {file.name} is not in the folder; copy it there"
             raise BadInputError(message)
 
 
@@ -165,7 +165,7 @@ def _check_config_is_taken(folder: Path) -> None:
         with quiet_transformers():
             AutoConfig.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001  # config classes raise what they like
-        message = f"{folder / 'config.json'}: transformers {compat.version()} refuses it: {compat.last_line(error)}"
+        message = f"{folder / 'config.json'}: transformers {compat.version()} refuses it: {compat.last_line(error)}; correct that key"
         raise BadInputError(message) from None
 
 
@@ -179,7 +179,7 @@ def check_weights(folder: Path, *, allow_pickle: bool) -> None:
         return
     pickles = pickle_files(folder)
     if not pickles:
-        message = f"{folder} has no weights (model.safetensors or model.safetensors.index.json)"
+        message = f"{folder} has no weights; it needs model.safetensors or model.safetensors.index.json"
         raise BadInputError(message)
     if not allow_pickle:
         message = (

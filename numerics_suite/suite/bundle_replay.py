@@ -246,7 +246,9 @@ def _placed(found: Finding, origin: Origin | None) -> Finding:
 
 
 def _failed(cell: Cell, finding: Finding) -> CheckResult:
-    return CheckResult(check=CHECK, cell=cell, status="failed", measurements={"non-finite": 1.0}, finding=finding)
+    check = check_of(finding)
+    measurements = {"non-finite": 1.0} if check == CHECK else {}
+    return CheckResult(check=check, cell=cell, status="failed", measurements=measurements, finding=finding)
 
 
 def refuse_other_options(settings: Settings) -> None:

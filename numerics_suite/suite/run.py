@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from numerics_suite.checks._true_gradient import GRADIENT
 from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
+from numerics_suite.core.garbage import living_set_aside
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
@@ -130,7 +130,8 @@ def run_check(session: SuiteSession, terminal: Terminal, *, asks_index: bool = F
             session.board = Path(scratch, "at-work")
             session.board.mkdir()
             run = RunContext(session, terminal, asks_index=asks_index, workers=workers)
-            status = int(pytest.main(arguments, plugins=[run]))
+            with living_set_aside():
+                status = int(pytest.main(arguments, plugins=[run]))
     terminal.stop()
     if run.result is not None:
         return run.result
@@ -167,16 +168,10 @@ def _clean_pytest_environment(workers: int, scratch: str) -> Iterator[None]:
 @contextlib.contextmanager
 def variables(changed: Mapping[str, str]) -> Iterator[None]:
     """This process's variables, which its workers inherit, with these values while it lasts."""
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setenv(name, value)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def threads_of_each(workers: int) -> str:

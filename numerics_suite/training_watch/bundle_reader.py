@@ -19,7 +19,7 @@ from numerics_suite.core.findings import finding_from_json
 from numerics_suite.core.json_text import read_json_text
 from numerics_suite.core.numbers import revived
 from numerics_suite.core.records import Finding
-from numerics_suite.core.typed_records import refuse_other_shape, refuse_wrong_types
+from numerics_suite.core.typed_records import refuse_other_shape
 from numerics_suite.engine.kept_step import Kept, NoModelError, build
 from numerics_suite.subjects.files import sha256_of
 from numerics_suite.subjects.quiet import quiet_transformers
@@ -168,8 +168,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _finding(written: Mapping[str, Any], path: Path) -> Finding:
-    finding = finding_from_json(written)
-    refuse_wrong_types(finding, "finding.")
+    finding = finding_from_json(written, "finding.")
     return finding if finding.reproducer is None else replace(finding, reproducer=str(path / finding.reproducer))
 
 

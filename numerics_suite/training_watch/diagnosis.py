@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.records import Batch, Fact, Finding
 from numerics_suite.diagnosis.consequences import NO_RUN
@@ -111,9 +112,7 @@ def finding_of(alarm: Alarm, scene: CaughtContext) -> Finding:
     if name is not None and alarm.cause is None and not scene.initially_bad:
         alarm = replace(alarm, cause="out-of-range-input", text=f"{alarm.text}; the input {name} is not either")
     elif alarm.cause is None and not bad and _no_label_counts(alarm, scene, inputs):
-        alarm = replace(
-            alarm, cause="no-counted-labels", text=f"{alarm.text}; no label of the batch counts, all are -100"
-        )
+        alarm = replace(alarm, cause=NO_LABELS, text=f"{alarm.text}; no label of the batch counts, all are -100")
     trained = None if _is_known(alarm, scene) else trained_again(scene, alarm.step)
     if trained is not None:
         origin, how, cause = trained
@@ -184,6 +183,9 @@ def _silent(alarm: Alarm, scene: CaughtContext) -> Finding:
     )
 
 
+NO_LABELS = "no-counted-labels"
+"""The cause that lies in the batch, wherever its NaN shows first."""
+
 LABELLED = frozenset({"loss", "gradient"})
 """Alarms that a batch without labels raises: its logits are fine."""
 
@@ -200,10 +202,10 @@ def title(alarm: Alarm, cause: str, origin: Origin | None, parameters: Sequence[
     if parameters and (origin is None or origin.parameters):
         others = f", nor are {len(parameters) - 1} more" if parameters[1:] else ""
         where = f"; {parameters[0]} is not finite itself{others}"
-    elif origin is not None:
+    elif origin is not None and cause != NO_LABELS:
         place = ", ".join(part for part in (origin.op, origin.source) if part)
         side = " in the backward pass" if origin.backward else ""
-        where = f"; it began in {origin.module or 'the model'} ({place}){side}"
+        where = f"; it began in {origin.module} ({place}){side}" if origin.module else f"; it began at {place}{side}"
     else:
         where = ""
     return f"{alarm.text}{where}: {cause}"
@@ -280,7 +282,8 @@ def run_again(scene: CaughtContext, values: Mapping[str, Tensor], *, backward: b
     with contextlib.ExitStack() as stack:
         stack.enter_context(same_buffers(model.buffers))
         stack.enter_context(with_values(dict(model.named_parameters()), values))
-        stack.enter_context(uncompiled(model))
+        # A model that was compiled in place runs as it is written, op by op.
+        stack.enter_context(with_attribute(model, "_compiled_call_impl", None))
         for run in (_forward, *((_backward,) if backward else ())):
             for call in scene.calls:
                 with as_called(call, input_device(model)):
@@ -296,17 +299,6 @@ def _tolerant(
     """A replay that ends in an error has shown what it could."""
     with contextlib.suppress(*NO_RUN):
         run(model, call, scale)
-
-
-@contextlib.contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Within it a model that was compiled in place runs as it is written, op by op."""
-    compiled = getattr(model, "_compiled_call_impl", None)
-    model._compiled_call_impl = None  # noqa: SLF001 - what nn.Module.compile sets
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled  # noqa: SLF001 - as above
 
 
 def _forward(model: nn.Module, call: ForwardCall, _scale: float) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from numerics_suite.core.attributes import with_attribute
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[Any], None]
@@ -40,53 +43,40 @@ def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Calls a bound method for as long as its object is there."""
+    held = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        if (living := held()) is not None:
+            living(*arguments)
+
+    return call
+
+
 @contextmanager
 def around_forward(model: nn.Module, before: Before, after: After) -> Iterator[None]:
-    """Within it each call of the model is reported to both bound methods.
+    """Within it each call of the model is reported to both bound methods, which are held weakly.
 
     A model compiled in place is wrapped from outside: hooks would be traced into its graph.
     """
-    first, second = weakref.WeakMethod(before), weakref.WeakMethod(after)
+    begin, end = _weakly(before), _weakly(after)
     del before, after  # this frame lives as long as the hooks do, and would hold the watch
     compiled = getattr(model, "_compiled_call_impl", None)
-    if compiled is not None:
-        with _around_compiled(model, compiled, first, second):
+    if compiled is None:
+        first = model.register_forward_pre_hook(lambda _, args, kwargs: begin(args, kwargs), with_kwargs=True)
+        with _removed(first, model.register_forward_hook(lambda *called: end(called[2]))):
             yield
         return
 
-    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (method := first()) is not None:
-            method(args, kwargs)
-
-    def end(_module: nn.Module, _args: object, output: object) -> None:
-        if (method := second()) is not None:
-            method(output)
-
-    handles = [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _around_compiled(
-    model: nn.Module, compiled: Any, first: weakref.WeakMethod[Before], second: weakref.WeakMethod[After]
-) -> Iterator[None]:
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if (method := first()) is not None:
-            method(args, kwargs)
+        begin(args, kwargs)
         output = compiled(*args, **kwargs)
-        if (method_after := second()) is not None:
-            method_after(output)
+        end(output)
         return output
 
-    model._compiled_call_impl = watched  # noqa: SLF001 - what nn.Module.compile sets
-    try:
+    with with_attribute(model, "_compiled_call_impl", watched):
         yield
-    finally:
-        model._compiled_call_impl = compiled  # noqa: SLF001 - as above
 
 
 @contextmanager
@@ -96,18 +86,15 @@ def around_step(
     after: Callable[[torch.optim.Optimizer], None],
 ) -> Iterator[None]:
     """Within it each step of the optimizer is reported to both bound methods, which are held weakly."""
-    first, second = weakref.WeakMethod(before), weakref.WeakMethod(after)
-    del before, after  # this frame lives as long as the hooks do, and would hold the watch
+    begin, end = _weakly(before), _weakly(after)
+    del before, after  # as above
+    first = optimizer.register_step_pre_hook(lambda stepping, *_: begin(stepping))
+    with _removed(first, optimizer.register_step_post_hook(lambda stepping, *_: end(stepping))):
+        yield
 
-    def begin(stepping: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        if (method := first()) is not None:
-            method(stepping)
 
-    def end(stepping: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        if (method := second()) is not None:
-            method(stepping)
-
-    handles = [optimizer.register_step_pre_hook(begin), optimizer.register_step_post_hook(end)]
+@contextmanager
+def _removed(*handles: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.training_watch.hooks import plain_model
 from numerics_suite.training_watch.patches import is_unheard, listening
 from numerics_suite.training_watch.session import Watch
@@ -116,11 +117,8 @@ def _optimizers_made(made: list[weakref.ref[torch.optim.Optimizer]]) -> Iterator
         if not is_unheard():
             made.append(weakref.ref(self))
 
-    torch.optim.Optimizer.__init__ = patched  # type: ignore[method-assign]
-    try:
+    with with_attribute(torch.optim.Optimizer, "__init__", patched):
         yield
-    finally:
-        torch.optim.Optimizer.__init__ = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -136,7 +134,7 @@ def _outermost_calls(told: Any) -> Iterator[None]:
         try:
             told(module)
             return original(module, *args, **kwargs)
-        finally:
+        finally:  # whatever another thread has made of it meanwhile
             nn.Module.__call__ = patched  # type: ignore[method-assign]
 
     own_compile = torch.compile
@@ -144,20 +142,11 @@ def _outermost_calls(told: Any) -> Iterator[None]:
     @functools.wraps(own_compile)
     def compiled(*args: Any, **kwargs: Any) -> Any:
         # A compiled module keeps the method that it finds now, and traces it: it must be torch's own.
-        before = nn.Module.__call__
-        nn.Module.__call__ = original  # type: ignore[method-assign]
-        try:
+        with with_attribute(nn.Module, "__call__", original):
             return own_compile(*args, **kwargs)
-        finally:
-            nn.Module.__call__ = before  # type: ignore[method-assign]
 
-    nn.Module.__call__ = patched  # type: ignore[method-assign]
-    torch.compile = compiled
-    try:
+    with with_attribute(nn.Module, "__call__", patched), with_attribute(torch, "compile", compiled):
         yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
-        torch.compile = own_compile
 
 
 def run_script(script: Path, arguments: Sequence[str], finder: Finder) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.engine.updates import HeldShare, UpdateMeter, held_share
+from numerics_suite.engine.updates import NO_GRADIENT, HeldShare, UpdateMeter, held_share
 from numerics_suite.training_watch.alarms import Alarm, Reading
 from numerics_suite.training_watch.frozen_parameters import FROZEN, UNTIED, Frozen, untied
 from numerics_suite.training_watch.norms import each_norm, floating, is_shard
@@ -215,7 +215,7 @@ def unreached(step: int, names: Sequence[str], count: int) -> Alarm:
         bad=True,
         text=f"{len(names)} of {count} parameters of the optimizer got no gradient in {FIRST} steps",
         cause="untrained-parameters",
-        facts={"parameters without any gradient": len(names), "parameters of the optimizer": count},
+        facts={NO_GRADIENT: len(names), "parameters of the optimizer": count},
         parameters=tuple(names),
     )
 

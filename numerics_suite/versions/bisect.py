@@ -11,7 +11,7 @@ from typing import Protocol
 from numerics_suite.core.errors import BadInputError, NumericsSuiteError
 from numerics_suite.core.records import CheckResult
 from numerics_suite.core.versions import BisectResult, BisectStep, StepVerdict
-from numerics_suite.settings.tree import COMMAND_LINE, Settings
+from numerics_suite.settings.tree import Settings
 from numerics_suite.versions.candidates import Candidate
 from numerics_suite.versions.cell_results import read_run
 from numerics_suite.versions.fingerprints import know
@@ -123,7 +123,7 @@ class Bisection:
         settings, deciding = self._ends()
         self.audience.deciding(deciding, len(self.candidates))
         names = tuple(dict.fromkeys(key.partition("/")[0] for key in deciding))
-        settings = replace(settings, checks=names, skip=(), origins=_said(settings, "checks"))
+        settings = replace(settings.stating(checks=names), skip=())
         boundary = search(self.candidates, lambda candidate: self._judge(candidate, settings, deciding))
         first = self.heard[boundary.first_bad.label]
         result = first.results[next(key for key in deciding if first.results.get(key, _NONE).status == "failed")]
@@ -156,9 +156,7 @@ class Bisection:
         if not deciding and not self.named and settings.baseline is None:
             self.audience.undecided()
             self.heard.clear()
-            return self._against_the_good_end(
-                replace(settings, checks=(BASELINE_CHECKS,), origins=_said(settings, "checks"))
-            )
+            return self._against_the_good_end(settings.stating(checks=(BASELINE_CHECKS,)))
         if not deciding:
             raise BadInputError(self._why_not(good, bad))
         self._tell_ends(good, bad)
@@ -172,7 +170,7 @@ class Bisection:
             message = f"the good end {self.good.label} gives no baseline: {recorded.reason}"
             raise BadInputError(message)
         self.recorded = True
-        settings = replace(settings, baseline=folder, origins=_said(settings, "baseline"))
+        settings = settings.stating(baseline=folder)
         bad, good = self._both(settings)
         deciding = _deciding(good, bad)
         if not deciding:
@@ -242,7 +240,7 @@ class Bisection:
             if candidate.subject is not None:
                 settings = replace(settings, subjects=(candidate.subject,))
             names = (self.plan.known[0].name,)
-            settings = replace(settings, names=names, origins=_said(settings, "names"))
+            settings = settings.stating(names=names)
             if record:  # whichever check decides, the baseline is the same
                 origins = {name: origin for name, origin in settings.origins.items() if name not in {"checks", "skip"}}
                 settings = replace(settings, checks=(), skip=(), origins=origins)
@@ -266,10 +264,6 @@ class Bisection:
 
 
 _NONE = CheckResult(check="", cell=None, status="skipped")  # type: ignore[arg-type]
-
-
-def _said(settings: Settings, name: str) -> dict[str, str]:
-    return {**settings.origins, name: COMMAND_LINE}
 
 
 def _deciding(good: Heard, bad: Heard) -> list[str]:

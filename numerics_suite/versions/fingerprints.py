@@ -62,7 +62,7 @@ def _refuse(source: str, path: Path) -> None:
     if path.is_dir() and ((path / "config.json").is_file() or (path / ADAPTER).is_file()):
         return
     if path.is_dir():
-        message = f"{path} has no config.json, so it is no checkpoint"
+        message = f"{path} has no config.json; name the folder that holds it"
     else:
         what = "a file, not a directory" if path.exists() else "no such directory"
         message = (

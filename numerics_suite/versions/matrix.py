@@ -19,7 +19,7 @@ from numerics_suite.versions.changes import with_changes
 from numerics_suite.versions.environments import ensure
 from numerics_suite.versions.extensions import left_out_notes
 from numerics_suite.versions.fingerprints import KnownSubject, digests
-from numerics_suite.versions.job import LOG, Job, for_a_cell
+from numerics_suite.versions.job import LOG, Job
 from numerics_suite.versions.jobs import Jobs, RunningEnvironment, Stopped, failed, tail
 from numerics_suite.versions.recipes import Wanted, make_recipe
 from numerics_suite.versions.result_store import ResultStore
@@ -95,26 +95,6 @@ def wanted_of(versions: Versions) -> Wanted:
     """What the environments are asked for."""
     return Wanted(
         transformers=versions.transformers, torch=versions.torch, python=versions.python, others=versions.others
-    )
-
-
-def make_plan(  # noqa: PLR0913 - keywords
-    settings: Settings,
-    known: tuple[KnownSubject, ...],
-    cells: Sequence[Versions],
-    *,
-    cwd: Path,
-    threads: int,
-    baseline: Path | None,
-) -> MatrixPlan:
-    """The plan of a matrix."""
-    return MatrixPlan(
-        settings=for_a_cell(settings),
-        known=known,
-        cells=tuple(dict.fromkeys(cells)),
-        cwd=cwd,
-        threads=threads,
-        baseline=baseline,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.settings.sources import read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -232,21 +233,3 @@ def _uv_tables() -> Iterator[Mapping[str, Any]]:
             if table is not None:
                 yield table
                 return
-
-
-def read_toml(path: Path) -> Mapping[str, Any]:
-    """A TOML file of settings.
-
-    Raises:
-        BadInputError: it cannot be read.
-    """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"the settings file {path} cannot be read: {error}"
-        raise BadInputError(message) from None
-    return content

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from numerics_suite.core.errors import BadInputError, UnsupportedError
+from numerics_suite.settings.sources import read_toml
 from numerics_suite.versions.pip_settings import PackageSources, package_sources
 
 if TYPE_CHECKING:
@@ -219,8 +220,6 @@ def _own_lines() -> Iterator[str]:
 
 def _lines_of_checkout() -> list[str]:
     """A checkout on PYTHONPATH has no metadata."""
-    from numerics_suite.versions.pip_settings import read_toml
-
     path = Path(__file__).resolve().parents[2] / "pyproject.toml"
     project = read_toml(path).get("project", {}) if path.is_file() else {}
     if project.get("name") != DISTRIBUTION:

@@ -16,7 +16,7 @@ from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, Finding, Remedy, RunResult
 from numerics_suite.core.registry import own_check_ids
 from numerics_suite.diagnosis.remedy_register import useful_first
-from numerics_suite.settings.tree import COMMAND_LINE, Settings
+from numerics_suite.settings.tree import Settings
 from numerics_suite.versions.cell_results import read_run
 from numerics_suite.versions.extensions import WHY
 from numerics_suite.versions.fingerprints import know_all
@@ -78,21 +78,13 @@ class _ReleaseTrial:
         results = {item.id: item for item in self.result.checks}
         chosen = [results[key] for key in ids]
         # The very cells that failed, by names that `accept` entries and defaults cannot change.
-        settings = replace(
-            for_a_cell(self.settings),
+        stated = for_a_cell(self.settings).stating(
             checks=tuple(dict.fromkeys(item.check for item in chosen)),
-            skip=(),
             precision=tuple(dict.fromkeys(item.cell.precision for item in chosen)),
-            attn=tuple(dict.fromkeys(item.cell.attn for item in chosen)) if _named(chosen) else self.settings.attn,
             diagnose=False,
-            accept=(),
-            origins={
-                **self.settings.origins,
-                "checks": COMMAND_LINE,
-                "precision": COMMAND_LINE,
-                "diagnose": COMMAND_LINE,
-            },
         )
+        attn = tuple(dict.fromkeys(item.cell.attn for item in chosen)) if _named(chosen) else self.settings.attn
+        settings = replace(stated, skip=(), attn=attn, accept=())
         try:
             plan = MatrixPlan(
                 settings=settings, known=know_all(self.settings), cells=(), cwd=Path.cwd(), threads=1, record=False

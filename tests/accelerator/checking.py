@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from preloaded import python
 
 TESTS = Path(__file__).resolve().parents[1]
 STANDIN = TESTS / "standin"
@@ -70,7 +71,7 @@ def check(folder: Path, *arguments: str, **variables: str) -> Ended:
     """
     out = folder / "results.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "numerics_suite", "check", *arguments, "--json", str(out), "--quiet"]
+    command = [python(str(STANDIN)), "-m", "numerics_suite", "check", *arguments, "--json", str(out), "--quiet"]
     done = subprocess.run(
         command, cwd=folder, env=environment(**variables), capture_output=True, text=True, check=False
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from accelerator.checking import DEVICE, environment
+from accelerator.checking import DEVICE, STANDIN, environment
+from preloaded import python
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watched") / "bundle"
     script = Path(__file__).with_name("watched.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment(), capture_output=True, text=True, check=False
+        [python(str(STANDIN)), str(script), str(folder)], env=environment(), capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines()[-1:] == ["done"], done.stderr[-3000:]
     return folder
@@ -31,7 +31,7 @@ def test_figures_are_read_when_they_have_arrived_and_a_spread_model_is_watched(b
 def test_a_bundle_caught_on_one_device_replays_on_another(bundle: Path, tmp_path: Path, device: str) -> None:
     out = tmp_path / "out.json"
     command = [
-        sys.executable,
+        python(str(STANDIN)),
         "-m",
         "numerics_suite",
         "check",

@@ -8,7 +8,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-pytestmark = pytest.mark.xdist_group("browser")  # one Chromium, and each sample is written once
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]  # one Chromium, and each sample is written once
 
 SLOW = pytest.mark.slow(reason="a page of 5,000 cells is drawn from top to bottom")
 SAMPLES = ("regression", "all_green", "hostile", "everything", pytest.param("many_cells", marks=SLOW))
@@ -172,7 +172,7 @@ def test_rows_of_the_map_can_be_joined(opened: Any) -> None:
 
 
 def test_sections_of_a_large_page_are_where_links_lead(opened: Any) -> None:
-    with opened("many_cells") as page:
+    with opened("large") as page:
         for link, section in (
             ("Training", "training"),
             ("Checks", "map"),
@@ -197,7 +197,7 @@ def test_plots_wait_until_they_are_seen_and_say_what_their_tables_say(opened: An
 
 
 def test_a_table_that_was_left_as_text_becomes_one(opened: Any) -> None:
-    with opened("many_cells") as page:
+    with opened("large") as page:
         folded = page.locator("#precision .subject").last
         assert folded.locator(".tsv").count() == 1
         lines = folded.locator(".tsv").text_content().split("\n")

@@ -74,8 +74,8 @@ def copy_of(fixture: str, folder: Path) -> Path:
         ("glm-tiny", b'{"messages": [{"role": "user"}]}', ["line 1", "messages[0] needs 'role' and 'content'"]),
         ("glm-tiny-classifier", b'{"prompt": "a", "completion": "b"}', ["line 1", "needs a 'label' on every line"]),
         ("glm-tiny-classifier", b'{"text": "a", "label": 7}\n', ["label 7 needs --num-labels 8"]),
-        ("glm-tiny-classifier", b'{"text": "a", "label": 0.5}\n', ["label 0.5 is no class"]),
-        ("glm-tiny-classifier", b'{"text": "a", "label": -1}\n', ["label -1 is no class"]),
+        ("glm-tiny-classifier", b'{"text": "a", "label": 0.5}\n', ["label 0.5 is not a class"]),
+        ("glm-tiny-classifier", b'{"text": "a", "label": -1}\n', ["label -1 is not a class"]),
         ("glm-tiny-classifier", b'{"text": "a"}\n', ["needs a 'label' on every line"]),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from preloaded import python
 from unit.sample_documents import run_of, uninitialised
 from unit.sample_run import result
 
@@ -125,7 +126,7 @@ class Step:
             "GITHUB_STEP_SUMMARY": str(self.summary),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "PATH": os.pathsep.join([path, str(Path(sys.executable).parent), os.environ["PATH"]]).lstrip(os.pathsep),
+            "PATH": os.pathsep.join([path, str(Path(python()).parent), os.environ["PATH"]]).lstrip(os.pathsep),
         }
         (self.folder / "step.sh").write_text(step["run"], encoding="utf-8")
         command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "step.sh"]  # as the runner does

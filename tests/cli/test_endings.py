@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import python
 
 FACTORIES = """
 import ctypes, os, signal, sys, time
@@ -65,7 +65,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def command(*names: str, arguments: tuple[str, ...] = CHECKS) -> list[str]:
     subjects = [f"factory:made_here:{name}" for name in names]
-    return [sys.executable, "-m", "numerics_suite", "check", *subjects, *arguments, "--json", "out.json"]
+    return [python(), "-m", "numerics_suite", "check", *subjects, *arguments, "--json", "out.json"]
 
 
 def check(
@@ -259,7 +259,7 @@ def test_under_pytest_a_test_that_another_plugin_stops_is_an_error(folder: Path)
     (folder / "stopping.py").write_text(STOPPING, encoding="utf-8")
     options = [f"--numerics-{word.removeprefix('--')}" if word.startswith("--") else word for word in CHECKS]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "numerics_suite.suite", "-p", "stopping",
+        [python(), "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "numerics_suite.suite", "-p", "stopping",
          "--numerics-subject", "factory:made_here:sound", *options, "--numerics-json", "out.json"],
         cwd=folder, env=environment(folder), capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from preloaded import python
 from safetensors.torch import load_file, save_file
 from unit.extensions_on_path import install_example, write_extension
 
@@ -78,11 +79,13 @@ def path(tmp_path_factory):
     return install_example(tmp_path_factory.mktemp("site"))
 
 
-def run(folder: Path, path: list[str], *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, path: list[str], *command: str, program: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "NUMERICS_SUITE_EXTENSIONS"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(INSTALLED), *path, str(folder)]), "PYTEST_ADDOPTS": ""}
     return subprocess.run(
-        [sys.executable, "-m", *command],
+        [program or python(), "-m", *command],
         cwd=folder, env=environment | variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -246,5 +249,5 @@ def test_a_broken_extension_is_one_line_and_exit_4_before_anything_runs(tmp_path
 def test_nothing_is_looked_up_where_nothing_of_it_is_asked(folder, path, command):
     seen = "print('SEEN', *sorted({'importlib.metadata', 'acme_numerics'} & set(sys.modules)))"
     (folder / "start.py").write_text(f"import sys\n{command}\n{seen}\n", encoding="utf-8")
-    done = run(folder, path, "start")
+    done = run(folder, path, "start", program=sys.executable)  # in which nothing is imported yet
     assert done.stdout.splitlines()[-1] == "SEEN", done.stdout + done.stderr

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from preloaded import python
 
 from numerics_suite.cli.main import main
 from numerics_suite.settings.sources import read_pyproject
@@ -50,7 +50,7 @@ def test_an_empty_repository_gets_all_of_it_and_a_second_run_changes_nothing(
 def test_the_gate_that_was_written_passes(repository: Path) -> None:
     assert init(*FAST) == 0
     command = [
-        sys.executable,
+        python(),
         "-m",
         "numerics_suite",
         "check",

@@ -314,7 +314,7 @@ def test_a_version_named_twice_runs_once(world):
         (["--transformers", "5.0.0", "fixture:none"], "no fixture is named 'none'"),
         (["--transformers", "5.0.0", "fixture:glm4-tiny"], "'fixture:glm4-tiny' and 'fixture:glm4-tiny' are both named"),
         (["--transformers", "5.0.0", "--checks", "load.*", "--skip", "*"], "--checks and --skip leave no check to run"),
-        (["--transformers", "5.0.0", "."], "has no config.json, so it is no checkpoint"),
+        (["--transformers", "5.0.0", "."], "has no config.json; name the folder that holds it"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_4(world, arguments, line):

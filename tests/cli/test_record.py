@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from preloaded import python
 
 import numerics_suite
 from numerics_suite.baselines.store import load
@@ -281,12 +282,12 @@ def endless():
 """
 
 
-def recording_of(folder: Path, *factories: str) -> subprocess.Popen[str]:
+def recording_of(folder: Path, *factories: str, program: str = sys.executable) -> subprocess.Popen[str]:
     """`record` of made-up modules, in two workers."""
     (folder / "made_factory.py").write_text(FACTORIES)
     path = os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(folder)])
     subjects = [word for name in factories for word in (f"factory:made_factory:{name}", "--name", name)]
-    command = [sys.executable, "-m", "numerics_suite", "record", *subjects, "--precision", "fp32"]
+    command = [program, "-m", "numerics_suite", "record", *subjects, "--precision", "fp32"]
     return subprocess.Popen(
         [*command, "--baseline", str(folder / "kept"), "-n", "2"],
         env={**ENVIRONMENT, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -302,7 +303,7 @@ DEATHS = {
 
 @pytest.mark.parametrize("names", [["killed"], pytest.param(list(DEATHS), marks=pytest.mark.slow)], ids=len)
 def test_a_worker_that_dies_is_an_error_of_its_cell_alone(tmp_path, names):
-    process = recording_of(tmp_path, *names, "net")
+    process = recording_of(tmp_path, *names, "net", program=python())
     out, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     died = {line.split()[0]: line.partition("the worker process was ")[2] for line in err.splitlines()}

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from preloaded import python
 
 import numerics_suite
 from numerics_suite.cli import check
@@ -22,9 +23,11 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(numerics_suite.__file__).par
 HEAVY = ("torch", "transformers", "numpy", "hypothesis", "rich", "pytest", "safetensors")
 
 
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str, cwd: Path | None = None, program: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "numerics_suite", *arguments],
+        [program, "-m", "numerics_suite", *arguments],
         text=True, capture_output=True, check=False, cwd=cwd, timeout=120, env=ENVIRONMENT,
     )  # fmt: skip
 
@@ -215,13 +218,13 @@ def test_json_goes_to_its_file_and_the_answer_to_the_reader(tmp_path):
 
 def test_list_prints_the_plan_and_runs_nothing():
     arguments = ("check", "fixture:glm-tiny", "--precision", "fp32,fp16", "--attn", "eager", "--list")
-    done = command(*arguments)
+    done = command(*arguments, program=python())
     assert done.returncode == 0, done.stderr
     assert [line.split()[:3] for line in done.stdout.splitlines()[1:3]] == [
         ["glm-tiny", "fp32", "eager"],
         ["glm-tiny", "fp16", "eager"],
     ]
-    written = json.loads(command(*arguments, "--json", "-").stdout)
+    written = json.loads(command(*arguments, "--json", "-", program=python()).stdout)
     assert [row["precision"] for row in written["planned"]] == ["fp32", "fp16"]
     assert all(row["bytes"] > 0 and row["checks"] > 0 for row in written["planned"])
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import jsonschema
 import pytest
+from preloaded import python
 
 import numerics_suite
 from numerics_suite.reports.results import load_schema
@@ -66,14 +66,14 @@ def model():
 
 def command(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "numerics_suite", *map(str, arguments)],
+        [python(), "-m", "numerics_suite", *map(str, arguments)],
         text=True, capture_output=True, check=False, cwd=cwd, timeout=300, env=ENVIRONMENT,
     )  # fmt: skip
 
 
 def test_a_clean_script_is_as_without(tmp_path, script, model):
     bare = subprocess.run(
-        [sys.executable, str(script), "0", "7", model, "--own", "-x"],
+        [python(), str(script), "0", "7", model, "--own", "-x"],
         text=True, capture_output=True, check=False, timeout=300,
     )  # fmt: skip
     done = command("watch", script, "0", "7", model, "--own", "-x", cwd=tmp_path)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import python
 
 DYING = """
 import os, signal
@@ -34,7 +34,7 @@ CHECKS = ("--checks", "load.finite,load.dtype,forward.finite,forward.determinist
 
 
 def check(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    command = [sys.executable, "-m", "numerics_suite", "check", *arguments, *CHECKS, "--json", "out.json", "--quiet"]
+    command = [python(), "-m", "numerics_suite", "check", *arguments, *CHECKS, "--json", "out.json", "--quiet"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240)
     return done.returncode, json.loads((folder / "out.json").read_text(encoding="utf-8")), done.stderr

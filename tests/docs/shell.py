@@ -4,25 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-SERVER = Path(__file__).with_name("preloaded.py")
-PROGRAMS = ("numerics-suite", "python", "python3", "pytest")
-SHIM = """\
-#!{interpreter} -IS
-import json, os, socket, sys
-connection = socket.socket(socket.AF_UNIX)
-connection.connect({address!r})
-request = {{"program": {program!r}, "arguments": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}}
-socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
-status = connection.recv(16)
-sys.exit(int(status) if status else 139)
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +18,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shell:
-    """bash in one folder, with the shims first on its PATH."""
+    """bash in one folder, with the programs of :mod:`preloaded` first on its PATH."""
 
     folder: Path
     programs: Path
@@ -77,32 +60,3 @@ def environment(home: Path) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONHASHSEED": "0",
     }
-
-
-@contextmanager
-def preloaded(folder: Path) -> Iterator[Path]:
-    """The folder of shims, while the process behind them lives.
-
-    Args:
-        folder: for the shims.
-    """
-    # A socket's path may be 107 bytes long, which pytest's folders exceed on some machines.
-    with tempfile.TemporaryDirectory(prefix="docs-") as short:
-        address = str(Path(short) / "socket")
-        for program in PROGRAMS:
-            shim = folder / program
-            shim.write_text(SHIM.format(interpreter=sys.executable, address=address, program=program), encoding="utf-8")
-            shim.chmod(0o755)
-        with subprocess.Popen(
-            [sys.executable, SERVER, address],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**environment(folder), "PATH": os.environ["PATH"]},
-        ) as server:
-            assert server.stdout is not None
-            assert server.stdin is not None
-            assert server.stdout.read(5) == b"ready", "the process behind the shims did not start"
-            try:
-                yield folder
-            finally:
-                server.stdin.close()

@@ -14,12 +14,13 @@ from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 
+import preloaded
 import pytest
 import yaml
 from docs.outputs import difference
 from docs.pages import EXIT, LINES, NOT_RUN, ROOT, Block, blocks_of, commands, page_paths
 from docs.prepared import FROM_NOTHING, NAMES, plain_settings, prepare, shortened
-from docs.shell import Done, Shell, preloaded
+from docs.shell import Done, Shell
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.settings.sources import read_pyproject
@@ -35,17 +36,16 @@ PAGES = [page for page in page_paths() if not page.endswith(".zh.md")]
 RUN = frozenset({"bash", "python"})
 WRITTEN = frozenset({"toml", "yaml", "json", "jsonl", "ini"})
 
-pytestmark = pytest.mark.xdist_group("docs")
+pytestmark = [pytest.mark.docs, pytest.mark.xdist_group("docs")]
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
+def programs():
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("needs fork and pidfd_open")
     if int(version("transformers").partition(".")[0]) < 5:
         pytest.skip("the pages show what transformers 5 prints")
-    with preloaded(tmp_path_factory.mktemp("bin")) as folder:
-        yield folder
+    return preloaded.programs()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])

@@ -11,6 +11,7 @@ import sys
 import pytest
 from docs.pages import ROOT
 
+pytestmark = [pytest.mark.docs, pytest.mark.xdist_group("site")]
 NEEDED = ("mkdocs", "material", "mkdocs_static_i18n", "mkdocstrings_handlers.python")
 
 
@@ -35,13 +36,11 @@ def site(tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("site")
 def test_both_languages_are_there(site):
     assert '<html lang="en"' in (site / "index.html").read_text(encoding="utf-8")
     assert '<html lang="zh"' in (site / "zh" / "tutorial" / "index.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.xdist_group("site")
 def test_nothing_is_fetched_from_another_host(site):
     loaded = re.compile(
         r'<(?:script|img|iframe|source)[^>]* src="(https?:[^"]+)"|<link[^>]* rel="(?:stylesheet|preconnect|icon)"[^>]*?href="?(https?:[^">]+)'
@@ -50,7 +49,6 @@ def test_nothing_is_fetched_from_another_host(site):
         assert not loaded.findall(page.read_text(encoding="utf-8")), page
 
 
-@pytest.mark.xdist_group("site")
 def test_the_reference_is_part_of_it(site):
     assert "load.head-init" in (site / "reference" / "checks" / "index.html").read_text(encoding="utf-8")
     assert "every_parameters" in (site / "reference" / "api" / "index.html").read_text(encoding="utf-8")

@@ -109,7 +109,7 @@ def test_an_encoder_that_sees_padding_is_found(factory, monkeypatch):
 
     monkeypatch.setattr(transformers.T5ForConditionalGeneration, "forward", maskless)
     found = statuses(factory(lambda: made("t5")), ("forward.padding",), "fp32")
-    assert found["forward.padding"].startswith("failed: padding changes the answers at real tokens")
+    assert found["forward.padding"].startswith("failed: padding changes the outputs at real tokens")
 
 
 def test_a_wrong_loss_of_a_decoder_is_found(factory, monkeypatch):

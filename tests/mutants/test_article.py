@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import python
 
 from mutants.article_checkpoints import (
     FIVE,
@@ -274,7 +274,7 @@ def _command(*arguments: str, cwd: Path) -> tuple[int, dict[str, Any]]:
     root = Path(__file__).resolve().parent.parent.parent
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", "numerics_suite", "check", *arguments, "--attn", "eager", "--json", str(out), "--quiet"],
+        [python(), "-m", "numerics_suite", "check", *arguments, "--attn", "eager", "--json", str(out), "--quiet"],
         cwd=cwd,
         env=environment,
         capture_output=True,

@@ -42,4 +42,4 @@ def test_an_ignored_mask_is_seen_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.MegatronBertModel, "forward", maskless)
     model, config, keywords = MODELS["megatron-bert"]
     found = statuses(save(tmp_path, model, config, **keywords), CHECK, "fp32", max_examples=6)
-    assert found["forward.padding"].startswith("failed: padding changes the answers at real tokens")
+    assert found["forward.padding"].startswith("failed: padding changes the outputs at real tokens")

@@ -36,7 +36,7 @@ def test_the_key_without_which_a_model_can_be_built_is_named(checkpoint: Path) -
     edit(checkpoint, hidden_act="no-such-function")
     told = why(checkpoint)
     assert told.startswith(f"{checkpoint / 'config.json'}: hidden_act is 'no-such-function', with which transformers ")
-    assert "can build no Glm4ForCausalLM (KeyError: 'no-such-function'); correct it or leave it out" in told
+    assert "cannot build a Glm4ForCausalLM (KeyError: 'no-such-function'); correct it or leave it out" in told
 
 
 def test_two_keys_at_fault_name_the_file(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,14 +54,15 @@ def test_two_keys_at_fault_name_the_file(checkpoint: Path, monkeypatch: pytest.M
     edit(checkpoint, first="told", second="told")
     told = why(checkpoint)
     assert told.startswith(f"{checkpoint / 'config.json'}: transformers ")
-    assert "can build no Glm4ForCausalLM of it (ValueError: told cannot be); compare it with" in told
+    assert "cannot build a Glm4ForCausalLM from it (ValueError: told cannot be); compare it with" in told
 
 
 def test_weights_that_cannot_be_loaded_are_told_from_a_config(checkpoint: Path) -> None:
     subject = resolve(str(checkpoint))
     (checkpoint / "model.safetensors").write_bytes(b"")
     with pytest.raises(
-        UnusableError, match=r"can build a Glm4ForCausalLM of its config.json and cannot load this one: .*; fetch"
+        UnusableError,
+        match=r"can build a Glm4ForCausalLM from its config.json but cannot load these weights: .*; fetch",
     ):
         load(subject, dtype="float32", attn="eager")
 
@@ -83,8 +84,11 @@ def test_a_fixture_that_cannot_be_loaded_is_no_bad_input(monkeypatch: pytest.Mon
     [
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, and the weights hold 33 tensors"),
         ({"hidden_size": 10**9}, "hidden_size is 1000000000, which makes a model of 3,277,000,000,000 numbers"),
-        ({"intermediate_size": 2**70}, "intermediate_size is 1180591620717411303424, and no model can be built of it"),
-        ({"hidden_size": -64}, "hidden_size is -64, and no model can be built of it"),
+        (
+            {"intermediate_size": 2**70},
+            "intermediate_size is 1180591620717411303424, and no model can be built from it",
+        ),
+        ({"hidden_size": -64}, "hidden_size is -64, and no model can be built from it"),
     ],
 )
 def test_sizes_that_no_memory_holds(checkpoint: Path, changes: dict[str, object], words: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from preloaded import python
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.versions import MatrixCell, MatrixResult, Versions
@@ -273,8 +274,10 @@ def test_the_exit_status_of_a_matrix(statuses, status):
 # --- a real cell -------------------------------------------------------------------------------------------------------
 
 
-def test_a_real_cell_checks_and_records_in_one_process(tmp_path):
+def test_a_real_cell_checks_and_records_in_one_process(tmp_path, monkeypatch):
     from numerics_suite.baselines.store import load
+
+    monkeypatch.setattr(sys, "executable", python())
 
     job = replace(a_job(tmp_path), record=True)
     done = Jobs().run(RunningEnvironment(), job, tmp_path)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from preloaded import python
 
 from numerics_suite.cli import fixtures as command
 from numerics_suite.cli.main import main
@@ -129,7 +130,7 @@ def test_a_reader_that_has_seen_enough_ends_the_output_quietly(arguments, tmp_pa
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_stream_that_the_caller_closed_changes_no_status(closed, tmp_path):
-    check = f"{sys.executable} -m numerics_suite check"
+    check = f"{python()} -m numerics_suite check"
     line = f"{check} nowhere {closed}; echo $?; {check} fixture:glm-tiny --list --json out.json {closed}; echo $?"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=tmp_path)
     said = done.stdout.splitlines()

@@ -6,12 +6,12 @@ CUDA's ops have no kernel for the tensors of the CPU, so that a call of one here
 import json
 import math
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import python
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -359,7 +359,7 @@ def check(share, folder):
     script = Path(__file__).with_name("noisy_flash.py")
     results = folder / "results.json"
     asked = ["--precision", "fp32,bf16", "--attn", "sdpa", "--checks", "reference.local,reference.end-to-end"]
-    command = [sys.executable, str(script), str(share), "check", "fixture:glm4-tiny", "-n", "0", "--no-diagnose"]
+    command = [python(), str(script), str(share), "check", "fixture:glm4-tiny", "-n", "0", "--no-diagnose"]
     done = subprocess.run([*command, *asked, "--json", str(results)], check=False, capture_output=True, text=True)
     assert results.exists(), done.stderr
     return {(row["check"], row["precision"]): row for row in json.loads(results.read_text())["checks"]}

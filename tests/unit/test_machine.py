@@ -164,6 +164,7 @@ def test_a_worker_continues_the_session_with_its_plan(
     )
     session = SuiteSession(settings, reproducers=checkpoint)
     session.prepare()
+    assert session.deadline is not None
     session.answered = {"id": {"status": "passed"}}
     read = list(reads)
     monkeypatch.setattr(suite_session, "make_plan", None)

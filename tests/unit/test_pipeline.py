@@ -122,7 +122,9 @@ def test_a_tokenizer_of_an_older_release_is_named_and_mended(tmp_path):
     assert (cause, remedies["fix-tokenizer"]) == ("tokenizer-incompatible", True)
     assert "_pad() got an unexpected keyword argument 'padding_side'" in answer["finding"]["evidence"]["exception"]
     (effect,) = [each["effect"] for each in answer["finding"]["remedies"] if each["name"] == "fix-tokenizer"]
-    assert effect.startswith("_pad takes padding_side: it pads on that side: exceptions of the tokenizer 1 → 0")
+    assert effect.startswith(
+        "parameter padding_side added to _pad: it pads on that side: exceptions of the tokenizer: 1 before, now 0"
+    )
 
 
 def test_one_that_takes_the_keyword_is_quiet(tmp_path):

@@ -180,7 +180,7 @@ def test_a_script_that_cannot_be_written_hides_no_finding(monkeypatch):
     def broken(_):
         raise KeyError
 
-    body = replace(BODIES["train.finite", "non-finite"], lines=broken)
+    body = replace(BODIES["train.finite", "non-finite"], facts=broken)
     monkeypatch.setattr(module, "BODIES", {("train.finite", "non-finite"): body})
     seen = shown("fixture:glm-tiny", "train.finite", precision="pure-fp16", seq_len=8, batch_size=2)
     assert seen.script is None

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
+from preloaded import python
 from safetensors.torch import load_file
 from unit.watched_models import Decoder, ids, train
 
@@ -149,8 +149,8 @@ def test_inputs_that_a_loop_refills_are_kept_as_they_were(tmp_path):
         (lambda b: (b / "batches.safetensors").write_bytes(b"xx"), "was changed or is torn"),
         (lambda b: (b / "reproduce.py").write_text("print()", encoding="utf-8"), "was changed or is torn"),
         (lambda b: rewrite(b, schema_version=9), "has schema_version 9; this release reads 1"),
-        (lambda b: rewrite(b, finding={"cause": "overflow"}), "cannot be read: KeyError"),
-        (lambda b: rewrite(b, calls=[{"step": 1}]), "calls[0].args must be list"),
+        (lambda b: rewrite(b, finding={"cause": "overflow"}), "finding.title is missing"),
+        (lambda b: rewrite(b, calls=[{"step": 1}]), "calls[0].args must be a list"),
     ],
 )
 def test_a_torn_or_foreign_bundle_is_refused_in_one_line(tmp_path, damage, text):
@@ -180,13 +180,13 @@ def test_the_script_runs_alone_and_fails_with_the_same_symptom(tmp_path):
         optimizer.step()
     assert error.value.finding.cause == "corrupt-weights"
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "b" / "reproduce.py")],
+        [python(), str(tmp_path / "b" / "reproduce.py")],
         text=True, capture_output=True, check=False, timeout=120, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "not finite: loss of forward pass 1, logits of forward pass 1" in done.stdout
     healthy = subprocess.run(
-        [sys.executable, str(tmp_path / "b" / "reproduce.py"), str(fixture_path("glm-tiny"))],
+        [python(), str(tmp_path / "b" / "reproduce.py"), str(fixture_path("glm-tiny"))],
         text=True, capture_output=True, check=False, timeout=120, cwd=tmp_path,
     )  # fmt: skip
     assert (healthy.returncode, healthy.stdout.splitlines()[-1]) == (0, "every value is finite")
@@ -194,7 +194,7 @@ def test_the_script_runs_alone_and_fails_with_the_same_symptom(tmp_path):
 
 def script_of(folder, *words):
     return subprocess.run(
-        [sys.executable, str(folder / "reproduce.py"), *words],
+        [python(), str(folder / "reproduce.py"), *words],
         text=True, capture_output=True, check=False, timeout=120, cwd=folder.parent,
     )  # fmt: skip
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from preloaded import python
 from torch import nn
 from unit.watched_models import Decoder, Loud, ids, train
 
@@ -502,7 +502,7 @@ def test_on_a_checkpoint_that_stays_finite_it_passes_and_on_one_that_does_not_th
 
 def test_the_script_takes_the_steps_from_the_snapshot(bundle):
     done = subprocess.run(
-        [sys.executable, str(bundle / "reproduce.py")], text=True, capture_output=True, check=False, timeout=300
+        [python(), str(bundle / "reproduce.py")], text=True, capture_output=True, check=False, timeout=300
     )
     assert done.returncode == 1, done.stderr
     assert "not finite: " in done.stdout

@@ -273,7 +273,7 @@ def test_updates_that_round_away():
     assert verified(finding)["stochastic-rounding"] is True
     assert verified(finding)["raise-learning-rate"] is True
     (raised,) = (remedy.effect for remedy in finding.remedies if remedy.name == "raise-learning-rate")
-    assert re.search(r"that is held 0\.\d+ % → [\d.]+ %$", raised)
+    assert re.search(r"that is held: 0\.\d+ % before, now [\d.]+ %$", raised)
 
 
 @pytest.mark.parametrize(("dtype", "lr"), [(torch.bfloat16, 1e-4), (torch.bfloat16, 1e-5), (torch.float32, 1e-7)])

@@ -127,7 +127,7 @@ def test_the_lines_of_a_finding():
     helpless = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[1:2])
     assert card(helpless).fixes == ("keep it wide -- tried, no help: still fails",)
     none = replace(UNDERFLOW, remedies=UNDERFLOW.remedies[3:])
-    assert card(none).fixes == ("no automatic remedy applies: begin at the place above; run the script",)
+    assert card(none).fixes == ("no automatic remedy applies: read the code at the place above; run the script",)
 
 
 def test_what_shows_a_cause_says_how_sure_it_is():
@@ -147,8 +147,14 @@ def test_a_place_names_a_module_where_no_parameter_is_of_it():
     ("arguments", "text"),
     [
         (("norm", 0.79, 0.75, "roundoffs"), "0.79 roundoffs; at most 0.75"),
-        (("true", 4.73, 1e-10, "ratio"), "4.73 times the root mean square of the logits, in float64; at most 1e-10"),
-        (("true-gradient", 1.03, 1e-10, "ratio"), "1.03 times the gradient's largest value, in float64; at most 1e-10"),
+        (
+            ("true", 4.73, 1e-10, "ratio"),
+            "4.73 times the root mean square of the logits, in float64; its rounding explains at most 1e-10",
+        ),
+        (
+            ("true-gradient", 1.03, 1e-10, "ratio"),
+            "1.03 times the gradient's largest value, in float64; its rounding explains at most 1e-10",
+        ),
         (("excess", 3, 1.5, "ratio"), "3 times the rounding error that the precision makes unavoidable; at most 1.5"),
         (("wrongly-tied", 1, 0, "pairs"), "1 pair; none is allowed"),
         (("empty", 3, 0, "batches"), "3 batches; none is allowed"),

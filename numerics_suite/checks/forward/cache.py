@@ -61,7 +61,7 @@ def cache(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     # The router's loss takes a mask as long as the ids, which no step of decoding has.
     with without_router_loss(context.model):
         yield from _in_steps(context, batch, sorted({max(width - 2, 1), width - 1}), "generate")
-        # A state that is rolled on token by token is never given several: the class itself says so.
+        # A class with a recurrent state declares that it takes one token at a time.
         single = is_stateful(context.model)
         yield from _in_steps(context, batch, [width - 1 if single else width // 2], "none")
         yield from _after_right_padding(context, batch)

@@ -25,7 +25,7 @@ MOST_ROWS, MOST_TOKENS = 3, 24
 
 @check(batches=True, share=0.2, needs=("token-ids",))
 def packing(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """Are rows that are packed into one row by themselves, in each way that the installed release supports?
+    """Do packed rows give the outputs of separate rows, in each way that the installed release supports?
 
     The rows alone are compared with the same rows end to end, separated by `position_ids` that start again (without a
     mask and without a cache), by FlashAttention's `cu_seqlens`, or by a block-diagonal mask; see

@@ -62,7 +62,7 @@ def padding(context: CellContext, batch: Batch) -> Iterable[Measurement]:
     yield from law_measurements(
         *worst, place=lambda: None if worst_pair is None else _place(context, *worst_pair), facts=facts
     )
-    # Without a pad token the classifier cannot tell padding from text: inputs.pipeline says so.
+    # Without a pad token the classifier cannot distinguish padding from text: inputs.pipeline reports it.
     if context.subject.task == "sequence-classification" and not context.lacks_pad_token:
         yield from _pooled(context, part)
 

@@ -51,7 +51,7 @@ def padding_moves(context: CellContext, collated: Mapping[str, Any]) -> Measurem
         answer = true_answer(context, padded, by_token=by_token)
     except NotApplicableError:
         return None
-    if not by_token and answer.dim() > 2:  # logits of each token where one row was meant: forward.pooling tells it
+    if not by_token and answer.dim() > 2:  # logits of each token instead of one row: forward.pooling reports it
         return None
     together = answer[:, real] if by_token else answer
     side = "left" if not bool(real[0]) else "right"

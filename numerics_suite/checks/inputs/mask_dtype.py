@@ -20,7 +20,7 @@ COLUMNS = 8
 
 @check(batches=True, share=0.4, needs=("token-ids",))
 def mask_dtype(context: CellContext, batch: Batch) -> Iterable[Measurement]:
-    """Does a mask of ones and zeros give the same answer in every dtype that a loader may hand over?
+    """Does a mask of ones and zeros give the same output in every dtype that a loader may produce?
 
     The bits are compared where tokens are real; a dtype that the model refuses is no disagreement. Two rows around the edge of the
     padding are enough: a mask is read in the same way everywhere.

@@ -32,7 +32,7 @@ COLLATED = "the collator"
 
 @check(scope="precision", runs_on_nonfinite=True)
 def pipeline(context: CellContext) -> Iterable[Measurement]:
-    """Is what tokenizer, collator and accelerate hand to the model integral, in range and padded as it can take it?"""
+    """Are the batches of tokenizer, collator and accelerate integral, in range and padded as the model needs?"""
     batches: dict[str, Mapping[str, Any]] = {}
     raised = None
     try:

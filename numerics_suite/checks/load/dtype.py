@@ -30,7 +30,7 @@ def dtype(context: CellContext) -> Iterable[Measurement]:
         if not parameter.is_floating_point():
             continue
         if parameter.dtype == asked:
-            # A new head is made in the dtype asked for, whatever became of the weights.
+            # A new head is made in the requested dtype, whatever happened to the weights.
             obeys = obeys or name not in loaded.new_head
         elif str(parameter.dtype) == "torch.float32" and any(part in name for part in kept):
             declared.append(name)
@@ -41,7 +41,7 @@ def dtype(context: CellContext) -> Iterable[Measurement]:
         facts["held"] = ", ".join(f"{name}: {held}" for name, held in list(other.items())[:SHOWN])
     if declared:
         facts["kept in fp32 as the model declares"] = ", ".join(declared[:SHOWN])
-    # What is held wider than asked for loses nothing; it costs memory, and answers differ from those of the dtype asked.
+    # A wider dtype than requested loses nothing; it costs memory, and outputs differ from those in the requested dtype.
     wider = bool(other) and all(_is_wider(held, asked) for held in other.values())
     if other:
         facts |= named_by_class(context, other) if obeys else _of_the_load(context)

@@ -19,7 +19,7 @@ from numerics_suite.subjects.zeroed_memory import Zeroed
 def finite(context: CellContext) -> Iterable[Measurement]:
     """Is every weight finite once it is loaded, and every buffer initialised?"""
     loaded = context.loaded
-    # What nobody wrote is load.head-init's question; a NaN there is not the checkpoint's.
+    # `load.head-init` judges uninitialised parameters; a NaN there does not come from the checkpoint.
     fresh = set(loaded.new_head) | set(loaded.missing) | set(context.unwritten)
     bad = {
         name: count

@@ -32,7 +32,7 @@ def tied(context: CellContext) -> Iterable[Measurement]:
     shared = _one_tensor(entry, output)
     # What two different stored tensors become is the release's choice, and neither is right.
     apart = declared and not shared and not unlike
-    # Sharing that nobody declared is a mistake only where the file holds two tensors.
+    # Undeclared sharing is a mistake only if the file holds two tensors.
     merged = shared and not declared and context.subject.path is not None
     facts: dict[str, Fact] = {"config ties them": str(declared), "one tensor": str(shared)}
     yield _measured("wrongly-tied", apart or merged, facts)

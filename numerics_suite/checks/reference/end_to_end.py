@@ -64,7 +64,7 @@ def end_to_end(context: CellContext) -> Iterable[Measurement]:
 
 
 def _batch(context: CellContext) -> Mapping[str, Any]:
-    """The batch of gradients; one with more tokens where it is too small to tell a ratio of two errors from chance.
+    """The batch of gradients; one with more tokens if it is too small for a meaningful ratio of two errors.
 
     Both errors are draws. Of n numbers a root mean square strays by 1 / sqrt(2 n), so a thousand give the ratio to a
     few per cent. An output has no more independent numbers than the hidden state it is computed from.

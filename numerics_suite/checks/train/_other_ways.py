@@ -76,7 +76,7 @@ def _agreement(context: CellContext, rows: int) -> Difference | None:
             take(name, gradient)
     except NotApplicableError:
         return None
-    except Exception as error:  # noqa: BLE001 - what the model's code raises in one of these ways is that way's check to tell
+    except Exception as error:  # noqa: BLE001 - the check of that way reports the model's exceptions
         reraise_if_fatal(error)
         return None
     errors = compared.errors()

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 from numerics_suite.checks.train import _stack_faults as faults
 from numerics_suite.checks.train._stack_batch import StackSubject, smoothed, stack_of
 from numerics_suite.checks.train.labels import defined_loss
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
@@ -134,7 +135,7 @@ def _trials(stack: StackSubject) -> Iterator[Trial]:
         yield from _packing(stack, whole)
     if getattr(stack.plain, "supports_gradient_checkpointing", False):
         for reentrant in (True, False):
-            with suppress(CheckpointError):  # it does not recompute what it computed: `train.checkpointing` tells
+            with suppress(CheckpointError):  # it recomputes something else: `train.checkpointing` reports it
                 yield _checkpointing(stack, whole, reentrant=reentrant)
     yield _clipping(stack, whole)
 
@@ -248,12 +249,8 @@ def _packing(stack: StackSubject, whole: Step) -> Iterator[Trial]:
     step = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
 
     def fault(_times: float) -> faults.Fault:
-        config: Any = stack.plain.config
-        before, config.use_cache = config.use_cache, False
-        try:
+        with with_attribute(stack.plain.config, "use_cache", False):
             again = trainer_step(stack.model, stack.unpadded(), Way(collator=collator()))
-        finally:
-            config.use_cache = before
         return faults.fault_of_packing(with_cache=not _differs(again, whole))
 
     yield Trial(name="padding-free", words="a padding-free collator", wanted=whole, step=step, fault=fault)

@@ -1,13 +1,13 @@
-"""The parts that scripts share: the heading, the model, the batch, and the modes that compute in float64."""
+"""A script: the heading, the model, the batch, and what shows the symptom."""
 
 from __future__ import annotations
 
 import inspect
-import pprint
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from numerics_suite.core.text import harmless
-from numerics_suite.diagnosis.scripts.scene import ScriptContext
+from numerics_suite.diagnosis.scripts.scene import Body, ScriptContext
+from numerics_suite.diagnosis.scripts.templates import rendered, spaced, written
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.observations.finiteness import nan_count
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.factory import PREFIX
@@ -67,36 +69,59 @@ def rms(values):
     return float(values.double().square().mean().sqrt())
 """
 
-FILLED = (
-    "# Memory that is never written is NaN on any machine, not what the allocator happens to hand out.",
-    "torch.use_deterministic_algorithms(True, warn_only=True)",
-    "torch.utils.deterministic.fill_uninitialized_memory = True",
-)
+HELPERS = {"rms": RMS, "Rounded": ROUNDED, "Float64": FLOAT64, "wide": WIDE}
+"""What a script defines where it uses the name; a later one serves those before it."""
 
 
-def script(scene: ScriptContext, *, model: bool, batch: bool, fills: bool, body: Iterable[str]) -> str:
-    """The whole text.
-
-    Args:
-        scene: what it is made of.
-        model: it loads `model`.
-        batch: it writes `batch` out.
-        fills: uninitialised memory is NaN while the model is made, where that matters.
-        body: what shows the symptom.
-    """
-    rest = [*(source_lines(scene) if model or scene.source != "factory" else [])]
-    if model:
-        rest += _model(scene, fills=fills)
-    if batch:
-        rest += ["", *batch_lines(scene)]
-    rest = [*rest, "", *body]
-    text = "\n".join(rest)
-    for word, definition in (("rms", RMS), ("Rounded", ROUNDED), ("Float64", FLOAT64), ("wide", WIDE)):
+def script(scene: ScriptContext, body: Body) -> str | None:
+    """The whole text; None where this scene cannot show the symptom."""
+    facts = body.facts(scene)
+    if facts is None:
+        return None
+    known = {**_known(scene, body), **facts}
+    text = rendered("_model.py.j2", known) if body.model or scene.source != "factory" else ""
+    if body.batch:
+        text += "\n" + "\n".join(batch_lines(scene)) + "\n"
+    text += "\n" + spaced(rendered(body.template, known))
+    for word, definition in HELPERS.items():
         if re.search(rf"\b{word}\b", text):
             text = f"{definition}\n\n{text}"
     text = "\n".join([*_opening(scene), *_imports(text), "", text])
     text = re.sub(r"\n{4,}", "\n\n\n", text).strip("\n") + "\n"
     return text if text.count("\n") < LONGEST else text.replace("\n\n\n", "\n\n")
+
+
+def _known(scene: ScriptContext, body: Body) -> dict[str, Any]:
+    """The names that every template may use; those of a single one come from its `facts`."""
+    context = scene.context
+    known: dict[str, Any] = {
+        "scene": scene,
+        "body": body,
+        "context": context,
+        "subject": context.subject,
+        "finding": scene.finding,
+        "check": scene.check,
+        "measurement": scene.measurement,
+        "plan": context.request.plan,
+        "recipe": context.recipe,
+        "task": context.subject.task,
+        "device": context.condition.main_device,
+        "fills": body.fills and _holds_what_nobody_wrote(context),
+        "pad_id": _pad_id(scene),
+        "uncached": _uncached(context),
+        "trust": _trust(scene),
+        "trusted": "".join(f", {key}={value}" for key, value in _trust(scene).items()),
+        "raw_config": _raw_config(scene),
+        "under": partial(_under, scene),
+        "lifted": "Float64()" if context.recipe.parameters == "float64" else "",
+    }
+    if scene.source == "factory":
+        known["module"], _, known["function"] = context.subject.source.removeprefix(PREFIX).partition(":")
+        known["root"] = _root_of(known["module"])
+        known["integral"] = any(not parameter.is_floating_point() for parameter in context.model.parameters())
+    else:
+        known["auto_class"] = compat.auto_class_name(context.subject.task, context.subject.config.get("model_type"))
+    return {**known, "loading": partial(_loading, known), "ready": partial(_ready, known["device"])}
 
 
 # --- the heading ---------------------------------------------------------------------------------------------------
@@ -137,27 +162,7 @@ def _imports(text: str) -> list[str]:
 # --- the model -----------------------------------------------------------------------------------------------------
 
 
-def source_lines(scene: ScriptContext) -> list[str]:
-    """Where the model comes from: a tiny config, the checkpoint's folder, or the user's own function."""
-    context = scene.context
-    if scene.source == "factory":
-        module = context.subject.source.removeprefix(PREFIX).partition(":")[0]
-        return [f"sys.path.append({_root_of(module)!r})  # where {module} lies"]
-    if scene.config is None:
-        return [f"CHECKPOINT = {str(context.subject.path)!r}"]
-    stored = "AutoModelForCausalLM" if context.subject.new_head else auto_class_name(scene)
-    return [
-        "# The checkpoint's config, cut down; weights at random.",
-        f"CONFIG = {written(scene.config)}",
-        f"torch.manual_seed({context.request.seed})",
-        "FOLDER = tempfile.TemporaryDirectory()",
-        "CHECKPOINT = FOLDER.name",
-        f"stored = transformers.{stored}.from_config(transformers.AutoConfig.for_model(**CONFIG))",
-        f"stored.to(torch.{context.recipe.parameters}).save_pretrained(CHECKPOINT)",
-    ]
-
-
-def raw_config(scene: ScriptContext) -> str:
+def _raw_config(scene: ScriptContext) -> str:
     """What gives the config as it is written."""
     if scene.config is not None:
         return "CONFIG"
@@ -171,101 +176,57 @@ def _root_of(module: str) -> str:
     return str(path.parents[depth - 1])
 
 
-def loading(scene: ScriptContext, name: str = "model", **more: str) -> list[str]:
-    """Lines that load a model under that name.
+def _loading(known: Mapping[str, Any], name: str = "model", attn: str = "", **more: str) -> str:
+    """Lines that load a model.
 
     Args:
-        scene: where it comes from.
+        known: the names of the templates.
         name: of the variable, or of several.
-        more: further keywords of `from_pretrained`, as source text; `attn_implementation` replaces the cell's.
+        attn: attention implementation instead of the cell's.
+        more: further keywords of `from_pretrained`, as source text.
     """
-    if scene.source == "factory":
-        return _made(scene, name, str(more.get("attn_implementation", repr(scene.context.cell.attn))).strip("\"'"))
-    options = ["CHECKPOINT", *(f"{key}={value}" for key, value in {**_options(scene), **more}.items())]
-    call = f"{name} = transformers.{auto_class_name(scene)}.from_pretrained("
-    whole = f"{call}{', '.join(options)})"
-    return [whole] if len(whole) <= WIDTH else [call, f"    {', '.join(options)}", ")"]
-
-
-def auto_class_name(scene: ScriptContext) -> str:
-    """The Auto class that loads the subject."""
-    subject = scene.context.subject
-    return compat.auto_class_name(subject.task, subject.config.get("model_type"))
-
-
-def _options(scene: ScriptContext) -> dict[str, str]:
-    context = scene.context
+    context = known["context"]
     subject = context.subject
+    if known["scene"].source == "factory":
+        return rendered("_made.py.j2", {**known, "name": name, "attn": attn or context.cell.attn}).strip("\n")
     options = {compat.dtype_keyword(): f"torch.{context.recipe.parameters}"}
-    if context.cell.attn != "default":
-        options["attn_implementation"] = f'"{context.cell.attn}"'
+    if attn or context.cell.attn != "default":
+        options["attn_implementation"] = f'"{attn or context.cell.attn}"'
     if subject.task != "causal-lm":
         options["num_labels"] = str(context.num_labels)
     if context.loaded.mismatched:
         options["ignore_mismatched_sizes"] = "True"
-    return options | trust(scene)
+    words = ", ".join(
+        ["CHECKPOINT", *(f"{key}={value}" for key, value in {**options, **known["trust"], **more}.items())]
+    )
+    call = f"{name} = transformers.{known['auto_class']}.from_pretrained("
+    return f"{call}{words})" if len(call) + len(words) < WIDTH else f"{call}\n    {words}\n)"
 
 
-def trust(scene: ScriptContext) -> dict[str, str]:
+def _trust(scene: ScriptContext) -> dict[str, str]:
     """The checkpoint's own code runs where it ran in the suite: on the user's word."""
     trusted = scene.source == "checkpoint" and scene.context.subject.trust_remote_code
     return {"trust_remote_code": "True"} if trusted and "auto_map" in scene.context.subject.config else {}
 
 
-def _made(scene: ScriptContext, name: str, attn: str) -> list[str]:
-    context = scene.context
-    module, _, function = context.subject.source.removeprefix(PREFIX).partition(":")
-    several = name if context.loaded.batch is None else f"{name}, own_batch"
-    integral = any(not parameter.is_floating_point() for parameter in context.model.parameters())
-    lines = [
-        f'{several} = importlib.import_module("{module}").{function}()',
-        f"for parameter in {name}.parameters():",
-        *(["    if not parameter.is_floating_point():", "        continue"] if integral else []),
-        f"    parameter.data = parameter.data.to(torch.{context.recipe.parameters})",
-    ]
-    if attn != "default":
-        built = hasattr(context.model, "set_attn_implementation")
-        lines.append(
-            f'{name}.set_attn_implementation("{attn}")' if built else f'{name}.config._attn_implementation = "{attn}"'
-        )
-    return lines
-
-
-def _model(scene: ScriptContext, *, fills: bool) -> list[str]:
-    context = scene.context
-    lines = [f"torch.manual_seed({context.request.seed})"] if context.subject.new_head else []
-    fills = fills and _holds_what_nobody_wrote(scene)
-    if fills:
-        lines += FILLED
-    lines += loading(scene)
-    if fills:
-        lines.append("torch.use_deterministic_algorithms(False)")
-    lines.append(ready(scene))
-    if context.recipe.tf32:
-        lines.append("torch.backends.cuda.matmul.allow_tf32 = True")
-    return [*lines, *_pad_token(scene)]
-
-
-def ready(scene: ScriptContext, name: str = "model") -> str:
+def _ready(device: str, name: str = "model") -> str:
     """The line that brings a model to the cell's device, in eval mode."""
-    device = scene.context.condition.main_device
     return f"{name}.eval()" if device == "cpu" else f'{name}.to("{device}").eval()'
 
 
-def _holds_what_nobody_wrote(scene: ScriptContext) -> bool:
+def _holds_what_nobody_wrote(context: CellContext) -> bool:
     """Whether filling memory makes a difference: the cell's model was made so, and has NaN that no file explains."""
-    context = scene.context
     return bool(context.unwritten) or any(nan_count(buffer) for buffer in context.model.buffers())
 
 
-def _pad_token(scene: ScriptContext) -> list[str]:
+def _pad_id(scene: ScriptContext) -> int | None:
     """A classifier's pad token, which a checkpoint of a language model may lack."""
     context = scene.context
     pooled = context.subject.task == "sequence-classification" and context.family.pooling == "pad-id"
     if not pooled or scene.measurement == "no-pad-token":
-        return []
+        return None
     config: Any = context.model.config
-    return [f"model.config.pad_token_id = {context.space.pad_id}"] if config.pad_token_id is None else []
+    return context.space.pad_id if config.pad_token_id is None else None
 
 
 # --- the batch -----------------------------------------------------------------------------------------------------
@@ -305,46 +266,25 @@ def _mask_text(mask: Tensor) -> str | None:
     return None
 
 
-def written(value: object) -> str:
-    """A value as source text, over as many lines as it takes."""
-    return pprint.pformat(dict(value) if isinstance(value, Mapping) else value, width=108, compact=True)
-
-
 # --- arithmetic ----------------------------------------------------------------------------------------------------
 
 
-def under(scene: ScriptContext, *lines: str, gradients: bool = False, within: str = "") -> list[str]:
-    """Lines of a forward pass in the cell's precision: under autocast, or in fp64 under what lifts float32 sections.
+def _under(scene: ScriptContext, *, gradients: bool = False, within: str = "") -> str:
+    """Contexts of a forward pass in the cell's precision: autocast, or in fp64 what lifts float32 sections.
 
     Args:
         scene: its precision.
-        lines: of the pass.
         gradients: they are kept.
         within: one more context.
     """
-    contexts = [*([] if gradients else ["torch.no_grad()"]), *_arithmetic(scene), *([within] if within else [])]
-    return [f"with {', '.join(contexts)}:", *indented(lines)] if contexts else list(lines)
-
-
-def _arithmetic(scene: ScriptContext) -> list[str]:
     recipe = scene.context.recipe
-    if recipe.parameters == "float64":
-        return ["Float64()"]
-    return [] if recipe.autocast is None else [f'torch.autocast("{scene.device_kind}", torch.{recipe.autocast})']
+    autocast = "" if recipe.autocast is None else f'torch.autocast("{scene.device_kind}", torch.{recipe.autocast})'
+    arithmetic = "Float64()" if recipe.parameters == "float64" else autocast
+    return ", ".join(filter(None, ("" if gradients else "torch.no_grad()", arithmetic, within)))
 
 
-def backward(scene: ScriptContext, statement: str) -> list[str]:
-    """A backward pass in the cell's precision, which autocast has no part in."""
-    return ["with Float64():", f"    {statement}"] if scene.context.recipe.parameters == "float64" else [statement]
-
-
-def indented(lines: Iterable[str]) -> list[str]:
-    """The lines, one level deeper."""
-    return [f"    {line}" if line else line for line in lines]
-
-
-def uncached(scene: ScriptContext) -> str:
+def _uncached(context: CellContext) -> str:
     """`, use_cache=False` where the model takes the word."""
-    taken = inspect.signature(type(scene.context.model).forward).parameters.values()
+    taken = inspect.signature(type(context.model).forward).parameters.values()
     words = any(value.name == "use_cache" or value.kind is value.VAR_KEYWORD for value in taken)
     return ", use_cache=False" if words else ""

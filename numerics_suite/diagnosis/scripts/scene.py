@@ -63,12 +63,22 @@ class ScriptContext:
         return kind_of(self.context.cell.device)
 
 
+Facts = Mapping[str, Any]
+Asks = Callable[[ScriptContext], Facts | None]
+
+
+def nothing_more(_: ScriptContext) -> Facts:
+    """The facts of a template that asks for none of its own."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Body:
     """The part of a script that shows the symptom.
 
     Attributes:
-        lines: writes it; None where this scene cannot show it.
+        template: its file in this folder.
+        facts: what the template says beyond what every one knows; None where this scene cannot show the symptom.
         model: the script begins with loading `model`.
         batch: the script writes `batch` out.
         fills: uninitialised memory is NaN while the model is made, where that matters.
@@ -76,7 +86,8 @@ class Body:
         rows: fewest rows that can show it.
     """
 
-    lines: Callable[[ScriptContext], list[str] | None]
+    template: str = ""
+    facts: Asks = nothing_more
     model: bool = True
     batch: bool = True
     fills: bool = False

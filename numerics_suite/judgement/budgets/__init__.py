@@ -23,9 +23,6 @@ def all_budgets() -> dict[tuple[str, str], Budget]:
 def budgets_of(check: str) -> dict[str, Budget]:
     """The budgets of one check by measurement name; none for a check that is not installed.
 
-    Args:
-        check: id of the check.
-
     Raises:
         BadInputError: another package's check, which cannot be used.
     """

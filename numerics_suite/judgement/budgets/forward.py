@@ -28,15 +28,15 @@ ROUNDED_REASON = (
     "depends on the dtype."
 )
 LAWS = (
-    ("padding", "padding-leak", "padding changes the answers at real tokens", ("fix-padding", "newer-version")),
+    ("padding", "padding-leak", "padding changes the outputs at real tokens", ("fix-padding", "newer-version")),
     (
         "packing",
         "packing-leak",
         "rows packed into one row by {facts[packed by]} see each other",
         ("separate-rows", "newer-version"),
     ),
-    ("batch", "batch-leak", "a row's answer depends on the other rows of the batch", ("newer-version",)),
-    ("causal", "future-leak", "a later token changes the answers before it", ("newer-version", "sdpa-attention")),
+    ("batch", "batch-leak", "a row's output depends on the other rows of the batch", ("newer-version",)),
+    ("causal", "future-leak", "a later token changes the outputs before it", ("newer-version", "sdpa-attention")),
     ("cache", "cache-mismatch", "decoding with the cache differs from the full forward pass", ("newer-version",)),
     ("attention", "attention-mismatch", "attention implementations disagree", ("eager-attention", "newer-version")),
 )

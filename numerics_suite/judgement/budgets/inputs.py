@@ -82,7 +82,7 @@ BUDGETS = (
         measurement="looks-rounded",
         limit=0,
         cause="wrong-input-dtype",
-        title="input_ids equal their own bfloat16 rounding everywhere, as after a cast to bfloat16 and back",
+        title="all input_ids are numbers that bfloat16 holds exactly, as after a cast to bfloat16 and back",
         reason="Every id above 256 is a number that bfloat16 can hold, which for an id from 2**k on has the probability "
         "2**-(k - 7); for all ids of this batch together it is below one in a million by chance.",
         remedies=CURE,

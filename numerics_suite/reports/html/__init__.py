@@ -1,4 +1,4 @@
-"""The HTML report: one file that holds everything, opens offline and needs nothing beside it."""
+"""The HTML report: one file that holds everything, opens offline and needs no other file."""
 
 from __future__ import annotations
 

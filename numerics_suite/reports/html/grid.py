@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LETTERS = {"passed": "p", "failed": "f", "accepted": "a", "skipped": "s", "error": "e"}
 ABSENT = "."
-"""What the map's text of statuses says where a check was not asked of a cell."""
+"""What the map's text of statuses says where a check did not run on a cell."""
 
 DIMENSIONS = ("subject", "task", "precision", "attn", "device")
 
@@ -69,12 +69,7 @@ class Grid:
 
 
 def grid_of(places: Places, problems: Sequence[Problem]) -> Grid:
-    """The map of every result.
-
-    Args:
-        places: every result.
-        problems: the cards, in their order.
-    """
+    """The map of every result."""
     cards = {id(place.result): at for at, problem in enumerate(problems, start=1) for place in problem.places}
     cells: dict[tuple[Any, ...], int] = {}
     checks: dict[str, list[tuple[int, CheckCell]]] = {}

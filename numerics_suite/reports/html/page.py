@@ -69,7 +69,7 @@ def write_html(folder: Path, documents: Documents) -> Path:
 
     Args:
         folder: made where it is missing.
-        documents: what the report tells of.
+        documents: everything that the report covers.
 
     Returns:
         The path of the file, `index.html` in the folder.
@@ -89,11 +89,7 @@ def write_html(folder: Path, documents: Documents) -> Path:
 
 
 def render(documents: Documents) -> str:
-    """The report as the text of one HTML file that needs nothing beside it; the same text for the same documents.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """The report as the text of one HTML file that needs no other; the same text for the same documents."""
     page = _environment().get_template("page.html.j2").render(_context(documents))
     shown, _, programs = page.partition("<!-- programs -->\n")
     return _BETWEEN.sub("><", shown) + programs

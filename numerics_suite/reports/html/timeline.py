@@ -118,13 +118,7 @@ class Track:
 
 
 def tracks_of(index: int, matrix: Matrix, sources: Sequence[Source]) -> tuple[Track, ...]:
-    """The timelines of one matrix.
-
-    Args:
-        index: of the matrix in the report.
-        matrix: its cells.
-        sources: the same cells as sources.
-    """
+    """The timelines of one matrix."""
     tracks = []
     for at, (package, within, members) in enumerate(sequences(sources)):
         cells = [matrix.result.cells[source.at] for source in members]

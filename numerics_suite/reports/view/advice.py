@@ -26,8 +26,8 @@ class Advised:
 
     Attributes:
         action: what to do, in a line.
-        tried: True where it was seen to work, False where it was seen not to, None where nobody tried.
-        effect: what came of it, or why nobody tried.
+        tried: True where it worked, False where it did not, None where it was not tried.
+        effect: what came of it, or why it was not tried.
         advice: it is no cure that could be tried.
     """
 
@@ -49,28 +49,26 @@ class Advised:
         return " -- ".join(part for part in (self.action, self.told) if part)
 
 
+LOOK = {
+    "wrong-gradient": "look at the place above for detach(), torch.no_grad, a custom autograd.Function or a hook",
+    "semantic-error": "compare the code at the place above, and the keys of config.json that it reads, with the family's published definition",
+}
+"""Where to look, by cause, where no remedy is known to work."""
+
 TRIED = {True: "tried, works", False: "tried, no help"}
 NOT_HERE = "does not apply"
 """How the effect begins of a remedy that is for another model than this."""
 
 
 def advice_on(problems: Sequence[Problem]) -> tuple[Advised, ...]:
-    """What to do about findings of one cause: versions first, then cures that work, then those that nobody tried.
-
-    Args:
-        problems: the first of them is told.
-    """
+    """What to do about findings of one cause: versions first, then cures that work, then untried ones."""
     versions = list(_versions(problems[0].spans))
     cures = list(_cures([problem.finding for problem in problems], leave_out=PLAIN_VERSIONS if versions else ()))
     return _useful([*versions, *cures])
 
 
 def bisected_cures(bisection: BisectFile) -> tuple[Advised, ...]:
-    """What to do about what `bisect` found.
-
-    Args:
-        bisection: its file.
-    """
+    """What to do about what `bisect` found."""
     content = bisection.content
     stay = Advised(action=f"stay with {content.get('what', 'version')} {content['last_good']}", tried=True)
     findings = [] if bisection.finding is None else [bisection.finding]
@@ -85,12 +83,15 @@ def _useful(advised: Sequence[Advised]) -> tuple[Advised, ...]:
 
 
 def _cures(findings: Sequence[Finding], leave_out: Sequence[str]) -> Iterator[Advised]:
+    """Where to look, where nothing works; then what was tried."""
     remedies: dict[str, Remedy] = {}
     for finding in findings:
         for remedy in finding.remedies:
             known = remedies.get(remedy.name)
             if known is None or (known.verified is not True and remedy.verified is not None):
                 remedies[remedy.name] = remedy
+    if (look := LOOK.get(findings[0].cause) if findings else None) and not any(r.verified for r in remedies.values()):
+        yield Advised(action=look, advice=True)
     for wanted in (True, None, False):
         for remedy in remedies.values():
             if remedy.verified is wanted and remedy.name not in leave_out:

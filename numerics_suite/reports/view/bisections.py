@@ -25,7 +25,7 @@ class Boundary:
     Attributes:
         title: what was found, in a sentence.
         facts: labels and texts.
-        why: what it means, empty where nobody says.
+        why: what it means, empty where that is not known.
         cures: what to do.
         show: a command that shows it, empty without one.
         steps: version, verdict, status, seconds and a note.
@@ -40,12 +40,7 @@ class Boundary:
 
 
 def boundary_of(file: BisectFile, *, diagnosed: bool = True) -> Boundary:
-    """One `bisect`.
-
-    Args:
-        file: of the search.
-        diagnosed: False where no cause was looked for.
-    """
+    """One `bisect`."""
     content, finding = file.content, file.finding
     what, bad, good = content.get("what", "version"), content["first_bad"], content["last_good"]
     facts = [("last good", str(good)), ("first bad", str(bad))]

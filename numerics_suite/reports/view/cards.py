@@ -45,12 +45,12 @@ class Card:
         status: `failed` or `accepted`.
         sentence: what happens and why, with the cause in brackets.
         check: its id.
-        cause: its cause, empty where nobody looked for it.
+        cause: its cause, empty without a diagnosis.
         subjects: all of them, for the filter.
         precisions: all of them, for the filter.
         scope: subjects, cells and versions.
         lines: labels and texts that every printer shows, in this order.
-        measured: the value beside its limit, empty where neither is known; `lines` has it where the sentence does not say it.
+        measured: the value beside its limit, empty where neither is known; in `lines` where the sentence does not hold it.
         why: where the limit comes from and what it means to be over it.
         reason: why it was accepted, empty for a failure.
         evidence: names and values.
@@ -108,7 +108,7 @@ class Card:
     @property
     def fixes(self) -> tuple[str, ...]:
         """What to do, a line each; where nothing is known, where to begin."""
-        steps = ["begin at the place above"] if any(label == "where" for label, _ in self.lines) else []
+        steps = ["read the code at the place above"] if any(label == "where" for label, _ in self.lines) else []
         steps += ["run the script"] if self.script_path else []
         none = ": ".join(part for part in ("no automatic remedy applies", "; ".join(steps)) if part)
         return tuple(cure.text for cure in self.cures) or (none,)
@@ -137,12 +137,7 @@ def cards_of(problems: Sequence[Problem], scripts: Scripts | None = None) -> tup
 
 
 def card_of(place: CheckCell, *, diagnosed: bool = True) -> Card:
-    """The card of one result alone.
-
-    Args:
-        place: a result with a finding.
-        diagnosed: False where no cause was looked for.
-    """
+    """The card of one result alone."""
     return _card(1, Problem(places=(place,)), Scripts(left=0), diagnosed=diagnosed)
 
 

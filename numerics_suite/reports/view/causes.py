@@ -23,7 +23,7 @@ WHY: dict[str, str] = {
     "missing-weights": "no trained values exist for {parameters|weights that the checkpoint lacks}",
     "lost-weights": "the trained values of {parameters|some weights} never reach the model, or are lost on saving",
     "corrupt-weights": "there are NaN or infinite values in {parameters|a stored weight} before anything is computed",
-    "untied-weights": "the output embedding in use is not the one that was trained",
+    "untied-weights": "model and config disagree, so one of the two is not what was trained",
     "ignored-config": "the model is built with other values than the checkpoint was trained with",
     "wrong-input-dtype": "ids and masks are integers, and a cast to a narrow float turns them into other tokens or another mask",
     "out-of-range-input": "an id lies outside the vocabulary, or is read as its neighbour",
@@ -58,14 +58,14 @@ WHY: dict[str, str] = {
     "model-raises": "the model's own code stops with an exception, and training and serving stop there too",
     "tokenizer-incompatible": "the tokenizer's code does not fit the installed transformers",
     "no-pad-token": "rows of different lengths need a token to pad them with, and there is none",
-    "no-counted-labels": "the loss is then a mean over nothing: 0/0, or a step that learns nothing",
+    "no-counted-labels": "the loss is then a mean over no token, which is NaN (0/0), or 0 where the code guards against it",
     "lost-head": "the trained head is lost, and each load draws a new one at random, so answers are random until it is trained again",
     "wrong-output-shape": "a loss over such logits raises an error, or is that of another task",
     "rounded-update": "almost every step is smaller than the spacing of {dtype|the dtype's} numbers at the weights' size, and is lost",
     "untrained-parameters": "the optimizer steps do not change these parameters as the loss requires",
     "packing-leak": "attention or positions continue across the border between two packed rows",
 }
-"""By cause; `{fact|what is said without it}`."""
+"""By cause; `{fact|text used without it}`."""
 
 WITH: dict[str, tuple[str, str]] = {
     "out-of-range-input": (
@@ -104,6 +104,15 @@ _FIGURE = re.compile(r" \([^()]*(?:\d|nan|inf)[^()]*\)(?=$|[,:])")
 PLAINER = (("of the true fp64 run", "in float64"), ("in true fp64", "in float64"))
 """Terms of the theory, as a title has them, in plain words."""
 
+BY_REMEDY: dict[tuple[str, str], str] = {
+    (
+        "untrained-parameters",
+        "non-reentrant-checkpointing",
+    ): "reentrant gradient checkpointing cuts the backward pass off where the input of a block needs no gradient",
+    ("untrained-parameters", "rebuild-optimizer"): "the optimizer was created before the model had these parameters",
+}
+"""By cause and remedy: why the finding happens, where that remedy was tried and works."""
+
 UNSURE = "low"
 """How the confidence begins where an experiment spoke against the cause."""
 
@@ -113,7 +122,7 @@ def why(cause: str, facts: Mapping[str, str]) -> str:
 
     Args:
         cause: its id.
-        facts: texts for the places of a template; what is missing is said in general.
+        facts: texts for the places of a template; a missing one is replaced by a general text.
     """
     fact, other = WITH.get(cause, ("", ""))
     template = other if fact in facts else WHY.get(cause, "")
@@ -134,7 +143,8 @@ def sentence_of(finding: Finding, *, diagnosed: bool = True) -> str:
     title = title_of(finding)
     if not diagnosed:
         return f"{sentence(title)}."
-    reason = why(finding.cause, facts)
+    worked = (BY_REMEDY.get((finding.cause, remedy.name)) for remedy in finding.remedies if remedy.verified)
+    reason = next(filter(None, worked), "") or why(finding.cause, facts)
     if ": " in title and reason:
         title, reason = f"{title}. ", reason[:1].upper() + reason[1:] if reason.split(" ")[0].isalpha() else reason
     elif reason:

@@ -103,7 +103,7 @@ class Figure:
         rows: all of them.
         marks: moments at which something went wrong.
         note: one sentence about it, empty for none.
-        folded: the table is text until somebody opens it: thousands of cells that nobody looks at make a page slow.
+        folded: the table is text until it is opened: thousands of hidden cells make a page slow.
     """
 
     kind: str

@@ -72,7 +72,7 @@ class Differences:
         old: the folder of the reference.
         new: the folder of the other.
         short_old: the reference, as short as it can be told.
-        short_new: the other, likewise.
+        short_new: the other, as short as it can be told.
         counts: cells of each kind, worst first.
         entries: what is not identical or new, worst first.
         quiet: identical and new cells, a line each.
@@ -110,11 +110,7 @@ class Moved:
 
 
 def versions_of(comparison: ComparisonFile) -> Moved:
-    """What was compared with what.
-
-    Args:
-        comparison: its file.
-    """
+    """What was compared with what."""
     content = comparison.content
     old, new = str(content.get("old", "the old baseline")), str(content.get("new", "the new baseline"))
     folders = (("old", old), ("new", new))
@@ -146,11 +142,7 @@ def _apart(old: str, new: str) -> tuple[str, str]:
 
 
 def differences_of(comparison: ComparisonFile) -> Differences:
-    """One `compare` as the page tells it.
-
-    Args:
-        comparison: its file.
-    """
+    """One `compare` as the page tells it."""
     content, moved = comparison.content, versions_of(comparison)
     items: list[Mapping[str, Any]] = list(content["subjects"])
     counted = Counter(item["kind"] for item in items)

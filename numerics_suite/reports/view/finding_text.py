@@ -59,6 +59,9 @@ OUTCOMES = {
 }
 """Facts that are experiments of their own, in words."""
 
+IN_FLOAT64 = "in fp64"
+"""The experiment that repeats a check without rounding."""
+
 RAISES = "model-raises"
 """The cause of a finding that keeps other checks from being asked."""
 
@@ -157,7 +160,10 @@ def where_text(finding: Finding) -> str:
     more = len(finding.parameters) - len(names) + (int(others) if isinstance(others, (int, float)) else 0)
     named = ", ".join(names) + (f" and {many(more, 'more parameter')}" if more and names else "")
     trained = facts.get("trained parameters")
-    named += f" of {trained} trained" if more and names and isinstance(trained, int) else ""
+    if trained == len(names) + more and names[1:]:
+        named = f"all {trained} trained parameters, first {names[0]}"
+    elif more and isinstance(trained, int):
+        named += f" of {trained} trained"
     module = finding.module
     if module and any(name.startswith(f"{module}.") for name in names):
         module = None
@@ -176,6 +182,7 @@ def shown_text(finding: Finding) -> str:
     for outcome, words in (("passes", "the check passes {}"), ("fails", "the check fails {} too")):
         conditions = [name for name, value in facts.items() if value == outcome]
         parts += [words.format(" and ".join(conditions))] if conditions else []
+        parts += ["so rounding is not the cause"] if outcome == "fails" and IN_FLOAT64 in conditions else []
     if not parts:
         seen = [
             (name, value) for name, value in facts.items() if name not in NO_SHOWING and not name.startswith("also ")
@@ -209,7 +216,7 @@ def value_text(name: str, value: float, limit: float, unit: str, fall: float | N
         return f"{shown(value)} {plural(unit, value)}; none is allowed"
     words = UNITS.get(name, unit)
     if name not in UNITS and unit == "ratio":
-        words = f"{DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64"
+        return f"{shown(value)} {DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64; its rounding explains at most {shown(limit)}"
     return f"{shown(value)} {words}".rstrip() + f"; at most {shown(limit)}"
 
 
@@ -269,12 +276,7 @@ def following_lines(root: Finding, results: Iterable[CheckResult]) -> tuple[str,
 
 
 def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
-    """The words of the command that asks the same check of the same cell again, with the same batches.
-
-    Args:
-        result: of the check.
-        run: the whole run.
-    """
+    """The words of the command that asks the same check of the same cell again, with the same batches."""
     settings, cell = run.settings, result.cell
     source = next((subject.source for subject in run.subjects if subject.id == cell.subject), None)
     bundle = settings.get("bundle")
@@ -294,12 +296,6 @@ def rerun_words(result: CheckResult, run: RunResult) -> list[str]:
 
 
 def scope_text(subjects: Sequence[str], cells: Iterable[Cell], labels: Sequence[str] = ()) -> str:
-    """What a finding is about: `glm4-tiny · bf16 (eager, sdpa) · cpu · 5.8.0 to 5.9.1`.
-
-    Args:
-        subjects: their names.
-        cells: of them.
-        labels: of the versions or files, in order.
-    """
+    """What a finding is about: `glm4-tiny · bf16 (eager, sdpa) · cpu · 5.8.0 to 5.9.1`."""
     span = f"{labels[0]} to {labels[-1]}" if len(labels) > 2 else " and ".join(labels)
     return " · ".join(part for part in (listed(subjects, 2), cells_text(cells), span) if part)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 SIGNS: Final = {"passed": "✓", "failed": "×", "accepted": "≈", "skipped": "–", "error": "!", "unsupported": "–"}
-"""A status is told by its sign and its word; colour only repeats them."""
+"""A status has a sign and a word; colour only repeats them."""
 
 STATUSES: Final = ("failed", "error", "accepted", "passed", "skipped")
 """Worst first."""

@@ -58,7 +58,7 @@ class Nearest:
 
     @property
     def text(self) -> str:
-        """`norm 0.6054, at most 0.75`; a limit of 0 goes without saying, but for a rise."""
+        """`norm 0.6054, at most 0.75`; a limit of 0 is left out, but for a rise."""
         if self.name == "rise" and self.fall is not None:
             return value_text(self.name, self.value, 0, "", self.fall)
         allowed = f", at most {number(self.limit)}" if self.limit else ""
@@ -66,12 +66,7 @@ class Nearest:
 
 
 def share_of(value: float, limit: float) -> float:
-    """A value in units of its limit; what is beyond a limit of 0 is infinitely so, and NaN as well.
-
-    Args:
-        value: measured.
-        limit: the most that it may be.
-    """
+    """A value in units of its limit; what is beyond a limit of 0 is infinitely so, and NaN as well."""
     if math.isnan(value):
         return math.inf
     if limit == 0:
@@ -80,11 +75,7 @@ def share_of(value: float, limit: float) -> float:
 
 
 def nearest(result: CheckResult) -> Nearest | None:
-    """The measurement that is nearest its budget; None where no budget judges any and none informs.
-
-    Args:
-        result: what a check said of a cell.
-    """
+    """The measurement that is nearest its budget; None where no budget judges any and none informs."""
     informs = INFORMS.get(result.check)
     if informs is not None and informs in result.measurements and result.status == "passed":
         return Nearest(name=informs, value=result.measurements[informs], limit=None)
@@ -132,11 +123,7 @@ def _limits(check: str) -> Mapping[str, float]:
 
 @cache
 def question(check: str) -> str:
-    """The question that a check asks: the first line of its docstring, read without importing it; empty for others' checks.
-
-    Args:
-        check: its id.
-    """
+    """The question that a check asks: the first line of its docstring, read without importing it; empty for others' checks."""
     group, _, name = check.partition(".")
     if not (group + name).replace("-", "").isalpha():
         return ""

@@ -39,7 +39,7 @@ class Issue:
 
     Attributes:
         title: one sentence.
-        why: what it means, empty where nobody says.
+        why: what it means, empty where that is not known.
         what: labels and texts.
         versions: labels and texts, empty where versions tell nothing.
         where: labels and texts.
@@ -81,14 +81,7 @@ class Story:
 
 
 def story_of(documents: Documents, places: Places, problems: Sequence[Problem], cards: Sequence[Card]) -> Story:
-    """The first screen of a report.
-
-    Args:
-        documents: what the report tells of.
-        places: every result.
-        problems: in their order.
-        cards: of the problems.
-    """
+    """The first screen of a report."""
     counted = Counter[str](place.result.status for place in places.all)
     issues = [
         *_of_problems(problems, cards),
@@ -108,11 +101,7 @@ def story_of(documents: Documents, places: Places, problems: Sequence[Problem], 
 
 
 def verdict_of(documents: Documents) -> str:
-    """The worst that any document says, a key of :data:`WORDS`.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """The worst that any document says, a key of :data:`WORDS`."""
     said = {
         "incomplete" if run.result.exit_status == NOTHING_RAN else str(run.result.verdict) for run in documents.runs
     }
@@ -185,7 +174,7 @@ def _of_errors(places: Places) -> Iterator[Issue]:
     versions: dict[str, list[str]] = {}
     for source in places.sources:
         if source.cell is not None and source.cell.status == "error" and not source.results:
-            # Where the log of a version is, differs from version to version; it is told in the section of versions.
+            # The path of a log differs from version to version; it stands in the section of versions.
             reason = (source.cell.reason or "no reason given").partition(" (log: ")[0]
             versions.setdefault(reason, []).append(source.label or source.cell.held.text)
     for found, noun, anchor in ((versions, "version", "versions"), (checks, "check", "errors")):
@@ -240,11 +229,7 @@ def _of_bisection(bisection: BisectFile) -> Issue:
 
 
 def about(documents: Documents) -> str:
-    """What the report tells of, in one line: commands, versions, devices.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """What the report covers, in one line: commands, versions, devices."""
     parts = []
     for matrix in documents.matrices:
         cells = matrix.result.cells

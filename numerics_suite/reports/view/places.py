@@ -82,20 +82,12 @@ class Places:
         }
 
     def of_matrix(self, index: int) -> tuple[Source, ...]:
-        """The sources of one matrix, a source for each of its cells.
-
-        Args:
-            index: of the matrix.
-        """
+        """The sources of one matrix, a source for each of its cells."""
         return tuple(source for source in self.sources if source.matrix == index)
 
 
 def places_of(documents: Documents) -> Places:
-    """Every result of a report.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """Every result of a report."""
     sources = [
         *_runs(documents.runs),
         *(source for index, matrix in enumerate(documents.matrices) for source in _cells(index, matrix)),
@@ -121,11 +113,7 @@ def _cells(index: int, matrix: Matrix) -> Iterator[Source]:
 
 
 def version_labels(cells: Sequence[MatrixCell]) -> list[str]:
-    """The cells of a matrix by what differs between them: `5.8.0`, or `5.8.0, torch 2.6.0` where torch differs too.
-
-    Args:
-        cells: of one matrix.
-    """
+    """The cells of a matrix by what differs between them: `5.8.0`, or `5.8.0, torch 2.6.0` where torch differs too."""
     torches = {cell.held.torch for cell in cells}
     pythons = {cell.held.python for cell in cells}
     several = len({cell.held.transformers for cell in cells}) > 1

@@ -71,9 +71,6 @@ def problems_of(places: Places) -> tuple[Problem, ...]:
 
     New ones of a version come first, those that the newest version still has before repaired ones; then by the way of
     a value (weights, inputs, forward, reference, training), for what is upstream causes what is downstream.
-
-    Args:
-        places: every result.
     """
     groups: dict[tuple[str, ...], list[CheckCell]] = {}
     following: dict[tuple[str, ...], list[CheckCell]] = {}
@@ -108,7 +105,7 @@ def _problem(members: Sequence[CheckCell], places: Places, following: Sequence[C
 
 
 def _badness(place: CheckCell) -> tuple[bool, float, int]:
-    """How bad the measured value is, NaN worst of all; of equals, one that names more places and cures is told."""
+    """How bad the measured value is, NaN worst of all; of equals, one that names more places and cures comes first."""
     assert place.result.finding is not None
     finding = place.result.finding
     measured = finding.evidence.get("measured", 0)
@@ -129,10 +126,6 @@ def _newness(spans: Iterable[Span]) -> int:
 
 
 def group_rank(check: str) -> int:
-    """Place of the check's group in the way of a value; groups of others come last.
-
-    Args:
-        check: its id.
-    """
+    """Place of the check's group in the way of a value; groups of others come last."""
     group = check.partition(".")[0]
     return GROUPS.index(group) if group in GROUPS else len(GROUPS)

@@ -80,12 +80,7 @@ class Surroundings:
 
 
 def reasons_of(places: Places, status: str) -> tuple[Reason, ...]:
-    """Results of one status by their reason, the most frequent first.
-
-    Args:
-        places: every result.
-        status: `skipped` or `error`.
-    """
+    """Results of one status by their reason, the most frequent first."""
     groups: dict[str, list[CheckCell]] = {}
     for place in places.all:
         if place.result.status == status:
@@ -107,11 +102,7 @@ def _reason(reason: str, members: Sequence[CheckCell]) -> Reason:
 
 
 def rehearsed(documents: Documents) -> tuple[Rehearsed, ...]:
-    """Every rehearsal of the report.
-
-    Args:
-        documents: what the report tells of.
-    """
+    """Every rehearsal of the report."""
     return tuple(_rehearsed(item) for run in documents.every_run for item in run.result.rehearsals)
 
 
@@ -157,12 +148,7 @@ def _rehearsed_row(run: RehearsedRun) -> tuple[str, ...]:
 
 
 def surroundings_of(documents: Documents, places: Places) -> Surroundings:
-    """What was run, on what, by what.
-
-    Args:
-        documents: what the report tells of.
-        places: every result.
-    """
+    """What was run, on what, by what."""
     runs = [source for source in places.sources if source.run is not None]
     held = [(source.label or "this run", _packages(source)) for source in runs]
     names = list(dict.fromkeys(name for _, packages in held for name in packages))

@@ -61,11 +61,7 @@ class Chapters:
     """The figures of a report, made from the series of its results."""
 
     def __init__(self, places: Places) -> None:
-        """Look at every result once.
-
-        Args:
-            places: every result.
-        """
+        """Look at every result once."""
         self._places = places
         self._by_check: dict[str, list[CheckCell]] = {}
         for place in places.all:
@@ -195,7 +191,7 @@ class Chapters:
             yield f"Least: {least[1]}", over_modules("bits", "Headroom by layer", "bits", curves, told)
 
     def _curves(self, _subject: str, _task: str, places: list[CheckCell]) -> Iterator[tuple[str, Figure]]:
-        """What failed is drawn beside the same cell in a version where it did not."""
+        """What failed is drawn next to the same cell in a version where it did not."""
         failed = [place for place in places if place.result.finding is not None]
         first = failed[0].result.finding if failed else None
         summary = f"{self._label(failed[0])}: {first.title}" if first is not None else "finite at every step"
@@ -251,11 +247,7 @@ def _named(place: CheckCell, *names: str) -> Iterator[Series]:
 
 
 def layer_of(module: str) -> str:
-    """The number of the layer that a module is in, empty for one outside all layers.
-
-    Args:
-        module: dotted name.
-    """
+    """The number of the layer that a module is in, empty for one outside all layers."""
     found = _LAYER.search(module)
     return found.group(1) if found else ""
 

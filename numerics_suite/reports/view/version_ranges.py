@@ -67,12 +67,7 @@ class Span:
 
 
 def spans_of(found: Sequence[CheckCell], places: Places) -> Iterator[Span]:
-    """The spans of one finding, in every sequence of versions of every matrix; the newest first in each.
-
-    Args:
-        found: where the finding is.
-        places: every result.
-    """
+    """The spans of one finding, in every sequence of versions of every matrix; the newest first in each."""
     check = found[0].result.check
     subjects = {place.result.cell.subject for place in found}
     for index in sorted({place.source.matrix for place in found if place.source.matrix is not None}):

@@ -49,7 +49,7 @@ def generic_family(config: Mapping[str, Any]) -> Family:
     """
     names = tuple(str(name) for name in config.get("architectures") or ())
     encodes = config.get("is_encoder_decoder") or any(name.endswith("ForMaskedLM") for name in names)
-    # An encoder's classifier has no class of its own to tell it by; these two keys are the encoders' own.
+    # An encoder's classifier has no class name of its own; these two keys are specific to encoders.
     absolute = "type_vocab_size" in config or config.get("position_embedding_type") == "absolute"
     encodes = encodes or absolute or config.get("model_type") in ENCODERS
     if encodes and not config.get("is_decoder"):

@@ -1,0 +1,51 @@
+"""What lives is set aside from collections, and what is made within is not."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from numerics_suite.core.garbage import living_set_aside
+
+
+class Cycle:
+    """Freed by a collection only."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_frozen() -> Iterator[None]:
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def collected(seen: weakref.ref[Cycle]) -> bool:
+    gc.collect()
+    return seen() is None
+
+
+def test_what_lived_before_is_looked_at_again_only_afterwards() -> None:
+    before = Cycle()
+    seen = weakref.ref(before)
+    with living_set_aside():
+        del before
+        assert not collected(seen)
+    assert collected(seen)
+
+
+def test_what_is_made_within_is_collected_within_also_in_a_second_one() -> None:
+    with living_set_aside():
+        model = Cycle()
+        seen = weakref.ref(model)
+        with living_set_aside():
+            del model
+            assert collected(seen)
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
