@@ -61,6 +61,11 @@ def rms(values: Tensor) -> float:
     return float((sizes / largest).square().mean().sqrt().item() * largest)
 
 
+def power_sum(values: Tensor, power: int) -> float:
+    """The sum of the elements' sizes, or of their squares, in float64."""
+    return math.fsum(float(torch.linalg.vector_norm(wide(part), power)) ** power for (part,) in _parts(values))
+
+
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The elements of tensors of one shape, :data:`_PART` of each at a time."""
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
