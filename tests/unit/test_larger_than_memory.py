@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,6 +232,18 @@ def test_a_single_block_that_does_not_fit_is_one_line(monkeypatch: pytest.Monkey
         context.runner.true_fp64(
             context.gradient_batch.tensors, gradients=True, stream=True, on_gradient=lambda _name, _gradient: None
         )
+
+
+def test_a_model_that_does_not_fit_on_the_disk_twice_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = session()
+    model = made.context(made.plan.cells[0]).model
+    needed = 2 * sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    found = answers(made, "load.roundtrip")["load.roundtrip"]
+    assert found.status == "skipped"
+    assert f"would take {needed} bytes in {tempfile.gettempdir()}, {needed - 1} bytes free" in (found.reason or "")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert answers(made, "load.roundtrip")["load.roundtrip"].status == "passed"
 
 
 # --- what is trained ---------------------------------------------------------------------------------------------------
