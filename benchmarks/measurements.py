@@ -18,7 +18,8 @@ import torch
 from numerics_suite.core.records import Cell
 from numerics_suite.devices import random_state
 from numerics_suite.engine.calls import call_model
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.quiet import quiet_transformers

@@ -49,7 +49,6 @@ class Matching:
         renamed: names of the pairs whose names differ.
         moved: old ones that have no partner while another of the new gives the same.
         vanished: old ones of which nothing is left.
-        appeared: new ones.
     """
 
     pairs: tuple[tuple[int, int], ...]

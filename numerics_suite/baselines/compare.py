@@ -54,8 +54,6 @@ class Difference:
     Attributes:
         old: its key in the old baseline.
         new: and in the new one.
-        bits: parts of which the bits differ.
-        same_bits: none does.
         environment: what differs of it: `torch 2.12.0 → 2.13.0`.
         subject: what differs of its facts: `digest a → b`.
         answers: true fp64.
@@ -63,7 +61,6 @@ class Difference:
         losses: the true fp64 loss itself, old and new.
         gradients: true fp64, by parameter of the new version.
         module: the first module that differs in true fp64, None where none does or none is at fault.
-        modules: how modules were matched.
         internal: modules that give something else in true fp64.
         errors: of the whole model, None where neither has one.
         local: errors of the modules that both measured, in the order in which they return.

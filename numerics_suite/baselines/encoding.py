@@ -31,7 +31,21 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, "NDArray[Any]"]
 NUMBERS = ("error", "inherent", "headroom_bits")
-SERIES = ("losses", "norms", "true_losses", "true_norms")
+PLAIN: Mapping[str, Any] = {
+    **dict.fromkeys((*NUMBERS, "true_loss"), float),
+    "error_count": int,
+    "bits": Mapping[str, str],
+    "headroom_module": str | None,
+    "curve": TrainingCurve,
+    "left_out": Mapping[str, str],
+}
+"""Fields of a cell that stand in its JSON as they are, with their types."""
+
+Shape = tuple[int, ...]
+GRADIENT_ROWS = tuple[tuple[str, Shape, int], ...]
+MODULE_ROWS = tuple[tuple[str, str, Shape | None, int, Shape | None, int], ...]
+TENSOR_ROWS = tuple[tuple[str, str, Shape, int], ...]
+"""Names, dtypes or classes, shapes and counts; a module's of what came in and of what went out."""
 
 
 class Parts:
@@ -206,7 +220,6 @@ class Decoder:
 
     def _cell(self, node: Node) -> CellBaseline:
         names = {name: node.get(name).read(str) for name in ("precision", "attn", "device")}
-        curve = node.get("curve")
         return CellBaseline(
             cell=Cell(subject=self.subject, task=self.task, **names),
             subject=revived(self._part(node, "subject").read(dict)),
@@ -214,23 +227,11 @@ class Decoder:
             recipe=revived(self._part(node, "recipe").read(dict)),
             batches=tuple(self._batch(batch) for batch in self._part(node, "batches").items()),
             answers=tuple(self._answer(answer) for answer in self._part(node, "answers").items()),
-            true_loss=node.get("true_loss").read(float),
             gradients=self._gradients(self._part(node, "gradients"), node.get("gradient_errors")),
             modules=self._modules(self._part(node, "modules"), node.get("local_errors")),
-            error=node.get("error").read(float),
-            inherent=node.get("inherent").read(float),
-            error_count=node.get("error_count").read(int),
-            bits=node.get("bits").read(Mapping[str, str]),
-            headroom_bits=node.get("headroom_bits").read(float),
-            headroom_module=node.get("headroom_module").read(str | None),
-            curve=TrainingCurve(
-                **{name: curve.get(name).read(tuple[float, ...]) for name in SERIES},
-                scope=curve.get("scope").read(str),
-                reason=curve.get("reason").read(str),
-            ),
             contract=revived(self._part(node, "contract").read(dict)),
             checks=self._part(node, "checks").read(tuple[str, ...]),
-            left_out=node.get("left_out").read(Mapping[str, str]),
+            **{name: node.get(name).read(kind) for name, kind in PLAIN.items()},
             **(self._since_2(node) if self.content.get("schema_version").read(int) > 1 else {}),
         )
 
@@ -243,13 +244,10 @@ class Decoder:
         }
 
     def _tensors(self, node: Node) -> tuple[TensorRecord, ...]:
-        rows = list(self._part(node, "tensor_rows", "rows").items())
-        found = self._sketches(
-            node, [(row.at(2).read(tuple[int, ...] | None) or (), row.at(3).read(int)) for row in rows]
-        )
+        rows = self._part(node, "tensor_rows", "rows").read(TENSOR_ROWS)
+        found = self._sketches(node, [row[2:] for row in rows])
         return tuple(
-            TensorRecord(name=row.at(0).read(str), dtype=row.at(1).read(str), values=values)
-            for row, values in zip(rows, found, strict=True)
+            TensorRecord(name=row[0], dtype=row[1], values=values) for row, values in zip(rows, found, strict=True)
         )
 
     def _batch(self, node: Node) -> StoredBatch:
@@ -276,33 +274,27 @@ class Decoder:
         )
 
     def _gradients(self, node: Node, own: Node) -> tuple[GradientRecord, ...]:
-        rows = list(self._part(node, "gradient_rows", "rows").items())
-        sizes = [(row.at(1).read(tuple[int, ...] | None) or (), row.at(2).read(int)) for row in rows]
-        found = self._sketches(node, sizes)
+        rows = self._part(node, "gradient_rows", "rows").read(GRADIENT_ROWS)
+        found = self._sketches(node, [row[1:] for row in rows])
         errors = self._floats(own, len(rows))
         return tuple(
-            GradientRecord(
-                name=row.at(0).read(str),
-                gradient=found[index],
-                error=None if errors[index] < 0 else float(errors[index]),
-            )
-            for index, row in enumerate(rows)
+            GradientRecord(name=name, gradient=gradient, error=None if error < 0 else float(error))
+            for (name, *_), gradient, error in zip(rows, found, errors, strict=True)
         )
 
     def _modules(self, node: Node, local: Node | None = None) -> tuple[ModuleRecord, ...]:
-        rows = list(self._part(node, "module_rows", "rows").items())
+        rows = self._part(node, "module_rows", "rows").read(MODULE_ROWS)
         errors = np.zeros(len(rows)) if local is None else self._floats(local.get("errors"), len(rows))
         counts = np.full(len(rows), -1) if local is None else self._array(local.get("counts"), (len(rows),))
         states = {}
         for name, first in (("given", 2), ("gave", 4)):
-            sizes = [(row.at(first).read(tuple[int, ...] | None), row.at(first + 1).read(int)) for row in rows]
-            present = [(shape, count) for shape, count in sizes if shape is not None]
+            present = [row[first : first + 2] for row in rows if row[first] is not None]
             sketches = iter(self._sketches(node.get(name), present))
-            states[name] = [None if shape is None else next(sketches) for shape, _ in sizes]
+            states[name] = [None if row[first] is None else next(sketches) for row in rows]
         return tuple(
             ModuleRecord(
-                name=row.at(0).read(str),
-                kind=row.at(1).read(str),
+                name=row[0],
+                kind=row[1],
                 given=states["given"][index],
                 gave=states["gave"][index],
                 local_error=float(errors[index]) if counts[index] >= 0 else None,
@@ -313,11 +305,7 @@ class Decoder:
 
     def _sketches(self, node: Node, sizes: Sequence[tuple[tuple[int, ...], int]]) -> list[Sketch]:
         widths = node.get("widths")
-        each = (
-            list(widths.read(tuple[int, ...] | None) or ())
-            if isinstance(widths.value, list)
-            else [widths.read(int)] * len(sizes)
-        )
+        each = widths.read(Shape) if isinstance(widths.value, list) else (widths.read(int),) * len(sizes)
         if len(each) != len(sizes):
             message = f"has {len(each)} entries for {len(sizes)} rows"
             raise widths.wrong(message)

@@ -21,7 +21,6 @@ class Errors:
     Attributes:
         name: of the module; empty for the whole model.
         old: in the unit of the record.
-        new: the other.
         ratio: new over old; 1 where both are zero.
         excess: new over the most that the old one and chance explain.
         relief: the same the other way round: old over the most that the new one and chance explain.

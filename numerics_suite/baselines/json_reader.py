@@ -17,8 +17,6 @@ class Node:
     """A value of a JSON file that knows its place.
 
     Attributes:
-        value: as read.
-        file: for messages.
         place: such as `cells[0].curve`.
     """
 
@@ -70,6 +68,6 @@ class Node:
             BadInputError: it has another.
         """
         try:
-            return value_of(self.value, kind, "")
+            return value_of(self.value, kind, self.place)
         except TypeError as error:
-            raise self.wrong(str(error).lstrip()) from None
+            raise Node(None, self.file).wrong(str(error).lstrip()) from None

@@ -46,7 +46,6 @@ class CellRuns:
         answers: float64 on the CPU, at real tokens, by the names of the true ones.
         bits: SHA-256 by part.
         least: the module with the least headroom, None without a floating output.
-        gradients: by parameter, sketched.
     """
 
     answers: dict[str, Tensor]

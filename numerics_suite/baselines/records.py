@@ -40,9 +40,7 @@ class Sketch:
     """A tensor in a few numbers: two tensors that differ have sketches that differ, by about as much.
 
     Attributes:
-        shape: of the tensor.
         count: elements that were sketched (real tokens only).
-        rms: root mean square.
         projections: `[k]`, sums of the elements with weights by formula, over the square root of their count: of the size of the rms.
     """
 
@@ -78,10 +76,7 @@ class ModuleRecord:
     """One module over all batches.
 
     Attributes:
-        name: dotted.
-        kind: class name.
         given: its first floating state as it came in, true fp64; None where it has none with tokens.
-        gave: as it went out.
         local_error: of the module in the cell's precision on the inputs that it really got, rms in units of u·rms(output) with the
             unit roundoff u of the precision; None where it was not measured.
         local_count: numbers that this rms is taken over.
@@ -100,7 +95,6 @@ class GradientRecord:
     """The true fp64 gradient of one parameter.
 
     Attributes:
-        name: dotted.
         gradient: true fp64; zero where no gradient reaches the parameter.
         error: of the gradient in the cell's precision, root mean square of its projections' errors over that of the gradient;
             None where it was not measured, or the gradient is what is left of terms that cancel.
@@ -113,13 +107,7 @@ class GradientRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorRecord:
-    """One parameter or buffer as it is held.
-
-    Attributes:
-        name: dotted.
-        dtype: `bfloat16`.
-        values: its sketch.
-    """
+    """One parameter or buffer as it is held."""
 
     name: str
     dtype: str
@@ -167,8 +155,6 @@ class CellBaseline:
         bits: SHA-256 of `logits`, `loss`, `gradients`, `decoding`, `curve` in the cell's precision and in true fp64, and of all of them
             as `cell`; `uses` where there are any.
         headroom_bits: least headroom of any module, and `headroom_module` where.
-        headroom_module: see above.
-        curve: training.
         contract: JSON: what a caller relies on.
         checks: ids of the checks that applied to the cell.
         left_out: what could not be measured, with the reason, by the name of the part.
@@ -208,9 +194,6 @@ class Recorded:
     """One cell is done.
 
     Attributes:
-        done: cells so far.
-        total: cells planned.
-        cell: which.
         baseline: its measurements, None where there are none.
         error: why it could not be measured, empty elsewhere.
         skipped: why it cannot be had here, of a default list; empty elsewhere.

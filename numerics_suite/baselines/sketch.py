@@ -88,7 +88,6 @@ class Sketcher:
     """Sketches rows as they come, and keeps none of them.
 
     Attributes:
-        rows: seen so far.
         shape: of a row.
         squares: their sum.
         sums: `[PROJECTIONS]`.

@@ -37,11 +37,7 @@ LINE = 160
 
 
 class Baselines(Mapping[Cell, CellBaseline]):
-    """The cells of one folder by their keys: the cell with the kind of its device.
-
-    Attributes:
-        folder: where they were read.
-    """
+    """The cells of one folder by their keys: the cell with the kind of its device."""
 
     def __init__(self, folder: Path, cells: Sequence[CellBaseline]) -> None:
         """Keep the cells in the order of their keys."""

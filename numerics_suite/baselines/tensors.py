@@ -26,7 +26,6 @@ class TensorChange:
     Attributes:
         name: in the new version.
         old: dtype and shape, as text.
-        new: the other.
         value: largest difference of the sketches over the root mean square of the old one; infinite for another shape.
     """
 

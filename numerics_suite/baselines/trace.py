@@ -54,7 +54,6 @@ class Trace:
     Attributes:
         answers: float64 on the CPU, at real tokens, by `BATCH.logits` and so on; of the training batch too.
         modules: by name, in the order in which they first returned.
-        loss: of the training batch.
         gradients: of its loss, in the order of the parameters.
         left_out: "module: op" for what could not be lifted to float64.
         no_gradients: why there are none, empty where there are.

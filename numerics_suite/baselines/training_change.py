@@ -24,7 +24,6 @@ class CurveChange:
         true: deviation of the true fp64 losses and gradient norms, over the largest of the old ones.
         growth: distance from the true fp64 losses in the cell's precision, over what rounding explains.
         old: losses before each step and after the last, in the cell's precision.
-        new: the other.
         became_nonfinite: the step, from 1, at which the new curve and not the old one ends to be finite; None for none.
     """
 

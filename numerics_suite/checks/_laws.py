@@ -14,7 +14,7 @@ TRUE_ONLY = "judged in true fp64 only"
 """Fact: why a law was not judged in the cell's own precision."""
 
 NO_GRADIENTS = "gradients not compared"
-"""The fact that holds why a check compared answers alone."""
+"""Fact: why a check compared only outputs."""
 
 UNSUPPORTED = "not supported"
 """Fact: the part of a law that the installed release or the model does not support. A check that does not fail is then

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from numerics_suite.core.exact import AGREED
 from numerics_suite.definitions.trace import TURN, capture_states
 from numerics_suite.devices import memory
 from numerics_suite.engine.calls import call_model
@@ -17,7 +18,9 @@ from numerics_suite.engine.references import trusted
 from numerics_suite.engine.room import require_gradient_sets
 from numerics_suite.engine.rotary import rotary_table
 from numerics_suite.engine.true_fp64 import Fp64Run
-from numerics_suite.engine.true_passes import keeps_gradients
+from numerics_suite.engine.true_passes import gradient_bytes, keeps_gradients
+from numerics_suite.observations.roundoff import gradient_errors, relative_error
+from numerics_suite.subjects.memory import KEPT_GRADIENT_BYTES
 
 GRADIENT = "true fp64 gradient"
 """Name under which checks declare that they read it, so that a large model's is dropped after the last of them."""
@@ -56,23 +59,47 @@ def true_gradient(context: CellContext) -> TrueRun:
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
-    return kept_run(context, "whole batch", lambda: true_run(context, context.gradient_batch.tensors, gradients=True))
+    if context.shared is not None and not keeps_gradients(context.model):
+        context.shared.drop(GRADIENT, but=context.true_passes)  # one large set at a time
+    tensors = context.gradient_batch.tensors
+    return kept_run(context, "whole batch", lambda: true_run(context, tensors, gradients=True), agree=_same)
 
 
-def kept_run(context: CellContext, name: str, compute: Callable[[], Result]) -> Result:
-    """A true fp64 run over the gradient batch in eval mode: computed once a cell, and of a small model once for equal cells.
+def _same(one: TrueRun, other: TrueRun) -> bool:
+    """Whether two runs give the same loss, and every gradient of the other."""
+    if one.gradients.keys() != other.gradients.keys():
+        return False
+    loss = relative_error(one.found.outputs["loss"].cpu(), other.found.outputs["loss"].cpu())
+    return all(error <= AGREED for error in (loss, *gradient_errors(one.gradients, other.gradients).values()))
+
+
+def kept_run(
+    context: CellContext,
+    name: str,
+    compute: Callable[[], Result],
+    agree: Callable[[Result, Result], bool] | None = None,
+) -> Result:
+    """A true fp64 run over the gradient batch in eval mode: computed once a cell, and once for cells with equal numbers.
 
     Args:
         context: the cell.
         name: of the run; equal runs share a name.
         compute: runs it, if it is not kept.
+        agree: compares two results; of a large model only such a result outlives the cell.
     """
-    store = context.true_passes.runs if keeps_gradients(context.model) else context.gradient_passes
     key = f"{GRADIENT}: {name} over {batch_key(context.gradient_batch.tensors)}"
-    if key not in store:
-        store[key] = compute()
-    found: Result = store[key]
-    return found
+    if keeps_gradients(context.model) or (agree is not None and _outlives(context)):
+        found: Result = context.true_passes.run(key, compute, agree)
+        return found
+    if key not in context.gradient_passes:
+        context.gradient_passes[key] = compute()
+    kept: Result = context.gradient_passes[key]
+    return kept
+
+
+def _outlives(context: CellContext) -> bool:
+    """Whether later cells may read the gradients of a large model."""
+    return context.shared is not None and gradient_bytes(context.model) <= KEPT_GRADIENT_BYTES
 
 
 def require_sets(context: CellContext, sets: float) -> None:
@@ -81,23 +108,27 @@ def require_sets(context: CellContext, sets: float) -> None:
     Raises:
         NotApplicableError: with the bytes needed and free.
     """
-    held = any(key.startswith(f"{GRADIENT}: whole batch") for key in context.gradient_passes)
+    kept = (*context.gradient_passes, *context.true_passes.runs)
+    held = any(str(key).startswith(f"{GRADIENT}: whole batch") for key in kept)
     require_gradient_sets(context, sets, held=held)
 
 
-def after_reading(context: CellContext, *, last: bool) -> None:
+def after_reading(context: CellContext, *, last: bool, last_of_all: bool) -> None:
     """Hand memory back to the system after a check that read the true gradient of a large model.
 
-    What passes over a large model leave is more than the allocator gives back by itself.
+    What passes over a large model leave is more than the allocator returns on its own.
 
     Args:
-        context: the cell; it caches nothing here for a small model.
-        last: no later check reads it; if one does, it is computed again.
+        context: the cell; nothing is dropped for a small model.
+        last: no later check of the cell reads it; if one does, it is computed again.
+        last_of_all: no check of a later cell does either.
     """
-    if not context.gradient_passes:
+    if keeps_gradients(context.model):
         return
     if last:
         context.gradient_passes.clear()
+    if last_of_all and context.shared is not None:
+        context.shared.drop(GRADIENT)
     memory.release(context.cell.device)
 
 

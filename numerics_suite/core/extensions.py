@@ -42,8 +42,6 @@ class Extension:
     Attributes:
         group: one of :data:`GROUPS`.
         name: of the entry point; what is added is called by it.
-        distribution: the package, as it is installed.
-        version: of the package.
         entry: of the package's metadata.
     """
 

@@ -18,8 +18,6 @@ class AtWork:
     """What one process is at.
 
     Attributes:
-        check: id of the check.
-        cell: id of the cell.
         batch: number of the batch from 1, 0 before the first one.
         of: batches that are drawn, 0 for a check without.
     """

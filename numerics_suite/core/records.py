@@ -31,17 +31,13 @@ class Subject:
     Attributes:
         id: the name that keys everything (`--name`, fixture name, hub id without revision, directory name).
         source: SUBJECT as the user typed it.
-        kind: where it comes from.
-        task: the task that is run.
         family: `glm`, `glm4`, `chatglm`, … or `generic`.
         path: the folder of its files, None for a factory.
         revision: the hub revision, None elsewhere.
         model_class: name of the class that will be built, None until known.
-        architectures: as the checkpoint's config says.
         stored_dtype: the dtype of most stored elements (`bfloat16`, …), None where unknown.
         parameters: number of stored elements, None where unknown.
         digest: `sha256:…` over the files, None for a factory.
-        num_labels: labels of a classification head.
         new_head: the checkpoint lacks the head of `task`, so a new one is made as fine-tuning would.
         trust_remote_code: its own code may run (by flag, or a fixture checked against its digest).
         adapter_base: folder or hub id of the base where `path` is a peft adapter.
@@ -110,7 +106,6 @@ class Batch:
         drawn: how it came about, as text for a finding (`padding=left lengths=[3, 7]`).
         laws_apply: False where the laws do not apply to it by definition (a pad id among the real tokens).
         label_counts: labels that count in each row of a larger sample of the user's file; empty for any other batch.
-        rows_in_file: of that file.
     """
 
     tensors: Mapping[str, Any]
@@ -194,7 +189,6 @@ class Budget:
     """The most that a measurement may be, with the reason.
 
     Attributes:
-        check: id of the check.
         measurement: name of the measurement it judges.
         limit: the largest value that passes; 0 is a limit.
         cause: what it means to be over it, unless the measurement knows better.
@@ -300,10 +294,8 @@ class RunResult:
     Attributes:
         command: the command of the contract, `check`.
         started_at: RFC 3339 with the offset.
-        settings: every option as used.
         environment: python, platform, device, packages.
         notes: lines a person should see above the verdict (an accept entry that matched nothing, a time limit).
-        exit_status: as CONTRACT.md defines it.
         rehearsals: with `--data`, training tried on the user's own texts.
         complete: the run came to its end, so that every planned question has its entry; without it the verdict is `error`.
     """

@@ -10,13 +10,11 @@ class RehearsedRun:
     """Training in one precision.
 
     Attributes:
-        precision: of the cell.
         largest_logit: largest magnitude among the initial logits; NaN where they are not finite.
         losses: before each step and after the last.
         gradient_norms: total norm of each step, before any clipping.
         clipped_losses: the same with the gradient norm clipped to 1.0.
         scales: the loss scale after each step, empty without a scaler.
-        skipped: steps that the scaler skipped.
         stopped: what was not finite, at which step; empty where everything was.
         stopped_clipped: the same of the clipped run.
         largest_stable_lr: to within a factor of 1.4; None where none was found.
@@ -50,17 +48,9 @@ class Rehearsal:
     """One subject's rehearsal.
 
     Attributes:
-        subject: its id.
-        task: its task.
         attn: the attention implementation that it was trained with.
-        device: where.
-        batch: how the batch came about.
-        optimizer: `adamw`, `adam` or `sgd`.
-        lr: learning rate as asked.
-        steps: optimizer steps.
         chance: loss of a classifier that knows nothing, ln(labels); None for other tasks.
         runs: one for each precision that trains.
-        recipe: what is recommended.
     """
 
     subject: str

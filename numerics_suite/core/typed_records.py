@@ -103,7 +103,11 @@ def value_of(value: Any, wanted: Any, where: str) -> Any:
     if origin in {Union, types.UnionType}:
         return _one_of(value, wanted, where)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(value_of(item, inner[0], f"{where}[{at}]") for at, item in enumerate(value))
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        _refuse_unless(len(kinds) == len(value), value, f"a list of {len(kinds)}", where)
+        return tuple(
+            value_of(item, kind, f"{where}[{at}]") for at, (item, kind) in enumerate(zip(value, kinds, strict=True))
+        )
     if origin is Mapping and isinstance(value, Mapping):
         return {key: value_of(item, inner[1], f"{where}.{key}") for key, item in value.items()}
     if wanted is float or wanted is Any:

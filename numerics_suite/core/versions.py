@@ -20,9 +20,6 @@ class Versions:
     """What one environment holds; None is whatever the environments choose by themselves.
 
     Attributes:
-        transformers: a released version, or None.
-        torch: a released version, or None.
-        python: `3.11`, or None.
         others: name and version of other packages that somebody chose, by name.
     """
 
@@ -49,10 +46,6 @@ class Change:
 
     Attributes:
         against: the other version (`5.7.0`, `torch 2.6.0`, `python 3.10`), or `baseline`.
-        subject: its name.
-        task: its task.
-        precision: of the cell.
-        attn: of the cell.
         kind: any of CONTRACT.md's but `identical`.
         module: the first that differs, None where that is not known.
         details: what differs, a line each.
@@ -101,17 +94,13 @@ class MatrixCell:
     """What `check` said in one environment.
 
     Attributes:
-        wanted: as planned.
         held: as the environment really holds; as planned where it was not made.
-        status: see `CellStatus`.
         verdict: of the results file, `error` where there is none because something broke, None where nothing could be asked.
         reason: one line, for a cell without results.
         results: path of the results file, None without one.
         baseline: folder of the baselines recorded with it, None without.
         duration_s: of the process, seconds.
         reused: an earlier run's.
-        rows: what ran.
-        failures: what did not pass.
         unsupported: reason by subject that these versions cannot build.
         changes: against earlier versions and the baseline.
         bad_input: the reason speaks of what the user gave, not of these versions.
@@ -132,6 +121,14 @@ class MatrixCell:
     changes: tuple[Change, ...] = ()
     bad_input: bool = False
 
+    def of(self, subject: str, task: str, precision: str) -> tuple[CellStatus, list[Failure], list[Change]]:
+        """The status of one row that ran, its failures and its changes."""
+        row = (subject, task, precision)
+        failures = [one for one in self.failures if (one.subject, one.task, one.precision) == row]
+        changes = [one for one in self.changes if (one.subject, one.task, one.precision) == row]
+        failed = any(one.status == "failed" for one in failures)
+        return "failed" if failed else "error" if failures else "passed", failures, changes
+
     def with_changes(self, changes: tuple[Change, ...]) -> MatrixCell:
         """The cell with what changed."""
         return replace(self, changes=changes)
@@ -139,12 +136,7 @@ class MatrixCell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixResult:
-    """All cells, oldest first; each with its changes.
-
-    Attributes:
-        folder: where the cells' files are.
-        notes: lines that a person should see.
-    """
+    """All cells, oldest first; each with its changes."""
 
     cells: tuple[MatrixCell, ...]
     folder: Path
@@ -167,9 +159,7 @@ class BisectStep:
     """One version that was tried.
 
     Attributes:
-        version: as in the list of candidates.
         verdict: untestable where it cannot run.
-        duration_s: seconds.
         reason: one line for an untestable version.
         reused: an earlier run's.
     """
@@ -187,17 +177,12 @@ class BisectResult:
 
     Attributes:
         what: a package such as `transformers`, `checkpoint`, or the folder of a clone.
-        subject: its name.
         last_good: the newest version at which the deciding checks passed.
         first_bad: the oldest after it at which one failed.
         between: untestable versions between these two; the change is in one of them or in `first_bad`.
         tested: in the order in which they were tried.
         check: the check that decides, and whose finding is reported.
         deciding: all checks that decide.
-        finding: at `first_bad`.
-        results: the results file of `first_bad`.
-        show: a command that shows it.
-        notes: lines that a person should see.
         candidates: how many versions lie between the ends, these included.
     """
 

@@ -16,7 +16,7 @@ from numerics_suite.definitions.trace import TURN
 from numerics_suite.definitions.weights import tensor_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
     from torch import Tensor
 
@@ -66,6 +66,10 @@ class Overlay:
         """The whole weight's shape."""
         return self._of(name).shape(name)
 
+    def rounding(self) -> Hashable:
+        """Of those below; a new head is taken as it stands."""
+        return self.below.rounding()
+
     def _of(self, name: str) -> Weights:
         return tensor_weights(self.head) if name in self.head else self.below
 
@@ -84,6 +88,9 @@ class _Leaves:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.below.shape(name)
+
+    def rounding(self) -> Hashable:
+        return self.below.rounding()
 
 
 def run_definition(  # noqa: PLR0913 - the arguments of `run_oracle`

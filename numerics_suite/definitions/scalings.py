@@ -133,9 +133,9 @@ class Yarn:
     def _ends(self, theta: float, rotary_dim: int) -> tuple[float, float]:
         """Between which pairs the ramp rises.
 
-        The paper has it rise with the number of turns. The code published with it, which transformers follows and whose
-        frequencies YaRN checkpoints were trained with, has it rise with the index of the pair. The upper end is capped at
-        the rotary dimension less 1 there, not at the number of pairs.
+        In the paper it rises with the number of turns. In the code published with it, which transformers follows and
+        whose frequencies YaRN checkpoints were trained with, it rises with the index of the pair. The upper end is
+        capped at the rotary dimension less 1 there, not at the number of pairs.
         """
 
         def pair_of(turns: float) -> float:

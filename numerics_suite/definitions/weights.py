@@ -12,13 +12,17 @@ from safetensors import safe_open
 from numerics_suite.definitions.config import OracleUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
 Rows = slice | torch.Tensor | None
 """Rows of a weight: a range, `[n]` indices, or all of them."""
+
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Floats by their names in safetensors files."""
 
 
 class Weights(Protocol):
@@ -40,6 +44,10 @@ class Weights(Protocol):
         """
         ...
 
+    def rounding(self) -> Hashable:
+        """What the stored numbers are rounded to; None where each is taken as it stands."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Tensors:
@@ -53,6 +61,9 @@ class _Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._find(name).shape)
+
+    def rounding(self) -> Hashable:
+        return None
 
     def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -80,6 +91,15 @@ class _Files:
     def shape(self, name: str) -> tuple[int, ...]:
         file, stored = self._locate(name)
         return tuple(file.get_slice(stored).get_shape())
+
+    def rounding(self) -> Hashable:
+        files = {name: self._locate(name)[0] for name in self.index}
+        stored = {STORED.get(file.get_slice(name).get_dtype()) for name, file in files.items()}
+        held = {dtype for dtype in (self.rounded_to, *self.held.values()) if dtype is not None}
+        # A float holds every number of one to which both promote.
+        if all(dtype is not None and torch.promote_types(dtype, wide) == wide for dtype in stored for wide in held):
+            return None
+        return self.rounded_to, tuple(self.held.items())
 
     def _locate(self, name: str) -> tuple[Any, str]:
         # A checkpoint of the bare base model has its names without the leading `model.` or `transformer.`.

@@ -53,7 +53,6 @@ class Fixed:
     """A model built from another config.json.
 
     Attributes:
-        context: the cell on the copy.
         meant: the same model, whose answers must match what the user's own file means; None where that has not changed, or where the stored tensors decide.
         how: which keys to write, and what the release then builds.
     """

@@ -47,10 +47,8 @@ class Rewriting:
     """Another config.json of the same meaning.
 
     Attributes:
-        config: the whole file.
         meaning: what answers are compared with: the user's own keys where the definition reads them, else the new ones.
         written: the keys that are new or changed.
-        dropped: the keys that are gone.
         left: reasons why more could not be said.
     """
 

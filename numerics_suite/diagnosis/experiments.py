@@ -29,7 +29,6 @@ class Experiment:
     """One condition, changed.
 
     Attributes:
-        name: as the finding shows it.
         expected: what the failing check then does if the cause is right.
         copy: the context under the condition, None where it cannot be made here.
     """

@@ -46,8 +46,6 @@ class Raised:
     """An exception of the model's own code.
 
     Attributes:
-        kind: name of its type.
-        text: its message, in one line.
         line: `modeling_x.py:123`, the innermost of the model's own code.
         module: dotted name of the module whose code that is, None where it is not a module's.
     """

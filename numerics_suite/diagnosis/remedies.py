@@ -36,7 +36,6 @@ class Attempt:
     """One way to apply a remedy.
 
     Attributes:
-        context: the cell, cured.
         how: what was set, for the effect's text (`lr 1.2e-05`); empty where the remedy's name says it all.
         meant: the same model whose answers must match another definition than its own files', None for the same. Such an
             attempt says what the definition is, so it is verified only where the definition was asked and agrees.

@@ -22,7 +22,6 @@ class Shown:
 
     Attributes:
         works: every check that must pass does.
-        effect: in words.
         left: the finding of what still fails, None where nothing does.
     """
 

@@ -18,8 +18,6 @@ class AddedRemedy:
     """A remedy of another package: the value of an entry point of `numerics_suite.remedies`.
 
     Attributes:
-        name: the entry point's.
-        description: what the user does, in a line.
         cure: yields ways to apply it to a fresh copy, cheapest for the user first; nothing where it does not apply.
         causes: those for which it is tried, whatever check found them; budgets may name it besides.
     """

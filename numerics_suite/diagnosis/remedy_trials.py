@@ -114,8 +114,6 @@ class _Outcome:
 
     Attributes:
         works: None where what would show it could not be asked.
-        effect: in words.
-        left: what still fails, worst first.
         found: the finding of that, where it was wanted.
     """
 

@@ -132,7 +132,7 @@ def sdp_efficient(given: Given) -> tuple[Any, ...]:
 
 
 def sdp_efficient_backward(given: Given) -> tuple[Any, ...]:
-    """Return dQ, dK, dV and dbias, None where `grad_input_mask` does not ask for it; L comes padded."""
+    """Return dQ, dK, dV and dbias, None unless `grad_input_mask` requests it; L comes padded."""
     attention = _attention(given, bias="attn_bias")
     lse = widen(given["logsumexp"])[..., : attention.query.shape[-2]]
     found = attention.backward(widen(given["grad_out_"]), widen(given["out"]), lse)
@@ -164,7 +164,7 @@ def sdp_overrideable(given: Given) -> tuple[Any, ...]:
 
 
 def sdp_overrideable_backward(given: Given) -> tuple[Any, ...]:
-    """Return dQ, dK, dV and dbias, None where `grad_input_mask` does not ask for it."""
+    """Return dQ, dK, dV and dbias, None unless `grad_input_mask` requests it."""
     found = _backward(_attention(given, bias="attn_bias"), given, given["grad_out"])
     return found.query, found.key, found.value, found.bias if given["grad_input_mask"][3] else None
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from numerics_suite.core.activity import doing
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
@@ -30,12 +31,13 @@ from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
 from numerics_suite.engine.pass_store import PassStore
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_copy import copy_sharing, trained_by
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
 from numerics_suite.engine.true_passes import TruePasses, TrueStore
-from numerics_suite.inputs.effort import BatchPlan, Effort
+from numerics_suite.inputs.effort import BatchPlan
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
@@ -43,42 +45,9 @@ from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
 from numerics_suite.subjects.memory import KEPT_BYTES
 from numerics_suite.subjects.tasks import is_head
-from numerics_suite.subjects.tokenizers import load_tokenizer
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
-if TYPE_CHECKING:
-    from numerics_suite.baselines.records import CellBaseline
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The settings that apply to every cell.
-
-    Attributes:
-        seed: `--seed`.
-        rows: `--batch-size`.
-        length: `--seq-len`.
-        effort: how many batches are examined, and how large they are.
-        plan: how cells are trained.
-        data: the user's own batch as a tokenizer makes it, None without `--data`.
-        tokenizer: opens the subject's tokenizer; None where it has none.
-        baseline: what was recorded of the cell, None without a baseline.
-        applicable: ids of the checks that apply to the cell.
-        packing: the ways in which rows are packed; each that the installed release supports where empty.
-    """
-
-    seed: int = 0
-    rows: int = 4
-    length: int = 64
-    effort: Effort = field(default_factory=Effort)
-    plan: TrainingPlan = field(default_factory=TrainingPlan)
-    data: Callable[[Subject, InputSpace, Any], Batch] | None = None
-    tokenizer: Callable[[Subject], Any | None] = load_tokenizer
-    baseline: CellBaseline | None = None
-    applicable: tuple[str, ...] = ()
-    packing: tuple[str, ...] = ()
 
 
 @renamed(tampered="modified_model", let_go="release", memo="cache")
@@ -91,6 +60,7 @@ class CellContext:
         recipe: the precision recipe.
         request: batch shape, seed, training plan.
         family: the description of the architecture.
+        shared: the true fp64 passes of the run's cells, None for a cell of its own.
         first_step: the number of the first step of its training runs.
         origin: where these begin, in words; empty for the model as loaded.
         unheld: parameters that are meant to train and that no optimizer of these holds.
@@ -125,7 +95,7 @@ class CellContext:
         self.family: Family = family_of(subject.config)
         self._loader = loader or load
         self._forwards: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
-        self.passes, self._shared = PassStore(), shared
+        self.passes, self.shared = PassStore(), shared
         self.gradient_passes: dict[str, Any] = {}
         self.cache: dict[Any, Any] = {}
         self.changes: tuple[Callable[[Loaded], Loaded], ...] = ()
@@ -228,11 +198,8 @@ class CellContext:
     @contextmanager
     def modified_model(self) -> Iterator[nn.Module]:
         """The shared model, for a check that changes a switch and restores it; ignores cached forward passes."""
-        kept, self._forwards = self._forwards, OrderedDict()
-        try:
+        with with_attribute(self, "_forwards", OrderedDict()):
             yield self.model
-        finally:
-            self._forwards = kept
 
     def release(self) -> None:
         """Drop every cached result now: reference cycles would keep them until the garbage collector runs."""
@@ -338,7 +305,12 @@ class CellContext:
     @cached_property
     def true_passes(self) -> TrueStore:
         """The true fp64 passes of the cell: an earlier cell's too, where both are the same in true fp64."""
-        return TrueStore() if self._shared is None else self._shared.of(self)
+        return TrueStore() if self.shared is None else self.shared.of(self)
+
+    def leave_other_attention(self) -> bool:
+        """Whether a true fp64 pass of another attention stood in for one of this cell; from now on none does."""
+        store = self.__dict__.get("true_passes")
+        return isinstance(store, TrueStore) and store.apart()
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:

@@ -88,7 +88,7 @@ def formula_for(
 
     Also None for a call that the formula does not cover, such as one with dropout; `mode` then records op and reason.
     """
-    formula = FORMULAS.get(func)
+    formula = _BY_ID.get(id(func))
     if formula is None:
         return None
     given = bind(func, args, kwargs)
@@ -152,6 +152,9 @@ FORMULAS: Final[dict[Any, Formula]] = {
     getattr(_ATEN, name).default: formula for name, formula in _BY_NAME.items() if hasattr(_ATEN, name)
 }
 """Op overload → what it computes. An older torch without an op has no entry for it."""
+
+_BY_ID: Final = {id(func): formula for func, formula in FORMULAS.items()}
+"""The same by id: an op is hashed in Python, and every op of a run is looked up."""
 
 
 def excess_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Any]) -> float:

@@ -72,9 +72,11 @@ class _Keeps(torch.optim.SGD):
     handed: dict[int, Tensor]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Keep each parameter's gradient as it stands."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.handed = {id(each): each.grad.detach().clone() for each in parameters if each.grad is not None}
+        """Take each parameter's gradient away, which would be zeroed next."""
+        self.handed = {}
+        for each in (parameter for group in self.param_groups for parameter in group["params"]):
+            if each.grad is not None:
+                self.handed[id(each)], each.grad = each.grad.detach(), None
 
 
 class _LossLines(TorchFunctionMode):

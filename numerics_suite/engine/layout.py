@@ -1,6 +1,6 @@
 """Which way round a model holds its states: `[batch, sequence, …]`, or `[sequence, batch, …]` as ChatGLM's first code does.
 
-Shapes alone do not tell where a batch has as many rows as tokens, so one row of three tokens is run.
+Shapes alone are ambiguous if a batch has as many rows as tokens, so one row of three tokens is run.
 """
 
 from __future__ import annotations

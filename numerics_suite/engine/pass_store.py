@@ -33,6 +33,10 @@ class PassStore:
         """How many answers are held."""
         return len(self._held)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the answer of that pass is held."""
+        return key in self._held
+
     @property
     def nbytes(self) -> int:
         """Bytes of the answers that are held."""

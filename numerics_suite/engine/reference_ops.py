@@ -18,7 +18,7 @@ from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 WIDER: Final[dict[torch.dtype, torch.dtype]] = {
     torch.float32: torch.float64,
@@ -69,7 +69,7 @@ class Kind(Enum):
     VIEW = auto()
     """Returns an alias of its argument: running it on an upcast copy would cut that tie."""
     COMPOSITE = auto()
-    """Made of other ops; seen whole only in inference mode, and taken apart there."""
+    """Composed of other ops; appears as one op only in inference mode, where it is decomposed."""
     MUTABLE = auto()
     """Writes to an argument."""
     EXACT = auto()
@@ -124,15 +124,16 @@ _EXACT: Final = _GATHERS | frozenset(
 _TRUSTED_NAMESPACES: Final = frozenset(
     {"aten", "prim", "prims", "c10d", "_c10d_functional", "_c10d_functional_autograd", "flex_lib"}
 )
-_PLANS: Final[dict[Any, OpPlan]] = {}
+_PLANS: Final[dict[int, tuple[Any, OpPlan]]] = {}
+"""By id: an op is hashed in Python, which costs more than all else that is looked up here. Ops that are held keep theirs."""
 
 
 def plan_of(func: Any) -> OpPlan:
     """Return the plan of `func`, an `OpOverload`; worked out at its first use."""
-    plan = _PLANS.get(func)
-    if plan is None:
-        plan = _PLANS[func] = _work_out(func)
-    return plan
+    held = _PLANS.get(id(func))
+    if held is None:
+        held = _PLANS[id(func)] = func, _work_out(func)
+    return held[1]
 
 
 def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
@@ -252,10 +253,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Buffers are replaced by copies meanwhile, so that an in-place update does not reach the real ones. Dicts,
     lists and sets that a module or a config holds get their entries back; parameters keep what is written into them.
     """
-    modules = list(model.modules())
-    configs = [getattr(module, "config", None) for module in modules]
-    owners = {id(owner): owner for owner in (*modules, *configs) if isinstance(getattr(owner, "__dict__", 0), dict)}
-    held = _entries(owner.__dict__ for owner in owners.values())
+    modules = modules_of(model)
+    configs = {id(config): config for module in modules if (config := _config_of(module)) is not None}
+    owners = (*modules, *configs.values())
+    held = _entries([owner.__dict__ for owner in owners if isinstance(getattr(owner, "__dict__", 0), dict)])
     copies: dict[int, Tensor] = {}
     for module in modules:
         for name, buffer in module._buffers.items():  # noqa: SLF001
@@ -271,17 +272,40 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 (holder.extend if isinstance(holder, list) else holder.update)(entries)
 
 
-def _entries(holders: Iterable[Any]) -> list[tuple[Any, Any]]:
+def _config_of(module: nn.Module) -> Any:
+    """Its config, None without one; a module that lacks an attribute takes long to say so."""
+    held = module.__dict__.get("config")
+    return getattr(module, "config", None) if held is None and hasattr(type(module), "config") else held
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """The modules as `model.modules()` yields them, without a generator for each level."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]  # noqa: SLF001
+    return list(found.values())
+
+
+def _entries(waiting: list[Any]) -> list[tuple[Any, Any]]:
     """Dicts, lists and sets, nested ones included, each with a copy of its entries."""
-    found: dict[int, tuple[Any, Any]] = {}
-    waiting = list(holders)
+    seen: set[int] = set()
+    found: list[tuple[Any, Any]] = []
     while waiting:
         holder = waiting.pop()
-        if id(holder) not in found:
-            found[id(holder)] = holder, holder.copy()
-            values = holder.values() if isinstance(holder, dict) else holder
-            waiting += [value for value in values if type(value) in _CONTAINERS]
-    return list(found.values())
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if not holder:  # most of them: the hooks of a module that has none
+            found.append((holder, ()))
+            continue
+        found.append((holder, holder.copy()))
+        values = holder.values() if isinstance(holder, dict) else holder
+        waiting += [value for value in values if type(value) in _CONTAINERS]
+    return found
 
 
 _CONTAINERS: Final = frozenset({dict, OrderedDict, list, set})
@@ -296,7 +320,7 @@ def replaced_parameters(
     Restoring is `preserved`'s work, within which this must run.
     """
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         for name, parameter in module._parameters.items():  # noqa: SLF001
             if parameter is not None:
                 if id(parameter) not in made:
@@ -312,9 +336,7 @@ def plain_kernels(model: nn.Module) -> Iterator[None]:
         stack.enter_context(autocast_off(*{parameter.device.type for parameter in model.parameters()}))
         # A kernel that a package calls through its own binding is no ATen op: the mode would never see it, nor its rounding.
         stack.enter_context(flash_registry.visible_attention(model))
-        for config in {
-            id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
-        }.values():
+        for config in {id(c): c for c in (_config_of(m) for m in modules_of(model)) if c is not None}.values():
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 # Grouped products of experts (`_grouped_mm`) have no float64 kernel; the eager loop computes the same sums.
                 stack.enter_context(with_attribute(config, "_experts_implementation_internal", "eager"))

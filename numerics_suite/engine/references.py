@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.layout import STATES, batch_first, sequence_first
-from numerics_suite.engine.runner import Caller
+from numerics_suite.engine.runner import Caller, Runner
+from numerics_suite.engine.true_passes import Form, beside
 from numerics_suite.observations.roundoff import relative_error, rms
 
 Answer = Callable[..., Tensor]
@@ -26,15 +28,40 @@ Answer = Callable[..., Tensor]
 TRUE = "fp64"
 """The condition of the true fp64 run."""
 
+NUMBER = re.compile(r"\d+")
 
-def _read(context: CellContext, condition: str, tensors: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+
+def _read(
+    context: CellContext,
+    condition: str,
+    tensors: Mapping[str, Any],
+    compute: Callable[[], Tensor],
+    *,
+    own: bool = False,
+) -> Tensor:
     """The answer of a pass from the cell's store; all but the true fp64 run compute in the cell's own dtype."""
     batch = batch_key(tensors)
     lasting = _is_planned(context, batch)
     if condition.startswith(TRUE):
-        return context.true_passes.answers.read((condition, batch), compute, lasting=lasting)
+        form = _form(condition, tensors)
+        return context.true_passes.read((condition, batch), form, compute, lasting=lasting, own=own)
     narrow = dtype_of(context.recipe.computes_in)
     return context.passes.read((condition, batch), compute, narrow, lasting=lasting)
+
+
+def _form(condition: str, tensors: Mapping[str, Any]) -> Form:
+    """What decides which way a call takes through the masks of an attention.
+
+    The kind of the call without its numbers, what is handed over, one row or several, on which sides rows have padding, and the order
+    of magnitude of the width: kernels drop a mask that hides nothing, and take others for one row, one query or a window.
+    """
+    ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return Form((condition, batch_key(tensors)))
+    real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    sides = None if real is None else frozenset(tuple(row.unique_consecutive().tolist()) for row in real)
+    rows, width = ids.shape
+    return Form((NUMBER.sub("n", condition), tuple(sorted(tensors)), rows > 1, sides, width.bit_length()), real)
 
 
 def _is_planned(context: CellContext, key: tuple[Any, ...]) -> bool:
@@ -42,7 +69,9 @@ def _is_planned(context: CellContext, key: tuple[Any, ...]) -> bool:
     return any(key == batch_key(context.inputs_of(batch)) for batch in context.planned_batches)
 
 
-def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, name: str) -> Tensor:
+def true_pass(
+    context: CellContext, tensors: Mapping[str, Any], call: Caller, name: str, *, own: bool = False
+) -> Tensor:
     """The output of a true fp64 pass made by a custom call of the model, float64 on the CPU.
 
     Args:
@@ -50,6 +79,7 @@ def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, na
         tensors: inputs of the call.
         call: gives an output `answer`.
         name: of the call; equal calls share a name.
+        own: under the cell's own attention, whatever another one gave.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
@@ -60,7 +90,7 @@ def true_pass(context: CellContext, tensors: Mapping[str, Any], call: Caller, na
         trusted(run.left_out)
         return run.outputs["answer"].cpu()
 
-    return _read(context, f"{TRUE} {name}", tensors, make)
+    return _read(context, f"{TRUE} {name}", tensors, make, own=own)
 
 
 def without_labels(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,14 +153,49 @@ def caller(context: CellContext, *, by_token: bool, **keywords: Any) -> Caller:
     return call
 
 
-def true_answer(context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True) -> Tensor:
+def true_answer(
+    context: CellContext, tensors: Mapping[str, Any], *, by_token: bool = True, own: bool = False
+) -> Tensor:
     """The answer of the true fp64 run, float64 on the CPU.
+
+    Args:
+        context: the cell.
+        tensors: of the batch.
+        by_token: see :func:`answer_of`.
+        own: see :func:`true_pass`.
 
     Raises:
         NotApplicableError: something could not be lifted to float64; such a run is no reference.
     """
     call = caller(context, by_token=by_token)
-    return true_pass(context, without_labels(tensors), call, f"states: {reads_states(context, by_token=by_token)}")
+    states = reads_states(context, by_token=by_token)
+    return true_pass(context, without_labels(tensors), call, f"states: {states}", own=own)
+
+
+def answer_under(context: CellContext, other: nn.Module, attn: str | None, tensors: Mapping[str, Any]) -> Tensor:
+    """The true fp64 answer of the cell's subject under another attention; a cell of that attention reads it too.
+
+    Args:
+        context: the cell.
+        other: its model under the other attention.
+        attn: that attention; None where the two models hold other numbers, so that nothing may be read by another cell.
+        tensors: of the batch.
+
+    Raises:
+        NotApplicableError: something could not be lifted to float64; such a run is no reference.
+    """
+    given = without_labels(tensors)
+    states = reads_states(context, by_token=True)
+
+    def make() -> Tensor:
+        run = Runner(other, context.condition).true_fp64(given, call=caller(context, by_token=True))
+        trusted(run.left_out)
+        return run.outputs["answer"].cpu()
+
+    if attn is None or context.shared is None:
+        return make()
+    batch, store = batch_key(given), beside(context.true_passes, attn)
+    return store.answers.read((f"{TRUE} states: {states}", batch), make, lasting=_is_planned(context, batch))
 
 
 def trusted(left_out: tuple[str, ...]) -> None:

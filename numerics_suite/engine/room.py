@@ -1,4 +1,4 @@
-"""Is there room for what will be held at once? Asked before it begins: later the system ends the process, with all its answers."""
+"""Checks that memory suffices before work begins: later the system would kill the process, and its results with it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from numerics_suite.engine.cell_context import CellContext
 
 SMALL: Final = 1 << 28
-"""Bytes that are there on any machine that runs torch: the system is not asked."""
+"""Bytes that any machine that runs torch has, so the system is not queried."""
 
 
 def require_room(device: str | torch.device, needed: float, what: str, hint: str = "") -> None:
-    """Refuse what does not fit.
+    """Refuse work that does not fit in memory.
 
     Args:
         device: where it is held.
@@ -78,7 +78,7 @@ def require_gradient_sets(context: CellContext, sets: float, *, held: bool = Fal
 
 
 def require_block(model: nn.Module, copies: int) -> None:
-    """Refuse what makes one block of the model float64, where even that does not fit.
+    """Refuse work that widens one block of the model at a time, if even that does not fit.
 
     Args:
         model: whose blocks are made float64 one at a time.

@@ -40,7 +40,7 @@ class RoundedRun:
 
     Attributes:
         outputs: Floating tensors of the model's output, exactly upcast to float64, by name.
-        gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if they were not asked for.
+        gradients: Parameter name → gradient of the loss, in the parameter's own dtype; None if not requested.
         left_out: "module: op" for what ran unchanged: a foreign kernel, or an op without a float64 one.
     """
 
@@ -79,7 +79,11 @@ class RoundOnce(reference_ops.LeanMode):
         return self._compute(func, plan, args, kwargs)
 
     def _compute(self, func: Any, plan: reference_ops.OpPlan, args: Any, kwargs: dict[str, Any]) -> Any:
-        key = (func, tuple(map(_signature, args)), tuple((name, _signature(value)) for name, value in kwargs.items()))
+        key = (
+            id(func),
+            tuple(map(_signature, args)),
+            tuple((name, _signature(value)) for name, value in kwargs.items()),
+        )
         # The dtype of a result follows type promotion (0-dim tensors and Python scalars count less), which PyTorch alone knows.
         # So the op runs once as it is, and its answer's dtypes are kept for all later calls with the same dtypes.
         dtypes = self._dtypes.get(key)
@@ -146,7 +150,7 @@ def run_rounded(
         call: Calls the model. It may switch to `model.train()`.
 
     Raises:
-        ValueError: Gradients are asked for and the output has no scalar loss.
+        ValueError: Gradients are requested and the output has no scalar loss.
         NotApplicableError: The gradients of all parameters do not fit in memory.
     """
     model = where_float64_is(model)
@@ -157,7 +161,7 @@ def run_rounded(
         stack.enter_context(reference_ops.preserved(model))
         stack.enter_context(flash_registry.visible_attention(model))
         leaves = stack.enter_context(reference_ops.replaced_parameters(model, _leaf))
-        for module in model.modules():
+        for module in reference_ops.modules_of(model):
             module.training = False
         mode = stack.enter_context(RoundOnce(names))
         with torch.set_grad_enabled(gradients):

@@ -120,7 +120,7 @@ class Trajectory:
 
 
 TRAJECTORY = "training run"
-"""What checks that look at the cell's training run name among what they read."""
+"""Name under which checks declare that they read the cell's training run."""
 
 RECIPE_NORM = 1.0
 """The norm that GLM-4's fine-tuning recipes clip to."""
@@ -151,12 +151,7 @@ class HaltedError(Exception):
 
 
 def make_optimizer(plan: TrainingPlan, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The plan's optimizer, with torch's defaults but for what the plan says.
-
-    Args:
-        plan: optimizer, learning rate and eps.
-        parameters: to be trained, at least one.
-    """
+    """The plan's optimizer, with torch's defaults but for what the plan says."""
     options: dict[str, Any] = {} if plan.eps is None else {"eps": plan.eps}
     optimizer: torch.optim.Optimizer = OPTIMIZERS[plan.optimizer](list(parameters), lr=plan.lr, **options)
     return optimizer
@@ -254,9 +249,6 @@ class Trainer:
 
     def step(self, step: int) -> None:
         """One optimizer step, checked after each of its parts.
-
-        Args:
-            step: its number.
 
         Raises:
             HaltedError: a tensor is not finite.
@@ -373,12 +365,6 @@ def trainer_of(model: nn.Module, tensors: Mapping[str, Any], *, condition: Condi
 
     The model is left as the last step left it; hand in a copy. Dropout is on only if the model was in training mode;
     for a reproducible curve, pass it in eval mode.
-
-    Args:
-        model: with `requires_grad` set on what is trained.
-        tensors: the batch with its labels.
-        condition: precision and device.
-        plan: steps, optimizer, learning rate, clipping.
     """
 
     def forward() -> Mapping[str, Tensor]:

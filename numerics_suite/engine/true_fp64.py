@@ -106,7 +106,7 @@ class LiftToFp64(reference_ops.LeanMode):
         # Picking rounds nothing, so both orders give the same numbers.
         if plan.gathers:
             return widen(func(*args, **kwargs))
-        if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
+        if id(func) in _CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
         # `half_to_float=True` requests a float32 result of a float16 input; with a float64 input PyTorch refuses it.
@@ -174,6 +174,9 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
 
 CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
 """Products that :func:`multiply_in_chunks` computes."""
+
+_CHUNKED: Final = frozenset(map(id, CHUNKED))
+"""The same by id, which is hashed at once."""
 
 
 def multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -291,7 +294,7 @@ class _WideConvolutions(TorchFunctionMode):
 
 
 def _convolutions(module: nn.Module) -> AbstractContextManager[object]:
-    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())  # noqa: SLF001 - the base of all
+    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in reference_ops.modules_of(module))  # noqa: SLF001 - the base of all
     return _WideConvolutions() if convolves else nullcontext()
 
 
@@ -312,7 +315,7 @@ def _wide_leaf(parameter: nn.Parameter) -> nn.Parameter:
 def _widen_buffers(model: nn.Module) -> None:
     # One wide copy for each buffer object: modules that share a buffer still share it.
     wide: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in reference_ops.modules_of(model):
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None and buffer.dtype in WIDER:
                 module._buffers[name] = wide.setdefault(id(buffer), widen(buffer))  # noqa: SLF001
@@ -338,7 +341,7 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
         on_gradient: See `true_fp64`; gradients given to it are not in the result.
 
     Raises:
-        ValueError: Gradients are asked for and the output has no scalar loss.
+        ValueError: Gradients are requested and the output has no scalar loss.
         NotApplicableError: The gradients of all parameters do not fit in memory, or a streamed block does not.
     """
     model = where_float64_is(model)
@@ -349,7 +352,7 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
     if gradients and stream:
         require_block(model, 2)  # and its gradients
     with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
-        for module in model.modules():
+        for module in reference_ops.modules_of(model):
             module.training = False
         with torch.set_grad_enabled(gradients):
             output = call(model, {name: widen(value) for name, value in batch.items()})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -27,23 +28,119 @@ PROBE: Final = (2, 5)
 PIECE: Final = 1 << 22
 """Elements of a tensor that are digested at a time."""
 
-MOST_KEPT: Final = 3
-"""Stores that are kept, all of one subject: one for each of a few attentions."""
+MOST_KEPT: Final = 4
+"""Stores that are kept, all of one subject: two attentions, of parameters as stored and of rounded ones."""
+
+SHARED_BYTES: Final = 2 * KEPT_BYTES
+"""Of the answers that later cells read; a run of one cell keeps fewer."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What two attentions must agree in before one reads the other's passes.
+
+    Attributes:
+        kind: of the call: passes of one kind take the same way through the masks of an attention.
+        real: `[rows, tokens]`, which tokens are no padding; None where all answers count.
+    """
+
+    kind: Hashable
+    real: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
 class TrueStore:
     """The true fp64 passes of one set of numbers under one attention.
 
     Attributes:
         answers: of forward passes.
-        runs: other results of passes, by name; for a model whose gradients are few enough to be kept.
+        runs: other results of passes, by name.
         probe: result of the first cell's short pass; None if no other cell may share the store.
+        others: the stores of the same numbers, this one too, by attention.
+        first: the store of another attention whose passes are read here too; None where they must not be.
+        agreed: kinds of passes that gave the same under both attentions.
+        read_other: whether a pass of the other attention was read.
     """
 
     answers: PassStore = field(default_factory=PassStore)
     runs: dict[Any, Any] = field(default_factory=dict)
     probe: Fp64Run | None = None
+    others: dict[str, TrueStore] = field(default_factory=dict)
+    first: TrueStore | None = None
+    agreed: set[Hashable] = field(default_factory=set)
+    read_other: bool = False
+
+    def read(
+        self,
+        key: Hashable,
+        form: Form,
+        compute: Callable[[], Tensor],
+        *,
+        lasting: bool = False,
+        own: bool = False,
+    ) -> Tensor:
+        """The answer of a forward pass, float64 on the CPU.
+
+        One of the other attention stands in for it once a pass of the same kind gave the same under both.
+
+        Args:
+            key: of the pass.
+            form: of its call.
+            compute: runs it, if it is not there.
+            lasting: many checks ask for it.
+            own: under this attention, whatever the other one gave.
+        """
+        there = self.first if self.first is not None and key in self.first.answers else None
+        agreed = form.kind in self.agreed
+        if there is not None and agreed and not own and key not in self.answers:
+            self.read_other = True
+            return there.answers.read(key, compute, lasting=lasting)
+        answer = self.answers.read(key, compute, lasting=lasting)
+        if there is not None and not agreed:
+            self._compare(form, answer, there.answers.read(key, compute, lasting=lasting))
+        return answer
+
+    def run(self, name: Hashable, compute: Callable[[], Any], agree: Callable[[Any, Any], bool] | None = None) -> Any:
+        """Another result of passes; that of the other attention where it may stand in for it.
+
+        Args:
+            name: of what is run.
+            compute: runs it, if it is not there.
+            agree: compares two results. A result that is compared is computed under both attentions, and every other one once these
+                have agreed.
+        """
+        if name in self.runs:
+            return self.runs[name]
+        there = self.first.runs.get(name) if self.first is not None else None
+        if there is not None and (name in self.agreed or (agree is None and _GRADIENTS in self.agreed)):
+            self.read_other = True
+            return there
+        found = compute()
+        if there is not None and agree is not None:
+            if agree(found, there):
+                self.agreed |= {name, _GRADIENTS}
+                found = there  # one of the two stays in memory
+            else:
+                self.apart()
+        self.runs[name] = found
+        return found
+
+    def _compare(self, form: Form, answer: Tensor, other: Tensor) -> None:
+        alike = answer.shape == other.shape
+        if alike and relative_error(_at(answer, form.real), _at(other, form.real)) <= AGREED:
+            self.agreed.add(form.kind)
+        else:
+            self.apart()
+
+    def apart(self) -> bool:
+        """Read no pass of the other attention any more; whether one was read before."""
+        read, self.first, self.read_other = self.read_other, None, False
+        self.agreed.clear()
+        return read
+
+
+_GRADIENTS: Final = "gradients"
+"""The kind of backward passes: one over the gradient batch, compared in every parameter, speaks for all."""
 
 
 class TruePasses:
@@ -51,8 +148,8 @@ class TruePasses:
 
     A pass in true float64 depends on the parameters and buffers and not on the precision that they are stored in,
     unless the class depends on it: Gemma's normaliser is a constant in the model's own dtype. So equal numbers are not
-    enough, and a short pass of both cells must agree to 1e-10, forward and backward. Passes of another attention are
-    never shared, or a wrong mask would be compared with itself.
+    enough, and a short pass of both cells must agree to 1e-10, forward and backward. Two attentions share a pass only
+    where one of its kind was run under both and agreed, or a wrong mask would be compared with itself.
     """
 
     def __init__(self) -> None:
@@ -64,25 +161,64 @@ class TruePasses:
         if not context.takes_ids or context.broken or context.changes:
             return TrueStore()
         cell = context.cell
-        key = (cell.subject, cell.task, cell.attn, cell.device, digest_of_numbers(context.model))
+        numbers = (cell.subject, cell.task, cell.device, digest_of_numbers(context.model))
         probe = _probe(context)
         if probe is None:
             return TrueStore()
+        key = (*numbers, cell.attn)
         found = self._stores.get(key)
         if found is not None and found.probe is not None and _agree(found.probe, probe):
             self._stores.move_to_end(key)
             return found
         for other in [other for other in self._stores if other[0] != cell.subject]:
             del self._stores[other]  # all cells of a subject run in a row
-        store = self._stores[key] = TrueStore(probe=probe)
+        store = self._stores[key] = self._new(numbers, cell.attn, probe)
         while len(self._stores) > MOST_KEPT:
             self._stores.popitem(last=False)
         return store
 
+    def _new(self, numbers: tuple[str, ...], attn: str, probe: Fp64Run) -> TrueStore:
+        """A store beside that of another attention of the same numbers; alone where there is none, or the two differ."""
+        for key, other in self._stores.items():
+            if key[:-1] == numbers and other.first is None and other.probe is not None and _agree(other.probe, probe):
+                store = other.others.setdefault(attn, TrueStore(answers=PassStore(SHARED_BYTES)))
+                store.probe, store.others, store.first = probe, other.others, other
+                return store
+        store = TrueStore(answers=PassStore(SHARED_BYTES), probe=probe)
+        store.others[attn] = store
+        return store
+
+    def drop(self, name: str, but: TrueStore | None = None) -> None:
+        """Let go every result whose name begins so.
+
+        Args:
+            name: of results.
+            but: the stores of the same numbers as this one keep theirs.
+        """
+        for store in self._stores.values():
+            if but is None or store.others is not but.others:
+                for held in [held for held in store.runs if str(held).startswith(name)]:
+                    del store.runs[held]
+
+
+def beside(store: TrueStore, attn: str) -> TrueStore:
+    """The store of another attention of the same numbers, in which its passes are found by a cell to come.
+
+    Args:
+        store: of a cell.
+        attn: the other attention.
+    """
+    return store.others.setdefault(attn, TrueStore(answers=PassStore(SHARED_BYTES)))
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Of all gradients of the model in float64."""
+    return 8 * sum(parameter.numel() for parameter in model.parameters())
+
 
 def keeps_gradients(model: nn.Module) -> bool:
-    """Whether all float64 gradients of the model are small beside the cached outputs."""
-    return 8 * sum(parameter.numel() for parameter in model.parameters()) <= KEPT_BYTES // 8
+    """Whether these are small beside the cached outputs."""
+    return gradient_bytes(model) <= KEPT_BYTES // 8
 
 
 def digest_of_numbers(model: nn.Module) -> str:
@@ -108,7 +244,15 @@ def _probe(context: CellContext) -> Fp64Run | None:
             run = context.runner.true_fp64(tensors.tensors, gradients=keeps_gradients(context.model))
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
         return None
-    return None if run.left_out or "logits" not in run.outputs else run
+    if run.left_out or "logits" not in run.outputs:
+        return None
+    real = tensors.tensors["attention_mask"].bool()
+    return replace(run, outputs={name: _at(value.cpu(), real) for name, value in run.outputs.items()})
+
+
+def _at(answer: Tensor, real: Tensor | None) -> Tensor:
+    """The answers of tokens; those of padding no definition fixes, and attentions differ in them."""
+    return answer if real is None or answer.shape[:2] != real.shape else answer[real]
 
 
 def _agree(one: Fp64Run, other: Fp64Run) -> bool:

@@ -5,9 +5,10 @@ projection of what the parameters gained, h, on the sum of the float64 steps, s:
 1 where nothing rounds, does not depend on the number of steps, unlike the share of elements that moved.
 
 **The limit** is the unit roundoff u of the parameters' dtype (2⁻⁸ in bfloat16, 2⁻¹¹ in float16). Rounding the whole sum once errs by up to u of it.
-Where h is less than u of s, s + h and s are one number to that dtype: in its own terms the run cannot be told from one that did not train.
-An element moves where a step reaches half its spacing, that is where it is smaller than about lr/u. Of weights spread with σ around 0 these are a share
-of about 0.8 · lr/(u σ), so the limit is met at lr ≈ 1.25 u² σ: 2e-6 in bfloat16 where σ is 0.1.
+Where h is less than u of s, s + h and s are one number to that dtype: in its own terms the run equals one that did not
+train. An element moves where a step reaches half its spacing, that is where it is smaller than about lr/u. Of weights
+spread with σ around 0 these are a share of about 0.8 · lr/(u σ), so the limit is met at lr ≈ 1.25 u² σ: 2e-6 in
+bfloat16 where σ is 0.1.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ DEVIATIONS = 3.0
 
 
 NO_GRADIENT = "parameters without any gradient"
-"""What the watch counts where `train.updates` measures `untrained`."""
+"""Fact of the watch that corresponds to the measurement `untrained` of `train.updates`."""
 
 SHARE = "share of the steps that is held"
 """Name of the fact."""

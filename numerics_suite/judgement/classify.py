@@ -40,7 +40,6 @@ class Judged:
     """A judged difference.
 
     Attributes:
-        kind: of :data:`KINDS`.
         module: where it starts, by its new name; None where no module is at fault.
         error_ratio: error against true fp64, new over old; NaN where it was not measured.
         details: `why` (a line for each breach), numbers, and everything else that a person may ask.
@@ -62,7 +61,6 @@ class Comparison:
 
     Attributes:
         cell: by the new subject's name; by the old one's where the cell is missing.
-        judged: what became of it.
         against: the old subject's name where it is another.
     """
 

@@ -26,7 +26,6 @@ class Changed:
         what: `outputs.logits`, `error of model.norm`, `true loss`, `transformers`, …
         old: None for what is new.
         new: None for what is gone.
-        unit: of both.
         group: what else is of its kind: `contract`, `missing`, `tensors`, `errors`, `loss`, `subject`, `versions`, and modules.
     """
 

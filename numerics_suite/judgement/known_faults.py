@@ -26,7 +26,6 @@ class KnownFault:
     Attributes:
         fault: `KIND at MODULE.CLASS.FUNCTION`, a glob.
         transformers: the releases in which it was measured, a specifier.
-        reason: why the finding is accepted.
     """
 
     fault: str

@@ -25,7 +25,8 @@ def nonfinite_count(tensor: Tensor) -> int:
 def nan_count(tensor: Tensor) -> int:
     """Number of NaN elements, complex ones with a NaN in either part among them.
 
-    The extremes are asked first, as in :func:`nonfinite_count`: a mask of a large weight, summed, takes nine bytes an element.
+    Minimum and maximum come first, as in :func:`nonfinite_count`: a mask of a large weight, summed, takes nine bytes an
+    element.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return 0

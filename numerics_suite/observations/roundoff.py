@@ -181,6 +181,11 @@ def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     return compared.errors()
 
 
+def filled(gradients: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the wanted names; one that is not there is zero."""
+    return {name: gradients[name] if name in gradients else torch.zeros_like(value) for name, value in wanted.items()}
+
+
 def projection(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
     """The projection ⟨got, want⟩/⟨want, want⟩ over all tensors; NaN if `want` is zero.
 

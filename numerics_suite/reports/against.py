@@ -29,7 +29,6 @@ class Turn:
     """One answer whose verdict is to be told.
 
     Attributes:
-        kind: what became of it.
         label: of the run that says so, empty where there is one.
         now: as it is, None where the run does not have it.
         before: as it was, None where it was not asked.
@@ -55,7 +54,6 @@ class Against:
     """Everything that changed.
 
     Attributes:
-        places: of the new results.
         turns: answers, in the order of the new results.
         packages: name, version before and version now, of packages that are not the same; for runs of `check`.
     """

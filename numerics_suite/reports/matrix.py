@@ -174,18 +174,7 @@ def _group_lines(group: _Group, columns: tuple[int, int, int], width: int) -> li
 
 def _said(group: _Group, subject: str, task: str, precision: str) -> tuple[str, str]:
     """The mark of one row, and what failed and changed in it."""
-    first = group.cells[0]
-    failures = [
-        item for item in first.failures if (item.subject, item.task, item.precision) == (subject, task, precision)
-    ]
-    changes = [
-        item for item in first.changes if (item.subject, item.task, item.precision) == (subject, task, precision)
-    ]
-    mark = "passed"
-    if any(item.status == "failed" for item in failures):
-        mark = "failed"
-    elif failures:
-        mark = "error"
+    mark, failures, changes = group.cells[0].of(subject, task, precision)
     parts = [listed(list(dict.fromkeys(item.check for item in failures)), 4)] if failures else []
     parts += _changes_text(changes)
     if not changes and len(group.cells) > 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numerics_suite.reports.lines import TerminalLine
+from numerics_suite.reports.view.formats import many
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +19,6 @@ class PlanRow:
     """One planned cell.
 
     Attributes:
-        cell: which.
-        checks: how many checks will run on it.
         bytes: memory that it may need at its largest, None where that is unknown.
         seconds: that its checks are expected to take, None where that is unknown.
         note: why nothing of it will run, or another word about it.
@@ -84,7 +83,9 @@ def plan_lines(rows: Sequence[PlanRow], seconds: float | None = None) -> list[Te
     largest = f"; the largest cell may need {readable_bytes(max(known))}" if known else ""
     whole = "" if seconds is None else f"; {about_seconds(seconds)} on an idle machine"
     lines.append(
-        TerminalLine(f"{len(rows)} cells, {sum(row.checks for row in rows)} checks{largest}{whole}; nothing was run")
+        TerminalLine(
+            f"{many(len(rows), 'cell')}, {many(sum(row.checks for row in rows), 'check')}{largest}{whole}; nothing was run"
+        )
     )
     return lines
 

@@ -17,6 +17,7 @@ from numerics_suite.reports.plan import PlanRow, about_seconds, plan_lines, read
 from numerics_suite.reports.rehearsal import rehearsal_lines
 from numerics_suite.reports.streams import abandon, notice
 from numerics_suite.reports.summary import LABELS, STYLES, summary
+from numerics_suite.reports.view.formats import many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +52,7 @@ class _Console(Console):
 
 
 class Terminal:
-    """Prints one run to one stream; a reader that is gone never stops the run.
-
-    Attributes:
-        width: columns that are used.
-    """
+    """Prints one run to one stream; a reader that is gone never stops the run."""
 
     def __init__(self, *, stream: IO[str], quiet: bool = False, verbose: bool = False) -> None:
         """Print to `stream`; colour and live progress only where it is a terminal.
@@ -316,4 +313,4 @@ def _plan_text(cells: Sequence[Cell], settings: Mapping[str, Any], seconds: floa
     how = f"{settings.get('max_examples')} examples" if asked else f"{settings.get('effort')} effort"
     drawn = f"{how}, seed {settings.get('seed')}"
     expected = "" if seconds is None else f"; {about_seconds(seconds)} on an idle machine"
-    return f"{len(cells)} cells; {drawn}; {trained}{expected}"
+    return f"{many(len(cells), 'cell')}; {drawn}; {trained}{expected}"

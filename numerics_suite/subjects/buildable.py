@@ -25,7 +25,7 @@ from numerics_suite.subjects.quiet import quiet_transformers
 _SIZE = re.compile(r"(_size|_dim|_rank|^num_\w+_(layers|heads))$")
 
 MOST_LAYERS = 1000
-"""Layers that a config may ask for beyond those that its weights can hold; the deepest published models have some hundred, and
+"""Most layers of a config beyond those that its weights can hold; the deepest published models have some hundred, and
 every layer that is built takes milliseconds even without numbers."""
 
 _NO_VALUES = frozenset({"model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"})

@@ -1,4 +1,4 @@
-"""`--layers`: a shallower checkpoint, made of some blocks of a larger one and of everything that is not in a block.
+"""`--layers`: a shallower checkpoint, with some blocks of a larger one and everything outside the blocks.
 
 It is an ordinary checkpoint folder, so every check, definition, remedy and script works on it.
 """

@@ -27,7 +27,7 @@ HEAD_COPIES = 3
 """Float64 gradients of the output layer that a streamed backward pass holds beside those that are kept. 3.73 GB were measured, with
 175 million parameters of which 61 million are the output layer's, where these counts give 3.9 GB."""
 STEP_COPIES = 2
-"""Copies of the largest parameter that AdamW makes within a step."""
+"""Copies of the largest parameter that AdamW makes in a step."""
 KEPT_PER_BLOCK = 16
 """Hidden-sized tensors that one block keeps for its backward pass: norms, q, k, v, output, gate, up, product, residuals."""
 
@@ -42,6 +42,8 @@ KEPT_BATCHES = 2.85
 KEPT_BYTES = 2**28
 """Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group share
 batches."""
+KEPT_GRADIENT_BYTES = 2**31
+"""Bytes of one set of float64 gradients that the cells of a subject keep for each other; a larger one is dropped with its cell."""
 GRADIENT_COPIES = 3
 """Float64 copies of all parameters at once where two backward passes are compared: one's gradients, the other's leaves and gradients."""
 

@@ -63,7 +63,7 @@ def named_dtypes(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
     Args:
         model: of transformers, without an adapter.
         names: of parameters that its class builds in another dtype.
-        dtype: asked for.
+        dtype: the requested one.
     """
     kind = type(model)
     if not is_a_checkpoints(kind):

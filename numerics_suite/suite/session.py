@@ -20,7 +20,8 @@ from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subje
 from numerics_suite.core.registry import CheckSpec, get_check
 from numerics_suite.devices import memory
 from numerics_suite.devices.kinds import CPU
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import TRAJECTORY, TrainingPlan
 from numerics_suite.engine.true_passes import TruePasses
@@ -210,9 +211,11 @@ class SuiteSession:
         """Drop what no later check of the cell reads."""
         if self._context is None or GRADIENT not in get_check(question.check).reads:
             return
-        checks = [other.check for other in self.plan.questions if other.cell == question.cell]
-        later = checks[checks.index(question.check) + 1 :]
-        after_reading(self._context, last=not any(GRADIENT in get_check(check).reads for check in later))
+        cell, questions = question.cell, self.plan.questions
+        later = [other for other in questions[questions.index(question) + 1 :] if not other.skip and not other.error]
+        reading = [other.cell for other in later if GRADIENT in get_check(other.check).reads]
+        of_subject = any((other.subject, other.task) == (cell.subject, cell.task) for other in reading)
+        after_reading(self._context, last=cell not in reading, last_of_all=not of_subject)
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._context is not None and self._context.cell == cell

@@ -25,7 +25,8 @@ from numerics_suite.devices.device import visible_accelerators
 from numerics_suite.devices.precisions import PRECISIONS, Precision
 from numerics_suite.diagnosis.consequences import NO_RUN
 from numerics_suite.engine.calls import input_device
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.training_loop import HaltedError, Trainer, TrainingPlan
 from numerics_suite.observations.finiteness import nonfinite_count
 from numerics_suite.subjects import compat

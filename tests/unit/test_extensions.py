@@ -30,7 +30,7 @@ from numerics_suite.definitions import oracle_for
 from numerics_suite.diagnosis import remedy_register as added_remedies
 from numerics_suite.diagnosis.remedy_register import cost_of, cures, remedies_of
 from numerics_suite.diagnosis.remedy_words import COST
-from numerics_suite.engine.cell_context import Request
+from numerics_suite.engine.request import Request
 from numerics_suite.judgement.budgets import budgets_of
 from numerics_suite.judgement.verdicts import judge
 from numerics_suite.reports.documents import CheckRun, Documents

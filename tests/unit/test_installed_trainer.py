@@ -82,12 +82,9 @@ def faults_of(context):
 
 
 def off(trial):
-    """How far off a trial is, and its fault."""
-    measured = check_file._measured(trial)
-    if measured.value <= 1e-10:
-        return None
-    fault = trial.fault(measured.facts[check_file.TIMES])
-    return None if fault is None else str(fault)
+    """Whose fault it is that a trial is off; None where it is not, or where the model's own code is."""
+    told = check_file._measured(trial)
+    return None if told is None or told[1] is None else str(told[1])
 
 
 @newest
@@ -119,14 +116,40 @@ def test_a_classifier_that_swallows_the_count_is_named(tmp_path):
 
 
 @newest
-def test_a_trainer_that_counts_another_number_of_labels(stack, monkeypatch):
-    own = Trainer.get_batch_samples
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_vocabulary_is_judged_on_its_first_words(tmp_path, monkeypatch, tied):
+    context = context_of(saved(tmp_path / "words", vocab_size=2048, tie_word_embeddings=tied))
+    stack = stack_of(context)
+    assert stack.plain.get_input_embeddings().weight.shape[0] == stack_batch.MOST_WORDS
+    assert int(stack.tensors["input_ids"].max()) < stack_batch.MOST_WORDS
+    assert context.model.get_input_embeddings().weight.shape[0] == 2048
+    assert context.model.config.vocab_size == 2048
+    whole = check_file._whole(stack)
+    assert off(check_file._clipping(stack, whole)) is None
+    monkeypatch.setattr(Trainer, "get_batch_samples", counting_every_label(Trainer.get_batch_samples))
+    assert off(check_file._counting(stack)).startswith("miscount of GlmForCausalLM at ")
 
-    def counts_every_label(self, *args):
+
+def test_a_class_that_cannot_do_with_fewer_words_keeps_all(tmp_path, monkeypatch):
+    context = context_of(saved(tmp_path / "words", vocab_size=2048, num_hidden_layers=3))
+    refuse = lambda *_args, **_words: (_ for _ in ()).throw(NotImplementedError)  # noqa: E731
+    monkeypatch.setattr(type(context.model), "resize_token_embeddings", refuse)
+    stack = stack_of(context)
+    assert stack.plain.get_input_embeddings().weight.shape[0] == 2048
+    assert len(stack.plain.model.layers) == stack_batch.MOST_BLOCKS
+
+
+def counting_every_label(own):
+    def counts(self, *args):
         batches, _ = own(self, *args)
         return batches, sum((batch["labels"] != -100).sum() for batch in batches)
 
-    monkeypatch.setattr(Trainer, "get_batch_samples", counts_every_label)
+    return counts
+
+
+@newest
+def test_a_trainer_that_counts_another_number_of_labels(stack, monkeypatch):
+    monkeypatch.setattr(Trainer, "get_batch_samples", counting_every_label(Trainer.get_batch_samples))
     trial = check_file._counting(stack)
     assert off(trial) == "miscount of GlmForCausalLM at transformers.trainer.Trainer.get_batch_samples"
     assert "counts 25 labels where 24 are predicted" in trial.fault(1.0).sentence
@@ -200,7 +223,7 @@ def test_an_accelerate_that_adds_up(stack, monkeypatch):
     monkeypatch.setattr(Accelerator, "backward", lambda self, loss, **_: loss.backward())
     trial = check_file._loop(stack, whole)
     assert off(trial) == "accumulation at accelerate.accelerator.Accelerator.backward"
-    assert check_file._measured(trial).facts[check_file.TIMES] == pytest.approx(4)
+    assert check_file._measured(trial)[0].facts[check_file.TIMES] == pytest.approx(4)
 
 
 @newest

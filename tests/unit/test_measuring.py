@@ -19,7 +19,8 @@ from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.sketch import PROJECTIONS, Sketcher, condensed, sketch, uniform
 from numerics_suite.baselines.trace import trace
 from numerics_suite.core.errors import BadInputError, NotApplicableError
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.engine.training_loop import TrainingPlan
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import load

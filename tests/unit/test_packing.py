@@ -12,8 +12,9 @@ from mutants.driver import MutantSession, settings_of
 from torch import nn
 
 from numerics_suite.core.records import Cell
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.packed_rows import packed, ways_of
+from numerics_suite.engine.request import Request
 from numerics_suite.subjects import compat
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite import driver

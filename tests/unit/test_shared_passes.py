@@ -12,7 +12,10 @@ from torch import nn
 from numerics_suite.checks import _true_gradient
 from numerics_suite.checks._laws import law_measurements
 from numerics_suite.checks.forward.attention import _other, attention
+from numerics_suite.checks.forward.batch import batch as batch_law
+from numerics_suite.checks.forward.cache import cache
 from numerics_suite.checks.forward.causal import causal
+from numerics_suite.checks.forward.padding import padding
 from numerics_suite.checks.reference.gradient import gradient
 from numerics_suite.checks.reference.oracle import oracle
 from numerics_suite.checks.train._other_ways import agreement
@@ -32,9 +35,11 @@ from numerics_suite.suite.driver import ask
 from numerics_suite.suite.session import SuiteSession
 
 
-def cells(effort: str = "quick", precision: tuple[str, ...] = ("bf16",), **changes: Any) -> list[CellContext]:
+def cells(
+    effort: str = "quick", precision: tuple[str, ...] = ("bf16",), attn: tuple[str, ...] = ("sdpa",), **changes: Any
+) -> list[CellContext]:
     settings = Settings(
-        subjects=("fixture:glm4-tiny",), precision=precision, attn=("sdpa",), device="cpu", effort=effort, **changes
+        subjects=("fixture:glm4-tiny",), precision=precision, attn=attn, device="cpu", effort=effort, **changes
     )
     session = SuiteSession(settings)
     shared = TruePasses()
@@ -147,7 +152,9 @@ def test_a_gradient_is_dropped_after_the_last_check_that_reads_it(monkeypatch: p
 def test_the_other_attention_holds_the_same_weights() -> None:
     (context,) = cells()
     ask(attention, context, seed=0)
-    other = context.cached(_other).model
+    loaded, name = context.cached(_other)
+    other = loaded.model
+    assert name == "eager"
     assert other is not context.model
     for name, parameter in context.model.named_parameters():
         assert other.get_parameter(name).data_ptr() == parameter.data_ptr()
@@ -162,6 +169,82 @@ def test_cells_with_equal_numbers_share_their_true_passes(ran: Counter[str]) -> 
     assert second.true_passes is first.true_passes
     assert ran["run_true_fp64"] == passes
     assert ran["run_rounded"] == 4  # of its own precision each
+
+
+ATTENTIONS = ("eager", "sdpa")
+
+
+def ignoring_padding_of_a_row_alone(context: CellContext) -> None:
+    """Let its attention, which is otherwise right, hide no padding from a row that is alone."""
+    for block in context.model.get_submodule("model.layers").children():
+
+        def see_all(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            mask = kwargs["attention_mask"]
+            if mask is not None and len(mask) == 1 and mask.shape[-1] == mask.shape[-2]:
+                none = torch.zeros_like(mask[0, 0])
+                low = torch.ones_like(none).tril() if mask.dtype == torch.bool else none.fill_(float("-inf")).triu(1)
+                kwargs["attention_mask"] = low.to(mask.dtype)[None, None]
+            return args, kwargs
+
+        block.self_attn.register_forward_pre_hook(see_all, with_kwargs=True)
+
+
+def test_attentions_share_a_pass_once_one_of_its_kind_has_agreed(ran: Counter[str]) -> None:
+    eager, sdpa = cells(attn=ATTENTIONS)
+    passes: dict[tuple[str, CellContext], int] = {}
+    for context in (eager, sdpa):
+        for law in (attention, batch_law, causal, padding, cache):
+            before = ran["run_true_fp64"]
+            assert not ask(law, context, seed=0).breaches
+            passes[law.id, context] = ran["run_true_fp64"] - before
+    assert sdpa.true_passes.first is eager.true_passes
+    assert (
+        passes["forward.attention", sdpa] == 0
+    )  # the eager cell ran sdpa over the same batches, for the same comparison
+    assert passes["forward.causal", eager] == 2
+    assert passes["forward.causal", sdpa] == 0
+    for law in (batch_law, padding):
+        assert 0 < passes[law.id, sdpa] < passes[law.id, eager]
+    assert passes["forward.cache", sdpa] == passes["forward.cache", eager]  # each decodes otherwise than the one before
+
+
+def test_the_gradient_of_the_other_attention_is_run_once_and_compared(ran: Counter[str]) -> None:
+    eager, sdpa = cells("standard", attn=ATTENTIONS, steps=1)
+    for check in (gradient, oracle, accumulation, checkpointing):
+        assert not ask(check, eager, seed=0).breaches
+    before = ran["run_true_fp64 gradients"]
+    for check in (gradient, oracle, accumulation, checkpointing):
+        assert not ask(check, sdpa, seed=0).breaches
+    # The probe, and the gradient that is compared.
+    assert ran["run_true_fp64 gradients"] == before + 2
+
+
+@pytest.mark.parametrize("wrong", ATTENTIONS)
+def test_a_mask_that_one_attention_has_wrong_is_found_in_its_cell_alone(wrong: str) -> None:
+    contexts = dict(zip(ATTENTIONS, cells(attn=ATTENTIONS), strict=True))
+    ignoring_padding_of_a_row_alone(contexts[wrong])
+    for attn, context in contexts.items():
+        batches = [batch for batch in context.planned_batches if batch.laws_apply]
+
+        def worst(law: CheckSpec, context: CellContext = context, batches: Any = batches) -> float:
+            return max(told.value for batch in batches for told in law.function(context, batch) if told.name == "true")
+
+        assert max(map(worst, (attention, causal))) <= AGREED  # whole batches are right under both
+        assert (worst(batch_law) > AGREED) == (attn == wrong)
+
+
+def test_a_law_that_breaks_over_a_pass_of_the_other_attention_is_asked_of_its_own() -> None:
+    eager, sdpa = cells(attn=ATTENTIONS)
+    for context in (eager, sdpa):
+        assert not ask(attention, context, seed=0).breaches
+    assert not ask(causal, eager, seed=0).breaches
+    for held in eager.true_passes.answers._held.values():
+        held.add_(1)
+    assert ask(attention, eager, seed=0).breaches  # the eager cell reads what it holds
+    outcome = ask(causal, sdpa, seed=0)
+    assert not outcome.breaches
+    assert outcome.worst["true"].value <= AGREED
+    assert sdpa.true_passes.first is None
 
 
 def test_a_model_that_computes_otherwise_in_its_own_dtype_shares_nothing() -> None:

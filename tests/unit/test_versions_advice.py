@@ -13,7 +13,8 @@ from unit.sample_run import finding
 from numerics_suite.core.records import Cell, Remedy
 from numerics_suite.diagnosis import versions_advice
 from numerics_suite.diagnosis.remedy_trials import ask_once
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 from numerics_suite.subjects.resolve import resolve_all
 
 BOTH = ("newer-version", "pin-version")

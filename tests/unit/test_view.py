@@ -149,11 +149,11 @@ def test_a_place_names_a_module_where_no_parameter_is_of_it():
         (("norm", 0.79, 0.75, "roundoffs"), "0.79 roundoffs; at most 0.75"),
         (
             ("true", 4.73, 1e-10, "ratio"),
-            "4.73 times the root mean square of the logits, in float64; its rounding explains at most 1e-10",
+            "4.73 times the root mean square of the logits, in float64, whose rounding explains at most 1e-10",
         ),
         (
             ("true-gradient", 1.03, 1e-10, "ratio"),
-            "1.03 times the gradient's largest value, in float64; its rounding explains at most 1e-10",
+            "1.03 times the gradient's largest value, in float64, whose rounding explains at most 1e-10",
         ),
         (("excess", 3, 1.5, "ratio"), "3 times the rounding error that the precision makes unavoidable; at most 1.5"),
         (("wrongly-tied", 1, 0, "pairs"), "1 pair; none is allowed"),

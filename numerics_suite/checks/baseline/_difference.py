@@ -10,7 +10,8 @@ from numerics_suite.baselines.compare import Difference, difference
 from numerics_suite.baselines.measure import measure_cell
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.core.errors import NotApplicableError
-from numerics_suite.engine.cell_context import CellContext, Request
+from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.request import Request
 
 
 def difference_of(context: CellContext) -> Difference:

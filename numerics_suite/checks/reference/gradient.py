@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import GRADIENT, require_sets, true_gradient
+from numerics_suite.checks._true_gradient import GRADIENT, kept_run, require_sets, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.numbers import nan_last
 from numerics_suite.core.records import Measurement
@@ -108,7 +108,6 @@ def _each_true(context: CellContext, call: Caller, take: Callable[[str, Tensor],
         take: receives name and gradient.
         others: sets of gradients that are held besides, in sets of float64.
     """
-    shared = context.subject.task != "sequence-classification"
     try:
         require_sets(context, 1 + others)
     except NotApplicableError:
@@ -116,14 +115,21 @@ def _each_true(context: CellContext, call: Caller, take: Callable[[str, Tensor],
         run = context.runner.true_fp64(tensors, gradients=True, call=call, stream=True, on_gradient=take)
         trusted(run.left_out)
         return
-    if shared:
-        found = true_gradient(context).gradients
-    else:
+    for name, gradient in _true(context, call).items():
+        take(name, gradient)
+
+
+def _true(context: CellContext, call: Caller) -> Mapping[str, Tensor]:
+    """The true fp64 gradients of the differentiated scalar: the loss, or a classifier's states."""
+    if context.subject.task != "sequence-classification":
+        return true_gradient(context).gradients
+
+    def make() -> Mapping[str, Tensor]:
         run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=call)
         trusted(run.left_out)
-        found = run.gradients or {}
-    for name, gradient in found.items():
-        take(name, gradient)
+        return run.gradients or {}
+
+    return kept_run(context, "states", make)
 
 
 def _coarser(context: CellContext, run: Callable[[], object]) -> Measurement:

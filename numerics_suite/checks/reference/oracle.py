@@ -30,6 +30,7 @@ from numerics_suite.definitions.weights import Weights
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.layout import batch_first, sequence_first
 from numerics_suite.engine.room import require_block
 from numerics_suite.engine.rotary import table_at_length
@@ -53,6 +54,12 @@ def oracle(context: CellContext) -> Iterable[Measurement]:
         raise NotApplicableError(reason)
     require_block(context.model, 1)
     weights = _weights(context)
+    # Definition and true fp64 run are the same in every cell that holds the same numbers, if the files are read alike too.
+    name = f"definition, weights rounded to {weights.rounding()}, over {batch_key(context.gradient_batch.tensors)}"
+    yield from context.true_passes.run(name, lambda: tuple(_measured(context, weights)))
+
+
+def _measured(context: CellContext, weights: Weights) -> Iterable[Measurement]:
     training = context.gradient_batch.tensors
     other = _length_beyond_boundary(context, _length(training))
     wrong_table = yield from _tables(context, [_length(training), *([] if other is None else [other])])

@@ -24,7 +24,7 @@ from numerics_suite.engine.router_loss import adds_router_loss
 from numerics_suite.engine.runner import Caller
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.labels import labels_in_mean
-from numerics_suite.observations.roundoff import GradientComparison, gradient_errors, relative_error
+from numerics_suite.observations.roundoff import GradientComparison, filled, gradient_errors, relative_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +52,8 @@ def agreement(context: CellContext) -> Difference | None:
     supported = getattr(context.model, "supports_gradient_checkpointing", False)
     if rows < 2 or not supported or adds_router_loss(context.model):
         return None
-    runs = context.true_passes.runs
     key = f"micro-batches, checkpointed, in training mode over {batch_key(context.gradient_batch.tensors)}"
-    if key not in runs:
-        runs[key] = _agreement(context, rows)
-    found: Difference | None = runs[key]
+    found: Difference | None = context.true_passes.run(key, lambda: _agreement(context, rows))
     return found
 
 
@@ -90,8 +87,7 @@ def difference(run: Fp64Run, whole: Fp64Run) -> Difference:
     """How far a run's loss and gradients are from those of the whole batch; a missing one counts as zero."""
     assert run.gradients is not None
     assert whole.gradients is not None
-    sums = {name: run.gradients.get(name, torch.zeros_like(value)) for name, value in whole.gradients.items()}
-    return _difference(run, whole, gradient_errors(sums, whole.gradients))
+    return _difference(run, whole, gradient_errors(filled(run.gradients, whole.gradients), whole.gradients))
 
 
 def _difference(run: Fp64Run, whole: Fp64Run, errors: Mapping[str, float]) -> Difference:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.shallow_copy import blocks_beyond, shallow_copy
 from numerics_suite.inputs.labels import IGNORED, labels_in_mean
 from numerics_suite.inputs.strategies import build_batch
+from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.subjects.built_model import without_adapter
+from numerics_suite.subjects.quiet import quiet_transformers
 
 MOST_ROWS = 4
 """Micro-batches of one row each: enough to distinguish a mean of means, and a sum of means, from the mean."""
@@ -29,6 +31,9 @@ LONGEST_ROW = 10
 MOST_BLOCKS = 2
 """How the Trainer counts, divides and clips does not depend on how many blocks made the loss; two also show that one feeds the next."""
 
+MOST_WORDS = 1024
+"""Of a vocabulary, what is kept: most parameters of two blocks stand in it, and each way to train takes a gradient of all of them."""
+
 MOST_BYTES = 1 << 30
 """A model whose float64 parameters take more bytes is not run here; gradients and references take four times that."""
 
@@ -38,7 +43,7 @@ class StackSubject:
     """A model and its batch.
 
     Attributes:
-        model: a copy of the subject's model on the CPU, of its first two blocks.
+        model: a copy of the subject's model on the CPU, of its first two blocks and words.
         task: of the subject.
         tensors: the whole batch; no row's first token counts, as with rows that begin with a prompt.
         from_the_first: labels with which the first token of a row that has no padding before it counts too.
@@ -102,37 +107,76 @@ def stack_of(context: CellContext) -> StackSubject:
         raise NotApplicableError(f"{reason} (--batch-size 1)" if context.request.rows == 1 else reason)
     longest = min(LONGEST_ROW, space.max_length)
     lengths = [max(longest - 2 * row, min(3, longest)) for row in range(rows)]
-    batch = build_batch(
-        space,
-        lengths=lengths,
-        contents=["uniform"] * rows,
-        side=space.sides[0],
-        content_seed=context.request.seed % 2**32,
-        pad_inside=False,
-    )
-    answers, whole = _labels(batch.tensors, context.subject.task)
-    tensors = {**batch.tensors, "labels": answers}
-    model = _copied(context, tensors)
+
+    def rows_in(words: InputSpace) -> dict[str, Any]:
+        batch = build_batch(
+            words,
+            lengths=lengths,
+            contents=["uniform"] * rows,
+            side=space.sides[0],
+            content_seed=context.request.seed % 2**32,
+            pad_inside=False,
+        )
+        return dict(batch.tensors)
+
+    model, tensors = _copied(context, rows_in)
     _without_dropout(model)
-    return StackSubject(model=model, task=context.subject.task, tensors=tensors, from_the_first=whole)
+    answers, whole = _labels(tensors, context.subject.task)
+    return StackSubject(
+        model=model, task=context.subject.task, tensors={**tensors, "labels": answers}, from_the_first=whole
+    )
 
 
-def _copied(context: CellContext, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The subject's model on the CPU with its first blocks, or with all where its class does not run with fewer.
+def _copied(context: CellContext, rows_in: Callable[[InputSpace], dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
+    """The subject's model on the CPU with its first blocks and words, or with all where its class does not run with fewer; and rows for it.
+
+    Args:
+        context: the cell.
+        rows_in: draws the rows from a vocabulary.
 
     Raises:
         NotApplicableError: it is too large.
     """
+    space = context.space
+    few = replace(space, vocab_size=MOST_WORDS, special_ids=()) if _spares_words(space) else space
     with context.modified_model() as model:
         beyond = blocks_beyond(model, MOST_BLOCKS)
-        if beyond:
-            _refuse_large(model, beyond)
-            shallow = shallow_copy(model, MOST_BLOCKS).to(CPU)
-            with suppress(Exception), torch.no_grad():  # code that reaches for a certain block may raise anything
-                call_model(shallow, tensors)
-                return shallow
+        _refuse_large(model, beyond)
+        for words in dict.fromkeys((few, space)):
+            if words is space and not beyond:
+                break
+            shallow, tensors = shallow_copy(model, MOST_BLOCKS).to(CPU), rows_in(words)
+            with suppress(Exception):  # code that reaches for a certain block or word may raise anything
+                if words is not space:
+                    _keep_words(shallow, words.vocab_size)
+                with torch.no_grad():
+                    call_model(shallow, tensors)
+                return shallow, tensors
         _refuse_large(model)
-        return context.copy_model().to(CPU)
+        return context.copy_model().to(CPU), rows_in(space)
+
+
+def _spares_words(space: InputSpace) -> bool:
+    """Whether fewer words do: how the Trainer counts, divides and clips does not depend on how many there are.
+
+    The pad id by which a classifier finds a row's last token stays what it is.
+    """
+    return space.vocab_size > MOST_WORDS > space.pad_id
+
+
+def _keep_words(model: nn.Module, count: int) -> None:
+    """Leave the first rows of the embedding and of the output layer.
+
+    Raises:
+        ValueError: the class keeps another number.
+    """
+    resized: Any = without_adapter(model)
+    with quiet_transformers():
+        embedding = resized.resize_token_embeddings(count)
+    output = resized.get_output_embeddings()
+    if {count} != {len(each.weight) for each in (embedding, output) if each is not None}:
+        reason = "another number of words is left"
+        raise ValueError(reason)
 
 
 def _refuse_unsuited(context: CellContext) -> None:

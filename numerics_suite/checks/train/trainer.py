@@ -28,7 +28,7 @@ from numerics_suite.engine.installed_trainer import Step, Way, accelerate_step, 
 from numerics_suite.engine.references import trusted
 from numerics_suite.inputs.labels import labels_in_mean
 from numerics_suite.inputs.targets import targets_of
-from numerics_suite.observations.roundoff import gradient_errors, projection, relative_error
+from numerics_suite.observations.roundoff import filled, gradient_errors, projection, relative_error
 
 TIMES = "times the whole batch's gradient"
 """Fact: projection of the optimizer's gradient on the right one."""
@@ -64,39 +64,35 @@ def trainer(context: CellContext) -> Iterable[Measurement]:
     """
     stack = stack_of(context)
     try:
-        trials = list(_trials(stack))
+        # One by one: the gradients of a way are dropped before those of the next one are there.
+        found = [measured for measured in map(_measured, _trials(stack)) if measured is not None]
     except ImportError as error:
         reason = f"transformers' Trainer cannot be made: {str(error).strip().splitlines()[0]}"
         raise NotApplicableError(reason) from error
-    found: dict[str, tuple[Trial, Measurement]] = {}
-    facts: dict[str, Fact] = {}
-    for trial in trials:
-        trusted((*trial.wanted.left_out, *trial.step.left_out))
-        measured = _measured(trial)
-        if not measured.value <= AGREED:
-            fault = trial.fault(float(measured.facts[TIMES]))
-            if fault is None:
-                continue
-            facts[f"fault of {trial.name}"] = str(fault)
-            told: dict[str, Fact] = {"with": trial.words, "fault": fault.sentence}
-            measured = replace(measured, source=fault.source, facts={**measured.facts, **told})
-        found[trial.name] = trial, measured
-    for _, measured in found.values():
-        yield replace(measured, facts={**measured.facts, **facts}) if "fault" in measured.facts else measured
+    facts = {f"fault of {measured.name}": str(fault) for measured, fault in found if fault is not None}
+    for measured, fault in found:
+        yield measured if fault is None else replace(measured, facts={**measured.facts, **facts})
 
 
-def _measured(trial: Trial) -> Measurement:
-    """The worst difference of a parameter's gradient; a missing gradient counts as zero."""
+def _measured(trial: Trial) -> tuple[Measurement, faults.Fault | None] | None:
+    """The worst difference of a parameter's gradient, and whose fault it is; None where it is the model's own.
+
+    A missing gradient counts as zero.
+    """
+    trusted((*trial.wanted.left_out, *trial.step.left_out))
     wanted = {name: value for name, value in trial.wanted.gradients.items() if bool(value.any())}
-    got = {name: trial.step.gradients.get(name, torch.zeros_like(value)) for name, value in wanted.items()}
+    got = filled(trial.step.gradients, wanted)
     errors = gradient_errors(got, wanted)
     worst = max(errors, key=lambda name: nan_last(errors[name]))
-    return Measurement(
-        name=trial.name,
-        value=errors[worst],
-        unit="ratio",
-        facts={TIMES: projection(got, wanted), "most in": worst},
-    )
+    measured = Measurement(name=trial.name, value=errors[worst], unit="ratio")
+    if measured.value <= AGREED:
+        return measured, None
+    times = projection(got, wanted)
+    fault = trial.fault(times)
+    if fault is None:
+        return None
+    facts: dict[str, Fact] = {TIMES: times, "most in": worst, "with": trial.words, "fault": fault.sentence}
+    return replace(measured, source=fault.source, facts=facts), fault
 
 
 def _differs(got: Step, wanted: Step) -> bool:
@@ -144,8 +140,8 @@ def _whole(stack: StackSubject) -> Step:
     """The gradient of the class's own loss over the whole batch.
 
     Raises:
-        NotApplicableError: that loss is not the one by definition: the class is at fault, and `train.labels` says so; or an
-            encoder-decoder's, whose labels another rule shifts.
+        NotApplicableError: that loss is not the one by definition: the class is at fault, which `train.labels` reports;
+            or an encoder-decoder's, whose labels another rule shifts.
     """
     if stack.task == "causal-lm" and takes_decoder_ids(stack.plain):
         reason = "transformers' Trainer is checked with decoders and classifiers, not with encoder-decoders"
@@ -288,12 +284,12 @@ def _checkpoints_wrongly(stack: StackSubject, whole: Step, arguments: Mapping[st
 
 def _clipping(stack: StackSubject, whole: Step) -> Trial:
     """Half of the norm, by torch's own function: the whole batch's gradient is clipped, not each micro-batch's."""
-    leaves = [torch.nn.Parameter(torch.zeros_like(value)) for value in whole.gradients.values()]
-    for leaf, value in zip(leaves, whole.gradients.values(), strict=True):
-        leaf.grad = value.clone()
-    limit = 0.5 * float(torch.nn.utils.get_total_norm(list(whole.gradients.values())))
-    torch.nn.utils.clip_grad_norm_(leaves, limit)
-    clipped = {name: leaf.grad for name, leaf in zip(whole.gradients, leaves, strict=True) if leaf.grad is not None}
+    clipped = {name: value.clone() for name, value in whole.gradients.items()}
+    holders = [value.detach() for value in whole.gradients.values()]
+    for holder, value in zip(holders, clipped.values(), strict=True):
+        holder.grad = value
+    limit = 0.5 * float(torch.nn.utils.get_total_norm(list(clipped.values())))
+    torch.nn.utils.clip_grad_norm_(holders, limit)
     return Trial(
         name="clipping",
         words="clipping to half the norm",

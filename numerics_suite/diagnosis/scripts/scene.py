@@ -22,10 +22,6 @@ class ScriptContext:
     """What a script is made of: where the model comes from, and the batch.
 
     Attributes:
-        check: id of the check that failed.
-        finding: of that check.
-        context: the cell.
-        tensors: the batch that is written out.
         config: the checkpoint's config, cut down; None for the checkpoint itself and for a factory.
     """
 
@@ -77,10 +73,8 @@ class Body:
     """The part of a script that shows the symptom.
 
     Attributes:
-        template: its file in this folder.
         facts: what the template says beyond what every one knows; None where this scene cannot show the symptom.
         model: the script begins with loading `model`.
-        batch: the script writes `batch` out.
         fills: uninitialised memory is NaN while the model is made, where that matters.
         twins: float64 copies of the model are made, which need their memory.
         rows: fewest rows that can show it.

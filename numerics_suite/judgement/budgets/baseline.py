@@ -34,9 +34,10 @@ BUDGETS: tuple[Budget, ...] = (
         limit=1,
         cause="rounding-change",
         title="the error against float64 is {value:.3g} times as large as the baseline's and chance explain",
-        reason="Two versions that round alike draw their errors from one distribution. The ratio of the two root mean squares "
-        "strays from 1 by one over the square root of the free numbers, a quarter of all; the allowance holds for all comparisons of the cell "
-        "at once, but for one cell in ten thousand. More is a rounding that was not there before.",
+        reason="Two versions that round alike draw their errors from one distribution. The ratio of the two root mean "
+        "squares differs from 1 by about one over the square root of the independent numbers, a quarter of all; the "
+        "allowance covers all comparisons of a cell at once, except in one cell in ten thousand. More means a "
+        "rounding that was not there before.",
         remedies=CURE,
     ),
     Budget(
@@ -45,9 +46,10 @@ BUDGETS: tuple[Budget, ...] = (
         limit=1,
         cause="rounding-change",
         title="the error of {module} is {value:.3g} times what the baseline's error and chance explain",
-        reason="Fed what it really gets, the module alone is compared with its own float64 result, in both versions. The ratio of the two "
-        "root mean squares strays by one over the square root of the free numbers. More is a rounding too many in this module: "
-        "a section that left float32, or a kernel that accumulates in fewer bits.",
+        reason="With its real inputs, the module alone is compared with its own float64 result, in both versions. The ratio "
+        "of the two root mean squares differs from 1 by about one over the square root of the independent numbers. "
+        "More means one rounding too many in this module: a section that left float32, or a kernel that accumulates "
+        "in fewer bits.",
         remedies=("keep-in-fp32", *CURE),
     ),
     Budget(
@@ -56,9 +58,9 @@ BUDGETS: tuple[Budget, ...] = (
         limit=1,
         cause="rounding-change",
         title="the error of gradients is {value:.3g} times what the baseline's errors and chance explain, first in {module}",
-        reason="The median over all parameters of the error against the true fp64 gradient, with each parameter counted as one free "
-        "number, since parameters share most of what rounding does to the loss. More is a rounding of the backward pass that "
-        "was not there before.",
+        reason="The median over all parameters of the error against the true fp64 gradient, with each parameter counted as "
+        "one independent number, since parameters share most of the rounding of the loss. More means a new rounding "
+        "in the backward pass.",
         remedies=CURE,
     ),
     Budget(
@@ -88,9 +90,9 @@ BUDGETS: tuple[Budget, ...] = (
         limit=STRAYS,
         cause="rounding-change",
         title="losses are {value:.3g} times as far from true fp64 as rounding explains",
-        reason="What the error of the logits makes of the loss, or the distance of the baseline's own curve if that is larger, is the "
-        "size of one draw of rounding; the losses of all steps share it. Five times as far happens by chance once in a million "
-        "and a half.",
+        reason="One draw of rounding is the effect of the logits' error on the loss, or the distance of the baseline's own "
+        "curve if that is larger; the losses of all steps share it. Five times as far happens by chance once in a "
+        "million and a half.",
         remedies=CURE,
     ),
     Budget(
@@ -109,8 +111,8 @@ BUDGETS: tuple[Budget, ...] = (
         limit=0,
         cause="contract-change",
         title="{value} parts of the baseline are missing now",
-        reason="A check, an answer or a number that the baseline holds could not be measured or is not there: nothing is "
-        "known of it, and that is not passing.",
+        reason="A check, an output or a number of the baseline could not be measured or is missing: nothing is known about "
+        "it, which is not a pass.",
         remedies=CURE,
     ),
     Budget(
@@ -119,8 +121,8 @@ BUDGETS: tuple[Budget, ...] = (
         limit=0,
         cause="contract-change",
         title="{value} modules or parameters of the baseline are no longer run or are gone",
-        reason="What the baseline watched in them is watched nowhere now: no module of the new version, under whatever name, gives the "
-        "same. A part that left is either another function or a place where nothing is seen any more.",
+        reason="Nothing watches what the baseline watched in them: no module of the new version, under any name, gives the "
+        "same output. A missing part is either another function or a place that is no longer checked.",
         remedies=CURE,
     ),
 )

@@ -20,7 +20,7 @@ rounds to nothing, a NaN, a cache in a lower dtype) is off by tens and more.
 
 PRECISION_ONLY = " (an error of {value:.3g} times the inherent one, in this precision only)"
 EXACT_REASON = (
-    "In true fp64 there is no rounding to hide behind: the two sides agree to 1e-10 of the answer's root mean square, or "
+    "In true fp64 there is no rounding to hide behind: the two sides agree to 1e-10 of the output's root mean square, or "
     "the model computes something else."
 )
 ROUNDED_REASON = (
@@ -86,8 +86,8 @@ BUDGETS = (
         limit=0,
         cause="wrong-pooling",
         title="the classifier reads another position than the last real token in {value} rows",
-        reason="The logits are nearer to the head's answer for another position, such as padding; the class then "
-        "depends on how much padding a batch happens to have.",
+        reason="The logits are nearer to the head's output at another position, such as padding; the class then depends on "
+        "how much padding a batch happens to have.",
         remedies=("set-pad-token", "fix-padding"),
     ),
     *(

@@ -23,8 +23,8 @@ BUDGETS = (
         limit=0,
         cause="wrong-input-dtype",
         title="floating input_ids are silently used instead of refused",
-        reason="bfloat16 keeps 8 bits of an integer: under it 99 % of the ids of a 151,552-word vocabulary change. A "
-        "model that accepts floating ids computes another text's answer without a word.",
+        reason="bfloat16 keeps 8 bits of an integer: under it 99 % of the ids of a 151,552-word vocabulary change. A model "
+        "that accepts floating ids computes the output of another text, without an error.",
         remedies=CURE,
     ),
     Budget(
@@ -53,8 +53,8 @@ BUDGETS = (
         limit=0,
         cause="wrong-input-dtype",
         title="the same attention mask in another dtype gives another output ({value} elements)",
-        reason="Loaders hand masks over as int64, int32, bool or floating ones and zeros; all mean the same, so the "
-        "outputs at real tokens must be the same bits, or the dtype be refused.",
+        reason="Loaders produce masks as int64, int32, bool or floating ones and zeros; all mean the same, so the outputs at "
+        "real tokens must be the same bits, or the dtype be refused.",
         remedies=CURE,
     ),
     Budget(
@@ -114,8 +114,9 @@ BUDGETS = (
         limit=AGREED,
         cause="padding-leak",
         title="the tokenizer pads on the {facts[side]}, and this padding changes the logits (by {facts[logits move by]:.2g})",
-        reason="A text has one answer, alone or padded in a batch. In true fp64 both are the same program on the same tokens, so they "
-        "agree to 1e-10; a classifier that pools another column, or positions that count the padding, give another class.",
+        reason="A text has one output, alone or padded in a batch. In true fp64 both are the same program on the same "
+        "tokens, so they agree to 1e-10; a classifier that pools another column, or positions that count the padding, "
+        "give another class.",
         remedies=("fix-padding", "set-pad-token", "newer-version"),
     ),
 )

@@ -53,8 +53,8 @@ BUDGETS = (
         limit=0,
         cause="lost-head",
         title="the adapter was trained for a classifier and saved without its head: {parameters}",
-        reason="Neither the adapter nor its base holds the head, so each load draws another one at random, and the answers are "
-        "chance. peft saves a head with the adapter only where modules_to_save names it.",
+        reason="Neither the adapter nor its base holds the head, so each load draws another one at random, and the "
+        "predictions are random. peft saves a head with the adapter only where modules_to_save names it.",
         remedies=("save-head",),
     ),
     Budget(
@@ -64,8 +64,9 @@ BUDGETS = (
         cause="missing-weights",
         title="{value} weights are stored under other names ({facts[stored as]} for {facts[looked for as]}): "
         "the model runs on initial values",
-        reason="The files hold tensors of these shapes whose names end alike or have parts added, so the checkpoint was saved with another layout or by a wrapper. "
-        "transformers warns and goes on with weights drawn at random, and the answers are noise.",
+        reason="The files hold tensors of these shapes whose names end alike or have parts added, so the checkpoint was "
+        "saved with another layout or by a wrapper. transformers warns and continues with random weights, and the "
+        "outputs are noise.",
         remedies=("newer-version", "pin-version", "reload-weights"),
     ),
     Budget(

@@ -35,7 +35,7 @@ LOCAL = (
         "composed",
         1.5,
         "times its rounded run",
-        "its ops",
+        "the sum of its ops",
         "Against the same module with every op computed in float64 and rounded once; clean blocks, attentions, MLPs and, "
         "under autocast, linear layers give 0.85 to 1.2.",
     ),
@@ -85,9 +85,9 @@ BUDGETS: tuple[Budget, ...] = (
         cause="kernel-accuracy",
         title="the error against float64 is {value:.3g} times what the precision makes unavoidable",
         reason="The error of perfect kernels that round once per op is the inherent error. Clean models measure 0.9 to 1.2 "
-        "times it in 16 bits (both are draws of rounding error; with thousands of elements their root mean squares differ "
-        "by a few per cent), and less than the square root of the longest sum in float32. Half as much again is a "
-        "rounding that the program does not ask for, such as reduced-precision accumulation or TF32.",
+        "times it in 16 bits (both are draws of rounding error; with thousands of elements their root mean squares "
+        "differ by a few per cent), and less than the square root of the longest sum in float32. Half as much again "
+        "means a rounding that the program does not contain, such as reduced-precision accumulation or TF32.",
         remedies=("eager-attention", "sdpa-attention", "pin-version"),
     ),
     Budget(
@@ -128,7 +128,7 @@ BUDGETS: tuple[Budget, ...] = (
         cause="low-precision-section",
         title="{value} ops of a training step compute in a coarser float than the precision, first in {module}",
         reason="An op of the forward or backward pass puts out a float with fewer bits than the precision of this run; all "
-        "gradients behind it carry that float's rounding error.",
+        "gradients after it carry that float's rounding error.",
         remedies=("keep-in-fp32", *CURE),
     ),
     Budget(
@@ -137,8 +137,8 @@ BUDGETS: tuple[Budget, ...] = (
         limit=0,
         cause="low-precision-section",
         title="{module} computes in a coarser float than the precision",
-        reason="An op inside it puts out a float with fewer bits than the precision of this run. Everything behind it "
-        "carries that float's rounding error, however wide the dtype that the result is cast back to.",
+        reason="An op inside it puts out a float with fewer bits than the precision of this run. Everything after it carries "
+        "that float's rounding error, however wide the dtype that the result is cast back to.",
         remedies=("keep-in-fp32", *CURE),
     ),
     *(

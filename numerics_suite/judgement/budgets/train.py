@@ -52,8 +52,8 @@ BUDGETS = (
         limit=1,
         cause="rounded-update",
         title="updates round away: the {facts[dtype]} parameters hold {facts[share of the steps that is held]:.2%} of the steps at lr {facts[learning rate]:.2g}",
-        reason="Unit roundoff of the parameters' dtype over the share of the float64 steps that they hold (with three standard errors of the sample): "
-        "above 1 the dtype cannot tell what was held and all of the steps from the steps alone, so the run is one that did not train.",
+        reason="The unit roundoff of the parameters' dtype over the share of the float64 steps that they keep (plus three "
+        "standard errors of the sample): above 1, the dtype cannot distinguish the run from one that did not train.",
         remedies=("raise-learning-rate", "stochastic-rounding", "fp32-master-weights", "use-amp-bf16"),
     ),
     Budget(
@@ -62,7 +62,7 @@ BUDGETS = (
         limit=0,
         cause="wrong-loss",
         title="a loss is returned although no labels were given",
-        reason="Without labels there is nothing to lose; such a loss is computed from something else.",
+        reason="Without labels there is no loss to compute; such a loss comes from something else.",
         remedies=("newer-version",),
     ),
     Budget(
@@ -89,9 +89,9 @@ BUDGETS = (
         limit=0,
         cause="no-counted-labels",
         title="no label counts in {facts[without a label that counts]}",
-        reason="A loss is the mean over the labels that count; over none it is 0/0, or a step that learns nothing. A prompt that fills the "
-        "length leaves no room for what is to be learnt. A few such rows do no harm among others; a whole batch of them does, so what "
-        "counts is whether an epoch is expected to have one.",
+        reason="A loss is the mean over the labels that count; over none it is 0/0, or a step that learns nothing. A prompt "
+        "that fills the length leaves no room for the answer to learn. A few such rows do no harm among others; a "
+        "whole batch of them does, so what counts is whether an epoch is expected to have one.",
         remedies=("count-labels",),
     ),
     Budget(
@@ -142,7 +142,7 @@ BUDGETS = (
         limit=0,
         cause="divergence",
         title="training with clipping is not finite from step {step} on",
-        reason="The run without clipping is finite and the one with it is not, so the clipping itself made the value.",
+        reason="The run without clipping is finite and the one with it is not, so the clipping itself produced the value.",
         remedies=("lower-learning-rate",),
     ),
     Budget(
@@ -204,9 +204,9 @@ BUDGETS = (
             cause="wrong-gradient",
             title="with {facts[with]}, the installed Trainer gives the optimizer {facts[times the whole batch's gradient]:.3g} times the whole "
             "batch's gradient (off by {value:.2g}): {facts[fault]}",
-            reason="However a batch is cut, packed, recomputed or clipped, its loss is the mean over all of its labels that count, and the gradient that "
-            "the optimizer gets is that loss's. In true fp64 both agree to 1e-10, or the installed packages train on another loss. The checkpoint "
-            "has no part in it.",
+            reason="However a batch is cut, packed, recomputed or clipped, its loss is the mean over all of its labels that "
+            "count, and the gradient that the optimizer gets is that loss's. In true fp64 both agree to 1e-10, or the "
+            "installed packages train on another loss. The checkpoint is not the cause.",
         )
         for way in (
             *("label-count", "accumulation", "adapter", "accelerate-loop", "label-smoothing", "padding-free"),

@@ -30,11 +30,8 @@ class CheckRow:
     """One check over all cells.
 
     Attributes:
-        check: its id.
-        question: what it asks.
         counts: results of each status, worst first.
         nearest: the measurement nearest its budget.
-        where: the cell where that was.
     """
 
     check: str
@@ -54,10 +51,7 @@ class Grid:
     """The map.
 
     Attributes:
-        rows: one for each check.
         data: for the program: dimensions of the cells, and for each check columns of statuses, numbers and reasons.
-        cells: how many there are.
-        results: how many there are.
         nearest: the passed result that is nearest its budget, empty where no budget judges any.
     """
 

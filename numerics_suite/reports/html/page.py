@@ -37,7 +37,7 @@ CHAPTERS = (
     (
         "precision",
         "Rounding error by layer and module class",
-        "Each module was fed what it really got, and is compared with float64 on its own. The dashed line is the most that "
+        "Each module gets its real inputs, and its output is compared with float64 on these inputs. The dashed line is the most that "
         "a right program of that class needs.",
         Chapters.precision,
     ),

@@ -41,9 +41,7 @@ class Version:
     Attributes:
         name: its version of the package that changes.
         anchor: unique in the page.
-        status: of the whole cell.
         kind: the worst change against the version before, empty where that is not known.
-        title: all of it in one sentence.
     """
 
     name: str
@@ -90,11 +88,8 @@ class Track:
     """Versions of one package, oldest first, with everything else the same.
 
     Attributes:
-        package: that package.
         within: what the others are, empty where they are the same in the whole matrix.
         held: the other packages of the first cell, for the caption.
-        versions: the columns.
-        lines: the rows.
         changes: what changed, version by version.
         reasons: cells that could not be asked, and why.
     """
@@ -177,13 +172,8 @@ def _moments(cells: Sequence[MatrixCell], names: Sequence[str], key: tuple[str, 
                 status=status, kind="", title=f"{name}: {status or 'not asked'}{f', {reason}' if reason else ''}"
             )
             continue
-        failures = [item for item in cell.failures if (item.subject, item.task, item.precision) == key]
-        changes = [
-            item
-            for item in cell.changes
-            if (item.subject, item.task, item.precision) == key and item.against != BASELINE
-        ]
-        status = "failed" if any(item.status == "failed" for item in failures) else "error" if failures else "passed"
+        status, failures, every = cell.of(*key)
+        changes = [change for change in every if change.against != BASELINE]
         kind = _kind(changes) or ("identical" if before and cell.baseline is not None else "")
         parts = [f"{name}: {status}"]
         parts += [listed(list(dict.fromkeys(item.check for item in failures)), 4)] if failures else []

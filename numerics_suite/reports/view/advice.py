@@ -25,7 +25,6 @@ class Advised:
     """One thing to do.
 
     Attributes:
-        action: what to do, in a line.
         tried: True where it worked, False where it did not, None where it was not tried.
         effect: what came of it, or why it was not tried.
         advice: it is no cure that could be tried.

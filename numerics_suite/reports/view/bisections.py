@@ -23,10 +23,7 @@ class Boundary:
     """One search.
 
     Attributes:
-        title: what was found, in a sentence.
-        facts: labels and texts.
         why: what it means, empty where that is not known.
-        cures: what to do.
         show: a command that shows it, empty without one.
         steps: version, verdict, status, seconds and a note.
     """

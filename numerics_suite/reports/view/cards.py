@@ -42,25 +42,16 @@ class Card:
 
     Attributes:
         number: from 1, in the order of reading.
-        status: `failed` or `accepted`.
         sentence: what happens and why, with the cause in brackets.
-        check: its id.
         cause: its cause, empty without a diagnosis.
-        subjects: all of them, for the filter.
-        precisions: all of them, for the filter.
-        scope: subjects, cells and versions.
         lines: labels and texts that every printer shows, in this order.
         measured: the value beside its limit, empty where neither is known; in `lines` where the sentence does not hold it.
         why: where the limit comes from and what it means to be over it.
         reason: why it was accepted, empty for a failure.
-        evidence: names and values.
-        batch: the smallest failing batch.
         series: curves and numbers by module of the worst result.
         step: where training broke, None where that is not known.
-        cures: what to do.
         cells: rows of version, subject and cells.
         cell_count: results that have it.
-        more: how many rows were left out.
         script: text of the reproducer, empty where there is none that can be read.
         script_path: its path, empty without one.
         words: of the command that asks the check again, empty where the run is not known.

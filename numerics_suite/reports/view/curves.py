@@ -16,7 +16,6 @@ class PlotLine:
     """One line of a plot.
 
     Attributes:
-        label: of the line, such as `bf16`.
         points: values by step or module.
         limits: limits of the points that have one.
         mark: the step at which something went wrong, None where nothing did.
@@ -35,7 +34,6 @@ class Column:
     """A column of numbers: the values of one curve, or the limits of one or all.
 
     Attributes:
-        label: its head.
         kind: `value` or `limit`.
         curve: whose, empty for limits that all share.
         colour: number of the curve's colour and symbol; a curve has the same in all figures of a subject.
@@ -82,7 +80,6 @@ class Beside:
     """What stands beside the name of a module.
 
     Attributes:
-        heads: names of these columns.
         of: their texts, by module.
     """
 
@@ -96,11 +93,7 @@ class Figure:
 
     Attributes:
         kind: how it is drawn: `steps`, `modules`, `bits` or `pairs`.
-        title: what it shows.
-        unit: of its values.
         heads: names of the leading columns.
-        columns: the rest.
-        rows: all of them.
         marks: moments at which something went wrong.
         note: one sentence about it, empty for none.
         folded: the table is text until it is opened: thousands of hidden cells make a page slow.

@@ -44,13 +44,9 @@ class EqualDifferences:
     """Equal differences of cells of one subject.
 
     Attributes:
-        kind: of CONTRACT.md's.
-        cells: which.
         module: where it starts, empty where that is not known.
         ratio: error against float64, new over old, empty where it was not measured.
-        meaning: what the kind means.
         why: what was measured beyond its budget.
-        facts: labels and texts.
         figure: errors of the modules that moved, None where none did.
     """
 
@@ -69,8 +65,6 @@ class Differences:
     """One `compare`.
 
     Attributes:
-        old: the folder of the reference.
-        new: the folder of the other.
         short_old: the reference, as short as it can be told.
         short_new: the other, as short as it can be told.
         counts: cells of each kind, worst first.
@@ -93,9 +87,7 @@ class Moved:
 
     Attributes:
         old: the reference, as short as it can be told.
-        new: the other.
         headline: what a headline ends with: `, transformers 5.7.0 → 5.8.1`; empty where only folders are known.
-        lines: labels and texts.
     """
 
     old: str

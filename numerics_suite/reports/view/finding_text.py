@@ -216,7 +216,7 @@ def value_text(name: str, value: float, limit: float, unit: str, fall: float | N
         return f"{shown(value)} {plural(unit, value)}; none is allowed"
     words = UNITS.get(name, unit)
     if name not in UNITS and unit == "ratio":
-        return f"{shown(value)} {DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64; its rounding explains at most {shown(limit)}"
+        return f"{shown(value)} {DIFFERENCES.get(name, OF_THE_ANSWER)}, in float64, whose rounding explains at most {shown(limit)}"
     return f"{shown(value)} {words}".rstrip() + f"; at most {shown(limit)}"
 
 

@@ -31,8 +31,6 @@ class Nearest:
     """The measurement of a result that is nearest its budget, or furthest beyond it.
 
     Attributes:
-        name: of the measurement.
-        value: the number.
         limit: of its budget, None where it only informs.
         fall: of the loss in nats, where the value is its rise.
     """

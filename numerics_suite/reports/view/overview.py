@@ -38,12 +38,8 @@ class Issue:
     """One thing that went wrong, as the first screen tells it.
 
     Attributes:
-        title: one sentence.
         why: what it means, empty where that is not known.
-        what: labels and texts.
         versions: labels and texts, empty where versions tell nothing.
-        where: labels and texts.
-        cures: what to do, best first.
         anchor: of the card or section with the rest.
     """
 
@@ -62,8 +58,6 @@ class Story:
 
     Attributes:
         verdict: a key of :data:`WORDS`.
-        headline: one sentence.
-        issues: the first few.
         more: how many there are beyond these.
         counts: results by status, worst first, without those that did not occur.
     """

@@ -29,7 +29,6 @@ class Source:
         run: all of it, None where only the summary is left.
         matrix: index of its matrix, None for a run of its own.
         at: index of its cell in that matrix.
-        cell: that cell.
     """
 
     label: str

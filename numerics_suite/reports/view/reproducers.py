@@ -25,7 +25,6 @@ class Scripts:
 
     Attributes:
         left: bytes that may still be spent.
-        read: texts by path.
     """
 
     left: int = 600_000

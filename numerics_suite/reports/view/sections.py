@@ -34,11 +34,7 @@ class Rehearsed:
     """One rehearsal.
 
     Attributes:
-        title: of what.
-        about: how it was trained.
-        figures: curves of all precisions.
         rows: for each precision what it came to.
-        recipe: what is recommended.
     """
 
     title: str
@@ -62,9 +58,7 @@ class Surroundings:
     """What was run, on what, by what.
 
     Attributes:
-        subjects: rows of facts.
         runs: for each source its label, verdict, time and counts.
-        packages: versions that all share.
         differing: names, and for each source those that differ.
         settings: of the first run; the others' where they differ.
         other_settings: names of options that are not the same in all runs.

@@ -19,10 +19,7 @@ class Span:
     """Versions that have a finding without a break, in a sequence where one package alone changes.
 
     Attributes:
-        package: that package.
         within: what the other packages are, empty where they are the same in the whole matrix.
-        first_bad: the first that has it.
-        last_bad: the last that has it.
         last_good: the version before the first bad one that was asked and lacks it; None where none was.
         repaired: the version after the last bad one that was asked and lacks it; None where none was.
         newest: the last version that was asked.
