@@ -46,8 +46,8 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
     refuse_without_ids(context)
     if routes(context.model):
         raise NotApplicableError(routed_reason())
-    others = 2 * dtype_of(context.recipe.parameters).itemsize / 8  # the rounded run's and the cell's own
-    require_gradient_sets(context, others)
+    # The rounded run's and the cell's own are held while the true ones come one by one.
+    require_gradient_sets(context, 2 * dtype_of(context.recipe.parameters).itemsize / 8)
     tensors = context.gradient_batch.tensors
     call = differentiated(context)
     if not context.takes_ids and "loss" not in context.forward(context.gradient_batch):
@@ -70,7 +70,7 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
         elif name in rounded and not kinks.found:
             ratios[name] = _ratio(own[name], wanted, rounded[name], context)
 
-    _each_true(context, call, take, others)
+    _each_true(context, call, take)
     lost = tuple(missing)
     yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
     if kinks.found:
@@ -99,17 +99,10 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
     )
 
 
-def _each_true(context: CellContext, call: Caller, take: Callable[[str, Tensor], None], others: float) -> None:
-    """Pass on the true fp64 gradients of the differentiated scalar: the loss, or a classifier's states.
-
-    Args:
-        context: the cell.
-        call: gives the scalar.
-        take: receives name and gradient.
-        others: sets of gradients that are held besides, in sets of float64.
-    """
+def _each_true(context: CellContext, call: Caller, take: Callable[[str, Tensor], None]) -> None:
+    """Pass on each true fp64 gradient; where all of them do not fit beside what is held, as soon as it is complete."""
     try:
-        require_sets(context, 1 + others)
+        require_sets(context, 1)
     except NotApplicableError:
         tensors = context.gradient_batch.tensors
         run = context.runner.true_fp64(tensors, gradients=True, call=call, stream=True, on_gradient=take)
