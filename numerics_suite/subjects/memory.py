@@ -183,6 +183,19 @@ def held_bytes(subject: Subject, dtype: str, device: str) -> int:
     return (subject.parameters or 0) * _WIDTHS.get(dtype, 4) // len(parts_of(device))
 
 
+def bytes_read_anew(subject: Subject, dtype: str, device: str) -> int:
+    """Bytes that each pass reads from disk: all weights where they are mapped and do not stay in memory, else none.
+
+    Args:
+        subject: resolved.
+        dtype: of its parameters.
+        device: of the cell.
+    """
+    size = (subject.parameters or 0) * _WIDTHS.get(dtype, 4)
+    large = size > SMALL_COPY and is_mapped(subject, dtype, device)
+    return size if large and size > USABLE * free_bytes(device) else 0
+
+
 def trained_parameters(subject: Subject, scope: str) -> int:
     """How many parameters a scope trains: all, the head, or the head and the last blocks.
 

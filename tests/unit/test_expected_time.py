@@ -23,6 +23,7 @@ from numerics_suite.subjects import memory
 from numerics_suite.suite import pace as pace_module
 from numerics_suite.suite.expected_time import (
     BESIDES_PRODUCTS,
+    READ_BYTES_PER_S,
     check_seconds,
     dtypes_of,
     expected_seconds,
@@ -309,3 +310,15 @@ def test_checks_of_gradients_that_do_not_fit_take_no_time(monkeypatch: pytest.Mo
         assert (found[f"reference.gradient/{CELL.id}"] == 0) is refused
         assert (found[f"train.accumulation/{CELL.id}"] == 0) is refused
         assert found[f"reference.oracle/{CELL.id}"] > 0
+
+
+def test_weights_that_do_not_stay_in_memory_are_read_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(subject(parameters=2 * 10**9), path=Path("m"), stored_dtype="bfloat16")
+    found = []
+    for free in (10**12, 4 * 10**9):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        found.append(pass_seconds(large, CELL, Settings(), SPEED))
+    held, read = found
+    assert read.narrow - held.narrow == pytest.approx(4 * 10**9 / READ_BYTES_PER_S)
+    assert read.wide - held.wide == pytest.approx(4 * 10**9 / READ_BYTES_PER_S)
+    assert read.ops == held.ops
