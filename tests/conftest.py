@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from contextlib import ExitStack
 
 import preloaded
 import pytest
+
+from numerics_suite.core.garbage import living_set_aside
 
 # Before anything imports torch: the models are tiny, and xdist's workers would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +31,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 _last_file = ""
+_kept = ExitStack()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -36,9 +40,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.nodeid.partition("::")[0] != _last_file:
         _last_file = item.nodeid.partition("::")[0]
         gc.collect()
+        _kept.enter_context(living_set_aside())
         gc.freeze()
 
 
 def pytest_unconfigure() -> None:
     """Commands are over."""
     preloaded.release()
+    _kept.close()

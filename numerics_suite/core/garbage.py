@@ -6,20 +6,26 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_set_aside = False
+"""`gc.get_freeze_count()` would say so too, at the price of a collection: it counts them."""
+
 
 @contextmanager
 def living_set_aside() -> Iterator[None]:
     """Within it the garbage collector looks at new objects only.
 
     pytest collects ten times as it ends and the Trainer as it begins; each would walk over the objects of torch and
-    transformers, a million of them. Within another, or in a process that froze its objects itself, it changes nothing:
-    what a cell holds must not be set aside until the run ends.
+    transformers, hundreds of thousands. Within another it changes nothing: what a cell holds must not be set aside until
+    the run ends.
     """
-    if gc.get_freeze_count():
+    global _set_aside  # noqa: PLW0603 - so are the collector's own lists
+    if _set_aside:
         yield
         return
+    _set_aside = True
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        _set_aside = False

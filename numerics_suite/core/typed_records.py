@@ -19,6 +19,7 @@ WORDS: dict[Any, str] = {
     str: "text",
     int: "a whole number",
     float: "a number",
+    Path: "text",
     bool: "true or false",
     type(None): "null",
     **dict.fromkeys((list, tuple), "a list"),
@@ -71,16 +72,19 @@ def refuse_other_shape(value: Any, shape: Any, where: str) -> None:
     if isinstance(shape, dict):
         _refuse_unless(isinstance(value, Mapping), value, "an object", where)
         for key, inner in shape.items():
-            name = key.rstrip("!")
-            if name in value or key.endswith("!"):
-                refuse_other_shape(value.get(name), inner, f"{where}.{name}")
+            name, place = key.rstrip("!"), f"{where}.{key}".strip(".!")
+            if name in value:
+                refuse_other_shape(value[name], inner, place)
+            elif key.endswith("!"):
+                message = f"{place} is missing"
+                raise TypeError(message)
     elif isinstance(shape, list):
         _refuse_unless(isinstance(value, list), value, "a list", where)
         for at, item in enumerate(value):
             refuse_other_shape(item, shape[0], f"{where}[{at}]")
     else:
         fits = isinstance(value, shape) and (not isinstance(value, bool) or shape is bool)
-        _refuse_unless(fits, value, " or ".join(map(_words, shape if isinstance(shape, tuple) else (shape,))), where)
+        _refuse_unless(fits, value, _alternatives(shape if isinstance(shape, tuple) else (shape,)), where)
 
 
 def _refuse_unless(fits: bool, value: Any, wanted: str, where: str) -> None:  # noqa: FBT001 - read as a sentence
@@ -145,5 +149,10 @@ def _words(wanted: Any) -> str:
     if get_origin(wanted) is Literal:
         return " | ".join(map(str, inner))
     if get_origin(wanted) in {Union, types.UnionType}:
-        return " or ".join(map(_words, inner))
+        return _alternatives(inner)
     return WORDS.get(get_origin(wanted) or wanted) or str(getattr(wanted, "__name__", wanted))
+
+
+def _alternatives(kinds: tuple[Any, ...]) -> str:
+    """Each once; a whole number is a number."""
+    return " or ".join(dict.fromkeys(_words(kind) for kind in kinds if kind is not int or float not in kinds))

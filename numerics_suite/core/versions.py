@@ -106,8 +106,8 @@ class MatrixCell:
         bad_input: the reason speaks of what the user gave, not of these versions.
     """
 
-    wanted: Versions
-    held: Versions
+    wanted: Versions = field(metadata={"json": ""})
+    held: Versions = field(metadata={"json": ""})
     status: CellStatus
     verdict: Literal["pass", "fail", "error"] | None = None
     reason: str | None = None

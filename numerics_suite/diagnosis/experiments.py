@@ -112,7 +112,7 @@ def _outcome(check: str, experiment: Experiment, context: CellContext, ask: Ask)
         try:
             answer: CheckAnswer = ask(check, copy)
         finally:
-            copy.release()
+            copy.discard()
     except (NotApplicableError, NumericsSuiteError, RuntimeError, MemoryError):
         return None
     return "fails" if answer.breaches else "passes"

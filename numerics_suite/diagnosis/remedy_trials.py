@@ -242,9 +242,9 @@ class _Trial:
                 seen = replace(seen, effect=f"{seen.effect}; beside {', '.join(self.others)}, a finding of its own")
             return replace(seen, found=finding_of(seen.left, cured, None)) if diagnose and seen.left else seen
         finally:
-            cured.release()
+            cured.discard()
             if attempt.meant is not None:
-                attempt.meant.release()
+                attempt.meant.discard()
 
     def _judged(self, attempt: Attempt) -> _Outcome:
         """The failing check on the cured copy, then what shows that the cause is gone."""

@@ -245,7 +245,7 @@ def _finite_in_fp32(context: CellContext, batch: Batch) -> bool:
     except (RuntimeError, NumericsSuiteError):
         return False
     finally:
-        wider.release()
+        wider.discard()
     return not any(nonfinite_count(value) for value in outputs.values())
 
 

@@ -57,7 +57,7 @@ def _cures(check: str, name: str, root: Finding, context: CellContext, ask: Ask)
         try:
             return not ask(check, attempt.context).breaches
         finally:
-            attempt.context.release()
+            attempt.context.discard()
     except (NumericsSuiteError, *NO_RUN):
         return False
     finally:

@@ -1,9 +1,7 @@
 """The context of a check: one cell's model and every result that checks share, each computed once.
 
-A check receives a :class:`CellContext` and asks it for forward passes, fresh copies and the training run. The suite
-builds one per cell and keeps it while the cell's checks run. :meth:`CellContext.variant` is the same under another
-condition or with a change, so experiments and remedies are written once: for a cell, a factory and a step that the
-watch caught.
+The suite builds one :class:`CellContext` per cell. Experiments and remedies run on a :meth:`CellContext.variant`, so they
+are written once: for a cell, a factory and a step that the watch caught.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
-from numerics_suite.devices import random_state
+from numerics_suite.devices import memory, random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine import cell_batches, own_batch
@@ -36,7 +34,7 @@ from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_copy import copy_sharing, trained_by
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
-from numerics_suite.engine.true_passes import TruePasses, TrueStore
+from numerics_suite.engine.true_passes import TruePasses, TrueStore, keeps_gradients
 from numerics_suite.inputs.effort import BatchPlan
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
@@ -83,12 +81,8 @@ class CellContext:
     ) -> None:
         """Nothing is loaded until a check asks.
 
-        Args:
-            subject: the resolved subject.
-            cell: where it runs.
-            request: batch shape, seed, training plan.
-            loader: replaces :func:`numerics_suite.subjects.load.load`, for models that are changed in a test.
-            shared: the true fp64 passes of the run's earlier cells; None shares with none.
+        `loader` replaces :func:`numerics_suite.subjects.load.load`, for models that a test changes; `shared` are the true
+        fp64 passes of the run's earlier cells.
         """
         self.subject, self.cell, self.request = subject, cell, request
         self.recipe: Precision = precision(cell.precision)
@@ -169,8 +163,7 @@ class CellContext:
     def unwritten(self) -> tuple[str, ...]:
         """Names of the uninitialised parameters: NaN under poison, and NaN neither in the file nor by the code.
 
-        A NaN that a factory's code itself writes is NaN over memory of zeros too; only for a new head does this count
-        as uninitialised, as in a training loop, where only the values can be seen.
+        A NaN that a factory's code writes is NaN over zeroed memory too; only for a head does it count.
         """
         bad = {name for name, p in self.model.named_parameters() if nan_count(p.detach())}
         if self.subject.path is not None:
@@ -208,6 +201,16 @@ class CellContext:
         self.__dict__.pop("true_passes", None)  # which other cells may still read
         self.gradient_passes.clear()
         self.cache.clear()
+
+    def discard(self) -> None:
+        """Drop a copy for good, its model too: reference cycles would keep a large one beside every later copy."""
+        self.release()
+        self.__dict__.pop("runner", None)
+        loaded = self.__dict__.pop("loaded", None)
+        large = loaded is not None and not keeps_gradients(loaded.model)
+        del loaded
+        if large:
+            memory.release(self.cell.device)
 
     # --- inputs ----------------------------------------------------------------------------------------------------
 

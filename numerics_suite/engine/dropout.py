@@ -33,14 +33,14 @@ class WithoutDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run `func` with nothing dropped."""
-        given = dict(kwargs or {})
+        given: Mapping[str, Any] = kwargs or {}
         if func in IDENTITIES:
             return args[0] if args else given["input"]
         if func is functional.scaled_dot_product_attention:
             # query, key, value, attn_mask, dropout_p, …
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])
-            given.pop("dropout_p", None)
+            given = {name: value for name, value in given.items() if name != "dropout_p"}
         elif func is functional.multi_head_attention_forward:
             bound = inspect.signature(func).bind(*args, **given)
             bound.arguments["dropout_p"] = 0.0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.arithmetic import autocast_dtypes
+from numerics_suite.engine.module_tree import config_of, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping
@@ -41,7 +42,7 @@ def visible_attention(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def uncompiled_flex_attention(model: nn.Module) -> Iterator[None]:
     """Run flex attention without a compiler, which cannot trace it under a dispatch mode; other models as they are."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config_of(module) for module in modules_of(model)]
     # transformers compiles it at its first call, so torch._dynamo may not be there yet.
     if any(getattr(config, "_attn_implementation", None) == "flex_attention" for config in configs):
         with torch.compiler.set_stance("force_eager"):
@@ -73,7 +74,7 @@ def _registries() -> Iterator[MutableMapping[str, Any]]:
 
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
     """Return the modelling modules that call the kernel from a class of their own, as all do before 4.48."""
-    names = dict.fromkeys(type(module).__module__ for module in model.modules())
+    names = dict.fromkeys(type(module).__module__ for module in modules_of(model))
     found = [vars(sys.modules[name]) for name in names if name in sys.modules]
     return [namespace for namespace in found if "_flash_attention_forward" in namespace]
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
+from numerics_suite.engine.module_tree import config_of, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -254,7 +255,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     lists and sets that a module or a config holds get their entries back; parameters keep what is written into them.
     """
     modules = modules_of(model)
-    configs = {id(config): config for module in modules if (config := _config_of(module)) is not None}
+    configs = {id(config): config for module in modules if (config := config_of(module)) is not None}
     owners = (*modules, *configs.values())
     held = _entries([owner.__dict__ for owner in owners if isinstance(getattr(owner, "__dict__", 0), dict)])
     copies: dict[int, Tensor] = {}
@@ -270,24 +271,6 @@ def preserved(model: nn.Module) -> Iterator[None]:
             if entries or holder:  # most are the hooks of a module that has none
                 holder.clear()
                 (holder.extend if isinstance(holder, list) else holder.update)(entries)
-
-
-def _config_of(module: nn.Module) -> Any:
-    """Its config, None without one; a module that lacks an attribute takes long to say so."""
-    held = module.__dict__.get("config")
-    return getattr(module, "config", None) if held is None and hasattr(type(module), "config") else held
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """The modules as `model.modules()` yields them, without a generator for each level."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]  # noqa: SLF001
-    return list(found.values())
 
 
 def _entries(waiting: list[Any]) -> list[tuple[Any, Any]]:
@@ -336,7 +319,7 @@ def plain_kernels(model: nn.Module) -> Iterator[None]:
         stack.enter_context(autocast_off(*{parameter.device.type for parameter in model.parameters()}))
         # A kernel that a package calls through its own binding is no ATen op: the mode would never see it, nor its rounding.
         stack.enter_context(flash_registry.visible_attention(model))
-        for config in {id(c): c for c in (_config_of(m) for m in modules_of(model)) if c is not None}.values():
+        for config in {id(c): c for c in (config_of(m) for m in modules_of(model)) if c is not None}.values():
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 # Grouped products of experts (`_grouped_mm`) have no float64 kernel; the eager loop computes the same sums.
                 stack.enter_context(with_attribute(config, "_experts_implementation_internal", "eager"))

@@ -22,6 +22,7 @@ from numerics_suite.devices.arithmetic import autocast as autocast_section
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine import flash_registry, flex_rule, fused_ops, reference_ops
 from numerics_suite.engine.calls import call_model, input_device, where_float64_is
+from numerics_suite.engine.module_tree import modules_of, names_of
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
 from numerics_suite.engine.room import require_gradients
@@ -156,12 +157,12 @@ def run_rounded(
     model = where_float64_is(model)
     if gradients:
         require_gradients(model.parameters(), 0)
-    names = {id(module): name for name, module in model.named_modules()}
+    names = names_of(model)
     with ExitStack() as stack:
         stack.enter_context(reference_ops.preserved(model))
         stack.enter_context(flash_registry.visible_attention(model))
         leaves = stack.enter_context(reference_ops.replaced_parameters(model, _leaf))
-        for module in reference_ops.modules_of(model):
+        for module in modules_of(model):
             module.training = False
         mode = stack.enter_context(RoundOnce(names))
         with torch.set_grad_enabled(gradients):

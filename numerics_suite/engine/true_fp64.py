@@ -23,6 +23,7 @@ from numerics_suite.devices.arithmetic import torch_default_dtype
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine import flex_rule, fused_ops, reference_ops, weight_stream
 from numerics_suite.engine.calls import call_model, where_float64_is
+from numerics_suite.engine.module_tree import modules_of, names_of
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
 from numerics_suite.engine.room import require_block, require_gradients
@@ -251,7 +252,7 @@ def true_fp64(
         on_gradient: With `stream`, is given each parameter's name and whole gradient, which is then dropped.
             It must not keep a reference if memory matters.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = names_of(model)
     with ExitStack() as stack:
         stack.enter_context(float64_surroundings(model))
         if stream:
@@ -294,7 +295,7 @@ class _WideConvolutions(TorchFunctionMode):
 
 
 def _convolutions(module: nn.Module) -> AbstractContextManager[object]:
-    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in reference_ops.modules_of(module))  # noqa: SLF001 - the base of all
+    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in modules_of(module))  # noqa: SLF001 - the base of all
     return _WideConvolutions() if convolves else nullcontext()
 
 
@@ -315,7 +316,7 @@ def _wide_leaf(parameter: nn.Parameter) -> nn.Parameter:
 def _widen_buffers(model: nn.Module) -> None:
     # One wide copy for each buffer object: modules that share a buffer still share it.
     wide: dict[int, Tensor] = {}
-    for module in reference_ops.modules_of(model):
+    for module in modules_of(model):
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None and buffer.dtype in WIDER:
                 module._buffers[name] = wide.setdefault(id(buffer), widen(buffer))  # noqa: SLF001
@@ -352,7 +353,7 @@ def run_true_fp64(  # noqa: PLR0913 - one run, one call
     if gradients and stream:
         require_block(model, 2)  # and its gradients
     with true_fp64(model, stream=stream, on_gradient=on_gradient) as session:
-        for module in reference_ops.modules_of(model):
+        for module in modules_of(model):
             module.training = False
         with torch.set_grad_enabled(gradients):
             output = call(model, {name: widen(value) for name, value in batch.items()})

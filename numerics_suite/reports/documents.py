@@ -48,13 +48,16 @@ COMPARISON = {
 }
 """What the printers read of a comparison."""
 
+MATRIX = {"cells!": [{"with": dict}]}
+"""What is read of a matrix before its cells are records."""
+
 BISECTION = {
     **{f"{name}!": TEXT_OR_NONE for name in ("first_bad", "last_good")},
     **dict.fromkeys(("what", "subject", "check", "kind", "show"), TEXT_OR_NONE),
     "candidates": int,
     "between": [str],
     "notes": [str],
-    "tested!": [{"version!": str, "verdict!": str, "duration_s": NUMBER, "reason": TEXT_OR_NONE, "reused": bool}],
+    "tested!": [{"version!": str, "verdict!": str, "duration_s!": NUMBER, "reason": TEXT_OR_NONE, "reused": bool}],
 }
 """What the printers read of a search."""
 
@@ -153,14 +156,14 @@ def read_documents(paths: Sequence[Path]) -> Documents:
             elif command == "compare":
                 comparisons.append(ComparisonFile(content=_comparison(content), path=path))
             elif command == "bisect":
-                refuse_other_shape(revived(content), BISECTION, "bisect")
-                finding = content["finding"]
+                refuse_other_shape(revived(content), BISECTION, "")
+                finding = content.get("finding")
                 found = None if finding is None else finding_from_json(finding, "finding.")
                 bisections.append(BisectFile(content=revived(content), finding=found, path=path))
             else:
                 runs.append(CheckRun(label=path.stem, result=from_json(content), path=path))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            message = f"{path}: not a results file of this tool: {type(error).__name__}: {error}"
+        except (TypeError, ValueError) as error:
+            message = f"{path}: not a results file of this tool: {error}"
             raise BadInputError(message) from None
         except BadInputError as error:
             message = f"{path}: {error}"
@@ -213,7 +216,7 @@ def read_check(path: Path, option: str) -> tuple[dict[str, Any], RunResult]:
 
 def _comparison(content: Mapping[str, Any]) -> Mapping[str, Any]:
     found: Mapping[str, Any] = revived(content)
-    refuse_other_shape(found, COMPARISON, "compare")
+    refuse_other_shape(found, COMPARISON, "")
     for item in found["subjects"]:
         if item["kind"] not in KINDS:
             message = f"a kind must be one of {', '.join(KINDS)}, not {item['kind'][:40]!r}"
@@ -222,7 +225,8 @@ def _comparison(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _matrix(content: Mapping[str, Any], path: Path, notes: list[str]) -> Matrix:
-    cells = [{**cell, **_versions(cell)} for cell in content["cells"]]
+    refuse_other_shape(content, MATRIX, "")
+    cells = [{**cell, "others": sorted(cell.get("with", {}).items())} for cell in content["cells"]]
     result = record_of(MatrixResult, {**content, "cells": cells, "folder": str(path.parent)})
     runs = tuple(_run_of(cell, path, notes) for cell in result.cells)
     return Matrix(result=result, runs=runs, path=path)
@@ -238,9 +242,3 @@ def _run_of(cell: MatrixCell, path: Path, notes: list[str]) -> CheckRun | None:
         notes.append(f"{cell.held.text}: {cell.results} is gone, so only its summary in {path.name} is told")
         return None
     return CheckRun(label=cell.held.text, result=from_json(read_document(found)), path=found)
-
-
-def _versions(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file says of the environment beside the other fields of a cell."""
-    versions = {**cell, "others": sorted(cell.get("with", {}).items())}
-    return {"wanted": versions, "held": versions}

@@ -22,7 +22,7 @@ from numerics_suite.core.findings import finding_to_json
 from numerics_suite.core.numbers import jsonable
 from numerics_suite.core.records import CheckResult, RunResult, Series
 from numerics_suite.core.tree import is_root
-from numerics_suite.core.typed_records import record_of
+from numerics_suite.core.typed_records import record_of, refuse_other_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -140,6 +140,7 @@ def from_json(content: Mapping[str, Any]) -> RunResult:
         message = f"a results file of schema_version {version!r}; this release reads {SCHEMA_VERSION}"
         raise BadInputError(message)
     try:
+        refuse_other_shape(content, {"environment": {"packages": {}, "extensions": {}}}, "")
         return record_of(RunResult, content)
     except (TypeError, ValueError) as error:
         message = f"not a results file of this tool: {error}"

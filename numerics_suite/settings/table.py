@@ -60,6 +60,11 @@ def _option(name: str, help: str, **changes: Any) -> Option:  # noqa: A002 - arg
     return Option(name=name, help=help, **{**named, **changes})
 
 
+def _flag(name: str, help: str, **changes: Any) -> Option:  # noqa: A002 - as above
+    """An option that is off until it is given."""
+    return _option(name, help, **{"form": "flag", "default": False, "parse": parsers.switch, **changes})
+
+
 TRAIN, INPUT, OUTPUT = "training", "inputs", "output and limits"
 
 OPTIONS: tuple[Option, ...] = (
@@ -144,20 +149,8 @@ OPTIONS: tuple[Option, ...] = (
         default=True,
         parse=parsers.switch,
     ),
-    _option(
-        "trust_remote_code",
-        "run the model code that comes with a checkpoint",
-        form="flag",
-        default=False,
-        parse=parsers.switch,
-    ),
-    _option(
-        "allow_pickle",
-        "read pickled weights (*.bin) too, which can run any code; default: safetensors only",
-        form="flag",
-        default=False,
-        parse=parsers.switch,
-    ),
+    _flag("trust_remote_code", "run the model code that comes with a checkpoint"),
+    _flag("allow_pickle", "read pickled weights (*.bin) too, which can run any code; default: safetensors only"),
     _option("steps", "optimizer steps (default: 5)", default=5, parse=parsers.integer(1), metavar="N", group=TRAIN),
     _option(
         "optimizer",
@@ -255,16 +248,7 @@ OPTIONS: tuple[Option, ...] = (
         key=None,
         path=True,
     ),
-    _option(
-        "quiet",
-        "print the verdict and the titles of findings only",
-        form="flag",
-        default=False,
-        parse=parsers.switch,
-        group=OUTPUT,
-        shown=False,
-        key=None,
-    ),
+    _flag("quiet", "print the verdict and the titles of findings only", group=OUTPUT, shown=False, key=None),
     _option(
         "workers",
         "worker processes: auto, or a number; 0 is none (default: auto)",
@@ -275,12 +259,9 @@ OPTIONS: tuple[Option, ...] = (
         group=OUTPUT,
         shown=False,
     ),
-    _option(
+    _flag(
         "list_only",
         "print the planned cells with the memory and time that each may need, and run none",
-        form="flag",
-        default=False,
-        parse=parsers.switch,
         flags=("--list",),
         twin="--numerics-list",
         shown=False,
@@ -302,26 +283,9 @@ OPTIONS: tuple[Option, ...] = (
         key=None,
         path=True,
     ),
-    _option(
-        "allow_partial",
-        "with --max-time: what was left out does not fail the run",
-        form="flag",
-        default=False,
-        parse=parsers.switch,
-        group=OUTPUT,
-    ),
-    _option(
-        "collect", "a bare `pytest` collects the suite too", form="flag", default=False, parse=parsers.switch, flags=()
-    ),
-    _option(
-        "allow_no_gpu",
-        "let `pytest -m gpu` pass where no accelerator is visible",
-        form="flag",
-        default=False,
-        parse=parsers.switch,
-        flags=(),
-        key=None,
-    ),
+    _flag("allow_partial", "with --max-time: what was left out does not fail the run", group=OUTPUT),
+    _flag("collect", "a bare `pytest` collects the suite too", flags=()),
+    _flag("allow_no_gpu", "let `pytest -m gpu` pass where no accelerator is visible", flags=(), key=None),
 )
 """Every option of `check`, in the order of `--help`."""
 

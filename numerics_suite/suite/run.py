@@ -133,6 +133,7 @@ def run_check(session: SuiteSession, terminal: Terminal, *, asks_index: bool = F
             with living_set_aside():
                 status = int(pytest.main(arguments, plugins=[run]))
     terminal.stop()
+    session.release()
     if run.result is not None:
         return run.result
     stop_if_requested()

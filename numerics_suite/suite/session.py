@@ -24,7 +24,7 @@ from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.request import Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import TRAJECTORY, TrainingPlan
-from numerics_suite.engine.true_passes import TruePasses
+from numerics_suite.engine.true_passes import TruePasses, keeps_gradients
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judgement.verdicts import with_limits
@@ -93,17 +93,21 @@ class SuiteSession:
     def context(self, cell: Cell) -> CellContext:
         """The context of the cell; the previous cell's is released first."""
         if self._context is None or self._context.cell != cell:
-            if self._context is not None:
-                previous = self._context.cell.device
-                self._context.release()
-                self._context = None
-                memory.release(previous)
+            self.release()
             subject = self.plan.subjects[cell.subject]
             # To learn whether two cells share passes costs a digest of all weights and a short pass: not where there is one.
             shares = sum(other.subject == cell.subject for other in self.plan.cells) > 1
             shared = self._true_passes if shares else None
             self._context = CellContext(subject, cell, self._request(subject, cell), shared=shared)
         return self._context
+
+    def release(self) -> None:
+        """Drop the cell at hand, so that its model takes no memory while something else runs."""
+        if self._context is not None:
+            device = self._context.cell.device
+            self._context.release()
+            self._context = None
+            memory.release(device)
 
     def _request(self, subject: Subject, cell: Cell) -> Request:
         settings = self.settings
@@ -234,7 +238,10 @@ class SuiteSession:
             if unsupported is not None:
                 return result("skipped", reason=unsupported)
             return result("passed", reason=_half_judged(outcome) or self._part_trained(spec, context), **told)
-        return self._failed(self.findings.of_breaches(question.check, outcome, context), result, **told)
+        failed = self._failed(self.findings.of_breaches(question.check, outcome, context), result, **told)
+        if not keeps_gradients(context.model):
+            memory.release(question.cell.device)  # what remedies and experiments leave in cycles
+        return failed
 
     def _part_trained(self, spec: CheckSpec, context: CellContext) -> str | None:
         """Which parameters were trained, where a check reads a training run for which memory was too small to train all."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from unit.sample_run import sample_run
@@ -97,6 +99,41 @@ def test_what_is_no_results_file_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(BadInputError, match=r"wrong\.json"):
         read_documents([path])
+
+
+def a_run() -> dict[str, Any]:
+    return json.loads(dump(to_json(sample_run())))
+
+
+def a_search() -> dict[str, Any]:
+    tried = {"version": "2", "verdict": "bad", "duration_s": 1}
+    return {"command": "bisect", "last_good": "1", "first_bad": "2", "tested": [tried]}
+
+
+@pytest.mark.parametrize(
+    ("content", "change", "words"),
+    [
+        (a_run, lambda c: c["environment"].update(packages=3), "environment.packages must be an object, not '3'"),
+        (a_run, lambda c: c["checks"][0].update(status="ok"), "checks[0].status must be passed | failed"),
+        (a_run, lambda c: c["checks"][0].pop("subject"), "checks[0].subject is missing"),
+        (a_run, lambda c: c.update(duration_s=True), "duration_s must be a number, not 'True'"),
+        (a_search, lambda c: c.pop("first_bad"), "first_bad is missing"),
+        (a_search, lambda c: c["tested"][0].pop("duration_s"), "tested[0].duration_s is missing"),
+        (a_search, lambda c: c.update(tested=[3]), "tested[0] must be an object, not '3'"),
+        (lambda: {"command": "matrix", "cells": [{"with": 3}]}, lambda c: None, "cells[0].with must be an object, not '3'"),
+        (lambda: {"command": "matrix", "cells": [{}]}, lambda c: None, "cells[0].status is missing"),
+    ],
+)  # fmt: skip
+def test_a_wrong_entry_is_named_by_its_path(
+    tmp_path: Path, content: Callable[[], Any], change: Callable[[Any], object], words: str
+) -> None:
+    path = tmp_path / "wrong.json"
+    written = content()
+    change(written)
+    path.write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(BadInputError) as caught:
+        read_documents([path])
+    assert str(caught.value).startswith(f"{path}: not a results file of this tool: {words}")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

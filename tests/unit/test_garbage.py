@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from numerics_suite.core import garbage
 from numerics_suite.core.garbage import living_set_aside
 
 
@@ -19,7 +20,8 @@ class Cycle:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_frozen() -> Iterator[None]:
+def _nothing_is_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(garbage, "_set_aside", False)
     gc.unfreeze()
     yield
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -12,6 +13,7 @@ from numerics_suite.cli.main import main
 from numerics_suite.engine import cell_context as module
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded
+from numerics_suite.suite import session as session_file
 from numerics_suite.suite.session import SuiteSession
 
 FOUR_CELLS = ("fixture:glm4-tiny", "--precision", "fp32,bf16", "--attn", "eager,sdpa", "--max-examples", "1")
@@ -34,6 +36,40 @@ def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatc
     assert main(["check", *FOUR_CELLS, "--steps", "1", "-n", "0", "--quiet"]) == 0
     assert alive.count(0) == 4
     assert max(alive) <= 2
+
+
+def test_after_a_finding_of_a_large_model_no_copy_of_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in (module, session_file):
+        monkeypatch.setattr(user, "keeps_gradients", lambda _model: False)  # as for a large model
+    models: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load = module.load
+
+    def sent_to_infinity(*args: Any, **kwargs: Any) -> Loaded:
+        alive.append(sum(model() is not None for model in models))
+        loaded = load(*args, **kwargs)
+        models.append(weakref.ref(loaded.model))
+        with torch.no_grad():
+            loaded.model.get_submodule("model.norm").weight.fill_(1e38)
+        return loaded
+
+    monkeypatch.setattr(module, "load", sent_to_infinity)
+    settings = Settings(
+        subjects=("fixture:glm4-tiny",), precision=("bf16",), attn=("sdpa",), checks=("forward.finite",)
+    )
+    session = SuiteSession(settings)
+    (question,) = session.plan.questions
+    gc.collect()
+    gc.disable()
+    try:
+        result, _ = session.answer(question)
+    finally:
+        gc.enable()
+    assert result.finding is not None
+    assert result.finding.remedies
+    assert len(models) > 3
+    assert max(alive) <= 3  # the cell's own, and a copy of which another is built
+    assert sum(model() is not None for model in models) == 1
 
 
 def test_answers_kept_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
