@@ -6,7 +6,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from numerics_suite.core.records import Cell
 from numerics_suite.devices import random_state
 from numerics_suite.engine.calls import call_model
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.request import Request
+from numerics_suite.engine.rounded_reference import RoundOnce
 from numerics_suite.engine.runner import forward_pass
+from numerics_suite.engine.true_fp64 import LiftToFp64
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.resolve import resolve_all
@@ -28,6 +33,9 @@ from numerics_suite.suite.session import SuiteSession
 
 STEPS = 3
 """Timed, of which the median counts; one more before them warms up."""
+
+REFERENCES = {"true fp64 passes": LiftToFp64, "rounded passes": RoundOnce}
+"""The dispatch mode in which each reference runs a model."""
 
 MEDIUM = {
     "hidden_size": 512,
@@ -57,17 +65,17 @@ def write_model(folder: Path, changes: Mapping[str, Any]) -> str:
     return str(folder)
 
 
-def context_of(precision: str, subject: str = "fixture:glm4-tiny", attn: str = "sdpa") -> CellContext:
-    """The context of one CPU cell with the default batch: 4 rows of at most 64 tokens.
+def context_of(precision: str, subject: str = "fixture:glm4-tiny", request: Request | None = None) -> CellContext:
+    """The context of one CPU cell under sdpa.
 
     Args:
         precision: name of the recipe.
         subject: SUBJECT as a user types it.
-        attn: attention implementation.
+        request: None for the default batch, 4 rows of at most 64 tokens.
     """
     (resolved,) = resolve_all((subject,), ())
-    cell = Cell(subject=resolved.id, precision=precision, attn=attn, device="cpu", task=resolved.task)
-    return CellContext(resolved, cell, Request())
+    cell = Cell(subject=resolved.id, precision=precision, attn="sdpa", device="cpu", task=resolved.task)
+    return CellContext(resolved, cell, request or Request())
 
 
 def bare_step(context: CellContext) -> Callable[[], object]:
@@ -128,27 +136,62 @@ def steps(subject: str) -> dict[str, float]:
     return {"peak_gb": peak, "detect_anomaly": statistics.median(searched) / statistics.median(bare)}
 
 
-def cell(subject: str) -> dict[str, float]:
-    """All checks of a bfloat16 cell under sdpa, and each group of them, in bare steps; memory.
+def cell(subject: str, given: Mapping[str, Any] | None = None, request: Request | None = None) -> dict[str, float]:
+    """All checks of a bfloat16 cell under sdpa, and each group of them, in bare steps; memory; passes.
 
     What it takes to import torch and transformers is no part of it: a step needs them too.
+
+    Args:
+        subject: SUBJECT as a user types it.
+        given: options of the command line besides.
+        request: of the batch that the bare step takes.
     """
     torch.set_num_threads(1)
-    session = SuiteSession(from_command_line({"subjects": [subject], "precision": "bf16", "attn": "sdpa"}))
+    given = {"subjects": [subject], "precision": "bf16", "attn": "sdpa", **(given or {})}
+    session = SuiteSession(from_command_line(given))
     groups: defaultdict[str, float] = defaultdict(float)
-    questions = session.plan.questions
-    for question in questions:
-        taken: list[float] = []
-        with cpu_seconds(taken):
-            result, trace = session.answer(question)
-        assert result.status in {"passed", "skipped", "accepted"}, f"{question.id}: {result.reason} {trace}"
-        groups[question.check.partition(".")[0]] += sum(taken)
+    with counting_passes() as passes:
+        for question in session.plan.questions:
+            taken: list[float] = []
+            with cpu_seconds(taken):
+                result, trace = session.answer(question)
+            assert result.status in {"passed", "skipped", "accepted"}, f"{question.id}: {result.reason} {trace}"
+            groups[question.check.partition(".")[0]] += sum(taken)
     peak = peak_gb()
-    step = bare_step(context_of("bf16", subject))
+    step = bare_step(context_of("bf16", subject, request))
     step()
     unit = statistics.median(timed(step))
     found = {group: seconds / unit for group, seconds in groups.items()}
-    return {"cell": sum(found.values()), **found, "peak_gb": peak, "step_s": unit}
+    return {"cell": sum(found.values()), **found, "peak_gb": peak, "step_s": unit, **passes}
+
+
+@contextmanager
+def counting_passes() -> Iterator[Counter[str]]:
+    """Counts whole forward passes, by what they compute: a reference's mode, else the cell's own precision."""
+    from transformers import PreTrainedModel
+
+    passes: Counter[str] = Counter()
+    inside: list[nn.Module] = []
+
+    def enter(module: nn.Module, _args: object) -> None:
+        if not inside and isinstance(module, PreTrainedModel):
+            modes = tuple(type(mode) for mode in _get_current_dispatch_mode_stack())
+            passes[next((name for name, mode in REFERENCES.items() if mode in modes), "own passes")] += 1
+            inside.append(module)
+
+    def leave(module: nn.Module, _args: object, _output: object) -> None:
+        if inside and module is inside[0]:
+            inside.clear()
+
+    handles = (
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def measure(subject: str) -> dict[str, float]:

@@ -179,9 +179,11 @@ def _run(  # noqa: PLR0913 - keywords
     terminal = MatrixTerminal(stream=stream, quiet=settings.quiet, on_cells=lambda cells: offer(cells=cells))
     with kept, telling_what_is_kept(terminal, kept):
         if ray:
+            from numerics_suite.versions.memory_demand import memory_demand
             from numerics_suite.versions.ray_backend import Cluster
 
-            with Cluster(ray) as cluster:
+            weights = max((one.weight_bytes for one in plan.known), default=0)
+            with Cluster(ray, memory_demand(plan.settings, weights, plan.cwd)) as cluster:
                 result = run_matrix(plan, kept, cluster.execute, terminal, jobs=len(plan.cells), stop=cluster.stop)
         else:
             processes = Jobs()

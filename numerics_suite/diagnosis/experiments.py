@@ -12,6 +12,7 @@ from typing import Literal
 
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.core.records import Fact, Finding
+from numerics_suite.diagnosis.copies import discard
 from numerics_suite.diagnosis.remedies import SAFE_EPS, initialised_head
 from numerics_suite.diagnosis.remedy_trials import Ask, CheckAnswer
 from numerics_suite.diagnosis.root_causes import SLOWER
@@ -112,7 +113,7 @@ def _outcome(check: str, experiment: Experiment, context: CellContext, ask: Ask)
         try:
             answer: CheckAnswer = ask(check, copy)
         finally:
-            copy.discard()
+            discard(copy)
     except (NotApplicableError, NumericsSuiteError, RuntimeError, MemoryError):
         return None
     return "fails" if answer.breaches else "passes"

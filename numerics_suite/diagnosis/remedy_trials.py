@@ -19,6 +19,7 @@ from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, U
 from numerics_suite.core.records import Fact, Finding, Measurement, Remedy
 from numerics_suite.core.registry import get_check
 from numerics_suite.diagnosis.consequences import NO_RUN, RAISES
+from numerics_suite.diagnosis.copies import discard
 from numerics_suite.diagnosis.findings import finding as finding_of
 from numerics_suite.diagnosis.findings import title
 from numerics_suite.diagnosis.learning_rates import learning_rates
@@ -242,9 +243,9 @@ class _Trial:
                 seen = replace(seen, effect=f"{seen.effect}; beside {', '.join(self.others)}, a finding of its own")
             return replace(seen, found=finding_of(seen.left, cured, None)) if diagnose and seen.left else seen
         finally:
-            cured.discard()
+            discard(cured)
             if attempt.meant is not None:
-                attempt.meant.discard()
+                discard(attempt.meant)
 
     def _judged(self, attempt: Attempt) -> _Outcome:
         """The failing check on the cured copy, then what shows that the cause is gone."""

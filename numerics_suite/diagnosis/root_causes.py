@@ -16,6 +16,7 @@ import torch
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.random_state import seeded
+from numerics_suite.diagnosis.copies import discard
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.training_loop import BadTensor, HaltedError, Trainer, TrainingPlan
 from numerics_suite.inputs.labels import no_label_counts, predicts_next_token
@@ -245,7 +246,7 @@ def _finite_in_fp32(context: CellContext, batch: Batch) -> bool:
     except (RuntimeError, NumericsSuiteError):
         return False
     finally:
-        wider.discard()
+        discard(wider)
     return not any(nonfinite_count(value) for value in outputs.values())
 
 

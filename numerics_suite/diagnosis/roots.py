@@ -8,6 +8,7 @@ from dataclasses import replace
 from numerics_suite.core.errors import NumericsSuiteError
 from numerics_suite.core.records import CheckResult, Finding, Remedy
 from numerics_suite.diagnosis.consequences import NO_RUN
+from numerics_suite.diagnosis.copies import discard
 from numerics_suite.diagnosis.remedy_register import cures
 from numerics_suite.diagnosis.remedy_trials import Ask
 from numerics_suite.engine.cell_context import CellContext
@@ -57,7 +58,7 @@ def _cures(check: str, name: str, root: Finding, context: CellContext, ask: Ask)
         try:
             return not ask(check, attempt.context).breaches
         finally:
-            attempt.context.discard()
+            discard(attempt.context)
     except (NumericsSuiteError, *NO_RUN):
         return False
     finally:

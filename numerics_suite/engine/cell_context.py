@@ -20,7 +20,7 @@ from numerics_suite.core.attributes import with_attribute
 from numerics_suite.core.deprecation import renamed
 from numerics_suite.core.errors import NotApplicableError, UnusableError
 from numerics_suite.core.records import Batch, Cell, Subject
-from numerics_suite.devices import memory, random_state
+from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine import cell_batches, own_batch
@@ -34,7 +34,7 @@ from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_copy import copy_sharing, trained_by
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
-from numerics_suite.engine.true_passes import TruePasses, TrueStore, keeps_gradients
+from numerics_suite.engine.true_passes import TruePasses, TrueStore
 from numerics_suite.inputs.effort import BatchPlan
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
@@ -107,15 +107,9 @@ class CellContext:
     ) -> CellContext:
         """A fresh context of the same subject under other conditions, on which a remedy or an experiment is tried.
 
-        It shares training runs with this one, so that an experiment and the remedy of the same name train once.
-
-        Args:
-            subject: the same one in other files.
-            precision_name: another precision.
-            attn: another attention implementation.
-            change: applied to every model as soon as it is loaded.
-            plan: another training plan.
-            request: more fields of the request to replace.
+        `subject` is the same one in other files, `change` applies to every model as soon as it is loaded, and `request` are
+        more fields of the request to replace. It shares training runs with this one, so that an experiment and the remedy
+        of the same name train once.
         """
         cell = replace(self.cell, precision=precision_name or self.cell.precision, attn=attn or self.cell.attn)
         asked = replace(self.request, plan=plan or self.request.plan, **request)
@@ -201,16 +195,6 @@ class CellContext:
         self.__dict__.pop("true_passes", None)  # which other cells may still read
         self.gradient_passes.clear()
         self.cache.clear()
-
-    def discard(self) -> None:
-        """Drop a copy for good, its model too: reference cycles would keep a large one beside every later copy."""
-        self.release()
-        self.__dict__.pop("runner", None)
-        loaded = self.__dict__.pop("loaded", None)
-        large = loaded is not None and not keeps_gradients(loaded.model)
-        del loaded
-        if large:
-            memory.release(self.cell.device)
 
     # --- inputs ----------------------------------------------------------------------------------------------------
 
@@ -309,11 +293,6 @@ class CellContext:
     def true_passes(self) -> TrueStore:
         """The true fp64 passes of the cell: an earlier cell's too, where both are the same in true fp64."""
         return TrueStore() if self.shared is None else self.shared.of(self)
-
-    def leave_other_attention(self) -> bool:
-        """Whether a true fp64 pass of another attention stood in for one of this cell; from now on none does."""
-        store = self.__dict__.get("true_passes")
-        return isinstance(store, TrueStore) and store.apart()
 
     @cached_property
     def rotary_table(self) -> tuple[str, Tensor] | None:

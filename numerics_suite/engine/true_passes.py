@@ -201,6 +201,12 @@ class TruePasses:
                     del store.runs[held]
 
 
+def leave_other_attention(context: CellContext) -> bool:
+    """Whether a true fp64 pass of another attention stood in for one of the cell; from now on none does."""
+    store = context.__dict__.get("true_passes")
+    return isinstance(store, TrueStore) and store.apart()
+
+
 def beside(store: TrueStore, attn: str) -> TrueStore:
     """The store of another attention of the same numbers, in which its passes are found by a cell to come.
 

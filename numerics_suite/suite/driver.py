@@ -20,6 +20,7 @@ from numerics_suite.devices import random_state
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.reference_ops import preserved
+from numerics_suite.engine.true_passes import leave_other_attention
 from numerics_suite.inputs.strategies import batches
 from numerics_suite.judgement.verdicts import Breach, judge
 from numerics_suite.suite.endings import NO_BATCH
@@ -186,7 +187,7 @@ def _ask_batch(spec: CheckSpec, context: CellContext, batch: Batch, outcome: Out
 def _told(spec: CheckSpec, context: CellContext, *batch: Batch) -> list[Measurement | Series]:
     """What the check measures and shows; over passes of the cell's own attention where it breaks over those of another one."""
     told = list(spec.function(context, *batch))
-    if judge(spec.id, [item for item in told if isinstance(item, Measurement)]) and context.leave_other_attention():
+    if judge(spec.id, [item for item in told if isinstance(item, Measurement)]) and leave_other_attention(context):
         told = list(spec.function(context, *batch))
     return told
 

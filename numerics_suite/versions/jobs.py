@@ -173,7 +173,11 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 def default_jobs(weight_bytes: int) -> int:
     """How many jobs run at once by default: as many as cores and memory allow, four at most."""
-    need = 1_500_000_000 + 8 * weight_bytes  # torch and a run in fp64 beside the model and its gradients
     available = available_bytes()
     room = 4 * 1_500_000_000 if available is None else available
-    return max(1, min(core_count(), 4, room // need))
+    return max(1, min(core_count(), 4, room // rough_bytes(weight_bytes)))
+
+
+def rough_bytes(weight_bytes: int) -> int:
+    """About what a job needs, from the size of its largest subject's files alone."""
+    return 1_500_000_000 + 8 * weight_bytes  # torch and a run in fp64 beside the model and its gradients

@@ -1,6 +1,7 @@
 """Cells spread over a Ray cluster: each is a task that makes its environment on its node through the same code.
 
-Ray schedules, runs the cells of a lost node again and brings their files back; nothing here does.
+Ray schedules, runs the cells of a lost node again and brings their files back; nothing here does. What is added: each cell asks for
+the memory that its plan expects, so that a node too small gets none, and a cell that no node can hold is an error of its own and not waited for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,12 @@ LOCAL = "local"
 RETRIES = 3
 """Times that a cell is run again when its worker or node is lost."""
 
+NODE_WAIT_S = 30.0
+"""Seconds for which a cell is kept that no node can hold: a node that was lost may come back, and a cluster may start another."""
+
+LOOK_S = 2.0
+"""Seconds between two looks at the cluster's nodes."""
+
 PASSED_ON = ("HF_", "PIP_", "UV_", "NUMERICS_SUITE_", "SSL_CERT_FILE")
 """Variables, by their begin, that a node needs to find checkpoints and packages as this machine does."""
 
@@ -53,11 +61,12 @@ class Cluster:
 
     Attributes:
         address: of the cluster; `local` starts one on this machine.
+        memory: bytes that a job needs.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, memory: int) -> None:
         """Nothing is connected before it is entered."""
-        self.address = address
+        self.address, self.memory = address, memory
         self._stopped = threading.Event()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._task: Any = None
@@ -69,6 +78,7 @@ class Cluster:
             BadInputError: no cluster answers there.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # without end by default
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
@@ -81,13 +91,12 @@ class Cluster:
                 address=self.address,
                 runtime_env={"working_dir": self._scratch.name, "env_vars": variables},
                 log_to_driver=False,
-                logging_level="error",
+                logging_level="critical",
                 **options,
             )
         except Exception as error:  # noqa: BLE001 - Ray raises many kinds
             self.__exit__(None, None, None)
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            message = f"--ray {self.address}: no cluster answers: {lines[0]}"
+            message = f"--ray {self.address}: no cluster answers: {_lines(error)[0]}"
             raise BadInputError(message) from None
         self._task = ray.remote(run_on_node)
         return self
@@ -111,27 +120,20 @@ class Cluster:
 
         Raises:
             Stopped: the user stopped.
-            UnsupportedError: the node cannot make the environment.
+            UnsupportedError: the node cannot make the environment, or no node can hold the job.
             BadInputError: the node can make none.
         """
-        import ray
+        from ray import exceptions
 
-        device = job.settings.device
-        gpus = 0 if device.startswith(("cpu", "auto")) else 1 + device.count(",")
-        task = self._task.options(num_cpus=job.threads, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)
-        reference = task.remote(replace(job, wanted=_exact(job)))
-        tell("running")
-        ready: list[Any] = []
-        while not ready:
-            if self._stopped.is_set():
-                ray.cancel(reference, force=True)
-                raise Stopped
-            ready, _ = ray.wait([reference], timeout=0.5)
+        lost = (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.OutOfMemoryError)
         try:
-            answer = ray.get(reference)
-        except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            return failed(f"its node or worker was lost {RETRIES + 1} times: {lines[-1]}")
+            answer = self._answer(job, tell)
+        except exceptions.RayTaskError as error:
+            return failed(f"its node could not run it: {_lines(error)[-1]}")
+        except lost as error:
+            return failed(f"its node or worker was lost {RETRIES + 1} times: {_lines(error)[0]}")
+        except exceptions.RayError as error:
+            return failed(f"the cluster gave no answer: {_lines(error)[0]}")
         for name, content in answer["files"].items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +144,79 @@ class Cluster:
             raise BadInputError(answer["bad_input"])
         done: dict[str, Any] = answer["done"]
         return done
+
+    def _answer(self, job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+        """What the task of a job returns."""
+        import ray
+
+        needs = self._needs(job)
+        amounts = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "memory": needs["memory"]}
+        task = self._task.options(**amounts, max_retries=RETRIES, retry_exceptions=False)
+        reference = task.remote(replace(job, wanted=_exact(job)))
+        tell("running")
+        nodes = Nodes(needs)
+        while not ray.wait([reference], timeout=0.5)[0]:
+            if self._stopped.is_set() or nodes.none_holds():
+                ray.cancel(reference, force=True)
+                if self._stopped.is_set():
+                    raise Stopped
+                raise UnsupportedError(nodes.reason())
+        answer: dict[str, Any] = ray.get(reference)
+        return answer
+
+    def _needs(self, job: Job) -> dict[str, float]:
+        """What a job takes of its node, by Ray's names. Its threads are those of this machine's cores; the nodes may have fewer."""
+        import ray
+
+        device = job.settings.device
+        cores = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        return {
+            "CPU": min(job.threads, cores) or 1,
+            "GPU": 0 if device.startswith(("cpu", "auto")) else 1 + device.count(","),
+            "memory": self.memory,
+        }
+
+
+class Nodes:
+    """Whether the nodes that are there now could hold a job, were they idle.
+
+    Attributes:
+        needs: amounts of what the job takes, by Ray's names.
+    """
+
+    def __init__(self, needs: Mapping[str, float]) -> None:
+        """Nothing is looked at yet."""
+        self.needs = needs
+        self._fitted = self._looked = time.monotonic()
+        self._offers: list[Mapping[str, float]] = []
+
+    def none_holds(self) -> bool:
+        """Whether for :data:`NODE_WAIT_S` no node could."""
+        import ray
+
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return False
+        self._looked = now
+        self._offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(all(offer.get(name, 0) >= amount for name, amount in self.needs.items()) for offer in self._offers):
+            self._fitted = now
+        return now - self._fitted >= NODE_WAIT_S
+
+    def reason(self) -> str:
+        """One line: what is needed, and what the nodes offer."""
+        offers = dict.fromkeys(_amounts(offer) for offer in self._offers if offer.get("CPU"))
+        return f"no node can hold it: it needs {_amounts(self.needs)}; nodes offer: {' | '.join(offers) or 'nothing'}"
+
+
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    cpus, gpus, memory = (resources.get(name, 0) for name in ("CPU", "GPU", "memory"))
+    parts = [f"{cpus:g} CPU{'s' if cpus != 1 else ''}", *([f"{gpus:g} GPU{'s' if gpus != 1 else ''}"] if gpus else [])]
+    return f"{', '.join(parts)} and {memory / 1e9:.1f} GB"
 
 
 def stage(folder: Path) -> None:

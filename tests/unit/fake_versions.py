@@ -1,7 +1,8 @@
 """A world of made-up releases: what each says is written in a JSON file, and cells run in this very interpreter.
 
 World: `{"RELEASE": {"failed": [check…], "error": [check…], "bits": text, "moved": module, "unsupported": [subject…],
-"install": reason, "end": "exit" | "kill" | "garbage", "seconds": number}}`; a release without an entry passes everything.
+"install": reason, "end": "exit" | "kill" | "garbage", "seconds": number, "began": FILE,
+"seconds_of_the_first_run": number}}`; a release without an entry passes everything.
 
 As a program: `fake_versions.py WORLD COMMAND…` is the command line in that world; `fake_versions.py cell JOB` is a cell.
 """
@@ -53,7 +54,7 @@ def install(world: Path, put: Any, releases: list[str], asked: list[str] | None 
     """
     from packaging.version import Version
 
-    from numerics_suite.versions import candidates, combinations, matrix
+    from numerics_suite.versions import candidates, combinations, matrix, ray_backend
     from numerics_suite.versions.recipes import make_recipe
     from numerics_suite.versions.specs import choose
 
@@ -79,7 +80,17 @@ def install(world: Path, put: Any, releases: list[str], asked: list[str] | None 
             raise BadInputError(told["no network"])
         return [str(version) for version in choose(package, spec, known, pre=pre)]
 
+    run_on_node = ray_backend.run_on_node
+
+    def on_node(job: Any) -> Any:
+        """The task of a node, which takes no part in what was put in place here: this file is the program, so Ray carries it there."""
+        from numerics_suite.versions import environments
+
+        environments.ensure = ensure
+        return run_on_node(job)
+
     put(matrix, "ensure", ensure)
+    put(ray_backend, "run_on_node", on_node)
     put(combinations, "resolve", resolve)
     put(candidates, "released", lambda *_, **__: known)
 
@@ -100,6 +111,12 @@ def cell(path: Path) -> None:
     told = json.loads(Path(os.environ["FAKE_WORLD"]).read_text(encoding="utf-8")).get(release, {})
     if release == "by-config":
         told = {"failed": ["forward.finite"]} if config_of(job.settings.subjects[0])["bad"] else {}
+    if "began" in told:  # on which node of a cluster
+        log = Path(told["began"])
+        again = log.exists() and f"{release} " in log.read_text(encoding="utf-8")
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{release} {os.environ['RAY_RAYLET_PID']}\n")
+        time.sleep(0 if again else told.get("seconds_of_the_first_run", 0))
     sys.stdout.write(f"cell of {release}\n")
     sys.stdout.flush()
     time.sleep(told.get("seconds", 0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from numerics_suite.cli.main import main
+from numerics_suite.diagnosis import copies
 from numerics_suite.engine import cell_context as module
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded
@@ -39,7 +40,7 @@ def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatc
 
 
 def test_after_a_finding_of_a_large_model_no_copy_of_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    for user in (module, session_file):
+    for user in (copies, session_file):
         monkeypatch.setattr(user, "keeps_gradients", lambda _model: False)  # as for a large model
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
