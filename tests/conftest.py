@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 from contextlib import ExitStack
 
 import preloaded
 import pytest
 
+from numerics_suite.core import activity
 from numerics_suite.core.garbage import living_set_aside
 
 # Before anything imports torch: the models are tiny, and xdist's workers would fight over the cores.
@@ -20,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["NUMERICS_SUITE_EXTENSIONS"] = "off"
 # Notices of long work depend on how busy the machine is; the tests of notices ask for them.
 os.environ["NUMERICS_SUITE_NOTICES"] = "off"
+activity.FIRST = threading.TIMEOUT_MAX  # of this process: the plugin was imported before this file
 
 # Commands under test say what they say to everybody; tests of what they tell GitHub set these themselves.
 for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):

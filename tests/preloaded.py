@@ -286,9 +286,9 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     for number in {0, 1, 2} - set(request["streams"]):
         os.close(number)
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in request["ignored"]:
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
     environment = request["environment"]
     unbuffered = bool(environment.get("PYTHONUNBUFFERED"))
     for number, name in enumerate(("stdin", "stdout", "stderr")):
