@@ -301,6 +301,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     os.environ.update(environment)
     given = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.path[:] = [*given, *(place for place in sys.path[1:] if place not in before)]
+    if (xdist := sys.modules.get("xdist.plugin")) is not None:
+        xdist._sys_path[:] = sys.path  # what its workers get: it was copied when xdist was imported
     sys.executable = request["executable"]
     sys.orig_argv = [sys.executable, *request["arguments"]]
     importlib.invalidate_caches()

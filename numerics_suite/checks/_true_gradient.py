@@ -25,6 +25,9 @@ from numerics_suite.subjects.memory import KEPT_GRADIENT_BYTES
 GRADIENT = "true fp64 gradient"
 """Name under which checks declare that they read it, so that a large model's is dropped after the last of them."""
 
+ROOM_BESIDE = 8
+"""Sets of gradients that must fit beside the one that is kept: more than training in float32 and every comparison take."""
+
 Result = TypeVar("Result")
 
 
@@ -88,7 +91,8 @@ def kept_run(
         agree: compares two results; of a large model only such a result outlives the cell.
     """
     key = f"{GRADIENT}: {name} over {batch_key(context.gradient_batch.tensors)}"
-    if keeps_gradients(context.model) or (agree is not None and _outlives(context)):
+    outlives = agree is not None and (key in context.true_passes.runs or _outlives(context))
+    if outlives or keeps_gradients(context.model):
         found: Result = context.true_passes.run(key, compute, agree)
         return found
     if key not in context.gradient_passes:
@@ -98,8 +102,11 @@ def kept_run(
 
 
 def _outlives(context: CellContext) -> bool:
-    """Whether later cells may read the gradients of a large model."""
-    return context.shared is not None and gradient_bytes(context.model) <= KEPT_GRADIENT_BYTES
+    """Whether later cells may read the gradients of a large model: where they take no room that a check would be refused for."""
+    needed = gradient_bytes(context.model)
+    if context.shared is None or needed > KEPT_GRADIENT_BYTES:
+        return False
+    return memory.free_bytes(context.cell.device) > ROOM_BESIDE * needed
 
 
 def require_sets(context: CellContext, sets: float) -> None:

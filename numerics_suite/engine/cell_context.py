@@ -6,7 +6,6 @@ are written once: for a cell, a factory and a step that the watch caught.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,16 +24,15 @@ from numerics_suite.devices import random_state
 from numerics_suite.devices.condition import Condition
 from numerics_suite.devices.precisions import Precision, precision
 from numerics_suite.engine import cell_batches, own_batch
-from numerics_suite.engine.blocks import freeze_to_scope
 from numerics_suite.engine.calls import takes_token_ids
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.outputs import floating_outputs
 from numerics_suite.engine.pad_token import lacks_pad_token
 from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.engine.request import Request
-from numerics_suite.engine.room import require_room
 from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
+from numerics_suite.engine.training_copy import copy_sharing, trained_by
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
 from numerics_suite.engine.true_passes import TruePasses, TrueStore
 from numerics_suite.inputs.effort import BatchPlan
@@ -43,7 +41,7 @@ from numerics_suite.observations.finiteness import nan_count, not_finite
 from numerics_suite.subjects.families import family_of
 from numerics_suite.subjects.families.family import Family
 from numerics_suite.subjects.load import Loaded, load
-from numerics_suite.subjects.memory import KEPT_BYTES, STEP_COPIES, TRAINING_COPIES
+from numerics_suite.subjects.memory import KEPT_BYTES
 from numerics_suite.subjects.tasks import is_head
 from numerics_suite.subjects.zeroed_memory import Zeroed
 
@@ -181,25 +179,8 @@ class CellContext:
         return self.loaded.model
 
     def copy_model(self, own: Callable[[nn.Module], Collection[nn.Parameter]] | None = None) -> nn.Module:
-        """A copy of the cell's model that a check may train or change.
-
-        Args:
-            own: picks the copy's parameters that change; the others share the cell's model's memory. None for all.
-
-        Raises:
-            NotApplicableError: those do not fit in memory.
-        """
-        # A class of its own, as of quantised weights, knows best how it is copied.
-        plain = (parameter for parameter in self.model.parameters() if type(parameter) is nn.Parameter)
-        copied = copy.deepcopy(self.model, {id(parameter): _alias(parameter) for parameter in plain})
-        changed = list(copied.parameters() if own is None else own(copied))
-        count = sum(parameter.numel() for parameter in changed)
-        require_room(
-            self.cell.device, sum(parameter.nbytes for parameter in changed), f"a copy of {count:,} parameters"
-        )
-        for parameter in changed:
-            parameter.data = parameter.data.clone()
-        return copied
+        """A copy of the cell's model that a check may train or change; see :func:`~numerics_suite.engine.training_copy.copy_sharing`."""
+        return copy_sharing(self.model, own, device=self.cell.device)
 
     @contextmanager
     def modified_model(self) -> Iterator[nn.Module]:
@@ -354,17 +335,7 @@ class CellContext:
 
     def trainer(self, plan: TrainingPlan, recipe: Precision | None = None) -> Trainer:
         """A training run that has not started; otherwise as :meth:`train`."""
-
-        def trained(model: nn.Module) -> list[nn.Parameter]:
-            freeze_to_scope(model, plan.scope, self.family)
-            found = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            sizes = [parameter.nbytes for parameter in found]
-            needed = TRAINING_COPIES * sum(sizes) + STEP_COPIES * max(sizes, default=0)
-            count = sum(parameter.numel() for parameter in found)
-            require_room(self.cell.device, needed, f"training {count:,} parameters (--train-scope {plan.scope})")
-            return found
-
-        model = self.copy_model(own=trained)
+        model = self.copy_model(own=lambda copied: trained_by(copied, plan.scope, self.family, self.cell.device))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             reason = "no parameter of this model requires a gradient"
             raise NotApplicableError(reason)
@@ -376,8 +347,3 @@ class CellContext:
     def with_plan(self, **changes: Any) -> TrainingPlan:
         """The request's plan with some fields changed."""
         return replace(self.request.plan, **changes)
-
-
-def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter in the same memory."""
-    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

@@ -72,7 +72,8 @@ def require_gradient_sets(context: CellContext, sets: float, *, held: bool = Fal
     needed = 8 * count * (sets - held)
     if needed > SMALL:
         hint = shallower_hint(context.subject, 8 * sets, USABLE * free_bytes(context.cell.device))
-        what = f"float64 gradients of {count:,} parameters, held {sets:.3g} times,"
+        much = "" if sets == 1 else f", as much as {sets:.3g} sets of them in float64,"
+        what = f"{'float64 gradients' if sets == 1 else 'gradients'} of {count:,} parameters{much}"
         require_room(context.cell.device, needed, what, hint)
 
 

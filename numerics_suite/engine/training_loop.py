@@ -21,7 +21,7 @@ from numerics_suite.engine.outputs import floating_outputs, loss_in
 from numerics_suite.engine.runner import backward_pass, forward_pass
 from numerics_suite.engine.updates import HeldShare, UpdateMeter, metered
 from numerics_suite.observations.finiteness import nonfinite_count
-from numerics_suite.observations.roundoff import wide
+from numerics_suite.observations.roundoff import power_sum
 
 Forward = Callable[[], Mapping[str, Tensor]]
 """One forward pass of a step, with gradients: its floating outputs by name."""
@@ -121,9 +121,6 @@ class Trajectory:
 
 TRAJECTORY = "training run"
 """Name under which checks declare that they read the cell's training run."""
-
-PIECE = 1 << 22
-"""Elements of a gradient that are made float64 at a time."""
 
 RECIPE_NORM = 1.0
 """The norm that GLM-4's fine-tuning recipes clip to."""
@@ -248,7 +245,7 @@ class Trainer:
         }
         # Adam's first step is lr in the direction of each gradient's sign; SGD's is lr times the gradient.
         descends = self.plan.optimizer == "sgd"
-        self.predicted = self.plan.lr * sum(_power_sum(g, 2 if descends else 1) for g in gradients.values())
+        self.predicted = self.plan.lr * sum(power_sum(g, 2 if descends else 1) for g in gradients.values())
 
     def step(self, step: int) -> None:
         """One optimizer step, checked after each of its parts.
@@ -350,12 +347,6 @@ class Trainer:
             held=meter.shares(),
             clipped_copy=self.clipped_copy,
         )
-
-
-def _power_sum(gradient: Tensor, power: int) -> float:
-    """The sum of its elements' sizes, or of their squares, in float64, of which no more than a piece is made at a time."""
-    pieces = gradient.reshape(-1).split(PIECE)  # type: ignore[no-untyped-call]
-    return math.fsum(float(torch.linalg.vector_norm(wide(piece), power)) ** power for piece in pieces)
 
 
 def _clipped_copy(step: int, norm: float, gradients: Mapping[str, Tensor]) -> ClippedCopy:

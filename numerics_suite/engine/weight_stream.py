@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from numerics_suite.devices import random_state
@@ -50,13 +51,18 @@ class GradientSink:
             self.gradients[name] = part if whole is None else whole.add_(part)
         self._awaited[name] -= 1
         if self._on_gradient is not None and not self._awaited[name] and name in self.gradients:
-            self._on_gradient(name, self.gradients.pop(name))
+            self._pass_on(name)
 
     def finish(self) -> None:
         """Pass on gradients that lack only parts that the loss does not reach."""
         if self._on_gradient is not None:
             for name in list(self.gradients):
-                self._on_gradient(name, self.gradients.pop(name))
+                self._pass_on(name)
+
+    def _pass_on(self, name: str) -> None:
+        assert self._on_gradient is not None
+        with _disable_current_modes():  # what takes it is no part of the run
+            self._on_gradient(name, self.gradients.pop(name))
 
 
 @contextmanager

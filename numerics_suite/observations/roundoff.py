@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -60,6 +61,11 @@ def rms(values: Tensor) -> float:
     return float((sizes / largest).square().mean().sqrt().item() * largest)
 
 
+def power_sum(values: Tensor, power: int) -> float:
+    """The sum of the elements' sizes, or of their squares, in float64."""
+    return math.fsum(float(torch.linalg.vector_norm(wide(part), power)) ** power for (part,) in _parts(values))
+
+
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The elements of tensors of one shape, :data:`_PART` of each at a time."""
     flat = [tensor.detach().reshape(-1) for tensor in tensors]
@@ -100,6 +106,62 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return _ratio(largest_difference(got, want), rms(want))
 
 
+@dataclass(slots=True)
+class GradientComparison:
+    """Gradients beside what they should be, of which one pair at a time need be in memory.
+
+    Attributes:
+        lost: names of those that are not there, and should not be zero.
+    """
+
+    lost: list[str] = field(default_factory=list)
+    _sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _differences: dict[str, float] = field(default_factory=dict)
+    _products: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, got: Tensor | None, want: Tensor) -> None:
+        """Compare one.
+
+        Args:
+            name: of the parameter.
+            got: its gradient in float64, None where there is none.
+            want: what it should be.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        self._sizes[name] = rms(want), _size(want)
+        if got is None:
+            self.lost += [name] if bool(want.any()) else []
+            return
+        self._differences[name] = largest_difference(got, want)
+        if self._differences[name]:  # ⟨got, want⟩ says along what it differs
+            self._products[name] = float(torch.dot(wide(got).reshape(-1), wide(want).reshape(-1)))
+
+    def errors(self) -> dict[str, float]:
+        """max|got - want| / max|want| of each gradient that both have; see :func:`gradient_errors`."""
+        largest = max((size for size, _ in self._sizes.values() if math.isfinite(size)), default=0.0)
+        return {
+            name: _ratio(difference, largest if self._sizes[name][0] <= CANCELLED * largest else self._sizes[name][1])
+            for name, difference in self._differences.items()
+        }
+
+    def wrong(self, most: float) -> list[str]:
+        """Names of those whose max|got - want| / rms(want) is above the limit, or NaN, and of the lost ones."""
+        found = self._differences.items()
+        return [name for name, value in found if not _ratio(value, self._sizes[name][0]) <= most] + self.lost
+
+    def projection(self, elements: Mapping[str, int]) -> float:
+        """The projection ⟨got, want⟩/⟨want, want⟩ over some gradients; NaN if these should be zero.
+
+        Args:
+            elements: of each of them, by name; both have it.
+        """
+        squares = {name: self._sizes[name][0] ** 2 * count for name, count in elements.items()}
+        size = sum(squares.values())
+        return sum(self._products.get(name, square) for name, square in squares.items()) / size if size else math.nan
+
+
 def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
     """Return max|got - want| / max|want| of each gradient that both have: the forward error in the maximum norm.
 
@@ -113,15 +175,10 @@ def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     Raises:
         ValueError: The shapes of a gradient differ.
     """
-    sizes = {name: rms(value) for name, value in want.items()}
-    largest = max((size for size in sizes.values() if math.isfinite(size)), default=0.0)
-    errors = {}
+    compared = GradientComparison()
     for name, wanted in want.items():
-        if name in got:
-            cancelled = sizes[name] <= CANCELLED * largest
-            scale = largest if cancelled else _size(wanted)
-            errors[name] = _ratio(largest_difference(got[name], wanted), scale)
-    return errors
+        compared.add(name, got.get(name), wanted)
+    return compared.errors()
 
 
 def filled(gradients: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 from numerics_suite.core.machine import core_count
 from numerics_suite.devices.precisions import precision
-from numerics_suite.subjects.memory import layer_count, product_weights
+from numerics_suite.subjects.memory import (
+    SMALL_COPY,
+    bytes_read_anew,
+    gradient_sets_that_fit,
+    layer_count,
+    product_weights,
+)
 from numerics_suite.suite.effort import effort_of
 
 if TYPE_CHECKING:
@@ -38,6 +44,12 @@ products of other shapes than the one that is timed. 1.9 was measured over a who
 
 UNKNOWN = {"ops": [4.0, 1.0, 0.0], "narrow": [2.0, 0.5, 0.0], "wide": [2.0, 0.5, 0.0]}
 """For a check of another package: about what a law costs."""
+
+OF_GRADIENTS = frozenset({"reference.gradient", "train.accumulation", "train.checkpointing", "train.trainer"})
+"""Checks that end at once where the model's gradients do not fit in memory."""
+
+READ_BYTES_PER_S = 1e9
+"""At which a pass reads the weights of a model that is larger than memory from disk; 1.0 to 1.5 GB/s were measured on one SSD."""
 
 LOADING_S = 3e-9
 """Seconds of loading one parameter: reading, poisoning and digesting it."""
@@ -71,10 +83,11 @@ def pass_seconds(subject: Subject, cell: Cell, settings: Settings, speed: Speed)
     weights = product_weights(subject)
     work = BESIDES_PRODUCTS * 2.0 * weights * settings.batch_size * settings.seq_len
     recipe = precision(cell.precision)
+    reading = bytes_read_anew(subject, recipe.parameters, cell.device) / READ_BYTES_PER_S
     return Pass(
         ops=BESIDES_OPS * OPS_OF_A_BLOCK * (layer_count(subject) + 1) * speed.op_s,
-        narrow=work / speed.products[recipe.computes_in],
-        wide=work / speed.products["float64"] + (subject.parameters or 0) * speed.widening_s,
+        narrow=reading + work / speed.products[recipe.computes_in],
+        wide=reading + work / speed.products["float64"] + (subject.parameters or 0) * speed.widening_s,
     )
 
 
@@ -88,8 +101,10 @@ def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[
     passes = {cell: pass_seconds(plan.subjects[cell.subject], cell, settings, speed) for cell in plan.cells}
     begun: set[Cell] = set()
     found = {}
+    without = {cell for cell in plan.cells if _lacks_room(plan.subjects[cell.subject], cell)}
     for question in plan.questions:
-        if question.skip is not None or question.error is not None:
+        refused = question.cell in without and question.check in OF_GRADIENTS
+        if question.skip is not None or question.error is not None or refused:
             found[question.id] = 0.0
             continue
         parameters = plan.subjects[question.cell.subject].parameters or 0
@@ -99,6 +114,13 @@ def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[
             seconds += LOADING_S * parameters
         found[question.id] = seconds
     return found
+
+
+def _lacks_room(subject: Subject, cell: Cell) -> bool:
+    """Whether not even half a set of the model's gradients in float64 fits in memory."""
+    dtype = precision(cell.precision).parameters
+    large = subject.parameters is not None and 8 * subject.parameters > SMALL_COPY
+    return large and not gradient_sets_that_fit(subject, dtype, cell.device)
 
 
 def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:

@@ -136,5 +136,5 @@ def _absolute(source: str) -> str:
 def source_digest() -> str:
     """SHA-256 over this package's own files: another harness may judge otherwise, so nothing of it is reused."""
     root = Path(__file__).resolve().parents[1]
-    ours = (path for path in root.rglob("*") if path.suffix in {".py", ".json", ".ini"})
+    ours = (path for path in root.rglob("*") if path.suffix in {".py", ".json", ".ini", ".j2"})
     return f"sha256:{tree_digest(root, (path for path in ours if not {'__pycache__', '_fixtures'} & set(path.parts)))}"

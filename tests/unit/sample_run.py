@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from numerics_suite.core.records import Cell, CheckResult, Finding, Remedy, RunResult, Series, SubjectFacts
@@ -118,7 +119,8 @@ def failing_checks() -> list[CheckResult]:
 
 def sample_run(**changes: Any) -> RunResult:
     settings = from_command_line(
-        {"subjects": ["./my checkpoint"], "names": [SUBJECT], "seed": "7", "task": "sequence-classification"}
+        {"subjects": ["./my checkpoint"], "names": [SUBJECT], "seed": "7", "task": "sequence-classification"},
+        Path(Path.cwd().anchor),  # a project's own settings have no part in the sample
     )
     checks = [
         result("load.config", "fp32", measurements={"ignored": 0}),

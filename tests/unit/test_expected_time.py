@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from numerics_suite.devices.speed import Speed, measure_speed
 from numerics_suite.reports.plan import readable_seconds
 from numerics_suite.reports.terminal import Terminal
 from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects import memory
 from numerics_suite.suite import pace as pace_module
 from numerics_suite.suite.expected_time import (
     BESIDES_PRODUCTS,
+    READ_BYTES_PER_S,
     check_seconds,
     dtypes_of,
     expected_seconds,
@@ -28,7 +31,7 @@ from numerics_suite.suite.expected_time import (
     run_seconds,
 )
 from numerics_suite.suite.pace import Pace
-from numerics_suite.suite.planning import Question, make_plan
+from numerics_suite.suite.planning import Question, SuitePlan, make_plan
 from numerics_suite.suite.session import SuiteSession
 
 COSTS = Path(pace_module.__file__).with_name("check_costs.json")
@@ -290,3 +293,32 @@ def test_a_cell_takes_what_was_expected_within_a_factor_of_two(tmp_path: Path, p
         assert session.answer(question)[0].status in {"passed", "skipped"}
     took = time.process_time() - begun
     assert took / 2 < expected < took * 2, (expected, took)
+
+
+def test_checks_of_gradients_that_do_not_fit_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(subject(parameters=2 * 10**9), path=Path("m"), stored_dtype="bfloat16")
+    checks = ("reference.gradient", "train.accumulation", "forward.finite", "reference.oracle")
+    plan = SuitePlan(
+        device="cpu",
+        subjects={"m": large},
+        cells=(CELL,),
+        questions=tuple(Question(check=name, cell=CELL) for name in checks),
+    )
+    for free, refused in ((10**12, False), (10**9, True)):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        found = expected_seconds(plan, Settings(), SPEED)
+        assert (found[f"reference.gradient/{CELL.id}"] == 0) is refused
+        assert (found[f"train.accumulation/{CELL.id}"] == 0) is refused
+        assert found[f"reference.oracle/{CELL.id}"] > 0
+
+
+def test_weights_that_do_not_stay_in_memory_are_read_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(subject(parameters=2 * 10**9), path=Path("m"), stored_dtype="bfloat16")
+    found = []
+    for free in (10**12, 4 * 10**9):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        found.append(pass_seconds(large, CELL, Settings(), SPEED))
+    held, read = found
+    assert read.narrow - held.narrow == pytest.approx(4 * 10**9 / READ_BYTES_PER_S)
+    assert read.wide - held.wide == pytest.approx(4 * 10**9 / READ_BYTES_PER_S)
+    assert read.ops == held.ops

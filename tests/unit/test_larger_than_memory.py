@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +24,9 @@ from numerics_suite.core.registry import get_check
 from numerics_suite.engine import room, true_fp64
 from numerics_suite.engine import scope as scopes
 from numerics_suite.engine.rounded_reference import run_rounded
+from numerics_suite.engine.runner import Runner
 from numerics_suite.observations.finiteness import nan_count
+from numerics_suite.observations.roundoff import GradientComparison, gradient_errors, projection
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects import memory
 from numerics_suite.subjects.fixtures import fixture_path
@@ -90,7 +95,7 @@ def test_gradients_that_do_not_fit_are_skipped_with_their_bytes_and_the_other_ch
     found = answers(made, "forward.finite", "reference.end-to-end", "reference.oracle", *gradients)
     trained = sum(p.numel() for p in made.context(made.plan.cells[0]).model.parameters())
     assert {found[name].status for name in gradients} == {"skipped"}
-    for name, sets in zip(gradients, (1.5, 2, 2), strict=True):
+    for name, sets in zip(gradients, (0.5, 1, 1), strict=True):
         assert f"would take {int(8 * trained * sets)} bytes, {FREE} bytes free" in (found[name].reason or "")
     assert {name: found[name].status for name in found if name not in gradients} == {
         "forward.finite": "passed",
@@ -120,6 +125,60 @@ def test_a_wrong_answer_is_found_where_gradients_do_not_fit(short: None) -> None
         context.model.get_parameter("model.layers.0.self_attn.o_proj.weight").mul_(1.5)
     outcome = ask(get_check("reference.oracle"), context, seed=0)
     assert [breach.measurement.name for breach in outcome.breaches][:1] == ["true-logits"]
+
+
+def test_gradients_are_compared_as_blocks_complete_where_all_of_them_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checks = ("reference.gradient", "reference.oracle", "train.accumulation", "train.checkpointing")
+    whole = answers(session(), *checks)
+    made = session()
+    model = made.context(made.plan.cells[0]).model
+    count = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(true_fp64, "STREAM_ABOVE_BYTES", 0)
+    monkeypatch.setattr(room, "SMALL", 0)
+    monkeypatch.setattr(room, "free_bytes", lambda _: 1.2 * 8 * count / memory.USABLE)  # one set in float64 and not two
+    passed_on: list[str] = []
+    compare = GradientComparison.add
+
+    def counted(self: GradientComparison, name: str, got: Any, want: Any) -> None:
+        passed_on.append(name)
+        compare(self, name, got, want)
+
+    monkeypatch.setattr(GradientComparison, "add", counted)
+    streamed = answers(made, *checks)
+    assert {name: answer.status for name, answer in streamed.items()} == dict.fromkeys(checks, "passed")
+    assert len(passed_on) == 2 * len(list(model.parameters()))  # the definition, and all ways at once
+    # Of `reference.gradient` not even one set: the true ones come one by one beside two in bfloat16.
+    monkeypatch.setattr(room, "free_bytes", lambda _: 0.7 * 8 * count / memory.USABLE)
+    streams: list[bool] = []
+    run = Runner.true_fp64
+    monkeypatch.setattr(Runner, "true_fp64", lambda *a, **k: streams.append(k.get("stream", False)) or run(*a, **k))
+    streamed |= answers(session(), checks[0])
+    assert streams == [True]
+    for name in checks:
+        for key, value in whole[name].measurements.items():
+            assert streamed[name].measurements[key] == pytest.approx(value, rel=1e-6, abs=1e-10), (name, key)
+
+
+def test_compared_one_by_one_gradients_err_as_they_do_together() -> None:
+    torch.manual_seed(0)
+    want = {name: torch.randn(5, 7, dtype=torch.float64) for name in "abc"} | {
+        "cancelled": torch.full((3,), 1e-14, dtype=torch.float64),
+        "gone": torch.ones(2, dtype=torch.float64),
+    }
+    got = {name: value.clone() for name, value in want.items() if name != "gone"}
+    got["b"] *= 1.5
+    got["c"][0, 0] = float("nan")
+    compared = GradientComparison()
+    for name, value in want.items():
+        compared.add(name, got.get(name), value)
+    assert compared.errors() == pytest.approx(gradient_errors(got, want), nan_ok=True)
+    assert compared.errors()["b"] == pytest.approx(0.5)
+    assert compared.lost == ["gone"]
+    assert compared.wrong(1e-10) == ["b", "c", "gone"]
+    elements = {name: want[name].numel() for name in "ab"}
+    assert compared.projection(elements) == pytest.approx(projection(got, {name: want[name] for name in "ab"}))
 
 
 @pytest.mark.parametrize("run", ["true fp64", "rounded", "own"])
@@ -181,6 +240,18 @@ def test_a_single_block_that_does_not_fit_is_one_line(monkeypatch: pytest.Monkey
         context.runner.true_fp64(
             context.gradient_batch.tensors, gradients=True, stream=True, on_gradient=lambda _name, _gradient: None
         )
+
+
+def test_a_model_that_does_not_fit_on_the_disk_twice_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = session()
+    model = made.context(made.plan.cells[0]).model
+    needed = 2 * sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    found = answers(made, "load.roundtrip")["load.roundtrip"]
+    assert found.status == "skipped"
+    assert f"would take {needed} bytes in {tempfile.gettempdir()}, {needed - 1} bytes free" in (found.reason or "")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert answers(made, "load.roundtrip")["load.roundtrip"].status == "passed"
 
 
 # --- what is trained ---------------------------------------------------------------------------------------------------
@@ -335,7 +406,7 @@ def _checked(folder: Path, work: Path, *arguments: str) -> tuple[int, dict[str, 
         "-n",
         "0",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*command, *arguments], cwd=work, env=environment, stdout=subprocess.DEVNULL)
     peak = PeakMemory(process)
     watcher = threading.Thread(target=peak.watch, daemon=True)
@@ -355,7 +426,7 @@ def test_a_forward_cell_of_the_whole_shape_runs_within_20_gb(writer: Any, tmp_pa
         before.watch()
         assert before.process.returncode == 0
         assert before.anonymous < 2 * GB
-        checks = "load.*,forward.finite,forward.causal,reference.end-to-end,reference.local,reference.gradient"
+        checks = "load.*,forward.finite,reference.end-to-end,reference.gradient"
         status, found, peak = _checked(
             folder,
             tmp_path,
@@ -371,5 +442,5 @@ def test_a_forward_cell_of_the_whole_shape_runs_within_20_gb(writer: Any, tmp_pa
     assert statuses.pop("reference.gradient") == "skipped"
     assert "bytes free" in next(c["reason"] for c in found["checks"] if c["check"] == "reference.gradient")
     assert set(statuses.values()) == {"passed"}, statuses
-    assert len(statuses) == 9
+    assert len(statuses) == 8
     assert peak.anonymous < 2 * GB, (peak.anonymous, peak.mapped)

@@ -37,13 +37,47 @@ Grants = dict[str, str]
     ],
 )  # fmt: skip
 def test_the_quota_of_a_container(tmp_path: Path, groups: str, grants: Grants, quota: float | None) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(groups)
+    _write_groups(tmp_path, groups, grants)
+    assert machine.cpu_quota(tmp_path) == quota
+
+
+def _write_groups(root: Path, groups: str, grants: Grants) -> None:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
     for name, content in grants.items():
-        file = tmp_path / "sys/fs/cgroup" / name
+        file = root / "sys/fs/cgroup" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
-    assert machine.cpu_quota(tmp_path) == quota
+
+
+OF_TWO = {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 300\ninactive_file 150\nactive_file 50\n"}
+OF_ONE = {"memory.limit_in_bytes": "900", "memory.usage_in_bytes": "850", "memory.stat": "total_inactive_file 40\n"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "grants", "free"),
+    [
+        # Pages of files are used by the group, and can be had.
+        ("0::/pod\n", {f"pod/{name}": value for name, value in OF_TWO.items()}, 500),
+        ("0::/pod\n", {f"pod/{name}": value for name, value in {**OF_TWO, "memory.max": "max"}.items()}, 2048),
+        ("0::/host/pod\n", OF_TWO, 500),
+        ("4:memory:/d\n", {f"memory/d/{name}": value for name, value in OF_ONE.items()}, 90),
+        (
+            "4:memory:/d\n",
+            {f"memory/{name}": value for name, value in {**OF_ONE, "memory.limit_in_bytes": "100"}.items()},
+            0,
+        ),
+        ("5:devices:/\n", {}, 2048),
+    ],
+)
+def test_memory_is_what_a_container_leaves(tmp_path: Path, groups: str, grants: Grants, free: int) -> None:
+    _write_groups(tmp_path, groups, grants)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 2 kB\n")
+    assert machine.available_bytes(tmp_path) == free
+
+
+def test_a_system_that_says_nothing_of_its_memory(tmp_path: Path) -> None:
+    assert machine.available_bytes(tmp_path) is None
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(None, 8), (2.9, 2), (0.5, 1), (64.0, 8)])

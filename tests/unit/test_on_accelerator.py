@@ -112,6 +112,19 @@ def test_the_constants_stand_beside_their_limits(tool, tmp_path):
     }
 
 
+@pytest.mark.slow
+def test_the_part_of_nine_billion_gives_seconds_by_group_and_what_is_skipped(tool, tmp_path):
+    file = tmp_path / "figures.json"
+    assert tool.script.main(["--part", "9b", *SMALL, "--json", str(file)]) == 0
+    found = tool.page.read_parts(file)["9b"]
+    rows = dict(found.rows)
+    assert found.verdict == "not applicable"
+    assert rows["parameters"] > 4_000_000
+    assert {"loading, seconds", "forward, seconds", "reference, seconds", "train, seconds"} <= set(rows)
+    assert rows["peak device memory, GB"] is None  # the CPU has no such count
+    assert any(str(value).startswith("forward.pooling: ") for name, value in found.rows if name == "skipped")
+
+
 # --- several parts -----------------------------------------------------------------------------------------------------
 
 

@@ -167,13 +167,12 @@ class TestCluster:
 
     def test_no_node_left_that_is_large_enough(self, cluster, tmp_path):
         """Both large nodes are killed: the cells that cannot run anywhere any more say so, and the run ends."""
-        matrix = Matrix(tmp_path, cluster.address, {"5.7.0": {}, "5.8.0": {"seconds": 300}, "5.9.0": {"seconds": 300}})
+        matrix = Matrix(tmp_path, cluster.address, {"5.8.0": {"seconds": 300}, "5.9.0": {"seconds": 300}})
         matrix.wait_for("5.8.0", "5.9.0", count=2)
         for raylet in cluster.large:
             cluster.lose(raylet)
         status, cells, said = matrix.end()
         assert status == 3, said
-        assert cells["5.7.0"]["status"] == "passed"
         for name in ("5.8.0", "5.9.0"):
             assert cells[name]["status"] == "error"
             assert cells[name]["reason"].startswith("no node can hold it: it needs 1 CPU and ")

@@ -150,7 +150,7 @@ def test_inputs_that_a_loop_refills_are_kept_as_they_were(tmp_path):
         (lambda b: (b / "reproduce.py").write_text("print()", encoding="utf-8"), "was changed or is torn"),
         (lambda b: rewrite(b, schema_version=9), "has schema_version 9; this release reads 1"),
         (lambda b: rewrite(b, finding={"cause": "overflow"}), "finding.title is missing"),
-        (lambda b: rewrite(b, calls=[{"step": 1}]), "calls[0].args must be a list"),
+        (lambda b: rewrite(b, calls=[{"step": 1}]), "calls[0].args is missing"),
     ],
 )
 def test_a_torn_or_foreign_bundle_is_refused_in_one_line(tmp_path, damage, text):

@@ -130,6 +130,37 @@ def test_the_lines_of_a_finding():
     assert card(none).fixes == ("no automatic remedy applies: read the code at the place above; run the script",)
 
 
+def test_parameters_that_are_all_there_are_is_said_so():
+    every = replace(UNDERFLOW, evidence={**UNDERFLOW.evidence, "trained parameters": 33})
+    assert "step 1, all 33 trained parameters, first model.embed_tokens.weight;" in where_text(every)
+    some = replace(UNDERFLOW, evidence={**UNDERFLOW.evidence, "trained parameters": 40})
+    assert "model.embed_tokens.weight and 32 more parameters of 40 trained;" in where_text(some)
+
+
+def test_where_no_remedy_works_a_cause_says_where_to_look():
+    wrong = replace(UNDERFLOW, cause="wrong-gradient", remedies=UNDERFLOW.remedies[2:3])
+    assert card(wrong).fixes[0].startswith("look at the place above for detach()")
+    cured = replace(wrong, remedies=(replace(UNDERFLOW.remedies[0], name="eager-attention"),))
+    assert card(cured).fixes == ("AdamW(eps=1e-4) -- tried, works: finite",)
+
+
+def test_a_remedy_that_works_may_name_the_reason():
+    still = replace(UNDERFLOW, cause="untrained-parameters", evidence={})
+    remedy = replace(UNDERFLOW.remedies[0], name="non-reentrant-checkpointing")
+    assert "reentrant gradient checkpointing cuts" in sentence_of(replace(still, remedies=(remedy,)))
+    assert "reentrant" not in sentence_of(replace(still, remedies=(replace(remedy, verified=False),)))
+
+
+def test_a_large_error_in_unit_roundoffs_is_said_in_percent_too():
+    found = replace(UNDERFLOW, evidence=evidence("norm", 2048.0, 0.75, "roundoffs"))
+    assert (
+        card(found, check="reference.local").measured
+        == "2,048 unit roundoffs of float16 (an error of 100 %); at most 0.75"
+    )
+    small = replace(UNDERFLOW, evidence=evidence("norm", 2.5, 0.75, "roundoffs"))
+    assert card(small, check="reference.local").measured == "2.5 unit roundoffs of float16; at most 0.75"
+
+
 def test_what_shows_a_cause_says_how_sure_it_is():
     seen = {"where": "the batch", "config ties them": True, "confidence": "high: seen, not concluded"}
     assert shown_text(replace(UNDERFLOW, evidence=seen)) == "seen in the batch; config ties them: yes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ def roundtrip(context: CellContext) -> Iterable[Measurement]:
     if context.subject.adapter_base or context.subject.quantized:
         reason = "an adapter or a quantised checkpoint is saved in another form than it is loaded in"
         raise NotApplicableError(reason)
+    _require_disk(context.model)
     with tempfile.TemporaryDirectory(prefix="numerics-suite-") as folder:
         model: nn.Module | Mapping[str, Tensor] = context.model
         trip, changes = 0, _Changes()
@@ -66,6 +68,15 @@ def roundtrip(context: CellContext) -> Iterable[Measurement]:
             **(named_by_class(context, changes.dtypes) if changes.dtypes else {}),
         },
     )
+
+
+def _require_disk(model: nn.Module) -> None:
+    """Refuse to fill the disk; the file of each trip stays while the next model is read from it."""
+    folder, needed = tempfile.gettempdir(), TRIPS * sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        reason = f"saving the model {TRIPS} times would take {needed} bytes in {folder}, {free} bytes free; TMPDIR names another folder"
+        raise NotApplicableError(reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from numerics_suite.engine.references import (
     trusted,
     turned_states,
 )
+from numerics_suite.engine.room import require_gradient_sets
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observations.coarse_arithmetic import coarser_ops
 from numerics_suite.observations.nondifferentiable import Kinks
@@ -45,27 +46,36 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
     refuse_without_ids(context)
     if routes(context.model):
         raise NotApplicableError(routed_reason())
-    # The true ones, and two more sets in the parameters' own dtype.
-    require_sets(context, 1 + 2 * dtype_of(context.recipe.parameters).itemsize / 8)
+    # The rounded run's and the cell's own are held while the true ones come one by one.
+    require_gradient_sets(context, 2 * dtype_of(context.recipe.parameters).itemsize / 8)
     tensors = context.gradient_batch.tensors
     call = differentiated(context)
     if not context.takes_ids and "loss" not in context.forward(context.gradient_batch):
         reason = "a plain module whose output has no loss"
         raise NotApplicableError(reason)
-    true = _true(context, call)
     rounded_run = context.runner.rounded(tensors, gradients=True, call=call)
     trusted(rounded_run.left_out)
-    assert rounded_run.gradients is not None
+    rounded = rounded_run.gradients or {}
     own: dict[str, Tensor] = {}
     kinks = Kinks()
     with kinks:
         yield _coarser(context, lambda: own.update(own_gradients(context, tensors)))
-    lost = tuple(name for name in true if name not in own)
+    ratios: dict[str, float] = {}
+    missing: list[str] = []
+
+    def take(name: str, wanted: Tensor) -> None:
+        """Compare with a true gradient, which is then dropped where all of them do not fit."""
+        if name not in own:
+            missing.append(name)
+        elif name in rounded and not kinks.found:
+            ratios[name] = _ratio(own[name], wanted, rounded[name], context)
+
+    _each_true(context, call, take)
+    lost = tuple(missing)
     yield Measurement(name="lost", value=len(lost), unit="parameters", parameters=lost)
     if kinks.found:
         # Rounding that moves an activation over the kink switches its gradient on or off, by any amount.
         return
-    ratios = _ratios(own, true, rounded_run.gradients, context)
     if not ratios:
         reason = "the loss reaches no parameter"
         raise NotApplicableError(reason)
@@ -87,6 +97,19 @@ def gradient(context: CellContext) -> Iterable[Measurement]:
         else float("nan"),
         unit="ratio",
     )
+
+
+def _each_true(context: CellContext, call: Caller, take: Callable[[str, Tensor], None]) -> None:
+    """Pass on each true fp64 gradient; where all of them do not fit beside what is held, as soon as it is complete."""
+    try:
+        require_sets(context, 1)
+    except NotApplicableError:
+        tensors = context.gradient_batch.tensors
+        run = context.runner.true_fp64(tensors, gradients=True, call=call, stream=True, on_gradient=take)
+        trusted(run.left_out)
+        return
+    for name, gradient in _true(context, call).items():
+        take(name, gradient)
 
 
 def _true(context: CellContext, call: Caller) -> Mapping[str, Tensor]:
@@ -149,18 +172,11 @@ def own_gradients(context: CellContext, tensors: Mapping[str, Tensor]) -> dict[s
     return context.runner.gradients(tensors, differentiated(context))
 
 
-def _ratios(
-    own: Mapping[str, Tensor], true: Mapping[str, Tensor], rounded: Mapping[str, Tensor], context: CellContext
-) -> dict[str, float]:
-    """Error of each gradient in units of the rounded run's, or of one roundoff of the gradient where that is larger."""
+def _ratio(own: Tensor, true: Tensor, rounded: Tensor, context: CellContext) -> float:
+    """Error of a gradient in units of the rounded run's, or of one roundoff of the gradient where that is larger."""
     roundoff = torch.finfo(dtype_of(context.recipe.computes_in)).eps / 2
-    ratios = {}
-    for name, wanted in true.items():
-        if name not in own or name not in rounded:
-            continue
-        inherent = rms(wide(rounded[name]) - wanted)
-        floor = roundoff * rms(wanted)
-        error = rms(wide(own[name]).to(wanted.device) - wanted)
-        scale = max(inherent, floor)
-        ratios[name] = error / scale if scale else (0.0 if error == 0 else float("inf"))
-    return ratios
+    scale = max(rms(wide(rounded) - true), roundoff * rms(true))
+    error = rms(wide(own).to(true.device) - true)
+    if scale:
+        return error / scale
+    return 0.0 if error == 0 else float("inf")

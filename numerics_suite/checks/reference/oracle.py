@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from numerics_suite.engine.room import require_block
 from numerics_suite.engine.rotary import table_at_length
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.strategies import training_batch
-from numerics_suite.observations.roundoff import gradient_errors, projection, relative_error
+from numerics_suite.observations.roundoff import GradientComparison, relative_error
 
 LONGEST_BATCH = 1024
 """Tokens of the batch on the other side of a length that changes the rotary table: attention's float64 scores grow with the
@@ -73,9 +73,9 @@ def _measured(context: CellContext, weights: Weights) -> Iterable[Measurement]:
 
 
 def _true_run(context: CellContext) -> tuple[TrueRun, str]:
-    """The true fp64 run of the gradient batch; without gradients, and why, where the model's and the definition's do not fit together."""
+    """The true fp64 run of the gradient batch; without gradients, and why, where these do not fit."""
     try:
-        require_sets(context, 2)
+        require_sets(context, 1)
     except NotApplicableError as error:
         return true_run(context, context.gradient_batch.tensors, gradients=False), str(error)
     return true_gradient(context), ""
@@ -136,33 +136,40 @@ def _against_definition(
     context: CellContext, weights: Weights, run: TrueRun, *, wrong_table: bool, without: str = ""
 ) -> Iterable[Measurement]:
     wrong_table = (yield from _made_in_the_call(context, run)) or wrong_table
-    wanted = _definition(context, run, weights, gradients=run.found.gradients is not None)
+    compared = GradientComparison()
+    held = run.found.gradients
+
+    def take(name: str, wanted: Tensor) -> None:
+        """Compare a gradient of the definition once it is complete: all of them would take as much memory as the model's."""
+        got = None if held is None else held.get(name)
+        compared.add(name, None if got is None else got.cpu(), wanted)
+
+    wanted = _definition(context, run, weights, on_gradient=None if held is None else take)
     logits = relative_error(*_compared(run.found, wanted, run.batch))
     loss = relative_error(run.found.outputs["loss"].cpu(), wanted.loss) if wanted.loss is not None else 0.0
-    gradient, worst = _gradients(run.found, wanted) if run.found.gradients is not None else (0.0, None)
+    gradient, worst = _worst(compared)
     scale = _scale(context, run)
     where = None
     if not max(logits, loss, gradient) <= AGREED:
         # All that follows from a wrong table is the table's fault.
         wrong = wrong_table or (scale is not None and not scale.value <= AGREED)
-        where = run.rotary if wrong else _first_apart(context, run, weights, wanted)
+        where = run.rotary if wrong else _first_apart(context, run, weights, compared)
     yield from () if scale is None else (scale,)
-    compares = run.found.gradients is not None
-    facts: dict[str, Fact] = {"gradient differs by": gradient} if compares else {}
+    facts: dict[str, Fact] = {} if held is None else {"gradient differs by": gradient}
     facts |= {NO_GRADIENTS: without} if without else {}
     yield Measurement(name="true-logits", value=logits, unit="ratio", module=where, facts=facts)
     # A loss that is wrong although its logits are right is the loss's own mistake.
     alone = "wrong-loss" if logits <= AGREED else None
     yield Measurement(name="true-loss", value=loss, unit="ratio", module=where, cause=alone)
     # A wrong forward pass has a wrong gradient too; the gradient is judged where it alone can be wrong.
-    if compares and max(logits, loss) <= AGREED:
+    if held is not None and max(logits, loss) <= AGREED:
         yield Measurement(
             name="true-gradient",
             value=gradient,
             unit="ratio",
             module=where,
             parameters=(worst,) if worst else (),
-            facts=_along(run.found, wanted, where, worst) if not gradient <= AGREED else {},
+            facts=_along(held, compared, where, worst) if not gradient <= AGREED else {},
         )
 
 
@@ -195,7 +202,12 @@ def _weights(context: CellContext) -> Weights:
 
 
 def _definition(
-    context: CellContext, run: TrueRun, weights: Weights, *, gradients: bool = False, trace: bool = False
+    context: CellContext,
+    run: TrueRun,
+    weights: Weights,
+    *,
+    on_gradient: Callable[[str, Tensor], None] | None = None,
+    trace: bool = False,
 ) -> OracleRun:
     model = context.model
     head = {name: model.get_parameter(name).detach().cpu() for name in context.loaded.new_head}
@@ -208,7 +220,8 @@ def _definition(
         inv_freq=run.table,
         rotary=run.rotary,
         head=head or None,
-        gradients=gradients,
+        gradients=on_gradient is not None,
+        on_gradient=on_gradient,
         trace=trace,
     )
 
@@ -231,33 +244,31 @@ def _compared(found: Fp64Run, wanted: OracleRun, batch: Mapping[str, Tensor]) ->
     return got[real], wanted.logits[real]
 
 
-def _gradients(found: Fp64Run, wanted: OracleRun) -> tuple[float, str | None]:
+def _worst(compared: GradientComparison) -> tuple[float, str | None]:
     """The worst gradient error and its parameter; one that only one side has is infinitely wrong."""
-    assert found.gradients is not None
     worst, name_of_worst = 0.0, None
-    on_cpu = {name: gradient.cpu() for name, gradient in found.gradients.items()}
-    for name, error in gradient_errors(on_cpu, wanted.gradients).items():
+    for name, error in compared.errors().items():
         # NaN is the worst there is; a later parameter must not take its place.
         if worst == worst and not error <= worst:
             worst, name_of_worst = error, name
     # A tied weight has one gradient in both, under either of its names; what is missing altogether was detached.
-    lost = [name for name, g in wanted.gradients.items() if name not in found.gradients and bool(g.any())]
-    return (float("inf"), lost[0]) if lost else (worst, name_of_worst)
+    return (float("inf"), compared.lost[0]) if compared.lost else (worst, name_of_worst)
 
 
-def _along(found: Fp64Run, wanted: OracleRun, where: str | None, worst: str | None) -> dict[str, Fact]:
+def _along(
+    held: Mapping[str, Tensor], compared: GradientComparison, where: str | None, worst: str | None
+) -> dict[str, Fact]:
     """Projection on the true gradient, ⟨held, true⟩/⟨true, true⟩, where the two first diverge.
 
     It shows a factor at once, such as a scale applied twice; it is 1 if the difference is orthogonal to the gradient.
     """
-    assert found.gradients is not None
-    both = [name for name in wanted.gradients if name in found.gradients]
+    both = list(compared.errors())
     names = [name for name in both if where and name.rpartition(".")[0] == where] or [n for n in both if n == worst]
-    ratio = projection(found.gradients, {name: wanted.gradients[name] for name in names})
+    ratio = compared.projection({name: held[name].numel() for name in names})
     return {"times the true gradient": float(f"{ratio:.6g}")} if math.isfinite(ratio) else {}
 
 
-def _first_apart(context: CellContext, run: TrueRun, weights: Weights, wanted_gradients: OracleRun) -> str | None:
+def _first_apart(context: CellContext, run: TrueRun, weights: Weights, compared: GradientComparison) -> str | None:
     """The first block and sub-module where model and definition diverge, forward or else backward."""
     wanted = _definition(context, run, weights, trace=True)
     states: dict[str, Tensor] = {}
@@ -278,20 +289,15 @@ def _first_apart(context: CellContext, run: TrueRun, weights: Weights, wanted_gr
         return next((name for name in reversed(wanted.states) if name != ANSWER), None)
     if apart is not None or run.found.gradients is None:
         return apart
-    return _last_wrong(run.found, wanted_gradients, tuple(wanted.states))
+    return _last_wrong(compared.wrong(AGREED), tuple(wanted.states))
 
 
-def _last_wrong(found: Fp64Run, wanted: OracleRun, order: tuple[str, ...]) -> str | None:
+def _last_wrong(parameters: Iterable[str], order: tuple[str, ...]) -> str | None:
     """Where the forward pass is right: the last module, in the order of computation, with a wrong gradient.
 
     The backward pass starts from the other end, so it went wrong there first; all modules before it inherit the error.
     """
-    assert found.gradients is not None
-    wrong = [
-        name.rpartition(".")[0]
-        for name, gradient in wanted.gradients.items()
-        if not _agrees(found.gradients.get(name), gradient)
-    ]
+    wrong = [name.rpartition(".")[0] for name in parameters]
     places = {name.removesuffix(":input"): index for index, name in enumerate(order)}
 
     def place(module: str) -> int:
@@ -301,9 +307,3 @@ def _last_wrong(found: Fp64Run, wanted: OracleRun, order: tuple[str, ...]) -> st
         return places.get(module, -1)
 
     return max(wrong, key=place) if wrong else None
-
-
-def _agrees(found: Tensor | None, wanted: Tensor) -> bool:
-    if found is None:
-        return not bool(wanted.any())
-    return relative_error(found.cpu(), wanted) <= AGREED

@@ -24,7 +24,7 @@ from numerics_suite.engine.router_loss import adds_router_loss
 from numerics_suite.engine.runner import Caller
 from numerics_suite.engine.true_fp64 import Fp64Run
 from numerics_suite.inputs.labels import labels_in_mean
-from numerics_suite.observations.roundoff import filled, gradient_errors, relative_error
+from numerics_suite.observations.roundoff import GradientComparison, filled, gradient_errors, relative_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +59,27 @@ def agreement(context: CellContext) -> Difference | None:
 
 def _agreement(context: CellContext, rows: int) -> Difference | None:
     parts = in_training_mode(in_parts(context, rows), checkpointed=True)
+    compared = GradientComparison()
     try:
-        whole = true_gradient(context).found
-        run = context.runner.true_fp64(context.gradient_batch.tensors, gradients=True, call=parts)
+        whole = true_gradient(context)
+
+        def take(name: str, gradient: Tensor) -> None:
+            """Compare a gradient of a streamed model once it is complete: all of them would take as much memory as the whole batch's."""
+            compared.add(name, gradient, whole.gradients[name])
+
+        tensors = context.gradient_batch.tensors
+        run = context.runner.true_fp64(tensors, gradients=True, call=parts, on_gradient=take)
+        for name, gradient in (run.gradients or {}).items():
+            take(name, gradient)
     except NotApplicableError:
         return None
     except Exception as error:  # noqa: BLE001 - the check of that way reports the model's exceptions
         reraise_if_fatal(error)
         return None
-    if run.left_out or (run.gradients or {}).keys() != (whole.gradients or {}).keys():
+    errors = compared.errors()
+    if run.left_out or errors.keys() != whole.gradients.keys():
         return None
-    found = difference(run, whole)
+    found = _difference(run, whole.found, errors)
     return found if max(found.loss, found.gradient) <= AGREED else None
 
 
@@ -77,7 +87,10 @@ def difference(run: Fp64Run, whole: Fp64Run) -> Difference:
     """How far a run's loss and gradients are from those of the whole batch; a missing one counts as zero."""
     assert run.gradients is not None
     assert whole.gradients is not None
-    errors = gradient_errors(filled(run.gradients, whole.gradients), whole.gradients)
+    return _difference(run, whole, gradient_errors(filled(run.gradients, whole.gradients), whole.gradients))
+
+
+def _difference(run: Fp64Run, whole: Fp64Run, errors: Mapping[str, float]) -> Difference:
     worst = max(errors, key=lambda name: nan_last(errors[name]))
     loss = relative_error(run.outputs["loss"].cpu(), whole.outputs["loss"].cpu())
     return Difference(loss=loss, gradient=errors[worst], parameter=worst)

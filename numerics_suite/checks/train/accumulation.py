@@ -28,7 +28,7 @@ def accumulation(context: CellContext) -> Iterable[Measurement]:
     if rows < 2:
         reason = "one row cannot be cut into micro-batches (--batch-size 1)"
         raise NotApplicableError(reason)
-    require_sets(context, 2)
+    require_sets(context, 1)
     found = agreement(context) or _of_parts_alone(context, rows)
     yield Measurement(name="true-loss", value=found.loss, unit="ratio")
     yield Measurement(
@@ -41,6 +41,7 @@ def accumulation(context: CellContext) -> Iterable[Measurement]:
 
 
 def _of_parts_alone(context: CellContext, rows: int) -> Difference:
+    require_sets(context, 2)
     # Only with a router's loss, switched off for this check alone, is the whole batch's gradient another than the cell's.
     full = None if adds_router_loss(context.model) else true_gradient(context).found
     with without_router_loss(context.model):

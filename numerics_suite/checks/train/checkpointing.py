@@ -28,7 +28,7 @@ def checkpointing(context: CellContext) -> Iterable[Measurement]:
     if not getattr(context.model, "supports_gradient_checkpointing", False):
         reason = "this model class supports no gradient checkpointing"
         raise NotApplicableError(reason)
-    require_sets(context, 2)
+    require_sets(context, 1)
     if (found := agreement(context)) is not None:
         yield _measurement("true-training-mode", found.gradient, found.parameter)
         yield _measurement("true-gradient", found.gradient, found.parameter)

@@ -96,6 +96,12 @@ ROUNDOFFS = {
 }
 """By precision, the float whose unit roundoff errors of it are measured in."""
 
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "TF32": 2.0**-11, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""u = 2**-p for a significand of p bits, with the implicit one (Higham, *Accuracy and Stability of Numerical Algorithms*, section 2.1)."""
+
+WORTH_PERCENT = 0.01
+"""A relative error from here on is also said in percent."""
+
 UNITS = {
     "rounded": "times the rounding error of the plain run",
     "excess": "times the rounding error that the precision makes unavoidable",
@@ -160,7 +166,7 @@ def where_text(finding: Finding) -> str:
     more = len(finding.parameters) - len(names) + (int(others) if isinstance(others, (int, float)) else 0)
     named = ", ".join(names) + (f" and {many(more, 'more parameter')}" if more and names else "")
     trained = facts.get("trained parameters")
-    if trained == len(names) + more and names[1:]:
+    if names and more and trained == len(names) + more:
         named = f"all {trained} trained parameters, first {names[0]}"
     elif more and isinstance(trained, int):
         named += f" of {trained} trained"
@@ -230,7 +236,11 @@ def measured_text(result: CheckResult) -> str:
     if not isinstance(limit, (int, float)):
         return f"{shown(value)} {unit}".rstrip()
     if unit == "roundoffs" and result.check.startswith("reference."):
-        unit = f"unit roundoffs of {ROUNDOFFS.get(result.cell.precision, result.cell.precision)}"
+        dtype = ROUNDOFFS.get(result.cell.precision, result.cell.precision)
+        unit = f"unit roundoffs of {dtype}"
+        # A unit roundoff is relative to the value: their number times it is the relative error.
+        error = value * UNIT_ROUNDOFF.get(dtype, 0.0)
+        unit += f" (an error of {percent(error)})" if error >= WORTH_PERCENT else ""
     return value_text(name, value, limit, unit, result.measurements.get("fall"))
 
 
