@@ -129,11 +129,11 @@ def test_a_pickle_is_read_where_resolve_let_it_pass(checkpoint):
 def test_a_load_that_fails_otherwise_is_bad_input_of_one_line(checkpoint):
     subject = resolve(str(checkpoint))
     (checkpoint / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UnusableError, match="and cannot load this one") as caught:
+    with pytest.raises(UnusableError, match="cannot load these weights") as caught:
         load(subject, dtype="float32", attn="eager")
     assert "\n" not in str(caught.value)
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(UnusableError, match="and cannot load this one"):
+    with pytest.raises(UnusableError, match="cannot load these weights"):
         load(subject, dtype="float16", attn="eager")
     assert torch.get_default_dtype() == torch.float32
 
