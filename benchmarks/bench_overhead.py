@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 WITHOUT_TWINS = ("load.*", "inputs.*", "forward.finite", "forward.headroom", "forward.deterministic", "train.*")
-TWINS = ("train.accumulation", "train.checkpointing", "train.labels")
+TWINS = (
+    "load.roundtrip",
+    "inputs.pipeline",
+    "train.accumulation",
+    "train.checkpointing",
+    "train.labels",
+    "train.trainer",
+)
 """Checks of these groups that run twins all the same."""
 
 MOST_RATIO = 1.5
