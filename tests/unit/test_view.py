@@ -24,6 +24,7 @@ from numerics_suite.reports.matrix import verdict_lines
 from numerics_suite.reports.sarif import sarif_log
 from numerics_suite.reports.summary import summary
 from numerics_suite.reports.terminal import Terminal
+from numerics_suite.reports.view.advice import LOOK
 from numerics_suite.reports.view.cards import card_of, cards_of
 from numerics_suite.reports.view.causes import WHY, sentence_of, why
 from numerics_suite.reports.view.finding_text import shown_text, value_text, where_text
@@ -138,8 +139,9 @@ def test_parameters_that_are_all_there_are_is_said_so():
 
 
 def test_where_no_remedy_works_a_cause_says_where_to_look():
+    assert set(LOOK) <= set(CAUSES)
     wrong = replace(UNDERFLOW, cause="wrong-gradient", remedies=UNDERFLOW.remedies[2:3])
-    assert card(wrong).fixes[0].startswith("look at the place above for detach()")
+    assert card(wrong).fixes[0].startswith("look for detach()")
     cured = replace(wrong, remedies=(replace(UNDERFLOW.remedies[0], name="eager-attention"),))
     assert card(cured).fixes == ("AdamW(eps=1e-4) -- tried, works: finite",)
 

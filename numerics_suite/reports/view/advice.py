@@ -49,8 +49,21 @@ class Advised:
 
 
 LOOK = {
-    "wrong-gradient": "look at the place above for detach(), torch.no_grad, a custom autograd.Function or a hook",
-    "semantic-error": "compare the code at the place above, and the keys of config.json that it reads, with the family's published definition",
+    "wrong-gradient": "look for detach(), torch.no_grad, a custom autograd.Function or a hook",
+    "dead-gradient": "look for detach(), torch.no_grad or requires_grad_(False) between the loss and these parameters",
+    "semantic-error": "compare the code, and the keys of config.json that it reads, with the family's published definition",
+    "padding-leak": "look at what the code does with attention_mask and position_ids",
+    "batch-leak": "look for a sum or a norm over the rows of a batch, and for state that is kept from an earlier call",
+    "future-leak": "look at the causal mask: whether it is applied, and where its diagonal lies",
+    "packing-leak": "look at where position_ids restart and where the attention of a packed row ends",
+    "cache-mismatch": "look at what is appended to the cache, and at the positions of the new tokens",
+    "wrong-positions": "look at position_ids and the rotary embedding: its base, its scaling and the part of a head that it rotates",
+    "wrong-pooling": "look at how the last real token is found: by pad_token_id, by attention_mask, or as the last column",
+    "wrong-loss": "look at the shift of the labels, at -100 (ignore_index), and at what the sum is divided by",
+    "attention-mismatch": "compare mask, scale and heads of the two attentions",
+    "nondeterminism": "look for dropout in eval mode, random numbers and state that is kept between calls",
+    "invalid-operation": "guard the operation against 0/0, inf - inf and the root of a negative number",
+    "fully-masked-row": "let each query see at least one key, as with padding behind the tokens",
 }
 """Where to look, by cause, where no remedy is known to work."""
 
