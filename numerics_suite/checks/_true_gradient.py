@@ -126,12 +126,10 @@ def after_reading(context: CellContext, *, last: bool, last_of_all: bool) -> Non
     What passes over a large model leave is more than the allocator returns on its own.
 
     Args:
-        context: the cell; nothing is dropped for a small model.
+        context: the cell, which holds a large model.
         last: no later check of the cell reads it; if one does, it is computed again.
         last_of_all: no check of a later cell does either.
     """
-    if keeps_gradients(context.model):
-        return
     if last:
         context.gradient_passes.clear()
     if last_of_all and context.shared is not None:

@@ -34,7 +34,7 @@ from numerics_suite.engine.rotary import reads_table, rotary_table
 from numerics_suite.engine.runner import Runner
 from numerics_suite.engine.training_copy import copy_sharing, trained_by
 from numerics_suite.engine.training_loop import Trainer, TrainingPlan, Trajectory, trainer_of
-from numerics_suite.engine.true_passes import TruePasses, TrueStore
+from numerics_suite.engine.true_passes import TruePasses, TrueStore, keeps_gradients
 from numerics_suite.inputs.effort import BatchPlan
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.observations.finiteness import nan_count, not_finite
@@ -177,6 +177,12 @@ class CellContext:
     def model(self) -> nn.Module:
         """The cell's model, in eval mode; checks leave it as they found it."""
         return self.loaded.model
+
+    @property
+    def holds_large_model(self) -> bool:
+        """Whether a model is in memory whose gradients are large beside the cached outputs; loads none."""
+        held: Loaded | None = self.__dict__.get("loaded")
+        return held is not None and not keeps_gradients(held.model)
 
     def copy_model(self, own: Callable[[nn.Module], Collection[nn.Parameter]] | None = None) -> nn.Module:
         """A copy of the cell's model that a check may train or change; see :func:`~numerics_suite.engine.training_copy.copy_sharing`."""

@@ -24,7 +24,7 @@ from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.request import Request
 from numerics_suite.engine.scope import choose_scope
 from numerics_suite.engine.training_loop import TRAJECTORY, TrainingPlan
-from numerics_suite.engine.true_passes import TruePasses, keeps_gradients
+from numerics_suite.engine.true_passes import TruePasses
 from numerics_suite.inputs.data_file import Sample
 from numerics_suite.inputs.vocabulary import InputSpace
 from numerics_suite.judgement.verdicts import with_limits
@@ -212,14 +212,15 @@ class SuiteSession:
             self._drop_unread(question)
 
     def _drop_unread(self, question: Question) -> None:
-        """Drop what no later check of the cell reads."""
-        if self._context is None or GRADIENT not in get_check(question.check).reads:
+        """Drop what no later check of the cell reads; a small model's results stay."""
+        context = self._context
+        if context is None or not context.holds_large_model or GRADIENT not in get_check(question.check).reads:
             return
         cell, questions = question.cell, self.plan.questions
         later = [other for other in questions[questions.index(question) + 1 :] if not other.skip and not other.error]
         reading = [other.cell for other in later if GRADIENT in get_check(other.check).reads]
         of_subject = any((other.subject, other.task) == (cell.subject, cell.task) for other in reading)
-        after_reading(self._context, last=cell not in reading, last_of_all=not of_subject)
+        after_reading(context, last=cell not in reading, last_of_all=not of_subject)
 
     def _out_of_time(self, cell: Cell) -> bool:
         begun = self._context is not None and self._context.cell == cell
@@ -239,7 +240,7 @@ class SuiteSession:
                 return result("skipped", reason=unsupported)
             return result("passed", reason=_half_judged(outcome) or self._part_trained(spec, context), **told)
         failed = self._failed(self.findings.of_breaches(question.check, outcome, context), result, **told)
-        if not keeps_gradients(context.model):
+        if context.holds_large_model:
             memory.release(question.cell.device)  # what remedies and experiments leave in cycles
         return failed
 

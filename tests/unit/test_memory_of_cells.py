@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from numerics_suite.cli.main import main
-from numerics_suite.diagnosis import copies
 from numerics_suite.engine import cell_context as module
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.load import Loaded
-from numerics_suite.suite import session as session_file
 from numerics_suite.suite.session import SuiteSession
 
 FOUR_CELLS = ("fixture:glm4-tiny", "--precision", "fp32,bf16", "--attn", "eager,sdpa", "--max-examples", "1")
@@ -40,8 +38,7 @@ def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatc
 
 
 def test_after_a_finding_of_a_large_model_no_copy_of_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    for user in (copies, session_file):
-        monkeypatch.setattr(user, "keeps_gradients", lambda _model: False)  # as for a large model
+    monkeypatch.setattr(module, "keeps_gradients", lambda _model: False)  # as for a large model
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
     load = module.load

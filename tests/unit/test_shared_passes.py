@@ -22,15 +22,17 @@ from numerics_suite.checks.train._other_ways import agreement
 from numerics_suite.checks.train.accumulation import accumulation
 from numerics_suite.checks.train.checkpointing import checkpointing
 from numerics_suite.checks.train.clip import clip
+from numerics_suite.core.errors import UnsupportedError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.registry import CheckSpec
-from numerics_suite.engine import runner
+from numerics_suite.engine import cell_context, runner
 from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.pass_store import PassStore
 from numerics_suite.engine.references import compare_law, plain_answer, rounded_answer, true_answer
 from numerics_suite.engine.training_loop import Trainer
 from numerics_suite.engine.true_passes import TruePasses
 from numerics_suite.settings.tree import Settings
+from numerics_suite.subjects.load import Loaded
 from numerics_suite.suite.driver import ask
 from numerics_suite.suite.session import SuiteSession
 
@@ -138,7 +140,8 @@ def test_each_way_is_asked_alone_where_all_at_once_change_the_gradient(fault: st
 
 
 def test_a_gradient_is_dropped_after_the_last_check_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_true_gradient, "keeps_gradients", lambda _model: False)  # as for a large model
+    for user in (_true_gradient, cell_context):
+        monkeypatch.setattr(user, "keeps_gradients", lambda _model: False)  # as for a large model
     checks = ("reference.gradient", "train.accumulation", "train.clip")
     settings = Settings(subjects=("fixture:glm4-tiny",), precision=("bf16",), attn=("sdpa",), checks=checks, steps=1)
     session = SuiteSession(settings)
@@ -147,6 +150,22 @@ def test_a_gradient_is_dropped_after_the_last_check_that_reads_it(monkeypatch: p
         assert session.answer(question)[0].status == "passed"
         held.append(bool(session.context(question.cell).gradient_passes))
     assert held == [True, False, False]
+
+
+def test_checks_that_read_the_gradient_of_a_model_that_cannot_be_loaded_are_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: Any, **__: Any) -> Loaded:
+        reason = "no such attention"
+        raise UnsupportedError(reason)
+
+    monkeypatch.setattr(cell_context, "load", refused)
+    checks = ("reference.oracle", "reference.gradient", "train.accumulation")
+    session = SuiteSession(
+        Settings(subjects=("fixture:glm4-tiny",), precision=("fp32",), attn=("eager",), checks=checks)
+    )
+    results = [session.answer(question)[0] for question in session.plan.questions]
+    assert [(result.status, result.reason) for result in results] == [("skipped", "no such attention")] * 3
 
 
 def test_the_other_attention_holds_the_same_weights() -> None:
