@@ -14,9 +14,11 @@ from numerics_suite.baselines.batches import tensors_of, training_of
 from numerics_suite.baselines.curve import LARGE
 from numerics_suite.baselines.records import StoredBatch
 from numerics_suite.baselines.trace import real_rows
+from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.condition import dtype_of
 from numerics_suite.devices.memory import reraise_if_fatal
 from numerics_suite.engine.cell_context import CellContext
+from numerics_suite.engine.module_tree import configs_of, modules_of
 from numerics_suite.engine.outputs import floating_outputs, main_output
 from numerics_suite.observations.roundoff import rms, unit_roundoff, wide
 from numerics_suite.subjects.built_model import without_adapter
@@ -166,12 +168,9 @@ def _eager(model: nn.Module) -> Iterator[None]:
     """Plain attention inside the context: other kernels return no weights."""
     key = "_attn_implementation_internal"
     with ExitStack() as stack:
-        for config in {
-            id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
-        }.values():
+        for config in configs_of(modules_of(model)):
             if getattr(config, key, None) is not None:
-                stack.callback(setattr, config, key, getattr(config, key))
-                setattr(config, key, "eager")
+                stack.enter_context(with_attribute(config, key, "eager"))
         yield
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.devices.arithmetic import autocast_dtypes
-from numerics_suite.engine.module_tree import config_of, modules_of
+from numerics_suite.engine.module_tree import configs_of, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping
@@ -42,7 +42,7 @@ def visible_attention(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def uncompiled_flex_attention(model: nn.Module) -> Iterator[None]:
     """Run flex attention without a compiler, which cannot trace it under a dispatch mode; other models as they are."""
-    configs = [config_of(module) for module in modules_of(model)]
+    configs = configs_of(modules_of(model))
     # transformers compiles it at its first call, so torch._dynamo may not be there yet.
     if any(getattr(config, "_attn_implementation", None) == "flex_attention" for config in configs):
         with torch.compiler.set_stance("force_eager"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -40,3 +41,9 @@ def config_of(module: nn.Module) -> Any:
     """Its config, None without one; a module that lacks an attribute takes long to say so."""
     held = module.__dict__.get("config")
     return getattr(module, "config", None) if held is None and hasattr(type(module), "config") else held
+
+
+def configs_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """The configs of these modules, each once."""
+    found = map(config_of, modules)
+    return list({id(config): config for config in found if config is not None}.values())

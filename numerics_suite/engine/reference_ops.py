@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from numerics_suite.core.attributes import with_attribute
 from numerics_suite.devices.arithmetic import autocast_off
 from numerics_suite.engine import flash_registry
-from numerics_suite.engine.module_tree import config_of, modules_of
+from numerics_suite.engine.module_tree import configs_of, modules_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +90,7 @@ class OpPlan:
     Attributes:
         kind: What it does to numbers.
         gathers: Whether it only picks rows or entries of its first argument.
+        multiplies: Whether it is the product with a matrix that it names last, which may be upcast in pieces.
         written: Positions of the positional arguments that it writes to.
         written_names: Names of the keyword-only arguments that it writes to.
         returned: For each result, the position or name of the written argument that it is, or None.
@@ -98,6 +99,7 @@ class OpPlan:
 
     kind: Kind
     gathers: bool = False
+    multiplies: bool = False
     written: tuple[int, ...] = ()
     written_names: tuple[str, ...] = ()
     returned: tuple[int | str | None, ...] = ()
@@ -108,6 +110,7 @@ class OpPlan:
 # error would be invisible. Only ops whose every result element is an input element, a constant or an exact function
 # of one (abs, neg, sign, floor, relu) belong here; `add` of two floats does not, nor does any sum.
 _GATHERS: Final = frozenset({"embedding", "index_select", "gather", "index", "take", "_to_copy", "clone"})
+_PRODUCTS: Final = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
 _EXACT: Final = _GATHERS | frozenset(
     """
     abs alias amax amin any all arange argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor cat
@@ -160,6 +163,7 @@ def _work_out(func: Any) -> OpPlan:  # noqa: PLR0911 - one return per kind
     return OpPlan(
         kind=Kind.EXACT if name in _EXACT else Kind.COMPUTE,
         gathers=name in _GATHERS,
+        multiplies=func in _PRODUCTS,
         narrow_flag=flags[0] if flags else -1,
     )
 
@@ -255,8 +259,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     lists and sets that a module or a config holds get their entries back; parameters keep what is written into them.
     """
     modules = modules_of(model)
-    configs = {id(config): config for module in modules if (config := config_of(module)) is not None}
-    owners = (*modules, *configs.values())
+    owners = (*modules, *configs_of(modules))
     held = _entries([owner.__dict__ for owner in owners if isinstance(getattr(owner, "__dict__", 0), dict)])
     copies: dict[int, Tensor] = {}
     for module in modules:
@@ -319,7 +322,7 @@ def plain_kernels(model: nn.Module) -> Iterator[None]:
         stack.enter_context(autocast_off(*{parameter.device.type for parameter in model.parameters()}))
         # A kernel that a package calls through its own binding is no ATen op: the mode would never see it, nor its rounding.
         stack.enter_context(flash_registry.visible_attention(model))
-        for config in {id(c): c for c in (config_of(m) for m in modules_of(model)) if c is not None}.values():
+        for config in configs_of(modules_of(model)):
             if getattr(config, "_experts_implementation", None) not in (None, "eager"):
                 # Grouped products of experts (`_grouped_mm`) have no float64 kernel; the eager loop computes the same sums.
                 stack.enter_context(with_attribute(config, "_experts_implementation_internal", "eager"))

@@ -26,7 +26,7 @@ from numerics_suite.engine.module_tree import modules_of, names_of
 from numerics_suite.engine.outputs import floating_outputs, scalar_loss
 from numerics_suite.engine.reference_ops import WIDER, Kind, plan_of, widen
 from numerics_suite.engine.room import require_gradients
-from numerics_suite.engine.true_fp64 import CHUNKED, LiftToFp64, multiply_in_chunks
+from numerics_suite.engine.true_fp64 import LiftToFp64, multiply_in_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -96,7 +96,7 @@ class RoundOnce(reference_ops.LeanMode):
                 return as_is
         if not any(dtype in WIDER for dtype in dtypes):
             return func(*args, **kwargs)
-        if func in CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
+        if plan.multiplies and (product := multiply_in_chunks(func, args, kwargs)) is not None:
             return _rounded(product, iter(dtypes))
         wide = [widen(argument) for argument in args]
         if 0 <= plan.narrow_flag < len(wide):

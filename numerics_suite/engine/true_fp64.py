@@ -107,7 +107,7 @@ class LiftToFp64(reference_ops.LeanMode):
         # Picking rounds nothing, so both orders give the same numbers.
         if plan.gathers:
             return widen(func(*args, **kwargs))
-        if id(func) in _CHUNKED and (product := multiply_in_chunks(func, args, kwargs)) is not None:
+        if plan.multiplies and (product := multiply_in_chunks(func, args, kwargs)) is not None:
             return product
         wide = [widen(argument) for argument in args]
         # `half_to_float=True` requests a float32 result of a float16 input; with a float64 input PyTorch refuses it.
@@ -171,13 +171,6 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
     if value is torch.float64:
         return dtype
     return [_narrow(item, dtype) for item in value] if isinstance(value, list | tuple) else value
-
-
-CHUNKED: Final = frozenset({_ATEN.mm.default, _ATEN.addmm.default})
-"""Products that :func:`multiply_in_chunks` computes."""
-
-_CHUNKED: Final = frozenset(map(id, CHUNKED))
-"""The same by id, which is hashed at once."""
 
 
 def multiply_in_chunks(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
