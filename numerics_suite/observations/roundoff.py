@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 CANCELLED: Final = 1e-12
 """A gradient this small beside the model's largest (root mean squares) is the remainder of terms that cancel.
@@ -116,8 +116,17 @@ class GradientComparison:
 
     lost: list[str] = field(default_factory=list)
     _sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
     _differences: dict[str, float] = field(default_factory=dict)
     _products: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> GradientComparison:
+        """Compare all that are wanted; otherwise as :meth:`add`."""
+        compared = cls()
+        for name, wanted in want.items():
+            compared.add(name, got.get(name), wanted)
+        return compared
 
     def add(self, name: str, got: Tensor | None, want: Tensor) -> None:
         """Compare one.
@@ -130,7 +139,7 @@ class GradientComparison:
         Raises:
             ValueError: The shapes differ.
         """
-        self._sizes[name] = rms(want), _size(want)
+        self._sizes[name], self._counts[name] = (rms(want), _size(want)), want.numel()
         if got is None:
             self.lost += [name] if bool(want.any()) else []
             return
@@ -151,13 +160,9 @@ class GradientComparison:
         found = self._differences.items()
         return [name for name, value in found if not _ratio(value, self._sizes[name][0]) <= most] + self.lost
 
-    def projection(self, elements: Mapping[str, int]) -> float:
-        """The projection ⟨got, want⟩/⟨want, want⟩ over some gradients; NaN if these should be zero.
-
-        Args:
-            elements: of each of them, by name; both have it.
-        """
-        squares = {name: self._sizes[name][0] ** 2 * count for name, count in elements.items()}
+    def projection(self, names: Iterable[str]) -> float:
+        """The projection ⟨got, want⟩/⟨want, want⟩ over some gradients that both have; NaN if these should be zero."""
+        squares = {name: self._sizes[name][0] ** 2 * self._counts[name] for name in names}
         size = sum(squares.values())
         return sum(self._products.get(name, square) for name, square in squares.items()) / size if size else math.nan
 
@@ -175,27 +180,12 @@ def gradient_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     Raises:
         ValueError: The shapes of a gradient differ.
     """
-    compared = GradientComparison()
-    for name, wanted in want.items():
-        compared.add(name, got.get(name), wanted)
-    return compared.errors()
+    return GradientComparison.of(got, want).errors()
 
 
 def filled(gradients: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of the wanted names; one that is not there is zero."""
     return {name: gradients[name] if name in gradients else torch.zeros_like(value) for name, value in wanted.items()}
-
-
-def projection(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
-    """The projection ⟨got, want⟩/⟨want, want⟩ over all tensors; NaN if `want` is zero.
-
-    Args:
-        got: has every name of `want`.
-        want: by name.
-    """
-    pairs = [(wide(got[name]).cpu(), wide(value).cpu()) for name, value in want.items()]
-    size = sum(float(wanted.square().sum()) for _, wanted in pairs)
-    return sum(float((held * wanted).sum()) for held, wanted in pairs) / size if size else math.nan
 
 
 def rms_error_in_roundoffs(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:

@@ -169,7 +169,7 @@ def _against_definition(
             unit="ratio",
             module=where,
             parameters=(worst,) if worst else (),
-            facts=_along(held, compared, where, worst) if not gradient <= AGREED else {},
+            facts=_along(compared, where, worst) if not gradient <= AGREED else {},
         )
 
 
@@ -255,16 +255,14 @@ def _worst(compared: GradientComparison) -> tuple[float, str | None]:
     return (float("inf"), compared.lost[0]) if compared.lost else (worst, name_of_worst)
 
 
-def _along(
-    held: Mapping[str, Tensor], compared: GradientComparison, where: str | None, worst: str | None
-) -> dict[str, Fact]:
+def _along(compared: GradientComparison, where: str | None, worst: str | None) -> dict[str, Fact]:
     """Projection on the true gradient, ⟨held, true⟩/⟨true, true⟩, where the two first diverge.
 
     It shows a factor at once, such as a scale applied twice; it is 1 if the difference is orthogonal to the gradient.
     """
     both = list(compared.errors())
     names = [name for name in both if where and name.rpartition(".")[0] == where] or [n for n in both if n == worst]
-    ratio = compared.projection({name: held[name].numel() for name in names})
+    ratio = compared.projection(names)
     return {"times the true gradient": float(f"{ratio:.6g}")} if math.isfinite(ratio) else {}
 
 

@@ -28,7 +28,7 @@ from numerics_suite.engine.installed_trainer import Step, Way, accelerate_step, 
 from numerics_suite.engine.references import trusted
 from numerics_suite.inputs.labels import labels_in_mean
 from numerics_suite.inputs.targets import targets_of
-from numerics_suite.observations.roundoff import filled, gradient_errors, projection, relative_error
+from numerics_suite.observations.roundoff import GradientComparison, filled, gradient_errors, relative_error
 
 TIMES = "times the whole batch's gradient"
 """Fact: projection of the optimizer's gradient on the right one."""
@@ -81,13 +81,13 @@ def _measured(trial: Trial) -> tuple[Measurement, faults.Fault | None] | None:
     """
     trusted((*trial.wanted.left_out, *trial.step.left_out))
     wanted = {name: value for name, value in trial.wanted.gradients.items() if bool(value.any())}
-    got = filled(trial.step.gradients, wanted)
-    errors = gradient_errors(got, wanted)
+    compared = GradientComparison.of(filled(trial.step.gradients, wanted), wanted)
+    errors = compared.errors()
     worst = max(errors, key=lambda name: nan_last(errors[name]))
     measured = Measurement(name=trial.name, value=errors[worst], unit="ratio")
     if measured.value <= AGREED:
         return measured, None
-    times = projection(got, wanted)
+    times = compared.projection(wanted)
     fault = trial.fault(times)
     if fault is None:
         return None
