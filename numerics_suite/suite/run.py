@@ -24,7 +24,6 @@ from numerics_suite.core.registry import get_check
 from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 from numerics_suite.devices.speed import measure_speed
-from numerics_suite.engine.scope import choose_scope
 from numerics_suite.reports.streams import notices_past_capture
 from numerics_suite.reports.terminal import PlanRow, Terminal
 from numerics_suite.settings.tree import Settings, to_json
@@ -190,17 +189,15 @@ def seconds_of(settings: Settings, plan: SuitePlan) -> dict[str, float] | None:
 
 def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
     """The planned cells with the memory and the time that each is expected to need, for `--list`, and the time of all."""
-    plan = SuiteSession(settings).plan
+    session = SuiteSession(settings)
+    plan = session.plan
     seconds = seconds_of(settings, plan)
     rows = []
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
         recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
         training = recipe.trains and any(question.group == "train" and not question.skip for question in asked)
-        batches, scope = effort_of(settings).plan(subject.parameters or 0), settings.train_scope
-        if scope == "auto":
-            rows_, length = settings.batch_size, settings.seq_len
-            scope = choose_scope(subject, cell.precision, cell.device, rows=rows_, length=length)
+        batches, scope = effort_of(settings).plan(subject.parameters or 0), session.train_scope(cell)
         size = cell_bytes(
             subject,
             recipe.parameters,

@@ -109,19 +109,21 @@ class SuiteSession:
             self._context = None
             memory.release(device)
 
+    def train_scope(self, cell: Cell) -> str:
+        """`--train-scope` of a cell, chosen by its memory where that is `auto`."""
+        settings, subject = self.settings, self.plan.subjects[cell.subject]
+        if settings.train_scope != "auto":
+            return settings.train_scope
+        return choose_scope(subject, cell.precision, cell.device, rows=settings.batch_size, length=settings.seq_len)
+
     def _request(self, subject: Subject, cell: Cell) -> Request:
         settings = self.settings
-        scope = settings.train_scope
-        if scope == "auto":
-            scope = choose_scope(
-                subject, cell.precision, cell.device, rows=settings.batch_size, length=settings.seq_len
-            )
         plan = TrainingPlan(
             steps=settings.steps,
             optimizer=settings.optimizer,
             lr=settings.lr,
             max_grad_norm=settings.max_grad_norm,
-            scope=scope,
+            scope=self.train_scope(cell),
         )
         return Request(
             seed=settings.seed,
