@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from measurements import measure, write_model
+from measurements import measure, show, write_model
 
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.subjects.fixtures import REAL_NAME, fixture_path
@@ -53,6 +53,5 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_cell(benchmark: BenchmarkFixture, subject: str) -> None:
     """The figures are in the benchmark's extra info."""
     found = benchmark.pedantic(measure, args=(subject,), rounds=1)
-    benchmark.extra_info.update(found)
-    print(f"\n{subject}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+    show(benchmark, subject, found)
     assert found["cell"] > 0

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from bench_growth import SMALL
-from measurements import MEDIUM, alone, bare_step, context_of, cpu_seconds, steps, timed, write_model
+from measurements import MEDIUM, alone, bare_step, context_of, cpu_seconds, show, steps, timed, write_model
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -133,12 +133,6 @@ def children_seconds(command: list[str]) -> float:
 def subject(tmp_path: Path) -> str:
     """A GLM-4 of 5 million parameters."""
     return write_model(tmp_path / "small", SMALL)
-
-
-def show(benchmark: BenchmarkFixture, name: str, figures: dict[str, float]) -> None:
-    """Into the benchmark's extra info, and onto the terminal."""
-    benchmark.extra_info.update(figures)
-    print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
 
 
 def test_detect_anomaly(benchmark: BenchmarkFixture, subject: str) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from measurements import show
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -250,8 +251,7 @@ def test_overhead(benchmark: BenchmarkFixture, precision: str, which: str) -> No
     """The ratio is in the benchmark's extra info; that of the checks without twins must stay below its limit."""
     checks, skip = (WITHOUT_TWINS, TWINS) if which == "without-twins" else ((), ())
     found = benchmark.pedantic(measure, args=(precision, checks, skip), rounds=1)
-    benchmark.extra_info.update(found)
-    print(f"\n{which} {precision}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+    show(benchmark, f"{which} {precision}", found)
     if which == "without-twins":
         assert found["twins"] == 0
         assert found["ratio"] <= MOST_RATIO

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite.session import SuiteSession
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 STEPS = 3
 """Timed, of which the median counts; one more before them warms up."""
@@ -192,6 +195,12 @@ def counting_passes() -> Iterator[Counter[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def show(benchmark: BenchmarkFixture, name: str, figures: Mapping[str, float]) -> None:
+    """Into the benchmark's extra info, and onto the terminal."""
+    benchmark.extra_info.update(figures)
+    print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
 
 
 def measure(subject: str) -> dict[str, float]:
