@@ -72,9 +72,8 @@ def _rooms(root: Path) -> Iterator[int]:
             else ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
         )
         try:
-            most, now = (
-                int((folder / name).read_text(encoding="ascii")) for name in (limit, used)
-            )  # "max" is no limit
+            # A limit of "max" is no number, and none.
+            most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
             lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
             stats = dict(line.split()[:2] for line in lines)
             yield max(0, most - now + sum(int(stats.get(name, 0)) for name in files))

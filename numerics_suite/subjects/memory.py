@@ -113,9 +113,8 @@ def gradient_sets_that_fit(subject: Subject, dtype: str, device: str) -> float:
         device: of the cell.
     """
     room = USABLE * (free_bytes(device) - held_bytes(subject, dtype, device))
-    others = (
-        2 * _WIDTHS.get(dtype, 4) / 8
-    )  # that `reference.gradient` holds beside the true ones: the rounded run's and the cell's own
+    # `reference.gradient` holds the rounded run's and the cell's own beside the true ones.
+    others = 2 * _WIDTHS.get(dtype, 4) / 8
     wanted = (1 + others, 1, others)
     return next((sets for sets in wanted if 8 * (subject.parameters or 0) * sets <= room), 0)
 
