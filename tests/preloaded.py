@@ -64,7 +64,7 @@ READ_ONCE = (
         for name in ("MEMORY", "FUSED_NOISE", "NO_FLOAT64", "LATE_COPIES", "INDEX_ASSERTS", "LOST_AFTER")
     ),
 )
-"""Variables of which the forks have what the process had when it began; with others the interpreter begins anew."""
+"""Variables that a fork inherits from the forking process; a command with other values starts an interpreter of its own."""
 
 PROGRAM = """\
 #!{interpreter} -IS

@@ -1,6 +1,6 @@
 """What each fused attention op computes from its arguments, in float64: the formulas are in `attention_formula`.
 
-Where the causal triangle is aligned, how the results are laid out and the shape of a log-sum-exp differ between the
+The alignment of the causal triangle, the layout of the results and the shape of a log-sum-exp differ between the
 ops; each function says which it uses. Shapes are those of torch's meta kernels (`_meta_registrations.py`).
 """
 

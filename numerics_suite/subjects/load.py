@@ -46,7 +46,7 @@ class Loaded:
         batch: a factory's own batch, floating tensors in the requested dtype; None for other subjects.
         missing: names that the model has and the checkpoint lacks, a new head's included.
         unexpected: names that the checkpoint has and the model has no place for; not the head of another task.
-        mismatched: names whose stored shape differs; they were initialised anew.
+        mismatched: names whose stored shape differs, so that the load initialised them.
         new_head: parameters of the head that was made for the task.
         tied: groups of parameter names that share one tensor.
         attn: the attention implementation that the model computes with; `default` where it has no switch.

@@ -216,7 +216,7 @@ def _hooks_of_embedding(model: Any) -> list[Any]:
 
 
 def _buffers(scene: CaughtContext) -> dict[str, Tensor]:
-    """The model's buffers where they are small: a cast model has other values in them than a model built anew."""
+    """The model's buffers if they are small: a cast changes their values, and building the model again would not."""
     named = {name: local(buffer) for name, buffer in scene.model.named_buffers()}
     small = sum(value.nbytes for value in named.values()) <= SMALL_BYTES
     return {name: _stored(value) for name, value in named.items()} if small and scene.replay else {}

@@ -38,7 +38,7 @@ CHECKS = {
 
 
 def check_of(finding: Finding) -> str:
-    """The check that asks what the watch asked of that finding."""
+    """The check that measures what the watch found."""
     return DESCENDS if LOSS_NOW in finding.evidence else CHECKS.get(finding.cause, ITS_OWN_CHECK)
 
 

@@ -265,7 +265,7 @@ def side_by_side(jobs: int, stop: Callable[[], None]) -> Iterator[Callable[..., 
 
 
 def as_they_end(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
-    """Futures as they end; Ctrl-C is heard while waiting."""
+    """Futures as they complete; Ctrl-C interrupts the wait."""
     left = set(futures)
     while left:
         ended, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)

@@ -80,7 +80,7 @@ def uninitialised(version: str, **changes: Any) -> CheckResult:
         measurements={"uninitialised": 1.0},
         finding=finding(
             "uninitialised-parameters",
-            f"nobody initialised score.weight of {version}",
+            f"no code initialised score.weight of {version}",
             module="score",
             source="modeling_glm4.py:123",
             parameters=("score.weight",),
@@ -120,7 +120,7 @@ def matrix_document(releases: tuple[str, ...] = RELEASES, broken: tuple[str, ...
             status="failed",
             cause="uninitialised-parameters",
             module="score",
-            title="nobody initialised score.weight",
+            title="no code initialised score.weight",
         )
         change = Change(
             against="5.7.0",

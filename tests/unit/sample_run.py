@@ -87,7 +87,7 @@ def failing_checks() -> list[CheckResult]:
             measurements={"uninitialised": math.inf},
             finding=finding(
                 "uninitialised-parameters",
-                "nobody initialised score.weight [red]not a tag[/red] \x1b[31m",
+                "no code initialised score.weight [red]not a tag[/red] \x1b[31m",
                 parameters=tuple(f"score.{index}.weight" for index in range(7)),
                 evidence=evidence("uninitialised", math.inf, 0, "parameters"),
                 reproducer="out dir/reproduce.py",

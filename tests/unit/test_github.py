@@ -52,7 +52,7 @@ def test_a_finding_says_what_where_in_which_version_and_what_to_do(step):
     (lost, told) = sorted(
         map(read, annotation_lines(Documents(matrices=(matrix_document(),)))), key=lambda one: one[1]["title"]
     )
-    assert told[:2] == ("error", {"title": f"Nobody initialised score.weight of 5.8.0: {WHY}"})
+    assert told[:2] == ("error", {"title": f"No code initialised score.weight of 5.8.0: {WHY}"})
     assert told[2].split("\n") == [
         "load.head-init on glm4-tiny-classifier · bf16 · sdpa · cpu · 5.8.0 and 5.8.1",
         "where: score.weight; modeling_glm4.py:123",
@@ -72,7 +72,7 @@ def test_a_line_of_the_repository_is_annotated(step):
     assert read(line)[1] == {
         "file": "src/mine.py",
         "line": "12",
-        "title": f"Nobody initialised score.weight of x: {WHY}",
+        "title": f"No code initialised score.weight of x: {WHY}",
     }
 
 

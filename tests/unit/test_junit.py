@@ -134,7 +134,7 @@ def test_the_summary_of_a_matrix_tells_what_its_lost_results_would():
     (case,) = found["5.8.0: glm4-tiny-classifier"].values()
     ((kind, cause, message),) = outcome(case)
     assert (kind, cause) == ("Failure", "uninitialised-parameters")
-    assert message.startswith("Nobody initialised score.weight: no code writes to the memory of a parameter, so it")
+    assert message.startswith("No code initialised score.weight: no code writes to the memory of a parameter, so it")
     (passed,) = found["5.7.0"].values()
     assert passed.result == []
     assert "results file is gone" in passed.system_out

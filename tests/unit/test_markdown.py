@@ -128,7 +128,7 @@ def test_the_verdict_comes_first_then_what_to_do():
     lines = [line for line in summary_markdown(Documents(matrices=(matrix_document(),))).splitlines() if line]
     assert lines[:5] == [
         "## numerics-suite: FAIL",
-        "**In transformers 5.8.0 to 5.8.1: Nobody initialised score.weight of 5.8.0: no code writes to the memory of score.weight, so it holds whatever was there before: NaN in one process, zeros in another (uninitialised-parameters).**",
+        "**In transformers 5.8.0 to 5.8.1: No code initialised score.weight of 5.8.0: no code writes to the memory of score.weight, so it holds whatever was there before: NaN in one process, zeros in another (uninitialised-parameters).**",
         "2 failed · 8 passed",
         "What to do:",
         "- use transformers 5.9.0 or newer, or stay with transformers 5.7.0; leave out 5.8.0 to 5.8.1 -- tried, works",
@@ -190,7 +190,7 @@ def test_a_comparison_is_a_table_worst_first():
 def test_a_bisection_tells_its_boundary():
     told = summary_markdown(Documents(bisections=(bisect_document(),)))
     assert (
-        "### transformers 5.8.0 is the first bad version, 5.7.0 is good: Nobody initialised score.weight of 5.8.0: no code writes"
+        "### transformers 5.8.0 is the first bad version, 5.7.0 is good: No code initialised score.weight of 5.8.0: no code writes"
         in told
     )
     assert "- **last good** 5.7.0\n- **first bad** 5.8.0" in told
@@ -247,7 +247,7 @@ def test_only_what_changed_is_told():
     assert told.startswith(f"{MARKER}\n## numerics-suite: FAIL\n\n**1 new finding**, 1 fixed, 1 still there\n")
     assert "transformers `5.7.0` → `5.24.0`" in told
     assert (
-        "### Nobody initialised score.weight of 5.8.0: no code writes to the memory of score.weight, so it holds whatever was there before: NaN in one process, zeros in another (uninitialised-parameters).\n\n- **before** passed, uninitialised 0"
+        "### No code initialised score.weight of 5.8.0: no code writes to the memory of score.weight, so it holds whatever was there before: NaN in one process, zeros in another (uninitialised-parameters).\n\n- **before** passed, uninitialised 0"
         in told
     )
     assert "a known one" not in told

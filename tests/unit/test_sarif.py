@@ -57,7 +57,7 @@ def test_a_result_says_what_where_and_what_to_do():
     assert (found["ruleId"], found["level"]) == ("load.head-init", "error")
     text = found["message"]["text"]
     assert text.startswith(
-        "Nobody initialised score.weight of 5.8.0: no code writes to the memory of score.weight, so it holds whatever was there before: NaN in one process, zeros in another (uninitialised-parameters)."
+        "No code initialised score.weight of 5.8.0: no code writes to the memory of score.weight, so it holds whatever was there before: NaN in one process, zeros in another (uninitialised-parameters)."
     )
     assert "load.head-init on glm4-tiny-classifier · bf16 · sdpa · cpu." in text
     assert "fix: initialise the head by hand -- tried, works: finite." in text
@@ -185,7 +185,7 @@ def test_differences_that_fail_are_results():
 def test_a_bisection_is_a_result():
     (found,) = results(Documents(bisections=(bisect_document(),)))
     assert found["message"]["text"].startswith(
-        "transformers 5.8.0 is the first bad version, 5.7.0 is good: Nobody initialised"
+        "transformers 5.8.0 is the first bad version, 5.7.0 is good: No code initialised"
     )
 
 
