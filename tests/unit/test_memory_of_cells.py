@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,20 +19,29 @@ from numerics_suite.suite.session import SuiteSession
 FOUR_CELLS = ("fixture:glm4-tiny", "--precision", "fp32,bf16", "--attn", "eager,sdpa", "--max-examples", "1")
 
 
-@pytest.mark.slow
-def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the other attention's twin, and the copies of two trips through files, stand beside a cell's own model."""
+def watched_loads(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.nn.Module], object] = lambda _model: None
+) -> tuple[list[weakref.ref[Any]], list[int]]:
+    """Each model that is loaded from now on, changed so; and how many of those before it were alive then."""
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
     load = module.load
 
-    def counted(*args: Any, **kwargs: Any) -> Loaded:
+    def watched(*args: Any, **kwargs: Any) -> Loaded:
         alive.append(sum(model() is not None for model in models))
         loaded = load(*args, **kwargs)
         models.append(weakref.ref(loaded.model))
+        change(loaded.model)
         return loaded
 
-    monkeypatch.setattr(module, "load", counted)
+    monkeypatch.setattr(module, "load", watched)
+    return models, alive
+
+
+@pytest.mark.slow
+def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the other attention's twin, and the copies of two trips through files, stand beside a cell's own model."""
+    _, alive = watched_loads(monkeypatch)
     assert main(["check", *FOUR_CELLS, "--steps", "1", "-n", "0", "--quiet"]) == 0
     assert alive.count(0) == 4
     assert max(alive) <= 2
@@ -39,19 +49,12 @@ def test_no_model_of_an_earlier_cell_is_alive_when_the_next_is_loaded(monkeypatc
 
 def test_after_a_finding_of_a_large_model_no_copy_of_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "keeps_gradients", lambda _model: False)  # as for a large model
-    models: list[weakref.ref[Any]] = []
-    alive: list[int] = []
-    load = module.load
 
-    def sent_to_infinity(*args: Any, **kwargs: Any) -> Loaded:
-        alive.append(sum(model() is not None for model in models))
-        loaded = load(*args, **kwargs)
-        models.append(weakref.ref(loaded.model))
+    def sent_to_infinity(model: torch.nn.Module) -> None:
         with torch.no_grad():
-            loaded.model.get_submodule("model.norm").weight.fill_(1e38)
-        return loaded
+            model.get_submodule("model.norm").weight.fill_(1e38)  # type: ignore[operator]
 
-    monkeypatch.setattr(module, "load", sent_to_infinity)
+    models, alive = watched_loads(monkeypatch, sent_to_infinity)
     settings = Settings(
         subjects=("fixture:glm4-tiny",), precision=("bf16",), attn=("sdpa",), checks=("forward.finite",)
     )
