@@ -246,6 +246,8 @@ def test_cells_of_several_workers_have_one_root(tmp_path):
 class Cured:
     """Stands for a copy under a remedy."""
 
+    holds_large_model = False
+
     def release(self):
         pass
 
