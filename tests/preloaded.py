@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import runpy
 import selectors
 import signal
@@ -39,17 +40,16 @@ PRELOADED = (
     "transformers.models.glm4.modeling_glm4",
     "transformers.trainer",
     "hypothesis",
+    "numpy.ctypeslib",
+    "pdb",
     "pytest",
+    "safetensors.numpy",
+    "xdist.dsession",
+    "xdist.newhooks",
     "xdist.remote",
-    "numerics_suite.cli.check",
-    "numerics_suite.engine.cell_context",
-    "numerics_suite.judgement.assertions",
-    "numerics_suite.plugin",
-    "numerics_suite.reports.report",
-    "numerics_suite.reports.terminal",
-    "numerics_suite.suite.run",
-    "numerics_suite.training_watch.session",
 )
+"""Beside the whole package and pytest's own plugins."""
+
 READ_ONCE = (
     *(
         "OMP_NUM_THREADS",
@@ -386,12 +386,33 @@ def _run(program: str, arguments: list[str]) -> Any:
         return exec(compile(file.read(), arguments[0], "exec"), main_module.__dict__)
 
 
+def _import_all() -> None:
+    """Whatever a command would import; of the package all but what pytest collects, whose assertions it rewrites."""
+    from _pytest.config import default_plugins
+
+    import numerics_suite
+
+    own = (module.name for module in pkgutil.walk_packages(numerics_suite.__path__, "numerics_suite."))
+    of_package = [name for name in own if not name.rpartition(".")[2].startswith(("test_", "__main__"))]
+    for name in (*PRELOADED, *(f"_pytest.{plugin}" for plugin in default_plugins), *of_package):
+        importlib.import_module(name)
+
+
 def _fill_caches() -> None:
-    """What transformers builds when it is first asked: its list of names, and hundreds of patterns of weights' names."""
+    """What a process finds out once: transformers' names, its patterns of weights' names, how fast the machine is."""
+    import torch
     import transformers
 
-    dir(transformers)
+    from numerics_suite.subjects import compat
+    from numerics_suite.suite import run
+
+    compat.knows_architecture("")
     transformers.AutoModelForCausalLM.from_pretrained(Path(__file__).parents[1] / "fixtures" / "glm4-tiny")
+    threads, measure = torch.get_num_threads(), run.measure_speed
+    torch.set_num_threads(1)  # others would be missing from every fork, which then waits for them
+    cpu = measure("cpu", ("float64", "float32", "float16", "bfloat16"))
+    torch.set_num_threads(threads)
+    run.measure_speed = lambda device, dtypes: cpu if device == "cpu" else measure(device, dtypes)
 
 
 def main(folder: Path) -> None:
@@ -402,13 +423,13 @@ def main(folder: Path) -> None:
     """
     import shutil
 
-    for name in PRELOADED:
-        importlib.import_module(name)
+    _import_all()
     _fill_caches()
     # Said of a fork alone: what pytest would rewrite is imported there already.
     importlib.import_module("_pytest.assertion.rewrite").AssertionRewritingHook._warn_already_imported = lambda *_: None
     gc.collect()
-    gc.freeze()  # no fork looks through all of torch again
+    gc.freeze()  # no fork looks through all of torch again, not even once its run is over
+    importlib.import_module("numerics_suite.core.garbage")._set_aside = True
     server = Server(str(folder / "socket"))
     if os.fork():
         os._exit(0)
