@@ -109,6 +109,8 @@ LEASE = b"lease"
 
 _held: dict[str, tuple[Path, socket.socket]] = {}
 """Folder of the programs and lease, by what is on the path beside the usual."""
+_holding = threading.Lock()
+"""Jobs of a command begin in threads."""
 
 
 # --- in the process of the tests ---------------------------------------------------------------------------------------
@@ -129,8 +131,11 @@ def programs(beside: str = "") -> Path:
     Args:
         beside: as for :func:`python`.
     """
-    if beside in _held:
-        return _held[beside][0]
+    with _holding:
+        return _held[beside][0] if beside in _held else _lease(beside)
+
+
+def _lease(beside: str) -> Path:
     from filelock import FileLock
 
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"pid-{os.getpid()}")[:16]
@@ -399,15 +404,18 @@ def _import_all() -> None:
 
 
 def _fill_caches() -> None:
-    """What a process finds out once: transformers' names, its patterns of weights' names, how fast the machine is."""
+    """What a process finds out once: transformers' names and patterns of weights' names, the constants in our modules that
+    Hypothesis draws from, how fast the machine is."""
     import torch
     import transformers
+    from hypothesis.internal.conjecture import providers
 
     from numerics_suite.subjects import compat
     from numerics_suite.suite import run
 
     compat.knows_architecture("")
     transformers.AutoModelForCausalLM.from_pretrained(Path(__file__).parents[1] / "fixtures" / "glm4-tiny")
+    getattr(providers, "_get_local_constants", int)()  # not in every release
     threads, measure = torch.get_num_threads(), run.measure_speed
     torch.set_num_threads(1)  # others would be missing from every fork, which then waits for them
     cpu = measure("cpu", ("float64", "float32", "float16", "bfloat16"))

@@ -256,7 +256,7 @@ def answering(monkeypatch):
 
     class Running:
         def command(self, module, *arguments):
-            return [sys.executable, fake_versions.__file__, "cell", *arguments]
+            return fake_versions.cell_command(*arguments)
 
         def variables(self):
             return {**os.environ, "FAKE_WORLD": "world.json", "FAKE_TRANSFORMERS": "by-config", "FAKE_TORCH": "1"}

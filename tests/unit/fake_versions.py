@@ -4,7 +4,8 @@ World: `{"RELEASE": {"failed": [check…], "error": [check…], "bits": text, "m
 "install": reason, "end": "exit" | "kill" | "garbage", "seconds": number, "began": FILE,
 "seconds_of_the_first_run": number}}`; a release without an entry passes everything.
 
-As a program: `fake_versions.py WORLD COMMAND…` is the command line in that world; `fake_versions.py cell JOB` is a cell.
+As a program: `fake_versions.py WORLD COMMAND…` is the command line in that world; `fake_versions.py cell JOB` is a cell, which in
+tests is a fork of a process that has torch loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ CHECKS = ("load.head-init", "forward.finite", "train.finite")
 TASK = "causal-lm"
 
 
+def cell_command(*arguments: str) -> list[str]:
+    """The command line of a cell."""
+    if __name__ == "__main__":  # whose cells must have command lines of their own, to be found when it is killed
+        return [sys.executable, __file__, "cell", *arguments]
+    from preloaded import python
+
+    # A job says how many threads its cell has, and a fork has as many as these tests.
+    threads = os.environ["OMP_NUM_THREADS"]
+    return ["env", f"OMP_NUM_THREADS={threads}", python(), __file__, "cell", *arguments]
+
+
 class FakeEnvironment:
     """Runs this file instead of the package."""
 
@@ -34,7 +46,7 @@ class FakeEnvironment:
 
     def command(self, module: str, *arguments: str) -> list[str]:
         assert module == "numerics_suite.versions.cell"
-        return [sys.executable, __file__, "cell", *arguments]
+        return cell_command(*arguments)
 
     def variables(self) -> dict[str, str]:
         return {**os.environ, **self.given}
