@@ -40,6 +40,7 @@ PRELOADED = (
     "transformers.models.glm4.modeling_glm4",
     "transformers.trainer",
     "hypothesis",
+    "_hypothesis_pytestplugin",
     "numpy.ctypeslib",
     "pdb",
     "pytest",
@@ -51,18 +52,12 @@ PRELOADED = (
 """Beside the whole package and pytest's own plugins."""
 
 READ_ONCE = (
-    *(
-        "OMP_NUM_THREADS",
-        "HF_HUB_OFFLINE",
-        "PYTHONIOENCODING",
-        "PYTHONUTF8",
-        "PYTHONWARNINGS",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD",
-    ),
-    *(
-        f"NUMERICS_STANDIN_{name}"
-        for name in ("MEMORY", "FUSED_NOISE", "NO_FLOAT64", "LATE_COPIES", "INDEX_ASSERTS", "LOST_AFTER")
-    ),
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+    "PYTHONIOENCODING",
+    "PYTHONUTF8",
+    "PYTHONWARNINGS",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
 )
 """Variables that a fork inherits from the forking process; a command with other values starts an interpreter of its own."""
 
@@ -311,6 +306,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     sys.executable = request["executable"]
     sys.orig_argv = [sys.executable, *request["arguments"]]
     importlib.invalidate_caches()
+    if (standin := sys.modules.get("numerics_standin.switches")) is not None:  # read when torch is imported
+        standin.switches.__init__()
     if "TRANSFORMERS_VERBOSITY" in environment:  # read when transformers is imported
         from transformers.utils import logging
 
@@ -377,6 +374,8 @@ def _run(program: str, arguments: list[str]) -> Any:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, str(Path.cwd()))
+        if not hasattr(sys.modules.get(arguments[1]), "__path__"):  # a module that no bare interpreter would have yet
+            sys.modules.pop(arguments[1], None)
         return runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mutants import catalogue
 from mutants.catalogue import MUTANTS, ORACLE, Mutant
 from mutants.driver import (
     MutantSession,
@@ -95,7 +96,14 @@ def test_defect_is_caught_and_placed(mutant: Mutant) -> None:
         assert is_named(mutant, named_module(results)), describe(results)
 
 
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.equivalent], ids=lambda mutant: mutant.id)
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(mutant, id=mutant.id, marks=pytest.mark.slow if place else [])
+        for area in vars(catalogue).values()
+        for place, mutant in enumerate(mutant for mutant in getattr(area, "MUTANTS", ()) if mutant.equivalent)
+    ],
+)
 def test_equivalent_mutant_raises_nothing(mutant: Mutant) -> None:
     _needs(mutant.family)
     results = run_mutant(mutant, max_examples=FEW)

@@ -12,6 +12,7 @@ from unit.sample_baseline import baseline
 
 from numerics_suite.baselines.records import CellBaseline
 from numerics_suite.baselines.store import load, save
+from numerics_suite.checks.baseline import _difference
 from numerics_suite.cli.main import main
 from numerics_suite.core.errors import BadInputError
 from numerics_suite.core.records import RunResult
@@ -48,6 +49,26 @@ def ran(**given) -> RunResult:
     return run_check(
         SuiteSession(settings(**{"checks": "baseline.*", **given})), Terminal(stream=io.StringIO(), quiet=True)
     )
+
+
+@pytest.fixture(scope="module")
+def measurements() -> dict[tuple[object, ...], CellBaseline]:
+    """By cell, plan and seed."""
+    return {}
+
+
+@pytest.fixture
+def _measured_once(measurements, monkeypatch):
+    """For tests that change what the baseline says and never the cell or its batches, so that one measurement serves all."""
+    measure = _difference.measure_cell
+
+    def once(context, *asked):
+        key = context.cell, context.request.plan, context.request.seed
+        if key not in measurements:
+            measurements[key] = measure(context, *asked)
+        return measurements[key]
+
+    monkeypatch.setattr(_difference, "measure_cell", once)
 
 
 def statuses(run: RunResult) -> dict[str, str]:
@@ -151,6 +172,7 @@ def test_the_recorded_batches_and_recipe_are_used_whatever_the_command_says(reco
     assert set(statuses(run).values()) == {"passed"}
 
 
+@pytest.mark.usefixtures("_measured_once")
 @pytest.mark.parametrize(
     ("change", "failing", "words"),
     [
@@ -192,6 +214,7 @@ def test_a_baseline_that_says_otherwise_fails_the_check_that_asks_about_it(recor
     assert words in finding.title
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_a_vanished_check_is_named(recorded):
     save(Path("b"), [replace(recorded, checks=(*recorded.checks, "train.amplify"))], force=False)
     (finding,) = [result.finding for result in ran().checks if result.finding is not None]
@@ -199,6 +222,7 @@ def test_a_vanished_check_is_named(recorded):
     assert finding.cause == "contract-change"
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_another_recipe_is_an_error_of_the_check_and_not_a_finding(recorded):
     save(Path("b"), [replace(recorded, recipe={**recorded.recipe, "scope": "head"})], force=False)
     run = ran(checks="baseline.semantics")
@@ -209,6 +233,7 @@ def test_another_recipe_is_an_error_of_the_check_and_not_a_finding(recorded):
 # --- subjects that the run leaves out ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_a_subject_left_out_by_name_is_only_told(recorded):
     save(Path("b"), [recorded, baseline()], force=False)
     run = ran()
@@ -216,6 +241,7 @@ def test_a_subject_left_out_by_name_is_only_told(recorded):
     assert run.notes == ("glm4-tiny (causal-lm) is in b and not in this run",)
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_a_subject_that_the_project_no_longer_has_fails_the_run(recorded):
     save(Path("b"), [recorded, baseline()], force=False)
     chosen = settings(checks="baseline.*")

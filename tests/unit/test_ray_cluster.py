@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from preloaded import python
 from unit import fake_versions
 
 from numerics_suite.settings.tree import Settings
@@ -122,6 +123,13 @@ def test_the_demand_is_the_plans_largest_cell(capsys):
     assert demand.planned_bytes(settings) == demand.PROCESS_BYTES + max(row.bytes for row in rows)
 
 
+@pytest.fixture
+def _fork(monkeypatch):
+    """The other process is a fork of one that has torch loaded."""
+    monkeypatch.setattr(sys, "executable", python())
+
+
+@pytest.mark.usefixtures("_fork")
 def test_the_demand_is_made_in_another_process(tmp_path):
     settings = Settings(subjects=("fixture:glm4-tiny",), precision=("bf16",), attn=("sdpa",), device="cpu")
     size = demand.memory_demand(settings, 10**9, tmp_path)
@@ -129,6 +137,7 @@ def test_the_demand_is_made_in_another_process(tmp_path):
     assert size != rough_bytes(10**9)
 
 
+@pytest.mark.usefixtures("_fork")
 def test_without_a_plan_the_files_size_decides(tmp_path):
     lacking = Settings(subjects=(str(tmp_path / "none"),), precision=("bf16",), attn=("sdpa",), device="cpu")
     assert demand.memory_demand(lacking, 10**9, tmp_path) == rough_bytes(10**9)

@@ -51,7 +51,7 @@ def run_alone(path, folder):
     )
 
 
-@pytest.mark.parametrize("fixture", ["glm-tiny", "chatglm-tiny"])
+@pytest.mark.parametrize("fixture", ["glm-tiny", pytest.param("chatglm-tiny", marks=pytest.mark.slow)])
 def test_training_in_pure_float16(fixture, tmp_path):
     finding = found("train.finite", fixture=fixture, precision="pure-fp16")
     assert finding.reproducer == f".numerics/reproducers/train.finite-{fixture}-pure-fp16.py"

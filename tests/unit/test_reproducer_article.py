@@ -25,7 +25,7 @@ from mutants.article_checkpoints import (
 )
 from mutants.driver import release
 from unit.script_of import shown
-from unit.script_process import ScriptProcess, script_process
+from unit.script_process import ScriptProcess
 
 from numerics_suite.diagnosis.scripts.parts import LONGEST
 from numerics_suite.subjects.fixtures import fixture_path
@@ -224,12 +224,6 @@ def of_training() -> Iterator[Defect]:
 
 
 DEFECTS = [*of_weights(), *of_configs(), *of_heads(), *of_inputs(), *of_values(), *of_training()]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptProcess]:
-    with script_process(tmp_path_factory.mktemp("scripts")) as process:
-        yield process
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)

@@ -15,7 +15,7 @@ from mutants.article_checkpoints import WEIGHT, Tensors, changed
 from mutants.catalogue import MUTANTS, ORACLE, Mutant
 from mutants.driver import release
 from unit.script_of import UnseenError, shown
-from unit.script_process import ScriptProcess, script_process
+from unit.script_process import ScriptProcess
 
 from numerics_suite.diagnosis.reproducer import fails
 from numerics_suite.diagnosis.scripts import BODIES, WITHOUT
@@ -319,12 +319,6 @@ MODULES = (
     *("post-norm-of-mlp-missing", "rope-half-split", "mask-padding-shifted", "rope-backwards"),
 )
 """Mutants whose finding names a norm, a gated unit, attention, a block, the rotary embedding."""
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptProcess]:
-    with script_process(tmp_path_factory.mktemp("scripts")) as process:
-        yield process
 
 
 @pytest.fixture(autouse=True)
