@@ -61,7 +61,10 @@ def untouched(model, optimizer):
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+
+
+@SEEDS
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_hundreds_of_clean_steps_are_quiet(seed, clip):
     """Warnings are errors here; the figures are there all the same."""
@@ -75,7 +78,7 @@ def test_hundreds_of_clean_steps_are_quiet(seed, clip):
     assert untouched(model, optimizer)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@SEEDS
 def test_hundreds_of_clean_steps_under_a_scaler_and_float16_are_quiet(seed):
     model, optimizer = pair(seed)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=40)
