@@ -27,6 +27,8 @@ TARGET = Path(__file__).resolve().parents[1] / "numerics_suite" / "suite" / "che
 SUBJECT, PRECISION, ATTENTION = "fixture:glm4-tiny", "bf16", "sdpa"
 EXAMPLES, STEPS = (10, 4), (5, 1)
 """Two values of each option that a check's cost may depend on; between them it is taken for linear."""
+ROWS, LENGTH = 4, 32
+"""Of the two planned batches, and of the training batch, over which answers that are kept are counted."""
 
 
 class Count(TorchDispatchMode):
@@ -71,8 +73,27 @@ def counted(**changes: Any) -> dict[str, Counter[str]]:
     return found
 
 
+def kept() -> dict[str, list[float]]:
+    """By check: the answers that it leaves with its cell, in answers of one planned batch: of true fp64 passes, of others, as the model gave them."""
+    settings = Settings(
+        subjects=(SUBJECT,), precision=(PRECISION,), attn=(ATTENTION,), skip=("baseline.*",), device="cpu",
+        effort="quick", batch_size=ROWS, seq_len=LENGTH,
+    )  # fmt: skip
+    session = SuiteSession(settings)
+    context = session.context(session.plan.cells[0])
+    unit = ROWS * LENGTH * context.vocab_size
+    found, before = {}, [0.0, 0.0, 0.0]
+    for question in session.plan.questions:
+        session.answer(question)
+        forwards = sum(value.nbytes for outputs in context._forwards.values() for value in outputs.values())  # noqa: SLF001 - of the same repository
+        held = [context.true_passes.answers.nbytes / 8, context.passes.nbytes / 2, forwards / 2]
+        found[question.check] = [round((now - was) / unit, 2) for now, was in zip(held, before, strict=True)]
+        before = held
+    return found
+
+
 def table() -> dict[str, dict[str, list[float]]]:
-    """By check and kind of cost: what it costs always, for each example and for each step, in forward passes."""
+    """By check and kind of cost: what it costs always, for each example and for each step, in forward passes; and :func:`kept`."""
     full, fewer, shorter = (
         counted(max_examples=EXAMPLES[0], steps=STEPS[0]),
         counted(max_examples=EXAMPLES[1], steps=STEPS[0]),
@@ -80,6 +101,7 @@ def table() -> dict[str, dict[str, list[float]]]:
     )
     unit = {"ops": full["forward"]["ops"], "narrow": full["forward"]["narrow"], "wide": full["forward"]["narrow"]}
     rows: dict[str, dict[str, list[float]]] = {}
+    left = kept()
     for check in full:
         if check == "forward":
             continue
@@ -90,7 +112,7 @@ def table() -> dict[str, dict[str, list[float]]]:
             step = (whole - shorter[check][kind] / one) / (STEPS[0] - STEPS[1])
             fixed = whole - EXAMPLES[0] * example - STEPS[0] * step
             row[kind] = [round(value, 3) for value in (fixed, example, step)]
-        rows[check] = row
+        rows[check] = {**row, "kept": left[check]}
     return rows
 
 

@@ -19,6 +19,7 @@ from numerics_suite.devices.precisions import precision
 from numerics_suite.subjects.memory import (
     SMALL_COPY,
     bytes_read_anew,
+    compared_sets,
     gradient_sets_that_fit,
     layer_count,
     product_weights,
@@ -42,7 +43,7 @@ BESIDES_PRODUCTS = 1.9
 """Time of a check over that of its products alone: norms, activations, attention, roundings of the rounded run, comparisons, and
 products of other shapes than the one that is timed. 1.9 was measured over a whole cell of 28 million parameters (bf16, sdpa), 2.1 of 4 million."""
 
-UNKNOWN = {"ops": [4.0, 1.0, 0.0], "narrow": [2.0, 0.5, 0.0], "wide": [2.0, 0.5, 0.0]}
+UNKNOWN = {"ops": [4.0, 1.0, 0.0], "narrow": [2.0, 0.5, 0.0], "wide": [2.0, 0.5, 0.0], "kept": [2.0, 2.0, 0.0]}
 """For a check of another package: about what a law costs."""
 
 OF_GRADIENTS = frozenset({"reference.gradient", "train.accumulation", "train.checkpointing", "train.trainer"})
@@ -61,6 +62,15 @@ def _costs() -> Mapping[str, Mapping[str, Sequence[float]]]:
         Path(__file__).with_name("check_costs.json").read_text(encoding="utf-8")
     )
     return content
+
+
+def costs_of(check: str) -> Mapping[str, Sequence[float]]:
+    """The row of a check in `check_costs.json`.
+
+    Args:
+        check: its id.
+    """
+    return _costs().get(check, UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,15 +127,15 @@ def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[
 
 
 def _lacks_room(subject: Subject, cell: Cell) -> bool:
-    """Whether not even half a set of the model's gradients in float64 fits in memory."""
+    """Whether gradients of the model do not even fit in memory in its own dtype."""
     dtype = precision(cell.precision).parameters
     large = subject.parameters is not None and 8 * subject.parameters > SMALL_COPY
-    return large and not gradient_sets_that_fit(subject, dtype, cell.device)
+    return large and gradient_sets_that_fit(subject, dtype, cell.device) < compared_sets(dtype)
 
 
 def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:
     """Seconds of one question that is not skipped; `--effort` plans its batches by the model's parameters."""
-    costs = _costs().get(question.check, UNKNOWN)
+    costs = costs_of(question.check)
     # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
     batches = effort_of(settings).plan(parameters).batches
 
