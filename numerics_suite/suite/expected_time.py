@@ -8,6 +8,7 @@ A check is a number of forward passes of the training batch, in the cell's preci
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +44,13 @@ BESIDES_PRODUCTS = 1.9
 """Time of a check over that of its products alone: norms, activations, attention, roundings of the rounded run, comparisons, and
 products of other shapes than the one that is timed. 1.9 was measured over a whole cell of 28 million parameters (bf16, sdpa), 2.1 of 4 million."""
 
-UNKNOWN = {"ops": [4.0, 1.0, 0.0], "narrow": [2.0, 0.5, 0.0], "wide": [2.0, 0.5, 0.0], "kept": [2.0, 2.0, 0.0]}
+UNKNOWN = {
+    "ops": [4.0, 1.0, 0.0],
+    "narrow": [2.0, 0.5, 0.0],
+    "wide": [2.0, 0.5, 0.0],
+    "planned": [4.0, 2.0, 2.0],
+    "kept": [2.0, 2.0, 0.0],
+}
 """For a check of another package: about what a law costs."""
 
 OF_GRADIENTS = frozenset({"reference.gradient", "train.accumulation", "train.checkpointing", "train.trainer"})
@@ -53,7 +60,13 @@ READ_BYTES_PER_S = 1e9
 """At which a pass reads the weights of a model that is larger than memory from disk; 1.0 to 1.5 GB/s were measured on one SSD."""
 
 LOADING_S = 3e-9
-"""Seconds of loading one parameter: reading, poisoning and digesting it."""
+"""Seconds of loading one parameter: reading, poisoning and digesting it, and comparing it with its file."""
+
+LOADING_READS = 4
+"""Times that this reads weights that do not stay in memory: the digest, the search for NaN, and `load.complete` model and file."""
+
+COUNTED_STEPS = 5
+"""Steps of the training run that a `planned` row of `check_costs.json` has in it."""
 
 
 @cache
@@ -88,10 +101,9 @@ class Pass:
     wide: float
 
 
-def pass_seconds(subject: Subject, cell: Cell, settings: Settings, speed: Speed) -> Pass:
-    """What one forward pass of a cell costs."""
-    weights = product_weights(subject)
-    work = BESIDES_PRODUCTS * 2.0 * weights * settings.batch_size * settings.seq_len
+def pass_seconds(subject: Subject, cell: Cell, tokens: int, speed: Speed) -> Pass:
+    """What one forward pass of a cell over so many tokens costs."""
+    work = BESIDES_PRODUCTS * 2.0 * product_weights(subject) * tokens
     recipe = precision(cell.precision)
     reading = bytes_read_anew(subject, recipe.parameters, cell.device) / READ_BYTES_PER_S
     return Pass(
@@ -108,7 +120,6 @@ def dtypes_of(plan: SuitePlan) -> tuple[str, ...]:
 
 def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[str, float]:
     """Seconds that each question is expected to take in a process of its own, by id; 0 for one that is skipped."""
-    passes = {cell: pass_seconds(plan.subjects[cell.subject], cell, settings, speed) for cell in plan.cells}
     begun: set[Cell] = set()
     found = {}
     without = {cell for cell in plan.cells if _lacks_room(plan.subjects[cell.subject], cell)}
@@ -117,11 +128,14 @@ def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[
         if question.skip is not None or question.error is not None or refused:
             found[question.id] = 0.0
             continue
-        parameters = plan.subjects[question.cell.subject].parameters or 0
-        seconds = check_seconds(question, passes[question.cell], settings, parameters)
+        subject = plan.subjects[question.cell.subject]
+        parameters = subject.parameters or 0
+        one = pass_seconds(subject, question.cell, tokens_of(question, settings, parameters), speed)
+        seconds = check_seconds(question, one, settings, parameters)
         if question.cell not in begun:
             begun.add(question.cell)
-            seconds += LOADING_S * parameters
+            read = bytes_read_anew(subject, precision(question.cell.precision).parameters, question.cell.device)
+            seconds += LOADING_S * parameters + LOADING_READS * read / READ_BYTES_PER_S
         found[question.id] = seconds
     return found
 
@@ -135,15 +149,30 @@ def _lacks_room(subject: Subject, cell: Cell) -> bool:
 
 def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:
     """Seconds of one question that is not skipped; `--effort` plans its batches by the model's parameters."""
-    costs = costs_of(question.check)
-    # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
-    batches = effort_of(settings).plan(parameters).batches
-
-    def times(kind: str) -> float:
+    costs, plan = costs_of(question.check), effort_of(settings).plan(parameters)
+    counts = []
+    for kind, planned in zip(("ops", "narrow", "wide"), costs["planned"], strict=True):
         fixed, example, step = costs[kind]
-        return max(fixed + batches * example + settings.steps * step, 0.0)
+        # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
+        drawn = fixed + plan.batches * example + settings.steps * step
+        counts.append(max(drawn if plan.drawn else planned + (settings.steps - COUNTED_STEPS) * step, 0.0))
+    return counts[0] * one.ops + counts[1] * one.narrow + counts[2] * one.wide
 
-    return times("ops") * one.ops + times("narrow") * one.narrow + times("wide") * one.wide
+
+def tokens_of(question: Question, settings: Settings, parameters: int) -> int:
+    """Tokens of the batch in whose passes a check is counted: the training batch, or where every batch is planned one of those, or that of gradients.
+
+    Args:
+        question: of a check.
+        settings: of the run.
+        parameters: of the model.
+    """
+    plan, training = effort_of(settings).plan(parameters), (settings.batch_size, settings.seq_len)
+    if plan.drawn or plan.planned is None:
+        return math.prod(training)
+    if question.group == "reference" or question.check in OF_GRADIENTS:
+        return math.prod(plan.gradient or training)
+    return math.prod(training if question.group == "train" else plan.planned)
 
 
 def run_seconds(expected: Mapping[str, float], workers: int) -> float:

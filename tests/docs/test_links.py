@@ -71,5 +71,8 @@ def test_the_share_of_mutants_that_is_caught_is_that_of_their_table(page: str) -
     table = (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")
     ((caught, total),) = figures(r"\| caught \| (\d+) of (\d+) ", table)
     ((without, _),) = figures(r"\| caught without the oracle[^|]*\| (\d+) of (\d+) ", table)
-    said = figures(r"[Oo]f (\d+) \[mutants\].{0,60}?(\d+) are caught with .{0,20}?and (\d+)\s+without", (ROOT / page).read_text(encoding="utf-8"))
+    said = figures(
+        r"[Oo]f (\d+) \[mutants\].{0,60}?(\d+) are caught with .{0,20}?and (\d+)\s+without",
+        (ROOT / page).read_text(encoding="utf-8"),
+    )
     assert said == [(total, caught, without)]

@@ -464,7 +464,7 @@ def test_a_list_reads_no_weights(writer: Any, tmp_path: Path, monkeypatch: pytes
     (row,), _ = planned(settings)
     assert row.bytes
     with pytest.raises(pytest.fail.Exception, match="was read"):
-        SuiteSession(replace(settings, list_only=False))
+        SuiteSession(replace(settings, list_only=False)).prepare()
 
 
 @pytest.mark.slow
