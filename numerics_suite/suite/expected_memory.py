@@ -27,7 +27,7 @@ from numerics_suite.subjects.memory import (
     training_bytes,
     width_of,
 )
-from numerics_suite.suite.effort import effort_of
+from numerics_suite.suite.effort import effort_of, trained_shape
 from numerics_suite.suite.expected_time import costs_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def cell_bytes(subject: Subject, cell: Cell, settings: Settings, *, asked: Colle
     if subject.parameters is None:
         return None
     recipe, plan = precision(cell.precision), effort_of(settings).plan(subject.parameters)
-    shape, on_cpu = (settings.batch_size, settings.seq_len), kind_of(parts_of(cell.device)[0]) == CPU
+    shape, on_cpu = trained_shape(settings, subject.parameters), kind_of(parts_of(cell.device)[0]) == CPU
     held = held_bytes(subject, recipe.parameters, cell.device)
     runs = any(any(costs_of(check)[kind]) for check in asked for kind in ("narrow", "wide"))
     forward = 0
@@ -95,7 +95,7 @@ def cell_bytes(subject: Subject, cell: Cell, settings: Settings, *, asked: Colle
     training = 0
     if recipe.trains and trains(asked):
         training = training_bytes(subject, recipe.parameters, scope, batch=shape[0], seq=shape[1])
-    stores = _kept_bytes(subject, recipe, plan, math.prod(shape), asked)
+    stores = _kept_bytes(subject, recipe, plan, settings.batch_size * settings.seq_len, asked)
     kept = sum(stores if on_cpu else stores[2:])
     process = PROCESS_BYTES + runs * _kernel_bytes(recipe, plan) if on_cpu else 0
     return process + held + kept + max(forward, oracle, gradients, training)
@@ -106,13 +106,13 @@ def _kernel_bytes(recipe: Precision, plan: BatchPlan) -> int:
 
 
 def _kept_bytes(
-    subject: Subject, recipe: Precision, plan: BatchPlan, training_tokens: int, asked: Collection[str]
+    subject: Subject, recipe: Precision, plan: BatchPlan, drawn_tokens: int, asked: Collection[str]
 ) -> list[int]:
     """Of the answers that checks share: in true fp64, of other passes by their batch, and as the model gave them, which lie on its device."""
     sizes = sizes_of(subject)
     answer = sizes.hidden if subject.task == "sequence-classification" else sizes.words  # laws compare its states
     if plan.planned is None:
-        tokens, counts = training_tokens, [KEPT_BATCHES * plan.batches] * 3
+        tokens, counts = drawn_tokens, [KEPT_BATCHES * plan.batches] * 3
     else:
         tokens = math.prod(plan.planned)
         counts = [

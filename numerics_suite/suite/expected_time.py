@@ -25,7 +25,7 @@ from numerics_suite.subjects.memory import (
     layer_count,
     product_weights,
 )
-from numerics_suite.suite.effort import effort_of
+from numerics_suite.suite.effort import effort_of, trained_shape
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Cell, Subject
@@ -150,26 +150,31 @@ def _lacks_room(subject: Subject, cell: Cell) -> bool:
 def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:
     """Seconds of one question that is not skipped; `--effort` plans its batches by the model's parameters."""
     costs, plan = costs_of(question.check), effort_of(settings).plan(parameters)
+    trained = math.prod(trained_shape(settings, parameters)) / (settings.batch_size * settings.seq_len)
     counts = []
     for kind, planned in zip(("ops", "narrow", "wide"), costs["planned"], strict=True):
         fixed, example, step = costs[kind]
-        # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
-        drawn = fixed + plan.batches * example + settings.steps * step
-        counts.append(max(drawn if plan.drawn else planned + (settings.steps - COUNTED_STEPS) * step, 0.0))
+        if (
+            plan.drawn
+        ):  # a planned batch is half as long as the longest that is drawn, and as long as those are on average
+            count = fixed + plan.batches * example + settings.steps * (1.0 if kind == "ops" else trained) * step
+        else:
+            count = planned + (settings.steps - COUNTED_STEPS) * step
+        counts.append(max(count, 0.0))
     return counts[0] * one.ops + counts[1] * one.narrow + counts[2] * one.wide
 
 
 def tokens_of(question: Question, settings: Settings, parameters: int) -> int:
-    """Tokens of the batch in whose passes a check is counted: the training batch, or where every batch is planned one of those, or that of gradients.
+    """Tokens of the batch in whose passes a check is counted: the longest drawn one, or where every batch is planned that of the check's kind.
 
     Args:
         question: of a check.
         settings: of the run.
         parameters: of the model.
     """
-    plan, training = effort_of(settings).plan(parameters), (settings.batch_size, settings.seq_len)
+    plan, training = effort_of(settings).plan(parameters), trained_shape(settings, parameters)
     if plan.drawn or plan.planned is None:
-        return math.prod(training)
+        return settings.batch_size * settings.seq_len
     if question.group == "reference" or question.check in OF_GRADIENTS:
         return math.prod(plan.gradient or training)
     return math.prod(training if question.group == "train" else plan.planned)
