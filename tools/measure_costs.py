@@ -20,13 +20,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.settings.tree import Settings
+from numerics_suite.suite.planning import Question
 from numerics_suite.suite.session import SuiteSession
 
 TARGET = Path(__file__).resolve().parents[1] / "numerics_suite" / "suite" / "check_costs.json"
 SUBJECT, PRECISION, ATTENTION = "fixture:glm4-tiny", "bf16", "sdpa"
 EXAMPLES, STEPS = (10, 4), (5, 1)
 """Two values of each option that a check's cost may depend on; between them it is taken for linear."""
+KINDS = ("ops", "narrow", "wide")
+ROWS, LENGTH = 4, 32
+"""Of the two planned batches, and of the training batch, where these are counted."""
 
 
 class Count(TorchDispatchMode):
@@ -50,29 +55,61 @@ class Count(TorchDispatchMode):
         return out
 
 
-def counted(**changes: Any) -> dict[str, Counter[str]]:
-    """What each check runs, by id, in the order in which one process asks them; and `forward`, one pass of the training batch."""
+def _session(**changes: Any) -> tuple[SuiteSession, CellContext]:
     settings = Settings(
         subjects=(SUBJECT,), precision=(PRECISION,), attn=(ATTENTION,), skip=("baseline.*",), device="cpu", **changes
     )
     session = SuiteSession(settings)
-    found: dict[str, Counter[str]] = {}
-    context = session.context(session.plan.cells[0])
+    return session, session.context(session.plan.cells[0])
+
+
+def _one_pass(context: CellContext) -> Counter[str]:
     tensors = context.inputs_of(context.training_batch)
     with Count() as count:
         context.run(tensors)
-    found["forward"] = count.counted
+    return count.counted
+
+
+def _count_of(session: SuiteSession, question: Question) -> Counter[str]:
+    with Count() as count:
+        result, trace = session.answer(question)
+    if result.status == "error":
+        raise RuntimeError(trace)
+    return count.counted
+
+
+def counted(**changes: Any) -> dict[str, Counter[str]]:
+    """What each check runs, by id, in the order in which one process asks them; and `forward`, one pass of the training batch."""
+    session, context = _session(**changes)
+    found = {"forward": _one_pass(context)}
     for question in session.plan.questions:
-        with Count() as count:
-            result, trace = session.answer(question)
-        if result.status == "error":
-            raise RuntimeError(trace)
-        found[question.check] = count.counted
+        found[question.check] = _count_of(session, question)
+    return found
+
+
+def planned() -> dict[str, dict[str, list[float]]]:
+    """By check, where planned batches are all there is: ops and products, in forward passes of one; and answers that it leaves with its cell.
+
+    Answers are counted in those of one planned batch: of true fp64 passes, of others, and as the model gave them.
+    """
+    session, context = _session(effort="quick", batch_size=ROWS, seq_len=LENGTH)
+    words = ROWS * LENGTH * context.vocab_size
+    one = _one_pass(context)
+    found, before = {}, [0.0, 0.0, 0.0]
+    for question in session.plan.questions:
+        count = _count_of(session, question)
+        forwards = sum(value.nbytes for outputs in context._forwards.values() for value in outputs.values())  # noqa: SLF001 - of the same repository
+        held = [context.true_passes.answers.nbytes / 8, context.passes.nbytes / 2, forwards / 2]
+        found[question.check] = {
+            "planned": [round(count[kind] / one["ops" if kind == "ops" else "narrow"], 3) for kind in KINDS],
+            "kept": [round((now - was) / words, 2) for now, was in zip(held, before, strict=True)],
+        }
+        before = held
     return found
 
 
 def table() -> dict[str, dict[str, list[float]]]:
-    """By check and kind of cost: what it costs always, for each example and for each step, in forward passes."""
+    """By check and kind of cost: what it costs always, for each example and for each step, in forward passes; and :func:`planned`."""
     full, fewer, shorter = (
         counted(max_examples=EXAMPLES[0], steps=STEPS[0]),
         counted(max_examples=EXAMPLES[1], steps=STEPS[0]),
@@ -80,6 +117,7 @@ def table() -> dict[str, dict[str, list[float]]]:
     )
     unit = {"ops": full["forward"]["ops"], "narrow": full["forward"]["narrow"], "wide": full["forward"]["narrow"]}
     rows: dict[str, dict[str, list[float]]] = {}
+    by_planned = planned()
     for check in full:
         if check == "forward":
             continue
@@ -90,7 +128,7 @@ def table() -> dict[str, dict[str, list[float]]]:
             step = (whole - shorter[check][kind] / one) / (STEPS[0] - STEPS[1])
             fixed = whole - EXAMPLES[0] * example - STEPS[0] * step
             row[kind] = [round(value, 3) for value in (fixed, example, step)]
-        rows[check] = row
+        rows[check] = row | by_planned[check]
     return rows
 
 

@@ -37,7 +37,7 @@ class Subject:
         model_class: name of the class that will be built, None until known.
         stored_dtype: the dtype of most stored elements (`bfloat16`, …), None where unknown.
         parameters: number of stored elements, None where unknown.
-        digest: `sha256:…` over the files, None for a factory.
+        digest: `sha256:…` over the files, None for a factory and in a plan that is only listed.
         new_head: the checkpoint lacks the head of `task`, so a new one is made as fine-tuning would.
         trust_remote_code: its own code may run (by flag, or a fixture checked against its digest).
         adapter_base: folder or hub id of the base where `path` is a peft adapter.

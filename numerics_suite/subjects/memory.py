@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from numerics_suite.core.errors import CheckError
@@ -19,93 +20,58 @@ USABLE = 0.8
 """Share of the free memory that may be planned with; the rest is for workspaces and other programs."""
 TRAINING_COPIES = 4
 """Parameters, gradients and AdamW's two moments, all in the parameters' dtype."""
-PROCESS_BYTES = 300_000_000
-"""Of a process that has imported torch and transformers."""
 SMALL_COPY = 1 << 30
 """A model whose float64 copy takes less is never streamed."""
-HEAD_COPIES = 3
-"""Float64 gradients of the output layer that a streamed backward pass holds beside those that are kept. 3.73 GB were measured, with
-175 million parameters of which 61 million are the output layer's, where these counts give 3.9 GB."""
 STEP_COPIES = 2
 """Copies of the largest parameter that AdamW makes in a step."""
 KEPT_PER_BLOCK = 16
 """Hidden-sized tensors that one block keeps for its backward pass: norms, q, k, v, output, gate, up, product, residuals."""
 
-
-HIDDEN_STATES, INTERMEDIATE_STATES, LOGITS, SERVED_LOGITS = 18, 5, 7, 5
-"""Tensors in float64 that a backward pass of the true fp64 run keeps at its peak: hidden-sized and intermediate-sized ones of
-each block, and logits-sized ones of the loss (fewer where only the definition's loss is there). Counted on a device that accounts for every byte, over seven shapes of GLM-4
-(2 to 12 blocks, hidden size 64 to 512, 500 to 20,000 words, 4 to 16 heads) in two precisions and two attentions: the sum below
-is within 6 % of the peak on all of them."""
-KEPT_BATCHES = 2.85
-"""Batches as large as the training batch whose logits stay in memory for each drawn one, up to :data:`KEPT_BYTES`."""
 KEPT_BYTES = 2**28
 """Bytes of answers that a cell keeps of each kind, forward results and those of references: checks of a group share
 batches."""
 KEPT_GRADIENT_BYTES = 2**31
 """Bytes of one set of float64 gradients that the cells of a subject keep for each other; a larger one is dropped with its cell."""
-GRADIENT_COPIES = 3
-"""Float64 copies of all parameters at once where two backward passes are compared: one's gradients, the other's leaves and gradients."""
 
 
-def cell_bytes(  # noqa: PLR0913 - what a cell's memory depends on
-    subject: Subject,
-    dtype: str,
-    computes_in: str,
-    *,
-    training: bool,
-    batch: int,
-    seq: int,
-    examples: int,
-    device: str = CPU,
-    scope: str = "full",
-    tokens: int | None = None,
-    gradients: bool = True,
-) -> int | None:
-    """Expected bytes on the device at the peak of one cell with all its checks, None where the number of parameters is unknown.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Sizes of a model by its config, 0 where that does not say.
 
-    The peak of a cell that trains is that of `train.checkpointing`: the model, its twin under the other attention and a copy, two
-    backward passes in float64 of which one's gradients are kept, and the forward results that checks share. That of a cell for
-    serving is `reference.oracle`'s: the states of all blocks in float64, which the definition is compared with.
+    Attributes:
+        hidden: of a state.
+        inner: of the middle of a block's MLP.
+        layers: blocks.
+        heads: of attention.
+        words: of the output at one token: the vocabulary, or a classifier's number of labels.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    words: int
+
+
+def sizes_of(subject: Subject) -> Sizes:
+    """The sizes that decide what passes over a model take.
 
     Args:
         subject: resolved.
-        dtype: of the parameters, as torch names it.
-        computes_in: dtype of the outputs that are kept: under autocast the narrower one.
-        training: whether checks train.
-        batch: rows of the training batch.
-        seq: tokens of a row.
-        examples: batches drawn for a check.
-        device: where the cell runs.
-        scope: what is trained.
-        tokens: of the largest batch that checks of a forward pass share, None for the training batch.
-        gradients: whether checks compare gradients in float64.
     """
-    if subject.parameters is None:
-        return None
-    if 8 * subject.parameters > SMALL_COPY:
-        sets = gradient_sets_that_fit(subject, dtype, device) if gradients else 0
-        trains = training_bytes(subject, dtype, scope, batch=batch, seq=seq) if training else 0
-        working = _forward_bytes(subject, computes_in, tokens or batch * seq, examples)
-        # A gradient of the output layer is whole before it is compared: the sum, the part that is added, what it is compared with.
-        compared = int(8 * (subject.parameters * sets + HEAD_COPIES * _head(subject))) if sets else 0
-        return PROCESS_BYTES + held_bytes(subject, dtype, device) + max(trains, compared, working)
-    width, config, tokens = _WIDTHS.get(dtype, 4), subject.config, batch * seq
+    config = subject.config
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
-    inner = _number(config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden
-    layers = _number(config, "num_hidden_layers", "num_layers", "n_layer")
-    heads = _number(config, "num_attention_heads", "n_head")
-    words = _words(subject)
-    models = (3 if training else 2) * width * subject.parameters
-    twins = 8 * subject.parameters * (GRADIENT_COPIES if training else 1)
-    block = tokens * (HIDDEN_STATES * hidden + INTERMEDIATE_STATES * inner) + batch * heads * seq**2
-    states = 8 * (block * layers + tokens * words * (LOGITS if training else SERVED_LOGITS))
-    kept = min(KEPT_BYTES, int(KEPT_BATCHES * examples * tokens * words * _WIDTHS.get(computes_in, 4)))
-    return models + twins + states + kept
+    return Sizes(
+        hidden=hidden,
+        inner=_number(config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden,
+        layers=_number(config, "num_hidden_layers", "num_layers", "n_layer"),
+        heads=_number(config, "num_attention_heads", "n_head"),
+        words=_vocabulary(config) if subject.task == "causal-lm" else subject.num_labels,
+    )
 
 
 def gradient_sets_that_fit(subject: Subject, dtype: str, device: str) -> float:
-    """How many times checks may hold the float64 gradients of all parameters at once: as many as the largest that fits holds, 0 where none does.
+    """How many float64 gradients of all parameters fit in memory beside the model; a fraction where not even one does.
 
     Args:
         subject: resolved, with a known number of parameters.
@@ -113,21 +79,16 @@ def gradient_sets_that_fit(subject: Subject, dtype: str, device: str) -> float:
         device: of the cell.
     """
     room = USABLE * (free_bytes(device) - held_bytes(subject, dtype, device))
-    # `reference.gradient` holds the rounded run's and the cell's own beside the true ones.
-    others = 2 * _WIDTHS.get(dtype, 4) / 8
-    wanted = (1 + others, 1, others)
-    return next((sets for sets in wanted if 8 * (subject.parameters or 0) * sets <= room), 0)
+    return room / max(8 * (subject.parameters or 0), 1)
 
 
-def _forward_bytes(subject: Subject, computes_in: str, tokens: int, examples: int) -> int:
-    """Of forward passes whose weights are widened piece by piece: answers in float64, those that are kept, one weight of the definition."""
-    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
-    inner = _number(subject.config, "intermediate_size", "ffn_hidden_size", "n_inner") or 4 * hidden
-    words = _words(subject)
-    kept = min(KEPT_BYTES, examples * tokens * words * _WIDTHS.get(computes_in, 4)) + 2 * min(
-        KEPT_BYTES, 8 * examples * tokens * words
-    )
-    return 8 * (SERVED_LOGITS * tokens * words + inner * hidden) + kept
+def compared_sets(dtype: str) -> float:
+    """The sets that the cell's own gradients and those of the rounded run take, which `reference.gradient` holds.
+
+    Args:
+        dtype: of the parameters.
+    """
+    return 2 * width_of(dtype) / 8
 
 
 def estimate_bytes(subject: Subject, dtype: str, *, training: bool, batch: int, seq: int) -> int | None:
@@ -142,20 +103,26 @@ def estimate_bytes(subject: Subject, dtype: str, *, training: bool, batch: int, 
     """
     if subject.parameters is None:
         return None
-    width = _WIDTHS.get(dtype, 4)
+    width = width_of(dtype)
     weights = subject.parameters * width * (TRAINING_COPIES if training else 1)
     return weights + _activations(subject, width, training=training, batch=batch, seq=seq)
 
 
 def _activations(subject: Subject, width: int, *, training: bool, batch: int, seq: int) -> int:
-    config = subject.config
-    hidden = _number(config, "hidden_size", "n_embd", "d_model")
-    layers = _number(config, "num_hidden_layers", "num_layers", "n_layer")
-    heads = _number(config, "num_attention_heads", "n_head")
-    tokens = batch * seq
-    block = tokens * hidden * KEPT_PER_BLOCK * width + batch * heads * seq * seq * 4  # eager's scores are float32
-    logits = tokens * _words(subject) * (width + 4)  # and a float32 copy for the loss
-    return block * (layers if training else 1) + logits * (2 if training else 1)
+    sizes, tokens = sizes_of(subject), batch * seq
+    block = tokens * sizes.hidden * KEPT_PER_BLOCK * width
+    block += batch * sizes.heads * seq * seq * 4  # eager's scores are float32
+    logits = tokens * sizes.words * (width + 4)  # and a float32 copy for the loss
+    return block * (sizes.layers if training else 1) + logits * (2 if training else 1)
+
+
+def width_of(dtype: str) -> int:
+    """Bytes of an element.
+
+    Args:
+        dtype: as torch names it.
+    """
+    return _WIDTHS.get(dtype, 4)
 
 
 def is_mapped(subject: Subject, dtype: str, device: str) -> bool:
@@ -179,7 +146,7 @@ def held_bytes(subject: Subject, dtype: str, device: str) -> int:
     """
     if is_mapped(subject, dtype, device):
         return 0
-    return (subject.parameters or 0) * _WIDTHS.get(dtype, 4) // len(parts_of(device))
+    return (subject.parameters or 0) * width_of(dtype) // len(parts_of(device))
 
 
 def bytes_read_anew(subject: Subject, dtype: str, device: str) -> int:
@@ -190,7 +157,7 @@ def bytes_read_anew(subject: Subject, dtype: str, device: str) -> int:
         dtype: of its parameters.
         device: of the cell.
     """
-    size = (subject.parameters or 0) * _WIDTHS.get(dtype, 4)
+    size = (subject.parameters or 0) * width_of(dtype)
     large = size > SMALL_COPY and is_mapped(subject, dtype, device)
     return size if large and size > USABLE * free_bytes(device) else 0
 
@@ -205,14 +172,14 @@ def trained_parameters(subject: Subject, scope: str) -> int:
     every = subject.parameters or 0
     if scope in {"full", "lora"}:
         return every if scope == "full" else 0
-    head = _head(subject)
+    head = head_parameters(subject)
     blocks = int(scope.partition(":")[2] or 0)
     return min(every, head + blocks * block_parameters(subject))
 
 
-def _head(subject: Subject) -> int:
+def head_parameters(subject: Subject) -> int:
     """Weights of the output layer, the largest of all."""
-    return _number(subject.config, "hidden_size", "n_embd", "d_model") * _words(subject)
+    return (sizes := sizes_of(subject)).hidden * sizes.words
 
 
 def block_parameters(subject: Subject) -> int:
@@ -221,8 +188,7 @@ def block_parameters(subject: Subject) -> int:
 
 
 def _outside_blocks(subject: Subject) -> int:
-    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
-    embedding = hidden * _number(subject.config, "vocab_size", "padded_vocab_size")
+    embedding = sizes_of(subject).hidden * _vocabulary(subject.config)
     tied = bool(subject.config.get("tie_word_embeddings")) or subject.task != "causal-lm"
     return embedding if tied else 2 * embedding
 
@@ -237,10 +203,13 @@ def training_bytes(subject: Subject, dtype: str, scope: str, *, batch: int, seq:
         batch: rows.
         seq: tokens of a row.
     """
-    width = _WIDTHS.get(dtype, 4)
+    width = width_of(dtype)
     # A graph reaches from the loss down to the lowest trained block.
     activations = _activations(subject, width, training=scope in {"full", "lora"}, batch=batch, seq=seq)
-    return width * (trained_parameters(subject, scope) * TRAINING_COPIES + STEP_COPIES * _head(subject)) + activations
+    return (
+        width * (trained_parameters(subject, scope) * TRAINING_COPIES + STEP_COPIES * head_parameters(subject))
+        + activations
+    )
 
 
 def layers_that_fit(subject: Subject, bytes_per_parameter: float, room: float) -> int | None:
@@ -287,7 +256,7 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
     if subject.parameters is None or subject.quantized:
         return
     on_cpu = kind_of(parts[0]) == CPU
-    width = _WIDTHS.get(dtype, 4)
+    width = width_of(dtype)
     if is_mapped(subject, dtype, device):
         return  # the system takes pages back and reads them again
     asked = subject.parameters * width // len(parts)
@@ -302,7 +271,7 @@ def refuse_too_large(subject: Subject, dtype: str, device: str) -> None:
 
 def layer_count(subject: Subject) -> int:
     """Number of blocks, 1 if the config does not say."""
-    return _number(subject.config, "num_hidden_layers", "num_layers", "n_layer") or 1
+    return sizes_of(subject).layers or 1
 
 
 def product_weights(subject: Subject) -> int:
@@ -310,17 +279,13 @@ def product_weights(subject: Subject) -> int:
 
     Of a mixture of experts all experts are counted: over a batch each of them gets tokens, and the references widen all of them.
     """
-    hidden = _number(subject.config, "hidden_size", "n_embd", "d_model")
-    embedding = hidden * _number(subject.config, "vocab_size", "padded_vocab_size")
+    embedding = sizes_of(subject).hidden * _vocabulary(subject.config)
     tied = bool(subject.config.get("tie_word_embeddings")) and subject.task == "causal-lm"
     return max((subject.parameters or 0) - (0 if tied else embedding), 0)
 
 
-def _words(subject: Subject) -> int:
-    """Size of the output at one token: the vocabulary, or a classifier's number of labels."""
-    if subject.task != "causal-lm":
-        return subject.num_labels
-    return _number(subject.config, "vocab_size", "padded_vocab_size")
+def _vocabulary(config: Mapping[str, Any]) -> int:
+    return _number(config, "vocab_size", "padded_vocab_size")
 
 
 def _number(config: Mapping[str, Any], *keys: str) -> int:

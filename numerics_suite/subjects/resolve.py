@@ -53,6 +53,7 @@ class _Wanted:
     layers: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    digests: bool = True
 
 
 def resolve(  # noqa: PLR0913  # keywords, each an option of the command
@@ -64,6 +65,7 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
     layers: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    digests: bool = True,
 ) -> Subject:
     """Resolve one SUBJECT.
 
@@ -75,6 +77,7 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         layers: `first:N` or `every:N` for a shallower model of the same weights, None for all layers.
         trust_remote_code: the checkpoint's own code may run.
         allow_pickle: pickled weights may be read.
+        digests: take the digest, for which every byte of the files is read.
 
     Raises:
         BadInputError: it cannot be used; one line with file, key and fix.
@@ -89,6 +92,7 @@ def resolve(  # noqa: PLR0913  # keywords, each an option of the command
         layers=layers,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        digests=digests,
     )
     if source.startswith(FACTORY):
         if layers is not None:
@@ -107,6 +111,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
     layers: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    digests: bool = True,
 ) -> tuple[Subject, ...]:
     """Resolve several SUBJECTs, each with a name of its own.
 
@@ -118,6 +123,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
         layers: see there.
         trust_remote_code: see there.
         allow_pickle: see there.
+        digests: see there.
 
     Raises:
         BadInputError: one cannot be used, there are more names than subjects, or two names are alike.
@@ -129,7 +135,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
     given = [*names, *[None] * (len(sources) - len(names))]
 
     def read(source: str, name: str | None) -> Subject:
-        with doing(f"reading {source}"):  # its digest is taken over every byte of it
+        with doing(f"reading {source}"):
             return resolve(
                 source,
                 name=name,
@@ -138,6 +144,7 @@ def resolve_all(  # noqa: PLR0913  # keywords, each an option of the command
                 layers=layers,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
+                digests=digests,
             )
 
     subjects = tuple(read(source, name) for source, name in zip(sources, given, strict=True))
@@ -264,7 +271,7 @@ def _from_files(source: str, place: _Place, name: str | None, wanted: _Wanted) -
         architectures=architectures(config),
         stored_dtype=stored_dtype(tensors) or _declared_dtype(config),
         parameters=sum(tensor.elements for tensor in tensors.values()) or None,
-        digest=_digest(place, folder),
+        digest=_digest(place, folder) if wanted.digests else None,
         num_labels=labels or config_labels(config),
         new_head=new_head,
         trust_remote_code=trusted,

@@ -146,6 +146,7 @@ def _subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str], d
         "layers": settings.layers,
         "trust_remote_code": settings.trust_remote_code,
         "allow_pickle": settings.allow_pickle,
+        "digests": not settings.list_only,
     }
     absent: dict[str, str] = {}
     ended: dict[str, str] = {}

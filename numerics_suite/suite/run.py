@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from numerics_suite.checks._true_gradient import GRADIENT
 from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
@@ -20,15 +18,13 @@ from numerics_suite.core.garbage import living_set_aside
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
-from numerics_suite.core.registry import get_check
 from numerics_suite.devices.kinds import CPU, kind_of
 from numerics_suite.devices.precisions import precision
 from numerics_suite.devices.speed import measure_speed
 from numerics_suite.reports.streams import notices_past_capture
 from numerics_suite.reports.terminal import PlanRow, Terminal
 from numerics_suite.settings.tree import Settings, to_json
-from numerics_suite.subjects.memory import cell_bytes
-from numerics_suite.suite.effort import effort_of, trained_shape
+from numerics_suite.suite.expected_memory import cell_bytes, trains
 from numerics_suite.suite.expected_time import dtypes_of, expected_seconds, run_seconds
 from numerics_suite.suite.pace import Pace
 from numerics_suite.suite.planning import SuitePlan
@@ -195,23 +191,10 @@ def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
     rows = []
     for cell in plan.cells:
         asked = [question for question in plan.questions if question.cell == cell]
-        recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
-        training = recipe.trains and any(question.group == "train" and not question.skip for question in asked)
-        batches, scope = effort_of(settings).plan(subject.parameters or 0), session.train_scope(cell)
-        trained_rows, longest = trained_shape(settings, subject.parameters or 0)
-        size = cell_bytes(
-            subject,
-            recipe.parameters,
-            recipe.computes_in,
-            training=training,
-            batch=trained_rows,
-            seq=longest,
-            examples=batches.batches,
-            device=cell.device,
-            scope=scope,
-            tokens=None if batches.planned is None else math.prod(batches.planned),
-            gradients=any(GRADIENT in get_check(question.check).reads for question in asked if not question.skip),
-        )
+        checks = {question.check for question in asked if not question.skip}
+        subject, scope = plan.subjects[cell.subject], session.train_scope(cell)
+        training = precision(cell.precision).trains and trains(checks)
+        size = cell_bytes(subject, cell, settings, asked=checks, scope=scope)
         skipped = {question.skip for question in asked if question.skip}
         part = (f"trains {scope}",) if training and settings.train_scope == "auto" and scope != "full" else ()
         note = (

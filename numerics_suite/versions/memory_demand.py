@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from numerics_suite.core.errors import BadInputError
@@ -18,8 +19,8 @@ from numerics_suite.versions.jobs import RunningEnvironment, rough_bytes
 
 MODULE = "numerics_suite.versions.memory_demand"
 
-PROCESS_BYTES = 600_000_000
-"""Of Python, torch and transformers (0.4 GB were measured), and of the process that waits for them."""
+PROCESS_BYTES = 200_000_000
+"""Beside what a cell holds: of pages of libraries' files, and of the process that waits for it."""
 
 MOST_SECONDS = 120
 """A plan takes seconds; where a subject's code never returns, sizes are guessed."""
@@ -58,7 +59,7 @@ def planned_bytes(settings: Settings) -> int | None:
     from numerics_suite.devices.kinds import CPU, kind_of
     from numerics_suite.suite.run import planned
 
-    rows, _ = planned(settings)
+    rows, _ = planned(replace(settings, list_only=True))
     # Of another device the estimate is of that device's own memory, and says nothing of the node's.
     sizes = [row.bytes if kind_of(row.cell.device) == CPU else None for row in rows]
     known = [size for size in sizes if size is not None]

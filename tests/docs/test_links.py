@@ -61,3 +61,18 @@ def test_checks_and_options_that_a_page_names_exist(page, texts):
 
 EXAMPLES = {"inputs.strides"}
 """Checks that a page makes up to show how one is added."""
+
+
+@pytest.mark.parametrize("page", ["docs/limits.md", "docs/howto/add-a-family.md"])
+def test_the_share_of_mutants_that_is_caught_is_that_of_their_table(page: str) -> None:
+    def figures(pattern: str, text: str) -> list[tuple[str, ...]]:
+        return re.findall(pattern, text, re.DOTALL)
+
+    table = (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")
+    ((caught, total),) = figures(r"\| caught \| (\d+) of (\d+) ", table)
+    ((without, _),) = figures(r"\| caught without the oracle[^|]*\| (\d+) of (\d+) ", table)
+    said = figures(
+        r"[Oo]f (\d+) \[mutants\].{0,60}?(\d+) are caught with .{0,20}?and (\d+)\s+without",
+        (ROOT / page).read_text(encoding="utf-8"),
+    )
+    assert said == [(total, caught, without)]

@@ -59,18 +59,18 @@ def test_every_check_that_runs_a_model_has_its_costs() -> None:
 
 
 def test_a_pass_is_the_products_of_its_weights_and_tokens() -> None:
-    one = pass_seconds(subject(), CELL, Settings(), SPEED)
+    one = pass_seconds(subject(), CELL, 4 * 64, SPEED)
     products = 2 * (1_000_000 - 100 * 1000) * 4 * 64  # all weights but the embedding, at every token of the batch
     assert one.narrow == pytest.approx(BESIDES_PRODUCTS * products / 4e9)
     assert one.wide == pytest.approx(BESIDES_PRODUCTS * products / 1e9 + 1e-3)
-    tied = pass_seconds(subject(tie_word_embeddings=True), CELL, Settings(), SPEED)
+    tied = pass_seconds(subject(tie_word_embeddings=True), CELL, 4 * 64, SPEED)
     assert tied.narrow == pytest.approx(one.narrow * 10 / 9), "a tied embedding is the output layer too"
-    assert pass_seconds(subject(layers=9), CELL, Settings(), SPEED).ops == pytest.approx(2 * one.ops)
-    assert pass_seconds(subject(), CELL, Settings(batch_size=8), SPEED).narrow == pytest.approx(2 * one.narrow)
+    assert pass_seconds(subject(layers=9), CELL, 4 * 64, SPEED).ops == pytest.approx(2 * one.ops)
+    assert pass_seconds(subject(), CELL, 8 * 64, SPEED).narrow == pytest.approx(2 * one.narrow)
 
 
 def test_more_examples_and_more_steps_take_longer_where_a_check_has_some() -> None:
-    one = pass_seconds(subject(), CELL, Settings(), SPEED)
+    one = pass_seconds(subject(), CELL, 4 * 64, SPEED)
 
     def of(check: str, **changes: Any) -> float:
         return check_seconds(Question(check=check, cell=CELL), one, Settings(**changes))
@@ -263,6 +263,9 @@ def test_the_costs_are_those_of_todays_checks() -> None:
 
     for kind in ("ops", "narrow", "wide"):
         assert total(now, kind) == pytest.approx(total(held, kind), rel=0.1), kind
+    for kind in ("planned", "kept"):
+        sums = [[sum(row[kind][place] for row in table.values()) for place in range(3)] for table in (now, held)]
+        assert sums[0] == pytest.approx(sums[1], rel=0.1), kind
 
 
 @pytest.mark.slow
@@ -317,7 +320,7 @@ def test_weights_that_do_not_stay_in_memory_are_read_in_each_pass(monkeypatch: p
     found = []
     for free in (10**12, 4 * 10**9):
         monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
-        found.append(pass_seconds(large, CELL, Settings(), SPEED))
+        found.append(pass_seconds(large, CELL, 4 * 64, SPEED))
     held, read = found
     assert read.narrow - held.narrow == pytest.approx(4 * 10**9 / READ_BYTES_PER_S)
     assert read.wide - held.wide == pytest.approx(4 * 10**9 / READ_BYTES_PER_S)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numerics_suite.checks._true_gradient import true_gradient
+from numerics_suite.checks._true_gradient import require_sets, true_gradient
 from numerics_suite.core.errors import NotApplicableError
 from numerics_suite.core.exact import AGREED
 from numerics_suite.core.numbers import nan_last
@@ -59,28 +59,50 @@ def agreement(context: CellContext) -> Difference | None:
 
 def _agreement(context: CellContext, rows: int) -> Difference | None:
     parts = in_training_mode(in_parts(context, rows), checkpointed=True)
-    compared = GradientComparison()
     try:
-        whole = true_gradient(context)
-
-        def take(name: str, gradient: Tensor) -> None:
-            """Compare a gradient of a streamed model once it is complete: all of them would take as much memory as the whole batch's."""
-            compared.add(name, gradient, whole.gradients[name])
-
-        tensors = context.gradient_batch.tensors
-        run = context.runner.true_fp64(tensors, gradients=True, call=parts, on_gradient=take)
-        for name, gradient in (run.gradients or {}).items():
-            take(name, gradient)
+        run, whole, compared = _compared(context, parts)
     except NotApplicableError:
         return None
     except Exception as error:  # noqa: BLE001 - the check of that way reports the model's exceptions
         reraise_if_fatal(error)
         return None
-    errors = compared.errors()
-    if run.left_out or errors.keys() != whole.gradients.keys():
+    if run.left_out or whole.left_out or compared.lost:
         return None
-    found = _difference(run, whole.found, errors)
+    found = _difference(run, whole, compared.errors())
     return found if max(found.loss, found.gradient) <= AGREED else None
+
+
+def _compared(context: CellContext, parts: Caller) -> tuple[Fp64Run, Fp64Run, GradientComparison]:
+    """The run in parts, that of the whole batch, and the gradients of the one beside those of the other.
+
+    Gradients of the part whose backward pass comes first are held until the other part's are added: beside the whole batch's
+    that is a second set. Where there is no room for it the sums are held alone, and the whole batch's come again one by one.
+    """
+    tensors, compared = context.gradient_batch.tensors, GradientComparison()
+    try:
+        require_sets(context, 2)
+    except NotApplicableError:
+        context.gradient_passes.clear()
+        run = context.runner.true_fp64(tensors, gradients=True, call=parts)
+        sums = dict(run.gradients or {})
+
+        def compare(name: str, gradient: Tensor) -> None:
+            compared.add(name, sums.pop(name), gradient)
+
+        whole = context.runner.true_fp64(tensors, gradients=True, stream=True, on_gradient=compare)
+        compared.lost.extend(sums)
+        return run, whole, compared
+    held = true_gradient(context)
+    left = dict(held.gradients)
+
+    def take(name: str, gradient: Tensor) -> None:
+        compared.add(name, gradient, left.pop(name))
+
+    run = context.runner.true_fp64(tensors, gradients=True, call=parts, on_gradient=take)
+    for name, gradient in (run.gradients or {}).items():
+        take(name, gradient)
+    compared.lost.extend(left)
+    return run, held.found, compared
 
 
 def difference(run: Fp64Run, whole: Fp64Run) -> Difference:
