@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from measurements import show
+from measurements import default_settings, show
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from numerics_suite.core.records import CheckResult
 from numerics_suite.engine.outputs import loss_in
-from numerics_suite.settings.options import from_command_line
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.suite.session import SuiteSession
 
@@ -211,7 +210,7 @@ def run_checks(
         given["checks"] = ",".join(checks)
     if skip:
         given["skip"] = ",".join(skip)
-    session = SuiteSession(from_command_line(given))
+    session = SuiteSession(default_settings(given))
     return session, [session.answer(question)[0] for question in session.plan.questions]
 
 

@@ -28,6 +28,7 @@ from numerics_suite.engine.rounded_reference import RoundOnce
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.true_fp64 import LiftToFp64
 from numerics_suite.settings.options import from_command_line
+from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.quiet import quiet_transformers
 from numerics_suite.subjects.resolve import resolve_all
 from numerics_suite.suite.session import SuiteSession
@@ -67,6 +68,12 @@ def write_model(folder: Path, changes: Mapping[str, Any]) -> str:
     with random_state.torch_seeded(0), quiet_transformers():
         Glm4ForCausalLM(Glm4Config(**{**MEDIUM, **changes})).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
+
+
+def default_settings(given: Mapping[str, Any]) -> Settings:
+    """The settings of these options of the command line, without what the pyproject.toml around this file asks for."""
+    with TemporaryDirectory() as elsewhere:
+        return from_command_line(given, Path(elsewhere))
 
 
 def context_of(precision: str, subject: str = "fixture:glm4-tiny", request: Request | None = None) -> CellContext:
@@ -152,8 +159,7 @@ def cell(subject: str, given: Mapping[str, Any] | None = None, request: Request 
     """
     torch.set_num_threads(1)
     given = {"subjects": [subject], "precision": "bf16", "attn": "sdpa", **(given or {})}
-    with TemporaryDirectory() as elsewhere:  # the defaults, and not what a pyproject.toml around this file asks for
-        session = SuiteSession(from_command_line(given, Path(elsewhere)))
+    session = SuiteSession(default_settings(given))
     groups: defaultdict[str, float] = defaultdict(float)
     with counting_passes() as passes:
         for question in session.plan.questions:
