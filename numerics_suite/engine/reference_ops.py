@@ -285,12 +285,13 @@ def _entries(waiting: list[Any]) -> list[tuple[Any, Any]]:
         if id(holder) in seen:
             continue
         seen.add(id(holder))
-        if not holder:  # most of them: the hooks of a module that has none
-            found.append((holder, ()))
-            continue
         found.append((holder, holder.copy()))
-        values = holder.values() if isinstance(holder, dict) else holder
-        waiting += [value for value in values if type(value) in _CONTAINERS]
+        for value in holder.values() if isinstance(holder, dict) else holder:
+            if type(value) in _CONTAINERS:
+                if value:
+                    waiting.append(value)
+                else:  # most of them, the hooks of a module that has none; twice is no harm
+                    found.append((value, ()))
     return found
 
 
