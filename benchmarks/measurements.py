@@ -27,6 +27,7 @@ from numerics_suite.engine.request import Request
 from numerics_suite.engine.rounded_reference import RoundOnce
 from numerics_suite.engine.runner import forward_pass
 from numerics_suite.engine.true_fp64 import LiftToFp64
+from numerics_suite.inputs.strategies import training_batch
 from numerics_suite.settings.options import from_command_line
 from numerics_suite.settings.tree import Settings
 from numerics_suite.subjects.quiet import quiet_transformers
@@ -90,11 +91,15 @@ def context_of(precision: str, subject: str = "fixture:glm4-tiny", request: Requ
 
 
 def bare_step(context: CellContext) -> Callable[[], object]:
-    """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at."""
+    """A training step as a plain loop has it: forward, backward, optimizer, nothing looked at.
+
+    Over `--batch-size` rows of `--seq-len` tokens, whatever the effort trains on.
+    """
     model = context.copy_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=context.recipe.loss_scaling)
-    tensors = context.training_batch.tensors
+    space = context.space
+    tensors = training_batch(space, rows=context.rows, length=space.max_length, seed=0).tensors
 
     def step() -> object:
         optimizer.zero_grad(set_to_none=True)

@@ -113,14 +113,17 @@ def _seen() -> str:
 
 
 def default_precisions(device: str) -> tuple[str, ...]:
-    """The precisions that the device runs well, which `check` takes when none is named."""
+    """The precisions that the device runs well, which `check` takes when none is named.
+
+    Those with float32 parameters stand next to each other, since their cells share true fp64 passes and gradients.
+    """
     kind = kind_of(device)
     bf16 = ("bf16",) if has_bfloat16(device) else ()
     if kind == CPU:
-        return ("fp32", *bf16, "amp-bf16")
+        return ("fp32", "amp-bf16", *bf16)
     if kind == "mps" or not torch.amp.is_autocast_available(kind):
         return ("fp32", "fp16", *bf16) if kind != "mps" else ("fp32", "fp16")
-    return ("fp32", "fp16", "amp-fp16", *bf16, *(f"amp-{name}" for name in bf16))
+    return ("fp32", "amp-fp16", *(f"amp-{name}" for name in bf16), "fp16", *bf16)
 
 
 def lacks(recipe: Precision, device: str) -> str | None:

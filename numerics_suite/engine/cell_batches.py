@@ -9,6 +9,7 @@ from numerics_suite.core.records import Batch
 from numerics_suite.engine import own_batch
 from numerics_suite.engine.position_table import rows_of_position_table
 from numerics_suite.engine.rotary import longest_of_one_table
+from numerics_suite.inputs.effort import Shape
 from numerics_suite.inputs.strategies import long_row, planned_batches, training_batch
 from numerics_suite.inputs.targets import targets_of
 from numerics_suite.inputs.vocabulary import InputSpace, most_rows, pad_id, special_ids
@@ -61,7 +62,7 @@ def of_training(context: CellContext) -> Batch:
     own = context.usable_own_batch
     if own is not None and own_batch.can_be_trained_on(context, own):
         return own
-    return _drawn(context, context.rows, context.space.max_length)
+    return _within(context, context.batch_plan.training or (context.rows, context.space.max_length))
 
 
 def of_gradients(context: CellContext) -> Batch:
@@ -69,10 +70,12 @@ def of_gradients(context: CellContext) -> Batch:
     shape = context.batch_plan.gradient
     if shape is None or not context.takes_ids or context.training_batch is context.usable_own_batch:
         return context.training_batch
-    return _drawn(context, min(shape[0], context.rows), min(shape[1], context.space.max_length))
+    return _within(context, shape)
 
 
-def _drawn(context: CellContext, rows: int, length: int) -> Batch:
+def _within(context: CellContext, shape: Shape) -> Batch:
+    """A batch of this shape, as far as `--batch-size`, `--seq-len` and the model allow."""
+    rows, length = min(shape[0], context.rows), min(shape[1], context.space.max_length)
     if context.subject.task == "causal-lm":
         # The last token's answer has no label. Of two tokens only the first is trained on, whose attention has one
         # key: its softmax is 1, and queries and keys have no gradient by definition.

@@ -61,6 +61,23 @@ def rms(values: Tensor) -> float:
     return float((sizes / largest).square().mean().sqrt().item() * largest)
 
 
+def rms_difference(got: Tensor, want: Tensor) -> float:
+    """Return the root mean square of got - want in float64, on the device of `want`; NaN with a NaN.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape(got, want)
+    # Piece by piece, since three float64 copies of an embedding cost more to allocate than to subtract.
+    squares = sum(
+        float(torch.linalg.vector_norm(wide(one).to(want.device) - wide(other))) ** 2
+        for one, other in _parts(got, want)
+    )
+    if _SAFE_SQUARES[0] < squares < _SAFE_SQUARES[1]:
+        return math.sqrt(squares / want.numel())
+    return rms(wide(got).to(want.device) - wide(want))
+
+
 def power_sum(values: Tensor, power: int) -> float:
     """The sum of the elements' sizes, or of their squares, in float64."""
     return math.fsum(float(torch.linalg.vector_norm(wide(part), power)) ** power for (part,) in _parts(values))

@@ -210,7 +210,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _option(
         "seq_len",
-        "the longest row in tokens, at least 2 (default: 64)",
+        "the longest row in tokens, at least 2 (default: 64, and fewer above 4 million parameters)",
         default=64,
         parse=parsers.integer(2),
         metavar="L",

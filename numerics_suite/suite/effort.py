@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numerics_suite.inputs.effort import Effort
+from numerics_suite.inputs.effort import Effort, Shape
 from numerics_suite.settings.table import BY_NAME
 from numerics_suite.settings.tree import Settings
 
@@ -20,3 +20,8 @@ def effort_of(settings: Settings) -> Effort:
     return Effort(
         name=settings.effort, examples=asked("max_examples"), rows=asked("batch_size"), length=asked("seq_len")
     )
+
+
+def trained_shape(settings: Settings, parameters: int) -> Shape:
+    """Rows, and tokens of the longest one, of the batch that a model with so many parameters is trained on."""
+    return effort_of(settings).plan(parameters).training or (settings.batch_size, settings.seq_len)

@@ -8,6 +8,7 @@ A check is a number of forward passes of the training batch, in the cell's preci
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ from numerics_suite.subjects.memory import (
     layer_count,
     product_weights,
 )
-from numerics_suite.suite.effort import effort_of
+from numerics_suite.suite.effort import effort_of, trained_shape
 
 if TYPE_CHECKING:
     from numerics_suite.core.records import Cell, Subject
@@ -126,14 +127,15 @@ def _lacks_room(subject: Subject, cell: Cell) -> bool:
 def check_seconds(question: Question, one: Pass, settings: Settings, parameters: int = 0) -> float:
     """Seconds of one question that is not skipped; `--effort` plans its batches by the model's parameters."""
     costs = _costs().get(question.check, UNKNOWN)
-    # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
     batches = effort_of(settings).plan(parameters).batches
+    tokens = math.prod(trained_shape(settings, parameters)) / (settings.batch_size * settings.seq_len)
 
-    def times(kind: str) -> float:
+    def times(kind: str, of_a_step: float = tokens) -> float:
+        # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
         fixed, example, step = costs[kind]
-        return max(fixed + batches * example + settings.steps * step, 0.0)
+        return max(fixed + batches * example + settings.steps * of_a_step * step, 0.0)
 
-    return times("ops") * one.ops + times("narrow") * one.narrow + times("wide") * one.wide
+    return times("ops", 1.0) * one.ops + times("narrow") * one.narrow + times("wide") * one.wide
 
 
 def run_seconds(expected: Mapping[str, float], workers: int) -> float:

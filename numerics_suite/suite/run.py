@@ -28,7 +28,7 @@ from numerics_suite.reports.streams import notices_past_capture
 from numerics_suite.reports.terminal import PlanRow, Terminal
 from numerics_suite.settings.tree import Settings, to_json
 from numerics_suite.subjects.memory import cell_bytes
-from numerics_suite.suite.effort import effort_of
+from numerics_suite.suite.effort import effort_of, trained_shape
 from numerics_suite.suite.expected_time import dtypes_of, expected_seconds, run_seconds
 from numerics_suite.suite.pace import Pace
 from numerics_suite.suite.planning import SuitePlan
@@ -207,13 +207,14 @@ def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
         recipe, subject = precision(cell.precision), plan.subjects[cell.subject]
         training = recipe.trains and any(question.group == "train" and not question.skip for question in asked)
         batches, scope = effort_of(settings).plan(subject.parameters or 0), session.train_scope(cell)
+        trained_rows, longest = trained_shape(settings, subject.parameters or 0)
         size = cell_bytes(
             subject,
             recipe.parameters,
             recipe.computes_in,
             training=training,
-            batch=settings.batch_size,
-            seq=settings.seq_len,
+            batch=trained_rows,
+            seq=longest,
             examples=batches.batches,
             device=cell.device,
             scope=scope,

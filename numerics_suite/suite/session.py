@@ -33,7 +33,7 @@ from numerics_suite.reports.results import check_from_json
 from numerics_suite.settings.tree import Settings
 from numerics_suite.suite.data import batch_of, sample_of
 from numerics_suite.suite.driver import Outcome, ask
-from numerics_suite.suite.effort import effort_of
+from numerics_suite.suite.effort import effort_of, trained_shape
 from numerics_suite.suite.endings import TIME_LIMIT
 from numerics_suite.suite.planning import Question, SuitePlan, applicable_checks, make_plan
 from numerics_suite.suite.resume import earlier_answers
@@ -116,7 +116,8 @@ class SuiteSession:
         settings, subject = self.settings, self.plan.subjects[cell.subject]
         if settings.train_scope != "auto":
             return settings.train_scope
-        return choose_scope(subject, cell.precision, cell.device, rows=settings.batch_size, length=settings.seq_len)
+        rows, length = trained_shape(settings, subject.parameters or 0)
+        return choose_scope(subject, cell.precision, cell.device, rows=rows, length=length)
 
     def _request(self, subject: Subject, cell: Cell) -> Request:
         settings = self.settings

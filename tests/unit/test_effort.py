@@ -24,14 +24,14 @@ def test_a_small_model_is_drawn_for_as_before_and_a_large_one_has_planned_batche
     assert Effort().plan(SMALL_MODEL).drawn == 10
     assert Effort().plan(SMALL_MODEL).planned is None
     large = Effort().plan(SMALL_MODEL + 1)
-    assert (large.drawn, large.planned, large.gradient) == (0, (4, 24), (4, 16))
+    assert (large.drawn, large.planned, large.training, large.gradient) == (0, (4, 24), (4, 32), (4, 16))
 
 
 def test_what_somebody_asked_for_wins() -> None:
     asked = Effort(examples=3).plan(10**9)
-    assert (asked.drawn, asked.planned) == (3, None)
+    assert (asked.drawn, asked.planned, asked.training) == (3, None, (4, 32))
     sized = Effort(rows=2, length=128).plan(10**9)
-    assert (sized.planned, sized.gradient) == ((2, 128), None)
+    assert (sized.planned, sized.training, sized.gradient) == ((2, 128), (2, 128), None)
     assert Effort(name="thorough", length=7).plan(1).planned == (4, 7)
 
 

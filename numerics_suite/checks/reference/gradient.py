@@ -31,7 +31,7 @@ from numerics_suite.engine.room import require_gradient_sets
 from numerics_suite.engine.runner import Caller
 from numerics_suite.observations.coarse_arithmetic import coarser_ops
 from numerics_suite.observations.nondifferentiable import Kinks
-from numerics_suite.observations.roundoff import rms, wide
+from numerics_suite.observations.roundoff import rms, rms_difference
 
 
 @check(trains=True, reads=(GRADIENT,))
@@ -175,8 +175,8 @@ def own_gradients(context: CellContext, tensors: Mapping[str, Tensor]) -> dict[s
 def _ratio(own: Tensor, true: Tensor, rounded: Tensor, context: CellContext) -> float:
     """Error of a gradient in units of the rounded run's, or of one roundoff of the gradient where that is larger."""
     roundoff = torch.finfo(dtype_of(context.recipe.computes_in)).eps / 2
-    scale = max(rms(wide(rounded) - true), roundoff * rms(true))
-    error = rms(wide(own).to(true.device) - true)
+    scale = max(rms_difference(rounded, true), roundoff * rms(true))
+    error = rms_difference(own, true)
     if scale:
         return error / scale
     return 0.0 if error == 0 else float("inf")
