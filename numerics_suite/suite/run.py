@@ -118,14 +118,8 @@ def run_check(session: SuiteSession, terminal: Terminal, *, asks_index: bool = F
             *("-c", str(SUITE / "pytest.ini"), "--rootdir", str(SUITE), "--noconftest"),
             "--import-mode=importlib",  # the default puts the folder above this package, with its other packages, first on the path
             *("-p", "numerics_suite.plugin", "-p", "xdist"),
-            *(
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:terminal",
-                "-p",
-                "no:logging",
-            ),  # nothing shows the log that it keeps of an item
+            # Nothing shows the log that pytest keeps of each item.
+            *("-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:logging"),
         ]
         if workers:
             # Each cell may take its worker along, and none of them those that come after it.
