@@ -17,6 +17,7 @@ import pytest
 from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import NumericsSuiteError
+from numerics_suite.core.garbage import living_set_aside, none_collected
 from numerics_suite.core.interrupts import interruptible
 from numerics_suite.core.switch import switch_kept
 from numerics_suite.settings.options import add_pytest_options, from_pytest
@@ -107,14 +108,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def _taken_over(config: pytest.Config, handed_on: bytes) -> SuiteSession:
     """In a worker, the session of the process that began it, which hears what goes on here."""
-    suite: SuiteSession = pickle.loads(handed_on)  # noqa: S301 - our own process's
+    with none_collected():
+        suite: SuiteSession = pickle.loads(handed_on)  # noqa: S301 - our own process's
     progress.tell_in(suite.board)
+    whole_run = ExitStack()
+    config.add_cleanup(whole_run.close)
+    whole_run.enter_context(living_set_aside())
     if not suite.settings.quiet:
         from numerics_suite.reports.streams import notice
 
-        heard = ExitStack()
-        heard.enter_context(listening(notice))
-        config.add_cleanup(heard.close)
+        whole_run.enter_context(listening(notice))
     return suite
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from numerics_suite.cli.output import deliver, for_people, unfinished_answer, write_json
 from numerics_suite.cli.parser import CommandParser
 from numerics_suite.core.errors import BadInputError
+from numerics_suite.core.garbage import none_collected
 from numerics_suite.settings.options import add_cli_options
 
 if TYPE_CHECKING:
@@ -95,11 +96,12 @@ def _list(settings: Settings) -> int:
 
 
 def _check(settings: Settings, *, other_versions: bool, verbose: bool) -> int:
-    from numerics_suite.reports.documents import CheckRun, Documents
-    from numerics_suite.reports.results import to_json
-    from numerics_suite.reports.terminal import Terminal
-    from numerics_suite.suite.run import run_check
-    from numerics_suite.suite.session import SuiteSession
+    with none_collected():
+        from numerics_suite.reports.documents import CheckRun, Documents
+        from numerics_suite.reports.results import to_json
+        from numerics_suite.reports.terminal import Terminal
+        from numerics_suite.suite.run import run_check
+        from numerics_suite.suite.session import SuiteSession
 
     session = SuiteSession(settings)
     with for_people(settings) as stream:

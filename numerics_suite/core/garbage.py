@@ -29,3 +29,24 @@ def living_set_aside() -> Iterator[None]:
     finally:
         gc.unfreeze()
         _set_aside = False
+
+
+def set_rest_aside() -> None:
+    """Within :func:`living_set_aside`, set aside what has come to live since, such as packages that a cell imported.
+
+    Call it between two cells, after a collection: what is set aside now and becomes a cycle later stays until the run ends.
+    """
+    if _set_aside:
+        gc.freeze()
+
+
+@contextmanager
+def none_collected() -> Iterator[None]:
+    """Within it no collection begins by itself: what an import makes stays, and looking through it is a second of torch's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

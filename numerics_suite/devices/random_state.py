@@ -30,13 +30,24 @@ def kept() -> Iterator[None]:
 def torch_seeded(seed: int) -> Iterator[None]:
     """Seed torch's generators on every device; their states are restored on exit."""
     with kept():
-        torch.manual_seed(seed)
+        if any(visible_accelerators()):
+            torch.manual_seed(seed)
+        else:
+            # `torch.manual_seed` would also queue the seed for each kind of device that is not there, with the stack in words.
+            torch.default_generator.manual_seed(seed)
         yield
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, `random` and, where it is in use, numpy; each generator's state is restored on exit.
+    """Seed torch, `random` and, where it is in use, numpy; each generator's state is restored on exit."""
+    with torch_seeded(seed), python_seeded(seed):
+        yield
+
+
+@contextlib.contextmanager
+def python_seeded(seed: int) -> Iterator[None]:
+    """Seed `random` and, where it is in use, numpy; their states are restored on exit.
 
     Args:
         seed: 0 to 2**32 - 1, numpy's range; larger ones are taken modulo.
@@ -44,11 +55,10 @@ def seeded(seed: int) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     try:
-        with torch_seeded(seed):
-            random.seed(seed)
-            if numpy:
-                numpy.random.seed(seed % 2**32)
-            yield
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed % 2**32)
+        yield
     finally:
         random.setstate(python_state)
         if numpy:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -260,7 +261,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     modules = modules_of(model)
     owners = (*modules, *configs_of(modules))
-    held = _entries([owner.__dict__ for owner in owners if isinstance(getattr(owner, "__dict__", 0), dict)])
+    held, empty = _entries([owner.__dict__ for owner in owners if isinstance(getattr(owner, "__dict__", 0), dict)])
     copies: dict[int, Tensor] = {}
     for module in modules:
         for name, buffer in module._buffers.items():  # noqa: SLF001
@@ -270,28 +271,32 @@ def preserved(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for holder in filter(None, empty):
+            holder.clear()
         for holder, entries in held:
-            if entries or holder:  # most are the hooks of a module that has none
-                holder.clear()
-                (holder.extend if isinstance(holder, list) else holder.update)(entries)
+            holder.clear()
+            (holder.extend if isinstance(holder, list) else holder.update)(entries)
 
 
-def _entries(waiting: list[Any]) -> list[tuple[Any, Any]]:
-    """Dicts, lists and sets, nested ones included, each with a copy of its entries."""
+def _entries(waiting: list[Any]) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    """Dicts, lists and sets, nested ones included, each with a copy of its entries; and those without any, once or more.
+
+    Most are empty, the hooks of a module that has none: a walk over each would take as long as a tiny model's pass.
+    """
     seen: set[int] = set()
     found: list[tuple[Any, Any]] = []
+    empty: list[Any] = []
     while waiting:
         holder = waiting.pop()
         if id(holder) in seen:
             continue
         seen.add(id(holder))
-        if not holder:  # most of them: the hooks of a module that has none
-            found.append((holder, ()))
-            continue
         found.append((holder, holder.copy()))
         values = holder.values() if isinstance(holder, dict) else holder
-        waiting += [value for value in values if type(value) in _CONTAINERS]
-    return found
+        nested = [value for value in values if type(value) in _CONTAINERS]
+        waiting += filter(None, nested)
+        empty += filterfalse(None, nested)
+    return found, empty
 
 
 _CONTAINERS: Final = frozenset({dict, OrderedDict, list, set})

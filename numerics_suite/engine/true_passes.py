@@ -171,11 +171,17 @@ class TruePasses:
             self._stores.move_to_end(key)
             return found
         for other in [other for other in self._stores if other[0] != cell.subject]:
-            del self._stores[other]  # all cells of a subject run in a row
+            self._let_go(other)  # all cells of a subject run in a row
         store = self._stores[key] = self._new(numbers, cell.attn, probe)
         while len(self._stores) > MOST_KEPT:
-            self._stores.popitem(last=False)
+            self._let_go(next(iter(self._stores)))
         return store
+
+    def _let_go(self, key: tuple[str, ...]) -> None:
+        """Drop a store. Those of equal numbers name each other, and no collection looks at what lived between two cells."""
+        dropped = self._stores.pop(key)
+        if all(store.others is not dropped.others for store in self._stores.values()):
+            dropped.others.clear()
 
     def _new(self, numbers: tuple[str, ...], attn: str, probe: Fp64Run) -> TrueStore:
         """A store beside that of another attention of the same numbers; alone where there is none, or the two differ."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def nonfinite_count(tensor: Tensor) -> int:
         return 0
     if tensor.element_size() == 1:
         tensor = tensor.float()  # the dtypes of 8 bits have no such reductions
-    if all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
+    if all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor)):
         return 0
     return int(torch.count_nonzero(~torch.isfinite(tensor)))
 
@@ -30,7 +32,7 @@ def nan_count(tensor: Tensor) -> int:
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return 0
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isnan(torch.aminmax(tensor).max)):
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not math.isnan(torch.aminmax(tensor).max.item()):
         return 0
     return int(torch.count_nonzero(torch.isnan(tensor)))
 

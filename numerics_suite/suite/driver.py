@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hypothesis
-from hypothesis import HealthCheck, Phase, given
 
 from numerics_suite.core import progress
 from numerics_suite.core.activity import at, doing
@@ -21,8 +20,8 @@ from numerics_suite.engine.cell_context import CellContext
 from numerics_suite.engine.digests import batch_key
 from numerics_suite.engine.reference_ops import preserved
 from numerics_suite.engine.true_passes import leave_other_attention
-from numerics_suite.inputs.strategies import batches
 from numerics_suite.judgement.verdicts import Breach, judge
+from numerics_suite.suite.draws import Draw, ask_of_each
 from numerics_suite.suite.endings import NO_BATCH
 
 PAD_INSIDE = "forward.finite"
@@ -196,20 +195,14 @@ def _fuzz(spec: CheckSpec, context: CellContext, outcome: Outcome, *, seed: int,
     failing: set[Any] = set()
     tries = 0
     room = max(1, min(context.space.max_length, context.longest - spec.adds))
-    space = replace(context.space, max_length=room)
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
+    draw = Draw(
+        space=replace(context.space, max_length=room),
+        pad_inside=spec.id == PAD_INSIDE,
+        seed=seed,
         max_examples=max_examples,
-        database=None,
-        deadline=None,
-        derandomize=False,
-        print_blob=False,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.target, Phase.shrink) if spec.seeks else (Phase.generate, Phase.shrink),
+        seeks=bool(spec.seeks),
     )
-    @given(batch=batches(space, pad_inside=spec.id == PAD_INSIDE))
+
     def one(batch: Batch) -> None:
         nonlocal tries
         key = batch_key(batch.tensors)
@@ -230,10 +223,8 @@ def _fuzz(spec: CheckSpec, context: CellContext, outcome: Outcome, *, seed: int,
                 outcome.breaches, outcome.batch = again, batch
         raise _BreachedError
 
-    try:
-        one()
-    except _BreachedError:
-        return
+    with suppress(_BreachedError):
+        ask_of_each(draw, one)
 
 
 def _climb(outcome: Outcome, name: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from numerics_suite.core import progress
 from numerics_suite.core.activity import listening
 from numerics_suite.core.errors import BadInputError, CheckError
-from numerics_suite.core.garbage import living_set_aside
+from numerics_suite.core.garbage import living_set_aside, none_collected
 from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
@@ -106,13 +106,16 @@ def run_check(session: SuiteSession, terminal: Terminal, *, asks_index: bool = F
         CheckError: pytest itself failed.
     """
     with notices_past_capture(), listening(terminal.notice):
-        session.prepare()
+        with none_collected():
+            session.prepare()
         workers = worker_count(session.settings, session.plan)
         arguments = [
             str(SUITE),
             *("-c", str(SUITE / "pytest.ini"), "--rootdir", str(SUITE), "--noconftest"),
             "--import-mode=importlib",  # the default puts the folder above this package, with its other packages, first on the path
-            *("-p", "numerics_suite.plugin", "-p", "xdist", "-p", "no:cacheprovider", "-p", "no:terminal"),
+            *("-p", "numerics_suite.plugin", "-p", "xdist"),
+            # Nothing shows the log that pytest keeps of each item.
+            *("-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:logging"),
         ]
         if workers:
             # Each cell may take its worker along, and none of them those that come after it.

@@ -15,6 +15,7 @@ from numerics_suite.checks._laws import NO_GRADIENTS, TRUE_ONLY, UNSUPPORTED
 from numerics_suite.checks._true_gradient import GRADIENT, after_reading
 from numerics_suite.core import interrupts, progress
 from numerics_suite.core.errors import NotApplicableError, NumericsSuiteError, UnsupportedError
+from numerics_suite.core.garbage import set_rest_aside
 from numerics_suite.core.lifeline import known, lifeline
 from numerics_suite.core.records import Batch, Cell, CheckResult, Finding, Subject
 from numerics_suite.core.registry import CheckSpec, get_check
@@ -108,6 +109,7 @@ class SuiteSession:
             self._context.release()
             self._context = None
             memory.release(device)
+            set_rest_aside()
 
     def train_scope(self, cell: Cell) -> str:
         """`--train-scope` of a cell, chosen by its memory where that is `auto`."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from numerics_suite.core import garbage
-from numerics_suite.core.garbage import living_set_aside
+from numerics_suite.core.garbage import living_set_aside, none_collected, set_rest_aside
 
 
 class Cycle:
@@ -51,3 +51,24 @@ def test_what_is_made_within_is_collected_within_also_in_a_second_one() -> None:
             assert collected(seen)
         assert gc.get_freeze_count()
     assert not gc.get_freeze_count()
+
+
+def test_what_came_to_live_within_is_set_aside_on_request() -> None:
+    set_rest_aside()
+    assert not gc.get_freeze_count()
+    with living_set_aside():
+        imported = Cycle()
+        seen = weakref.ref(imported)
+        set_rest_aside()
+        del imported
+        assert not collected(seen)
+    assert collected(seen)
+
+
+def test_no_collection_begins_within_an_import() -> None:
+    with none_collected():
+        assert not gc.isenabled()
+        with none_collected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()

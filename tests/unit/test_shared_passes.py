@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -38,11 +40,13 @@ from numerics_suite.suite.session import SuiteSession
 
 
 def cells(
-    effort: str = "quick", precision: tuple[str, ...] = ("bf16",), attn: tuple[str, ...] = ("sdpa",), **changes: Any
+    effort: str = "quick",
+    precision: tuple[str, ...] = ("bf16",),
+    attn: tuple[str, ...] = ("sdpa",),
+    subjects: tuple[str, ...] = ("fixture:glm4-tiny",),
+    **changes: Any,
 ) -> list[CellContext]:
-    settings = Settings(
-        subjects=("fixture:glm4-tiny",), precision=precision, attn=attn, device="cpu", effort=effort, **changes
-    )
+    settings = Settings(subjects=subjects, precision=precision, attn=attn, device="cpu", effort=effort, **changes)
     session = SuiteSession(settings)
     shared = TruePasses()
     return [
@@ -69,6 +73,22 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(runner, name, counted)
     return counts
+
+
+def test_the_passes_of_an_earlier_subject_are_gone_without_a_collection() -> None:
+    """Between two cells what lives is set aside from collections (`core/garbage.py`)."""
+    eager, sdpa, next_one, _ = cells(attn=("eager", "sdpa"), subjects=("fixture:glm4-tiny", "fixture:glm-tiny"))
+    stores = [weakref.ref(context.true_passes.answers) for context in (eager, sdpa)]
+    assert sdpa.true_passes.first is eager.true_passes
+    eager.release()
+    sdpa.release()
+    gc.disable()
+    try:
+        assert all(store() is not None for store in stores)
+        assert next_one.true_passes.first is None
+        assert [store() for store in stores] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_law_whose_batches_are_there_adds_no_pass(ran: Counter[str]) -> None:

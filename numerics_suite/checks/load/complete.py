@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from numerics_suite.core.records import Fact, Measurement
 from numerics_suite.core.registry import check
@@ -155,18 +156,14 @@ def _changed(context: CellContext, loaded: Loaded) -> Iterable[str]:
     path = context.subject.path
     assert path is not None
     stored = tensor_headers(path)
+    owners = Counter(id(parameter) for _, parameter in loaded.model.named_parameters(remove_duplicate=False))
     for name, parameter in loaded.model.named_parameters():
         if name not in stored or name in loaded.mismatched or tuple(stored[name][1]) != tuple(parameter.shape):
             continue
-        if _tied(loaded.model, name):
+        if owners[id(parameter)] > 1:
             continue
         if not _same_bits(read_tensor(path, name).to(parameter.dtype), parameter.detach().cpu()):
             yield name
-
-
-def _tied(model: nn.Module, name: str) -> bool:
-    owners = [other for other, p in model.named_parameters(remove_duplicate=False) if p is model.get_parameter(name)]
-    return len(owners) > 1
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
