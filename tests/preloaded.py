@@ -403,18 +403,15 @@ def _import_all() -> None:
 
 
 def _fill_caches() -> None:
-    """What a process finds out once: transformers' names and patterns of weights' names, the constants in our modules that
-    Hypothesis draws from, how fast the machine is."""
+    """What a process finds out once: transformers' names and patterns of weights' names, how fast the machine is."""
     import torch
     import transformers
-    from hypothesis.internal.conjecture import providers
 
     from numerics_suite.subjects import compat
     from numerics_suite.suite import run
 
     compat.knows_architecture("")
     transformers.AutoModelForCausalLM.from_pretrained(Path(__file__).parents[1] / "fixtures" / "glm4-tiny")
-    getattr(providers, "_get_local_constants", int)()  # not in every release
     threads, measure = torch.get_num_threads(), run.measure_speed
     torch.set_num_threads(1)  # others would be missing from every fork, which then waits for them
     cpu = measure("cpu", ("float64", "float32", "float16", "bfloat16"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from contextlib import suppress
 from dataclasses import replace
@@ -37,6 +38,21 @@ def asked(draw: Draw, longest: int, *, by_hypothesis: bool) -> list[tuple[str, f
         else:
             ask_of_each(draw, test)
     return seen
+
+
+def test_a_seed_draws_the_same_batches_whatever_modules_are_loaded(tmp_path, monkeypatch) -> None:
+    wide = replace(DRAW, space=replace(DRAW.space, max_length=4000), max_examples=200)
+
+    def drawn() -> list[str]:
+        seen: list[str] = []
+        wide.run(lambda batch: seen.append(batch.drawn))
+        return seen
+
+    before = drawn()
+    (tmp_path / "of_a_user.py").write_text("SIZES = [1201, 1301, 1409, 1511, 1601, 1709, 1801, 1901]")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("of_a_user")
+    assert drawn() == before
 
 
 @pytest.mark.parametrize("longest", [12, 10, 4, 0], ids=["none-fails", "one-fails", "many-fail", "all-fail"])
