@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import count
 from typing import Any
 
@@ -78,12 +78,17 @@ def _without_local_constants() -> Iterator[None]:
     if not hasattr(providers, "_get_local_constants"):
         yield
         return
-    fresh = type(providers.CONSTANTS_CACHE)(providers.CONSTANTS_CACHE.max_size)  # of what may be drawn where
     with (
         with_attribute(providers, "_get_local_constants", providers.Constants),
-        with_attribute(providers, "CONSTANTS_CACHE", fresh),
+        with_attribute(providers, "CONSTANTS_CACHE", _own_cache(providers)),
     ):
         yield
+
+
+@cache
+def _own_cache(providers: Any) -> Any:
+    """A cache of what may be drawn where, beside that of the user's own tests."""
+    return type(providers.CONSTANTS_CACHE)(providers.CONSTANTS_CACHE.max_size)
 
 
 @lru_cache(maxsize=32)
