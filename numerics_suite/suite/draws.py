@@ -70,9 +70,9 @@ class Draw:
 
 @contextmanager
 def _without_local_constants() -> Iterator[None]:
-    """Draw no integers that stand in the user's own modules, as newer releases of Hypothesis do.
+    """Within it Hypothesis draws no integers that it reads in the user's own modules, as newer releases of it would.
 
-    With them a seed draws other batches beside other modules: 46 of 300 seeds did beside a module of eight constants.
+    With those a seed draws other batches beside other modules: 46 of 300 seeds did beside a module of eight constants.
     """
     providers: Any = sys.modules.get("hypothesis.internal.conjecture.providers")
     if not hasattr(providers, "_get_local_constants"):
