@@ -416,6 +416,8 @@ def _fill_caches() -> None:
     torch.set_num_threads(1)  # others would be missing from every fork, which then waits for them
     cpu = measure("cpu", ("float64", "float32", "float16", "bfloat16"))
     torch.set_num_threads(threads)
+    # torch's pool of threads is no fork's, and is replaced where it is next asked for: by two threads at once that is an error.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
     run.measure_speed = lambda device, dtypes: cpu if device == "cpu" else measure(device, dtypes)
 
 
