@@ -49,11 +49,8 @@ def rms(values: Tensor) -> float:
     """Return the root mean square over all elements, in float64; NaN with a NaN, 0.0 for an empty tensor."""
     if values.numel() == 0:
         return 0.0
-    norms = [float(torch.linalg.vector_norm(wide(part))) for (part,) in _parts(values)]
-    squares = sum(norm * norm for norm in norms)
-    # Squares from 1e-280 to 1e280 neither overflow nor lose digits; what lies beyond is scaled first, and NaN and inf named.
-    if _SAFE_SQUARES[0] < squares < _SAFE_SQUARES[1]:
-        return math.sqrt(squares / values.numel())
+    if (found := _rms_of(wide(part) for (part,) in _parts(values))) is not None:
+        return found
     sizes = wide(values.abs())
     largest = sizes.max().item()
     if largest == 0.0 or not math.isfinite(largest):
@@ -69,13 +66,18 @@ def rms_difference(got: Tensor, want: Tensor) -> float:
     """
     _same_shape(got, want)
     # Piece by piece, since three float64 copies of an embedding cost more to allocate than to subtract.
-    squares = sum(
-        float(torch.linalg.vector_norm(wide(one).to(want.device) - wide(other))) ** 2
-        for one, other in _parts(got, want)
-    )
-    if _SAFE_SQUARES[0] < squares < _SAFE_SQUARES[1]:
-        return math.sqrt(squares / want.numel())
-    return rms(wide(got).to(want.device) - wide(want))
+    found = _rms_of(wide(one).to(want.device) - wide(other) for one, other in _parts(got, want))
+    return rms(wide(got).to(want.device) - wide(want)) if found is None else found
+
+
+def _rms_of(parts: Iterable[Tensor]) -> float | None:
+    """The root mean square over all parts, float64; None where the squares' sum is beyond what is safe, NaN or inf."""
+    squares, count = 0.0, 0
+    for part in parts:
+        norm = float(torch.linalg.vector_norm(part))
+        squares, count = squares + norm * norm, count + part.numel()
+    # Squares from 1e-280 to 1e280 neither overflow nor lose digits; what lies beyond is scaled first, and NaN and inf named.
+    return math.sqrt(squares / count) if _SAFE_SQUARES[0] < squares < _SAFE_SQUARES[1] else None
 
 
 def power_sum(values: Tensor, power: int) -> float:

@@ -60,9 +60,9 @@ PARTS = frozenset({"train.accumulation", "train.checkpointing"})
 """Checks that sum gradients of micro-batches: those of the last part are there before any of the first, so the sum is a whole set."""
 
 
-def trains(asked: Collection[str]) -> bool:
-    """Whether one of these checks reads a training run."""
-    return any(TRAJECTORY in get_check(check).reads for check in asked)
+def trains(cell: Cell, asked: Collection[str]) -> bool:
+    """Whether the cell's precision trains and one of these checks reads a training run."""
+    return precision(cell.precision).trains and any(TRAJECTORY in get_check(check).reads for check in asked)
 
 
 def cell_bytes(subject: Subject, cell: Cell, settings: Settings, *, asked: Collection[str], scope: str) -> int | None:
@@ -93,7 +93,7 @@ def cell_bytes(subject: Subject, cell: Cell, settings: Settings, *, asked: Colle
     if "reference.oracle" in asked:
         oracle = _forward_bytes(subject, compared, 16 * (sizes := sizes_of(subject)).inner * sizes.hidden)
     training = 0
-    if recipe.trains and trains(asked):
+    if trains(cell, asked):
         training = training_bytes(subject, recipe.parameters, scope, batch=shape[0], seq=shape[1])
     stores = _kept_bytes(subject, recipe, plan, settings.batch_size * settings.seq_len, asked)
     kept = sum(stores if on_cpu else stores[2:])

@@ -1,6 +1,6 @@
 """How long will a check take? From the plan, a table of what checks run, and the speed of the device.
 
-A check is a number of forward passes of the training batch, in the cell's precision and in float64 (a backward pass is two).
+A check is a number of forward passes of the batch of its kind, in the cell's precision and in float64 (a backward pass is two).
 `check_costs.json` has these numbers, counted by `tools/measure_costs.py`; nothing in it was timed. A pass costs its products,
 `2 · weights · tokens` floating operations, the calls of its ops, and in float64 the widening of every weight.
 """
@@ -88,7 +88,7 @@ def costs_of(check: str) -> Mapping[str, Sequence[float]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """Seconds of one forward pass of the training batch.
+    """Seconds of one forward pass.
 
     Attributes:
         ops: of its calls.
@@ -120,6 +120,7 @@ def dtypes_of(plan: SuitePlan) -> tuple[str, ...]:
 
 def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[str, float]:
     """Seconds that each question is expected to take in a process of its own, by id; 0 for one that is skipped."""
+    one_pass = cache(lambda cell, tokens: pass_seconds(plan.subjects[cell.subject], cell, tokens, speed))
     begun: set[Cell] = set()
     found = {}
     without = {cell for cell in plan.cells if _lacks_room(plan.subjects[cell.subject], cell)}
@@ -130,7 +131,7 @@ def expected_seconds(plan: SuitePlan, settings: Settings, speed: Speed) -> dict[
             continue
         subject = plan.subjects[question.cell.subject]
         parameters = subject.parameters or 0
-        one = pass_seconds(subject, question.cell, tokens_of(question, settings, parameters), speed)
+        one = one_pass(question.cell, tokens_of(question, settings, parameters))
         seconds = check_seconds(question, one, settings, parameters)
         if question.cell not in begun:
             begun.add(question.cell)
@@ -154,9 +155,8 @@ def check_seconds(question: Question, one: Pass, settings: Settings, parameters:
     counts = []
     for kind, planned in zip(("ops", "narrow", "wide"), costs["planned"], strict=True):
         fixed, example, step = costs[kind]
-        if (
-            plan.drawn
-        ):  # a planned batch is half as long as the longest that is drawn, and as long as those are on average
+        if plan.drawn:
+            # A planned batch is half as long as the longest that is drawn, and as long as those are on average.
             count = fixed + plan.batches * example + settings.steps * (1.0 if kind == "ops" else trained) * step
         else:
             count = planned + (settings.steps - COUNTED_STEPS) * step

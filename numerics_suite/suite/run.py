@@ -19,7 +19,6 @@ from numerics_suite.core.interrupts import stop_if_requested
 from numerics_suite.core.machine import core_count
 from numerics_suite.core.records import CheckResult, RunResult
 from numerics_suite.devices.kinds import CPU, kind_of
-from numerics_suite.devices.precisions import precision
 from numerics_suite.devices.speed import measure_speed
 from numerics_suite.reports.streams import notices_past_capture
 from numerics_suite.reports.terminal import PlanRow, Terminal
@@ -196,7 +195,7 @@ def planned(settings: Settings) -> tuple[list[PlanRow], float | None]:
         asked = [question for question in plan.questions if question.cell == cell]
         checks = {question.check for question in asked if not question.skip}
         subject, scope = plan.subjects[cell.subject], session.train_scope(cell)
-        training = precision(cell.precision).trains and trains(checks)
+        training = trains(cell, checks)
         size = cell_bytes(subject, cell, settings, asked=checks, scope=scope)
         skipped = {question.skip for question in asked if question.skip}
         part = (f"trains {scope}",) if training and settings.train_scope == "auto" and scope != "full" else ()

@@ -9,7 +9,13 @@ from torch import nn
 
 from numerics_suite.engine import true_fp64 as module_under_test
 from numerics_suite.engine.true_fp64 import run_true_fp64, true_fp64
-from numerics_suite.observations.roundoff import largest_difference, relative_error, rms, rms_error_in_roundoffs
+from numerics_suite.observations.roundoff import (
+    largest_difference,
+    relative_error,
+    rms,
+    rms_difference,
+    rms_error_in_roundoffs,
+)
 
 EXACT = 1e-13
 FAMILIES = ("GlmForCausalLM", "Glm4ForCausalLM", "Glm4ForSequenceClassification")
@@ -363,3 +369,10 @@ def test_norms_do_not_hide_what_is_not_finite():
     assert rms(torch.tensor([3e200, 4e200], dtype=torch.float64)) == pytest.approx(3.5355339e200)
     with pytest.raises(ValueError, match="shapes differ"):
         relative_error(torch.ones(2), torch.ones(3))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("shape", [(0,), (7, 5), (600, 500)])
+def test_the_size_of_a_difference_is_the_same_in_pieces(scale, shape):
+    got, want = torch.randn(shape, dtype=torch.float64) * scale, torch.randn(shape, dtype=torch.float64)
+    assert rms_difference(got, want) == pytest.approx(rms(got - want), rel=1e-15, nan_ok=True)
