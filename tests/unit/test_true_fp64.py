@@ -372,7 +372,7 @@ def test_norms_do_not_hide_what_is_not_finite():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200, 0.0, float("inf"), float("nan")])
-@pytest.mark.parametrize("shape", [(0,), (7, 5), (600, 500)])
+@pytest.mark.parametrize("shape", [(0,), (1,), (7, 5), (600, 500)])
 def test_the_size_of_a_difference_is_the_same_in_pieces(scale, shape):
     got, want = torch.randn(shape, dtype=torch.float64) * scale, torch.randn(shape, dtype=torch.float64)
     assert rms_difference(got, want) == pytest.approx(rms(got - want), rel=1e-15, nan_ok=True)
